@@ -1,0 +1,125 @@
+"""Adam's epsilon from the histogram of the root-mean-square gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_gradhist.histogram import MagnitudeHistogram
+
+
+@dataclass(frozen=True)
+class EpsilonRange:
+    r"""The search space of epsilon, as :func:`epsilon_range` finds it. Epsilon is in the units of the gradient.
+
+    Attributes:
+        lower: lower end, rounded to a power of ten. An epsilon at or below it is idle.
+        upper: upper end, rounded to a power of ten. Above it Adam is momentum SGD with step ``lr / eps``.
+        lower_unrounded: smallest of the tensors' lower quantiles.
+        upper_unrounded: largest of the tensors' upper quantiles.
+        per_name: lower and upper quantile of each tensor that has a value other than zero.
+        zero_share: share of the coordinates that are exactly zero; they are left out of everything else.
+    """
+
+    lower: float
+    upper: float
+    lower_unrounded: float
+    upper_unrounded: float
+    per_name: dict[str, tuple[float, float]]
+    zero_share: float
+    histogram: MagnitudeHistogram = field(repr=False, compare=False)
+
+    def damped_share(self, eps: float) -> float:
+        r"""Share of the coordinates with :math:`\sqrt{\hat v} < \epsilon`, whose step is less than half of Adam's.
+
+        Args:
+            eps: a positive number. A coordinate's step is multiplied by ``r / (r + eps)``.
+
+        Returns:
+            from 0 to 1, exact to one bin, over all coordinates that are not zero.
+        """
+        return float(self.histogram.pooled().share_below(eps)[0])
+
+
+def epsilon_range(
+    rms: Mapping[str, Tensor] | MagnitudeHistogram, lower: float = 0.02, upper: float = 0.98
+) -> EpsilonRange:
+    r"""Finds where epsilon matters: between two quantiles of :math:`r = \sqrt{\hat v}`.
+
+    Adam's step is :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, so epsilon damps a coordinate by :math:`r / (r +
+    \epsilon)`. Per tensor, zeros are dropped and ``r`` is sorted ascending; the ends are ``r[int(lower * n)]`` and
+    ``r[int(upper * n)]``. The search space goes from the smallest lower end to the largest upper end over all tensors,
+    each rounded to a power of ten, ``10 ** round(log10(.))``.
+
+    Source: Silva and Rodriguez, "Fine-tuning adaptive stochastic optimizers: determining the optimal hyperparameter
+    epsilon via gradient magnitude histogram analysis", Neural Computing and Applications 2024 (arXiv 2311.11532).
+
+    Args:
+        rms: names and tensors of :math:`\sqrt{\hat v}`, any shapes; or a histogram of them, whose quantiles are exact
+            to one bin.
+        lower: quantile of the lower end, in [0, 1].
+        upper: quantile of the upper end, in [0, 1], not below ``lower``.
+
+    Raises:
+        ValueError: for quantiles out of range, for non-finite values, and where every value is zero.
+
+    Example:
+        >>> import torch
+        >>> found = epsilon_range({"weight": torch.logspace(-6, -2, 1001), "bias": torch.zeros(8)})
+        >>> found.lower, found.upper
+        (1e-06, 0.01)
+        >>> round(found.damped_share(1e-4), 2)
+        0.5
+    """
+    if not 0.0 <= lower <= upper <= 1.0:
+        raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper <= 1, got {lower!r} and {upper!r}")
+    histogram = rms if isinstance(rms, MagnitudeHistogram) else _histogram_of(rms)
+    if int((histogram.infs + histogram.nans).sum()):
+        raise ValueError("rms must be finite; leave out the gradients that are not")
+    if isinstance(rms, MagnitudeHistogram):
+        ends = zip(rms.quantile(lower).tolist(), rms.quantile(upper).tolist(), strict=True)
+        per_name = {name: pair for name, pair in zip(rms.names, ends, strict=True) if not math.isnan(pair[0])}
+    else:
+        per_name = {name: _sorted_ends(values, lower, upper) for name, values in rms.items() if values.any()}
+    if not per_name:
+        raise ValueError("rms must hold a value other than zero; every coordinate is zero")
+    low = min(pair[0] for pair in per_name.values())
+    high = max(pair[1] for pair in per_name.values())
+    return EpsilonRange(
+        lower=_power_of_ten(low),
+        upper=_power_of_ten(high),
+        lower_unrounded=low,
+        upper_unrounded=high,
+        per_name=per_name,
+        zero_share=float(histogram.zeros.sum() / histogram.total().sum()),
+        histogram=histogram,
+    )
+
+
+def choose_epsilon(current: float, search_space: EpsilonRange) -> float:
+    """The epsilon that does no harm: the current one where it is idle, else the lower end of the search space.
+
+    Between the ends epsilon trades adaptivity for nothing that a histogram can show, so it is never raised, and it is
+    lowered only where it damps: ``min(current, search_space.lower)``.
+    """
+    return min(current, search_space.lower)
+
+
+def _histogram_of(rms: Mapping[str, Tensor]) -> MagnitudeHistogram:
+    histogram = MagnitudeHistogram(list(rms))
+    histogram.update(rms)
+    return histogram
+
+
+def _sorted_ends(values: Tensor, lower: float, upper: float) -> tuple[float, float]:
+    ascending = values.detach()[values != 0].abs().sort().values
+    number = ascending.numel()
+    low, high = (float(ascending[min(int(q * number), number - 1)]) for q in (lower, upper))
+    return low, high
+
+
+def _power_of_ten(value: float) -> float:
+    return float(f"1e{round(math.log10(value))}")

@@ -1,0 +1,141 @@
+"""The two numbers of adaptor E: how they are chosen, what is legal, and what they do to gradient noise.
+
+Adaptor E (Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025, arXiv
+2510.27153) lets any optimizer see ``g + alpha * a`` in place of the gradient ``g``, where ``a`` is the moving
+average, with decay ``explore_beta``, of the change of the gradient. Optimizers and callbacks both take their
+numbers from here.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+AUTO = "auto"
+
+_LARGE_BATCH = 1_000
+_SMALL_BATCH_CHOICE = (0.5, 0.01)
+_LARGE_BATCH_CHOICE = (-5.0, 0.99)
+
+
+def explore_choice(batch_size: float | None) -> tuple[float, float]:
+    """Choose ``(alpha, explore_beta)`` for a batch size, as the paper does.
+
+    Args:
+        batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0; None if
+            unknown.
+
+    Returns:
+        ``(0.5, 0.01)``, which exploits, below 1,000 samples or when unknown; ``(-5.0, 0.99)``, which
+        explores, from 1,000 on.
+
+    Raises:
+        ValueError: If ``batch_size`` is not a positive number.
+
+    Example:
+        >>> explore_choice(256), explore_choice(4096)
+        ((0.5, 0.01), (-5.0, 0.99))
+    """
+    if batch_size is None:
+        return _SMALL_BATCH_CHOICE
+    if not 0 < batch_size < math.inf:
+        raise ValueError(
+            f"batch_size={batch_size!r} is out of range: it is the number of samples per optimizer step, "
+            "a finite number > 0, or None if unknown."
+        )
+    return _LARGE_BATCH_CHOICE if batch_size >= _LARGE_BATCH else _SMALL_BATCH_CHOICE
+
+
+def check_explore(alpha: float | str, explore_beta: float | str) -> None:
+    """Check that ``alpha`` and ``explore_beta`` are both ``"auto"``, or two numbers that are legal together.
+
+    Args:
+        alpha: Weight of the averaged gradient change, ``|alpha| < 1 / (1 - explore_beta)``.
+        explore_beta: Decay of that average, ``0 <= explore_beta < 1``.
+
+    Raises:
+        ValueError: If one is ``"auto"`` and the other is not, if either is neither a number nor ``"auto"``,
+            or if a number is out of range.
+
+    Example:
+        >>> check_explore(-5.0, 0.99)
+        >>> check_explore(-5.0, 0.1)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: alpha=-5.0 is out of range: at explore_beta=0.1 it must satisfy |alpha| < ...
+    """
+    if alpha == AUTO and explore_beta == AUTO:
+        return
+    if not (isinstance(alpha, Real) and isinstance(explore_beta, Real)):
+        raise ValueError(
+            f"alpha={alpha!r} and explore_beta={explore_beta!r} do not go together: give two numbers, "
+            'or leave both "auto".'
+        )
+    if not 0.0 <= explore_beta < 1.0:
+        raise ValueError(
+            f"explore_beta={explore_beta!r} is out of range: it must satisfy 0 <= explore_beta < 1. "
+            'Choose a decay in that range, or leave both alpha and explore_beta "auto".'
+        )
+    limit = 1.0 / (1.0 - explore_beta)
+    if not abs(alpha) < limit:
+        raise ValueError(
+            f"alpha={alpha!r} is out of range: at explore_beta={explore_beta!r} it must satisfy "
+            f"|alpha| < 1/(1 - explore_beta) = {limit:g}. "
+            'Move alpha towards 0, raise explore_beta, or leave both "auto".'
+        )
+
+
+def resolve_explore(alpha: float | str, explore_beta: float | str) -> tuple[float, float]:
+    """Turn a param group's ``alpha`` and ``explore_beta`` into the numbers that are in force.
+
+    Args:
+        alpha: A number or ``"auto"``.
+        explore_beta: A number or ``"auto"``.
+
+    Returns:
+        The two numbers; for ``"auto"`` the choice for small batches.
+
+    Raises:
+        ValueError: If :func:`check_explore` refuses the pair.
+
+    Example:
+        >>> resolve_explore("auto", "auto"), resolve_explore(-2, 0.9)
+        ((0.5, 0.01), (-2.0, 0.9))
+    """
+    check_explore(alpha, explore_beta)
+    if alpha == AUTO:
+        return explore_choice(None)
+    return float(alpha), float(explore_beta)
+
+
+def variance_factor(alpha: float, explore_beta: float) -> float:
+    """Compute the variance of ``g + alpha * a`` as a multiple of that of ``g``.
+
+    The noise is taken as independent between steps.
+
+    With ``c = alpha * (1 - explore_beta)`` the adapted gradient is ``(1 + c) * g - c * e``, where ``e`` is
+    the moving average of the gradients before, so that
+
+        ``q = (1 + c)^2 + alpha^2 * (1 - explore_beta)^3 / (1 + explore_beta)``.
+
+    The optimizer sees the noise of a batch that is ``q`` times smaller.
+
+    Args:
+        alpha: Weight of the averaged gradient change.
+        explore_beta: Decay of that average.
+
+    Returns:
+        The factor ``q`` > 0; 1 at ``alpha = 0``.
+
+    Raises:
+        ValueError: If :func:`check_explore` refuses the pair, or it is ``"auto"``.
+
+    Example:
+        >>> round(variance_factor(-5.0, 0.99), 2), round(variance_factor(0.5, 0.01), 2)
+        (0.9, 2.48)
+    """
+    if isinstance(alpha, str):
+        raise ValueError('alpha="auto" has no variance factor: pass what resolve_explore returns.')
+    check_explore(alpha, explore_beta)
+    c = alpha * (1.0 - explore_beta)
+    return (1.0 + c) ** 2 + alpha**2 * (1.0 - explore_beta) ** 3 / (1.0 + explore_beta)

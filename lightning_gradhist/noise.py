@@ -1,0 +1,377 @@
+"""Gradient noise: how many samples a batch needs before its gradient is more signal than noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METRICS = ("simple", "adam")
+_MAX_WINDOWS = 8
+_MIN_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """A noise scale in samples, with its confidence interval.
+
+    Attributes:
+        value: the estimate; infinite where no signal stands out of the noise.
+        lower: lower end of the interval.
+        upper: upper end; infinite where the data cannot bound it.
+        confidence: probability that the interval is meant to hold the true value with.
+        measurements: number of gradients or pairs of gradients it rests on.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    confidence: float
+    measurements: int
+
+
+class GradientMoments:
+    """Streaming mean and variance of gradients, coordinate by coordinate (Welford; merged as Chan et al. 1983).
+
+    Args:
+        like: names and tensors whose shapes and devices the gradients have. Kept in float32, or float64 for float64.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.count = 0
+        self.mean = {name: _accumulator(tensor) for name, tensor in like.items()}
+        self.sum_of_squares = {name: _accumulator(tensor) for name, tensor in like.items()}
+
+    def update(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Adds one gradient; a parameter that is missing or None has gradient zero."""
+        self.count += 1
+        for name, mean in self.mean.items():
+            deviation = _deviation(gradients.get(name), mean)
+            mean.add_(deviation, alpha=1 / self.count)
+            self.sum_of_squares[name].addcmul_(deviation, deviation, value=(self.count - 1) / self.count)
+
+    def merge(self, other: GradientMoments) -> None:
+        """Adds the gradients that another instance has seen."""
+        total = self.count + other.count
+        if total == 0:
+            return
+        for name, mean in self.mean.items():
+            difference = other.mean[name] - mean
+            weight = self.count * other.count / total
+            self.sum_of_squares[name].add_(other.sum_of_squares[name]).addcmul_(difference, difference, value=weight)
+            mean.add_(difference, alpha=other.count / total)
+        self.count = total
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Merges the instances of all ranks; to be called on every rank, which then hold the same."""
+        device = next(iter(self.mean.values())).device
+        count = torch.tensor(self.count, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(count, group=group)
+        total = max(int(count), 1)
+        for name, mean in self.mean.items():
+            pooled = mean * (self.count / total)
+            torch.distributed.all_reduce(pooled, group=group)
+            squares = self.sum_of_squares[name].addcmul_(mean - pooled, mean - pooled, value=self.count)
+            torch.distributed.all_reduce(squares, group=group)
+            mean.copy_(pooled)
+        self.count = int(count)
+
+    def variance(self) -> dict[str, Tensor]:
+        """Unbiased variance of one gradient; needs two."""
+        return {name: squares / (self.count - 1) for name, squares in self.sum_of_squares.items()}
+
+    def second_moment(self, batch_ratio: float = 1.0) -> dict[str, Tensor]:
+        r"""Expected squared gradient :math:`\mu^2 + \sigma^2 / k` of a batch ``k = batch_ratio`` times as large.
+
+        The square of the measured mean is larger than :math:`\mu^2` by :math:`\sigma^2 / n`, which is taken off.
+        """
+        variance = self.variance()
+        return {
+            name: mean.square().sub_(variance[name] / self.count).clamp_(min=0).add_(variance[name] / batch_ratio)
+            for name, mean in self.mean.items()
+        }
+
+
+class NoiseScale:
+    r"""Noise scale of a gradient at fixed weights, from independent gradients in two halves.
+
+    For gradients of ``batch_size`` samples with mean :math:`\mu` and variance :math:`\sigma_b^2` (coordinate by
+    coordinate) and weights :math:`w`, the noise scale in samples is
+
+    .. math:: B = b \, \sum_i w_i \sigma_{b,i}^2 / \sum_i w_i \mu_i^2,
+
+    with :math:`w = 1` for ``B_simple`` (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.9) and :math:`w = 1 / (\sqrt{v} +
+    \epsilon)` for ``B_adam``, the metric in which Adam steps. The square of one measured mean counts noise as signal.
+    So the first half of the gradients gives mean, variance and :math:`v`; then each gradient ``g`` of the second half
+    gives one independent measurement of the signal, ``sum(w * mean * g)``, and one of the noise,
+    ``sum(w * (g - mean)**2) / (1 + 1/n)``. The interval is Fieller's for the ratio of their averages; the error of the
+    first half is bounded by that of the second.
+
+    Args:
+        like: names and tensors whose shapes and devices the gradients have, such as the parameters.
+        batch_size: number of samples of each gradient, in samples.
+
+    Memory: two tensors a parameter for the first half, a third from :meth:`split` on.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> noise = NoiseScale({"weight": torch.zeros(4000)}, batch_size=8)
+        >>> for _ in range(16):
+        ...     noise.update({"weight": 1 + 2 * torch.randn(4000, generator=generator)})
+        >>> noise.split(eps=1e-8)
+        >>> for _ in range(16):
+        ...     noise.update({"weight": 1 + 2 * torch.randn(4000, generator=generator)})
+        >>> estimate = noise.simple()  # sigma^2 = 4, mu^2 = 1, 8 samples a gradient: 32
+        >>> estimate.lower < 32 < estimate.upper, round(estimate.value)
+        (True, 32)
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], batch_size: float) -> None:
+        if not batch_size > 0:
+            raise ValueError(f"batch_size must be a positive number of samples, got {batch_size!r}")
+        self.batch_size = batch_size
+        self.first_half = GradientMoments(like)
+        self._weights: dict[str, Tensor] | None = None
+        self._measurements: list[Tensor] = []  # of the second half: noise and signal in each metric, [4] float64
+
+    @property
+    def measurements(self) -> int:
+        """Number of gradients in the second half."""
+        return len(self._measurements)
+
+    def update(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Adds one gradient: to the first half, or after :meth:`split` to the second.
+
+        Args:
+            gradients: names and gradients; a parameter that is missing or None has gradient zero.
+        """
+        if self._weights is None:
+            self.first_half.update(gradients)
+            return
+        terms = []
+        for name, mean in self.first_half.mean.items():
+            weight, deviation = self._weights[name], _deviation(gradients.get(name), mean)
+            terms.append(_weighted_sums(deviation.square(), mean * (deviation + mean), weight))
+        measurement = _total(terms)
+        inflation = 1 + 1 / self.first_half.count  # the deviation is from a measured mean
+        self._measurements.append(measurement / measurement.new_tensor([inflation, 1, inflation, 1]))
+
+    def split(self, eps: float, batch_ratio: float = 1.0) -> None:
+        """Ends the first half, and fixes the metric of ``B_adam`` from it.
+
+        Args:
+            eps: Adam's epsilon, in units of the gradient.
+            batch_ratio: samples of an optimizer step as a multiple of ``batch_size``, which is what ``v`` is of.
+
+        Raises:
+            RuntimeError: if the first half has fewer than two gradients, or was ended before.
+        """
+        if self._weights is not None:
+            raise RuntimeError("split() ends the first half and can be called once")
+        if self.first_half.count < 2:
+            raise RuntimeError(f"the first half needs two gradients for a variance, got {self.first_half.count}")
+        second_moment = self.first_half.second_moment(batch_ratio)
+        self._weights = {name: adam_weight(v, eps) for name, v in second_moment.items()}
+
+    def merge(self, other: NoiseScale) -> None:
+        """Adds what another instance with the same ``batch_size`` has seen.
+
+        Both must be in the same half. In the second each keeps being measured against its own first half, which is as
+        unbiased as against a common one.
+        """
+        if (self._weights is None) != (other._weights is None) or self.batch_size != other.batch_size:
+            raise ValueError("other must have the same batch_size and be in the same half to be merged")
+        self.first_half.merge(other.first_half)
+        self._measurements += other._measurements
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Merges over all ranks; to be called on every rank, at the end of each half.
+
+        Called before :meth:`split`, the second half is measured against the first half of all ranks.
+        """
+        if self._weights is None:
+            self.first_half.all_reduce(group)
+            return
+        gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, [m.cpu() for m in self._measurements], group=group)
+        self._measurements = [measurement for of_rank in gathered for measurement in of_rank]
+
+    def simple(self, confidence: float = 0.95) -> NoiseEstimate:
+        """``B_simple``, in samples, with its interval."""
+        return self._estimate(0, confidence)
+
+    def adam(self, confidence: float = 0.95) -> NoiseEstimate:
+        """``B_adam``, in samples, with its interval."""
+        return self._estimate(2, confidence)
+
+    def _estimate(self, column: int, confidence: float) -> NoiseEstimate:
+        measured = torch.stack([m.cpu() for m in self._measurements]) if self._measurements else torch.empty(0, 4)
+        noise, signal = measured[:, column].tolist(), measured[:, column + 1].tolist()
+        return ratio_estimate(
+            noise, signal, scale=self.batch_size, confidence=confidence, references=self.first_half.count
+        )
+
+
+class NoiseRecord:
+    """Noise scale over a run, from pairs of gradients of successive optimizer steps, at no extra backward pass.
+
+    A pair gives the signal ``sum(w * g1 * g2)`` and the noise ``sum(w * (g1 - g2)**2) / 2``. Its bias: the weights of the
+    second gradient are one step further, which the first gradient took part in (by ``1 - beta1`` of its length under
+    momentum), so that the signal comes out a little small and the noise scale a little large.
+
+    Args:
+        samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
+    """
+
+    def __init__(self, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
+
+    def add(self, step: int, batch_size: float, measurement: Tensor) -> None:
+        """Adds one pair.
+
+        Args:
+            step: optimizer step of the first gradient.
+            batch_size: samples of each gradient.
+            measurement: as :func:`measure_pair` returns it; what is not finite is recorded as None.
+        """
+        numbers = [number if math.isfinite(number) else None for number in measurement.tolist()]
+        keys = [f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")]
+        self.samples.append({"step": step, "batch_size": batch_size, **dict(zip(keys, numbers, strict=True))})
+
+    def estimate(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
+        """The noise scale averaged over the run, in samples.
+
+        It grows during a run, so the run is cut into windows of equal length, each gives a ratio with Fieller's
+        interval, and the ratios are averaged, errors in quadrature. There are as many windows, up to eight, as leave
+        every interval bounded.
+
+        Args:
+            metric: ``"simple"`` or ``"adam"``.
+            confidence: of the interval.
+        """
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        samples = [s for s in self.samples if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
+        for number in range(max(1, min(_MAX_WINDOWS, len(samples) // _MIN_WINDOW)), 0, -1):
+            windows = [_of_window(window, metric, confidence) for window in _cut(samples, number)]
+            if all(math.isfinite(window.upper) for window in windows):
+                return _average(windows)
+        return windows[0]
+
+
+def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: float) -> NoiseEstimate:
+    # Times the batch size sample by sample, so that a batch size that changes in mid-run does no harm.
+    noise = [sample[f"noise_{metric}"] * sample["batch_size"] for sample in samples]
+    signal = [sample[f"signal_{metric}"] for sample in samples]
+    return ratio_estimate(noise, signal, scale=1.0, confidence=confidence)
+
+
+def _average(windows: Sequence[NoiseEstimate]) -> NoiseEstimate:
+    value = _mean([window.value for window in windows])
+    below = math.hypot(*(window.value - window.lower for window in windows)) / len(windows)
+    above = math.hypot(*(window.upper - window.value for window in windows)) / len(windows)
+    measurements = sum(window.measurements for window in windows)
+    return NoiseEstimate(value, max(value - below, 0.0), value + above, windows[0].confidence, measurements)
+
+
+def adam_weight(second_moment: Tensor, eps: float) -> Tensor:
+    r"""The metric in which Adam steps, :math:`1 / (\sqrt{\hat v} + \epsilon)`; 0 where :math:`\hat v = 0`."""
+    return torch.where(second_moment > 0, 1 / (second_moment.sqrt() + eps), 0)
+
+
+def measure_pair(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
+) -> Tensor:
+    """Noise and signal of two independent gradients of the same size.
+
+    Args:
+        first: names and gradients.
+        second: names and gradients; a name that only one of the two has is left out.
+        weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
+
+    Returns:
+        float64 ``[4]``: noise and signal with weight 1, then with ``weights``; NaN where there is nothing to measure.
+    """
+    terms = []
+    for name in (name for name in first if name in second):
+        one, two = first[name].float(), second[name].float()
+        squares, products = (one - two).square() / 2, one * two
+        weight = squares.new_tensor(math.nan) if weights is None else weights.get(name, squares.new_tensor(0.0))
+        terms.append(_weighted_sums(squares, products, weight))
+    return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
+
+
+def ratio_estimate(
+    noise: Sequence[float], signal: Sequence[float], *, scale: float, confidence: float, references: float = math.inf
+) -> NoiseEstimate:
+    """Fieller's interval for ``scale * mean(noise) / mean(signal)`` from independent pairs of measurements.
+
+    Args:
+        noise: measurements of the noise.
+        signal: measurements of the signal, one for each of the noise.
+        scale: factor of the ratio.
+        confidence: from 0 to 1.
+        references: number of gradients in the reference that all were measured against; its error adds that of as many
+            measurements.
+    """
+    number = len(noise)
+    top, bottom = _mean(noise), _mean(signal)
+    value = scale * top / bottom if bottom > 0 else math.inf
+    if number < 3:
+        return NoiseEstimate(value if number else math.inf, 0.0, math.inf, confidence, number)
+    t = student_quantile(0.5 + confidence / 2, number - 1)
+    error = t * t * (1 / number + 1 / references)
+    # The ratios R with (top - R * bottom)^2 <= t^2 var(top - R * bottom): a R^2 - 2 b R + c <= 0.
+    a = bottom * bottom - error * _covariance(signal, signal)
+    b = top * bottom - error * _covariance(noise, signal)
+    c = top * top - error * _covariance(noise, noise)
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    lower = max((b - root) / a, 0.0) if a and c > 0 else 0.0
+    upper = (b + root) / a if a > 0 and bottom > 0 else math.inf
+    return NoiseEstimate(value, scale * lower, scale * upper, confidence, number)
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t by Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(probability)
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + g1 / degrees + g2 / degrees**2 + g3 / degrees**3
+
+
+def _accumulator(tensor: Tensor) -> Tensor:
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
+
+
+def _deviation(gradient: Tensor | None, mean: Tensor) -> Tensor:
+    return -mean if gradient is None else gradient.detach().to(mean.dtype) - mean
+
+
+def _weighted_sums(squares: Tensor, products: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([squares.sum(), products.sum(), (weight * squares).sum(), (weight * products).sum()])
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack([term.to(terms[0].device, torch.float64) for term in terms]).sum(0)
+
+
+def _cut(samples: Sequence[Any], number: int) -> list[Sequence[Any]]:
+    cuts = [i * len(samples) // number for i in range(number + 1)]
+    return [samples[low:high] for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _covariance(x: Sequence[float], y: Sequence[float]) -> float:
+    mean_x, mean_y = _mean(x), _mean(y)
+    return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (len(x) - 1)
