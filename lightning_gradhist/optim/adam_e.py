@@ -1,0 +1,148 @@
+"""AdamE: Adam and AdamW with adaptor E."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_gradhist.explore import AUTO
+from lightning_gradhist.optim._base import (
+    ExploringOptimizer,
+    ParamsT,
+    StepScalars,
+    adam_direction,
+    explored_gradient,
+)
+
+
+def adam_e_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg_grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    s: StepScalars,
+    *,
+    decoupled_weight_decay: bool,
+) -> None:
+    """Make one AdamE step in place, in the dtype of the buffers; ``grad`` is not changed.
+
+    Args:
+        param: Parameter ``theta``, any shape.
+        grad: Gradient ``g``, shaped as ``param``.
+        exp_avg_grad: ``e``, shaped as ``param``.
+        exp_avg: ``m``, shaped as ``param``.
+        exp_avg_sq: ``v``, shaped as ``param``.
+        s: The scalars of this step.
+        decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
+    """
+    theta = param.to(exp_avg.dtype)  # param itself unless it is fp16 or bf16
+    g = explored_gradient(grad.to(exp_avg.dtype), exp_avg_grad, s)
+    if s.weight_decay != 0.0 and decoupled_weight_decay:
+        theta.mul_(1.0 - s.lr * s.weight_decay)
+    elif s.weight_decay != 0.0:
+        g = g.add_(theta, alpha=s.weight_decay)
+    theta.sub_(adam_direction(g, exp_avg, exp_avg_sq, s).mul_(s.lr))
+    if theta is not param:
+        param.copy_(theta)
+
+
+class AdamE(ExploringOptimizer):
+    """Adam or AdamW that sees the gradient through adaptor E ("EAdam" in the paper).
+
+    At step ``k`` with gradient ``g``, ``c = alpha * (1 - explore_beta)`` and all buffers zero at first::
+
+        g'    = g + c * (g - e)                            # = g + alpha * a
+        e     = explore_beta * e + (1 - explore_beta) * g
+        m     = beta1 * m + (1 - beta1) * g'
+        v     = beta2 * v + (1 - beta2) * g'^2
+        theta = theta - lr * (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps)
+
+    ``a`` is the paper's moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 -
+    explore_beta) * (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer
+    does for its two. Weight decay: ``theta`` is first multiplied by ``1 - lr * weight_decay`` (decoupled,
+    AdamW), or ``weight_decay * theta`` is added to ``g'`` (coupled, Adam). At ``alpha = 0`` it is
+    ``torch.optim.AdamW`` or ``torch.optim.Adam``.
+
+    The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the
+    parameter and in fp32 (float64 for float64), and ``step``. For fp16 and bf16 the step is computed in fp32
+    and its result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can
+    differ by param group and is read at each step.
+
+    Args:
+        params: Parameters, named parameters or param groups. Complex ones are refused.
+        lr: Learning rate, >= 0; a number or a tensor of one element, which is read at each step.
+        betas: Decays ``(beta1, beta2)`` of the first and the second moment, each in [0, 1).
+        eps: Added to the root of the second moment, >= 0; at 0 a coordinate whose gradients are all zero
+            becomes NaN.
+        weight_decay: Weight decay, >= 0.
+        alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along
+            valleys (large batches), positive exploits. ``"auto"`` stays in the param group until a callback
+            or the user writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
+            0.01, is in force.
+        explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
+        decoupled_weight_decay: Weight decay as in AdamW rather than as in Adam.
+        maximize: Ascend instead of descend.
+
+    Raises:
+        ValueError: If a hyper-parameter is out of range.
+        TypeError: If a parameter is complex.
+
+    Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv
+    2510.27153), adaptor E applied to Adam.
+
+    Example:
+        >>> import torch
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        >>> optimizer = AdamE([x], lr=0.1, alpha=-5.0, explore_beta=0.99)
+        >>> for _ in range(200):
+        ...     optimizer.zero_grad()
+        ...     x.square().sum().backward()
+        ...     optimizer.step()
+        >>> bool(x.abs().max() < 0.1)
+        True
+    """
+
+    _added_defaults: ClassVar[dict[str, Any]] = {
+        **ExploringOptimizer._added_defaults,
+        "decoupled_weight_decay": True,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        alpha: float | str = AUTO,
+        explore_beta: float | str = AUTO,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+    ) -> None:
+        """Check the hyper-parameters and register the parameters."""
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "explore_beta": explore_beta,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _step_param(self, param: Tensor, state: dict[str, Tensor], s: StepScalars, group: dict[str, Any]) -> None:
+        assert param.grad is not None
+        adam_e_step(
+            param,
+            param.grad,
+            state["exp_avg_grad"],
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            s,
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+        )
