@@ -1,0 +1,147 @@
+"""The figures. They need matplotlib, which is optional: ``pip install "lightning-gradhist[plots]"``."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_gradhist.epsilon import EpsilonRange
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.report.loggers import shown_buckets
+from lightning_gradhist.report.result import CalibrationResult
+from lightning_gradhist.surge import careful_ratio, scaling_law
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FP16_SMALLEST = 2.0**-24
+_BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9661f", "#8a8f98"
+_MAX_LABELS = 48
+_CELLS_A_DECADE = 8
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def magnitude_heatmap(histogram: MagnitudeHistogram, title: str) -> Figure:
+    """Layers by magnitude: one row a name, first on top, darker where more of the layer's values lie.
+
+    A row's values are the densities per decade of that layer, its white tick is the median, and the dashed line is the
+    smallest number that float16 can hold.
+    """
+    names = [name for name, there in zip(histogram.names, histogram.counts.any(1).tolist(), strict=True) if there]
+    rows = [histogram.names.index(name) for name in names]
+    edges = histogram.edges.log10()
+    pooled = histogram.counts.sum(0)
+    low, high = (float(edge) for edge in shown_buckets(edges, pooled)[0][[0, -1]])
+    cells = torch.linspace(low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64)
+    density = _density(histogram.counts[rows], edges, cells)
+
+    figure = _figure(width=9.0, height=min(max(2.6, 1.5 + 0.24 * len(names)), 14.0))
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        density.numpy(),
+        aspect="auto",
+        cmap="Blues",
+        interpolation="nearest",
+        extent=(low, high, len(names), 0.0),
+        vmin=0.0,
+    )
+    medians = histogram.quantile(0.5)[rows].log10()
+    for row, median in enumerate(medians.tolist()):
+        axes.plot([median, median], [row + 0.15, row + 0.85], color="white", linewidth=2.4)
+        axes.plot([median, median], [row + 0.15, row + 0.85], color=_ORANGE, linewidth=1.4)
+    if low < math.log10(_FP16_SMALLEST) < high:
+        axes.axvline(math.log10(_FP16_SMALLEST), color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate("float16 min", (math.log10(_FP16_SMALLEST), 0), xytext=(3, 3), textcoords="offset points",
+                      color=_GREY, fontsize=8)  # fmt: skip
+    every = math.ceil(len(names) / _MAX_LABELS)
+    axes.set_yticks([row + 0.5 for row in range(0, len(names), every)], names[::every], fontsize=8)
+    axes.set_xlim(low, high)
+    axes.set_xlabel("log10 |gradient|  (orange: median of the layer)")
+    axes.set_title(title, fontsize=10, loc="left", pad=14)
+    figure.colorbar(image, ax=axes, label="share of the layer per decade", fraction=0.04, pad=0.02)
+    return figure
+
+
+def epsilon_figure(search_space: EpsilonRange, before: float | None, after: float | None) -> Figure:
+    """Histogram of the root-mean-square gradient, the search space shaded, epsilon before and after marked."""
+    figure = _figure(width=7.5, height=3.6)
+    axes = figure.add_subplot()
+    histogram = search_space.histogram.pooled()
+    edges, counts = shown_buckets(histogram.edges.log10(), histogram.counts[0])
+    density = counts / counts.sum() / edges.diff()
+    axes.stairs(density.tolist(), edges.tolist(), color=_BLUE, fill=True, alpha=0.85)
+    axes.axvspan(math.log10(search_space.lower), math.log10(search_space.upper), color=_ORANGE, alpha=0.12,
+                 label=f"search space {search_space.lower:g} to {search_space.upper:g}")  # fmt: skip
+    if before:
+        axes.axvline(math.log10(before), color=_GREY, linestyle="--", label=_eps_label("before", before, search_space))
+    if after:
+        axes.axvline(math.log10(after), color=_ORANGE, label=_eps_label("after", after, search_space))
+    axes.set_xlabel("log10 of the root-mean-square gradient, and of epsilon")
+    axes.set_ylabel("share per decade")
+    axes.set_title("Epsilon among the gradients that it is added to", fontsize=10, loc="left")
+    _legend(axes)
+    return figure
+
+
+def learning_rate_figure(result: CalibrationResult) -> Figure:
+    """The law over batch size with its band, the reference, the present batch size and the alternatives."""
+    batch, reference, noise = result.effective_batch_size, result.reference_batch_size, result.noise_scale
+    if batch is None or reference is None:
+        raise ValueError("the figure needs result.effective_batch_size and result.reference_batch_size")
+    figure = _figure(width=7.5, height=3.6)
+    axes = figure.add_subplot()
+    low, high = sorted((batch, reference))
+    batches = torch.logspace(math.log2(low / 4), math.log2(high * 4), 129, base=2, dtype=torch.float64).tolist()
+    if noise is not None:
+        record = result.noise_source == "record"
+        ends = [[careful_ratio(scale, b, reference, record) for b in batches] for scale in (noise.lower, noise.upper)]
+        axes.fill_between(batches, ends[0], ends[1], color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
+        law = [careful_ratio(noise.value, b, reference, record) for b in batches]
+        axes.plot(batches, law, color=_BLUE, label=f"surge ({result.noise_source})")
+    for name, style in (("sqrt", "--"), ("linear", ":"), ("keep", "-.")):
+        ratios = [scaling_law(name).ratio(b, reference) for b in batches]
+        axes.plot(batches, ratios, color=_GREY, linestyle=style, linewidth=1, label=name)
+    axes.plot([reference], [1.0], "o", color=_GREY, label=f"reference {reference:g}")
+    axes.plot([batch], [result.ratio], "o", color=_ORANGE, label=f"now {batch:g}: times {result.ratio:.3g}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    tallest = 2 * max(result.ratio_interval[1], math.sqrt(max(batch / reference, 1.0)))
+    axes.set_ylim(min(result.ratio_interval[0], math.sqrt(min(batch / reference, 1.0))) / 2, tallest)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("samples of an optimizer step")
+    axes.set_ylabel("learning rate / reference")
+    axes.set_title("Learning rate over batch size", fontsize=10, loc="left")
+    _legend(axes)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window, safe in any thread
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _eps_label(when: str, eps: float, search_space: EpsilonRange) -> str:
+    return f"{when}: {eps:.3g}, damps {search_space.damped_share(eps):.1%}"
+
+
+def _density(counts: torch.Tensor, edges: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    # The cumulative share, interpolated at the cells' edges: bins and cells need not coincide.
+    cumulative = torch.nn.functional.pad(counts.cumsum(1).double(), (1, 0)) / counts.sum(1, keepdim=True)
+    position = torch.searchsorted(edges, cells).clamp_(1, edges.numel() - 1)
+    inside = (cells - edges[position - 1]) / (edges[position] - edges[position - 1])
+    at_cells = torch.lerp(cumulative[:, position - 1], cumulative[:, position], inside)
+    return at_cells.diff(dim=1) / cells.diff()
