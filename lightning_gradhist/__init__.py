@@ -1,0 +1,39 @@
+"""Gradient-magnitude histograms for PyTorch Lightning, epsilon and learning rate from them, and ALTO and AdamE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_gradhist._version import __version__
+from lightning_gradhist.epsilon import EpsilonRange, epsilon_range
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.noise import NoiseEstimate, NoiseScale
+from lightning_gradhist.optim import ALTO, AdamE
+from lightning_gradhist.surge import SurgeLaw
+
+if TYPE_CHECKING:
+    from lightning_gradhist.callbacks import GradientHistogramMonitor, OptimizerCalibration
+
+
+__all__ = [
+    "ALTO",
+    "AdamE",
+    "EpsilonRange",
+    "GradientHistogramMonitor",
+    "MagnitudeHistogram",
+    "NoiseEstimate",
+    "NoiseScale",
+    "OptimizerCalibration",
+    "SurgeLaw",
+    "__version__",
+    "epsilon_range",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The callbacks need Lightning and nothing else does, so they are imported when they are asked for.
+    if name in ("GradientHistogramMonitor", "OptimizerCalibration"):
+        from lightning_gradhist import callbacks
+
+        return getattr(callbacks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

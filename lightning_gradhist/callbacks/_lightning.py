@@ -1,0 +1,48 @@
+"""What is used of Lightning, from whichever of its two packages is installed."""
+
+from __future__ import annotations
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.plugins import MixedPrecision
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+    from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+    from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+except ModuleNotFoundError as missing:
+    if (missing.name or "").partition(".")[0] != "lightning":
+        raise
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
+    from pytorch_lightning.plugins import MixedPrecision  # type: ignore[assignment]
+    from pytorch_lightning.strategies import (  # type: ignore[assignment]
+        DDPStrategy,
+        DeepSpeedStrategy,
+        SingleDeviceStrategy,
+    )
+    from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn  # type: ignore[assignment]
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[assignment]
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+    from pytorch_lightning.utilities.seed import isolate_rng
+    from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+
+__all__ = [
+    "Callback",
+    "CombinedLoader",
+    "DDPStrategy",
+    "DeepSpeedStrategy",
+    "DummyLogger",
+    "LightningModule",
+    "MisconfigurationException",
+    "MixedPrecision",
+    "SingleDeviceStrategy",
+    "Trainer",
+    "is_overridden",
+    "is_param_in_hook_signature",
+    "isolate_rng",
+    "rank_zero_info",
+    "rank_zero_warn",
+]
