@@ -1,0 +1,111 @@
+"""The data and the model of the examples: real handwritten digits and a small convolutional network."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class Digits(L.LightningDataModule):
+    """Handwritten digits of scikit-learn, or Fashion-MNIST where a folder with its four idx files is given.
+
+    Args:
+        batch_size: samples of one batch on one device.
+        data_dir: folder with ``train-images-idx3-ubyte.gz`` and its three companions.
+    """
+
+    def __init__(self, batch_size: int, data_dir: str | None = None) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.train, self.val = _fashion_mnist(Path(data_dir)) if data_dir else _digits()
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled training data."""
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation data."""
+        return DataLoader(self.val, 500)
+
+
+class Classifier(L.LightningModule):
+    """A convolutional network of five layers.
+
+    Args:
+        optimizer: makes the optimizer from the parameters.
+        width: channels of the first layer.
+    """
+
+    def __init__(self, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, width: int = 16, **options) -> None:
+        super().__init__()
+        self.optimizer, self.options = optimizer, options
+        self.body = nn.Sequential(
+            *_block(1, width),
+            nn.MaxPool2d(2),
+            *_block(width, 2 * width),
+            nn.MaxPool2d(2),
+            *_block(2 * width, 2 * width),
+        )
+        self.head = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 10))
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[n, 10]`` of images ``[n, 1, height, width]``."""
+        return self.head(self.body(images).mean((2, 3)))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        images, labels = batch
+        loss = nn.functional.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy."""
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("val_accuracy", self.accuracy, prog_bar=True)
+
+    def configure_optimizers(self):  # noqa: ANN201
+        """The optimizer, and a cosine decay over the run."""
+        optimizer = self.optimizer(self.parameters(), **self.options)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _block(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(4, outputs), nn.ReLU()]
+
+
+def _digits() -> tuple[TensorDataset, TensorDataset]:
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(data.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, val = order[:1440], order[1440:]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
+
+
+def _fashion_mnist(folder: Path) -> tuple[TensorDataset, TensorDataset]:
+    return tuple(  # type: ignore[return-value]
+        TensorDataset(
+            _idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None].float() / 255,
+            _idx(folder / f"{part}-labels-idx1-ubyte.gz").long(),
+        )
+        for part in ("train", "t10k")
+    )
+
+
+def _idx(path: Path) -> Tensor:
+    content = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())
