@@ -20,7 +20,7 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.gradients import effective_batch_size, optimizer_parameters, replicas
 from lightning_gradhist.callbacks.handoff import apply_changes, base_rate
 from lightning_gradhist.callbacks.monitor import model_shapes
-from lightning_gradhist.callbacks.probe import no_trace, probe_gradients, why_impossible
+from lightning_gradhist.callbacks.probe import ProbeRefusedError, no_trace, probe_gradients, why_impossible
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -272,7 +272,15 @@ class _Calibration:
         noise = NoiseScale(trained, (self.batch_size or self.micro_batches) / self.micro_batches)
         with no_trace(self.trainer, self.module):
             gradients = probe_gradients(self.trainer, self.module, self.optimizer, planned)
-            self._measure_halves(noise, gradients, planned)
+            try:
+                self._measure_halves(noise, gradients, planned)
+            except ProbeRefusedError as error:  # by the code of the module, and so on every rank
+                self._no_probe(str(error))
+
+    def _no_probe(self, why: str) -> None:
+        self.problems.append(
+            f"no probe: {why}; or do without one: epsilon='keep', and learning_rate='keep' or a record"
+        )
 
     def _measure_halves(self, noise: NoiseScale, gradients: Any, planned: int) -> None:
         first = (planned + 1) // 2
@@ -441,11 +449,11 @@ def _log(trainer: Trainer, result: CalibrationResult) -> None:
         figures = {}
         if plots.available() and trainer.loggers and result.epsilon_range is not None:
             eps = before.get("eps", result.epsilon)
-            figures["calibration/epsilon"] = plots.epsilon_figure(
+            figures["calibration/epsilon_search_space"] = plots.epsilon_figure(
                 result.epsilon_range, eps if isinstance(eps, float) else None, result.epsilon
             )
         if plots.available() and trainer.loggers and result.effective_batch_size and result.reference_batch_size:
-            figures["calibration/learning_rate"] = plots.learning_rate_figure(result)
+            figures["calibration/learning_rate_over_batch_size"] = plots.learning_rate_figure(result)
         for sink in sinks(trainer.loggers):
             sink.text("calibration/report", result.to_markdown(), trainer.global_step)
             sink.scalars(result.scalars(), trainer.global_step)

@@ -24,9 +24,12 @@ from lightning_gradhist.callbacks._lightning import (
 )
 from lightning_gradhist.callbacks.gradients import loss_scale, optimizer_parameters
 
-_MAX_HALVINGS = 24
 _PLAIN = (bool, int, float, str, bytes, tuple, type(None))
 _CONTAINERS = (list, dict, set)
+
+
+class ProbeRefusedError(RuntimeError):
+    """The probe cannot be made; the message says why, and the way out."""
 
 
 def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
@@ -48,19 +51,19 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
 def no_trace(trainer: Trainer, module: LightningModule) -> Generator[None, None, None]:
     """On leaving, everything that a training step may change is as it was.
 
-    That is: gradients, buffers, metrics, plain Python attributes (numbers, strings, lists, dicts, sets) of all
+    That is: buffers, metrics, plain Python attributes (numbers, strings, lists, dicts, sets) of all
     submodules, random generators of torch on every device, numpy and Python, and those of loader and samplers. Nothing
     reaches the loggers. Other objects that a training step changes, and data that can be read only once, cannot be put
     back.
     """
     with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
         stack.enter_context(torch.enable_grad())
         for keeper in (
+            _random_state(),
             _loggers(trainer),
             _metrics(module),
             _attributes(module),
-            _tensors(module),
+            _buffers(module),
             _generators(trainer),
         ):
             stack.enter_context(keeper)
@@ -78,22 +81,23 @@ def probe_gradients(
 
     Args:
         trainer: whose training data and precision are used.
-        module: whose ``training_step`` and ``backward`` are called, not those of a DDP wrapper.
+        module: whose ``training_step`` is called. Neither a DDP wrapper nor an override of ``backward`` has a part in it.
         optimizer: whose parameters are asked for.
         limit: number of batches to read at the most.
 
     Yields:
-        names and gradients, None for a parameter that the batch did not use. They are valid until the next one.
+        names and gradients, None for a parameter that the batch did not use.
+
+    Raises:
+        ProbeRefusedError: where the module cannot be differentiated without running the hooks of its parameters.
     """
     parameters = {n: p for n, p in optimizer_parameters(module, optimizer).items() if p.requires_grad}
     decay = _coupled_decay(optimizer)
     scale = loss_scale(trainer)
     for batch_index, batch in enumerate(_batches(trainer, module, limit)):
-        for _ in range(_MAX_HALVINGS):
-            module.zero_grad(set_to_none=True)
-            if not _backward(trainer, module, batch, batch_index, scale):
-                break
-            gradients = {name: _gradient(p, scale, decay.get(id(p), 0.0)) for name, p in parameters.items()}
+        while (loss := _loss(trainer, module, batch, batch_index)) is not None:
+            found = _differentiate(loss * scale, parameters)
+            gradients = {n: _gradient(g, parameters[n], scale, decay) for n, g in found.items()}
             if _all_finite(gradients):
                 yield gradients
                 break
@@ -125,27 +129,50 @@ def _fresh(loader: Any) -> Any:
     return loader
 
 
-def _backward(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int, scale: float) -> bool:
-    # Not through the DDP wrapper: its reducer then neither waits for other ranks nor notices anything.
+def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int) -> Tensor | None:
     arguments = [batch]
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         arguments.append(batch_index)
     with trainer.precision_plugin.train_step_context():
         output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    if loss is None:
-        return False
-    module.backward(loss * scale)
-    return True
+    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
 
 
-def _gradient(parameter: nn.Parameter, scale: float, weight_decay: float) -> Tensor | None:
-    if parameter.grad is None:
+def _differentiate(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    # Not loss.backward(): it runs the hooks of DDP's reducer, and with static_graph=True that counts calls and would no
+    # longer average the gradients of training. It runs the users' hooks too, which may step an optimizer.
+    if _has_reentrant_checkpoint(loss):  # autograd.grad would find nothing behind it, and say nothing
+        raise ProbeRefusedError(
+            "activation checkpointing with use_reentrant=True can only be differentiated by backward(), which runs the hooks"
+            " of the parameters; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":  # torch.utils.checkpoint's name for it; there is no public one
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _gradient(
+    gradient: Tensor | None, parameter: nn.Parameter, scale: float, decay: Mapping[int, float]
+) -> Tensor | None:
+    if gradient is None:
         return None
-    gradient = parameter.grad.to_dense() if parameter.grad.layout != torch.strided else parameter.grad
-    if scale != 1.0:
-        gradient = gradient / scale
-    return gradient.add(parameter.detach(), alpha=weight_decay) if weight_decay else gradient
+    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    unscaled = dense if scale == 1.0 else dense / scale
+    weight_decay = decay.get(id(parameter), 0.0)
+    return unscaled.add(parameter.detach(), alpha=weight_decay) if weight_decay else unscaled
 
 
 def _coupled_decay(optimizer: Optimizer) -> dict[int, float]:
@@ -162,6 +189,18 @@ def _coupled_decay(optimizer: Optimizer) -> dict[int, float]:
 def _all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
     finite = [gradient.isfinite().all() for gradient in gradients.values() if gradient is not None]
     return bool(finite) and bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
+
+
+@contextmanager
+def _random_state() -> Generator[None, None, None]:
+    error: BaseException | None = None
+    with isolate_rng():  # puts the state back only where its body ends without an exception
+        try:
+            yield
+        except BaseException as caught:
+            error = caught
+    if error is not None:
+        raise error
 
 
 @contextmanager
@@ -226,15 +265,12 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _tensors(module: LightningModule) -> Generator[None, None, None]:
+def _buffers(module: LightningModule) -> Generator[None, None, None]:
     buffers = [
         (child, name, buffer, buffer.detach().clone())
         for child in module.modules()
         for name, buffer in child.named_buffers(recurse=False)
     ]
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
     try:
         yield
     finally:
@@ -242,8 +278,6 @@ def _tensors(module: LightningModule) -> Generator[None, None, None]:
             for child, name, buffer, before in buffers:
                 buffer.copy_(before)
                 setattr(child, name, buffer)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 @contextmanager

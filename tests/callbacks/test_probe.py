@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from support import Net, dataset, final_state, fit, loader
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, RandomSampler
+
+from lightning_gradhist import ALTO, OptimizerCalibration
+from lightning_gradhist.callbacks.probe import no_trace, probe_gradients
+
+
+def silent(**options: Any) -> OptimizerCalibration:
+    return OptimizerCalibration(**{"reference_batch_size": 4, "probe_batches": 8, "apply": False, **options})
+
+
+class Stateful(Net):
+    """A training step that keeps state in every usual way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(8), persistent=False)
+        self.outputs: dict[str, list[int]] = {"sizes": []}
+        self.names: set[str] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.seen += len(batch[0])
+        self.replaced = self.replaced + batch[0].mean(0)
+        self.outputs = {"sizes": [*self.outputs["sizes"], len(batch[0])]}
+        self.names.add(f"batch {batch_idx}")
+        self.latest = float(loss.detach())
+        self.logger.experiment.add_scalar("by_hand", self.latest, self.calls)
+        assert torch.rand(()) >= 0
+        return {"loss": loss * (1 + 0 * torch.rand(())), "other": 1}
+
+    def on_train_start(self) -> None:
+        assert not hasattr(self, "latest")
+        assert (self.calls, self.losses, self.names, self.outputs) == (0, [], set(), {"sizes": []})
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Draws random numbers for each sample, in the worker or in the main process."""
+
+    def __init__(self) -> None:
+        self.data = dataset(64)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = self.data[index]
+        return inputs + 0.1 * torch.randn(8), label
+
+
+def _own_generator() -> DataLoader:
+    sampler = RandomSampler(dataset(64), generator=torch.Generator().manual_seed(3))
+    return DataLoader(dataset(64), 8, sampler=sampler, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "options"),
+    [
+        pytest.param(Net, loader, {}, id="BatchNorm, dropout, shuffling, metric"),
+        pytest.param(Stateful, loader, {}, id="state in the module"),
+        pytest.param(lambda: Net(scheduler=lambda o: OneCycleLR(o, 0.1, total_steps=32)), loader, {}, id="scheduler"),
+        pytest.param(Net, loader, {"accumulate_grad_batches": 3}, id="accumulation"),
+        pytest.param(Net, loader, {"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(Net, _own_generator, {}, id="generators of loader and sampler"),
+        pytest.param(Net, lambda: DataLoader(Augmented(), 8, shuffle=True), {}, id="augmentation"),
+        pytest.param(
+            Net,
+            lambda: DataLoader(Augmented(), 8, shuffle=True, num_workers=2, persistent_workers=True),
+            {},
+            id="persistent workers",
+        ),
+        pytest.param(lambda: Net(ALTO), loader, {}, id="ALTO"),
+    ],
+)
+def test_with_apply_false_the_run_is_the_same_to_the_bit(tmp_path, module, data, options) -> None:
+    calibration = silent()
+    with_probe = fit(tmp_path / "a", calibration, module=module, data=data(), max_epochs=2, **options)
+    without = fit(tmp_path / "b", module=module, data=data(), max_epochs=2, **options)
+    assert calibration.result is not None and calibration.result.gradients == 8
+    expected, got = final_state(without), final_state(with_probe)
+    assert got["losses"] == expected["losses"] and got["calls"] == expected["calls"]
+    assert got["logged"] == expected["logged"]
+    torch.testing.assert_close(got["weights"], expected["weights"], rtol=0, atol=0)
+    for one, other in zip(got["optimizer"], expected["optimizer"], strict=True):
+        assert one["param_groups"] == other["param_groups"]
+        torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
+    assert torch.equal(got["rng"], expected["rng"])
+    assert with_probe.global_step == without.global_step
+
+
+class Look(L.Callback):
+    """Probes by hand, and keeps the gradients."""
+
+    def __init__(self, limit: int = 4) -> None:
+        self.limit = limit
+        self.gradients: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with no_trace(trainer, pl_module):
+            for gradients in probe_gradients(trainer, pl_module, trainer.optimizers[0], self.limit):
+                self.gradients.append({n: None if g is None else g.clone() for n, g in gradients.items()})
+
+
+class Linear(L.LightningModule):
+    """The gradient of a linear least-squares fit has a closed form."""
+
+    def __init__(self, optimizer: Any = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 1, bias=False)
+        self.optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.layer(batch[0])[:, 0] - batch[1]).square().mean() / 2
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+def closed_form(weight: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return ((inputs @ weight.T)[:, 0] - labels) @ inputs / len(labels)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "decay"),
+    [
+        pytest.param(lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.3), 0.3, id="SGD: coupled"),
+        pytest.param(lambda p: torch.optim.RMSprop(p, 0.1, weight_decay=0.3), 0.3, id="RMSprop: coupled"),
+        pytest.param(lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.3), 0.3, id="Adam: coupled"),
+        pytest.param(lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.3), 0.0, id="AdamW: decoupled"),
+        pytest.param(lambda p: ALTO(p, 0.1, weight_decay=0.3), 0.0, id="ALTO: after the division"),
+    ],
+)
+def test_a_gradient_is_that_of_the_optimizers_objective(tmp_path, optimizer, decay) -> None:
+    look = Look()
+    data = DataLoader(dataset(64), 8)
+    module = Linear(optimizer)
+    weight = module.layer.weight.detach().clone()
+    fit(tmp_path, look, module=module, data=data, accumulate_grad_batches=2)
+    assert len(look.gradients) == 4
+    for (inputs, labels), found in zip(data, look.gradients, strict=False):
+        expected = closed_form(weight, inputs, labels) + decay * weight[0]
+        torch.testing.assert_close(found["layer.weight"][0], expected)
+
+
+def test_hooks_of_the_batch_transfer_run(tmp_path) -> None:
+    class Shifted(Linear):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] + 1, batch[1]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] * 2, batch[1]
+
+    look = Look(limit=1)
+    data = DataLoader(dataset(64), 8)
+    module = Shifted()
+    weight = module.layer.weight.detach().clone()
+    fit(tmp_path, look, module=module, data=data)
+    inputs, labels = next(iter(data))
+    torch.testing.assert_close(look.gradients[0]["layer.weight"][0], closed_form(weight, 2 * (inputs + 1), labels))
+
+
+def test_gradients_that_were_there_stay(tmp_path) -> None:
+    class Check(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            mine = torch.ones_like(pl_module.layer.weight)
+            pl_module.layer.weight.grad = mine
+            with no_trace(trainer, pl_module):
+                assert len(list(probe_gradients(trainer, pl_module, trainer.optimizers[0], 3))) == 3
+            assert pl_module.layer.weight.grad is mine, "a probe does not touch gradients"
+            assert torch.equal(mine, torch.ones_like(mine))
+
+    fit(tmp_path, Check(), module=Linear())
+
+
+def _step_in_backward(parameter: nn.Parameter) -> None:
+    parameter.data.sub_(0.01 * parameter.grad)
+
+
+def test_hooks_of_the_parameters_do_not_run(tmp_path) -> None:
+    class StepsInBackward(Net):
+        def on_fit_start(self) -> None:
+            for parameter in self.parameters():
+                parameter.register_post_accumulate_grad_hook(_step_in_backward)
+
+    states = [
+        final_state(fit(tmp_path / str(len(callbacks)), *callbacks, module=StepsInBackward))
+        for callbacks in ([], [silent()])
+    ]
+    torch.testing.assert_close(states[0]["weights"], states[1]["weights"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(tmp_path, reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            inputs = batch[0].requires_grad_()
+            hidden = torch.utils.checkpoint.checkpoint(self.body, inputs, use_reentrant=reentrant)
+            return nn.functional.cross_entropy(self.head(hidden), batch[1])
+
+    calibration = silent(learning_rate="keep")
+    with pytest.warns(UserWarning, match="no probe: activation checkpointing") if reentrant else nullcontext():
+        fit(tmp_path, calibration, module=Checkpointed)
+    assert calibration.result.gradients == (0 if reentrant else 8)
+
+
+def test_an_error_in_the_middle_leaves_no_trace_either(tmp_path) -> None:
+    class Failing(Stateful):
+        fail = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            if self.fail and batch_idx == 2:
+                raise RuntimeError("in the middle")
+            return output
+
+    class Check(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            before, loggers = final_state(trainer), trainer.loggers
+            with pytest.raises(RuntimeError, match="in the middle"), no_trace(trainer, pl_module):
+                list(probe_gradients(trainer, pl_module, trainer.optimizers[0], 8))
+            after = final_state(trainer)
+            torch.testing.assert_close(after["weights"], before["weights"], rtol=0, atol=0)
+            assert (after["losses"], after["calls"]) == ([], 0)
+            assert torch.equal(after["rng"], before["rng"])
+            assert trainer.loggers == loggers and "log" not in vars(pl_module)
+            assert all(parameter.grad is None for parameter in pl_module.parameters())
+            pl_module.fail = False
+
+    fit(tmp_path, Check(), module=Failing())
+
+
+def test_a_loss_scale_that_overflows_is_lowered_for_the_probe_alone(tmp_path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    look = Look(limit=4)
+    plain = Look(limit=4)
+    precision = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+
+    class Scale(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            assert scaler.get_scale() == 2.0**40
+
+    fit(tmp_path / "a", look, Scale(), module=Linear, plugins=[precision], max_steps=1)
+    fit(tmp_path / "b", plain, module=Linear, max_steps=1)
+    assert len(look.gradients) == 4
+    for scaled, expected in zip(look.gradients, plain.gradients, strict=True):
+        torch.testing.assert_close(scaled, expected, rtol=0.1, atol=3e-3)
+
+
+def test_learning_rate_monitor_and_the_progress_of_the_loops_are_untouched(tmp_path) -> None:
+    made = fit(tmp_path, silent(), LearningRateMonitor(), max_epochs=2, log_every_n_steps=1)
+    assert made.global_step == 32 and made.current_epoch == 2
+    assert made.fit_loop.epoch_loop.batch_progress.total.ready == 32

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rank_jobs import calibrated, invisible, monitored, numbers, run_ranks, uneven
+from support import events, expected_counts, logged_counts
+
+from lightning_gradhist import MagnitudeHistogram, NoiseScale
+
+RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_numbers_of_all_ranks_are_those_of_one_process(tmp_path, ranks: int) -> None:
+    found = run_ranks(numbers, ranks, tmp_path)
+    one = MagnitudeHistogram(["a", "b"])
+    one.update({"a": found[0]["whole"], "b": found[0]["whole"][0, :7]})
+    noise = NoiseScale({"w": torch.zeros(50)}, batch_size=4)
+    gradients = torch.cat(found[0]["gradients"])
+    for gradient in gradients:
+        noise.update({"w": gradient})
+    noise.split(eps=1e-8)
+    for gradient in gradients + 0.1:
+        noise.update({"w": gradient})
+    for result in found:
+        assert torch.equal(result["synced"], one.table)
+        assert result["calls"] == [one.table.numel()]  # one collective
+        assert torch.equal(result["after_unsync"], result["local"])
+        count, mean, variance = result["moments"]
+        assert count == len(gradients)
+        torch.testing.assert_close(mean, gradients.mean(0))
+        torch.testing.assert_close(variance, gradients.var(0))
+        simple, adam, measurements = result["noise"]
+        assert measurements == len(gradients)
+        assert simple.value == pytest.approx(noise.simple().value, rel=1e-4)
+        assert adam.value == pytest.approx(noise.adam().value, rel=1e-4)
+        assert adam.lower == pytest.approx(noise.adam().lower, rel=1e-3)
+        assert result["noise"] == found[0]["noise"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_slices_of_all_ranks_add_up_to_the_whole_gradient(tmp_path, ranks: int) -> None:
+    found = run_ranks(monitored, ranks, tmp_path)
+    for case, mine in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[case]["gradients"], mine["gradients"], rtol=0, atol=0)
+            assert other[case]["samples"] == mine["samples"]
+        steps = [event.step for event in events(tmp_path / case).Histograms("gradient_magnitude/all")]
+        assert steps == list(range(0, mine["steps"], 2)) and steps
+        for step, gradients in zip(steps, mine["gradients"], strict=True):
+            for name, gradient in gradients.items():
+                if gradient.any():
+                    logged = logged_counts(tmp_path / case, f"gradient_magnitude/{name}", step)
+                    assert logged == expected_counts(gradient), (case, name, step)
+            pooled = torch.cat([gradient.flatten() for gradient in gradients.values()])
+            assert logged_counts(tmp_path / case, "gradient_magnitude/all", step) == expected_counts(pooled)
+        accumulated = 2 if case == "accumulated" else 1
+        assert mine["batch_size"] == 4 * accumulated * ranks
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
+    found = run_ranks(calibrated, ranks, tmp_path)
+    for case in ("probe", "record"):
+        group, result, weights = found[0][case]
+        for other in found[1:]:
+            assert other[case][0] == group
+            torch.testing.assert_close(other[case][2], weights, rtol=0, atol=0)
+        assert result.effective_batch_size == {"probe": 4, "record": 512}[case] * ranks
+    group, result, _ = found[0]["probe"]
+    assert group["eps"] == result.epsilon < 1e-1
+    assert group["lr"] == pytest.approx(1e-2 * result.ratio) and 1 <= result.ratio <= 2
+    assert result.gradients == 8 * ranks
+    group, result, _ = found[0]["record"]
+    assert result.noise_source == "record" and result.reference_batch_size == 4 * ranks
+    assert group["lr"] == pytest.approx(1e-2 * result.ratio)
+    assert (group["alpha"], group["explore_beta"]) == (-5.0, 0.99)  # 1,024 samples and more
+
+
+def test_a_calibration_that_is_not_applied_is_invisible_on_two_ranks(tmp_path) -> None:
+    found = run_ranks(invisible, 2, tmp_path)
+    for rank in found:
+        for case, (with_probe, without, gradients) in rank.items():
+            assert gradients == 12
+            _assert_equal(with_probe, without, case)
+
+
+def _assert_equal(one: dict[str, Any], other: dict[str, Any], case: str) -> None:
+    assert one["losses"] == other["losses"], case
+    assert one["logged"] == other["logged"], case
+    torch.testing.assert_close(one["weights"], other["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(one["optimizer"], other["optimizer"], rtol=0, atol=0)
+    assert torch.equal(one["rng"], other["rng"])
+
+
+def test_a_rank_without_finite_gradients_stops_nothing(tmp_path) -> None:
+    found = run_ranks(uneven, 2, tmp_path)
+    (group, reasons, gradients, _), other = found
+    assert other[0] == group and other[2] == gradients == 4
+    assert any("4 of 8 batches of the probe gave no finite gradient" in reason for reason in reasons)

@@ -1,0 +1,229 @@
+"""What runs on every rank in the distributed tests. Each job is a function of a folder, and writes what it found there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from support import GradientSpy, Net, dataset, final_state, fit, loader
+from torch import nn
+
+from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
+from lightning_gradhist.noise import GradientMoments
+
+
+def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]:
+    """Runs a job on gloo ranks in processes of their own, and returns what it returned on each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=True, start_method="spawn"
+    )
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _on_rank(rank: int, job: Callable[[Path], Any], ranks: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        # as torchrun sets them, so that Lightning starts no processes of its own
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        GROUP_RANK="0",
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+    )
+    torch.distributed.init_process_group("gloo")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.save(job(folder), folder / f"rank_{rank}.pt")
+        torch.distributed.barrier()
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def ddp(ranks: int, **options: Any) -> dict[str, Any]:
+    return {"devices": ranks, "strategy": DDPStrategy(process_group_backend="gloo", **options)}
+
+
+def _world() -> tuple[int, int]:
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def numbers(folder: Path) -> Any:
+    """The numbers that know ranks, without Lightning: each rank holds its own part of known data."""
+    rank, ranks = _world()
+    whole = torch.randn(ranks, 1001, generator=torch.Generator().manual_seed(0))
+    names = ["a", "b"]
+    histogram = MagnitudeHistogram(names)
+    histogram.update({"a": whole[rank]} if rank else {"a": whole[rank], "b": whole[rank, :7]})
+    local = histogram.table.clone()
+    calls: list[int] = []
+    original = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor, *a, **k: (calls.append(tensor.numel()), original(tensor, *a, **k))[1]
+    try:
+        histogram.sync()
+    finally:
+        torch.distributed.all_reduce = original
+    synced = histogram.table.clone()
+    histogram.unsync()
+
+    gradients = torch.randn(ranks, 6, 50, generator=torch.Generator().manual_seed(1)) + 3
+    mine = gradients[rank, : 6 - rank]  # not equally many on every rank
+    moments = GradientMoments({"w": mine[0]})
+    noise = NoiseScale({"w": mine[0]}, batch_size=4)
+    for gradient in mine:
+        moments.update({"w": gradient})
+        noise.update({"w": gradient})
+    moments.all_reduce()
+    noise.all_reduce()
+    noise.split(eps=1e-8)
+    for gradient in mine + 0.1:
+        noise.update({"w": gradient})
+    noise.all_reduce()
+    return {
+        "whole": whole,
+        "calls": calls,
+        "local": local,
+        "after_unsync": histogram.table.clone(),
+        "synced": synced,
+        "gradients": [gradients[r, : 6 - r] for r in range(ranks)],
+        "moments": (moments.count, moments.mean["w"], moments.variance()["w"]),
+        "noise": (noise.simple(), noise.adam(), noise.measurements),
+    }
+
+
+class Unused(Net):
+    """A head that only some ranks use, and one that none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(16, 3)
+        self.never = nn.Linear(2, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.extra(self.body(batch[0])).square().mean() if self.global_rank == 0 else loss
+
+
+class ChannelsLast(L.LightningModule):
+    """Gradients that are not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.head = nn.Linear(5, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images = batch[0][:, :3, None, None].expand(-1, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+        return nn.functional.cross_entropy(self.head(self.layer(images).mean((2, 3))), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def monitored(folder: Path) -> Any:
+    """The whole gradients of each step, beside what the monitor logs from its slices."""
+    _, ranks = _world()
+    found = {}
+    cases: dict[str, Any] = {
+        "plain": ({"module": Net}, {}),
+        "accumulated": ({"module": Net, "accumulate_grad_batches": 2}, {}),
+        "buckets": ({"module": Net}, {"gradient_as_bucket_view": True}),
+        "unused": ({"module": Unused}, {"find_unused_parameters": True}),
+        "channels_last": ({"module": ChannelsLast}, {}),
+    }
+    for name, (options, strategy) in cases.items():
+        spy, monitor = GradientSpy(), GradientHistogramMonitor(every_n_steps=2)
+        made = fit(folder / name, monitor, spy, data=loader(4), **options, **ddp(ranks, **strategy))
+        found[name] = {
+            "gradients": spy.seen[::2],
+            "samples": [record.samples for record in monitor.noise_records],
+            "steps": made.global_step,
+            "batch_size": monitor.noise_records[0].samples[0]["batch_size"],
+        }
+    return found
+
+
+def calibrated(folder: Path) -> Any:
+    """Calibrations that are applied: what every rank ends with."""
+    _, ranks = _world()
+
+    def eps_too_large(parameters: Any) -> Any:
+        return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-1)
+
+    probe = OptimizerCalibration(reference_batch_size=ranks, probe_batches=8)
+    made = fit(folder / "probe", probe, module=lambda: Net(eps_too_large), data=loader(4), **ddp(ranks))
+    found = {"probe": (_group(made), probe.result, _parameters(made))}
+
+    fit(
+        folder / "run",
+        GradientHistogramMonitor(every_n_steps=1),
+        data=loader(4, samples=256),
+        max_epochs=2,
+        **ddp(ranks),
+    )
+    record = OptimizerCalibration(reference=str(folder / "run" / "calibration.json"), probe_batches=4, confidence=0.5)
+    data = loader(512, samples=512 * 4 * ranks)
+    made = fit(folder / "record", record, module=lambda: Net(ALTO), data=data, **ddp(ranks))
+    found["record"] = (_group(made), record.result, _parameters(made))
+    return found
+
+
+def _parameters(made: L.Trainer) -> dict[str, Any]:
+    # not the buffers: DDP leaves BatchNorm's running averages to each rank
+    return {name: p.detach().clone() for name, p in made.lightning_module.named_parameters()}
+
+
+def _group(made: L.Trainer) -> dict[str, Any]:
+    return {name: value for name, value in made.optimizers[0].param_groups[0].items() if name != "params"}
+
+
+def invisible(folder: Path) -> Any:
+    """The same run with a calibration that is not applied, and without it."""
+    _, ranks = _world()
+    found = {}
+    cases: dict[str, Any] = {
+        "plain": ({"module": Net}, {}),
+        "accumulated": ({"module": Net, "accumulate_grad_batches": 2}, {}),
+        "unused": ({"module": Unused}, {"find_unused_parameters": True}),
+        "static_graph": ({"module": Net}, {"static_graph": True}),
+    }
+    for name, (options, strategy) in cases.items():
+        calibration = OptimizerCalibration(reference_batch_size=ranks, probe_batches=6, apply=False)
+        states = []
+        for callbacks in ([calibration], []):
+            folder_of = folder / name / str(len(callbacks))
+            made = fit(folder_of, *callbacks, data=loader(4), max_epochs=2, **options, **ddp(ranks, **strategy))
+            states.append(final_state(made))
+        found[name] = (*states, calibration.result.gradients)
+    return found
+
+
+def uneven(folder: Path) -> Any:
+    """One rank sees only losses that are not finite: collectives still meet, and all decide the same."""
+    rank, ranks = _world()
+
+    class Broken(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if rank == ranks - 1 else loss
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=4)
+    made = fit(folder / "uneven", calibration, module=Broken, data=loader(4), max_steps=2, **ddp(ranks))
+    return _group(made), calibration.result.reasons, calibration.result.gradients, len(dataset())

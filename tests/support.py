@@ -1,0 +1,167 @@
+"""What the tests of the callbacks share: a small model, a short fit, and the event file read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-8)
+
+
+class Net(L.LightningModule):
+    """BatchNorm, dropout, a metric, Python state and logging: all that a probe could leave a trace in."""
+
+    def __init__(self, optimizer: Any = adamw, scheduler: Any = None) -> None:
+        super().__init__()
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Linear(16, 3)
+        self.accuracy = MulticlassAccuracy(3)
+        self.losses: list[float] = []
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, labels = batch
+        logits = self.head(self.body(inputs))
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.accuracy(logits, labels)
+        self.log("train_accuracy", self.accuracy)
+        self.log_dict({"train_loss": loss, "calls": float(self.calls)})
+        self.losses.append(float(loss.detach()))
+        self.calls += 1
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+
+def dataset(samples: int = 128) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(samples, 8, generator=generator)
+    labels = (inputs @ torch.randn(8, 3, generator=generator)).argmax(1)
+    return TensorDataset(inputs, labels)
+
+
+def loader(batch_size: int = 8, samples: int = 128, **options: Any) -> DataLoader:
+    return DataLoader(dataset(samples), batch_size, shuffle=True, **options)
+
+
+class Batches:
+    """An iterable that tells nothing about itself but its length."""
+
+    def __init__(self, batch_size: int, samples: int = 64) -> None:
+        self.loader = DataLoader(dataset(samples), batch_size)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": TensorBoardLogger(folder, name="", version=""),
+        "default_root_dir": folder,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def fit(folder: Path, *callbacks: L.Callback, module: Any = None, data: Any = None, **options: Any) -> L.Trainer:
+    """Trains from a fixed seed; the module is found at ``trainer.lightning_module``."""
+    L.seed_everything(7, verbose=False)
+    module = Net() if module is None else module() if callable(module) and not isinstance(module, nn.Module) else module
+    made = trainer(folder, *callbacks, **options)
+    made.fit(module, loader() if data is None else data)
+    return made
+
+
+def final_state(made: L.Trainer) -> dict[str, Any]:
+    module = made.lightning_module
+    return {
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "optimizer": [optimizer.state_dict() for optimizer in made.optimizers],
+        "rng": torch.get_rng_state(),
+        "losses": list(getattr(module, "losses", [])),
+        "calls": getattr(module, "calls", None),
+        "logged": {name: float(value) for name, value in made.callback_metrics.items()},
+    }
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def logged_counts(folder: Path, tag: str, step: int) -> dict[float, float]:
+    """Counts of a logged histogram by the upper edge of their bucket, empty buckets left out."""
+    found = next(event for event in events(folder).Histograms(tag) if event.step == step)
+    pairs = zip(found.histogram_value.bucket_limit, found.histogram_value.bucket, strict=True)
+    return {round(limit, 9): count for limit, count in pairs if count}
+
+
+def expected_counts(gradient: Tensor, bins_per_octave: int = 8) -> dict[float, float]:
+    """The same for a whole tensor, counted by numpy's way: exponent and mantissa."""
+    mantissa, exponent = torch.frexp(gradient.double().abs()[gradient != 0])
+    upper = torch.floor((2 * mantissa - 1) * bins_per_octave) + 1
+    limits = torch.ldexp(1 + upper / bins_per_octave, exponent - 1).log10()
+    values, counts = limits.unique(return_counts=True)
+    return {round(limit, 9): float(count) for limit, count in zip(values.tolist(), counts.tolist(), strict=True)}
+
+
+class TwoOptimizers(L.LightningModule):
+    """Manual optimization; the second optimizer steps every other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.one, self.two = nn.Linear(8, 4), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, labels = batch
+        loss = nn.functional.cross_entropy(self.two(self.one(inputs)), labels)
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx % 2 == 0:
+            second.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.one.parameters(), lr=1e-3), torch.optim.SGD(self.two.parameters(), lr=1e-2)
+
+
+class GradientSpy(L.Callback):
+    """Keeps the gradients that reach the optimizer, in whole, as one process sees them."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.seen.append(
+            {n: p.grad.clone() for n, p in pl_module.named_parameters() if id(p) in mine and p.grad is not None}
+        )
