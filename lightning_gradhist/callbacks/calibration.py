@@ -87,7 +87,7 @@ class OptimizerCalibration(Callback):
         self,
         reference_batch_size: Optional[int] = None,  # noqa: UP045 - LightningCLI on Python 3.10 reads the plain types
         reference: Optional[str] = None,  # noqa: UP045
-        epsilon: Union[str, float] = "auto",  # noqa: UP007
+        epsilon: Union[float, str] = "auto",  # noqa: UP007
         learning_rate: str = "surge",
         probe_batches: int = 32,
         apply: bool = True,
@@ -419,8 +419,8 @@ class _Calibration:
             self.reasons.append(f"the rate is carried over from the recorded {recorded.learning_rates}")
             return recorded.learning_rates
         self.reasons.append(
-            f"the record is of {recorded.name} with {len(recorded.learning_rates)} groups: {name} with {len(own)} takes the"
-            f" ratio of rates from it, and its own rate as that for {recorded.batch_size:g} samples a step"
+            f"the record is of {recorded.name} with {_groups(recorded.learning_rates)}: {name} with {len(own)} takes the ratio"
+            f" of rates from it, and its own rate as that for {recorded.batch_size:g} samples a step"
         )
         return own
 
@@ -429,6 +429,10 @@ class _Calibration:
             f"the batch size cannot be read from the training loader, so {consequence}; pass the samples of one micro-batch"
             " on one device, OptimizerCalibration(batch_size=...)"
         )
+
+
+def _groups(rates: Sequence[float]) -> str:
+    return "1 group" if len(rates) == 1 else f"{len(rates)} groups"
 
 
 def _after(changes: Sequence[GroupChange], name: str, otherwise: Any) -> float | None:

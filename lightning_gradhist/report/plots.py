@@ -42,7 +42,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str) -> Figure:
     cells = torch.linspace(low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64)
     density = _density(histogram.counts[rows], edges, cells)
 
-    figure = _figure(width=9.0, height=min(max(2.6, 1.5 + 0.24 * len(names)), 14.0))
+    figure = _figure(width=6.2, height=min(max(2.4, 1.3 + 0.2 * len(names)), 11.0))
     axes = figure.add_subplot()
     image = axes.imshow(
         density.numpy(),
@@ -71,7 +71,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str) -> Figure:
 
 def epsilon_figure(search_space: EpsilonRange, before: float | None, after: float | None) -> Figure:
     """Histogram of the root-mean-square gradient, the search space shaded, epsilon before and after marked."""
-    figure = _figure(width=7.5, height=3.6)
+    figure = _figure(width=6.2, height=4.0)
     axes = figure.add_subplot()
     histogram = search_space.histogram.pooled()
     edges, counts = shown_buckets(histogram.edges.log10(), histogram.counts[0])
@@ -95,7 +95,7 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
     batch, reference, noise = result.effective_batch_size, result.reference_batch_size, result.noise_scale
     if batch is None or reference is None:
         raise ValueError("the figure needs result.effective_batch_size and result.reference_batch_size")
-    figure = _figure(width=7.5, height=3.6)
+    figure = _figure(width=6.2, height=4.0)
     axes = figure.add_subplot()
     low, high = sorted((batch, reference))
     batches = torch.logspace(math.log2(low / 4), math.log2(high * 4), 129, base=2, dtype=torch.float64).tolist()
@@ -126,11 +126,11 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, safe in any thread
 
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -493,7 +493,7 @@ def test_the_command_line_takes_the_callbacks(tmp_path, monkeypatch) -> None:
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu",
     ]
-    cli = LightningCLI(BoringModel, args=arguments, run=False, save_config_callback=None)
+    cli = LightningCLI(BoringModel, args=arguments, run=False, save_config_callback=None, seed_everything_default=1)
     found = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
     assert found["GradientHistogramMonitor"].every_n_steps == 7
     calibration = found["OptimizerCalibration"]
