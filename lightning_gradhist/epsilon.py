@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ def epsilon_range(
     """
     if not 0.0 <= lower <= upper <= 1.0:
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper <= 1, got {lower!r} and {upper!r}")
-    histogram = rms if isinstance(rms, MagnitudeHistogram) else _histogram_of(rms)
+    histogram = copy.deepcopy(rms) if isinstance(rms, MagnitudeHistogram) else _histogram_of(rms)
     if int((histogram.infs + histogram.nans).sum()):
         raise ValueError("rms must be finite; leave out the gradients that are not")
     if isinstance(rms, MagnitudeHistogram):
@@ -94,7 +95,7 @@ def epsilon_range(
         lower_unrounded=low,
         upper_unrounded=high,
         per_name=per_name,
-        zero_share=float(histogram.zeros.sum() / histogram.total().sum()),
+        zero_share=int(histogram.zeros.sum()) / int(histogram.total().sum()),
         histogram=histogram,
     )
 

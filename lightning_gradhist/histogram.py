@@ -115,19 +115,22 @@ class MagnitudeHistogram(Metric):
             self.table[self._rows[name]] += count_magnitudes(tensor, self.bins_per_octave).to(self.table.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """The counts by kind: ``counts``, ``zeros``, ``infs`` and ``nans``."""
-        return {"counts": self.counts, "zeros": self.zeros, "infs": self.infs, "nans": self.nans}
+        """Copies of the counts by kind: ``counts``, ``zeros``, ``infs`` and ``nans``."""
+        kinds = {"counts": self.counts, "zeros": self.zeros, "infs": self.infs, "nans": self.nans}
+        return {kind: counts.clone() for kind, counts in kinds.items()}
 
     def sync(self, dist_sync_fn: Any = None, *args: Any, **kwargs: Any) -> None:
         """Adds the counts of all ranks in one all-reduce; to be called on every rank."""
         super().sync(dist_sync_fn or _all_reduce, *args, **kwargs)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the counts of another histogram with the same names and bins."""
+        """Adds the counts of another histogram with the same names and bins, or of its state ``{"table": ...}``."""
         if isinstance(incoming_state, MagnitudeHistogram):
-            ours, theirs = (self.names, self.bins_per_octave), (incoming_state.names, incoming_state.bins_per_octave)
-            if ours != theirs:
-                raise ValueError("incoming_state must have the same names and bins_per_octave to be merged")
+            fits = (self.names, self.bins_per_octave) == (incoming_state.names, incoming_state.bins_per_octave)
+        else:  # a table of another shape would be broadcast
+            fits = not isinstance(incoming_state, dict) or incoming_state["table"].shape == self.table.shape
+        if not fits:
+            raise ValueError("incoming_state must have the same names and bins_per_octave to be merged")
         super().merge_state(incoming_state)
 
     def pooled(self) -> MagnitudeHistogram:
@@ -211,7 +214,7 @@ def count_magnitudes(tensor: Tensor, bins_per_octave: int) -> Tensor:
 
 def flat_values(tensor: Tensor) -> tuple[Tensor, int]:
     """The stored values of a tensor in one dimension, not copied where memory allows, and the number of other zeros."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_neg()  # a view with a lazy sign has no bits to look at
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
     if tensor.layout != torch.strided:

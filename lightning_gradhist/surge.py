@@ -51,12 +51,12 @@ class SurgeLaw:
     4). So beyond ``valid_until`` the ratio stays what it is there.
 
     Args:
-        noise_scale: :math:`B_n` in samples, positive; infinite gives the square-root law.
+        noise_scale: :math:`B_n` in samples, positive; infinite gives the square-root law, which has no peak.
         max_learning_rate: :math:`\eta_{max}`, as the optimizer takes it; only the absolute form needs it.
         valid_until: batch size in samples up to which Theorem 3 is used; no bound by default.
 
     Raises:
-        ValueError: for a value that is not positive.
+        ValueError: for a value that is not positive, and for a ``max_learning_rate`` at an infinite ``noise_scale``.
 
     Example:
         >>> law = SurgeLaw(noise_scale=1000, max_learning_rate=0.01)
@@ -71,8 +71,12 @@ class SurgeLaw:
     def __post_init__(self) -> None:
         _samples("noise_scale", self.noise_scale, infinite=True)
         _samples("valid_until", self.valid_until, infinite=True)
-        if self.max_learning_rate is not None and not self.max_learning_rate > 0:
+        if self.max_learning_rate is None:
+            return
+        if not 0 < self.max_learning_rate < math.inf:
             raise ValueError(f"max_learning_rate must be positive, got {self.max_learning_rate!r}")
+        if math.isinf(self.noise_scale):
+            raise ValueError("max_learning_rate is the peak at noise_scale, which must then be finite; use ratio()")
 
     def ratio(self, batch_size: float, reference_batch_size: float) -> float:
         """Best learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
@@ -148,6 +152,9 @@ def sign_descent_rate(
         hessian_diagonal: diagonal of the Hessian, ``[n]``.
         hessian_product: maps a vector ``[n]`` to the Hessian times it.
 
+    Raises:
+        ValueError: where the curvature along the sign is not positive, so that no rate is best.
+
     Example:
         >>> import torch
         >>> mu, hessian = torch.tensor([0.1, 0.2]), torch.eye(2)
@@ -155,8 +162,10 @@ def sign_descent_rate(
         0.15
     """
     signal = torch.erf(math.sqrt(_samples("batch_size", batch_size) / 2) * mu / sigma)
-    curvature = ((1 - signal.square()) * hessian_diagonal).sum() + signal @ hessian_product(signal)
-    return float((signal * mu).sum() / curvature)
+    curvature = float(((1 - signal.square()) * hessian_diagonal).sum() + signal @ hessian_product(signal))
+    if not curvature > 0:
+        raise ValueError(f"the curvature along the sign of the gradient must be positive, got {curvature:.3g}")
+    return float((signal * mu).sum()) / curvature
 
 
 def scaling_law(name: str, noise_scale: float = math.inf, valid_until: float = math.inf) -> ScalingLaw:
@@ -181,8 +190,8 @@ class RateRatio:
 
     Attributes:
         value: learning rate as a multiple of the reference's.
-        lower: the ratio at one end of the noise scale's interval.
-        upper: the ratio at the other end.
+        lower: smallest ratio at the noise scale and the two ends of its interval.
+        upper: largest of the three.
         law: name of the law that it comes from.
         reasons: sentences, in the order in which the decisions were made.
     """
@@ -228,21 +237,26 @@ def choose_ratio(
         reference_batch_size: samples of an optimizer step of the run whose rate is trusted.
         noise: noise scale; needed for ``"surge"``.
         from_record: whether it was measured over a run rather than at its start.
-        fallback: the law that is used on a refusal.
+        fallback: the law that is used on a refusal: ``"sqrt"``, ``"linear"`` or ``"keep"``.
+
+    Raises:
+        ValueError: for another law or fallback, and for a batch size that is not positive.
     """
+    if fallback == "surge":
+        raise ValueError("fallback is used where 'surge' is refused, so it must be another law")
     if law != "surge":
         value = scaling_law(law).ratio(batch_size, reference_batch_size)
         return RateRatio(value, value, value, law)
     if noise is None or noise.measurements == 0:
         return _refused("there is no noise scale", fallback, batch_size, reference_batch_size)
-    value, *ends = (
+    ratios = [
         careful_ratio(scale, batch_size, reference_batch_size, from_record)
         for scale in (noise.value, noise.lower, noise.upper)
-    )
-    lower, upper = min(ends), max(ends)
+    ]
+    value, lower, upper = ratios[0], min(ratios), max(ratios)
     if upper > _MAX_SPREAD * lower:
         why = (
-            f"the noise scale is too uncertain ({noise.lower:.3g} to {noise.upper:.3g} samples): the rate could be"
+            f"the noise scale is too uncertain ({noise.lower:.3g} to {_bound(noise.upper)} samples): the rate could be"
             f" multiplied by {lower:.3g} or by {upper:.3g}"
         )
         return _refused(why, fallback, batch_size, reference_batch_size)
@@ -266,6 +280,10 @@ def _origin(from_record: bool) -> str:
 def _refused(why: str, fallback: str, batch_size: float, reference_batch_size: float) -> RateRatio:
     result = choose_ratio(fallback, batch_size, reference_batch_size)
     return replace(result, reasons=(f"surge law refused: {why}; fallback={fallback!r} is used",))
+
+
+def _bound(value: float) -> str:
+    return "unbounded" if math.isinf(value) else f"{value:.3g}"
 
 
 def _samples(name: str, value: float, infinite: bool = False) -> float:

@@ -116,12 +116,16 @@ class RunRecord:
 
 def _optimizer_record(entry: dict[str, Any]) -> OptimizerRecord:
     noise = {metric: _noise_estimate(estimate) for metric, estimate in entry["noise"].items()}
-    return OptimizerRecord(**{**entry, "noise": noise})
+    numbers = {
+        "learning_rates": [float(rate) for rate in entry["learning_rates"]],
+        "batch_size": float(entry["batch_size"]),
+    }
+    return OptimizerRecord(**{**entry, **numbers, "noise": noise})
 
 
 def _noise_estimate(entry: dict[str, Any]) -> NoiseEstimate:
-    bounded: dict[str, Any] = {key: math.inf if value is None else value for key, value in entry.items()}
-    return NoiseEstimate(**bounded)
+    bounded: dict[str, Any] = {key: math.inf if value is None else float(value) for key, value in entry.items()}
+    return NoiseEstimate(**{**bounded, "measurements": int(entry["measurements"])})
 
 
 def _finite(content: Any) -> Any:

@@ -1,0 +1,116 @@
+"""How the result of a calibration reads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_gradhist.epsilon import epsilon_range
+from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.report.result import CalibrationResult, GroupChange
+
+CHANGES = (
+    GroupChange(0, "eps", 1e-8, 1e-10),
+    GroupChange(1, "eps", 1e-8, 1e-10),
+    GroupChange(0, "lr", 1e-3, 2.5e-3),
+    GroupChange(1, "lr", 1e-4, 2.5e-4),
+    GroupChange(0, "alpha", "auto", -5.0),
+)
+
+
+def result(**changes: Any) -> CalibrationResult:
+    plain: dict[str, Any] = {
+        "applied": True,
+        "optimizer": "AdamW",
+        "epsilon": 1e-10,
+        "epsilon_range": epsilon_range({"w": torch.logspace(-9, -2, 1001)}),
+        "learning_rate": 2.5e-3,
+        "ratio": 2.5,
+        "ratio_interval": (2.0, 3.0),
+        "law": "surge",
+        "noise_scale": NoiseEstimate(1234.4, 20.06, math.inf, 0.95, 16),
+        "noise_source": "probe",
+        "effective_batch_size": 2048.0,
+        "reference_batch_size": 256.0,
+        "changes": CHANGES,
+        "reasons": ("first reason", "second reason"),
+        "gradients": 32,
+    }
+    return CalibrationResult(**{**plain, **changes})
+
+
+def test_rows() -> None:
+    space = result().epsilon_range
+    assert space is not None
+    assert result().rows() == [
+        ("optimizer", "AdamW"),
+        ("samples a step", "2,048"),
+        ("samples a step of the reference", "256"),
+        ("epsilon search space", f"{space.lower:g} to {space.upper:g}"),
+        ("noise scale (probe)", "1,234 samples, 95%: 20.1 to unbounded"),
+        ("learning rate", "times 2.5 (surge; 2 to 3)"),
+        ("eps (group 0, 1)", "1e-08 -> 1e-10"),
+        ("lr (group 0)", "0.001 -> 0.0025"),
+        ("lr (group 1)", "0.0001 -> 0.00025"),
+        ("alpha (group 0)", "auto -> -5"),
+    ]
+
+
+def test_rows_of_a_result_that_knows_nothing() -> None:
+    assert CalibrationResult(applied=False, optimizer="SGD").rows() == [
+        ("optimizer", "SGD"),
+        ("samples a step", "unknown"),
+        ("learning rate", "times 1 (keep; 1 to 1)"),
+        ("changes", "none"),
+    ]
+
+
+def test_text() -> None:
+    lines = result().to_text().splitlines()
+    assert lines[0] == "Calibration of the optimizer"
+    assert lines[-2:] == ["  - first reason", "  - second reason"]
+    columns = {line.index(value) for line, (_, value) in zip(lines[1:], result().rows(), strict=False)}
+    assert len(columns) == 1 and len(lines) == 1 + len(result().rows()) + 2
+    assert result(applied=False).to_text().startswith("Calibration of the optimizer (apply=False: nothing was changed)")
+
+
+def test_markdown() -> None:
+    lines = result().to_markdown().splitlines()
+    assert lines[:2] == ["| calibration | applied |", "|---|---|"]
+    assert all(line.count("|") == 3 for line in lines[: 2 + len(result().rows()) - 0] if not line.startswith("|---"))
+    assert lines[-2:] == ["- first reason", "- second reason"]
+    assert "| not applied (apply=False) |" in result(applied=False).to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [
+        pytest.param({}, {"noise_scale_upper"}, id="unbounded"),
+        pytest.param({"noise_scale": NoiseEstimate(9.0, 5.0, 20.0, 0.95, 8)}, set(), id="bounded"),
+        pytest.param(
+            {"noise_scale": NoiseEstimate(math.inf, 5.0, math.inf, 0.95, 8)},
+            {"noise_scale", "noise_scale_upper"},
+            id="no-signal",
+        ),
+        pytest.param(
+            {"noise_scale": None, "epsilon": None, "effective_batch_size": None},
+            {"noise_scale", "noise_scale_lower", "noise_scale_upper", "epsilon", "effective_batch_size"},
+            id="unknown",
+        ),
+    ],
+)
+def test_scalars(changes: dict[str, Any], left_out: set[str]) -> None:
+    found = result(**changes)
+    numbers = {
+        "epsilon": found.epsilon,
+        "effective_batch_size": found.effective_batch_size,
+        "learning_rate": 2.5e-3,
+        "learning_rate_ratio": 2.5,
+        "noise_scale": found.noise_scale and found.noise_scale.value,
+        "noise_scale_lower": found.noise_scale and found.noise_scale.lower,
+        "noise_scale_upper": found.noise_scale and found.noise_scale.upper,
+    }
+    assert found.scalars() == {f"calibration/{k}": v for k, v in numbers.items() if k not in left_out}

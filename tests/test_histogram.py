@@ -1,0 +1,592 @@
+"""MagnitudeHistogram against an oracle written in numpy."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lightning_gradhist.histogram import MagnitudeHistogram, count_magnitudes, flat_values, slice_of
+
+BINS_PER_OCTAVE = [1, 2, 4, 8, 16, 32, 64, 128]
+FLOAT8 = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
+PROPERTY = settings(
+    max_examples=70, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+BITS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+
+
+def oracle(values: np.ndarray, bins_per_octave: int) -> np.ndarray:
+    """Zeros, counts, infinities and NaN, from frexp in float64: exact for every format that float64 holds."""
+    wide = np.abs(values.astype(np.float64).ravel())
+    row = np.zeros(254 * bins_per_octave + 3, dtype=np.int64)
+    row[-1] = np.isnan(wide).sum()
+    row[-2] = (wide >= 2.0**128).sum()
+    row[0] = (wide < 2.0**-126).sum()
+    fraction, exponent = np.frexp(wide[(wide >= 2.0**-126) & (wide < 2.0**128)])  # fraction in [0.5, 1)
+    bins = (exponent - 1 + 126) * bins_per_octave + np.floor((2 * fraction - 1) * bins_per_octave).astype(np.int64)
+    np.add.at(row, 1 + bins, 1)
+    return row
+
+
+def counted(tensor: Tensor, bins_per_octave: int = 8) -> list[int]:
+    histogram = MagnitudeHistogram(["x"], bins_per_octave)
+    histogram.update({"x": tensor})
+    assert histogram.table.dtype == torch.int64
+    assert histogram.total().tolist() == [tensor.numel()]
+    return histogram.table[0].tolist()
+
+
+def expected(tensor: Tensor, bins_per_octave: int = 8) -> list[int]:
+    return oracle(tensor.detach().double().numpy(), bins_per_octave).tolist()
+
+
+def of(values: Tensor, name: str = "x", bins_per_octave: int = 8) -> MagnitudeHistogram:
+    histogram = MagnitudeHistogram([name], bins_per_octave)
+    histogram.update({name: values})
+    return histogram
+
+
+def from_bits(bits: list[int]) -> Tensor:
+    return torch.from_numpy(np.array(bits, dtype=np.uint32).view(np.float32).copy())
+
+
+def sample(number: int = 3000, seed: int = 0, spread: float = 4.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.exp(spread * torch.randn(number, generator=generator))
+    return torch.randn(number, generator=generator) * scale * 1e-4
+
+
+# --- counts, bit for bit ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bins_per_octave", BINS_PER_OCTAVE)
+def test_random_float32_bits(bins_per_octave: int) -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    values = torch.from_numpy(bits.view(np.float32).copy())
+    magnitude = bits & 0x7FFFFFFF  # the second oracle: the bits themselves
+    shift = 23 - int(math.log2(bins_per_octave))
+    raw = np.bincount((magnitude >> shift)[magnitude < 0x7F800000], minlength=255 * bins_per_octave)
+    row = [raw[:bins_per_octave].sum(), *raw[bins_per_octave:], (magnitude == 0x7F800000).sum()]
+    row.append((magnitude > 0x7F800000).sum())
+    assert counted(values, bins_per_octave) == [int(x) for x in row] == expected(values, bins_per_octave)
+
+
+@pytest.mark.parametrize("bins_per_octave", BINS_PER_OCTAVE)
+def test_random_float64_bits(bins_per_octave: int) -> None:
+    rng = np.random.default_rng(1)
+    bits = rng.integers(0, 2**64, 50_000, dtype=np.uint64)
+    # Most random float64 are beyond float32: half of the values get an exponent around its range.
+    exponents = rng.integers(1023 - 140, 1023 + 140, 50_000, dtype=np.uint64) << np.uint64(52)
+    near = (bits & np.uint64(0x800FFFFFFFFFFFFF)) | exponents
+    values = torch.from_numpy(np.concatenate([bits, near]).view(np.float64).copy())
+    assert counted(values, bins_per_octave) == expected(values, bins_per_octave)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for bins_per_octave in (1, 8, 128):
+        assert counted(values, bins_per_octave) == expected(values, bins_per_octave)
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_every_float8_value(name: str) -> None:
+    dtype = getattr(torch, name, None)
+    if dtype is None:
+        pytest.skip(f"this torch has no {name}")
+    values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+    assert counted(values) == expected(values)
+
+
+BIN = {"zero": 0, "inf": -2, "nan": -1}
+TOP = 254 * 8  # index in the row of the last finite bin
+
+
+@pytest.mark.parametrize(
+    ("value", "index"),
+    [
+        pytest.param(torch.tensor(0.0), BIN["zero"], id="zero"),
+        pytest.param(torch.tensor(-0.0), BIN["zero"], id="minus-zero"),
+        pytest.param(torch.tensor(1e-45), BIN["zero"], id="smallest-subnormal"),
+        pytest.param(from_bits([0x007FFFFF]), BIN["zero"], id="largest-subnormal"),
+        pytest.param(from_bits([0x00800000]), 1, id="smallest-normal"),
+        pytest.param(from_bits([0x807FFFFF]), BIN["zero"], id="negative-subnormal"),
+        pytest.param(torch.tensor(1.0), 1 + 126 * 8, id="one"),
+        pytest.param(torch.tensor(-1.0), 1 + 126 * 8, id="minus-one"),
+        pytest.param(from_bits([0x3F7FFFFF]), 126 * 8, id="just-below-one"),
+        pytest.param(torch.tensor(1.125), 2 + 126 * 8, id="second-bin"),
+        pytest.param(torch.tensor(3e38), TOP - 1, id="large"),
+        pytest.param(from_bits([0x7F7FFFFF]), TOP, id="largest"),
+        pytest.param(torch.tensor(math.inf), BIN["inf"], id="inf"),
+        pytest.param(torch.tensor(-math.inf), BIN["inf"], id="minus-inf"),
+        pytest.param(torch.tensor(math.nan), BIN["nan"], id="nan"),
+        pytest.param(from_bits([0x7F800001]), BIN["nan"], id="nan-lowest-payload"),
+        pytest.param(from_bits([0xFF800001]), BIN["nan"], id="minus-nan-lowest-payload"),
+        pytest.param(from_bits([0x7FFFFFFF]), BIN["nan"], id="nan-full-payload"),
+        pytest.param(from_bits([0xFFFFFFFF]), BIN["nan"], id="minus-nan-full-payload"),
+        pytest.param(torch.tensor(2.0**-24, dtype=torch.float16), 1 + 102 * 8, id="float16-subnormal"),
+        pytest.param(torch.tensor(65504.0, dtype=torch.float16), 1 + 141 * 8 + 7, id="float16-largest"),
+        pytest.param(torch.tensor(1e39, dtype=torch.float64), BIN["inf"], id="float64-beyond"),
+        pytest.param(torch.tensor(2.0**128, dtype=torch.float64), BIN["inf"], id="float64-at-2**128"),
+        pytest.param(torch.tensor(math.nextafter(2.0**128, 0), dtype=torch.float64), TOP, id="float64-below-2**128"),
+        pytest.param(torch.tensor(1.7e308, dtype=torch.float64), BIN["inf"], id="float64-largest"),
+        pytest.param(torch.tensor(1e-300, dtype=torch.float64), BIN["zero"], id="float64-tiny"),
+        pytest.param(torch.tensor(5e-324, dtype=torch.float64), BIN["zero"], id="float64-subnormal"),
+        pytest.param(torch.tensor(math.nextafter(1.0, 0), dtype=torch.float64), 126 * 8, id="float64-truncated"),
+        pytest.param(torch.tensor([0x7FF0000000000001]).view(torch.float64), BIN["nan"], id="float64-nan-low-payload"),
+        pytest.param(torch.tensor(-math.inf, dtype=torch.float64), BIN["inf"], id="float64-minus-inf"),
+    ],
+)
+def test_special_values(value: Tensor, index: int) -> None:
+    row = [0] * (254 * 8 + 3)
+    row[index] = 1
+    assert counted(value) == row
+
+
+def test_nan_and_infinities_far_apart() -> None:
+    # More than one chunk, with non-finite values in some of them only.
+    values = torch.ones(400_000)
+    values[[5, 300_000, 399_999]] = torch.tensor([math.inf, math.nan, -math.inf])
+    assert counted(values) == expected(values)
+
+
+# --- shapes and layouts ----------------------------------------------------------------------------------------------
+
+
+def uncoalesced() -> Tensor:
+    indices = torch.tensor([[0, 0, 2], [1, 1, 3]])
+    return torch.sparse_coo_tensor(indices, torch.tensor([1.0, 2.0, -4.0]), (3, 4))
+
+
+def hybrid() -> Tensor:
+    values = torch.tensor([[1.0, 0.0], [math.nan, 2.0], [4.0, 8.0]])
+    return torch.sparse_coo_tensor(torch.tensor([[0, 5, 5]]), values, (7, 2))
+
+
+def csr() -> Tensor:
+    return torch.sparse_csr_tensor(torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1]), torch.tensor([1.0, 0.0, 3.0]))
+
+
+def negative_view() -> Tensor:
+    values = torch.imag(torch.complex(torch.ones(3), torch.tensor([1.0, 2.0, 4.0])).conj())
+    assert values.is_neg()
+    return values
+
+
+LAYOUTS: list[Any] = [
+    pytest.param(lambda: torch.empty(0), id="empty"),
+    pytest.param(lambda: torch.empty(3, 0, 2), id="empty-3d"),
+    pytest.param(lambda: torch.tensor(2.5), id="0-d"),
+    pytest.param(lambda: sample(240).reshape(12, 20)[::2, 3::4], id="non-contiguous"),
+    pytest.param(lambda: sample(240).reshape(12, 20).t(), id="transposed"),
+    pytest.param(
+        lambda: sample(240).reshape(2, 5, 4, 6).contiguous(memory_format=torch.channels_last), id="channels-last"
+    ),
+    pytest.param(lambda: sample(6).reshape(1, 6, 1).expand(5, 6, 3), id="expanded"),
+    pytest.param(lambda: sample(20).as_strided((4, 8), (2, 1)), id="overlapping"),
+    pytest.param(lambda: torch.nn.Parameter(sample(9)), id="requires-grad"),
+    pytest.param(lambda: sample(64).double().reshape(8, 8).t()[1:], id="float64-strided"),
+    pytest.param(negative_view, id="negative-bit"),
+]
+
+
+@pytest.mark.parametrize("make", LAYOUTS)
+def test_dense_layouts(make: Callable[[], Tensor]) -> None:
+    tensor = make()
+    before = tensor.detach().clone()
+    assert counted(tensor) == expected(tensor)
+    assert torch.equal(tensor.detach(), before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(uncoalesced, id="coo-uncoalesced"),
+        pytest.param(hybrid, id="coo-hybrid"),
+        pytest.param(csr, id="csr"),
+        pytest.param(lambda: torch.eye(6).to_sparse_csc(), id="csc"),
+        pytest.param(lambda: torch.eye(6).to_sparse_bsr((2, 3)), id="bsr"),
+        pytest.param(lambda: torch.sparse_coo_tensor(size=(4, 5)), id="coo-nothing-stored"),
+        pytest.param(lambda: torch.eye(3, dtype=torch.float64).to_sparse(), id="coo-float64"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta", "ignore:Sparse .* tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+def test_sparse_layouts_equal_their_dense_form(make: Callable[[], Tensor]) -> None:
+    tensor = make()
+    assert counted(tensor) == expected(tensor.to_dense())
+
+
+def test_channels_last_is_not_copied() -> None:
+    tensor = sample(240).reshape(2, 5, 4, 6).contiguous(memory_format=torch.channels_last)
+    assert flat_values(tensor)[0].data_ptr() == tensor.data_ptr()
+
+
+# --- edges and statistics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bins_per_octave", BINS_PER_OCTAVE)
+def test_edges_agree_with_the_counts(bins_per_octave: int) -> None:
+    histogram = MagnitudeHistogram(["low", "below"], bins_per_octave)
+    edges = histogram.edges
+    assert edges.dtype == torch.float64 and edges.shape == (254 * bins_per_octave + 1,)
+    assert edges[0] == 2.0**-126 and edges[-1] == 2.0**128 and edges.diff().gt(0).all()
+    assert torch.equal(edges[:-1], edges[:-1].float().double())
+    last_below = torch.nextafter(edges[1:], torch.zeros((), dtype=torch.float64))
+    histogram.update({"low": edges[:-1].float(), "below": last_below})
+    assert histogram.counts.eq(1).all()
+    widths = edges.diff() / edges[:-1]
+    assert widths.max() == 1 / bins_per_octave and widths.min() >= 1 / (2 * bins_per_octave)
+
+
+QUANTILES = [0.0, 0.02, 0.25, 0.5, 0.98, 0.999, 1.0]
+
+
+def assert_within_one_bin(found: float, exact: float, bins_per_octave: int) -> None:
+    edges = MagnitudeHistogram(["x"], bins_per_octave).edges
+    bin_ = int(torch.searchsorted(edges, torch.tensor(exact, dtype=torch.float64), right=True)) - 1
+    assert edges[bin_] <= found <= edges[bin_ + 1]
+
+
+@pytest.mark.parametrize("q", QUANTILES)
+@pytest.mark.parametrize("bins_per_octave", [1, 8, 128])
+def test_quantile_is_the_sorted_value_to_one_bin(q: float, bins_per_octave: int) -> None:
+    values = {"a": sample(777, 1), "b": sample(50, 2) * 1e3, "one": torch.tensor([3.0])}
+    noisy = {name: torch.cat([v, torch.tensor([0.0, math.inf, math.nan])]) for name, v in values.items()}
+    histogram = MagnitudeHistogram(list(values), bins_per_octave)
+    histogram.update(noisy)
+    found = histogram.quantile(q)
+    assert found.dtype == torch.float64
+    for name, number in zip(values, found.tolist(), strict=True):
+        ascending = sorted(values[name].abs().tolist())
+        assert_within_one_bin(number, ascending[min(int(q * len(ascending)), len(ascending) - 1)], bins_per_octave)
+    everything = sorted(torch.cat(list(values.values())).abs().tolist())
+    pooled = histogram.quantile(q, pooled=True)
+    assert pooled.dim() == 0
+    assert_within_one_bin(
+        float(pooled), everything[min(int(q * len(everything)), len(everything) - 1)], bins_per_octave
+    )
+
+
+@pytest.mark.parametrize("number", [2**24 + 1, 2**31 + 3, 2**40 + 1], ids=["2**24", "2**31", "2**40"])
+def test_quantile_of_huge_counts(number: int) -> None:
+    histogram = MagnitudeHistogram(["x"])
+    one, two = 1 + 126 * 8, 1 + 127 * 8
+    histogram.table[0, one], histogram.table[0, two] = number, 1
+    assert 1 <= histogram.quantile((number - 0.5) / (number + 1)) < 1.125  # the last of the small ones
+    assert 2 <= histogram.quantile(1.0) < 2.25
+    histogram.table[0, two] = number
+    assert 1 <= histogram.quantile(0.4999) < 1.125 and 2 <= histogram.quantile(0.5) < 2.25
+    assert histogram.total().tolist() == [2 * number]
+    assert histogram.share_below(2.0).tolist() == [0.5]
+
+
+def test_nothing_counted() -> None:
+    histogram = MagnitudeHistogram(["x", "zeros"])
+    histogram.update({"zeros": torch.zeros(4)})
+    assert histogram.quantile(0.5).isnan().all() and histogram.share_below(1.0).isnan().all()
+    assert histogram.quantile(0.5, pooled=True).isnan()
+    assert histogram.norm().tolist() == [0.0, 0.0]
+
+
+def test_share_below() -> None:
+    values = sample(4000, 3)
+    histogram = of(values)
+    magnitudes = values.abs().double()
+    for edge in (2.0**-20, 1.375 * 2.0**-14, 1.0):
+        assert float(histogram.share_below(edge)) == float((magnitudes < edge).double().mean())
+    for inside in (3e-6, 1e-4, 0.77e-2):
+        bin_share = float(((magnitudes > inside / 1.13) & (magnitudes < inside * 1.13)).double().mean())
+        assert abs(float(histogram.share_below(inside)) - float((magnitudes < inside).double().mean())) <= bin_share
+    assert float(histogram.share_below(0.0)) == 0.0 and float(histogram.share_below(math.inf)) == 1.0
+
+
+@pytest.mark.parametrize(("bins_per_octave", "tolerance"), [(1, 0.15), (8, 3e-3), (128, 1e-4)])
+def test_norm(bins_per_octave: int, tolerance: float) -> None:
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    found = float(of(values, bins_per_octave=bins_per_octave).norm())
+    assert found == pytest.approx(float(values.double().norm()), rel=tolerance)
+    single = float(of(torch.tensor([1.001]), bins_per_octave=bins_per_octave).norm())
+    assert abs(single / 1.001 - 1) <= 0.6 / bins_per_octave
+
+
+@pytest.mark.parametrize("power", [-16, -1, 3, 16])
+def test_a_power_of_two_shifts_the_counts(power: int) -> None:
+    values = sample(5000, 4)
+    before, after = of(values), of(values * 2.0**power)
+    assert torch.equal(before.counts.roll(8 * power, 1), after.counts)
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+def test_merge_is_commutative_and_associative() -> None:
+    parts = [sample(100, seed) for seed in range(3)]
+
+    def merged(*groups: Any) -> Tensor:
+        first, *rest = [of(parts[g]) if isinstance(g, int) else g for g in groups]
+        for other in rest:
+            first.merge_state(other)
+        return first.table
+
+    together = of(torch.cat(parts)).table
+    right = of(parts[1])
+    right.merge_state(of(parts[2]))
+    for table in (merged(0, 1, 2), merged(2, 1, 0), merged(1, 2, 0), merged(0, right)):
+        assert torch.equal(table, together)
+
+
+def test_merge_leaves_the_other_alone_and_takes_a_state() -> None:
+    one, other = of(sample(10)), of(sample(20, 1))
+    before = other.table.clone()
+    one.merge_state(other)
+    one.update({"x": torch.ones(3)})
+    assert torch.equal(other.table, before)
+    one.merge_state({"table": before})
+    assert one.total().tolist() == [10 + 20 + 3 + 20]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(MagnitudeHistogram(["y"]), id="names"),
+        pytest.param(MagnitudeHistogram(["x", "y"]), id="more-names"),
+        pytest.param(MagnitudeHistogram(["x"], 4), id="bins"),
+        pytest.param({"table": torch.zeros(1, 1, dtype=torch.int64)}, id="state-that-broadcasts"),
+    ],
+)
+def test_merge_refuses(other: Any) -> None:
+    with pytest.raises(ValueError, match="incoming_state must have the same names and bins_per_octave"):
+        MagnitudeHistogram(["x"]).merge_state(other)
+
+
+def test_merge_refuses_other_types() -> None:
+    with pytest.raises(ValueError, match="Expected incoming state to be a dict"):
+        MagnitudeHistogram(["x"]).merge_state([])  # type: ignore[arg-type]
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+TENSORS = {
+    "a": torch.arange(10.0).reshape(2, 5).t(),
+    "empty": torch.empty(0, 3),
+    "b": torch.arange(10.0, 17.0),
+    "absent": torch.arange(17.0, 40.0),
+    "scalar": torch.tensor(40.0),
+    "tail": torch.arange(41.0, 44.0).reshape(3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 60])
+@pytest.mark.parametrize("missing", [(), ("absent",), ("a", "scalar"), tuple(TENSORS)], ids=str)
+def test_slices_are_a_partition(ranks: int, missing: tuple[str, ...]) -> None:
+    there = {name: tensor for name, tensor in TENSORS.items() if name not in missing}
+    sizes = {name: tensor.numel() for name, tensor in TENSORS.items()}
+    pieces: dict[str, list[float]] = {name: [] for name in TENSORS}
+    for rank in range(ranks):
+        mine = list(slice_of(there, sizes, rank, ranks))
+        assert all(piece.dim() == 1 and piece.numel() > 0 for _, piece in mine)
+        assert sum(piece.numel() for _, piece in mine) <= -(-sum(sizes.values()) // ranks)
+        for name, piece in mine:
+            pieces[name] += piece.tolist()
+    assert {name: sorted(found) for name, found in pieces.items()} == {
+        name: sorted(tensor.flatten().tolist()) if name in there else [] for name, tensor in TENSORS.items()
+    }
+
+
+# --- a metric among metrics ------------------------------------------------------------------------------------------
+
+
+def test_compute_is_a_copy() -> None:
+    histogram = of(torch.ones(3))
+    found = histogram.compute()
+    histogram.update({"x": torch.ones(4)})
+    assert int(found["counts"].sum()) == 3 and int(histogram.compute()["counts"].sum()) == 7
+    assert set(found) == {"counts", "zeros", "infs", "nans"}
+
+
+def test_forward_gives_the_batch_and_keeps_the_total() -> None:
+    histogram = of(torch.ones(3))
+    batch = histogram({"x": torch.tensor([0.0, 1.0])})
+    assert int(batch["counts"].sum()) == 1 and int(batch["zeros"]) == 1
+    assert histogram.total().tolist() == [5]
+
+
+def test_reset() -> None:
+    histogram = of(torch.ones(3))
+    histogram.reset()
+    assert histogram.total().tolist() == [0]
+    histogram.update({"x": torch.ones(2)})
+    histogram.reset()
+    assert histogram.total().tolist() == [0]  # the default was not updated in place
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param(lambda h: h.clone(), id="clone"),
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(lambda h: pickle.loads(pickle.dumps(h)), id="pickle"),
+    ],
+)
+def test_copies(again: Callable[[MagnitudeHistogram], MagnitudeHistogram]) -> None:
+    histogram = of(sample(50), bins_per_octave=4)
+    other = again(histogram)
+    assert torch.equal(other.table, histogram.table) and other.names == ["x"] and other.bins_per_octave == 4
+    other.update({"x": torch.ones(1)})
+    assert histogram.total().tolist() == [50] and other.total().tolist() == [51]
+    other.reset()
+    assert histogram.total().tolist() == [50]
+
+
+def test_state_dict() -> None:
+    histogram = of(sample(50))
+    assert histogram.state_dict() == {}  # a torchmetrics state is not persistent unless asked for
+    histogram.persistent(True)
+    buffer = io.BytesIO()
+    torch.save(histogram.state_dict(), buffer)
+    buffer.seek(0)
+    other = MagnitudeHistogram(["x"])
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other.table, histogram.table)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(lambda m: m.half(), id="half"),
+        pytest.param(lambda m: m.double(), id="double"),
+        pytest.param(lambda m: m.to(torch.bfloat16), id="to-dtype"),
+        pytest.param(lambda m: m.to("cpu"), id="to-device"),
+    ],
+)
+def test_a_module_that_is_converted_keeps_int64(convert: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    holder = torch.nn.Module()
+    holder.histogram = of(sample(50))
+    convert(holder)
+    convert(holder.histogram)
+    holder.histogram.update({"x": torch.ones(2, dtype=torch.float16)})
+    assert holder.histogram.table.dtype == torch.int64 and holder.histogram.total().tolist() == [52]
+
+
+def test_metric_collection() -> None:
+    collection = MetricCollection({"fine": MagnitudeHistogram(["x"], 8), "coarse": MagnitudeHistogram(["x"], 1)})
+    for _ in range(2):  # from the second update on, torchmetrics looks for metrics that share their state
+        collection.update({"x": torch.tensor([1.0, 1.5])})
+    assert collection["fine"].counts.max() == 2 and collection["coarse"].counts.max() == 4
+    collection.reset()
+    assert int(collection["fine"].total()) == 0
+
+
+def test_updates_add_up_and_names_may_be_missing() -> None:
+    histogram = MagnitudeHistogram(["a", "b"])
+    histogram.update({"b": torch.ones(2)})
+    histogram.update({"b": torch.ones(3, dtype=torch.float16)})
+    histogram.update({})
+    assert histogram.total().tolist() == [0, 5]
+    assert histogram.pooled().names == ["all"] and histogram.pooled().total().tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(lambda: MagnitudeHistogram(["a", "b", "a"]), ValueError, r"\['a'\] more than once", id="names"),
+        pytest.param(lambda: MagnitudeHistogram(["a"], 3), ValueError, "power of two from 1 to 128, got 3", id="bins"),
+        pytest.param(lambda: MagnitudeHistogram(["a"], 256), ValueError, "from 1 to 128, got 256", id="bins-256"),
+        pytest.param(lambda: MagnitudeHistogram(["a"], 0), ValueError, "from 1 to 128, got 0", id="bins-0"),
+        pytest.param(
+            lambda: MagnitudeHistogram(["a"]).update({"b": torch.ones(1)}), ValueError, "'b' is not one", id="name"
+        ),
+        pytest.param(lambda: count_magnitudes(torch.ones(2).int(), 8), TypeError, "got torch.int32", id="int"),
+        pytest.param(lambda: count_magnitudes(torch.ones(2).cfloat(), 8), TypeError, "got torch.complex64", id="cplx"),
+        pytest.param(lambda: count_magnitudes(torch.ones(2).bool(), 8), TypeError, "got torch.bool", id="bool"),
+        pytest.param(lambda: of(torch.ones(1)).quantile(1.01), ValueError, r"\[0, 1\], got 1.01", id="q"),
+        pytest.param(lambda: of(torch.ones(1)).quantile(math.nan), ValueError, r"\[0, 1\], got nan", id="q-nan"),
+    ],
+)
+def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(bits=BITS, k=st.integers(0, 7))
+def test_property_counts_are_the_oracles(bits: list[int], k: int) -> None:
+    values = from_bits(bits)
+    assert counted(values, 2**k) == expected(values, 2**k)
+
+
+@PROPERTY
+@given(bits=BITS, k=st.integers(0, 7))
+def test_property_sign_and_order_do_not_matter(bits: list[int], k: int) -> None:
+    values = from_bits(bits)
+    assert counted(values, 2**k) == counted(-values.flip(0), 2**k)
+
+
+@PROPERTY
+@given(bits=BITS, more=BITS)
+def test_property_merging_is_concatenation(bits: list[int], more: list[int]) -> None:
+    one = of(from_bits(bits))
+    one.merge_state(of(from_bits(more)))
+    assert torch.equal(one.table, of(from_bits(bits + more)).table)
+
+
+@PROPERTY
+@given(values=st.lists(st.floats(2.0**-126, 2.0**127, width=32), min_size=1, max_size=40), q=st.floats(0, 1))
+def test_property_quantile(values: list[float], q: float) -> None:
+    ascending = sorted(values)
+    exact = ascending[min(int(q * len(values)), len(values) - 1)]
+    assert_within_one_bin(float(of(torch.tensor(values)).quantile(q)), exact, 8)
+
+
+@PROPERTY
+@given(values=st.lists(st.floats(allow_nan=True, width=64), max_size=40))
+def test_property_float64(values: list[float]) -> None:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    assert counted(tensor) == expected(tensor)
+
+
+@PROPERTY
+@given(bits=BITS, a=st.floats(0, 1e30), b=st.floats(0, 1e30))
+def test_property_share_below_is_monotone(bits: list[int], a: float, b: float) -> None:
+    histogram = of(from_bits(bits))
+    low, high = (float(histogram.share_below(x)) for x in sorted((a, b)))
+    assert math.isnan(low) or 0.0 <= low <= high <= 1.0
+
+
+@st.composite
+def cuts(draw: Any) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    sizes = {f"p{i}": size for i, size in enumerate(draw(st.lists(st.integers(0, 20), min_size=1, max_size=8)))}
+    tensors = {name: torch.arange(1.0, size + 1) for name, size in sizes.items() if draw(st.booleans())}
+    return tensors, sizes, draw(st.integers(1, 9))
+
+
+@PROPERTY
+@given(case=cuts())
+def test_property_slices_add_up_to_the_whole(case: tuple[dict[str, Tensor], dict[str, int], int]) -> None:
+    tensors, sizes, ranks = case
+    whole, parts = MagnitudeHistogram(list(sizes)), MagnitudeHistogram(list(sizes))
+    whole.update(tensors)
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        for rank in range(ranks):
+            yield from slice_of(tensors, sizes, rank, ranks)
+
+    for name, piece in pieces():
+        parts.update({name: piece})
+    assert torch.equal(whole.table, parts.table)

@@ -1,0 +1,273 @@
+"""The laws against closed forms and dense double sums, and the care with which they are applied."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.surge import (
+    PowerLaw,
+    SurgeLaw,
+    careful_ratio,
+    choose_ratio,
+    scaling_law,
+    sign_descent_rate,
+)
+
+SIZES = [(32, 32), (64, 1024), (1024, 64), (300, 7), (1, 65_536)]
+
+
+@pytest.mark.parametrize(("batch", "reference"), SIZES)
+@pytest.mark.parametrize("noise_scale", [0.5, 100.0, 1000.0, 1e6])
+def test_ratio_and_absolute_form(batch: float, reference: float, noise_scale: float) -> None:
+    def rate(b: float) -> float:
+        return 0.03 / ((math.sqrt(noise_scale / b) + math.sqrt(b / noise_scale)) / 2)
+
+    law = SurgeLaw(noise_scale, max_learning_rate=0.03)
+    assert law.learning_rate(batch) == pytest.approx(rate(batch), rel=1e-12)
+    assert law.ratio(batch, reference) == pytest.approx(rate(batch) / rate(reference), rel=1e-12)
+
+
+def test_the_peak_is_at_the_noise_scale() -> None:
+    law = SurgeLaw(700, max_learning_rate=0.1)
+    assert law.learning_rate(700) == 0.1
+    assert all(law.learning_rate(b) < 0.1 for b in (1, 350, 699, 701, 1400, 1e6))
+    assert law.learning_rate(350) == pytest.approx(law.learning_rate(1400))  # symmetric in the logarithm
+
+
+@pytest.mark.parametrize(("batch", "reference"), SIZES)
+def test_limits(batch: float, reference: float) -> None:
+    root = math.sqrt(batch / reference)
+    assert SurgeLaw(math.inf).ratio(batch, reference) == pytest.approx(root, rel=1e-12)
+    assert SurgeLaw(1e12).ratio(batch, reference) == pytest.approx(root, rel=1e-6)
+    assert SurgeLaw(1e-9).ratio(batch, reference) == pytest.approx(1 / root, rel=1e-6)
+
+
+def test_levels_off_beyond_its_bound() -> None:
+    law = SurgeLaw(100, max_learning_rate=1.0, valid_until=400)
+    assert law.learning_rate(400) == law.learning_rate(1e9) < 1.0
+    assert law.ratio(5000, 400) == law.ratio(400, 5000) == 1.0
+    assert law.ratio(5000, 10) == law.ratio(400, 10) == SurgeLaw(100).ratio(400, 10)
+    assert SurgeLaw(math.inf, valid_until=64).ratio(1024, 16) == 2.0
+
+
+@pytest.mark.parametrize(("name", "exponent"), [("sqrt", 0.5), ("linear", 1.0), ("keep", 0.0)])
+def test_power_laws(name: str, exponent: float) -> None:
+    for batch, reference in SIZES:
+        assert scaling_law(name).ratio(batch, reference) == (batch / reference) ** exponent
+    assert scaling_law(name) == PowerLaw(exponent)
+    assert scaling_law("surge", 50.0, 70.0) == SurgeLaw(50.0, valid_until=70.0)
+
+
+# --- Theorems 2, 3 and 4 against dense sums --------------------------------------------------------------------------
+
+
+def problem(seed: int = 0, signal: float = 0.05, number: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sigma = 0.5 + torch.rand(number, generator=generator, dtype=torch.float64)
+    mu = signal * torch.randn(number, generator=generator, dtype=torch.float64)
+    root = torch.randn(number, number, generator=generator, dtype=torch.float64)
+    hessian = root @ root.T + 20 * torch.outer(mu, mu) / mu.dot(mu)  # its sum off the diagonal is positive
+    return mu, sigma, hessian
+
+
+def theorem_3(mu: Tensor, sigma: Tensor, hessian: Tensor) -> tuple[float, float]:
+    n = len(mu)
+    m, s, h = mu.tolist(), sigma.tolist(), hessian.tolist()
+    trace = sum(h[i][i] for i in range(n))
+    off = sum(m[i] * m[j] / (s[i] * s[j]) * h[i][j] for i in range(n) for j in range(n) if i != j)
+    noise_scale = math.pi * trace / (2 * off)
+    return noise_scale, math.sqrt(noise_scale / (2 * math.pi)) * sum(m[i] ** 2 / s[i] for i in range(n)) / trace
+
+
+def theorem_2(batch: float, mu: Tensor, sigma: Tensor, hessian: Tensor) -> float:
+    n = len(mu)
+    m, s, h = mu.tolist(), sigma.tolist(), hessian.tolist()
+    e = [math.erf(math.sqrt(batch / 2) * m[i] / s[i]) for i in range(n)]
+    curvature = sum((1 - e[i] ** 2) * h[i][i] for i in range(n))
+    curvature += sum(e[i] * e[j] * h[i][j] for i in range(n) for j in range(n))
+    return sum(e[i] * m[i] for i in range(n)) / curvature
+
+
+def theorem_4(mu: Tensor, hessian: Tensor) -> float:
+    m, h = mu.tolist(), hessian.tolist()
+    signs = [math.copysign(1, x) for x in m]
+    return sum(map(abs, m)) / sum(a * b * h[i][j] for i, a in enumerate(signs) for j, b in enumerate(signs))
+
+
+def rate_of(batch: float, mu: Tensor, sigma: Tensor, hessian: Tensor) -> float:
+    return sign_descent_rate(batch, mu, sigma, hessian.diag(), lambda v: hessian @ v)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_from_moments_is_theorem_3(seed: int) -> None:
+    mu, sigma, hessian = problem(seed)
+    law = SurgeLaw.from_moments(mu, sigma, hessian.diag(), lambda v: hessian @ v)
+    assert (law.noise_scale, law.max_learning_rate) == pytest.approx(theorem_3(mu, sigma, hessian), rel=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("batch", [0.1, 1, 30, 1e3, 1e5])
+def test_sign_descent_is_theorem_2(seed: int, batch: float) -> None:
+    mu, sigma, hessian = problem(seed)
+    assert rate_of(batch, mu, sigma, hessian) == pytest.approx(theorem_2(batch, mu, sigma, hessian), rel=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_small_batches_follow_the_surge_law(seed: int) -> None:
+    mu, sigma, hessian = problem(seed, signal=1e-3)
+    bound = float((math.pi * sigma**2 / (2 * mu**2)).min())
+    law = SurgeLaw.from_moments(mu, sigma, hessian.diag(), lambda v: hessian @ v)
+    for batch in (bound / 1e4, bound / 1e3):
+        assert rate_of(batch, mu, sigma, hessian) == pytest.approx(law.learning_rate(batch), rel=5e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_large_batches_level_off(seed: int) -> None:
+    mu, sigma, hessian = problem(seed)
+    constant = theorem_4(mu, hessian)
+    assert constant > 0
+    assert rate_of(1e9, mu, sigma, hessian) == pytest.approx(constant, rel=1e-6)
+
+
+def test_best_rate_minimises_the_quadratic_loss() -> None:
+    # Lemma 1 by simulation: signs of Gaussian batch gradients, the loss change is quadratic in the rate.
+    mu, sigma, hessian = problem(2, signal=0.3, number=4)
+    batch, generator = 5.0, torch.Generator().manual_seed(0)
+    noise = torch.randn(400_000, 4, generator=generator, dtype=torch.float64)
+    steps = (mu + sigma / math.sqrt(batch) * noise).sign()
+    slope, curvature = float((steps @ mu).mean()), float(((steps @ hessian) * steps).sum(1).mean())
+    assert rate_of(batch, mu, sigma, hessian) == pytest.approx(slope / curvature, rel=0.02)
+
+
+# --- choose_ratio ----------------------------------------------------------------------------------------------------
+
+
+def noise(value: float, lower: float | None = None, upper: float | None = None, measurements: int = 16) -> Any:
+    low, high = value / 1.2 if lower is None else lower, value * 1.2 if upper is None else upper
+    return NoiseEstimate(value, low, high, 0.95, measurements)
+
+
+@pytest.mark.parametrize(("batch", "reference"), [(64, 256), (1024, 256), (4096, 256), (256, 4096), (256, 256)])
+@pytest.mark.parametrize("value", [0.0, 1e-9, 1.0, 100.0, 400.0, 5_000.0, 1e9, math.inf])
+def test_a_probe_stays_between_one_and_the_square_root(batch: float, reference: float, value: float) -> None:
+    ratio = choose_ratio("surge", batch, reference, noise(value, value, value))
+    low, high = sorted((1.0, math.sqrt(batch / reference)))
+    assert low <= ratio.lower <= ratio.value <= ratio.upper <= high
+    assert ratio.law == "surge" and "noise scale of a probe" in ratio.reasons[0]
+
+
+@pytest.mark.parametrize(("batch", "reference"), [(64, 256), (1024, 256), (256, 1024)])
+@pytest.mark.parametrize("value", [900.0, 3_000.0, 1e6])
+def test_a_record_gives_the_full_law(batch: float, reference: float, value: float) -> None:
+    ratio = choose_ratio("surge", batch, reference, noise(value), from_record=True)
+    assert ratio.value == pytest.approx(SurgeLaw(value).ratio(batch, reference))
+    assert ratio.reasons == ("surge law with the noise scale of a recorded run",)
+
+
+def test_a_record_may_lower_the_rate_past_the_peak() -> None:
+    assert careful_ratio(1000, 1500, 1000, from_record=True) < 1.0
+    assert careful_ratio(1000, 1500, 1000, from_record=False) == 1.0
+
+
+@pytest.mark.parametrize("from_record", [False, True], ids=["probe", "record"])
+def test_beyond_the_bound_it_levels_off_and_says_so(from_record: bool) -> None:
+    bound = math.pi / 2 * 1000
+    within = choose_ratio("surge", bound * 0.99, 256, noise(1000), from_record=from_record)
+    beyond = choose_ratio("surge", bound * 9, 256, noise(1000), from_record=from_record)
+    assert len(within.reasons) == 1 and len(beyond.reasons) == 2
+    assert "beyond the bound of the law, 1.57e+03: the rate levels off" in beyond.reasons[1]
+    assert beyond.value == pytest.approx(SurgeLaw(1000).ratio(bound, 256))
+
+
+@pytest.mark.parametrize(
+    ("estimate", "why"),
+    [
+        pytest.param(None, "there is no noise scale", id="none"),
+        pytest.param(noise(math.inf, 0.0, math.inf, 0), "there is no noise scale", id="no-measurements"),
+        pytest.param(
+            noise(500, 0.0, math.inf), r"too uncertain \(0 to unbounded samples\): .* by 1 or by 4", id="unbounded"
+        ),
+        pytest.param(noise(math.inf, 100.0, math.inf), "too uncertain", id="no-signal"),
+    ],
+)
+@pytest.mark.parametrize(("fallback", "value"), [("keep", 1.0), ("sqrt", 4.0), ("linear", 16.0)])
+def test_refusal(estimate: NoiseEstimate | None, why: str, fallback: str, value: float) -> None:
+    ratio = choose_ratio("surge", 4096, 256, estimate, fallback=fallback)
+    assert (ratio.value, ratio.lower, ratio.upper, ratio.law) == (value, value, value, fallback)
+    (reason,) = ratio.reasons
+    assert reason.startswith("surge law refused: ") and reason.endswith(f"fallback={fallback!r} is used")
+    assert re.search(why, reason)
+
+
+def test_an_unbounded_interval_is_no_reason_where_it_does_not_matter() -> None:
+    ratio = choose_ratio("surge", 512, 256, noise(500, 0.0, math.inf))
+    assert ratio.law == "surge" and (ratio.lower, ratio.upper) == (1.0, math.sqrt(2))
+
+
+@pytest.mark.parametrize("law", ["sqrt", "linear", "keep"])
+def test_other_laws_need_no_noise_scale(law: str) -> None:
+    ratio = choose_ratio(law, 1024, 256)
+    assert ratio.value == ratio.lower == ratio.upper == scaling_law(law).ratio(1024, 256)
+    assert ratio.law == law and ratio.reasons == ()
+
+
+POSITIVE = st.floats(1e-3, 1e9)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(batch=POSITIVE, reference=POSITIVE, ends=st.tuples(*[st.floats(0, 1e9)] * 3), record=st.booleans())
+def test_property_the_value_lies_in_its_interval(batch: float, reference: float, ends: Any, record: bool) -> None:
+    lower, value, upper = sorted(ends)
+    ratio = choose_ratio("surge", batch, reference, noise(value, lower, upper), from_record=record)
+    assert 0 < ratio.lower <= ratio.value <= ratio.upper < math.inf
+    assert ratio.law == "keep" or ratio.upper <= 2 * ratio.lower
+
+
+BAD = problem()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        pytest.param(lambda: SurgeLaw(0.0), "noise_scale must be a positive number of samples, got 0.0", id="zero"),
+        pytest.param(lambda: SurgeLaw(-1.0), "noise_scale must be .* got -1.0", id="negative"),
+        pytest.param(lambda: SurgeLaw(math.nan), "noise_scale must be .* got nan", id="nan"),
+        pytest.param(lambda: SurgeLaw(1.0, valid_until=0), "valid_until must be", id="valid-until"),
+        pytest.param(lambda: SurgeLaw(1.0, 0.0), "max_learning_rate must be positive, got 0.0", id="rate"),
+        pytest.param(lambda: SurgeLaw(1.0, math.inf), "max_learning_rate must be positive, got inf", id="rate-inf"),
+        pytest.param(lambda: SurgeLaw(math.inf, 0.1), "must then be finite", id="peak-at-infinity"),
+        pytest.param(lambda: SurgeLaw(1.0).learning_rate(1), "max_learning_rate is needed", id="no-rate"),
+        pytest.param(lambda: SurgeLaw(1.0, 1.0).learning_rate(0), "batch_size must be", id="batch"),
+        pytest.param(lambda: SurgeLaw(1.0).ratio(1, 0), "reference_batch_size must be", id="reference"),
+        pytest.param(lambda: SurgeLaw(1.0).ratio(math.inf, 1), "batch_size must be .* got inf", id="infinite"),
+        pytest.param(lambda: PowerLaw(1.0).ratio(-4, 1), "batch_size must be .* got -4", id="power"),
+        pytest.param(lambda: scaling_law("cubic"), r"one of \('surge', .* got 'cubic'", id="name"),
+        pytest.param(lambda: choose_ratio("cubic", 1, 1), "got 'cubic'", id="choose-name"),
+        pytest.param(lambda: choose_ratio("surge", 1, 1, fallback="cubic"), "got 'cubic'", id="fallback-name"),
+        pytest.param(lambda: choose_ratio("surge", 1, 1, fallback="surge"), "must be another law", id="fallback"),
+        pytest.param(lambda: choose_ratio("surge", 0, 1, noise(1)), "batch_size must be", id="choose-batch"),
+        pytest.param(
+            lambda: SurgeLaw.from_moments(BAD[0], BAD[1], -BAD[2].diag(), lambda v: BAD[2] @ v),
+            "positive trace of the Hessian",
+            id="trace",
+        ),
+        pytest.param(
+            lambda: SurgeLaw.from_moments(BAD[0], BAD[1], BAD[2].diag(), lambda v: 0 * v), "off its diagonal", id="off"
+        ),
+        pytest.param(lambda: rate_of(1.0, BAD[0], BAD[1], -BAD[2]), "curvature .* must be positive", id="curvature"),
+        pytest.param(lambda: rate_of(0.0, *BAD), "batch_size must be", id="sign-batch"),
+    ],
+)
+def test_errors(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
