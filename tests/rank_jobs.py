@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -25,9 +26,15 @@ def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=True, start_method="spawn"
+    context = torch.multiprocessing.start_processes(
+        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=False, start_method="spawn"
     )
+    deadline = time.monotonic() + 240
+    while not context.join(timeout=10):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -226,4 +233,51 @@ def uneven(folder: Path) -> Any:
 
     calibration = OptimizerCalibration(learning_rate="keep", probe_batches=4)
     made = fit(folder / "uneven", calibration, module=Broken, data=loader(4), max_steps=2, **ddp(ranks))
-    return _group(made), calibration.result.reasons, calibration.result.gradients, len(dataset())
+    return _group(made), calibration.result.problems, calibration.result.gradients, len(dataset())
+
+
+def apart(folder: Path) -> Any:
+    """A process group, and a Trainer for itself on each rank, or on one alone: nothing may be added up."""
+    rank, _ = _world()
+    spy = GradientSpy()
+    fit(folder / str(rank), GradientHistogramMonitor(every_n_steps=4), spy, devices=1)
+    if rank == 0:
+        fit(folder / "alone", GradientHistogramMonitor(every_n_steps=4), devices=1)
+    return spy.seen[::4]
+
+
+def out_of_step(folder: Path) -> Any:
+    """Ranks that differ: in their number of batches, in what fails, in what overflows. None may wait for ever."""
+    rank, ranks = _world()
+    found = {}
+
+    class Gathers(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.all_gather(loss.detach())  # as contrastive losses do: a forward pass is a collective
+            return loss * 1e3 if rank == 0 and self.probing else loss
+
+        @property
+        def probing(self) -> bool:
+            return type(self.trainer.loggers[0]).__name__ == "DummyLogger"
+
+    class FailsOnOne(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if rank == 1 and type(self.trainer.loggers[0]).__name__ == "DummyLogger":
+                raise RuntimeError("here alone")
+            return super().training_step(batch, batch_idx)
+
+    few = loader(4, samples=12 if rank == 0 else 64)
+    for name, module, data, more in (
+        ("uneven", Net, few, {"use_distributed_sampler": False}),
+        ("fails", FailsOnOne, loader(4), {}),
+        ("overflows", Gathers, loader(4), {"plugins": [_fp16()]}),
+    ):
+        calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+        fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
+        found[name] = (calibration.result.gradients, calibration.result.problems)
+    return found
+
+
+def _fp16() -> Any:
+    return L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))

@@ -5,8 +5,6 @@ from __future__ import annotations
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers.logger import DummyLogger
-    from lightning.pytorch.plugins import MixedPrecision
-    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,12 +15,6 @@ except ModuleNotFoundError as missing:
         raise
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
-    from pytorch_lightning.plugins import MixedPrecision  # type: ignore[assignment]
-    from pytorch_lightning.strategies import (  # type: ignore[assignment]
-        DDPStrategy,
-        DeepSpeedStrategy,
-        SingleDeviceStrategy,
-    )
     from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn  # type: ignore[assignment]
     from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[assignment]
     from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -32,13 +24,9 @@ except ModuleNotFoundError as missing:
 __all__ = [
     "Callback",
     "CombinedLoader",
-    "DDPStrategy",
-    "DeepSpeedStrategy",
     "DummyLogger",
     "LightningModule",
     "MisconfigurationException",
-    "MixedPrecision",
-    "SingleDeviceStrategy",
     "Trainer",
     "is_overridden",
     "is_param_in_hook_signature",

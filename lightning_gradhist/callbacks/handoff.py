@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_gradhist.report.result import GroupChange
 
@@ -17,6 +18,22 @@ _SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")  # keys of LRScheduler.st
 def base_rate(group: dict[str, Any]) -> float:
     """The learning rate of a group that its schedule is a multiple of: OneCycleLR's maximum, the initial or the only."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def keeps_own_rates(scheduler: Any) -> bool:
+    """Whether a scheduler sets the rates from something else than what :func:`apply_changes` can scale."""
+    if isinstance(scheduler, ReduceLROnPlateau):  # it lowers what it finds
+        return False
+    state = scheduler.state_dict()
+    return not any(key in state for key in ("base_lrs", "_schedulers"))
+
+
+def holds_before(optimizer: Optimizer, change: GroupChange) -> bool:
+    """Whether a change is still to be made."""
+    if change.group >= len(optimizer.param_groups):
+        return False
+    group = optimizer.param_groups[change.group]
+    return (base_rate(group) if change.name == "lr" else group.get(change.name)) == change.before
 
 
 def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import (
@@ -16,11 +17,15 @@ from lightning_gradhist.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    rank_zero_info,
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.gradients import (
     Replicas,
+    as_real,
     effective_batch_size,
+    is_short_step,
+    model_shapes,
     optimizer_parameters,
     ready_gradients,
     replicas,
@@ -32,6 +37,8 @@ from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import Sink, log_magnitudes, sinks
 from lightning_gradhist.report.record import FILE_NAME, OptimizerRecord, RunRecord
 
+_FEW = 3  # pairs below which there is no interval
+
 
 class GradientHistogramMonitor(Callback):
     r"""Logs histograms of the gradient magnitudes of every layer, and records the noise scale of the run.
@@ -39,19 +46,20 @@ class GradientHistogramMonitor(Callback):
     What is counted is the gradient that the optimizer will use, once per optimizer step that is logged: accumulated over
     micro-batches, averaged over ranks, unscaled under 16-mixed, before clipping. Under DDP every rank counts its own part
     of it, and one all-reduce of the bins for all layers together gives the whole. Steps ``0, every_n_steps, ...`` are
-    logged; in between nothing is computed.
+    logged.
 
     TensorBoard gets, on rank zero, ``gradient_magnitude/<parameter>`` and ``gradient_magnitude/all`` with
     :math:`\log_{10}|g|` on the horizontal axis, the scalars that
     :func:`lightning_gradhist.report.loggers.log_magnitudes` lists, and with matplotlib a heatmap of layers by
-    magnitude, ``gradient_magnitude_by_layer``, at the 1st, 2nd, 4th, 8th, ... logged step and at the end. Other loggers
-    get the scalars.
+    magnitude, ``gradient_magnitude_by_layer``, at the 1st, 2nd, 4th, 8th, ... logged step and at the end. With several
+    optimizers the last two names end in the optimizer's index. Other loggers get the scalars.
 
-    From each logged step and the one after it, the noise scale is measured (see
+    From a logged step and the one after it, the noise scale is measured (see
     :class:`lightning_gradhist.noise.NoiseRecord`): ``B_simple``, and ``B_adam`` once the optimizer has a second moment.
     It is kept in the checkpoint, and in ``calibration.json`` in the log directory, which
-    ``OptimizerCalibration(reference=...)`` reads. That holds one copy of the gradients and one of the second moment
-    from a logged step to the next.
+    ``OptimizerCalibration(reference=...)`` reads; a record is of use from some ten logged steps on. From a logged step to
+    the next this holds one copy of the gradients and one of the second moment; all other steps cost nothing. A step with
+    fewer samples than the others, as the last of an epoch may have, is not measured.
 
     Works with one device and DDP, automatic and manual optimization, and several optimizers, which are told apart by
     their parameters. With other strategies it warns and stays off.
@@ -60,7 +68,8 @@ class GradientHistogramMonitor(Callback):
         every_n_steps: optimizer steps from one logged step to the next, at least 1.
         bins_per_octave: bins per power of two of the magnitude, a power of two from 1 to 128.
         noise_scale: whether to measure the noise scale.
-        batch_size: samples of one micro-batch on one device, where the loader does not tell it.
+        batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
+            optimization, samples of one optimizer step on one device.
 
     Raises:
         MisconfigurationException: for an argument out of its range.
@@ -94,13 +103,13 @@ class GradientHistogramMonitor(Callback):
         self._restored: list[dict[str, Any]] = []
         self._replicas: Replicas | None = None
         self._log_dir: Path | None = None
-        self._effective_batch_size: int | None = None
         self._failed = False
 
     @property
     def state_key(self) -> str:
         """Differs between instances with different arguments, so that several can be in one Trainer."""
-        return f"{type(self).__qualname__}[every_n_steps={self.every_n_steps},bins_per_octave={self.bins_per_octave}]"
+        arguments = ("every_n_steps", "bins_per_octave", "noise_scale", "batch_size")
+        return f"{type(self).__qualname__}[{','.join(f'{name}={getattr(self, name)}' for name in arguments)}]"
 
     @property
     def noise_records(self) -> list[NoiseRecord]:
@@ -109,62 +118,63 @@ class GradientHistogramMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and noise measured, an entry an optimizer."""
-        if not self._watched:
-            return {"optimizers": self._restored}
-        return {"optimizers": [watched.state_dict() for watched in self._watched]}
+        return {"optimizers": [watched.state_dict() for watched in self._watched] or self._restored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state up; it is given to the optimizers when training starts."""
+        """Takes the state up; it is given to the optimizers when training goes on."""
         self._restored = list(state_dict["optimizers"])
+        self._watched = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
         self._replicas = replicas(trainer)
         if self._replicas is None:
             rank_zero_warn(
-                f"GradientHistogramMonitor is off: {type(trainer.strategy).__name__} does not replicate the gradient, and"
-                " only one device and DDP are supported. Use strategy='ddp', or remove the callback."
+                f"GradientHistogramMonitor is off: {type(trainer.strategy).__name__} does not replicate the gradient,"
+                " and only one device and DDP are supported. Use strategy='ddp', or remove the callback."
             )
             return
-        restored = self._restored + [{}] * (len(trainer.optimizers) - len(self._restored))
-        self._watched = [_Watched(**state) for state in restored[: len(trainer.optimizers)]]
-        self._log_dir = (
-            None if getattr(trainer, "fast_dev_run", False) else Path(trainer.log_dir or trainer.default_root_dir)
-        )
-        self._effective_batch_size = effective_batch_size(trainer, self.batch_size)
-        if self.noise_scale and self._effective_batch_size is None:
+        states = self.state_dict()["optimizers"] if trainer.global_step > 0 else []
+        self._watched = [_Watched(**state) for state in states[: len(trainer.optimizers)]]
+        self._watched += [_Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
+        self._restored = []
+        self._log_dir = self._directory(trainer)
+        if self.noise_scale and effective_batch_size(trainer, self.batch_size) is None:
             rank_zero_warn(
-                "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader."
-                " Give the samples of one micro-batch on one device, GradientHistogramMonitor(batch_size=...), or turn it"
-                " off with noise_scale=False."
+                "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
+                " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
+                " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with"
+                " noise_scale=False."
             )
-        if not trainer.loggers:
+        elif not trainer.loggers and not trainer.barebones:
             rank_zero_warn(
                 "GradientHistogramMonitor has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
-                + (f" The noise scale is still recorded in {self._log_dir}." if self._records else "")
+                + (f" The noise scale is still recorded in {self._log_dir}." if self.noise_scale else "")
             )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts, logs and measures where this step is due."""
         index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
-        if index is None or self._replicas is None or index >= len(self._watched):
+        if index is None or self._replicas is None:
             return
         watched = self._watched[index]
-        logged, paired = watched.steps % self.every_n_steps == 0, watched.pending is not None
-        if logged or paired:
+        if watched.last_step == trainer.global_step:  # LBFGS evaluates a step several times
+            return
+        watched.last_step = trainer.global_step
+        due, paired = watched.steps % self.every_n_steps == 0, watched.pending is not None
+        if due or paired:
             parameters = optimizer_parameters(pl_module, optimizer)
             gradients = ready_gradients(trainer, optimizer, parameters)
+            sizes = {name: as_real(p.detach()).numel() for name, p in parameters.items()}
+            short = self.noise_scale and is_short_step(trainer)
             if paired:
-                watched.complete_pair(gradients)
-            if logged:
-                histogram = self._count(
-                    gradients, {name: p.numel() for name, p in parameters.items()}, pl_module.device
-                )
+                self._guarded(lambda: watched.complete_pair({} if short else gradients))
+            if due:
+                histogram = self._count(gradients, sizes, pl_module.device)
                 if trainer.is_global_zero:
-                    self._guarded(lambda: self._log(trainer, watched, histogram.cpu(), trainer.global_step))
-                if self._records:
-                    watched.learning_rates = [base_rate(group) for group in optimizer.param_groups]
-                    watched.hold(gradients, _second_moment(optimizer, parameters), _epsilon(optimizer), self._size)
+                    self._guarded(lambda: self._log(trainer, pl_module, index, histogram.cpu()))
+                if not paired and not short:  # each gradient is in one pair, so that pairs are independent
+                    self._guarded(lambda: self._hold(trainer, watched, optimizer, parameters, gradients))
         watched.steps += 1
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,73 +183,114 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last heatmap and writes the record."""
-        for watched in self._watched:
+        for index, watched in enumerate(self._watched):
             last = watched.last_logged
             if trainer.is_global_zero and last is not None:
-                self._guarded(lambda last=last: self._draw(trainer, *last))  # type: ignore[misc]
-            watched.last_logged = watched.pending = None
+                self._guarded(lambda i=index, last=last: self._draw(trainer, i, *last))  # type: ignore[misc]
+        self._release()
         self._save_record(trainer, pl_module)
+        if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
+            rank_zero_info(
+                f"GradientHistogramMonitor measured the noise scale at fewer than {_FEW} steps, too few to calibrate another"
+                f" run from; lower every_n_steps={self.every_n_steps}."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use."""
+        self._release()
         self._save_record(trainer, pl_module)
 
-    @property
-    def _records(self) -> bool:
-        return self.noise_scale and self._effective_batch_size is not None
+    def _directory(self, trainer: Trainer) -> Path | None:
+        """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
+        first = next(
+            other for other in getattr(trainer, "callbacks", [self]) if isinstance(other, GradientHistogramMonitor)
+        )
+        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or first is not self:
+            return None  # of several monitors the first writes the record
+        return Path(trainer.strategy.broadcast(_run_directory(trainer) if trainer.is_global_zero else ""))
 
-    @property
-    def _size(self) -> int:
-        assert self._effective_batch_size is not None
-        return self._effective_batch_size
+    def _hold(
+        self,
+        trainer: Trainer,
+        watched: _Watched,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Mapping[str, Tensor],
+    ) -> None:
+        batch_size = effective_batch_size(trainer, self.batch_size)
+        if not self.noise_scale or batch_size is None:
+            return
+        rates = [base_rate(group) for group in optimizer.param_groups]
+        watched.learning_rates = [max(pair) for pair in zip_longest(rates, watched.learning_rates, fillvalue=0.0)]
+        watched.batch_size = batch_size
+        watched.hold(gradients, _second_moment(optimizer, parameters), _epsilon(optimizer))
 
     def _count(
         self, gradients: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device
     ) -> MagnitudeHistogram:
         assert self._replicas is not None
-        histogram = MagnitudeHistogram(list(sizes), self.bins_per_octave).to(device)
-        dense = {name: g.to_dense() if g.layout != torch.strided else g for name, g in gradients.items()}
-        histogram.update(dict(slice_of(dense, sizes, self._replicas.rank, self._replicas.ranks)))
-        histogram.sync()
+        with device:  # made there, not copied there
+            histogram = MagnitudeHistogram(list(sizes), self.bins_per_octave)
+        mine = slice_of(gradients, sizes, self._replicas.rank, self._replicas.ranks)
+        self._guarded(lambda: histogram.update(dict(mine)))
+        if self._replicas.ranks > 1:
+            histogram.sync()
         return histogram
 
-    def _log(self, trainer: Trainer, watched: _Watched, histogram: MagnitudeHistogram, step: int) -> None:
+    def _log(self, trainer: Trainer, module: LightningModule, index: int, histogram: MagnitudeHistogram) -> None:
+        watched, step = self._watched[index], trainer.global_step
         for sink in sinks(trainer.loggers):
-            log_magnitudes(sink, histogram, "gradient", step)
+            log_magnitudes(sink, histogram, "gradient", step, f"all{self._suffix(index)}")
         watched.logged += 1
-        if math.log2(watched.logged).is_integer():  # a figure costs far more than a count
-            self._draw(trainer, histogram, step)
+        watched.last_logged = (histogram, step)
+        if math.log2(watched.logged).is_integer():  # figures and files cost far more than a count
+            self._draw(trainer, index, histogram, step)
             watched.last_logged = None
-        else:
-            watched.last_logged = (histogram, step)
+            self._save_record(trainer, module)
 
-    def _draw(self, trainer: Trainer, histogram: MagnitudeHistogram, step: int) -> None:
+    def _draw(self, trainer: Trainer, index: int, histogram: MagnitudeHistogram, step: int) -> None:
         outlets: list[Sink] = sinks(trainer.loggers)
         if outlets and plots.available() and histogram.counts.any():
             figure = plots.magnitude_heatmap(histogram, f"gradient magnitudes by layer, step {step}")
             for sink in outlets:
-                sink.figure("gradient_magnitude_by_layer", figure, step)
+                sink.figure(f"gradient_magnitude_by_layer{self._suffix(index)}", figure, step)
+
+    def _suffix(self, index: int) -> str:
+        return f"_{index}" if len(self._watched) > 1 else ""
+
+    def _release(self) -> None:
+        for watched in self._watched:
+            watched.last_logged = watched.pending = None
 
     def _save_record(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._log_dir is None or not self._records or not trainer.is_global_zero:
+        if self._log_dir is None or not trainer.is_global_zero or not any(map(len, self.noise_records)):
             return
+        path = self._log_dir / FILE_NAME
+        self._guarded(lambda: self._record(trainer, module).save(path))
+
+    def _record(self, trainer: Trainer, module: LightningModule) -> RunRecord:
         entries = [
-            watched.record(type(optimizer).__name__, self._size)
+            watched.record(type(optimizer).__name__)
             for watched, optimizer in zip(self._watched, trainer.optimizers, strict=True)
         ]
-        if any(entry.samples for entry in entries):
-            record = RunRecord(model_shapes(module), trainer.global_step, entries)
-            path = self._log_dir / FILE_NAME
-            self._guarded(lambda: record.save(path))
+        return RunRecord(model_shapes(module), trainer.global_step, entries)
 
     def _guarded(self, log: Callable[[], None]) -> None:
-        # Monitoring never stops training: a full disk or a broken logger costs one warning.
+        # Monitoring never stops training: a full disk or a broken logger costs one warning. No collectives in here.
         try:
             log()
         except Exception as error:
             if not self._failed:
                 rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
             self._failed = True
+
+
+def _run_directory(trainer: Trainer) -> str:
+    logger: Any = trainer.loggers[0] if trainer.loggers else None
+    if getattr(logger, "log_dir", None):
+        return str(logger.log_dir)
+    path = Path(getattr(logger, "save_dir", None) or trainer.default_root_dir)
+    return str(path if logger is None else path / str(logger.name) / str(logger.version))
 
 
 class _Watched:
@@ -251,13 +302,17 @@ class _Watched:
         logged: int = 0,
         samples: list[dict[str, Any]] | None = None,
         learning_rates: list[float] | None = None,
+        batch_size: int = 0,
     ) -> None:
         self.steps = steps
         self.logged = logged
         self.noise = NoiseRecord(samples or [])
         self.learning_rates = learning_rates or []
+        """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
+        self.batch_size = batch_size
+        self.last_step = -1
         self.last_logged: tuple[MagnitudeHistogram, int] | None = None
-        self.pending: tuple[int, int, dict[str, Tensor], dict[str, Tensor] | None] | None = None
+        self.pending: tuple[int, dict[str, Tensor], dict[str, Tensor] | None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -265,35 +320,26 @@ class _Watched:
             "logged": self.logged,
             "samples": [dict(sample) for sample in self.noise.samples],
             "learning_rates": list(self.learning_rates),
+            "batch_size": self.batch_size,
         }
 
-    def hold(
-        self,
-        gradients: Mapping[str, Tensor],
-        second_moment: Mapping[str, Tensor] | None,
-        eps: float,
-        batch_size: int,
-    ) -> None:
+    def hold(self, gradients: Mapping[str, Tensor], second_moment: Mapping[str, Tensor] | None, eps: float) -> None:
         """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
         weights = None
         if second_moment is not None:
             weights = {name: adam_weight(v.float(), eps) for name, v in second_moment.items()}
-        self.pending = (self.steps, batch_size, {name: g.clone() for name, g in gradients.items()}, weights)
+        self.pending = (self.steps, {name: g.clone() for name, g in gradients.items()}, weights)
 
     def complete_pair(self, gradients: Mapping[str, Tensor]) -> None:
         assert self.pending is not None
-        step, batch_size, first, weights = self.pending
-        self.noise.add(step, batch_size, measure_pair(first, gradients, weights))
+        step, first, weights = self.pending
         self.pending = None
+        if gradients:
+            self.noise.add(step, self.batch_size, measure_pair(first, gradients, weights))
 
-    def record(self, name: str, batch_size: int) -> OptimizerRecord:
+    def record(self, name: str) -> OptimizerRecord:
         noise = {metric: self.noise.estimate(metric) for metric in METRICS}
-        return OptimizerRecord(name, self.learning_rates, batch_size, noise, list(self.noise.samples))
-
-
-def model_shapes(module: LightningModule) -> dict[str, list[int]]:
-    """Names and shapes of the parameters that are trained, by which a record knows its model."""
-    return {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        return OptimizerRecord(name, self.learning_rates, self.batch_size, noise, list(self.noise.samples))
 
 
 def _epsilon(optimizer: Optimizer) -> float:
@@ -308,6 +354,8 @@ def _second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" in state and id(parameter) in decay:
-            correction = 1 - torch.as_tensor(decay[id(parameter)]) ** torch.as_tensor(state["step"])
-            moments[name] = state["exp_avg_sq"] / correction.to(state["exp_avg_sq"].device)
+            step = state["step"]
+            on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
+            correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
+            moments[name] = as_real(state["exp_avg_sq"]) / correction
     return moments or None

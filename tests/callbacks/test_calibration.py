@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -145,11 +146,11 @@ def test_a_record_gives_the_full_law(tmp_path) -> None:
     assert result.law == "surge" and result.noise_source == "record"
     assert result.ratio == pytest.approx(law.ratio(32, 8))
     assert group["lr"] == pytest.approx(4e-3 * law.ratio(32, 8))  # the recorded rate, not the 1.0 in the code
-    assert any("carried over from the recorded" in reason for reason in result.reasons)
+    assert any("of the recorded rate" in reason for reason in result.reasons)
 
 
 def test_another_class_takes_the_ratio_for_its_own_rate(tmp_path) -> None:
-    path = record_of_a_run(tmp_path / "run", data=loader(8, samples=512))
+    path = record_of_a_run(tmp_path / "run", data=loader(8, samples=1024))
     calibration = OptimizerCalibration(reference=path, probe_batches=16)
     made = fit(tmp_path / "next", calibration, module=Net(lambda p: ALTO(p, lr=0.02)), data=loader(32, samples=512))
     group, result = made.optimizers[0].param_groups[0], calibration.result
@@ -275,6 +276,147 @@ def test_a_logger_that_fails_undoes_nothing(tmp_path) -> None:
     assert group["eps"] < 1e-1
 
 
+# --- what changes the answer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-4)])
+def test_epsilon_is_measured_on_the_clipped_gradient(tmp_path, algorithm: str, limit: float) -> None:
+    calibration = OptimizerCalibration(learning_rate="keep")
+    made = fit(
+        tmp_path, calibration, module=Net(with_eps(1e-2)), data=loader(4),
+        gradient_clip_val=limit, gradient_clip_algorithm=algorithm,
+    )  # fmt: skip
+    assert calibration.result.epsilon_range.damped_share(1e-2) == 1.0
+    assert calibration.result.epsilon_range.upper_unrounded <= 1.1 * limit  # the middle of a bin
+    moments = [state["exp_avg_sq"].sqrt().max() for state in made.optimizers[0].state.values()]
+    assert float(torch.stack(moments).max()) <= limit
+
+
+def test_accumulation_by_schedule_counts(tmp_path) -> None:
+    monitor, calibration = (
+        GradientHistogramMonitor(every_n_steps=1),
+        OptimizerCalibration(learning_rate="keep", epsilon="keep"),
+    )
+    fit(tmp_path, GradientAccumulationScheduler({0: 4, 1: 2}), monitor, calibration, max_epochs=2)
+    assert calibration.result.effective_batch_size == 32
+    assert [sample["batch_size"] for sample in monitor.noise_records[0].samples] == [32, 32, 16, 16, 16, 16]
+
+
+def test_an_integer_epsilon_is_one(tmp_path) -> None:
+    _, group = calibrated(
+        tmp_path, OptimizerCalibration(learning_rate="keep", epsilon=1e-9), module=Net(with_eps(0)), data=loader(4)
+    )
+    assert group["eps"] == 1e-9
+
+
+@pytest.mark.parametrize("name", ["Adamax", "Adadelta", "Adagrad"])
+def test_an_epsilon_of_another_kind_is_left_alone(tmp_path, name: str) -> None:
+    module = Net(lambda p: getattr(torch.optim, name)(p, lr=1e-2, eps=1e-1))
+    with pytest.warns(UserWarning, match=f"{name} is not known to have an epsilon of Adam's kind"):
+        _, group = calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=module)
+    assert group["eps"] == 1e-1
+
+
+def test_the_surge_law_is_not_for_sgd(tmp_path) -> None:
+    calibration = OptimizerCalibration(reference_batch_size=2, epsilon="keep")
+    with pytest.warns(UserWarning, match="surge law is for optimizers like Adam, and SGD.*'linear', 'sqrt' or 'keep'"):
+        _, group = calibrated(tmp_path, calibration, module=Net(lambda p: torch.optim.SGD(p, lr=0.1)))
+    assert group["lr"] == 0.1
+
+
+def test_a_scheduler_with_rates_of_its_own_is_not_overridden_in_vain(tmp_path) -> None:
+    class Own:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer, self.base = optimizer, [group["lr"] for group in optimizer.param_groups]
+
+        def step(self, metric: Any = None) -> None:
+            for group, rate in zip(self.optimizer.param_groups, self.base, strict=True):
+                group["lr"] = rate
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"base": self.base}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.base = state["base"]
+
+    class Scheduled(Net):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            scheduler.step()
+
+    calibration = OptimizerCalibration(reference_batch_size=2, learning_rate="sqrt", epsilon="keep")
+    with pytest.warns(
+        UserWarning, match="Own keeps base rates that cannot be scaled from outside, so the rate is kept"
+    ):
+        result, group = calibrated(tmp_path, calibration, module=Scheduled(scheduler=Own))
+    assert group["lr"] == result.learning_rate == 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_validation_from_a_checkpoint_does_not_pass_for_a_calibration(tmp_path) -> None:
+    made = fit(tmp_path / "a", OptimizerCalibration(learning_rate="keep"), module=Net(with_eps(1e-1)), data=loader(4))
+    made.save_checkpoint(tmp_path / "done.ckpt")
+
+    class Validated(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    calibration = OptimizerCalibration(learning_rate="keep")
+    made = trainer(tmp_path / "b", calibration)
+    module = Validated(with_eps(1e-1))
+    made.validate(module, DataLoader(dataset(8), 4), ckpt_path=tmp_path / "done.ckpt", verbose=False)
+    made.fit(module, loader(4))
+    assert calibration.result is not None
+    assert made.optimizers[0].param_groups[0]["eps"] < 1e-1
+
+
+def test_a_second_fit_goes_on_with_the_values(tmp_path) -> None:
+    calibration = OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt")
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    made = fit(tmp_path, calibration, monitor, module=Net(with_eps(1e-1)), data=loader(4))
+    result = calibration.result
+    made.fit_loop.max_epochs = 2
+    made.fit(made.lightning_module, loader(4))  # Lightning makes the optimizer anew
+    group = made.optimizers[0].param_groups[0]
+    assert calibration.result is result
+    assert (group["eps"], group["lr"]) == (result.epsilon, pytest.approx(result.learning_rate))
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == list(range(0, 64, 4))
+    assert RunRecord.load(tmp_path / "calibration.json").steps == 64
+
+
+def test_a_resumed_run_does_not_need_its_record(tmp_path) -> None:
+    path = record_of_a_run(tmp_path / "run", data=loader(8, samples=1024))
+    calibration = OptimizerCalibration(reference=path, probe_batches=16)
+    made = fit(tmp_path / "a", calibration, data=loader(32, samples=512))
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    (tmp_path / "run" / "calibration.json").unlink()
+    made = trainer(tmp_path / "b", OptimizerCalibration(reference=path, probe_batches=16), max_epochs=2)
+    made.fit(Net(), loader(32, samples=512), ckpt_path=tmp_path / "half.ckpt")
+    assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(calibration.result.learning_rate)
+
+
+def test_a_trainer_of_the_other_package_is_as_good(tmp_path) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Other(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return with_eps(10.0)(self.parameters())
+
+    calibration, monitor = OptimizerCalibration(learning_rate="keep"), GradientHistogramMonitor(every_n_steps=4)
+    logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="")
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    made = pl.Trainer(max_epochs=1, accelerator="cpu", logger=logger, callbacks=[calibration, monitor], **options)
+    made.fit(Other(), loader(4))
+    assert made.optimizers[0].param_groups[0]["eps"] == calibration.result.epsilon < 10.0
+    assert events(tmp_path).Histograms("gradient_magnitude/layer.weight")
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +428,7 @@ def test_a_logger_that_fails_undoes_nothing(tmp_path) -> None:
         pytest.param({"reference_batch_size": 8, "reference": "x"}, "contradict each other", id="two references"),
         pytest.param({"epsilon": "best"}, "epsilon must be 'auto', 'keep' or a number", id="epsilon"),
         pytest.param({"epsilon": -1.0}, "epsilon must be .* got -1.0", id="negative epsilon"),
+        pytest.param({"epsilon": True}, "epsilon must be .* got True", id="epsilon true"),
         pytest.param({"epsilon": math.nan}, "epsilon must be .* got nan", id="epsilon nan"),
         pytest.param({"learning_rate": "cubic"}, "learning_rate must be one of .*surge", id="law"),
         pytest.param({"fallback": "surge"}, "fallback must be 'keep', 'sqrt' or 'linear'", id="fallback"),
@@ -306,6 +449,10 @@ def _break(path: Any, how: str) -> str:
         path.write_text(path.read_text()[:300])
     elif how == "version":
         path.write_text(json.dumps({**content, "schema_version": 99}))
+    elif how == "no optimizer":
+        path.write_text(json.dumps({**content, "optimizers": []}))
+    elif how == "no batch size":
+        path.write_text(json.dumps({**content, "optimizers": [{**content["optimizers"][0], "batch_size": 0}]}))
     elif how == "model":
         path.write_text(json.dumps({**content, "model": {**content["model"], "head.weight": [3, 99]}}))
     return str(path)
@@ -319,6 +466,8 @@ def _break(path: Any, how: str) -> str:
         ),
         pytest.param("truncated", "reference: .* cannot be read, it may be truncated", id="truncated"),
         pytest.param("version", "schema version 99, and this release reads 1", id="version"),
+        pytest.param("no optimizer", "holds no optimizer with a batch size", id="no optimizer"),
+        pytest.param("no batch size", "holds no optimizer with a batch size", id="no batch size"),
         pytest.param("model", r"another model: parameter 'head.weight' has shape \[3, 99\]", id="model"),
     ],
 )
@@ -355,25 +504,25 @@ CASES = [
     pytest.param(
         {"learning_rate": "keep"},
         {"module": lambda: Net(lambda p: torch.optim.SGD(p, 0.1))},
-        "SGD has no epsilon of Adam's kind in group 0.*epsilon='keep'",
+        "SGD is not known to have an epsilon of Adam's kind.*epsilon='keep'",
         id="optimizer without eps",
     ),
     pytest.param(
         {"learning_rate": "keep", "probe_batches": 32},
         {},
-        "probe_batches=32, but the loader has 16 batches.*pass probe_batches=16",
+        "probe_batches=32, but the loader has 16 full batches.*pass probe_batches=16",
         id="fewer batches",
     ),
     pytest.param(
         {"learning_rate": "keep"},
         {"data": lambda: loader(64)},
-        "no probe: the loader has 2 batches, and a probe needs 4",
+        "no probe: it needs 4 full batches, and the loader has 2",
         id="far too few batches",
     ),
     pytest.param(
         {"learning_rate": "keep"},
         {"data": lambda: DataLoader(Endless(3), batch_size=None)},
-        "finite gradients, and were left out|left out",
+        "probe_batches=32, but the loader has 3 full batches",
         id="shorter than it said",
     ),
     pytest.param(
@@ -383,7 +532,10 @@ CASES = [
         id="two optimizers",
     ),
     pytest.param(
-        {"learning_rate": "keep"}, {"fast_dev_run": True}, "no probe: the loader has 1 batches", id="fast_dev_run"
+        {"learning_rate": "keep"},
+        {"fast_dev_run": True},
+        "no probe: it needs 4 full batches, and the loader has 1",
+        id="fast_dev_run",
     ),
 ]
 
@@ -418,10 +570,8 @@ class Broken(Net):
     ("how", "message", "lowered"),
     [
         pytest.param("some", "4 of 16 batches of the probe gave no finite gradient", True, id="some not finite"),
-        pytest.param("all", "0 finite gradients from 16 batches.*detect_anomaly", False, id="none finite"),
-        pytest.param(
-            "none", "0 finite gradients from 16 batches.*no parameter has a gradient", False, id="no gradient"
-        ),
+        pytest.param("all", "0 finite gradients from 8 batches.*detect_anomaly", False, id="none finite"),
+        pytest.param("none", "0 finite gradients from 8 batches.*no parameter has a gradient", False, id="no gradient"),
     ],
 )
 def test_gradients_that_are_not_finite_are_left_out(tmp_path, how: str, message: str, lowered: bool) -> None:
@@ -464,7 +614,7 @@ def test_manual_optimization_is_not_probed(tmp_path) -> None:
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
 
-    calibration = OptimizerCalibration(reference_batch_size=2, learning_rate="sqrt")
+    calibration = OptimizerCalibration(reference_batch_size=2, learning_rate="sqrt", batch_size=8)
     with pytest.warns(UserWarning, match="no probe: under manual optimization training_step would step"):
         result, group = calibrated(tmp_path, calibration, module=Manual())
     assert group["lr"] == pytest.approx(2e-2)

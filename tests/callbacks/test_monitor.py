@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
@@ -26,6 +30,7 @@ from support import (
 from torch import nn
 
 from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.record import RunRecord
 
 
@@ -131,13 +136,16 @@ def test_frozen_and_unused_layers_are_left_out(tmp_path) -> None:
 
 def test_two_optimizers_are_told_apart(tmp_path) -> None:
     spy = GradientSpy()
-    monitor = GradientHistogramMonitor(every_n_steps=4)
+    monitor = GradientHistogramMonitor(every_n_steps=4, batch_size=8)
     fit(tmp_path, monitor, spy, module=TwoOptimizers())
     histograms = events(tmp_path).Histograms
     assert len(histograms("gradient_magnitude/one.weight")) == 4  # 16 steps
     assert len(histograms("gradient_magnitude/two.weight")) == 2  # 8 steps
     first = histograms("gradient_magnitude/two.weight")[0]
     assert first.histogram_value.num == spy.seen[1]["two.weight"].numel()
+    tags = events(tmp_path).Tags()
+    assert {"gradient_magnitude/all_0", "gradient_magnitude/all_1"} < set(tags["histograms"])
+    assert tags["images"] == ["gradient_magnitude_by_layer_0", "gradient_magnitude_by_layer_1"]
     record = RunRecord.load(tmp_path / "calibration.json")
     assert [entry.name for entry in record.optimizers] == ["AdamW", "SGD"]
     assert record.optimizers[0].noise["adam"].measurements == 3  # the first pair came before there was a second moment
@@ -190,7 +198,8 @@ def test_resume_goes_on_where_it_was(tmp_path) -> None:
 
 def test_state_survives_a_round_trip() -> None:
     monitor = GradientHistogramMonitor()
-    state = {"optimizers": [{"steps": 9, "logged": 2, "samples": [{"step": 0}], "learning_rates": [0.1]}]}
+    watched = {"steps": 9, "logged": 2, "samples": [{"step": 0}], "learning_rates": [0.1], "batch_size": 8}
+    state = {"optimizers": [watched]}
     monitor.load_state_dict(state)
     assert monitor.state_dict() == state
 
@@ -278,3 +287,129 @@ def test_an_interrupted_run_leaves_its_record(tmp_path) -> None:
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, GradientHistogramMonitor(every_n_steps=2), Interrupt())
     assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 4
+
+
+def test_every_step_of_lbfgs_is_one_step(tmp_path) -> None:
+    module = Net(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=5))
+    made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=1, noise_scale=False), module=module, max_steps=4)
+    assert made.global_step == 4
+    assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 1, 2, 3]
+
+
+def test_the_recorded_rate_is_the_highest(tmp_path) -> None:
+    class Falling(Net):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
+
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=Falling)
+    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].learning_rates == [1e-2]
+
+
+def test_a_step_with_fewer_samples_is_not_measured(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path / "a", monitor, data=loader(8, samples=60), max_epochs=2)  # seven full batches, and one of four
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 2, 4, 8, 10, 12]
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path / "b", monitor, data=loader(8, samples=56), accumulate_grad_batches=2)  # a last window of one batch
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0]
+
+
+def test_a_fresh_run_starts_a_fresh_record(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    made = fit(tmp_path / "a", monitor)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    made = trainer(tmp_path / "b", monitor, max_epochs=2)
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert len(monitor.noise_records[0].samples) == 8
+    fit(tmp_path / "c", monitor)
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+
+
+def test_nothing_of_the_model_is_held_after_training(tmp_path) -> None:
+    class Interrupt(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 5:
+                raise ZeroDivisionError("boom")
+
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, monitor, Interrupt())
+    assert [(watched.pending, watched.last_logged) for watched in monitor._watched] == [(None, None)]
+
+
+def test_a_record_is_bounded() -> None:
+    record = NoiseRecord(most=64)
+    for step in range(1000):
+        record.add(step, 8, torch.tensor([1.0 + step, 2.0, math.nan, 3.0], dtype=torch.float64))
+    samples = record.samples
+    assert 32 <= len(samples) <= 64 and samples[0]["step"] == 0
+    assert [sample["step"] for sample in samples] == sorted(sample["step"] for sample in samples)
+    assert samples[0]["noise_adam"] is None and {sample["signal_adam"] for sample in samples} == {3.0}
+
+
+def test_of_several_monitors_the_first_writes_the_record(tmp_path) -> None:
+    first, second = GradientHistogramMonitor(every_n_steps=2), GradientHistogramMonitor(every_n_steps=4, batch_size=8)
+    fit(tmp_path, first, second)
+    assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == len(
+        first.noise_records[0].samples
+    )
+
+
+class Remote(DummyLogger):
+    """A logger that has no directory of its own for a run."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        super().__init__()
+        self.folder, self.of_run = folder, version
+
+    log_dir = None
+    name = property(lambda self: "runs")
+    version = property(lambda self: self.of_run)
+    save_dir = property(lambda self: str(self.folder))
+
+
+def test_a_logger_without_a_directory_of_its_own_gets_one_for_each_run(tmp_path) -> None:
+    for version in ("one", "two"):
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), logger=Remote(tmp_path, version))
+    assert [(tmp_path / "runs" / version / "calibration.json").exists() for version in ("one", "two")] == [True, True]
+
+
+def test_barebones_leaves_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=1)
+    L.Trainer(barebones=True, accelerator="cpu", max_steps=3, callbacks=[monitor]).fit(BoringModel())
+    assert len(monitor.noise_records[0]) == 1
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_group_added_in_mid_run_is_seen(tmp_path) -> None:
+    class Growing(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.late = nn.Linear(8, 3)
+                self.trainer.optimizers[0].add_param_group({"params": list(self.late.parameters())})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss + nn.functional.cross_entropy(self.late(batch[0]), batch[1]) if self.current_epoch else loss
+
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=8), module=Growing, max_epochs=2)
+    assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/late.weight")] == [16, 24]
+
+
+def test_sparse_gradients_and_tied_weights(tmp_path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.SGD(p, lr=1e-2))
+            self.one = nn.Embedding(4, 16, sparse=True)
+            self.two = self.one
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + self.two(batch[1]).square().mean()
+
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), module=Tied)
+    found = events(tmp_path)
+    assert "gradient_magnitude/two.weight" not in found.Tags()["histograms"]
+    counted = found.Histograms("gradient_magnitude/one.weight")[0].histogram_value.num
+    zero_share = found.Scalars("gradient_zero_share/one.weight")[0].value
+    assert counted == pytest.approx(64 * (1 - zero_share)) and zero_share >= 0.25  # the row that no label asks for

@@ -1,23 +1,26 @@
 from __future__ import annotations
 
+from collections import deque
 from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from support import Net, dataset, final_state, fit, loader
+from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from lightning_gradhist import ALTO, OptimizerCalibration
-from lightning_gradhist.callbacks.probe import no_trace, probe_gradients
+from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+from lightning_gradhist.callbacks.no_trace import no_trace
+from lightning_gradhist.callbacks.probe import Probe
 
 
 def silent(**options: Any) -> OptimizerCalibration:
-    return OptimizerCalibration(**{"reference_batch_size": 4, "probe_batches": 8, "apply": False, **options})
+    return OptimizerCalibration(**{"learning_rate": "keep", "probe_batches": 8, "apply": False, **options})
 
 
 class Stateful(Net):
@@ -44,6 +47,61 @@ class Stateful(Net):
     def on_train_start(self) -> None:
         assert not hasattr(self, "latest")
         assert (self.calls, self.losses, self.names, self.outputs) == (0, [], set(), {"sizes": []})
+
+
+class Nested(Net):
+    """State where a training step may hide it: nested, in tensors, in weights, and one metric under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nested: dict[str, Any] = {"losses": [], "deep": {"seen": {0}}, "queue": deque([1, 2], maxlen=3)}
+        self.average = torch.zeros(8)
+        self.in_place = torch.zeros(8)
+        self.array = np.zeros(8)
+        self.teacher = nn.Linear(8, 16).requires_grad_(False)
+        self.embedding = nn.Embedding(4, 16, max_norm=0.5)
+        self.also_accuracy = self.accuracy
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.nested["losses"].append(float(loss.detach()))
+        self.nested["deep"]["seen"].add(batch_idx)
+        self.nested["queue"].append(batch_idx)
+        self.average = 0.9 * self.average + batch[0].mean(0)
+        self.in_place += batch[0].mean(0)
+        self.array += 1
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.body[0].parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+        self.log("also_accuracy", self.also_accuracy)
+        return loss + self.embedding(batch[1]).square().mean()
+
+    def on_train_epoch_start(self) -> None:
+        self.started = True
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        state = (self.average, self.in_place, torch.from_numpy(self.array))
+        self.losses.append(float(torch.stack([value.double().sum() for value in state]).sum()))
+        self.losses.append(sum(self.nested["losses"]) + len(self.nested["deep"]["seen"]) + sum(self.nested["queue"]))
+
+
+class NeedsTheHooks(Net):
+    """A training step that needs what the hooks before it set up."""
+
+    def on_train_start(self) -> None:
+        self.weight = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        self.outputs: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.outputs.append(batch_idx)
+        return self.weight * super().training_step(batch, batch_idx)
+
+
+def _batch_sampler() -> DataLoader:
+    sampler = RandomSampler(dataset(64), generator=torch.Generator().manual_seed(3))
+    return DataLoader(dataset(64), batch_sampler=BatchSampler(sampler, 8, drop_last=False))
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -82,6 +140,9 @@ def _own_generator() -> DataLoader:
             id="persistent workers",
         ),
         pytest.param(lambda: Net(ALTO), loader, {}, id="ALTO"),
+        pytest.param(Nested, loader, {}, id="nested state, tensors, a teacher, max_norm, a metric twice"),
+        pytest.param(NeedsTheHooks, loader, {}, id="hooks of the module"),
+        pytest.param(Net, _batch_sampler, {}, id="generator of a sampler within a batch sampler"),
     ],
 )
 def test_with_apply_false_the_run_is_the_same_to_the_bit(tmp_path, module, data, options) -> None:
@@ -109,7 +170,7 @@ class Look(L.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         with no_trace(trainer, pl_module):
-            for gradients in probe_gradients(trainer, pl_module, trainer.optimizers[0], self.limit):
+            for gradients in Probe(trainer, pl_module, trainer.optimizers[0]).gradients(self.limit):
                 self.gradients.append({n: None if g is None else g.clone() for n, g in gradients.items()})
 
 
@@ -177,7 +238,7 @@ def test_gradients_that_were_there_stay(tmp_path) -> None:
             mine = torch.ones_like(pl_module.layer.weight)
             pl_module.layer.weight.grad = mine
             with no_trace(trainer, pl_module):
-                assert len(list(probe_gradients(trainer, pl_module, trainer.optimizers[0], 3))) == 3
+                assert len(list(Probe(trainer, pl_module, trainer.optimizers[0]).gradients(3))) == 3
             assert pl_module.layer.weight.grad is mine, "a probe does not touch gradients"
             assert torch.equal(mine, torch.ones_like(mine))
 
@@ -209,7 +270,7 @@ def test_activation_checkpointing(tmp_path, reentrant: bool) -> None:
             hidden = torch.utils.checkpoint.checkpoint(self.body, inputs, use_reentrant=reentrant)
             return nn.functional.cross_entropy(self.head(hidden), batch[1])
 
-    calibration = silent(learning_rate="keep")
+    calibration = silent()
     with pytest.warns(UserWarning, match="no probe: activation checkpointing") if reentrant else nullcontext():
         fit(tmp_path, calibration, module=Checkpointed)
     assert calibration.result.gradients == (0 if reentrant else 8)
@@ -229,7 +290,7 @@ def test_an_error_in_the_middle_leaves_no_trace_either(tmp_path) -> None:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             before, loggers = final_state(trainer), trainer.loggers
             with pytest.raises(RuntimeError, match="in the middle"), no_trace(trainer, pl_module):
-                list(probe_gradients(trainer, pl_module, trainer.optimizers[0], 8))
+                list(Probe(trainer, pl_module, trainer.optimizers[0]).gradients(8))
             after = final_state(trainer)
             torch.testing.assert_close(after["weights"], before["weights"], rtol=0, atol=0)
             assert (after["losses"], after["calls"]) == ([], 0)
@@ -262,3 +323,40 @@ def test_learning_rate_monitor_and_the_progress_of_the_loops_are_untouched(tmp_p
     made = fit(tmp_path, silent(), LearningRateMonitor(), max_epochs=2, log_every_n_steps=1)
     assert made.global_step == 32 and made.current_epoch == 2
     assert made.fit_loop.epoch_loop.batch_progress.total.ready == 32
+
+
+def test_a_training_step_that_fails_in_the_probe_is_no_end_of_training(tmp_path) -> None:
+    class Failing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if not self.trainer.loggers[0].log_dir:  # only the probe has no place to log to
+                raise KeyError("table")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match=r"no probe: training_step, or its gradient, raised KeyError\('table'\)"):
+        made = fit(tmp_path, silent(), module=Failing, max_steps=3)
+    assert made.global_step == 3
+
+
+def test_a_short_last_batch_is_not_used(tmp_path) -> None:
+    calibration = silent()
+    with pytest.warns(UserWarning, match="the loader has 7 full batches"):
+        fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
+    assert calibration.result.gradients == 7
+
+
+def test_complex_parameters_count_as_pairs_of_real_ones(tmp_path) -> None:
+    class Complex(Linear):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, 0.1))
+            self.phase = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + (batch[0] * self.phase).sum().abs()
+
+    look, calibration = Look(limit=2), silent()
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, look, calibration, monitor, module=Complex, max_steps=3)
+    assert look.gradients[0]["phase"].shape == (8, 2)
+    assert "phase" in calibration.result.epsilon_range.per_name
+    logged = events(tmp_path).Histograms("gradient_magnitude/phase")
+    assert [event.histogram_value.num for event in logged] == [16, 16, 16]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_jobs import calibrated, invisible, monitored, numbers, run_ranks, uneven
+from rank_jobs import apart, calibrated, invisible, monitored, numbers, out_of_step, run_ranks, uneven
 from support import events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
@@ -100,3 +100,21 @@ def test_a_rank_without_finite_gradients_stops_nothing(tmp_path) -> None:
     (group, reasons, gradients, _), other = found
     assert other[0] == group and other[2] == gradients == 4
     assert any("4 of 8 batches of the probe gave no finite gradient" in reason for reason in reasons)
+
+
+def test_trainers_of_their_own_are_not_added_up(tmp_path) -> None:
+    found = run_ranks(apart, 2, tmp_path)
+    for rank, steps in enumerate(found):
+        for step, gradients in enumerate(steps):
+            pooled = torch.cat([gradient.flatten() for gradient in gradients.values()])
+            assert logged_counts(tmp_path / str(rank), "gradient_magnitude/all", 4 * step) == expected_counts(pooled)
+
+
+def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
+    found = run_ranks(out_of_step, 2, tmp_path)
+    assert found[0] == found[1]
+    gradients, problems = found[0]["uneven"]
+    assert gradients == 0 and any("no probe" in problem for problem in problems)
+    gradients, problems = found[0]["fails"]
+    assert gradients == 0 and any("no probe" in problem for problem in problems)
+    assert found[0]["overflows"][0] == 16

@@ -1,0 +1,337 @@
+"""What a calibration decides, from what evidence, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+
+from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks.gradients import effective_batch_size, full_batches, is_a, least_over_ranks
+from lightning_gradhist.callbacks.handoff import base_rate, keeps_own_rates
+from lightning_gradhist.callbacks.no_trace import no_trace
+from lightning_gradhist.callbacks.probe import Probe, ProbeRefusedError, clip_factor, why_impossible
+from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
+from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.noise import NoiseEstimate, NoiseScale
+from lightning_gradhist.report.record import OptimizerRecord, RunRecord
+from lightning_gradhist.report.result import CalibrationResult, GroupChange
+from lightning_gradhist.surge import RateRatio, choose_ratio
+
+MIN_BATCHES = 4
+# Optimizers whose step is divided by sqrt(v) + eps, by class, those of other packages too. In others eps is something
+# else (Adadelta, Adafactor), or is added to something else (Adamax, AdaBelief).
+_ADAM_LIKE = (
+    *("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "AdamE", "ALTO"),
+    *("FusedAdam", "DeepSpeedCPUAdam", "Adam8bit", "AdamW8bit", "Lamb", "LAMB", "FusedLAMB"),
+)
+
+
+class Options(Protocol):
+    """What the user of :class:`lightning_gradhist.OptimizerCalibration` asked for."""
+
+    reference_batch_size: int | None
+    epsilon: float | str
+    learning_rate: str
+    probe_batches: int
+    apply: bool
+    batch_size: int | None
+    fallback: str
+    confidence: float
+
+
+class Decision:
+    """One calibration: gathers the evidence, decides, and says why.
+
+    Args:
+        options: what the user asked for.
+        trainer: at its first batch.
+        module: at its first batch.
+        record: of an earlier run, or None.
+    """
+
+    def __init__(self, options: Options, trainer: Trainer, module: LightningModule, record: RunRecord | None) -> None:
+        self.options = options
+        self.trainer = trainer
+        self.module = module
+        self.optimizer: Optimizer = trainer.optimizers[0]
+        self.recorded: OptimizerRecord | None = record.optimizers[0] if record else None
+        self.batch_size = effective_batch_size(trainer, options.batch_size)
+        self.micro_batches = trainer.accumulate_grad_batches * trainer.world_size
+        self.reasons: list[str] = []
+        self.problems: list[str] = []
+        self.search_space: EpsilonRange | None = None
+        self.noise: NoiseScale | None = None
+
+    def result(self) -> CalibrationResult:
+        """Decides."""
+        explore = self._explore_changes()
+        if self._needs_probe():
+            self._probe()
+        eps = self._epsilon_changes()
+        ratio = self._ratio()
+        rates = self._rate_changes(ratio)
+        groups = self.optimizer.param_groups
+        noise, source = self._noise()
+        return CalibrationResult(
+            applied=self.options.apply,
+            optimizer=type(self.optimizer).__name__,
+            epsilon=_after(eps, "eps", groups[0].get("eps")),
+            epsilon_range=self.search_space,
+            learning_rate=_after(rates, "lr", base_rate(groups[0])),
+            ratio=ratio.value,
+            ratio_interval=(ratio.lower, ratio.upper),
+            law=ratio.law,
+            noise_scale=noise,
+            noise_source=source,
+            effective_batch_size=self.batch_size,
+            reference_batch_size=self._reference_batch_size(),
+            changes=(*rates, *eps, *explore),
+            reasons=tuple(self.reasons),
+            problems=tuple(self.problems),
+            gradients=self.noise.first_half.count + self.noise.measurements if self.noise else 0,
+        )
+
+    # --- alpha and explore_beta ---------------------------------------------------------------------------------------
+
+    def _explore_changes(self) -> list[GroupChange]:
+        waiting = [i for i, group in enumerate(self.optimizer.param_groups) if group.get("explore_beta") == AUTO]
+        if waiting and self.batch_size is None:
+            self._unknown_batch_size("alpha and explore_beta stay on their choice for small batches")
+            return []
+        alpha, explore_beta = explore_choice(self.batch_size)
+        groups = self.optimizer.param_groups
+        changes = [GroupChange(index, _alpha_of(groups[index]), AUTO, alpha) for index in waiting]
+        return changes + [GroupChange(index, "explore_beta", AUTO, explore_beta) for index in waiting]
+
+    # --- the probe ----------------------------------------------------------------------------------------------------
+
+    def _needs_probe(self) -> bool:
+        wants_epsilon = self.options.epsilon == "auto" and self._is_adam_like()
+        wants_noise = self.options.learning_rate == "surge" and self.options.reference_batch_size is not None
+        return wants_epsilon or (wants_noise and self._is_adam_like() and self.batch_size is not None)
+
+    def _probe(self) -> None:
+        impossible = why_impossible(self.trainer, self.module)
+        available = 0.0 if impossible else full_batches(self.trainer)
+        # Loaders may differ in length between ranks, and all must come to the same decision.
+        planned = int(least_over_ranks(min(self.options.probe_batches, available), self.trainer))
+        if impossible is None and planned < MIN_BATCHES:
+            impossible = f"it needs {MIN_BATCHES} full batches, and the loader has {planned}"
+        if impossible is not None:
+            self._no_probe(impossible)
+            return
+        try:
+            with no_trace(self.trainer, self.module):
+                self._measure(planned)
+        except ProbeRefusedError as error:
+            self._no_probe(str(error))
+
+    def _no_probe(self, why: str) -> None:
+        self.problems.append(f"no probe: {why}. What needs one is left as it is (epsilon='keep' asks for none)")
+
+    def _measure(self, planned: int) -> None:
+        probe = Probe(self.trainer, self.module, self.optimizer)
+        noise = NoiseScale(probe.parameters, (self.batch_size or self.micro_batches) / self.micro_batches)
+        first = (planned + 1) // 2
+        for gradient in probe.gradients(first):
+            noise.update(gradient)
+        self._over_ranks(noise)
+        if noise.first_half.count < 2:
+            self.problems.append(
+                f"the probe got {noise.first_half.count} finite gradients from {probe.batches} batches a rank: the loss or"
+                " its gradient is not finite, or no parameter has a gradient; look at the first batches with"
+                " Trainer(detect_anomaly=True)"
+            )
+            return
+        clipping = self._find_search_space(noise)
+        noise.split(self._epsilon_of(self.optimizer.param_groups[0]) / clipping, self._batch_ratio())
+        for gradient in probe.gradients(planned - first):
+            noise.update(gradient)
+        self._over_ranks(noise)
+        self.noise = noise
+        self._explain_numbers(probe.batches, noise.first_half.count + noise.measurements)
+
+    def _explain_numbers(self, batches: int, used: int) -> None:
+        if batches < self.options.probe_batches:
+            self.problems.append(
+                f"probe_batches={self.options.probe_batches}, but the loader has {batches} full batches, which were used;"
+                f" pass probe_batches={batches}"
+            )
+        if used < batches * self.trainer.world_size:
+            self.problems.append(
+                f"{batches * self.trainer.world_size - used} of {batches * self.trainer.world_size} batches of the probe gave"
+                " no finite gradient, and were left out"
+            )
+
+    def _over_ranks(self, noise: NoiseScale) -> None:
+        if self.trainer.world_size > 1:
+            noise.all_reduce()
+
+    def _find_search_space(self, noise: NoiseScale) -> float:
+        """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
+        second_moment = noise.first_half.second_moment(self._batch_ratio())
+        rms = {name: v.sqrt() for name, v in second_moment.items()}
+        factor, limit = 1.0, self.trainer.gradient_clip_val
+        if limit:
+            if str(self.trainer.gradient_clip_algorithm or "norm").endswith("norm"):
+                factor = clip_factor(second_moment, limit)
+                rms = {name: r * factor for name, r in rms.items()}
+                self.reasons.append(f"gradients are clipped to a norm of {limit:g}: taken times {factor:.3g}")
+            else:
+                rms = {name: r.clamp(max=limit) for name, r in rms.items()}
+        with self.module.device:
+            histogram = MagnitudeHistogram(list(rms))
+        histogram.update(rms)
+        try:
+            self.search_space = epsilon_range(histogram.cpu())
+        except ValueError as error:
+            self.problems.append(f"no epsilon range: {error}")
+        return factor
+
+    def _batch_ratio(self) -> float:
+        # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.
+        group = self.optimizer.param_groups[0]
+        if "explore_beta" not in group:
+            return self.micro_batches
+        alpha, explore_beta = group[_alpha_of(group)], group["explore_beta"]
+        waiting = explore_beta == AUTO and self.batch_size is not None
+        chosen = explore_choice(self.batch_size) if waiting else resolve_explore(alpha, explore_beta)
+        return self.micro_batches / variance_factor(*chosen)
+
+    # --- epsilon ------------------------------------------------------------------------------------------------------
+
+    def _is_adam_like(self) -> bool:
+        return is_a(self.optimizer, *_ADAM_LIKE)
+
+    def _epsilon_of(self, group: dict[str, Any]) -> float:
+        if not self._is_adam_like():
+            return 0.0
+        if self.options.epsilon == "auto":
+            return choose_epsilon(group["eps"], self.search_space) if self.search_space else group["eps"]
+        return group["eps"] if self.options.epsilon == "keep" else float(self.options.epsilon)
+
+    def _epsilon_changes(self) -> list[GroupChange]:
+        if self.options.epsilon == "keep":
+            return []
+        if not self._is_adam_like():
+            self.problems.append(
+                f"{type(self.optimizer).__name__} is not known to have an epsilon of Adam's kind, so none is set; pass"
+                " epsilon='keep'"
+            )
+            return []
+        changes = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            after = self._epsilon_of(group)
+            if after != group["eps"]:
+                changes.append(GroupChange(index, "eps", group["eps"], after))
+            if self.options.epsilon == "auto" and self.search_space is not None:
+                self.reasons.append(_why_epsilon(self.search_space, index, group["eps"], after))
+        return changes
+
+    # --- learning rate ------------------------------------------------------------------------------------------------
+
+    def _reference_batch_size(self) -> float | None:
+        return self.recorded.batch_size if self.recorded else self.options.reference_batch_size
+
+    def _ratio(self) -> RateRatio:
+        law, reference = self.options.learning_rate, self._reference_batch_size()
+        obstacle = self._rate_obstacle(law, reference)
+        if law == "keep" or obstacle is not None or self.batch_size is None or reference is None:
+            self.problems.extend([obstacle] if obstacle else [])
+            return RateRatio(1.0, 1.0, 1.0, "keep")
+        noise, source = self._noise()
+        ratio = choose_ratio(
+            law, self.batch_size, reference, noise, from_record=source == "record", fallback=self.options.fallback
+        )
+        (self.problems if ratio.law != law else self.reasons).extend(ratio.reasons)
+        return ratio
+
+    def _rate_obstacle(self, law: str, reference: float | None) -> str | None:
+        if law == "keep":
+            return None
+        if reference is None:
+            return (
+                f"learning_rate={law!r} needs a rate that is trusted, so the rate is kept; pass reference_batch_size=... or"
+                " reference='.../calibration.json', or learning_rate='keep'"
+            )
+        if self.batch_size is None:
+            self._unknown_batch_size("the learning rate is kept")
+            return None
+        if law == "surge" and not self._is_adam_like():
+            return (
+                f"the surge law is for optimizers like Adam, and {type(self.optimizer).__name__} is not known to be one, so"
+                " the rate is kept; pass learning_rate='linear', 'sqrt' or 'keep'"
+            )
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        owners = [type(s).__name__ for s in schedulers if keeps_own_rates(s)]
+        if owners:
+            return (
+                f"{owners[0]} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the"
+                " scheduler is made, or pass learning_rate='keep'"
+            )
+        return None
+
+    def _noise(self) -> tuple[NoiseEstimate | None, str | None]:
+        if self.recorded is not None and self.options.learning_rate != "keep":
+            return self.recorded.noise.get("adam"), "record"
+        if self.noise is None or self.batch_size is None:
+            return None, None
+        return self.noise.adam(self.options.confidence), "probe"
+
+    def _rate_changes(self, ratio: RateRatio) -> list[GroupChange]:
+        own = [base_rate(group) for group in self.optimizer.param_groups]
+        trusted = self._trusted_rates(own, ratio.value) if ratio.law != "keep" else own
+        return [
+            GroupChange(index, "lr", before, rate * ratio.value)
+            for index, (before, rate) in enumerate(zip(own, trusted, strict=True))
+            if before > 0 and not math.isclose(rate * ratio.value, before, rel_tol=1e-12)
+        ]
+
+    def _trusted_rates(self, own: Sequence[float], ratio: float) -> Sequence[float]:
+        if self.recorded is None:
+            return own
+        name, recorded = type(self.optimizer).__name__, self.recorded
+        mine, theirs = (", ".join(f"{rate:.4g}" for rate in rates) for rates in (own, recorded.learning_rates))
+        if recorded.name == name and len(recorded.learning_rates) == len(own):
+            self.reasons.append(
+                f"times {ratio:.4g} of the recorded rate {theirs}, which replaces the {mine} of the optimizer"
+            )
+            return recorded.learning_rates
+        why = f"is of {recorded.name}" if recorded.name != name else "has other parameter groups"
+        self.reasons.append(
+            f"the record {why}, so only the ratio is used: {name}'s own rate {mine} is taken as right for"
+            f" {recorded.batch_size:g} samples a step"
+        )
+        return own
+
+    def _unknown_batch_size(self, consequence: str) -> None:
+        self.problems.append(
+            f"the batch size cannot be read from the training loader, or not under manual optimization, so {consequence};"
+            " pass the samples of one micro-batch on one device (under manual optimization, of one step),"
+            " OptimizerCalibration(batch_size=...)"
+        )
+
+
+def _alpha_of(group: dict[str, Any]) -> str:
+    """Adaptor E's key in a group where the inner optimizer may have an alpha of its own, as RMSprop has."""
+    return "explore_alpha" if "explore_alpha" in group else "alpha"
+
+
+def _why_epsilon(search_space: EpsilonRange, index: int, before: float, after: float) -> str:
+    share = f"{search_space.damped_share(before):.1%}"
+    lowest = min(search_space.per_name, key=lambda name: search_space.per_name[name][0])
+    if after == before:
+        return f"eps {before:g} of group {index} is kept: it halves the step, or more, of {share} of the coordinates"
+    return (
+        f"eps {before:g} of group {index} would halve the step, or more, of {share} of the coordinates; lowered to"
+        f" {after:g}, below which it changes nothing (the lower end comes from {lowest})"
+    )
+
+
+def _after(changes: Sequence[GroupChange], name: str, otherwise: Any) -> float | None:
+    found = next((change.after for change in changes if change.group == 0 and change.name == name), otherwise)
+    return float(found) if isinstance(found, (int, float)) else None
