@@ -71,14 +71,13 @@ class GradientMoments:
         device = next(iter(self.mean.values())).device
         count = torch.tensor(self.count, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(count, group=group)
-        total = max(int(count), 1)
+        total = int(count)
+        share = self.count / max(total, 1)
+        pooled = _all_reduced({name: mean * share for name, mean in self.mean.items()}, group)
         for name, mean in self.mean.items():
-            pooled = mean * (self.count / total)
-            torch.distributed.all_reduce(pooled, group=group)
-            squares = self.sum_of_squares[name].addcmul_(mean - pooled, mean - pooled, value=self.count)
-            torch.distributed.all_reduce(squares, group=group)
-            mean.copy_(pooled)
-        self.count = int(count)
+            difference = mean - pooled[name]
+            self.sum_of_squares[name].addcmul_(difference, difference, value=self.count)
+        self.mean, self.sum_of_squares, self.count = pooled, _all_reduced(self.sum_of_squares, group), total
 
     def variance(self) -> dict[str, Tensor]:
         """Unbiased variance of one gradient; needs two."""
@@ -140,7 +139,8 @@ class NoiseScale:
         self.first_half = GradientMoments(like)
         self._weights: dict[str, Tensor] | None = None
         self._references: dict[str, Tensor] = {}  # what a gradient is multiplied by for the signal of B_adam
-        self._measurements: list[Tensor] = []  # of the second half: noise and signal in each metric, [4] float64
+        # of the second half: noise and signal in each metric, [4] float64, and the factor by which noise is too large
+        self._measurements: list[tuple[Tensor, float]] = []
 
     @property
     def measurements(self) -> int:
@@ -163,9 +163,8 @@ class NoiseScale:
             terms.append(
                 _sums(squares, mean * gradient, self._weights[name] * squares, self._references[name] * gradient)
             )
-        measurement = _total(terms)
         inflation = 1 + 1 / self.first_half.count  # the deviation is from a measured mean
-        self._measurements.append(measurement / measurement.new_tensor([inflation, 1, inflation, 1]))
+        self._measurements.append((_total(terms), inflation))
 
     def split(self, eps: float, batch_ratio: float = 1.0) -> None:
         """Ends the first half, and fixes the metric of ``B_adam`` from it.
@@ -208,7 +207,9 @@ class NoiseScale:
             self.first_half.all_reduce(group)
             return
         gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, [m.cpu() for m in self._measurements], group=group)
+        torch.distributed.all_gather_object(
+            gathered, [(m.cpu(), inflation) for m, inflation in self._measurements], group=group
+        )
         self._measurements = [measurement for of_rank in gathered for measurement in of_rank]
 
     def simple(self, confidence: float = 0.95) -> NoiseEstimate:
@@ -220,8 +221,9 @@ class NoiseScale:
         return self._estimate(2, confidence)
 
     def _estimate(self, column: int, confidence: float) -> NoiseEstimate:
-        measured = torch.stack([m.cpu() for m in self._measurements]) if self._measurements else torch.empty(0, 4)
-        noise, signal = measured[:, column].tolist(), measured[:, column + 1].tolist()
+        measured = [(m.tolist(), inflation) for m, inflation in self._measurements]
+        noise = [numbers[column] / inflation for numbers, inflation in measured]
+        signal = [numbers[column + 1] for numbers, _ in measured]
         return ratio_estimate(
             noise, signal, scale=self.batch_size, confidence=confidence, references=self.first_half.count
         )
@@ -236,22 +238,38 @@ class NoiseRecord:
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
+        most: beyond this number of samples, neighbours are averaged, so that a record does not grow for ever.
     """
 
-    def __init__(self, samples: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
+    def __init__(self, samples: Sequence[Mapping[str, Any]] = (), most: int = 4096) -> None:
+        self._samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
+        self._waiting: list[tuple[int, float, Tensor]] = []
+        self._most = most
+
+    def __len__(self) -> int:
+        return len(self._samples) + len(self._waiting)
 
     def add(self, step: int, batch_size: float, measurement: Tensor) -> None:
-        """Adds one pair.
+        """Adds one pair, without waiting for the device that measures it.
 
         Args:
             step: optimizer step of the first gradient.
             batch_size: samples of each gradient.
             measurement: as :func:`measure_pair` returns it; what is not finite is recorded as None.
         """
-        numbers = [number if math.isfinite(number) else None for number in measurement.tolist()]
-        keys = [f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")]
-        self.samples.append({"step": step, "batch_size": batch_size, **dict(zip(keys, numbers, strict=True))})
+        self._waiting.append((step, batch_size, measurement))
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """What was measured, as numbers: ``step``, ``batch_size``, and noise and signal in each metric."""
+        for step, batch_size, measurement in self._waiting:
+            numbers = [number if math.isfinite(number) else None for number in measurement.tolist()]
+            keys = [f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")]
+            self._samples.append({"step": step, "batch_size": batch_size, **dict(zip(keys, numbers, strict=True))})
+        self._waiting.clear()
+        while len(self._samples) > self._most:
+            self._samples = [_average_sample(pair) for pair in _cut(self._samples, -(-len(self._samples) // 2))]
+        return self._samples
 
     def estimate(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
         """The noise scale averaged over the run, in samples.
@@ -272,6 +290,14 @@ class NoiseRecord:
             if all(math.isfinite(window.upper) for window in windows):
                 return _average(windows)
         return windows[0]
+
+
+def _average_sample(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    average: dict[str, Any] = {"step": samples[0]["step"]}
+    for key in samples[0].keys() - {"step"}:
+        known = [sample[key] for sample in samples if sample[key] is not None]
+        average[key] = _mean(known) if known else None
+    return {key: average[key] for key in samples[0]}
 
 
 def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: float) -> NoiseEstimate:
@@ -311,7 +337,7 @@ def measure_pair(
     for name in (name for name in first if name in second):
         one, two = first[name].float(), second[name].float()
         squares, products = (one - two).square() / 2, one * two
-        weight = squares.new_tensor(math.nan) if weights is None else weights.get(name, squares.new_tensor(0.0))
+        weight: Tensor | float = math.nan if weights is None else weights.get(name, 0.0)
         terms.append(_sums(squares, products, weight * squares, weight * products))
     return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
 
@@ -371,6 +397,18 @@ def _student_distribution(angle: float, degrees: int) -> float:
         total += term
     within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
     return (1 + within) / 2
+
+
+def _all_reduced(tensors: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]:
+    # One collective for each dtype, however many tensors there are.
+    summed: dict[str, Tensor] = {}
+    for dtype in {tensor.dtype: None for tensor in tensors.values()}:
+        of_dtype = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        flat = torch.cat([tensor.reshape(-1) for tensor in of_dtype.values()])
+        torch.distributed.all_reduce(flat, group=group)
+        parts = flat.split([tensor.numel() for tensor in of_dtype.values()])
+        summed |= {n: part.view(of_dtype[n].shape) for n, part in zip(of_dtype, parts, strict=True)}
+    return {name: summed[name] for name in tensors}
 
 
 def _accumulator(tensor: Tensor) -> Tensor:

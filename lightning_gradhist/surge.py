@@ -228,8 +228,9 @@ def choose_ratio(
     - From a probe at the start of a run the noise scale is far too small, so the ratio of ``"surge"`` stays between 1
       and the square root of the ratio of batch sizes. From the record of a run the full law is used.
     - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio levels off.
-    - Where the ends of the noise scale's interval give ratios more than a factor of two apart, ``"surge"`` is refused,
-      and the fallback is used instead.
+    - Where no signal stands out of the noise, where the interval of the noise scale has no bound above or none but zero
+      below, and where its ends give ratios of the full law a factor of two or more apart, ``"surge"`` is refused, and
+      the fallback is used instead.
 
     Args:
         law: one of ``"surge"``, ``"sqrt"``, ``"linear"`` and ``"keep"``.
@@ -249,17 +250,20 @@ def choose_ratio(
         return RateRatio(value, value, value, law)
     if noise is None or noise.measurements == 0:
         return _refused("there is no noise scale", fallback, batch_size, reference_batch_size)
-    ratios = [
-        careful_ratio(scale, batch_size, reference_batch_size, from_record)
-        for scale in (noise.value, noise.lower, noise.upper)
-    ]
-    value, lower, upper = ratios[0], min(ratios), max(ratios)
-    if upper > _MAX_SPREAD * lower:
+    if not math.isfinite(noise.value):
+        return _refused(
+            "no signal stands out of the noise of the gradients", fallback, batch_size, reference_batch_size
+        )
+    scales = (noise.value, noise.lower, noise.upper)
+    full = [careful_ratio(scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
+    if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= _MAX_SPREAD * min(full):
         why = (
             f"the noise scale is too uncertain ({noise.lower:.3g} to {_bound(noise.upper)} samples): the rate could be"
-            f" multiplied by {lower:.3g} or by {upper:.3g}"
+            f" multiplied by {min(full):.3g} or by {max(full):.3g}"
         )
         return _refused(why, fallback, batch_size, reference_batch_size)
+    ratios = [careful_ratio(scale, batch_size, reference_batch_size, from_record) for scale in scales]
+    value, lower, upper = ratios[0], min(ratios), max(ratios)
     reasons = [_origin(from_record)]
     if batch_size > math.pi / 2 * noise.value:
         reasons.append(

@@ -93,24 +93,26 @@ def sinks(loggers: Iterable[Any]) -> list[Sink]:
     return [_sink(logger) for logger in loggers]
 
 
-def log_magnitudes(sink: Sink, histogram: MagnitudeHistogram, prefix: str, step: int) -> None:
+def log_magnitudes(sink: Sink, histogram: MagnitudeHistogram, prefix: str, step: int, pooled_name: str = "all") -> None:
     """Reports a histogram per name and pooled: counts over ``log10`` of the magnitude, and scalars beside them.
 
     Tags are ``<prefix>_magnitude/<name>`` for the histograms, and for the scalars ``<prefix>_median/<name>``,
     ``<prefix>_norm/<name>`` (both in units of the values), and the shares, from 0 to 1, ``<prefix>_zero_share/<name>``,
     ``<prefix>_nonfinite_share/<name>`` and ``<prefix>_fp16_loss_share/<name>``, the values other than zero that float16
     would turn into zero or infinity. bfloat16 has the range of float32 and loses none. The pooled ones are named
-    ``all``. A name of which nothing was counted is left out.
+    ``pooled_name``. A name of which nothing was counted is left out.
     """
     edges = histogram.edges.log10()
-    for part in (histogram, histogram.pooled()):
+    scalars: dict[str, float] = {}
+    for part, names in ((histogram, histogram.names), (histogram.pooled(), [pooled_name])):
         counted = (part.total() > 0).tolist()
         for tag, column in _scalars(part).items():
-            rows = zip(part.names, column.tolist(), counted, strict=True)
-            sink.scalars({f"{prefix}_{tag}/{name}": value for name, value, there in rows if there}, step)
-        for name, counts in zip(part.names, part.counts, strict=True):
+            rows = zip(names, column.tolist(), counted, strict=True)
+            scalars |= {f"{prefix}_{tag}/{name}": value for name, value, there in rows if there}
+        for name, counts in zip(names, part.counts, strict=True):
             if counts.any():
                 sink.histogram(f"{prefix}_magnitude/{name}", *shown_buckets(edges, counts), step)
+    sink.scalars(scalars, step)
 
 
 def shown_buckets(edges: Tensor, counts: Tensor, most: int = _MAX_BUCKETS) -> tuple[Tensor, Tensor]:

@@ -88,13 +88,16 @@ class RunRecord:
                 " record the run again with this release"
             )
         try:
-            return cls(
+            record = cls(
                 model={str(name): list(shape) for name, shape in content["model"].items()},
                 steps=int(content["steps"]),
                 optimizers=[_optimizer_record(entry) for entry in content["optimizers"]],
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RecordError(f"the record {str(path)!r} is not whole: {error!r}") from error
+        if not record.optimizers or not all(entry.batch_size > 0 for entry in record.optimizers):
+            raise RecordError(f"the record {str(path)!r} holds no optimizer with a batch size; record the run again")
+        return record
 
     def check_model(self, model: Mapping[str, list[int]]) -> None:
         """Refuses a record of another model.

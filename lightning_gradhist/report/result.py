@@ -45,6 +45,7 @@ class CalibrationResult:
         reference_batch_size: that of the run whose rate is carried over, or None.
         changes: what differs from before, group by group.
         reasons: one sentence for each decision that a user may wonder about.
+        problems: one sentence for each thing that could not be done, with the way out; they are also warned of.
         gradients: number of gradients that the probe used, over all ranks.
     """
 
@@ -62,6 +63,7 @@ class CalibrationResult:
     reference_batch_size: float | None = None
     changes: tuple[GroupChange, ...] = ()
     reasons: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
     gradients: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
@@ -81,7 +83,7 @@ class CalibrationResult:
                     f"{_number(noise.value)} samples, {noise.confidence:.0%}: {interval}",
                 )
             )
-        rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}; {_spread(self.ratio_interval)})"))
+        rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
         for (name, before, after), groups in self._by_change().items():
             rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))
         if not self.changes:
@@ -89,7 +91,7 @@ class CalibrationResult:
         return rows
 
     def to_text(self) -> str:
-        """The report as plain lines, for a console."""
+        """The report as plain lines, for a console, where the problems have been warned of."""
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
         title = "Calibration of the optimizer" + ("" if self.applied else " (apply=False: nothing was changed)")
@@ -99,7 +101,7 @@ class CalibrationResult:
     def to_markdown(self) -> str:
         """The report in Markdown, for a logger."""
         table = "\n".join(f"| {name} | {value} |" for name, value in self.rows())
-        reasons = "\n".join(f"- {reason}" for reason in self.reasons)
+        reasons = "\n".join(f"- {reason}" for reason in (*self.problems, *self.reasons))
         title = "applied" if self.applied else "not applied (apply=False)"
         return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n"
 
@@ -131,8 +133,8 @@ def _number(value: float | None) -> str:
 
 
 def _value(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.6g}"
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _spread(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.4g} to {interval[1]:.4g}"
+    return "" if interval[0] == interval[1] else f"; {interval[0]:.3g} to {interval[1]:.3g}"

@@ -63,7 +63,7 @@ def test_rows_of_a_result_that_knows_nothing() -> None:
     assert CalibrationResult(applied=False, optimizer="SGD").rows() == [
         ("optimizer", "SGD"),
         ("samples a step", "unknown"),
-        ("learning rate", "times 1 (keep; 1 to 1)"),
+        ("learning rate", "times 1 (keep)"),
         ("changes", "none"),
     ]
 
