@@ -1,68 +1,62 @@
-"""What AdamE and ALTO share: validation, state, the loop over parameters, and two formulas."""
+"""What AdamE and ALTO share: validation, state, and the gathering of parameters for a step."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_gradhist.explore import AUTO, check_explore, resolve_explore
+from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars, one_by_one, pieces, whole
+from lightning_gradhist.optim._sharding import local
 
-__all__ = ["ExploringOptimizer", "ParamsT", "StepScalars", "adam_direction", "explored_gradient"]
+__all__ = ["Batch", "ExploringOptimizer", "ParamsT"]
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
+_CPU_PIECE = 2**16  # elements; five lists and their temporaries then stay in a core's cache
+_DEVICE_PIECE = 2**24  # bounds the temporary memory
 
 
-class StepScalars(NamedTuple):
-    """The scalars of one step, the same for all parameters of a group that have made equally many steps."""
+@dataclass
+class Batch:
+    """Parameters of one group, device and dtype, which are stepped together."""
 
-    lr: float | Tensor
-    mix: float
-    """``c = alpha * (1 - explore_beta)``."""
-    explore_beta: float
-    beta1: float
-    beta2: float
-    bias_correction1: float
-    """``1 - beta1^k`` at step k, or 1 without bias correction."""
-    bias_correction2: float
-    """``1 - beta2^k`` at step k, or 1 without bias correction."""
-    eps: float
-    weight_decay: float
-    maximize: bool
+    lists: StepLists
+    scalars: StepScalars
+    group: dict[str, Any]
+    owners: list[Tensor]
+    """The parameters that the entries of ``lists`` are, or under FSDP2 are this rank's parts of."""
 
-
-def explored_gradient(grad: Tensor, exp_avg_grad: Tensor, s: StepScalars) -> Tensor:
-    """Return ``g + alpha * a = g + c * (g - e)`` and advance ``e``; ``grad`` is not changed."""
-    g = -grad if s.maximize else grad
-    explored = torch.add(g, g - exp_avg_grad, alpha=s.mix)
-    exp_avg_grad.lerp_(g, 1.0 - s.explore_beta)
-    return explored
-
-
-def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: StepScalars) -> Tensor:
-    """Advance ``m`` and ``v`` and return ``m_hat / (sqrt(v_hat) + eps)``."""
-    exp_avg.lerp_(grad, 1.0 - s.beta1)
-    exp_avg_sq.mul_(s.beta2).addcmul_(grad, grad, value=1.0 - s.beta2)
-    denominator = (exp_avg_sq / s.bias_correction2).sqrt_().add_(s.eps)
-    return (exp_avg / s.bias_correction1).div_(denominator)
+    def pieces(self) -> Iterator[Piece]:
+        """The parts that are stepped one after another, the same whenever they are asked for."""
+        if self.group["foreach"] is None:
+            on_cpu = self.lists.params[0].device.type == "cpu"
+            return pieces(self.lists, self.scalars, _CPU_PIECE if on_cpu else _DEVICE_PIECE)
+        return whole(self.lists, self.scalars) if self.group["foreach"] else one_by_one(self.lists, self.scalars)
 
 
 class ExploringOptimizer(Optimizer):
     """Base of the optimizers with adaptor E; a subclass gives the step of one parameter."""
 
-    _added_defaults: ClassVar[dict[str, Any]] = {"alpha": AUTO, "explore_beta": AUTO, "maximize": False}
+    _added_defaults: ClassVar[dict[str, Any]] = {
+        "alpha": AUTO,
+        "explore_beta": AUTO,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+    }
     """What a param group of a torch optimizer, or of an older pickle, may lack."""
 
     @abstractmethod
-    def _step_param(self, param: Tensor, state: dict[str, Tensor], s: StepScalars, group: dict[str, Any]) -> None:
-        """Update ``param`` and the buffers of its ``state`` in place from ``param.grad``."""
+    def _update(self, batches: list[Batch]) -> None:
+        """Update parameters and state of all batches in place."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -86,46 +80,55 @@ class ExploringOptimizer(Optimizer):
         for group in self.param_groups:  # all of them, so that an error leaves nothing half done
             check_explore(group["alpha"], group["explore_beta"])
             self._refuse_sparse_gradients(group)
-        for group in self.param_groups:
-            self._step_group(group)
+        self._update([batch for group in self.param_groups for batch in self._batches(group)])
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        scalars: dict[float, StepScalars] = {}
+    def _batches(self, group: dict[str, Any]) -> list[Batch]:
+        # A compiler has no use for a number that changes with each step, and would compile again for each.
+        on_device = group["capturable"] or torch.compiler.is_compiling()
+        buckets: dict[Any, list[Tensor]] = {}
         for param in group["params"]:
-            if param.grad is None:
-                continue
-            state = self._initialised_state(param)
-            state["step"] += 1
-            k = state["step"].item()
-            if k not in scalars:
-                scalars[k] = self._scalars(group, k)
-            self._step_param(param, state, scalars[k], group)
+            if param.grad is not None:
+                step = self._initialised_state(param, group)["step"]
+                step += 1
+                key = (param.device, param.dtype, None if on_device else step.item())
+                buckets.setdefault(key, []).append(param)
+        return [self._batch(group, params, key[2]) for key, params in buckets.items()]
 
-    def _scalars(self, group: dict[str, Any], k: float) -> StepScalars:
+    def _batch(self, group: dict[str, Any], params: list[Tensor], step: float | None) -> Batch:
+        states = [self.state[param] for param in params]
+        grads = [param.grad for param in params if param.grad is not None]
+        columns = [params, grads, *([state[name] for state in states] for name in BUFFERS)]
+        lists = StepLists(*([local(tensor) for tensor in column] for column in columns))
+        steps = [state["step"] for state in states]
+        scalars = self._scalars(group, steps if step is None else step, params[0].device)
+        return Batch(lists, scalars, group, params)
+
+    def _scalars(self, group: dict[str, Any], step: float | list[Tensor], device: torch.device) -> StepScalars:
         alpha, explore_beta = resolve_explore(group["alpha"], group["explore_beta"])
         beta1, beta2 = group["betas"]
         lr = group["lr"]
         corrected = group.get("bias_correction", True)
         return StepScalars(
             # 0-d, so that it neither broadcasts nor promotes; never read on the host
-            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
+            lr=lr.reshape(()).to(device) if isinstance(lr, Tensor) else lr,
             mix=alpha * (1.0 - explore_beta),
             explore_beta=explore_beta,
             beta1=beta1,
             beta2=beta2,
-            bias_correction1=1.0 - beta1**k if corrected else 1.0,
-            bias_correction2=1.0 - beta2**k if corrected else 1.0,
+            bias_correction1=_bias_correction(beta1, step) if corrected else 1.0,
+            bias_correction2=_bias_correction(beta2, step) if corrected else 1.0,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
         )
 
-    def _initialised_state(self, param: Tensor) -> dict[str, Tensor]:
+    def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[param]
         if "step" not in state:
-            # on the CPU, where reading it does not wait for the device
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            # on the CPU reading it does not wait for the device; a captured graph needs it on the device
+            device = param.device if group["capturable"] else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         for name in BUFFERS:
             if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
                 state[name] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
@@ -259,6 +262,10 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         for key, values in state_dict["state"].items()
     }
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Tensor]:
+    return [1.0 - beta**tensor for tensor in step] if isinstance(step, list) else 1.0 - beta**step
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

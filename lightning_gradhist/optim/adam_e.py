@@ -4,48 +4,38 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_gradhist.explore import AUTO
-from lightning_gradhist.optim._base import (
-    ExploringOptimizer,
-    ParamsT,
+from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
+from lightning_gradhist.optim._lists import (
+    StepLists,
     StepScalars,
-    adam_direction,
-    explored_gradient,
+    adam_directions,
+    explored_gradients,
+    move_moments,
+    subtract_update,
+    wide,
 )
 
 
-def adam_e_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg_grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    s: StepScalars,
-    *,
-    decoupled_weight_decay: bool,
-) -> None:
-    """Make one AdamE step in place, in the dtype of the buffers; ``grad`` is not changed.
+def adam_e_step(lists: StepLists, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
+    """Make one AdamE step in place, in the dtype of the state; the gradients are not changed.
 
     Args:
-        param: Parameter ``theta``, any shape.
-        grad: Gradient ``g``, shaped as ``param``.
-        exp_avg_grad: ``e``, shaped as ``param``.
-        exp_avg: ``m``, shaped as ``param``.
-        exp_avg_sq: ``v``, shaped as ``param``.
+        lists: Parameters, gradients and state.
         s: The scalars of this step.
         decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
     """
-    theta = param.to(exp_avg.dtype)  # param itself unless it is fp16 or bf16
-    g = explored_gradient(grad.to(exp_avg.dtype), exp_avg_grad, s)
+    thetas = wide(lists)
+    explored = explored_gradients(lists, s)
     if s.weight_decay != 0.0 and decoupled_weight_decay:
-        theta.mul_(1.0 - s.lr * s.weight_decay)
+        torch._foreach_mul_(thetas, 1.0 - s.lr * s.weight_decay)
     elif s.weight_decay != 0.0:
-        g = g.add_(theta, alpha=s.weight_decay)
-    theta.sub_(adam_direction(g, exp_avg, exp_avg_sq, s).mul_(s.lr))
-    if theta is not param:
-        param.copy_(theta)
+        torch._foreach_add_(explored, thetas, alpha=s.weight_decay)
+    move_moments(explored, lists, s)
+    subtract_update(lists.params, thetas, adam_directions(lists, s), s.lr)
 
 
 class AdamE(ExploringOptimizer):
@@ -84,6 +74,11 @@ class AdamE(ExploringOptimizer):
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
         decoupled_weight_decay: Weight decay as in AdamW rather than as in Adam.
         maximize: Ascend instead of descend.
+        foreach: None goes through all tensors in pieces that fit a cache (CPU), or of a bounded size (other
+            devices); True takes all tensors at once, which needs memory for several copies of them; False
+            takes one tensor at a time. The result is the same.
+        capturable: Keep ``step`` on the parameter's device and read it and a tensor ``lr`` there, so that a
+            step can be captured in a CUDA graph.
 
     Raises:
         ValueError: If a hyper-parameter is out of range.
@@ -121,6 +116,8 @@ class AdamE(ExploringOptimizer):
         explore_beta: float | str = AUTO,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
@@ -132,17 +129,12 @@ class AdamE(ExploringOptimizer):
             "explore_beta": explore_beta,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
-    def _step_param(self, param: Tensor, state: dict[str, Tensor], s: StepScalars, group: dict[str, Any]) -> None:
-        assert param.grad is not None
-        adam_e_step(
-            param,
-            param.grad,
-            state["exp_avg_grad"],
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            s,
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-        )
+    def _update(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            for piece in batch.pieces():
+                adam_e_step(piece.lists, piece.scalars, decoupled_weight_decay=batch.group["decoupled_weight_decay"])

@@ -9,13 +9,17 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.explore import AUTO
-from lightning_gradhist.optim._base import (
-    ExploringOptimizer,
-    ParamsT,
+from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
+from lightning_gradhist.optim._lists import (
+    StepLists,
     StepScalars,
-    adam_direction,
-    explored_gradient,
+    adam_directions,
+    explored_gradients,
+    move_moments,
+    subtract_update,
+    wide,
 )
+from lightning_gradhist.optim._sharding import is_sharded, refuse_flat, sum_over_shards
 
 EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
@@ -23,52 +27,56 @@ EPS3 = 1e-10
 """Added to the norm of the parameters: the paper's epsilon 3."""
 
 
-def trust_ratio(theta: Tensor, update: Tensor) -> Tensor:
-    """Compute ``phi(|theta|) / (|update| + EPS2 * phi(|theta|))`` with ``phi(x) = x + EPS3``.
+def alto_moments(lists: StepLists, s: StepScalars) -> Tensor:
+    """Move ``e``, ``m`` and ``v`` on in place.
 
     Args:
-        theta: Parameter, any shape.
-        update: Update ``r``, shaped as ``theta``.
+        lists: Parameters, gradients and state; parameters and gradients are not changed.
+        s: The scalars of this step.
 
     Returns:
-        A 0-d tensor on the device of ``theta``, > 0; 1 where one of the norms is zero.
+        ``[n, 2]``: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
     """
-    theta_norm = torch.linalg.vector_norm(theta)
-    update_norm = torch.linalg.vector_norm(update)
+    move_moments(explored_gradients(lists, s), lists, s)
+    thetas, updates = _thetas_and_updates(lists, s)
+    norms = [torch._foreach_norm(thetas), torch._foreach_norm(updates)]
+    return torch.stack([torch.stack(list(column)) for column in norms], dim=1).square_()
+
+
+def alto_apply(lists: StepLists, s: StepScalars, ratios: list[Tensor] | None) -> None:
+    """Subtract ``lr * ratio * r`` from the parameters in place.
+
+    Args:
+        lists: Parameters and state, as :func:`alto_moments` left them.
+        s: The scalars of this step.
+        ratios: The trust ratio of each entry, 0-d; None for 1.
+    """
+    thetas, updates = _thetas_and_updates(lists, s)
+    if ratios is not None:
+        torch._foreach_mul_(updates, ratios)
+    subtract_update(lists.params, thetas, updates, s.lr)
+
+
+def _thetas_and_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+    thetas, updates = wide(lists), adam_directions(lists, s)
+    if s.weight_decay != 0.0:
+        torch._foreach_add_(updates, thetas, alpha=s.weight_decay)
+    return thetas, updates
+
+
+def trust_ratio(squared_norms: Tensor) -> Tensor:
+    """Compute ``phi(|theta|) / (|r| + EPS2 * phi(|theta|))`` with ``phi(x) = x + EPS3``.
+
+    Args:
+        squared_norms: ``[n, 2]``, of ``theta`` and of the update ``r`` of each tensor.
+
+    Returns:
+        ``[n]``, > 0; 1 where one of the norms is zero.
+    """
+    theta_norm, update_norm = squared_norms.sqrt().unbind(1)
     phi = theta_norm + EPS3
     ratio = phi / (update_norm + EPS2 * phi)
     return torch.where((theta_norm > 0) & (update_norm > 0), ratio, 1.0)
-
-
-def alto_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg_grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    s: StepScalars,
-    *,
-    layerwise: bool,
-) -> None:
-    """Make one ALTO step in place, in the dtype of the buffers; ``grad`` is not changed.
-
-    Args:
-        param: Parameter ``theta``, any shape.
-        grad: Gradient ``g``, shaped as ``param``.
-        exp_avg_grad: ``e``, shaped as ``param``.
-        exp_avg: ``m``, shaped as ``param``.
-        exp_avg_sq: ``v``, shaped as ``param``.
-        s: The scalars of this step.
-        layerwise: Give the update the length of the parameter.
-    """
-    theta = param.to(exp_avg.dtype)  # param itself unless it is fp16 or bf16
-    g = explored_gradient(grad.to(exp_avg.dtype), exp_avg_grad, s)
-    r = adam_direction(g, exp_avg, exp_avg_sq, s).add_(theta, alpha=s.weight_decay)
-    if layerwise:
-        r.mul_(trust_ratio(theta, r))
-    theta.sub_(r.mul_(s.lr))
-    if theta is not param:
-        param.copy_(theta)
 
 
 class ALTO(ExploringOptimizer):
@@ -113,6 +121,11 @@ class ALTO(ExploringOptimizer):
             AdamE does.
         bias_correction: Divide ``m`` and ``v`` by ``1 - beta^k``; False is the paper's "ALTO Vanilla".
         maximize: Ascend instead of descend.
+        foreach: None goes through all tensors in pieces that fit a cache (CPU), or of a bounded size (other
+            devices); True takes all tensors at once, which needs memory for several copies of them; False
+            takes one tensor at a time. The result is the same but for the order of the sums in the norms.
+        capturable: Keep ``step`` on the parameter's device and read it and a tensor ``lr`` there, so that a
+            step can be captured in a CUDA graph.
 
     Raises:
         ValueError: If a hyper-parameter is out of range.
@@ -151,6 +164,8 @@ class ALTO(ExploringOptimizer):
         layerwise: bool = True,
         bias_correction: bool = True,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
@@ -163,20 +178,56 @@ class ALTO(ExploringOptimizer):
             "layerwise": layerwise,
             "bias_correction": bias_correction,
             "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
-    def _step_param(self, param: Tensor, state: dict[str, Tensor], s: StepScalars, group: dict[str, Any]) -> None:
-        assert param.grad is not None
-        alto_step(
-            param,
-            param.grad,
-            state["exp_avg_grad"],
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            s,
-            layerwise=group["layerwise"],
-        )
+    def _update(self, batches: list[Batch]) -> None:
+        squared_norms = [self._moments(batch) for batch in batches]
+        self._sum_over_shards(batches, squared_norms)
+        for batch, squares in zip(batches, squared_norms, strict=True):
+            ratios = trust_ratio(squares).unbind() if batch.group["layerwise"] else None
+            for piece in batch.pieces():
+                of_owners = None if ratios is None else [ratios[owner] for owner in piece.owners]
+                alto_apply(piece.lists, piece.scalars, of_owners)
+
+    def _sum_over_shards(self, batches: list[Batch], squared_norms: list[Tensor]) -> None:
+        layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
+        if any(is_sharded(param) for param in layers):
+            sums = {
+                param: squares
+                for batch, of_batch in zip(batches, squared_norms, strict=True)
+                for param, squares in zip(batch.owners, of_batch.unbind(), strict=True)
+            }
+            sum_over_shards(layers, sums)
+
+    @staticmethod
+    def _moments(batch: Batch) -> Tensor:
+        m = batch.lists.exp_avgs[0]
+        squared_norms = m.new_zeros(len(batch.lists.params), 2)
+        for piece in batch.pieces():  # in order, so that the sums are the same from run to run
+            for owner, squares in zip(piece.owners, alto_moments(piece.lists, piece.scalars).unbind(), strict=True):
+                squared_norms[owner] += squares
+        return squared_norms
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, whose hyper-parameters are checked first.
+
+        Args:
+            param_group: The parameters under ``"params"``, and what is to differ from the defaults.
+
+        Raises:
+            ValueError: If a hyper-parameter is out of range.
+            TypeError: If a parameter is complex, or with ``layerwise`` a part of a flat partition (FSDP1, ZeRO).
+        """
+        super().add_param_group(param_group)
+        if self.param_groups[-1]["layerwise"]:
+            try:
+                refuse_flat(self.param_groups[-1]["params"], type(self).__name__)
+            except TypeError:
+                self.param_groups.pop()
+                raise
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, of torch's Adam or AdamW, or of the authors' ALTO.
