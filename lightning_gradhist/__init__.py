@@ -8,7 +8,7 @@ from lightning_gradhist._version import __version__
 from lightning_gradhist.epsilon import EpsilonRange, epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale
-from lightning_gradhist.optim import ALTO, AdamE
+from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, no_decay_groups
 from lightning_gradhist.surge import SurgeLaw
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALTO",
     "AdamE",
+    "EAdaptor",
     "EpsilonRange",
     "GradientHistogramMonitor",
     "MagnitudeHistogram",
@@ -27,6 +28,7 @@ __all__ = [
     "SurgeLaw",
     "__version__",
     "epsilon_range",
+    "no_decay_groups",
 ]
 
 

@@ -1,8 +1,10 @@
-"""Optimizers with adaptor E: :class:`AdamE` and the layer-wise :class:`ALTO`."""
+"""Optimizers with adaptor E: :class:`AdamE`, the layer-wise :class:`ALTO`, and :class:`EAdaptor` for any other."""
 
 from __future__ import annotations
 
 from lightning_gradhist.optim.adam_e import AdamE
 from lightning_gradhist.optim.alto import ALTO
+from lightning_gradhist.optim.e_adaptor import EAdaptor
+from lightning_gradhist.optim.groups import no_decay_groups
 
-__all__ = ["ALTO", "AdamE"]
+__all__ = ["ALTO", "AdamE", "EAdaptor", "no_decay_groups"]
