@@ -1,0 +1,301 @@
+"""Cases for Triton's interpreter, which has to be chosen before Triton is imported: run as a script, prints JSON.
+
+It rounds fp32 to bf16 towards zero, a GPU to the nearest: parameters in bf16 are compared to within one step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gradhist.optim._lists import StepLists, StepScalars
+from lightning_gradhist.optim.adam_e import adam_e_step
+from lightning_gradhist.optim.alto import alto_apply, alto_moments, trust_ratio
+
+CHUNK = 4096
+GUARD, SENTINEL = 64, -77.0
+TOLERANCES = {"state": {"rtol": 1e-6, "atol": 1e-6}, "params": {"rtol": 1e-5, "atol": 1e-6}}
+SHAPES: dict[str, Any] = {
+    "empty": (0,),
+    "scalar": (),
+    "one": (1,),
+    "odd": (31,),
+    "below": (CHUNK - 1,),
+    "chunk": (CHUNK,),
+    "above": (CHUNK + 1,),
+    "channels_last": (2, 3, 5, 7),
+    "transposed": (37, 129),
+    "unaligned": (CHUNK + 5,),
+}
+FEW = ("scalar", "odd", "above", "transposed")
+PLAIN = StepScalars(
+    lr=1e-2,
+    mix=-5.0 * 0.01,
+    explore_beta=0.99,
+    beta1=0.9,
+    beta2=0.999,
+    bias_correction1=1.0 - 0.9**3,
+    bias_correction2=1.0 - 0.999**3,
+    eps=1e-6,
+    weight_decay=0.1,
+    maximize=False,
+)
+
+
+class Memory:
+    """Tensors with values that do not depend on anything but the seed, each between two guards."""
+
+    def __init__(self, names: tuple[str, ...], param: torch.dtype = torch.float32, grad: torch.dtype | None = None):
+        self.generator = torch.Generator().manual_seed(1)
+        self.buffers: list[Tensor] = []
+        dtypes = [param, grad or param, torch.float32, torch.float32, torch.float32]
+        columns = [[self.tensor(name, dtype) for name in names] for dtype in dtypes]
+        for v in columns[4]:
+            v.abs_()
+        self.lists = StepLists(*columns)
+        self.grads = [grad.clone() for grad in self.lists.grads]
+
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        shape = SHAPES[name]
+        size = torch.Size(shape).numel()
+        before = GUARD + (name == "unaligned")
+        buffer = torch.full((before + size + GUARD,), SENTINEL, dtype=dtype)
+        self.buffers.append(buffer)
+        flat = buffer[before : before + size]
+        flat.copy_(torch.randn(size, generator=self.generator))
+        if name == "channels_last":
+            n, c, h, w = shape
+            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return flat.view(shape[::-1]).t() if name == "transposed" else flat.view(shape)
+
+    def check(self) -> None:
+        """Nothing but parameters and state has changed."""
+        for buffer in self.buffers:
+            assert bool((buffer[:GUARD] == SENTINEL).all()) and bool((buffer[-GUARD:] == SENTINEL).all())
+        for grad, before in zip(self.lists.grads, self.grads, strict=True):
+            assert torch.equal(grad, before)
+
+
+def same(got: StepLists, expected: StepLists) -> None:
+    for field in StepLists._fields:
+        for index, (a, b) in enumerate(zip(getattr(got, field), getattr(expected, field), strict=True)):
+            where = f"{field}[{index}] {tuple(a.shape)}: "
+            if a.dtype == torch.float32:
+                tolerance = TOLERANCES["params" if field == "params" else "state"]
+                torch.testing.assert_close(a, b, **tolerance, msg=lambda text, where=where: where + text)
+            elif a.numel():
+                steps = (a.contiguous().view(torch.int16).int() - b.contiguous().view(torch.int16).int()).abs()
+                assert int(steps.max()) <= 1, where + f"{int(steps.max())} steps apart"
+
+
+def adam_e(names: tuple[str, ...] = FEW, *, decoupled: bool = True, dtypes: Any = (), **changes: Any) -> None:
+    from lightning_gradhist.kernels import adam_e as kernels
+
+    s = PLAIN._replace(**changes)
+    eager, triton = Memory(names, *dtypes), Memory(names, *dtypes)
+    for lr in (s.lr, 2 * s.lr):
+        adam_e_step(eager.lists, s._replace(lr=lr), decoupled_weight_decay=decoupled)
+        kernels.adam_e_step(triton.lists, s._replace(lr=lr), decoupled_weight_decay=decoupled)
+        same(triton.lists, eager.lists)
+        for param, rounded in zip(triton.lists.params, eager.lists.params, strict=True):
+            param.copy_(rounded)
+    triton.check()
+
+
+def alto(names: tuple[str, ...] = FEW, *, layerwise: bool = True, dtypes: Any = (), **changes: Any) -> None:
+    from lightning_gradhist.kernels import alto as kernels
+
+    s = PLAIN._replace(**changes)
+    eager, triton = Memory(names, *dtypes), Memory(names, *dtypes)
+    params = [param.clone() for param in triton.lists.params]
+    expected, norms = alto_moments(eager.lists, s), kernels.alto_moments(triton.lists, s)
+    assert norms.shape == (len(names), 2) and norms.dtype == torch.float32
+    torch.testing.assert_close(norms, expected, rtol=2e-6, atol=0.0)
+    assert all(map(torch.equal, triton.lists.params, params))
+    same(triton.lists, eager.lists)
+    ratios = trust_ratio(expected) if layerwise else None
+    alto_apply(eager.lists, s, None if ratios is None else list(ratios.unbind()))
+    kernels.alto_apply(triton.lists, s, ratios)
+    same(triton.lists, eager.lists)
+    triton.check()
+
+
+def lists_of_corrections(step: Callable[..., None]) -> None:
+    """Parameters that have made different numbers of steps, as under ``capturable``."""
+    correction1, correction2 = ([torch.tensor(1.0 - beta**k) for k in (1, 2, 3, 9)] for beta in (0.9, 0.999))
+    step(bias_correction1=correction1, bias_correction2=correction2, lr=torch.tensor(0.01, dtype=torch.float64))
+
+
+def grads_in_other_strides(step_of: str) -> None:
+    from lightning_gradhist.kernels.adam_e import adam_e_step as adam_e_kernels
+    from lightning_gradhist.kernels.alto import alto_moments as alto_kernels
+
+    eager, triton = Memory(("channels_last", "transposed", "odd")), Memory(("channels_last", "transposed", "odd"))
+    for memory in (eager, triton):
+        memory.lists.grads[0] = memory.lists.grads[0].contiguous()
+        memory.lists.grads[1] = memory.lists.grads[1].contiguous()
+        memory.lists.grads[2] = torch.tensor(0.5).expand(31)
+        memory.grads = [grad.clone() for grad in memory.lists.grads]
+    if step_of == "adam_e":
+        adam_e_step(eager.lists, PLAIN, decoupled_weight_decay=True)
+        adam_e_kernels(triton.lists, PLAIN, decoupled_weight_decay=True)
+    else:
+        torch.testing.assert_close(alto_kernels(triton.lists, PLAIN), alto_moments(eager.lists, PLAIN))
+    same(triton.lists, eager.lists)
+    triton.check()
+
+
+def zero_coordinates_at_eps_zero() -> None:
+    """What lies behind the end of a tensor is 0 / 0 then, and must not reach the norms."""
+    with np.errstate(invalid="ignore"):  # the interpreter warns of it
+        alto(("odd", "above"), eps=0.0)
+
+
+def same_bits() -> None:
+    from lightning_gradhist.kernels import alto as kernels
+
+    first, second = Memory(("above", "odd")), Memory(("above", "odd"))
+    assert torch.equal(kernels.alto_moments(first.lists, PLAIN), kernels.alto_moments(second.lists, PLAIN))
+    for a, b in zip(first.lists, second.lists, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+def many_chunks() -> None:
+    """More chunks than the reduction takes in one block."""
+    from lightning_gradhist.kernels import alto as kernels
+
+    count = kernels.BLOCK + 3
+    sums = torch.arange(2.0 * (count + 2)).view(-1, 2)
+    extents = torch.tensor([[CHUNK + 1, 0], [0, 2], [CHUNK * count, 2]])
+    norms = torch.empty(3, 2)
+    kernels.sum_chunks_kernel[(3,)](extents, sums, norms, CHUNK=CHUNK, BLOCK=kernels.BLOCK)
+    expected = torch.stack([sums[:2].sum(0), torch.zeros(2), sums[2:].sum(0)])
+    torch.testing.assert_close(norms, expected)
+
+
+def tables() -> None:
+    from lightning_gradhist.kernels import _tables
+
+    assert _tables.CHUNK == CHUNK
+    checks: list[int] = []
+    lists = Memory(("odd", "empty", "above")).lists
+    table = partial(_tables.chunk_table, check=lambda: checks.append(1))
+    first = table([lists.params, lists.exp_avgs])
+    assert first.pointers.tolist() == [[p.data_ptr(), m.data_ptr()] for p, m in zip(lists[0], lists[3], strict=True)]
+    assert first.extents.tolist() == [[31, 0], [0, 1], [CHUNK + 1, 1]]
+    assert first.chunks.tolist() == [[0, 0], [2, 0], [2, 1]]
+    again = table([[param.detach() for param in lists.params], lists.exp_avgs])
+    assert all(a is b for a, b in zip(again, first, strict=True)) and len(checks) == 1
+    moved = [*lists.exp_avgs[:2], lists.exp_avgs[2].clone()]
+    other = table([lists.params, moved])
+    assert other.pointers[2, 1] == moved[2].data_ptr() and other.chunks is first.chunks and len(checks) == 2
+    transposed = torch.zeros(4, 4)
+    table([[transposed]])
+    table([[transposed.t()]])  # the same place and size, but other strides
+    assert len(checks) == 4
+    for _ in range(2 * _tables._KEPT):
+        table([[torch.empty(3)], [torch.empty(5)]])
+    assert len(_tables._POINTERS._values) <= _tables._KEPT
+
+
+def captured_table() -> None:
+    """The table of a CUDA graph, made without a copy, is the same one."""
+    from lightning_gradhist.kernels import _tables
+
+    lists = Memory(("odd", "empty", "above", "one")).lists
+    columns = [lists.params, lists.exp_avgs, lists.exp_avg_sqs]
+    numels = _tables.array("q", [t.numel() for t in lists.params])
+    addresses = _tables.array("q", [t.data_ptr() for column in columns for t in column])
+    got = _tables._captured(addresses, numels, torch.device("cpu"))
+    for a, b in zip(got, _tables.chunk_table(columns, lambda: None), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.is_contiguous()
+
+
+def unsupported() -> None:
+    from lightning_gradhist.kernels import _tables
+    from lightning_gradhist.kernels.adam_e import adam_e_step as kernels
+
+    def reason(**changes: list[Tensor]) -> str:
+        one = {field: [torch.zeros(4, 6)] for field in StepLists._fields}
+        lists = StepLists(**{**one, **changes})
+        assert not _tables.supported(lists)
+        try:
+            kernels(lists, PLAIN, decoupled_weight_decay=True)
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("not refused")
+
+    assert "torch.float64" in reason(params=[torch.zeros(4, 6, dtype=torch.float64)])
+    assert "exp_avgs[0] is torch.bfloat16" in reason(exp_avgs=[torch.zeros(4, 6, dtype=torch.bfloat16)])
+    assert "exp_avg_sqs[0] has strides" in reason(exp_avg_sqs=[torch.zeros(6, 4).t()])
+    assert "exp_avg_grads[0] has shape" in reason(exp_avg_grads=[torch.zeros(24)])
+    assert "exp_avg_grads[0] is on meta" in reason(exp_avg_grads=[torch.zeros(4, 6, device="meta")])
+    gaps = [torch.zeros(4, 12)[:, ::2] for _ in range(4)]
+    names = ("params", "exp_avg_grads", "exp_avgs", "exp_avg_sqs")
+    assert "gaps" in reason(**{name: [gap] for name, gap in zip(names, gaps, strict=True)})
+    assert _tables.supported(Memory(tuple(SHAPES)).lists)
+
+
+def nothing_to_do() -> None:
+    from lightning_gradhist.kernels import adam_e as kernels
+    from lightning_gradhist.kernels import alto as alto_kernels
+
+    for lists in (StepLists([], [], [], [], []), Memory(("empty", "empty")).lists):
+        kernels.adam_e_step(lists, PLAIN, decoupled_weight_decay=True)
+        norms = alto_kernels.alto_moments(lists, PLAIN)
+        assert norms.tolist() == [[0.0, 0.0]] * len(lists.params)
+        alto_kernels.alto_apply(lists, PLAIN, trust_ratio(norms))
+
+
+CASES: dict[str, Callable[[], None]] = {}
+for _name, _step in (("adam_e", adam_e), ("alto", alto)):
+    CASES |= {
+        f"{_name}-fp32": partial(_step, tuple(SHAPES)),
+        f"{_name}-bf16": partial(_step, tuple(SHAPES), dtypes=(torch.bfloat16,)),
+        f"{_name}-fp16": partial(_step, tuple(SHAPES), dtypes=(torch.float16,)),
+        f"{_name}-bf16-fp32_grads": partial(_step, dtypes=(torch.bfloat16, torch.float32)),
+        f"{_name}-maximize": partial(_step, maximize=True),
+        f"{_name}-no_decay": partial(_step, weight_decay=0.0),
+        f"{_name}-no_bias_correction": partial(_step, bias_correction1=1.0, bias_correction2=1.0),
+        f"{_name}-tensor_lr": partial(_step, lr=torch.tensor([0.0, 0.01])[1]),
+        f"{_name}-tensor_corrections": partial(lists_of_corrections, _step),
+        f"{_name}-grads_in_other_strides": partial(grads_in_other_strides, _name),
+    }
+CASES |= {
+    "adam_e-coupled_decay": partial(adam_e, decoupled=False),
+    "alto-no_ratios": partial(alto, layerwise=False),
+    "alto-eps_zero": zero_coordinates_at_eps_zero,
+    "alto-same_bits": same_bits,
+    "alto-many_chunks": many_chunks,
+    "tables": tables,
+    "captured_table": captured_table,
+    "unsupported": unsupported,
+    "nothing_to_do": nothing_to_do,
+}
+
+
+def main() -> None:
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    assert bool(torch.empty(3).isnan().all())
+    results = {}
+    for name, case in CASES.items():
+        try:
+            case()
+        except Exception:
+            results[name] = traceback.format_exc()
+        else:
+            results[name] = ""
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    main()

@@ -1,0 +1,66 @@
+"""The kernels compiled ahead of time: for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernels.compiled import TARGETS, variants
+
+from lightning_gradhist.kernels import available
+
+pytestmark = pytest.mark.skipif(not available(), reason="Triton is not installed")
+
+# Of a full chunk, by kernel: loads and stores of 128 bits where the parameters are fp32; of fp16 and bf16 they are 64.
+WIDE = {"adam_e_kernel": (5, 4), "alto_moments_kernel": (5, 3), "alto_apply_kernel": (3, 1)}
+HALF = {"adam_e_kernel": (2, 1), "alto_moments_kernel": (2, 0), "alto_apply_kernel": (1, 1)}
+REGISTERS = 80  # of 65,536: six programs of 128 threads on a multiprocessor, 60 kB of loads in flight
+ACCESSES = {
+    "cuda": ("ld.global.v4.b32", "st.global.v4.b32", "ld.global.v2.b32", "st.global.v2.b32"),
+    "hip": ("buffer_load_dwordx4", "buffer_store_dwordx4", "buffer_load_dwordx2", "buffer_store_dwordx2"),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-W", "error", str(Path(__file__).with_name("compiled.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, result in found.items():
+        print(f"{name}: {result['registers']} registers, {result['local_bytes']} bytes spilled")
+    return found
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_no_spills(variant: str, results: dict[str, Any]) -> None:
+    assert results[variant]["local_bytes"] == 0
+    assert results[variant]["registers"] <= REGISTERS
+
+
+@pytest.mark.parametrize("variant", [name for name in variants() if not name.startswith("sum_chunks")])
+def test_full_chunks_are_read_and_written_in_wide_accesses(variant: str, results: dict[str, Any]) -> None:
+    kernel, dtype, target = variant.split("-")[:3]
+    narrow = (0, 0) if dtype == "fp32" else HALF[kernel]
+    wide = tuple(all_of - of_half for all_of, of_half in zip(WIDE[kernel], narrow, strict=True))
+    names = ACCESSES[TARGETS[target][0]]
+    accesses = results[variant]["accesses"]
+    assert tuple(accesses.get(name, 0) for name in names) == (*wide, *narrow)
+
+
+@pytest.mark.parametrize("variant", [name for name in variants() if "-sm_" in name])
+def test_nothing_is_fused(variant: str, results: dict[str, Any]) -> None:
+    """Products and sums are rounded one by one, as in the eager step, whatever Triton's default is."""
+    assert results[variant]["fused"] == 0
+
+
+@pytest.mark.parametrize("kernel", ["adam_e_kernel", "alto_apply_kernel"])
+def test_parameters_in_bf16_are_rounded_to_the_nearest(kernel: str, results: dict[str, Any]) -> None:
+    assert results[f"{kernel}-bf16-sm_90"]["rounded_to_bf16"]

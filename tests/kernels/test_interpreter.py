@@ -1,0 +1,56 @@
+"""The kernels against the eager steps, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernels.interpreted import CASES
+
+from lightning_gradhist.kernels import available
+
+pytestmark = pytest.mark.skipif(not available(), reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str]:
+    script = Path(__file__).with_name("interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "error", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case: str, results: dict[str, str]) -> None:
+    assert not results[case], results[case]
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
+    code = """if True:
+        import torch
+        from lightning_gradhist.kernels.adam_e import adam_e_step
+        from lightning_gradhist.optim._lists import StepLists
+        from kernels.interpreted import PLAIN
+        lists = StepLists(*([torch.zeros(3)] for _ in range(5)))
+        try:
+            adam_e_step(lists, PLAIN, decoupled_weight_decay=True)
+        except ValueError as error:
+            print(error)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "the kernels run on CUDA devices" in done.stdout
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, lightning_gradhist.kernels as k; k.available(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
