@@ -96,6 +96,12 @@ def _digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def _fashion_mnist(folder: Path) -> tuple[TensorDataset, TensorDataset]:
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"data_dir={str(folder)!r} lacks {missing}; it must hold the four idx files of Fashion-MNIST"
+        )
     return tuple(  # type: ignore[return-value]
         TensorDataset(
             _idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None].float() / 255,

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
-        ("histograms", ""),
+        ("histograms", "tensorboard --logdir"),
         ("calibration", "noise scale"),
         ("recorded_run", "times the recorded one"),
         ("adam_e_without_lightning", "accuracy on held-out digits 0.9"),
