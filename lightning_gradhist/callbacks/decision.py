@@ -110,7 +110,7 @@ class Decision:
     # --- the probe ----------------------------------------------------------------------------------------------------
 
     def _needs_probe(self) -> bool:
-        wants_epsilon = self.options.epsilon == "auto" and self._is_adam_like()
+        wants_epsilon = self.options.epsilon == "auto" and self._has_epsilon()
         wants_noise = self.options.learning_rate == "surge" and self.options.reference_batch_size is not None
         return wants_epsilon or (wants_noise and self._is_adam_like() and self.batch_size is not None)
 
@@ -207,8 +207,12 @@ class Decision:
     def _is_adam_like(self) -> bool:
         return is_a(self.optimizer, *_ADAM_LIKE)
 
+    def _has_epsilon(self) -> bool:
+        groups = self.optimizer.param_groups
+        return self._is_adam_like() and all(isinstance(group.get("eps"), (int, float)) for group in groups)
+
     def _epsilon_of(self, group: dict[str, Any]) -> float:
-        if not self._is_adam_like():
+        if not self._has_epsilon():
             return 0.0
         if self.options.epsilon == "auto":
             return choose_epsilon(group["eps"], self.search_space) if self.search_space else group["eps"]
@@ -217,7 +221,7 @@ class Decision:
     def _epsilon_changes(self) -> list[GroupChange]:
         if self.options.epsilon == "keep":
             return []
-        if not self._is_adam_like():
+        if not self._has_epsilon():
             self.problems.append(
                 f"{type(self.optimizer).__name__} is not known to have an epsilon of Adam's kind, so none is set; pass"
                 " epsilon='keep'"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
 
@@ -136,11 +137,15 @@ def _refill(container: Any, fill: Callable[[], None]) -> Any:
 
 
 def _keep_numbers(value: Any) -> Callable[[], Any]:
+    if isinstance(value, Tensor) and (is_lazy(value) or value.layout != torch.strided):
+        return lambda: value
     before = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+    equal: Any = torch.equal if isinstance(value, Tensor) else np.array_equal
 
     def restore() -> Any:
         with torch.no_grad():
-            value[...] = before
+            if not equal(value, before):  # an expanded tensor or a read-only array cannot be written, nor has it been
+                value[...] = before
         return value
 
     return restore
@@ -153,6 +158,7 @@ def _tensors(module: LightningModule) -> Generator[None, None, None]:
         (child, name, tensor, tensor.detach().clone())
         for child in module.modules()
         for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
+        if not is_lazy(tensor)
     ]
     try:
         yield
@@ -160,7 +166,8 @@ def _tensors(module: LightningModule) -> Generator[None, None, None]:
         with torch.no_grad():
             for child, name, tensor, before in registered:
                 tensor.copy_(before)
-                setattr(child, name, tensor)
+                if getattr(child, name) is not tensor:
+                    setattr(child, name, tensor)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,6 +58,9 @@ class Nested(Net):
         self.average = torch.zeros(8)
         self.in_place = torch.zeros(8)
         self.array = np.zeros(8)
+        self.constant = torch.zeros(1).expand(8)
+        self.table = np.broadcast_to(np.zeros(1), (8,))
+        self.count: Counter[str] = Counter()
         self.teacher = nn.Linear(8, 16).requires_grad_(False)
         self.embedding = nn.Embedding(4, 16, max_norm=0.5)
         self.also_accuracy = self.accuracy
@@ -70,6 +73,7 @@ class Nested(Net):
         self.average = 0.9 * self.average + batch[0].mean(0)
         self.in_place += batch[0].mean(0)
         self.array += 1
+        self.count["steps"] += 1
         with torch.no_grad():
             for slow, fast in zip(self.teacher.parameters(), self.body[0].parameters(), strict=True):
                 slow.lerp_(fast, 0.1)
@@ -81,6 +85,7 @@ class Nested(Net):
 
     def on_train_batch_end(self, *args: Any) -> None:
         state = (self.average, self.in_place, torch.from_numpy(self.array))
+        self.losses.append(self.count["steps"])
         self.losses.append(float(torch.stack([value.double().sum() for value in state]).sum()))
         self.losses.append(sum(self.nested["losses"]) + len(self.nested["deep"]["seen"]) + sum(self.nested["queue"]))
 
