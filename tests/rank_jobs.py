@@ -259,11 +259,11 @@ def out_of_step(folder: Path) -> Any:
 
         @property
         def probing(self) -> bool:
-            return type(self.trainer.loggers[0]).__name__ == "DummyLogger"
+            return type(self.trainer.loggers[0]).__name__ == "SilentLogger"
 
     class FailsOnOne(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if rank == 1 and type(self.trainer.loggers[0]).__name__ == "DummyLogger":
+            if rank == 1 and type(self.trainer.loggers[0]).__name__ == "SilentLogger":
                 raise RuntimeError("here alone")
             return super().training_step(batch, batch_idx)
 

@@ -116,6 +116,7 @@ class OptimizerCalibration(Callback):
         self._record: RunRecord | None = None
         self._report: str | None = None
         self._waiting = False
+        self._restored = False
 
     def state_dict(self) -> dict[str, Any]:
         """The report; its being there tells a resumed run that the calibration is done."""
@@ -124,11 +125,15 @@ class OptimizerCalibration(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Marks the calibration as done if it was."""
         self._report = state_dict["report"]
+        self._restored = self._report is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds out whether this run is to be calibrated, and reads the record if so."""
         self._waiting = False
-        if trainer.global_step > 0 and self._report is not None:
+        # A checkpoint may come before the first step (accumulation); one that was only validated counts for nothing.
+        resumed = trainer.global_step > 0 or (self._restored and trainer.ckpt_path is not None)
+        self._restored = False
+        if resumed and self._report is not None:
             self._go_on(trainer)
             return
         self.result = self._report = None

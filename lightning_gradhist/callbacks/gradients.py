@@ -81,9 +81,9 @@ def full_batches(trainer: Trainer) -> float:
 
 def is_short_step(trainer: Trainer) -> bool:
     """Whether the present optimizer step has fewer samples than the others: the last of an epoch may."""
-    batches = trainer.num_training_batches
-    short_window = math.isfinite(batches) and batches % trainer.accumulate_grad_batches > 0
-    return trainer.is_last_batch and (short_window or full_batches(trainer) < batches)
+    seen = trainer.fit_loop.epoch_loop.batch_idx + 1
+    short_window = seen % trainer.accumulate_grad_batches > 0
+    return trainer.is_last_batch and (short_window or full_batches(trainer) < trainer.num_training_batches)
 
 
 def least_over_ranks(value: float, trainer: Trainer) -> float:

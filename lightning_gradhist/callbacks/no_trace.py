@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
+import random
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchmetrics import Metric, MetricCollection
 
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
@@ -23,27 +22,29 @@ from lightning_gradhist.callbacks._lightning import (
     isolate_rng,
 )
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# What nn.Module keeps outside its plain attributes; there is no public way to take a buffer or submodule off again.
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
 
 @contextmanager
 def no_trace(trainer: Trainer, module: LightningModule) -> Generator[None, None, None]:
     """On leaving, everything that a training step may change is as it was, and nothing has reached the loggers.
 
-    That is: parameters, buffers, metrics, the attributes of all submodules (and what is in lists, dicts, sets, tensors
-    and arrays among them), random generators of torch on every device, numpy and Python, and those of loaders, samplers
-    and datasets. What other objects hold inside, and data that can be read only once, cannot be put back. It takes one
-    copy of the parameters.
+    That is: parameters, buffers and submodules; the attributes of all submodules, metrics among them, and what is in
+    their lists, dicts, sets, tuples, tensors, arrays and random generators; the attributes of samplers; the random
+    generators of torch on every device, numpy and Python, and those within loaders, samplers and datasets. What other
+    objects hold inside, and data that can be read only once, cannot be put back. It takes one copy of the parameters.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        for keeper in (
-            _random_state(),
-            _loggers(trainer),
-            _metrics(module),
-            _attributes(module),
-            _tensors(module),
-            _generators(trainer),
-        ):
-            stack.enter_context(keeper)
+        stack.enter_context(_random_state())
+        stack.enter_context(_loggers(trainer))
+        memory = _Memory()
+        memory.keep(module)
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:
+            memory.keep_data(loader)
+        stack.callback(memory.restore)
         yield
 
 
@@ -59,15 +60,35 @@ def _random_state() -> Generator[None, None, None]:
         raise error
 
 
+class SilentLogger(DummyLogger):
+    """Takes everything and writes nothing, in place of a logger whose directories it names."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__()
+        self._of = logger
+
+    @property
+    def save_dir(self) -> Any:
+        """That of the logger."""
+        return self._of.save_dir
+
+    @property
+    def log_dir(self) -> Any:
+        """That of the logger, or None."""
+        return getattr(self._of, "log_dir", None)
+
+
 @contextmanager
 def _loggers(trainer: Trainer) -> Generator[None, None, None]:
-    loggers, module = trainer.loggers, trainer.lightning_module
-    trainer.loggers = [DummyLogger() for _ in loggers]
-    module.log = _log_nothing  # type: ignore[method-assign]  # the loop would take it for a value of training
+    loggers, attributes = trainer.loggers, vars(trainer.lightning_module)
+    own = attributes.get("log")
+    trainer.loggers = [SilentLogger(logger) for logger in loggers]
+    attributes["log"] = _log_nothing  # the loop would take what is logged for a value of training
     try:
         yield
     finally:
-        del module.log
+        del attributes["log"]
+        attributes.update({} if own is None else {"log": own})
         trainer.loggers = loggers
 
 
@@ -75,120 +96,125 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``LightningModule.log`` during a probe."""
 
 
-@contextmanager
-def _metrics(module: LightningModule) -> Generator[None, None, None]:
-    places: list[tuple[nn.Module, str, nn.Module]] = []
-    outermost = "\0"
-    for path, child in module.named_modules(remove_duplicate=False):
-        if isinstance(child, (Metric, MetricCollection)) and not path.startswith(f"{outermost}."):
-            outermost = path
-            parent, _, name = path.rpartition(".")
-            places.append((module.get_submodule(parent), name, child))
-    copies = {id(metric): copy.deepcopy(metric) for _, _, metric in places}  # one for a metric under two names
-    for holder, name, metric in places:
-        holder.register_module(name, copies[id(metric)])
-    try:
-        yield
-    finally:
-        for holder, name, metric in places:
-            holder.register_module(name, metric)
+class _Memory:
+    """Remembers the contents of objects, and puts them back into the same objects. What has not changed is not touched."""
 
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._seen: set[int] = set()
 
-@contextmanager
-def _attributes(module: LightningModule) -> Generator[None, None, None]:
-    seen: set[int] = set()
-    kept = [
-        (child, {name: _keep(value, seen) for name, value in _own_attributes(child).items()})
-        for child in module.modules()
-    ]
-    try:
-        yield
-    finally:
-        for child, attributes in kept:
-            for name in _own_attributes(child).keys() - attributes.keys():
-                delattr(child, name)
-            vars(child).update({name: restore() for name, restore in attributes.items()})
-
-
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    registries = vars(nn.Module()).keys() - {"training"}  # parameters, buffers, submodules and hooks
-    return {name: value for name, value in vars(module).items() if name not in registries}
-
-
-def _keep(value: Any, seen: set[int]) -> Callable[[], Any]:
-    """Returns what puts back the contents of a value, and returns the value."""
-    if id(value) in seen or not isinstance(value, (list, deque, set, dict, Tensor, np.ndarray)):
-        return lambda: value
-    seen.add(id(value))
-    if isinstance(value, (Tensor, np.ndarray)):
-        return _keep_numbers(value)
-    if isinstance(value, dict):
-        items = {key: _keep(item, seen) for key, item in value.items()}
-        return lambda: _refill(value, lambda: value.update({key: restore() for key, restore in items.items()}))
-    members = [_keep(item, seen) for item in value]
-    put: Any = value.update if isinstance(value, set) else value.extend
-    return lambda: _refill(value, lambda: put([restore() for restore in members]))
-
-
-def _refill(container: Any, fill: Callable[[], None]) -> Any:
-    container.clear()
-    fill()
-    return container
-
-
-def _keep_numbers(value: Any) -> Callable[[], Any]:
-    if isinstance(value, Tensor) and (is_lazy(value) or value.layout != torch.strided):
-        return lambda: value
-    before = value.detach().clone() if isinstance(value, Tensor) else value.copy()
-    equal: Any = torch.equal if isinstance(value, Tensor) else np.array_equal
-
-    def restore() -> Any:
+    def restore(self) -> None:
+        """Puts everything back."""
         with torch.no_grad():
-            if not equal(value, before):  # an expanded tensor or a read-only array cannot be written, nor has it been
-                value[...] = before
-        return value
+            for undo in reversed(self._undo):
+                undo()
 
-    return restore
+    def keep(self, value: Any) -> None:
+        """Remembers a value, and what is in it."""
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):
+            for child in value.modules():
+                self._keep_module(child)
+        elif isinstance(value, (Tensor, np.ndarray)):
+            self._keep_numbers(value)
+        elif isinstance(value, _GENERATORS):
+            self._keep_generator(value)
+        elif isinstance(value, (dict, list, deque, set, tuple)):
+            self._keep_container(value)
+
+    def keep_data(self, thing: Any) -> None:
+        """Remembers the generators behind a loader, and the attributes of its samplers."""
+        for part in _reachable(thing, set()):
+            self.keep(vars(part) if isinstance(part, Sampler) else part)
+
+    def _keep_module(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        registries = vars(nn.Module()).keys() - {"training"}
+        own = {name: value for name, value in vars(module).items() if name not in registries}
+        held = {name: vars(module)[name].copy() for name in _REGISTRIES}
+
+        def undo() -> None:
+            for name, content in held.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(content)
+            for name in [name for name in vars(module) if name not in registries and name not in own]:
+                del vars(module)[name]
+            vars(module).update(own)
+
+        self._undo.append(undo)
+        # Parameters too: a training step may move a teacher's weights, or an embedding with max_norm its own.
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), *own.values()):
+            self.keep(value)
+
+    def _keep_numbers(self, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            if value.flags.writeable:
+                copied = value.copy()
+                self._undo.append(lambda: np.copyto(value, copied))
+        elif not is_lazy(value):
+            before = value.detach().clone()
+            self._undo.append(lambda: _write_back(value, before))
+
+    def _keep_generator(self, value: Any) -> None:
+        if isinstance(value, np.random.Generator):
+            state: Any = value.bit_generator.state
+            self._undo.append(lambda: setattr(value.bit_generator, "state", state))
+        elif isinstance(value, random.Random):
+            of_python = value.getstate()
+            self._undo.append(lambda: value.setstate(of_python))
+        else:
+            of_other = value.get_state()
+            self._undo.append(lambda: value.set_state(of_other))
+
+    def _keep_container(self, value: Any) -> None:
+        members = list(value.items()) if isinstance(value, dict) else list(value)
+        for member in value.values() if isinstance(value, dict) else members:
+            self.keep(member)
+        if not isinstance(value, tuple):
+            self._undo.append(lambda: _refill(value, members))
 
 
-@contextmanager
-def _tensors(module: LightningModule) -> Generator[None, None, None]:
-    # Parameters too: a training step may move a teacher's weights, or an embedding with max_norm its own.
-    registered = [
-        (child, name, tensor, tensor.detach().clone())
-        for child in module.modules()
-        for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False))
-        if not is_lazy(tensor)
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for child, name, tensor, before in registered:
-                tensor.copy_(before)
-                if getattr(child, name) is not tensor:
-                    setattr(child, name, tensor)
+def _write_back(tensor: Tensor, before: Tensor) -> None:
+    if tensor.layout == torch.strided and tensor.shape == before.shape and torch.equal(tensor, before):
+        return  # an expanded tensor cannot be written, nor has it been
+    tensor.copy_(before)
 
 
-@contextmanager
-def _generators(trainer: Trainer) -> Generator[None, None, None]:
-    loaders = CombinedLoader(trainer.train_dataloader).flattened
-    seen: set[int] = set()
-    states = [(generator, generator.get_state()) for loader in loaders for generator in _reachable(loader, seen)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
+def _refill(container: Any, members: list[Any]) -> None:
+    # By the methods of the base class: some of their own forbid it, as those of frozen dicts do.
+    if isinstance(container, dict):
+        if not _same([*container, *container.values()], [key for key, _ in members] + [value for _, value in members]):
+            base = OrderedDict if isinstance(container, OrderedDict) else dict
+            base.clear(container)
+            for key, value in members:
+                base.__setitem__(container, key, value)
+    elif not _same(list(container), members):
+        if isinstance(container, set):
+            set.clear(container)
+            set.update(container, members)
+        else:
+            kind: Any = deque if isinstance(container, deque) else list
+            kind.clear(container)
+            kind.extend(container, members)
 
 
-def _reachable(thing: Any, seen: set[int]) -> Iterator[torch.Generator]:
-    # Samplers wrap samplers, and Lightning's wrapper for DDP keeps the user's in a dataset.
+def _same(ones: list[Any], others: list[Any]) -> bool:
+    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+
+
+def _reachable(thing: Any, seen: set[int]) -> Iterator[Any]:
+    """Generators and samplers behind a loader: samplers wrap samplers, and Lightning's for DDP hides one in a dataset."""
     if id(thing) in seen:
         return
     seen.add(id(thing))
-    if isinstance(thing, torch.Generator):
+    if isinstance(thing, (Sampler, *_GENERATORS)):
         yield thing
-    elif isinstance(thing, (DataLoader, Sampler, Dataset)):
+    if isinstance(thing, (DataLoader, Sampler, Dataset)):
         for part in vars(thing).values():
+            yield from _reachable(part, seen)
+    elif isinstance(thing, (list, tuple)) and thing and isinstance(thing[0], Dataset):  # ConcatDataset
+        for part in thing:
             yield from _reachable(part, seen)

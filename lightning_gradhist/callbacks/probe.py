@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -44,6 +45,8 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
         )
     if isinstance(trainer.train_dataloader, Iterator):
         return "the training data is an iterator, and what a probe takes from it would be lost to training"
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        return "the model has lazy parameters; let it see a batch before training"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the loader's iterator itself"
     return None
@@ -88,13 +91,23 @@ class Probe:
                 parameters.
         """
         for _ in range(number):
-            batch = next(self._source, None)
-            if self._worst(_Outcome.NO_BATCH if batch is None else _Outcome.DONE) is _Outcome.NO_BATCH:
+            batch, error = self._next()
+            outcome = _Outcome.FAILED if error else _Outcome.NO_BATCH if batch is None else _Outcome.DONE
+            worst = self._worst(outcome)
+            if worst is _Outcome.FAILED:
+                raise ProbeRefusedError(self._first_reason(error)) from error
+            if worst is _Outcome.NO_BATCH:
                 return
             gradients = self._of_batch(batch)
             self.batches += 1
             if gradients is not None:
                 yield gradients
+
+    def _next(self) -> tuple[Any, Exception | None]:
+        try:
+            return next(self._source, None), None
+        except Exception as error:  # of a dataset, or of what puts samples together
+            return None, error
 
     def _of_batch(self, batch: Any) -> dict[str, Tensor | None] | None:
         loss: Tensor | None = None
@@ -145,7 +158,7 @@ class Probe:
 
     def _first_reason(self, error: Exception | None) -> str:
         """Why it failed, on the first rank on which it did."""
-        reason = None if error is None else f"training_step, or its gradient, raised {error!r}"
+        reason = None if error is None else f"the training data, training_step or its gradient raised {error!r}"
         reasons = [str(error) if isinstance(error, ProbeRefusedError) else reason]
         if self._trainer.world_size > 1:
             reasons *= self._trainer.world_size

@@ -223,6 +223,22 @@ def test_a_resumed_run_keeps_its_values(tmp_path) -> None:
     assert got["max_lr"] == pytest.approx(0.2) and got["lr"] == pytest.approx(expected["lr"])
 
 
+def test_a_checkpoint_before_the_first_step_is_not_calibrated_again(tmp_path) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 0:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    def calibration() -> OptimizerCalibration:
+        return OptimizerCalibration(reference_batch_size=4, learning_rate="sqrt", epsilon="keep")
+
+    first = fit(tmp_path / "a", calibration(), Save(), accumulate_grad_batches=4)
+    made = trainer(tmp_path / "b", calibration(), accumulate_grad_batches=4)
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "early.ckpt")
+    rates = [one.optimizers[0].param_groups[0]["lr"] for one in (first, made)]
+    assert rates == [pytest.approx(1e-2 * math.sqrt(8))] * 2
+
+
 def test_a_run_that_has_begun_is_not_calibrated(tmp_path) -> None:
     made = fit(tmp_path / "a", module=Net(with_eps(1e-1)))
     made.save_checkpoint(tmp_path / "half.ckpt")

@@ -19,6 +19,7 @@ from support import (
     GradientSpy,
     Net,
     TwoOptimizers,
+    dataset,
     events,
     expected_counts,
     final_state,
@@ -28,6 +29,7 @@ from support import (
     trainer,
 )
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import GradientHistogramMonitor
 from lightning_gradhist.noise import NoiseRecord
@@ -312,6 +314,16 @@ def test_a_step_with_fewer_samples_is_not_measured(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=1)
     fit(tmp_path / "b", monitor, data=loader(8, samples=56), accumulate_grad_batches=2)  # a last window of one batch
     assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0]
+
+
+def test_a_short_window_of_data_without_a_length_is_not_measured(tmp_path) -> None:
+    class Unsized(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter([dataset(56)[index] for index in range(56)])
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, monitor, data=DataLoader(Unsized(), 8), accumulate_grad_batches=4, max_epochs=2)
+    assert monitor.noise_records[0].samples == []  # steps of four batches and of three
 
 
 def test_a_fresh_run_starts_a_fresh_record(tmp_path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import random
 from collections import Counter, deque
 from contextlib import nullcontext
 from typing import Any
@@ -12,10 +14,11 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler, Sampler
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
-from lightning_gradhist.callbacks.no_trace import no_trace
+from lightning_gradhist.callbacks.no_trace import SilentLogger, no_trace
 from lightning_gradhist.callbacks.probe import Probe
 
 
@@ -49,6 +52,44 @@ class Stateful(Net):
         assert (self.calls, self.losses, self.names, self.outputs) == (0, [], set(), {"sizes": []})
 
 
+class Frozen(dict):  # type: ignore[type-arg]
+    """As configurations of models are kept."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("frozen")
+
+    clear = __setitem__ = update  # type: ignore[assignment]
+
+
+class Epochs(Sampler):  # type: ignore[type-arg]
+    """Another order in each epoch, by a number that it counts itself, and a generator of Python."""
+
+    def __init__(self) -> None:
+        self.epoch, self.random = 0, random.Random(5)
+
+    def __len__(self) -> int:
+        return 64
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter(sorted(order, key=lambda index: (index % 4, self.random.random())))
+
+
+class Drawing(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Draws from generators of its own."""
+
+    def __init__(self) -> None:
+        self.torch_generator, self.numpy_generator = torch.Generator().manual_seed(2), np.random.default_rng(2)
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = dataset(32)[index]
+        return inputs + torch.rand(8, generator=self.torch_generator) + self.numpy_generator.random(), label
+
+
 class Nested(Net):
     """State where a training step may hide it: nested, in tensors, in weights, and one metric under two names."""
 
@@ -61,6 +102,15 @@ class Nested(Net):
         self.constant = torch.zeros(1).expand(8)
         self.table = np.broadcast_to(np.zeros(1), (8,))
         self.count: Counter[str] = Counter()
+        self.pair = ([0], torch.zeros(1))
+        self.adjacency = torch.eye(3).to_sparse()
+        self.frozen = Frozen(a=1)
+        self.torch_generator = torch.Generator().manual_seed(1)
+        self.numpy_generator, self.python_generator = np.random.default_rng(1), random.Random(1)
+        self.plain_metrics = {"again": self.accuracy, "apart": MulticlassAccuracy(3)}
+        self.register_buffer("wide", torch.ones(1, 1).expand(4, 4))
+        self.register_buffer("late", None)
+        self.parameters_again = list(self.parameters())
         self.teacher = nn.Linear(8, 16).requires_grad_(False)
         self.embedding = nn.Embedding(4, 16, max_norm=0.5)
         self.also_accuracy = self.accuracy
@@ -74,6 +124,23 @@ class Nested(Net):
         self.in_place += batch[0].mean(0)
         self.array += 1
         self.count["steps"] += 1
+        self.pair[0].append(batch_idx)
+        self.pair[1].add_(1)
+        draws = (
+            torch.rand((), generator=self.torch_generator).item(),
+            self.numpy_generator.random(),
+            self.python_generator.random(),
+        )
+        self.losses.append(sum(draws) + len(self.pair[0]) + float(self.pair[1]))
+        for metric in self.plain_metrics.values():
+            metric.update(torch.eye(3)[batch[1]], batch[1])
+        self.losses.append(float(self.plain_metrics["apart"].update_count))
+        if self.late is None:
+            self.late = batch[0].mean(0)
+            self.register_buffer("later", self.late + 1)
+            self.more = nn.Linear(1, 1)
+        self.losses.append(float(self.late.sum() + self.later.sum()))
+        assert os.path.isdir(os.path.dirname(os.path.join(self.logger.log_dir, "x")))
         with torch.no_grad():
             for slow, fast in zip(self.teacher.parameters(), self.body[0].parameters(), strict=True):
                 slow.lerp_(fast, 0.1)
@@ -147,6 +214,10 @@ def _own_generator() -> DataLoader:
         pytest.param(lambda: Net(ALTO), loader, {}, id="ALTO"),
         pytest.param(Nested, loader, {}, id="nested state, tensors, a teacher, max_norm, a metric twice"),
         pytest.param(NeedsTheHooks, loader, {}, id="hooks of the module"),
+        pytest.param(Net, lambda: DataLoader(dataset(64), 8, sampler=Epochs()), {}, id="a sampler that counts epochs"),
+        pytest.param(
+            Net, lambda: DataLoader(ConcatDataset([Drawing(), Drawing()]), 8), {}, id="generators of datasets"
+        ),
         pytest.param(Net, _batch_sampler, {}, id="generator of a sampler within a batch sampler"),
     ],
 )
@@ -333,11 +404,11 @@ def test_learning_rate_monitor_and_the_progress_of_the_loops_are_untouched(tmp_p
 def test_a_training_step_that_fails_in_the_probe_is_no_end_of_training(tmp_path) -> None:
     class Failing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if not self.trainer.loggers[0].log_dir:  # only the probe has no place to log to
+            if isinstance(self.trainer.loggers[0], SilentLogger):  # in the probe alone
                 raise KeyError("table")
             return super().training_step(batch, batch_idx)
 
-    with pytest.warns(UserWarning, match=r"no probe: training_step, or its gradient, raised KeyError\('table'\)"):
+    with pytest.warns(UserWarning, match=r"no probe: .* training_step or its gradient raised KeyError\('table'\)"):
         made = fit(tmp_path, silent(), module=Failing, max_steps=3)
     assert made.global_step == 3
 
@@ -365,3 +436,26 @@ def test_complex_parameters_count_as_pairs_of_real_ones(tmp_path) -> None:
     assert "phase" in calibration.result.epsilon_range.per_name
     logged = events(tmp_path).Histograms("gradient_magnitude/phase")
     assert [event.histogram_value.num for event in logged] == [16, 16, 16]
+
+
+def test_lazy_parameters_are_refused(tmp_path) -> None:
+    class Lazy(Linear):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, 0.1))
+            self.layer = nn.LazyLinear(1, bias=False)
+
+    with pytest.warns(UserWarning, match="no probe: the model has lazy parameters"):
+        fit(tmp_path, silent(), module=Lazy, max_steps=2)
+
+
+def test_data_that_fail_in_the_probe_are_refused(tmp_path) -> None:
+    class Once(Drawing):
+        def __getitem__(self, index: int) -> Any:
+            if isinstance(module.trainer.loggers[0], SilentLogger):
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    module = Net()
+    with pytest.warns(UserWarning, match="no probe: the training data, training_step or its gradient raised OSError"):
+        made = fit(tmp_path, silent(), module=module, data=DataLoader(Once(), 4))
+    assert made.global_step == 8
