@@ -48,7 +48,8 @@ class OptimizerCalibration(Callback):
     ``initial_lr`` and the schedulers. Once: a resumed run keeps its values. The report goes to the console and the
     loggers, and stays in :attr:`result`.
 
-    The effective batch size is the per-device batch, times accumulation, times data-parallel ranks.
+    The effective batch size is the per-device batch, times accumulation, times data-parallel ranks. Callbacks that read the
+    learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come after this one.
 
     Args:
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
