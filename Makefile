@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
-	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (1 minute)"
+	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (2 minutes)"
 	@echo "make test    all tests (some 6 minutes on two cores)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"

@@ -44,7 +44,7 @@ def accuracy(trainer: L.Trainer) -> float:
     return float(trainer.callback_metrics["val_accuracy"])
 
 
-def main(data_dir: str | None, large_batch: int, epochs: int, large_epochs: int, every: int) -> None:
+def main(data_dir: str | None, large_batch: int, epochs: int, every: int) -> None:
     """Runs the reference, then the large batch from its record, and prints what was found."""
     if "LOCAL_RANK" not in os.environ:  # Lightning sets it for the second process, which runs this file too
         shutil.rmtree("demo_logs", ignore_errors=True)
@@ -67,7 +67,7 @@ def main(data_dir: str | None, large_batch: int, epochs: int, large_epochs: int,
         "large_batch",
         Classifier(ALTO, lr=0.03),
         data,
-        large_epochs,
+        epochs,
         [calibration, GradientHistogramMonitor(every_n_steps=every)],
     )
     if large.is_global_zero:
@@ -87,6 +87,6 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", help="folder with the four idx files of Fashion-MNIST")
     arguments = parser.parse_args()
     if arguments.data_dir:
-        main(arguments.data_dir, large_batch=1024, epochs=1, large_epochs=3, every=10)
+        main(arguments.data_dir, large_batch=1024, epochs=2, every=10)
     else:
-        main(None, large_batch=256, epochs=15, large_epochs=15, every=5)
+        main(None, large_batch=256, epochs=15, every=5)
