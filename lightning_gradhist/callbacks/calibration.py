@@ -154,9 +154,7 @@ class OptimizerCalibration(Callback):
         if result.problems:
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
-            changes = trainer.strategy.broadcast(
-                result.changes
-            )  # equal on every rank by construction, and now for sure
+            changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
             self._report = result.to_text()
         self.result = result
@@ -217,12 +215,13 @@ def _log(trainer: Trainer, result: CalibrationResult) -> None:
     try:
         before = {change.name: change.before for change in reversed(result.changes) if change.group == 0}
         figures = {}
-        if plots.available() and trainer.loggers and result.epsilon_range is not None:
+        drawn = plots.available() and bool(trainer.loggers)
+        if drawn and result.epsilon_range is not None:
             eps = before.get("eps", result.epsilon)
             figures["calibration/epsilon_search_space"] = plots.epsilon_figure(
                 result.epsilon_range, eps if isinstance(eps, float) else None, result.epsilon
             )
-        if plots.available() and trainer.loggers and result.effective_batch_size and result.reference_batch_size:
+        if drawn and result.effective_batch_size and result.reference_batch_size:
             figures["calibration/learning_rate_over_batch_size"] = plots.learning_rate_figure(result)
         for sink in sinks(trainer.loggers):
             sink.text("calibration/report", result.to_markdown(), trainer.global_step)

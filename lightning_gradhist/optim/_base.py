@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_gradhist.explore import AUTO, check_explore, resolve_explore
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars, one_by_one, pieces, whole
+from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
 from lightning_gradhist.optim._sharding import local
 
 __all__ = ["Batch", "ExploringOptimizer", "ParamsT"]
@@ -79,7 +80,7 @@ class ExploringOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:  # all of them, so that an error leaves nothing half done
             check_explore(group["alpha"], group["explore_beta"])
-            self._refuse_sparse_gradients(group)
+            refuse_sparse(group, type(self).__name__)
         self._update([batch for group in self.param_groups for batch in self._batches(group)])
         return loss
 
@@ -131,17 +132,8 @@ class ExploringOptimizer(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         for name in BUFFERS:
             if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
-                state[name] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
         return state
-
-    def _refuse_sparse_gradients(self, group: dict[str, Any]) -> None:
-        for index, param in enumerate(group["params"]):
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} takes dense gradients only, but {_describe(group, index)} has a "
-                    f"gradient with layout {param.grad.layout}. Build its layer with sparse=False, make the "
-                    "gradient dense before the step, or give that parameter to torch.optim.SparseAdam."
-                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.
@@ -156,14 +148,11 @@ class ExploringOptimizer(Optimizer):
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for index, param in enumerate(self.param_groups[-1]["params"]):
-            if param.is_complex():
-                group = self.param_groups.pop()
-                raise TypeError(
-                    f"{type(self).__name__} takes real parameters only, but {_describe(group, index)} has "
-                    f"dtype {param.dtype}. Hold real and imaginary parts as one real parameter and use "
-                    "torch.view_as_complex on it in forward."
-                )
+        try:
+            refuse_complex(self.param_groups[-1], type(self).__name__)
+        except TypeError:
+            self.param_groups.pop()
+            raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -241,7 +230,7 @@ class _Shielded:
             return torch.tensor(float(self.value), dtype=torch.float32)
         if not isinstance(self.value, Tensor):
             return self.value
-        return self.value.to(device=param.device, dtype=_state_dtype(param), copy=True)
+        return self.value.to(device=param.device, dtype=state_dtype(param), copy=True)
 
 
 def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
@@ -266,12 +255,3 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
 
 def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Tensor]:
     return [1.0 - beta**tensor for tensor in step] if isinstance(step, list) else 1.0 - beta**step
-
-
-def _state_dtype(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)
-
-
-def _describe(group: dict[str, Any], index: int) -> str:
-    name = group["param_names"][index] if "param_names" in group else f"parameter {index} of its group"
-    return f"{name} with shape {tuple(group['params'][index].shape)}"

@@ -101,19 +101,35 @@ def _of(correction: float | Sequence[Tensor], owners: list[int]) -> float | Sequ
     return correction if isinstance(correction, float) else [correction[owner] for owner in owners]
 
 
-# --- the two formulas that AdamE and ALTO share -----------------------------------------------------------------------
+# --- the formulas that the optimizers share ---------------------------------------------------------------------------
 # torch._foreach_* are what torch's own optimizers are made of; there is no public form of them.
 
 
+def in_dtype_of(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Tensors in the dtypes of others: themselves where these agree, else copies."""
+    return [tensor.to(other.dtype) for tensor, other in zip(tensors, like, strict=True)]
+
+
+def mixed_gradients(grads: list[Tensor], exp_avg_grads: list[Tensor], mix: float) -> list[Tensor]:
+    """``g' = g + alpha * a = g + c * (g - e)`` with ``c = mix``, as new tensors."""
+    mixed = list(torch._foreach_sub(grads, exp_avg_grads))
+    torch._foreach_mul_(mixed, mix)
+    torch._foreach_add_(mixed, grads)
+    return mixed
+
+
+def move_average(exp_avg_grads: list[Tensor], grads: list[Tensor], explore_beta: float) -> None:
+    """``e = explore_beta * e + (1 - explore_beta) * g``, in place."""
+    torch._foreach_lerp_(exp_avg_grads, grads, 1.0 - explore_beta)
+
+
 def explored_gradients(lists: StepLists, s: StepScalars) -> list[Tensor]:
-    """``g' = g + alpha * a = g + c * (g - e)``, and moves ``e`` on; the gradients are not changed."""
-    grads = [grad.to(e.dtype) for grad, e in zip(lists.grads, lists.exp_avg_grads, strict=True)]
+    """``g'``, and moves ``e`` on; the gradients are not changed."""
+    grads = in_dtype_of(lists.grads, lists.exp_avg_grads)
     if s.maximize:
         grads = list(torch._foreach_neg(grads))
-    explored = list(torch._foreach_sub(grads, lists.exp_avg_grads))
-    torch._foreach_mul_(explored, s.mix)
-    torch._foreach_add_(explored, grads)
-    torch._foreach_lerp_(lists.exp_avg_grads, grads, 1.0 - s.explore_beta)
+    explored = mixed_gradients(grads, lists.exp_avg_grads, s.mix)
+    move_average(lists.exp_avg_grads, grads, s.explore_beta)
     return explored
 
 
@@ -145,4 +161,4 @@ def subtract_update(params: list[Tensor], thetas: list[Tensor], update: list[Ten
 
 def wide(lists: StepLists) -> list[Tensor]:
     """The parameters in the dtype of their state: themselves, or copies in fp32 of fp16 and bf16."""
-    return [param.to(m.dtype) for param, m in zip(lists.params, lists.exp_avgs, strict=True)]
+    return in_dtype_of(lists.params, lists.exp_avgs)

@@ -12,34 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
+from lightning_gradhist.optim._lists import in_dtype_of, mixed_gradients, move_average
+from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
 
 BUFFER = "exp_avg_grad"
-
-
-@torch.no_grad()
-def explored_gradients(grads: list[Tensor], exp_avg_grads: list[Tensor], mix: float) -> list[Tensor]:
-    """Compute what the inner optimizer sees, ``g + c * (g - e)``; nothing is changed.
-
-    Args:
-        grads: The gradients ``g``.
-        exp_avg_grads: The averages ``e`` of the gradients before, in whose dtype is computed.
-        mix: ``c = alpha * (1 - explore_beta)``.
-
-    Returns:
-        New tensors, in the dtypes of ``grads``.
-    """
-    wide = [grad.to(e.dtype) for grad, e in zip(grads, exp_avg_grads, strict=True)]
-    explored = list(torch._foreach_sub(wide, exp_avg_grads))
-    torch._foreach_mul_(explored, mix)
-    torch._foreach_add_(explored, wide)
-    return [one.to(grad.dtype) for one, grad in zip(explored, grads, strict=True)]
-
-
-@torch.no_grad()
-def move_average(grads: list[Tensor], exp_avg_grads: list[Tensor], explore_beta: float) -> None:
-    """``e = explore_beta * e + (1 - explore_beta) * g`` in place; the gradients are not changed."""
-    wide = [grad.to(e.dtype) for grad, e in zip(grads, exp_avg_grads, strict=True)]
-    torch._foreach_lerp_(exp_avg_grads, wide, 1.0 - explore_beta)
 
 
 class EAdaptor(Optimizer):
@@ -107,7 +83,7 @@ class EAdaptor(Optimizer):
         _check_inner(optimizer)
         check_explore(alpha, explore_beta)
         for group in optimizer.param_groups:
-            _refuse_complex(group)
+            refuse_complex(group, "EAdaptor")
         alpha_name = "explore_alpha" if "alpha" in optimizer.defaults else "alpha"
         # the inner optimizer's own add_param_group completes groups from its defaults
         optimizer.defaults.update({alpha_name: alpha, "explore_beta": explore_beta})
@@ -177,8 +153,8 @@ class EAdaptor(Optimizer):
         self._complete_groups()
         for group in self.param_groups:  # all of them, so that an error leaves nothing half done
             self._check_group(group)
-            _refuse_complex(group)
-            _refuse_sparse(group)
+            refuse_complex(group, "EAdaptor")
+            refuse_sparse(group, "EAdaptor")
         self._step_with_explored_gradients()
         return loss
 
@@ -189,7 +165,8 @@ class EAdaptor(Optimizer):
         try:
             for params, grads, es, alpha, explore_beta in self._by_group(averages):
                 mix = alpha * (1.0 - explore_beta)
-                for param, explored in zip(params, explored_gradients(grads, es, mix), strict=True):
+                mixed = mixed_gradients(in_dtype_of(grads, es), es, mix)
+                for param, explored in zip(params, in_dtype_of(mixed, grads), strict=True):
                     param.grad = explored
             self.inner.step()
         finally:
@@ -198,7 +175,7 @@ class EAdaptor(Optimizer):
             for param, e in {**hidden, **averages}.items():
                 self.state[param][BUFFER] = e
         for _, grads, es, _, explore_beta in self._by_group(averages):
-            move_average(grads, es, explore_beta)
+            move_average(es, in_dtype_of(grads, es), explore_beta)
 
     def _hide_averages(self) -> dict[Tensor, Tensor]:
         """Take all ``e`` out of the state, so that the inner optimizer finds what it has put there, and no more."""
@@ -225,7 +202,7 @@ class EAdaptor(Optimizer):
         return lists
 
     def _exp_avg_grad(self, param: Tensor) -> Tensor:
-        dtype = torch.promote_types(param.dtype, torch.float32)
+        dtype = state_dtype(param)
         if param in self.state and BUFFER in self.state[param]:
             e: Tensor = self.state[param][BUFFER].to(device=param.device, dtype=dtype)
             return e
@@ -245,7 +222,7 @@ class EAdaptor(Optimizer):
             self._check_group({**self.defaults, **param_group})
         self.inner.add_param_group(param_group)
         try:
-            _refuse_complex(self.param_groups[-1])
+            refuse_complex(self.param_groups[-1], "EAdaptor")
         except TypeError:
             self.param_groups.pop()
             raise
@@ -282,7 +259,7 @@ class EAdaptor(Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(ids, params, strict=True):
             if key in averages:
-                dtype = torch.promote_types(param.dtype, torch.float32)
+                dtype = state_dtype(param)
                 self.state[param][BUFFER] = averages[key].to(device=param.device, dtype=dtype, copy=True)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -341,27 +318,3 @@ def _check_inner(optimizer: Any) -> None:
             f"optimizer={name} has differentiable=True, but adaptor E is no part of the autograd graph. "
             "Make the optimizer with differentiable=False."
         )
-
-
-def _refuse_complex(group: dict[str, Any]) -> None:
-    for index, param in enumerate(group["params"]):
-        if param.is_complex():
-            raise TypeError(
-                f"EAdaptor takes real parameters only, but {_describe(group, index)} has dtype {param.dtype}. "
-                "Hold real and imaginary parts as one real parameter and use torch.view_as_complex on it in forward."
-            )
-
-
-def _refuse_sparse(group: dict[str, Any]) -> None:
-    for index, param in enumerate(group["params"]):
-        if param.grad is not None and param.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"EAdaptor takes dense gradients only, but {_describe(group, index)} has a gradient with layout "
-                f"{param.grad.layout}. Build its layer with sparse=False, make the gradient dense before the step, "
-                "or leave that parameter to torch.optim.SparseAdam without EAdaptor."
-            )
-
-
-def _describe(group: dict[str, Any], index: int) -> str:
-    name = group["param_names"][index] if "param_names" in group else f"parameter {index} of its group"
-    return f"{name} with shape {tuple(group['params'][index].shape)}"
