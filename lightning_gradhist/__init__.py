@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_gradhist._version import __version__
 from lightning_gradhist.epsilon import EpsilonRange, epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import NoiseEstimate, NoiseScale
+from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, no_decay_groups
 from lightning_gradhist.surge import SurgeLaw
 

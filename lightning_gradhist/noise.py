@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradhist.intervals import NoiseEstimate, average, ratio_estimate
+
 METRICS = ("simple", "adam")
 _MAX_WINDOWS = 8
 _MIN_WINDOW = 8
-
-
-@dataclass(frozen=True)
-class NoiseEstimate:
-    """A noise scale in samples, with its confidence interval.
-
-    Attributes:
-        value: the estimate; infinite where no signal stands out of the noise.
-        lower: lower end of the interval.
-        upper: upper end; infinite where the data cannot bound it.
-        confidence: probability that the interval is meant to hold the true value with.
-        measurements: number of gradients or pairs of gradients it rests on.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    confidence: float
-    measurements: int
 
 
 class GradientMoments:
@@ -293,11 +275,11 @@ class NoiseRecord:
 
 
 def _average_sample(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    average: dict[str, Any] = {"step": samples[0]["step"]}
+    averaged: dict[str, Any] = {"step": samples[0]["step"]}
     for key in samples[0].keys() - {"step"}:
         known = [sample[key] for sample in samples if sample[key] is not None]
-        average[key] = _mean(known) if known else None
-    return {key: average[key] for key in samples[0]}
+        averaged[key] = average(known) if known else None
+    return {key: averaged[key] for key in samples[0]}
 
 
 def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: float) -> NoiseEstimate:
@@ -308,7 +290,7 @@ def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: fl
 
 
 def _average(windows: Sequence[NoiseEstimate]) -> NoiseEstimate:
-    value = _mean([window.value for window in windows])
+    value = average([window.value for window in windows])
     below = math.hypot(*(window.value - window.lower for window in windows)) / len(windows)
     above = math.hypot(*(window.upper - window.value for window in windows)) / len(windows)
     measurements = sum(window.measurements for window in windows)
@@ -340,63 +322,6 @@ def measure_pair(
         weight: Tensor | float = math.nan if weights is None else weights.get(name, 0.0)
         terms.append(_sums(squares, products, weight * squares, weight * products))
     return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
-
-
-def ratio_estimate(
-    noise: Sequence[float], signal: Sequence[float], *, scale: float, confidence: float, references: float = math.inf
-) -> NoiseEstimate:
-    """Fieller's interval for ``scale * mean(noise) / mean(signal)`` from independent pairs of measurements.
-
-    Pairs that are not finite are left out.
-
-    Args:
-        noise: measurements of the noise.
-        signal: measurements of the signal, one for each of the noise.
-        scale: factor of the ratio.
-        confidence: from 0 to 1.
-        references: number of gradients in the reference that all were measured against; its error adds that of as many
-            measurements.
-    """
-    pairs = [pair for pair in zip(noise, signal, strict=True) if all(map(math.isfinite, pair))]
-    noise, signal = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    number = len(pairs)
-    top, bottom = _mean(noise), _mean(signal)
-    value = scale * top / bottom if bottom > 0 else math.inf
-    if number < 3:
-        return NoiseEstimate(value if number else math.inf, 0.0, math.inf, confidence, number)
-    t = student_quantile(0.5 + confidence / 2, number - 1)
-    error = t * t * (1 / number + 1 / references)
-    # The ratios R with (top - R * bottom)^2 <= t^2 var(top - R * bottom): a R^2 - 2 b R + c <= 0.
-    a = bottom * bottom - error * _covariance(signal, signal)
-    b = top * bottom - error * _covariance(noise, signal)
-    c = top * top - error * _covariance(noise, noise)
-    root = math.sqrt(max(b * b - a * c, 0.0))
-    lower = max((b - root) / a, 0.0) if a and c > 0 else 0.0
-    upper = (b + root) / a if a > 0 and bottom > 0 else math.inf
-    return NoiseEstimate(value, scale * lower, scale * upper, confidence, number)
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t, by bisection of its distribution (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    low, high = -math.pi / 2, math.pi / 2  # of atan(t / sqrt(degrees))
-    for _ in range(54):
-        angle = (low + high) / 2
-        if _student_distribution(angle, degrees) < probability:
-            low = angle
-        else:
-            high = angle
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def _student_distribution(angle: float, degrees: int) -> float:
-    odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return (1 + within) / 2
 
 
 def _all_reduced(tensors: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]:
@@ -447,12 +372,3 @@ def _total(terms: Sequence[Tensor]) -> Tensor:
 def _cut(samples: Sequence[Any], number: int) -> list[Sequence[Any]]:
     cuts = [i * len(samples) // number for i in range(number + 1)]
     return [samples[low:high] for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def _covariance(x: Sequence[float], y: Sequence[float]) -> float:
-    mean_x, mean_y = _mean(x), _mean(y)
-    return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (len(x) - 1)

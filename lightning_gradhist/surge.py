@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.intervals import NoiseEstimate
 
 LAWS = ("surge", "sqrt", "linear", "keep")
 _MAX_SPREAD = 2.0  # a learning rate that is not known to a factor of two is not worth setting

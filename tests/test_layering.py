@@ -17,7 +17,7 @@ import lightning_gradhist
 PACKAGE = Path(lightning_gradhist.__file__).parent
 # Bottom to top. A module may import what stands in its own layer (but for cycles) or below.
 LAYERS = [
-    {"_version", "explore", "kernels"},
+    {"_version", "explore", "intervals", "kernels"},
     {"histogram", "noise"},
     {"epsilon", "surge"},
     {"optim", "report"},

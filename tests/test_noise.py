@@ -13,16 +13,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lightning_gradhist.noise import (
-    GradientMoments,
-    NoiseEstimate,
-    NoiseRecord,
-    NoiseScale,
-    adam_weight,
-    measure_pair,
-    ratio_estimate,
-    student_quantile,
-)
+from lightning_gradhist.intervals import NoiseEstimate, ratio_estimate, student_quantile
+from lightning_gradhist.noise import GradientMoments, NoiseRecord, NoiseScale, adam_weight, measure_pair
 
 SHAPES = {"weight": (3, 4), "bias": (5,), "scalar": ()}
 

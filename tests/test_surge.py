@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.surge import (
     PowerLaw,
     SurgeLaw,

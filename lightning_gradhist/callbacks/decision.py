@@ -16,7 +16,8 @@ from lightning_gradhist.callbacks.probe import Probe, ProbeRefusedError, clip_fa
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import NoiseEstimate, NoiseScale
+from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.report.record import OptimizerRecord, RunRecord
 from lightning_gradhist.report.result import CalibrationResult, GroupChange
 from lightning_gradhist.surge import RateRatio, choose_ratio

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.intervals import NoiseEstimate
 
 FILE_NAME = "calibration.json"
 SCHEMA_VERSION = 1

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_gradhist.epsilon import EpsilonRange
-from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.intervals import NoiseEstimate
 
 
 @dataclass(frozen=True)

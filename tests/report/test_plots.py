@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_gradhist.epsilon import epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.report.plots import available, epsilon_figure, learning_rate_figure, magnitude_heatmap
 from lightning_gradhist.report.result import CalibrationResult
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_gradhist.noise import NoiseEstimate, NoiseRecord
+from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.record import FILE_NAME, SCHEMA_VERSION, OptimizerRecord, RecordError, RunRecord
 
 

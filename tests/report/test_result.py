@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_gradhist.epsilon import epsilon_range
-from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.report.result import CalibrationResult, GroupChange
 
 CHANGES = (

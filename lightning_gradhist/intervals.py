@@ -1,0 +1,93 @@
+"""A noise scale with its interval: Fieller's, for the ratio of two measured averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """A noise scale in samples, with its confidence interval.
+
+    Attributes:
+        value: the estimate; infinite where no signal stands out of the noise.
+        lower: lower end of the interval.
+        upper: upper end; infinite where the data cannot bound it.
+        confidence: probability that the interval is meant to hold the true value with.
+        measurements: number of gradients or pairs of gradients it rests on.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    confidence: float
+    measurements: int
+
+
+def ratio_estimate(
+    noise: Sequence[float], signal: Sequence[float], *, scale: float, confidence: float, references: float = math.inf
+) -> NoiseEstimate:
+    """Fieller's interval for ``scale * average(noise) / average(signal)`` from independent pairs of measurements.
+
+    Pairs that are not finite are left out.
+
+    Args:
+        noise: measurements of the noise.
+        signal: measurements of the signal, one for each of the noise.
+        scale: factor of the ratio.
+        confidence: from 0 to 1.
+        references: number of gradients in the reference that all were measured against; its error adds that of as many
+            measurements.
+    """
+    pairs = [pair for pair in zip(noise, signal, strict=True) if all(map(math.isfinite, pair))]
+    noise, signal = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    number = len(pairs)
+    top, bottom = average(noise), average(signal)
+    value = scale * top / bottom if bottom > 0 else math.inf
+    if number < 3:
+        return NoiseEstimate(value if number else math.inf, 0.0, math.inf, confidence, number)
+    t = student_quantile(0.5 + confidence / 2, number - 1)
+    error = t * t * (1 / number + 1 / references)
+    # The ratios R with (top - R * bottom)^2 <= t^2 var(top - R * bottom): a R^2 - 2 b R + c <= 0.
+    a = bottom * bottom - error * _covariance(signal, signal)
+    b = top * bottom - error * _covariance(noise, signal)
+    c = top * top - error * _covariance(noise, noise)
+    root = math.sqrt(max(b * b - a * c, 0.0))
+    lower = max((b - root) / a, 0.0) if a and c > 0 else 0.0
+    upper = (b + root) / a if a > 0 and bottom > 0 else math.inf
+    return NoiseEstimate(value, scale * lower, scale * upper, confidence, number)
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t, by bisection of its distribution (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    low, high = -math.pi / 2, math.pi / 2  # of atan(t / sqrt(degrees))
+    for _ in range(54):
+        angle = (low + high) / 2
+        if _student_distribution(angle, degrees) < probability:
+            low = angle
+        else:
+            high = angle
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def _student_distribution(angle: float, degrees: int) -> float:
+    odd = degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 + within) / 2
+
+
+def average(values: Sequence[float]) -> float:
+    """Average without loss of digits; NaN of nothing."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _covariance(x: Sequence[float], y: Sequence[float]) -> float:
+    mean_x, mean_y = average(x), average(y)
+    return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (len(x) - 1)
