@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_gradhist.kernels._tables import DTYPES
+
 BLOCK = 512
 """Elements that a program holds in registers at a time: one 128-bit load a thread and tensor, so that many threads fit."""
 OPTIONS = {
@@ -31,6 +33,8 @@ class Scalars(Protocol):
     def beta1(self) -> float: ...  # noqa: D102
     @property
     def beta2(self) -> float: ...  # noqa: D102
+    @property
+    def step(self) -> float | Sequence[Tensor]: ...  # noqa: D102
     @property
     def bias_correction1(self) -> float | Sequence[Tensor]: ...  # noqa: D102
     @property
@@ -74,6 +78,15 @@ def direction_arguments(s: Scalars) -> dict[str, Any]:
 def rate_arguments(s: Scalars) -> dict[str, Any]:
     """The learning rate and where it is, by the names of the kernels' arguments."""
     return {"lr": s.lr if isinstance(s.lr, Tensor) else float(s.lr), "LR_ON_DEVICE": isinstance(s.lr, Tensor)}
+
+
+def state_arguments(s: Scalars, dtype: torch.dtype) -> dict[str, Any]:
+    """The dtype of the state, and the number of the step, on which rounding to bf16 depends."""
+    if dtype == torch.float32:
+        step: float | Tensor = 0.0
+    else:
+        step = float(s.step) if isinstance(s.step, (int, float)) else torch.stack(list(s.step)).float()
+    return {"STATE": DTYPES[dtype], "step": step}
 
 
 def _unbias(correction: float | Sequence[Tensor]) -> float | Tensor:

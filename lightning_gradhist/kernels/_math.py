@@ -28,6 +28,19 @@ def adam_direction(m, v, unbias1, unbias2, eps):
 
 
 @triton.jit
+def stored(x, step, DTYPE: tl.constexpr, STATE: tl.constexpr):
+    """What is stored of ``x``: with bf16 state, a neighbour in bf16 by chance, else ``x``, which the store rounds."""
+    if STATE == tl.bfloat16 and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        mixed = bits ^ (step.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
+        mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352D
+        mixed = (mixed ^ (mixed >> 15)) * 0x846CA68B
+        chosen = ((bits + (mixed >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where((bits & 0x7F800000) != 0x7F800000, chosen, x)
+    return x
+
+
+@triton.jit
 def scalar(value, ON_DEVICE: tl.constexpr):
     """A number, or the one that a pointer points to, in fp32."""
     if ON_DEVICE:

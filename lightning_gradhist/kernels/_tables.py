@@ -23,7 +23,7 @@ CHUNK = 4096
 ALIGNMENT = 16
 """Bytes of the widest load and store."""
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-"""What parameters and gradients may be; state is fp32."""
+"""What parameters and gradients may be; state is fp32 or bf16."""
 _KEPT = 64  # tables of each kind; a table of a whole model takes 0.05% of its fp32 parameters
 
 
@@ -62,7 +62,8 @@ def unsupported(lists: Lists) -> str | None:
     """Say what keeps the kernels from these lists.
 
     They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any
-    strides, and fp32 state with the strides of the parameter, whose memory has neither gaps nor overlaps.
+    strides, and state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor
+    overlaps.
 
     Args:
         lists: Parameters, gradients and state.
@@ -79,7 +80,9 @@ def unsupported(lists: Lists) -> str | None:
         )
     state = {"exp_avg_grads": lists.exp_avg_grads, "exp_avgs": lists.exp_avgs, "exp_avg_sqs": lists.exp_avg_sqs}
     for name, column in {"params": lists.params, "grads": lists.grads, **state}.items():
-        dtype = torch.float32 if name in state else column[0].dtype
+        dtype = (lists.exp_avgs if name in state else column)[0].dtype
+        if name in state and dtype not in (torch.float32, torch.bfloat16):
+            return f"{name} are {dtype}; they must be float32 or bfloat16"
         if dtype not in DTYPES:
             return f"{name} are {dtype}; they must be float32, bfloat16 or float16"
         for index, (param, tensor) in enumerate(zip(lists.params, column, strict=True)):

@@ -14,8 +14,9 @@ from lightning_gradhist.kernels._launch import (
     moment_arguments,
     on_device_of,
     rate_arguments,
+    state_arguments,
 )
-from lightning_gradhist.kernels._math import adam_direction, explored_gradient, moved, scalar, scalar_of
+from lightning_gradhist.kernels._math import adam_direction, explored_gradient, moved, scalar, scalar_of, stored
 from lightning_gradhist.kernels._tables import (
     ALIGNMENT,
     CHUNK,
@@ -60,6 +61,7 @@ def adam_e_step(lists: Lists, s: Scalars, *, decoupled_weight_decay: bool) -> No
             **direction_arguments(s),
             **rate_arguments(s),
             weight_decay=float(s.weight_decay),
+            **state_arguments(s, lists.exp_avgs[0].dtype),
             PARAM=DTYPES[lists.params[0].dtype],
             GRAD=DTYPES[grads[0].dtype],
             DECAY=NO_DECAY if s.weight_decay == 0.0 else DECOUPLED if decoupled_weight_decay else COUPLED,
@@ -88,7 +90,9 @@ def adam_e_kernel(
     eps,
     lr,
     weight_decay,
+    step,
     PARAM: tl.constexpr,
+    STATE: tl.constexpr,
     GRAD: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -108,20 +112,22 @@ def adam_e_kernel(
     rate = scalar(lr, LR_ON_DEVICE)
     unbias1 = scalar_of(unbias1, tensor, STEPS_ON_DEVICE)
     unbias2 = scalar_of(unbias2, tensor, STEPS_ON_DEVICE)
+    if STATE == tl.bfloat16:
+        step = scalar_of(step, tensor, STEPS_ON_DEVICE)
     aligned = (theta_at | g_at | e_at | m_at | v_at) % ALIGNMENT == 0
     if aligned & (size == CHUNK):
         for start in range(0, CHUNK, BLOCK):
             _step_block(
                 theta_at, g_at, e_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
                 mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-                rate, weight_decay, PARAM, GRAD, DECAY, MAXIMIZE, FULL=True,
+                rate, weight_decay, step, PARAM, STATE, GRAD, DECAY, MAXIMIZE, FULL=True,
             )  # fmt: skip
     else:
         for start in range(0, size, BLOCK):
             _step_block(
                 theta_at, g_at, e_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
                 mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-                rate, weight_decay, PARAM, GRAD, DECAY, MAXIMIZE, FULL=False,
+                rate, weight_decay, step, PARAM, STATE, GRAD, DECAY, MAXIMIZE, FULL=False,
             )  # fmt: skip
 
 
@@ -129,15 +135,15 @@ def adam_e_kernel(
 def _step_block(
     theta_at, g_at, e_at, m_at, v_at, offset, offsets, size,
     mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-    lr, weight_decay,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, FULL: tl.constexpr,
+    lr, weight_decay, step,
+    PARAM: tl.constexpr, STATE: tl.constexpr, GRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     inside = offsets < size
     thetas = elements(theta_at, offset, offsets, PARAM, FULL)
     gs = elements(g_at, offset, offsets, GRAD, FULL)
-    es = elements(e_at, offset, offsets, tl.float32, FULL)
-    ms = elements(m_at, offset, offsets, tl.float32, FULL)
-    vs = elements(v_at, offset, offsets, tl.float32, FULL)
+    es = elements(e_at, offset, offsets, STATE, FULL)
+    ms = elements(m_at, offset, offsets, STATE, FULL)
+    vs = elements(v_at, offset, offsets, STATE, FULL)
     theta = read(thetas, inside, FULL)
     g = read(gs, inside, FULL)
     e = read(es, inside, FULL)
@@ -156,7 +162,7 @@ def _step_block(
     v = moved(v, explored * explored, beta2, rest2)
     theta -= lr * adam_direction(m, v, unbias1, unbias2, eps)
 
-    write(es, e, inside, FULL)
-    write(ms, m, inside, FULL)
-    write(vs, v, inside, FULL)
-    write(thetas, theta, inside, FULL)
+    write(es, stored(e, step, STATE, STATE), inside, FULL)
+    write(ms, stored(m, step, STATE, STATE), inside, FULL)
+    write(vs, stored(v, step, STATE, STATE), inside, FULL)
+    write(thetas, stored(theta, step, PARAM, STATE), inside, FULL)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +16,9 @@ from lightning_gradhist.kernels._launch import (
     moment_arguments,
     on_device_of,
     rate_arguments,
+    state_arguments,
 )
-from lightning_gradhist.kernels._math import adam_direction, explored_gradient, moved, scalar, scalar_of
+from lightning_gradhist.kernels._math import adam_direction, explored_gradient, moved, scalar, scalar_of, stored
 from lightning_gradhist.kernels._tables import (
     ALIGNMENT,
     CHUNK,
@@ -67,6 +66,7 @@ def alto_moments(lists: Lists, s: Scalars) -> Tensor:
                 **moment_arguments(s),
                 **direction_arguments(s),
                 weight_decay=float(s.weight_decay),
+                **state_arguments(s, lists.exp_avgs[0].dtype),
                 PARAM=DTYPES[lists.params[0].dtype],
                 GRAD=DTYPES[grads[0].dtype],
                 DECAY=s.weight_decay != 0.0,
@@ -81,13 +81,13 @@ def alto_moments(lists: Lists, s: Scalars) -> Tensor:
     return squared_norms
 
 
-def alto_apply(lists: Lists, s: Scalars, ratios: Tensor | Sequence[Tensor] | None) -> None:
+def alto_apply(lists: Lists, s: Scalars, ratios: Tensor | None) -> None:
     """Subtract ``lr * ratio * r`` from the parameters in place.
 
     Args:
         lists: Parameters and state, as :func:`alto_moments` left them.
         s: The scalars of this step.
-        ratios: The trust ratio of each entry, ``[n]`` or 0-d each, on the device of the parameters; None for 1.
+        ratios: The trust ratio of each entry, ``[n]`` on the device of the parameters; None for 1.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
@@ -100,7 +100,7 @@ def alto_apply(lists: Lists, s: Scalars, ratios: Tensor | Sequence[Tensor] | Non
         if not len(table.chunks):
             return
         if ratios is not None:
-            ratios = (ratios if isinstance(ratios, Tensor) else torch.stack(list(ratios))).float().contiguous()
+            ratios = ratios.float().contiguous()
         alto_apply_kernel[(len(table.chunks),)](
             table.chunks,
             table.extents,
@@ -109,6 +109,7 @@ def alto_apply(lists: Lists, s: Scalars, ratios: Tensor | Sequence[Tensor] | Non
             **direction_arguments(s),
             **rate_arguments(s),
             weight_decay=float(s.weight_decay),
+            **state_arguments(s, lists.exp_avgs[0].dtype),
             PARAM=DTYPES[lists.params[0].dtype],
             DECAY=s.weight_decay != 0.0,
             HAS_RATIOS=ratios is not None,
@@ -136,7 +137,9 @@ def alto_moments_kernel(
     unbias2,
     eps,
     weight_decay,
+    step,
     PARAM: tl.constexpr,
+    STATE: tl.constexpr,
     GRAD: tl.constexpr,
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -155,6 +158,8 @@ def alto_moments_kernel(
     v_at = tl.load(pointers + 5 * tensor + 4)
     unbias1 = scalar_of(unbias1, tensor, STEPS_ON_DEVICE)
     unbias2 = scalar_of(unbias2, tensor, STEPS_ON_DEVICE)
+    if STATE == tl.bfloat16:
+        step = scalar_of(step, tensor, STEPS_ON_DEVICE)
     theta_squares = tl.zeros([BLOCK], tl.float32)
     r_squares = tl.zeros([BLOCK], tl.float32)
     aligned = (theta_at | g_at | e_at | m_at | v_at) % ALIGNMENT == 0
@@ -163,7 +168,7 @@ def alto_moments_kernel(
             theta, r = _move_block(
                 theta_at, g_at, e_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
                 mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-                weight_decay, PARAM, GRAD, DECAY, MAXIMIZE, FULL=True,
+                weight_decay, step, PARAM, STATE, GRAD, DECAY, MAXIMIZE, FULL=True,
             )  # fmt: skip
             theta_squares += theta * theta
             r_squares += r * r
@@ -172,7 +177,7 @@ def alto_moments_kernel(
             theta, r = _move_block(
                 theta_at, g_at, e_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
                 mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-                weight_decay, PARAM, GRAD, DECAY, MAXIMIZE, FULL=False,
+                weight_decay, step, PARAM, STATE, GRAD, DECAY, MAXIMIZE, FULL=False,
             )  # fmt: skip
             theta_squares += theta * theta
             r_squares += r * r
@@ -184,13 +189,13 @@ def alto_moments_kernel(
 def _move_block(
     theta_at, g_at, e_at, m_at, v_at, offset, offsets, size,
     mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-    weight_decay,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, FULL: tl.constexpr,
+    weight_decay, step,
+    PARAM: tl.constexpr, STATE: tl.constexpr, GRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     inside = offsets < size
-    es = elements(e_at, offset, offsets, tl.float32, FULL)
-    ms = elements(m_at, offset, offsets, tl.float32, FULL)
-    vs = elements(v_at, offset, offsets, tl.float32, FULL)
+    es = elements(e_at, offset, offsets, STATE, FULL)
+    ms = elements(m_at, offset, offsets, STATE, FULL)
+    vs = elements(v_at, offset, offsets, STATE, FULL)
     theta = read(elements(theta_at, offset, offsets, PARAM, FULL), inside, FULL)
     g = read(elements(g_at, offset, offsets, GRAD, FULL), inside, FULL)
     e = read(es, inside, FULL)
@@ -200,9 +205,9 @@ def _move_block(
     if MAXIMIZE:
         g = -g
     explored = explored_gradient(g, e, mix)
-    e = moved(e, g, explore_beta, explore_rest)
-    m = moved(m, explored, beta1, rest1)
-    v = moved(v, explored * explored, beta2, rest2)
+    e = stored(moved(e, g, explore_beta, explore_rest), step, STATE, STATE)
+    m = stored(moved(m, explored, beta1, rest1), step, STATE, STATE)
+    v = stored(moved(v, explored * explored, beta2, rest2), step, STATE, STATE)  # as the second phase reads it
     r = adam_direction(m, v, unbias1, unbias2, eps)
     if DECAY:
         r += weight_decay * theta
@@ -242,7 +247,9 @@ def alto_apply_kernel(
     eps,
     lr,
     weight_decay,
+    step,
     PARAM: tl.constexpr,
+    STATE: tl.constexpr,
     DECAY: tl.constexpr,
     HAS_RATIOS: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
@@ -260,6 +267,8 @@ def alto_apply_kernel(
     rate = scalar(lr, LR_ON_DEVICE)
     unbias1 = scalar_of(unbias1, tensor, STEPS_ON_DEVICE)
     unbias2 = scalar_of(unbias2, tensor, STEPS_ON_DEVICE)
+    if STATE == tl.bfloat16:
+        step = scalar_of(step, tensor, STEPS_ON_DEVICE)
     if HAS_RATIOS:
         rate *= tl.load(ratios + tensor)
     aligned = (theta_at | m_at | v_at) % ALIGNMENT == 0
@@ -267,29 +276,29 @@ def alto_apply_kernel(
         for start in range(0, CHUNK, BLOCK):
             _apply_block(
                 theta_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
-                unbias1, unbias2, eps, rate, weight_decay, PARAM, DECAY, FULL=True,
+                unbias1, unbias2, eps, rate, weight_decay, step, PARAM, STATE, DECAY, FULL=True,
             )  # fmt: skip
     else:
         for start in range(0, size, BLOCK):
             _apply_block(
                 theta_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
-                unbias1, unbias2, eps, rate, weight_decay, PARAM, DECAY, FULL=False,
+                unbias1, unbias2, eps, rate, weight_decay, step, PARAM, STATE, DECAY, FULL=False,
             )  # fmt: skip
 
 
 @triton.jit
 def _apply_block(
     theta_at, m_at, v_at, offset, offsets, size,
-    unbias1, unbias2, eps, rate, weight_decay,
-    PARAM: tl.constexpr, DECAY: tl.constexpr, FULL: tl.constexpr,
+    unbias1, unbias2, eps, rate, weight_decay, step,
+    PARAM: tl.constexpr, STATE: tl.constexpr, DECAY: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     inside = offsets < size
     thetas = elements(theta_at, offset, offsets, PARAM, FULL)
     theta = read(thetas, inside, FULL)
-    m = read(elements(m_at, offset, offsets, tl.float32, FULL), inside, FULL)
-    v = read(elements(v_at, offset, offsets, tl.float32, FULL), inside, FULL)
+    m = read(elements(m_at, offset, offsets, STATE, FULL), inside, FULL)
+    v = read(elements(v_at, offset, offsets, STATE, FULL), inside, FULL)
 
     r = adam_direction(m, v, unbias1, unbias2, eps)
     if DECAY:
         r += weight_decay * theta
-    write(thetas, theta - rate * r, inside, FULL)
+    write(thetas, stored(theta - rate * r, step, PARAM, STATE), inside, FULL)

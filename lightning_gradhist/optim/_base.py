@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
@@ -13,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from lightning_gradhist.explore import AUTO, check_explore, resolve_explore
-from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars, one_by_one, pieces, whole
+from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
+from lightning_gradhist.optim._backends import Backend, Kernels, backend_of, refuse_fused
+from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
-from lightning_gradhist.optim._sharding import local
+from lightning_gradhist.optim._sharding import DTensor, local
 
 __all__ = ["Batch", "ExploringOptimizer", "ParamsT"]
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
-_CPU_PIECE = 2**16  # elements; five lists and their temporaries then stay in a core's cache
-_DEVICE_PIECE = 2**24  # bounds the temporary memory
+_STATE = {"step", *BUFFERS}
+_ONE = torch.ones(())
 
 
 @dataclass
@@ -34,13 +37,11 @@ class Batch:
     group: dict[str, Any]
     owners: list[Tensor]
     """The parameters that the entries of ``lists`` are, or under FSDP2 are this rank's parts of."""
+    backend: Backend
 
-    def pieces(self) -> Iterator[Piece]:
-        """The parts that are stepped one after another, the same whenever they are asked for."""
-        if self.group["foreach"] is None:
-            on_cpu = self.lists.params[0].device.type == "cpu"
-            return pieces(self.lists, self.scalars, _CPU_PIECE if on_cpu else _DEVICE_PIECE)
-        return whole(self.lists, self.scalars) if self.group["foreach"] else one_by_one(self.lists, self.scalars)
+    def pieces(self, written: Sequence[str]) -> Iterator[Piece]:
+        """The parts that are stepped one after another by a function that writes to some of the lists."""
+        return self.backend.pieces(self.lists, self.scalars, written)
 
 
 class ExploringOptimizer(Optimizer):
@@ -51,7 +52,9 @@ class ExploringOptimizer(Optimizer):
         "explore_beta": AUTO,
         "maximize": False,
         "foreach": None,
+        "fused": None,
         "capturable": False,
+        "state_dtype": None,
     }
     """What a param group of a torch optimizer, or of an older pickle, may lack."""
 
@@ -71,7 +74,8 @@ class ExploringOptimizer(Optimizer):
             What ``closure`` returned; None without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse; nothing has been changed then.
+            RuntimeError: If a gradient is sparse, or ``fused=True`` cannot be had (on the CPU without a C++ compiler,
+                on CUDA without Triton, elsewhere); nothing has been changed then.
             ValueError: If ``alpha`` and ``explore_beta`` were changed to an illegal pair.
         """
         loss = None
@@ -81,29 +85,50 @@ class ExploringOptimizer(Optimizer):
         for group in self.param_groups:  # all of them, so that an error leaves nothing half done
             check_explore(group["alpha"], group["explore_beta"])
             refuse_sparse(group, type(self).__name__)
+            if group["fused"]:
+                refuse_fused(group, type(self).__name__)
         self._update([batch for group in self.param_groups for batch in self._batches(group)])
         return loss
 
-    def _batches(self, group: dict[str, Any]) -> list[Batch]:
+    def _batches(self, group: dict[str, Any], backend: Backend | None = None) -> list[Batch]:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return []
+        states = [self._initialised_state(param, group) for param in params]
+        steps = [state["step"] for state in states]
         # A compiler has no use for a number that changes with each step, and would compile again for each.
         on_device = group["capturable"] or torch.compiler.is_compiling()
-        buckets: dict[Any, list[Tensor]] = {}
-        for param in group["params"]:
-            if param.grad is not None:
-                step = self._initialised_state(param, group)["step"]
-                step += 1
-                key = (param.device, param.dtype, None if on_device else step.item())
-                buckets.setdefault(key, []).append(param)
-        return [self._batch(group, params, key[2]) for key, params in buckets.items()]
+        if on_device:
+            torch._foreach_add_(steps, 1)
+        else:
+            torch._foreach_add_(steps, _ONE, alpha=1)  # which is not made a tensor for each of them
+        numbers = [None] * len(steps) if on_device else torch.stack(steps).tolist()
+        buckets: dict[Any, tuple[list[Tensor], list[dict[str, Tensor]]]] = {}
+        for param, state, number in zip(params, states, numbers, strict=True):
+            bucket = buckets.setdefault((param.device, param.dtype, number), ([], []))
+            bucket[0].append(param)
+            bucket[1].append(state)
+        return [self._batch(group, *bucket, key[2], backend) for key, bucket in buckets.items()]
 
-    def _batch(self, group: dict[str, Any], params: list[Tensor], step: float | None) -> Batch:
-        states = [self.state[param] for param in params]
+    def _batch(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        states: list[dict[str, Tensor]],
+        step: float | None,
+        backend: Backend | None,
+    ) -> Batch:
         grads = [param.grad for param in params if param.grad is not None]
         columns = [params, grads, *([state[name] for state in states] for name in BUFFERS)]
-        lists = StepLists(*([local(tensor) for tensor in column] for column in columns))
+        if any(isinstance(param, DTensor) for param in params):
+            columns = [[local(tensor) for tensor in column] for column in columns]
+        lists = StepLists(*columns)
         steps = [state["step"] for state in states]
         scalars = self._scalars(group, steps if step is None else step, params[0].device)
-        return Batch(lists, scalars, group, params)
+        return Batch(lists, scalars, group, params, backend or backend_of(group, lists, self._kernel_fault))
+
+    def _kernel_fault(self, device: torch.device) -> str | None:
+        return _kernel_fault(type(self), device)  # type: ignore[arg-type]  # mypy: a class has no hash
 
     def _scalars(self, group: dict[str, Any], step: float | list[Tensor], device: torch.device) -> StepScalars:
         alpha, explore_beta = resolve_explore(group["alpha"], group["explore_beta"])
@@ -117,6 +142,7 @@ class ExploringOptimizer(Optimizer):
             explore_beta=explore_beta,
             beta1=beta1,
             beta2=beta2,
+            step=step,
             bias_correction1=_bias_correction(beta1, step) if corrected else 1.0,
             bias_correction2=_bias_correction(beta2, step) if corrected else 1.0,
             eps=group["eps"],
@@ -126,14 +152,28 @@ class ExploringOptimizer(Optimizer):
 
     def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[param]
+        if _STATE <= state.keys():
+            return state
         if "step" not in state:
-            # on the CPU reading it does not wait for the device; a captured graph needs it on the device
-            device = param.device if group["capturable"] else torch.device("cpu")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
         for name in BUFFERS:
             if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
-                state[name] = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+                dtype = group["state_dtype"] or state_dtype(param)
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return state
+
+    def set_batch_size(self, batch_size: float) -> None:
+        """Put the paper's choice for a batch size in the place of ``"auto"``, for adaptor E.
+
+        Groups whose ``alpha`` and ``explore_beta`` are numbers are left alone. ``OptimizerCalibration`` does the same.
+
+        Args:
+            batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0.
+
+        Raises:
+            ValueError: If ``batch_size`` is not a positive number.
+        """
+        set_batch_size(self.param_groups, ("alpha", "explore_beta"), batch_size)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.
@@ -146,11 +186,12 @@ class ExploringOptimizer(Optimizer):
             TypeError: If a parameter is complex.
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
-            self._check_group({**self.defaults, **param_group})
+            self._check_group({**self._added_defaults, **self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
             refuse_complex(self.param_groups[-1], type(self).__name__)
-        except TypeError:
+            _refuse_narrow_state(self.param_groups[-1])
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -174,6 +215,13 @@ class ExploringOptimizer(Optimizer):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"betas[{index}]={beta!r} is out of range: it must satisfy 0 <= beta < 1.")
         check_explore(group["alpha"], group["explore_beta"])
+        if group["fused"] and group["foreach"]:
+            raise ValueError("fused=True and foreach=True exclude each other: leave one of them at None.")
+        if group["state_dtype"] not in (None, torch.bfloat16):
+            raise ValueError(
+                f"state_dtype={group['state_dtype']!r} is not offered: it must be None, for fp32 (float64 for float64 "
+                "parameters), or torch.bfloat16."
+            )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, or of torch's Adam or AdamW.
@@ -202,10 +250,11 @@ class ExploringOptimizer(Optimizer):
             default = self.defaults.setdefault(name, value)
             for group in self.param_groups:
                 group.setdefault(name, default)
+        groups = {param: group for group in self.param_groups for param in group["params"]}
         for param, param_state in self.state.items():
             for name, value in param_state.items():
                 if isinstance(value, _Shielded):
-                    param_state[name] = value.placed(param, name)
+                    param_state[name] = value.placed(param, name, groups[param])
 
     def __repr__(self) -> str:
         """Show the groups as torch does, with the numbers that are in force for ``"auto"``."""
@@ -225,12 +274,13 @@ class _Shielded:
 
     value: Any
 
-    def placed(self, param: Tensor, name: str) -> Any:
+    def placed(self, param: Tensor, name: str, group: dict[str, Any]) -> Any:
         if name == "step":
-            return torch.tensor(float(self.value), dtype=torch.float32)
+            return torch.tensor(float(self.value), dtype=torch.float32, device=_step_device(param, group))
         if not isinstance(self.value, Tensor):
             return self.value
-        return self.value.to(device=param.device, dtype=state_dtype(param), copy=True)
+        dtype = group["state_dtype"] or state_dtype(param)
+        return self.value.to(device=param.device, dtype=dtype, copy=True)
 
 
 def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
@@ -253,5 +303,58 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+    # on the CPU reading it does not wait for the device; a captured graph needs it on the device
+    return param.device if group["capturable"] else torch.device("cpu")
+
+
 def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Tensor]:
     return [1.0 - beta**tensor for tensor in step] if isinstance(step, list) else 1.0 - beta**step
+
+
+def set_batch_size(groups: Sequence[dict[str, Any]], names: tuple[str, str], batch_size: float) -> None:
+    """Put the choice for a batch size in the place of ``"auto"`` under two keys of param groups."""
+    choice = dict(zip(names, explore_choice(batch_size), strict=True))
+    for group in groups:
+        group.update({name: value for name, value in choice.items() if group[name] == AUTO})
+
+
+def _refuse_narrow_state(group: dict[str, Any]) -> None:
+    wide = [index for index, param in enumerate(group["params"]) if param.dtype == torch.float64]
+    if group["state_dtype"] is not None and wide:
+        raise ValueError(
+            f"state_dtype={group['state_dtype']} is for parameters of fp32, bf16 and fp16, but parameter {wide[0]} of its "
+            "group is float64. Put those into a group with state_dtype=None."
+        )
+
+
+@functools.cache
+def _kernel_fault(cls: type[ExploringOptimizer], device: torch.device) -> str | None:
+    """Try the kernels of an optimizer once on a device: two steps against the eager ones.
+
+    Returns:
+        What is wrong, of which there is one warning; None if nothing is.
+    """
+    if (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    ):  # a graph that would hold the trial; who captures has warmed up before
+        return None
+    try:
+        torch.testing.assert_close(_trial(cls, Kernels(), device), _trial(cls, None, device), rtol=1e-4, atol=1e-6)
+    except Exception as error:  # whatever a compiler, a driver or the comparison may raise
+        fault = f"the kernels failed their trial there ({type(error).__name__}: {error})"
+        warnings.warn(f"{cls.__name__} makes its steps without Triton on {device}: {fault}", stacklevel=2)
+        return fault
+    return None
+
+
+def _trial(cls: type[ExploringOptimizer], backend: Backend | None, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(size, generator=generator).to(device).requires_grad_() for size in (1, 4096, 10_000)]
+    optimizer = cls(params, fused=False, weight_decay=0.1)  # type: ignore[call-arg]
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(device)
+        with torch.no_grad():
+            optimizer._update(optimizer._batches(optimizer.param_groups[0], backend))
+    return [param.detach() for param in params] + [s[name] for s in optimizer.state.values() for name in BUFFERS]

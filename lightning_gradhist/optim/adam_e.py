@@ -9,33 +9,39 @@ from torch import Tensor
 
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
-from lightning_gradhist.optim._lists import (
-    StepLists,
-    StepScalars,
+from lightning_gradhist.optim._formulas import (
+    STATE,
     adam_directions,
+    add_multiple,
     explored_gradients,
     move_moments,
     subtract_update,
-    wide,
+    widened,
+    write_back,
 )
+from lightning_gradhist.optim._lists import StepLists, StepScalars
+
+WRITTEN = ("params", *STATE)
 
 
 def adam_e_step(lists: StepLists, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
-    """Make one AdamE step in place, in the dtype of the state; the gradients are not changed.
+    """Make one AdamE step in place, in fp32 or float64; the gradients are not changed.
 
     Args:
         lists: Parameters, gradients and state.
         s: The scalars of this step.
         decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
     """
-    thetas = wide(lists)
-    explored = explored_gradients(lists, s)
-    if s.weight_decay != 0.0 and decoupled_weight_decay:
-        torch._foreach_mul_(thetas, 1.0 - s.lr * s.weight_decay)
-    elif s.weight_decay != 0.0:
-        torch._foreach_add_(explored, thetas, alpha=s.weight_decay)
-    move_moments(explored, lists, s)
-    subtract_update(lists.params, thetas, adam_directions(lists, s), s.lr)
+    wide = widened(lists)
+    explored = explored_gradients(wide, s)
+    if isinstance(s.weight_decay, Tensor) or s.weight_decay != 0.0:
+        if decoupled_weight_decay:
+            torch._foreach_mul_(wide.params, 1.0 - s.lr * s.weight_decay)
+        else:
+            add_multiple(explored, wide.params, s.weight_decay)
+    move_moments(explored, wide, s)
+    subtract_update(wide.params, adam_directions(wide, s), s.lr)
+    write_back(wide, lists, s, WRITTEN)
 
 
 class AdamE(ExploringOptimizer):
@@ -56,8 +62,8 @@ class AdamE(ExploringOptimizer):
     ``torch.optim.AdamW`` or ``torch.optim.Adam``.
 
     The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the
-    parameter and in fp32 (float64 for float64), and ``step``. For fp16 and bf16 the step is computed in fp32
-    and its result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can
+    parameter and in fp32 (float64 for float64, or ``state_dtype``), and ``step``. For fp16 and bf16 the step is
+    computed in fp32 and its result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can
     differ by param group and is read at each step.
 
     Args:
@@ -69,19 +75,27 @@ class AdamE(ExploringOptimizer):
         weight_decay: Weight decay, >= 0.
         alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along
             valleys (large batches), positive exploits. ``"auto"`` stays in the param group until a callback
-            or the user writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
+            or :meth:`set_batch_size` writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
             0.01, is in force.
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
         decoupled_weight_decay: Weight decay as in AdamW rather than as in Adam.
         maximize: Ascend instead of descend.
-        foreach: None goes through all tensors in pieces that fit a cache (CPU), or of a bounded size (other
-            devices); True takes all tensors at once, which needs memory for several copies of them; False
-            takes one tensor at a time. The result is the same.
+        foreach: How the eager step is made: None goes through all tensors in pieces that fit a cache (CPU), or of a
+            bounded size (other devices); True takes all tensors at once, which needs memory for several copies of
+            them; False takes one tensor at a time. The result is the same.
+        fused: True makes the step in one pass over memory: on CUDA by a Triton kernel for all tensors, on the CPU by
+            the eager step compiled with ``torch.compile`` (which needs a C++ compiler and, once, its time). False
+            does not. None takes the kernels on CUDA devices where Triton is installed, they take the tensors,
+            ``foreach`` is None, and they make a small trial step there as the eager one does (if not, there is one
+            warning); elsewhere the eager step.
         capturable: Keep ``step`` on the parameter's device and read it and a tensor ``lr`` there, so that a
             step can be captured in a CUDA graph.
+        state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. The state
+            and parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too
+            small for bf16 are not lost; the chance comes from the values and the number of the step alone.
 
     Raises:
-        ValueError: If a hyper-parameter is out of range.
+        ValueError: If a hyper-parameter is out of range, or ``foreach`` and ``fused`` are both True.
         TypeError: If a parameter is complex.
 
     Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv
@@ -117,7 +131,9 @@ class AdamE(ExploringOptimizer):
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
@@ -130,11 +146,14 @@ class AdamE(ExploringOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "capturable": capturable,
+            "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
 
     def _update(self, batches: list[Batch]) -> None:
         for batch in batches:
-            for piece in batch.pieces():
-                adam_e_step(piece.lists, piece.scalars, decoupled_weight_decay=batch.group["decoupled_weight_decay"])
+            step = batch.backend.function(adam_e_step)
+            for piece in batch.pieces(WRITTEN):
+                step(piece.lists, piece.scalars, decoupled_weight_decay=batch.group["decoupled_weight_decay"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -10,15 +11,18 @@ from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
-from lightning_gradhist.optim._lists import (
-    StepLists,
-    StepScalars,
+from lightning_gradhist.optim._formulas import (
+    STATE,
     adam_directions,
+    add_multiple,
+    compute_dtype,
     explored_gradients,
     move_moments,
     subtract_update,
-    wide,
+    widened,
+    write_back,
 )
+from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
 from lightning_gradhist.optim._sharding import is_sharded, refuse_flat, sum_over_shards
 
 EPS2 = 1e-6
@@ -37,31 +41,40 @@ def alto_moments(lists: StepLists, s: StepScalars) -> Tensor:
     Returns:
         ``[n, 2]``: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
     """
-    move_moments(explored_gradients(lists, s), lists, s)
-    thetas, updates = _thetas_and_updates(lists, s)
-    norms = [torch._foreach_norm(thetas), torch._foreach_norm(updates)]
+    norms = [torch._foreach_norm(column) for column in alto_updates(lists, s)]
     return torch.stack([torch.stack(list(column)) for column in norms], dim=1).square_()
 
 
-def alto_apply(lists: StepLists, s: StepScalars, ratios: list[Tensor] | None) -> None:
+def alto_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+    """Move ``e``, ``m`` and ``v`` on in place as :func:`alto_moments`; returns ``theta`` and ``r`` themselves."""
+    wide = widened(lists)
+    move_moments(explored_gradients(wide, s), wide, s)
+    write_back(wide, lists, s, STATE)
+    wide = widened(lists)  # rounded: what the second phase reads
+    return wide.params, _updates(wide, s)
+
+
+def alto_apply(lists: StepLists, s: StepScalars, ratios: Tensor | None) -> None:
     """Subtract ``lr * ratio * r`` from the parameters in place.
 
     Args:
         lists: Parameters and state, as :func:`alto_moments` left them.
         s: The scalars of this step.
-        ratios: The trust ratio of each entry, 0-d; None for 1.
+        ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
     """
-    thetas, updates = _thetas_and_updates(lists, s)
+    wide = widened(lists)
+    updates = _updates(wide, s)
     if ratios is not None:
-        torch._foreach_mul_(updates, ratios)
-    subtract_update(lists.params, thetas, updates, s.lr)
+        torch._foreach_mul_(updates, list(ratios.unbind()))
+    subtract_update(wide.params, updates, s.lr)
+    write_back(wide, lists, s, ("params",))
 
 
-def _thetas_and_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
-    thetas, updates = wide(lists), adam_directions(lists, s)
-    if s.weight_decay != 0.0:
-        torch._foreach_add_(updates, thetas, alpha=s.weight_decay)
-    return thetas, updates
+def _updates(wide: StepLists, s: StepScalars) -> list[Tensor]:
+    updates = adam_directions(wide, s)
+    if isinstance(s.weight_decay, Tensor) or s.weight_decay != 0.0:
+        add_multiple(updates, wide.params, s.weight_decay)
+    return updates
 
 
 def trust_ratio(squared_norms: Tensor) -> Tensor:
@@ -99,8 +112,8 @@ class ALTO(ExploringOptimizer):
     a zero-initialised layer can learn.
 
     The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the
-    parameter and in fp32 (float64 for float64), and ``step``. For fp16 and bf16 the step is computed in fp32
-    and its result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can
+    parameter and in fp32 (float64 for float64, or ``state_dtype``), and ``step``. For fp16 and bf16 the step is
+    computed in fp32 and its result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can
     differ by param group and is read at each step.
 
     Args:
@@ -114,21 +127,29 @@ class ALTO(ExploringOptimizer):
         weight_decay: Weight decay, >= 0, added to the direction before its length is set.
         alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along
             valleys (large batches), positive exploits. ``"auto"`` stays in the param group until a callback
-            or the user writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
+            or :meth:`set_batch_size` writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
             0.01, is in force. From 1,000 samples a batch the paper takes -5 and 0.99.
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
         layerwise: Apply the trust ratio. Switch it off in the group of biases and norm layers to step them as
             AdamE does.
         bias_correction: Divide ``m`` and ``v`` by ``1 - beta^k``; False is the paper's "ALTO Vanilla".
         maximize: Ascend instead of descend.
-        foreach: None goes through all tensors in pieces that fit a cache (CPU), or of a bounded size (other
-            devices); True takes all tensors at once, which needs memory for several copies of them; False
-            takes one tensor at a time. The result is the same but for the order of the sums in the norms.
+        foreach: How the eager step is made: None goes through all tensors in pieces that fit a cache (CPU), or of a
+            bounded size (other devices); True takes all tensors at once, which needs memory for several copies of
+            them; False takes one tensor at a time. The result is the same but for the order of the sums in the norms.
+        fused: True makes the step in one pass over memory: on CUDA by a Triton kernel for all tensors, on the CPU by
+            the eager step compiled with ``torch.compile`` (which needs a C++ compiler and, once, its time). False
+            does not. None takes the kernels on CUDA devices where Triton is installed, they take the tensors,
+            ``foreach`` is None, and they make a small trial step there as the eager one does (if not, there is one
+            warning); elsewhere the eager step.
         capturable: Keep ``step`` on the parameter's device and read it and a tensor ``lr`` there, so that a
             step can be captured in a CUDA graph.
+        state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. The state
+            and parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too
+            small for bf16 are not lost; the chance comes from the values and the number of the step alone.
 
     Raises:
-        ValueError: If a hyper-parameter is out of range.
+        ValueError: If a hyper-parameter is out of range, or ``foreach`` and ``fused`` are both True.
         TypeError: If a parameter is complex.
 
     Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv
@@ -165,7 +186,9 @@ class ALTO(ExploringOptimizer):
         bias_correction: bool = True,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
@@ -179,7 +202,9 @@ class ALTO(ExploringOptimizer):
             "bias_correction": bias_correction,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
             "capturable": capturable,
+            "state_dtype": state_dtype,
         }
         super().__init__(params, defaults)
 
@@ -187,10 +212,10 @@ class ALTO(ExploringOptimizer):
         squared_norms = [self._moments(batch) for batch in batches]
         self._sum_over_shards(batches, squared_norms)
         for batch, squares in zip(batches, squared_norms, strict=True):
-            ratios = trust_ratio(squares).unbind() if batch.group["layerwise"] else None
-            for piece in batch.pieces():
-                of_owners = None if ratios is None else [ratios[owner] for owner in piece.owners]
-                alto_apply(piece.lists, piece.scalars, of_owners)
+            apply = batch.backend.function(alto_apply)
+            ratios = trust_ratio(squares) if batch.group["layerwise"] else None
+            for piece in batch.pieces(("params",)):
+                apply(piece.lists, piece.scalars, None if ratios is None else _ratios_of(piece, ratios))
 
     def _sum_over_shards(self, batches: list[Batch], squared_norms: list[Tensor]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
@@ -205,10 +230,16 @@ class ALTO(ExploringOptimizer):
     @staticmethod
     def _moments(batch: Batch) -> Tensor:
         m = batch.lists.exp_avgs[0]
-        squared_norms = m.new_zeros(len(batch.lists.params), 2)
-        for piece in batch.pieces():  # in order, so that the sums are the same from run to run
-            for owner, squares in zip(piece.owners, alto_moments(piece.lists, piece.scalars).unbind(), strict=True):
-                squared_norms[owner] += squares
+        squared_norms = torch.zeros(len(batch.lists.params), 2, dtype=compute_dtype(m.dtype), device=m.device)
+        moments = batch.backend.function(alto_moments)
+        for piece in batch.pieces(STATE):  # in order, so that the sums are the same from run to run
+            if piece.sizes is None:
+                squared_norms[piece.owners] += moments(piece.lists, piece.scalars)
+            else:
+                updates = batch.backend.function(alto_updates)(piece.lists, piece.scalars)
+                squares = torch.cat(list(chain(*updates))).square_().view(2, -1)
+                rows = torch.segment_reduce(squares.t(), "sum", lengths=piece.sizes, axis=0)
+                squared_norms[piece.owners] += rows
         return squared_norms
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -247,6 +278,12 @@ class ALTO(ExploringOptimizer):
         groups = state_dict["param_groups"]
         is_authors = bool(groups) and all("alp" in group for group in groups)
         super().load_state_dict(_from_authors(state_dict) if is_authors else state_dict)
+
+
+def _ratios_of(piece: Piece, ratios: Tensor) -> Tensor:
+    """What the entries of a piece are multiplied by."""
+    of_owners = ratios[piece.owners]
+    return of_owners if piece.sizes is None else of_owners.repeat_interleave(piece.sizes)[None]
 
 
 def _from_authors(state_dict: StateDict) -> StateDict:

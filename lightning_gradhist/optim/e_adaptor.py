@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
-from lightning_gradhist.optim._lists import in_dtype_of, mixed_gradients, move_average
+from lightning_gradhist.optim._base import set_batch_size
+from lightning_gradhist.optim._formulas import mixed_gradients, move_average
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
 
 BUFFER = "exp_avg_grad"
@@ -48,7 +49,7 @@ class EAdaptor(Optimizer):
             Step this object from now on, not the inner one.
         alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along
             valleys (large batches), positive exploits. ``"auto"`` stays in the param group until a callback
-            or the user writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
+            or :meth:`set_batch_size` writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
             0.01, is in force. From 1,000 samples a batch the paper takes -5 and 0.99.
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
 
@@ -165,8 +166,8 @@ class EAdaptor(Optimizer):
         try:
             for params, grads, es, alpha, explore_beta in self._by_group(averages):
                 mix = alpha * (1.0 - explore_beta)
-                mixed = mixed_gradients(in_dtype_of(grads, es), es, mix)
-                for param, explored in zip(params, in_dtype_of(mixed, grads), strict=True):
+                mixed = mixed_gradients(_in_dtype_of(grads, es), es, mix)
+                for param, explored in zip(params, _in_dtype_of(mixed, grads), strict=True):
                     param.grad = explored
             self.inner.step()
         finally:
@@ -175,7 +176,7 @@ class EAdaptor(Optimizer):
             for param, e in {**hidden, **averages}.items():
                 self.state[param][BUFFER] = e
         for _, grads, es, _, explore_beta in self._by_group(averages):
-            move_average(es, in_dtype_of(grads, es), explore_beta)
+            move_average(es, _in_dtype_of(grads, es), explore_beta)
 
     def _hide_averages(self) -> dict[Tensor, Tensor]:
         """Take all ``e`` out of the state, so that the inner optimizer finds what it has put there, and no more."""
@@ -226,6 +227,20 @@ class EAdaptor(Optimizer):
         except TypeError:
             self.param_groups.pop()
             raise
+
+    def set_batch_size(self, batch_size: float) -> None:
+        """Put the paper's choice for a batch size in the place of ``"auto"``.
+
+        Groups whose two numbers are numbers are left alone. ``OptimizerCalibration`` does the same.
+
+        Args:
+            batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0.
+
+        Raises:
+            ValueError: If ``batch_size`` is not a positive number.
+        """
+        self._complete_groups()
+        set_batch_size(self.param_groups, self._names(), batch_size)
 
     def state_dict(self) -> StateDict:
         """Return the state dict of the inner optimizer, which holds adaptor E's state and numbers as well."""
@@ -293,6 +308,11 @@ class EAdaptor(Optimizer):
         for name, value in zip(self._names(), explore_choice(None), strict=True):
             text = text.replace(f"    {name}: {AUTO}\n", f"    {name}: {AUTO} ({value} in force)\n")
         return f"{type(self).__name__} of {text}"
+
+
+def _in_dtype_of(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Tensors in the dtypes of others: themselves where these agree, else copies."""
+    return [tensor.to(other.dtype) for tensor, other in zip(tensors, like, strict=True)]
 
 
 def _check_inner(optimizer: Any) -> None:

@@ -38,6 +38,7 @@ def variants() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
         chosen[f"sum_chunks_kernel-fp32-{target}"] = ("sum_chunks_kernel", "fp32", target, HOST)
     for kernel in KERNELS:
         chosen[f"{kernel}-fp32-sm_90-device_scalars"] = (kernel, "fp32", "sm_90", DEVICE)
+        chosen[f"{kernel}-bf16-sm_90-bf16_state"] = (kernel, "bf16", "sm_90", {**HOST, "STATE": "bfloat16"})
     chosen["adam_e_kernel-fp32-sm_90-coupled"] = ("adam_e_kernel", "fp32", "sm_90", {**HOST, "DECAY": 1})
     return chosen
 
@@ -53,7 +54,8 @@ def compiled(name: str, dtype: str, target: str, options: dict[str, Any]) -> dic
     kernel = getattr(adam_e if name.startswith("adam_e") else alto, name)
     param, grad = (getattr(tl, each) for each in DTYPES[dtype])
     sizes = {"ALIGNMENT": _tables.ALIGNMENT, "CHUNK": _tables.CHUNK, "BLOCK": _launch.BLOCK}
-    constants = {**options, **sizes, "PARAM": param, "GRAD": grad}
+    state = getattr(tl, options.get("STATE", "float32"))
+    constants = {**options, **sizes, "PARAM": param, "GRAD": grad, "STATE": state}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     pointers = dict(POINTERS)
     if options["LR_ON_DEVICE"]:

@@ -42,6 +42,7 @@ PLAIN = StepScalars(
     explore_beta=0.99,
     beta1=0.9,
     beta2=0.999,
+    step=3.0,
     bias_correction1=1.0 - 0.9**3,
     bias_correction2=1.0 - 0.999**3,
     eps=1e-6,
@@ -53,10 +54,16 @@ PLAIN = StepScalars(
 class Memory:
     """Tensors with values that do not depend on anything but the seed, each between two guards."""
 
-    def __init__(self, names: tuple[str, ...], param: torch.dtype = torch.float32, grad: torch.dtype | None = None):
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        param: torch.dtype = torch.float32,
+        grad: torch.dtype | None = None,
+        state: torch.dtype = torch.float32,
+    ):
         self.generator = torch.Generator().manual_seed(1)
         self.buffers: list[Tensor] = []
-        dtypes = [param, grad or param, torch.float32, torch.float32, torch.float32]
+        dtypes = [param, grad or param, state, state, state]
         columns = [[self.tensor(name, dtype) for name in names] for dtype in dtypes]
         for v in columns[4]:
             v.abs_()
@@ -96,6 +103,14 @@ def same(got: StepLists, expected: StepLists) -> None:
                 assert int(steps.max()) <= 1, where + f"{int(steps.max())} steps apart"
 
 
+def agree_on_rounding(got: StepLists, expected: StepLists) -> None:
+    """Go on from the same numbers where two that differ in the last bit of fp32 were rounded to different ones."""
+    for ours, theirs in zip(got, expected, strict=True):
+        for tensor, rounded in zip(ours, theirs, strict=True):
+            if tensor.dtype != torch.float32:
+                tensor.copy_(rounded)
+
+
 def adam_e(names: tuple[str, ...] = FEW, *, decoupled: bool = True, dtypes: Any = (), **changes: Any) -> None:
     from lightning_gradhist.kernels import adam_e as kernels
 
@@ -105,8 +120,7 @@ def adam_e(names: tuple[str, ...] = FEW, *, decoupled: bool = True, dtypes: Any 
         adam_e_step(eager.lists, s._replace(lr=lr), decoupled_weight_decay=decoupled)
         kernels.adam_e_step(triton.lists, s._replace(lr=lr), decoupled_weight_decay=decoupled)
         same(triton.lists, eager.lists)
-        for param, rounded in zip(triton.lists.params, eager.lists.params, strict=True):
-            param.copy_(rounded)
+        agree_on_rounding(triton.lists, eager.lists)
     triton.check()
 
 
@@ -118,11 +132,13 @@ def alto(names: tuple[str, ...] = FEW, *, layerwise: bool = True, dtypes: Any = 
     params = [param.clone() for param in triton.lists.params]
     expected, norms = alto_moments(eager.lists, s), kernels.alto_moments(triton.lists, s)
     assert norms.shape == (len(names), 2) and norms.dtype == torch.float32
-    torch.testing.assert_close(norms, expected, rtol=2e-6, atol=0.0)
+    narrow = triton.lists.exp_avgs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(norms, expected, rtol=0.03 if narrow else 2e-6, atol=0.0)
     assert all(map(torch.equal, triton.lists.params, params))
     same(triton.lists, eager.lists)
+    agree_on_rounding(triton.lists, eager.lists)
     ratios = trust_ratio(expected) if layerwise else None
-    alto_apply(eager.lists, s, None if ratios is None else list(ratios.unbind()))
+    alto_apply(eager.lists, s, ratios)
     kernels.alto_apply(triton.lists, s, ratios)
     same(triton.lists, eager.lists)
     triton.check()
@@ -131,7 +147,13 @@ def alto(names: tuple[str, ...] = FEW, *, layerwise: bool = True, dtypes: Any = 
 def lists_of_corrections(step: Callable[..., None]) -> None:
     """Parameters that have made different numbers of steps, as under ``capturable``."""
     correction1, correction2 = ([torch.tensor(1.0 - beta**k) for k in (1, 2, 3, 9)] for beta in (0.9, 0.999))
-    step(bias_correction1=correction1, bias_correction2=correction2, lr=torch.tensor(0.01, dtype=torch.float64))
+    steps = [torch.tensor(float(k)) for k in (1, 2, 3, 9)]
+    step(
+        step=steps,
+        bias_correction1=correction1,
+        bias_correction2=correction2,
+        lr=torch.tensor(0.01, dtype=torch.float64),
+    )
 
 
 def grads_in_other_strides(step_of: str) -> None:
@@ -157,6 +179,30 @@ def zero_coordinates_at_eps_zero() -> None:
     """What lies behind the end of a tensor is 0 / 0 then, and must not reach the norms."""
     with np.errstate(invalid="ignore"):  # the interpreter warns of it
         alto(("odd", "above"), eps=0.0)
+
+
+def chosen_by_chance() -> None:
+    """The kernel rounds to the neighbours in bf16 that the eager step rounds to, and what the rest of a step may not."""
+    global tl, _math  # where Triton looks for the names in a kernel
+    import triton
+    import triton.language as tl
+
+    from lightning_gradhist.kernels import _math
+    from lightning_gradhist.optim._formulas import rounded_stochastically
+
+    @triton.jit
+    def store(xs, step, out, N: tl.constexpr):
+        at = tl.arange(0, N)
+        number = _math.scalar_of(step, 0, False)
+        tl.store(out + at, _math.stored(tl.load(xs + at), number, tl.bfloat16, tl.bfloat16))
+
+    xs = torch.randn(1024, generator=torch.Generator().manual_seed(3)) * torch.logspace(-40, 38, 1024)
+    xs[:6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-45, torch.nan])
+    for step in (1.0, 2.0, 123_456.0):
+        out = torch.empty(1024)
+        store[(1,)](xs, step, out, N=1024)
+        expected = rounded_stochastically(xs, step)
+        assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
 
 
 def same_bits() -> None:
@@ -234,7 +280,9 @@ def unsupported() -> None:
         raise AssertionError("not refused")
 
     assert "torch.float64" in reason(params=[torch.zeros(4, 6, dtype=torch.float64)])
-    assert "exp_avgs[0] is torch.bfloat16" in reason(exp_avgs=[torch.zeros(4, 6, dtype=torch.bfloat16)])
+    half = [torch.zeros(4, 6, dtype=torch.bfloat16)]
+    assert "exp_avg_grads[0] is torch.float32" in reason(exp_avgs=half)
+    assert "float16; they must be float32 or bfloat16" in reason(exp_avgs=[torch.zeros(4, 6, dtype=torch.float16)])
     assert "exp_avg_sqs[0] has strides" in reason(exp_avg_sqs=[torch.zeros(6, 4).t()])
     assert "exp_avg_grads[0] has shape" in reason(exp_avg_grads=[torch.zeros(24)])
     assert "exp_avg_grads[0] is on meta" in reason(exp_avg_grads=[torch.zeros(4, 6, device="meta")])
@@ -255,6 +303,17 @@ def nothing_to_do() -> None:
         alto_kernels.alto_apply(lists, PLAIN, trust_ratio(norms))
 
 
+def whole_optimizers() -> None:
+    """ALTO and AdamE, stepping with the kernels and without: what is tried on each GPU before they are used."""
+    from lightning_gradhist.optim import ALTO, AdamE, _base
+    from lightning_gradhist.optim._backends import Kernels
+
+    for cls in (AdamE, ALTO):
+        assert _base._kernel_fault(cls, torch.device("cpu")) is None
+        got, expected = (_base._trial(cls, backend, torch.device("cpu")) for backend in (Kernels(), None))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 CASES: dict[str, Callable[[], None]] = {}
 for _name, _step in (("adam_e", adam_e), ("alto", alto)):
     CASES |= {
@@ -262,6 +321,11 @@ for _name, _step in (("adam_e", adam_e), ("alto", alto)):
         f"{_name}-bf16": partial(_step, tuple(SHAPES), dtypes=(torch.bfloat16,)),
         f"{_name}-fp16": partial(_step, tuple(SHAPES), dtypes=(torch.float16,)),
         f"{_name}-bf16-fp32_grads": partial(_step, dtypes=(torch.bfloat16, torch.float32)),
+        f"{_name}-bf16_state": partial(_step, tuple(SHAPES), dtypes=(torch.bfloat16, None, torch.bfloat16)),
+        f"{_name}-fp32-bf16_state": partial(_step, dtypes=(torch.float32, None, torch.bfloat16)),
+        f"{_name}-bf16_state-tensor_corrections": partial(
+            lists_of_corrections, partial(_step, dtypes=(torch.bfloat16, None, torch.bfloat16))
+        ),
         f"{_name}-maximize": partial(_step, maximize=True),
         f"{_name}-no_decay": partial(_step, weight_decay=0.0),
         f"{_name}-no_bias_correction": partial(_step, bias_correction1=1.0, bias_correction2=1.0),
@@ -273,12 +337,14 @@ CASES |= {
     "adam_e-coupled_decay": partial(adam_e, decoupled=False),
     "alto-no_ratios": partial(alto, layerwise=False),
     "alto-eps_zero": zero_coordinates_at_eps_zero,
+    "chosen_by_chance": chosen_by_chance,
     "alto-same_bits": same_bits,
     "alto-many_chunks": many_chunks,
     "tables": tables,
     "captured_table": captured_table,
     "unsupported": unsupported,
     "nothing_to_do": nothing_to_do,
+    "whole_optimizers": whole_optimizers,
 }
 
 

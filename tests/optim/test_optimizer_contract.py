@@ -148,7 +148,7 @@ def test_a_complex_group_does_not_stay_behind(optimizer_class: Any) -> None:
 
 def test_the_defaults_are_those_of_the_paper() -> None:
     shared = {"betas": (0.9, 0.99), "eps": 1e-6, "alpha": "auto", "explore_beta": "auto"}
-    shared |= {"maximize": False, "foreach": None, "capturable": False}
+    shared |= {"maximize": False, "foreach": None, "fused": None, "capturable": False, "state_dtype": None}
     adam_e = AdamE([with_grad(2)]).param_groups[0]
     alto = ALTO([with_grad(2)]).param_groups[0]
     del adam_e["params"], alto["params"]

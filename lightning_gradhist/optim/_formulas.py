@@ -1,0 +1,127 @@
+"""The formulas that the optimizers share, on lists of tensors, and the precision that they are computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gradhist.optim._lists import StepLists, StepScalars
+
+STATE = ("exp_avg_grads", "exp_avgs", "exp_avg_sqs")
+
+# torch._foreach_* are what torch's own optimizers are made of; there is no public form of them.
+
+
+def mixed_gradients(grads: list[Tensor], exp_avg_grads: list[Tensor], mix: float | Tensor) -> list[Tensor]:
+    """``g' = g + alpha * a = g + c * (g - e)`` with ``c = mix``, as new tensors."""
+    mixed = list(torch._foreach_sub(grads, exp_avg_grads))
+    torch._foreach_mul_(mixed, mix)
+    torch._foreach_add_(mixed, grads)
+    return mixed
+
+
+def move_average(averages: list[Tensor], values: list[Tensor], beta: float | Tensor) -> None:
+    """``average = beta * average + (1 - beta) * value``, in place."""
+    if isinstance(beta, Tensor):
+        torch._foreach_mul_(averages, beta)
+        add_multiple(averages, values, 1.0 - beta)
+    else:
+        torch._foreach_lerp_(averages, values, 1.0 - beta)
+
+
+def explored_gradients(wide: StepLists, s: StepScalars) -> list[Tensor]:
+    """``g'``, and moves ``e`` on; the gradients are not changed."""
+    grads = list(torch._foreach_neg(wide.grads)) if s.maximize else wide.grads
+    explored = mixed_gradients(grads, wide.exp_avg_grads, s.mix)
+    move_average(wide.exp_avg_grads, grads, s.explore_beta)
+    return explored
+
+
+def move_moments(explored: list[Tensor], wide: StepLists, s: StepScalars) -> None:
+    """``m = beta1 * m + (1 - beta1) * g'`` and ``v = beta2 * v + (1 - beta2) * g'^2``, in place."""
+    move_average(wide.exp_avgs, explored, s.beta1)
+    torch._foreach_mul_(wide.exp_avg_sqs, s.beta2)
+    if isinstance(s.beta2, Tensor):
+        add_multiple(wide.exp_avg_sqs, list(torch._foreach_mul(explored, explored)), 1.0 - s.beta2)
+    else:
+        torch._foreach_addcmul_(wide.exp_avg_sqs, explored, explored, 1.0 - s.beta2)
+
+
+def add_multiple(tensors: list[Tensor], others: list[Tensor], factor: float | Tensor) -> None:
+    """``tensor = tensor + factor * other``, in place."""
+    if isinstance(factor, Tensor):
+        torch._foreach_add_(tensors, list(torch._foreach_mul(others, factor)))
+    else:
+        torch._foreach_add_(tensors, others, alpha=factor)
+
+
+def adam_directions(wide: StepLists, s: StepScalars) -> list[Tensor]:
+    """``(m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps)``; changes nothing."""
+    denominators = torch._foreach_div(wide.exp_avg_sqs, s.bias_correction2)  # type: ignore[arg-type]
+    torch._foreach_sqrt_(denominators)
+    if isinstance(s.eps, Tensor):
+        torch._foreach_add_(denominators, [s.eps] * len(denominators))
+    else:
+        torch._foreach_add_(denominators, s.eps)
+    directions = list(torch._foreach_div(wide.exp_avgs, s.bias_correction1))  # type: ignore[arg-type]
+    torch._foreach_div_(directions, denominators)
+    return directions
+
+
+def subtract_update(thetas: list[Tensor], update: list[Tensor], lr: float | Tensor) -> None:
+    """``theta = theta - lr * update``, in place."""
+    torch._foreach_mul_(update, lr)
+    torch._foreach_sub_(thetas, update)
+
+
+def widened(lists: StepLists) -> StepLists:
+    """The lists as they are computed with: fp16 and bf16 copied to fp32, all else as it is."""
+    return StepLists(*([tensor.to(compute_dtype(tensor.dtype)) for tensor in column] for column in lists))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for fp16 and bf16, else the dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def write_back(wide: StepLists, lists: StepLists, s: StepScalars, columns: Sequence[str]) -> None:
+    """Rounds what :func:`widened` copied into its place: stochastically to bf16 where the state is bf16."""
+    for name in columns:
+        for index, (value, tensor) in enumerate(zip(getattr(wide, name), getattr(lists, name), strict=True)):
+            if value is not tensor:
+                stochastic = tensor.dtype == lists.exp_avgs[index].dtype == torch.bfloat16
+                step = s.step[index] if isinstance(s.step, list) else s.step
+                tensor.copy_(rounded_stochastically(value, step) if stochastic else value)  # type: ignore[arg-type]
+
+
+def rounded_stochastically(values: Tensor, step: float | Tensor) -> Tensor:
+    """Round fp32 to one of its two neighbours in bf16, the nearer one more often, so that the mean is the value.
+
+    The random bits are a hash of the value and the number of the step: the same on every device and after a resume,
+    and nothing is drawn from the user's generators. What bf16 can hold stays as it is.
+
+    Args:
+        values: fp32, of any shape.
+        step: The number of the step.
+
+    Returns:
+        The values that were chosen, in fp32.
+    """
+    bits = values.view(torch.int32)
+    # multiply-xorshift ("lowbias32", by C. Wellons); int32 has no logical shift, hence the masks
+    seed = _signed(round(step) * _GOLDEN) if isinstance(step, (int, float)) else step.to(torch.int32) * _signed(_GOLDEN)
+    mixed = bits ^ seed
+    mixed = (mixed ^ ((mixed >> 16) & 0xFFFF)) * 0x7FEB352D
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    chosen = ((bits + ((mixed >> 16) & 0xFFFF)) & _signed(0xFFFF0000)).view(torch.float32)
+    return torch.where(values.isfinite(), chosen, values)
+
+
+_GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: spreads successive steps
+
+
+def _signed(bits: int) -> int:
+    """The int32 with these bits."""
+    return ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
