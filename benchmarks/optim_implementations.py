@@ -96,7 +96,7 @@ def implementations() -> list[Implementation]:
     ]
 
 
-def _adamw(params: list[Parameter], lr: float, **options: bool) -> torch.optim.Optimizer:
+def _adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr, **COMMON, **options)
 
 
