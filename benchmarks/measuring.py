@@ -1,0 +1,120 @@
+"""What a benchmark needs to measure: time and memory of a step, and the machine that it ran on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import lightning_gradhist
+
+_MARK = "measured step"
+
+
+def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Time calls that follow one another without a pause.
+
+    On CUDA between two events, with nothing in the queue before: a call takes as long as the slower of host and
+    device. There is no flush of the L2 cache, as there is none between the steps of a training run.
+
+    Args:
+        function: What is timed; warmed up by the caller.
+        calls: How often it is called.
+        device: Where its work is done.
+
+    Returns:
+        Seconds per call, the mean over ``calls``.
+    """
+    if device.type == "cpu":
+        start = perf_counter()
+        for _ in range(calls):
+            function()
+        return (perf_counter() - start) / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def extra_peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Measure by how much the tensors in memory grow, at most, during a call.
+
+    On CUDA from ``torch.cuda.max_memory_allocated``. On CPU from the allocations and releases that torch's profiler
+    records, added up in order of time from the beginning of the call. The profiler does not see the release of
+    memory that was allocated before it started; a call before the measured one, also under the profiler, makes
+    up for it where state is replaced at each step.
+
+    Args:
+        function: What is measured; its lasting allocations have been made by an earlier call.
+        device: Where its tensors are.
+
+    Returns:
+        Bytes, >= 0, above those at the beginning of the call.
+    """
+    if device.type == "cpu":
+        return _extra_peak_bytes_on_cpu(function)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _extra_peak_bytes_on_cpu(function: Callable[[], object]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+        with record_function(_MARK):
+            function()
+    # The public ways to these events write them to a file, or give each to the operator around it.
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    begin = next(event.start_ns() for event in events if event.name() == _MARK)
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    for when, change in sorted(changes, key=lambda item: item[0]):
+        if when >= begin:
+            held += change
+            peak = max(peak, held)
+    return peak
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Describe the machine and the software, without names of hosts, users or folders."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed_version("triton"),
+        "lightning_gradhist": lightning_gradhist.__version__,
+    }
+
+
+def installed_version(distribution: str) -> str:
+    """Look up the version of a distribution; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
