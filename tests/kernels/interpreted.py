@@ -214,7 +214,7 @@ def captured_table() -> None:
     columns = [lists.params, lists.exp_avgs, lists.exp_avg_sqs]
     numels = _tables.array("q", [t.numel() for t in lists.params])
     addresses = _tables.array("q", [t.data_ptr() for column in columns for t in column])
-    got = _tables._captured(addresses, numels, torch.device("cpu"))
+    got = _tables._captured(addresses, numels, CHUNK, torch.device("cpu"))
     for a, b in zip(got, _tables.chunk_table(columns, lambda: None), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.is_contiguous()
 
