@@ -11,15 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_gradhist.kernels._launch import OPTIONS, on_device_of
-from lightning_gradhist.kernels._tables import (
-    ALIGNMENT,
-    DTYPES,
-    INTERPRETED,
-    chunk_table,
-    elements,
-    locate,
-    read,
-)
+from lightning_gradhist.kernels._tables import ALIGNMENT, DTYPES, INTERPRETED, chunk_table, elements, locate, read
 
 CHUNK = 8192
 """Elements a program: more than twice the bins that are cleared and read for them, sixteen a thread."""
@@ -29,8 +21,9 @@ WARPS = 4 * OPTIONS["num_warps"]  # 512 threads, which share one set of bins
 
 
 def supported(tensor: Tensor) -> bool:
-    """Whether the kernel counts tensors of this dtype, on this device."""
-    return (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")) and tensor.dtype in DTYPES
+    """Whether the kernel counts tensors of this dtype and layout, on this device."""
+    runs = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+    return runs and tensor.dtype in DTYPES and tensor.layout == torch.strided
 
 
 def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
@@ -50,16 +43,16 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
     if not tensors:
         return
     first = tensors[0]
-    bins_per_octave = table.shape[1] // 254
     row_of = table.unbind()
     dense = [tensor.contiguous() for tensor in tensors]
 
     def check() -> None:
-        if not supported(first) or any((t.device, t.dtype) != (first.device, first.dtype) for t in tensors):
-            kinds = sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors})
+        kinds = sorted({f"{tensor.dtype} on {tensor.device}" for tensor in tensors})
+        if not supported(first) or len(kinds) > 1 or table.device != first.device:
             raise ValueError(
-                f"No kernel for these tensors: they must be of one dtype of float32, bfloat16 and float16, and on one "
-                f"CUDA device, got {', '.join(kinds)}. Use histogram.add_magnitudes."
+                f"No kernel for these tensors: they must be of one dtype of float32, bfloat16 and float16, on the CUDA "
+                f"device of the table, got {', '.join(kinds)} and a table on {table.device}. Use "
+                f"lightning_gradhist.histogram.add_magnitudes."
             )
 
     with on_device_of(first):
@@ -71,12 +64,15 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
             places.extents,
             places.pointers,
             DTYPE=DTYPES[first.dtype],
-            BINS_PER_OCTAVE=bins_per_octave,
-            ALIGNMENT=ALIGNMENT,
-            CHUNK=CHUNK,
-            BINS=min(triton.next_power_of_2(table.shape[1] + 1), BINS),
+            **sizes(table.shape[1] // 254),
             **{**OPTIONS, "num_warps": WARPS},
         )
+
+
+def sizes(bins_per_octave: int) -> dict[str, int]:
+    """The sizes that the kernel is compiled for, by the names of its arguments."""
+    bins = triton.next_power_of_2(254 * bins_per_octave + 4)  # one more than the columns
+    return {"BINS_PER_OCTAVE": bins_per_octave, "ALIGNMENT": ALIGNMENT, "CHUNK": CHUNK, "BINS": min(bins, BINS)}
 
 
 @triton.jit
@@ -125,6 +121,6 @@ def _count_chunk(
 def column_of(values, BINS_PER_OCTAVE: tl.constexpr):
     """The column of the table: of zeros and subnormals 0, then that of the bits, of infinity and of NaN."""
     bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    # the bits above those of the exponent and of log2(BINS_PER_OCTAVE) mantissa bits, by 2**23 / BINS_PER_OCTAVE
-    column = tl.maximum(bits // (8388608 // BINS_PER_OCTAVE) - (BINS_PER_OCTAVE - 1), 0)
+    bin_ = bits // (8388608 // BINS_PER_OCTAVE)  # 2**23 is an octave
+    column = tl.maximum(bin_ - (BINS_PER_OCTAVE - 1), 0)
     return tl.where(bits > 0x7F800000, 254 * BINS_PER_OCTAVE + 2, column)
