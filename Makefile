@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test lint format peers bench-optim clean
+.PHONY: help demo test nightly lint format peers bench-optim clean
 
 help:
 	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (2 minutes)"
 	@echo "make test    all tests (some 6 minutes on two cores)"
+	@echo "make nightly the property tests with 12,000 new cases (a minute or two)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
 	@echo "make bench-optim  time and memory of the optimizers' step against their peers (20 minutes on two idle cores)"
@@ -31,6 +32,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto
+
+nightly: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --hypothesis-profile nightly -k test_property tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

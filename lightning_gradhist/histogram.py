@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, groupby
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_gradhist import kernels
+
 _MANTISSA_BITS = 23
 _EXPONENTS = 256
 _CPU_CHUNK = 2**17  # stays in a core's cache: ten times faster than one pass over 20 million values
-_DEVICE_CHUNK = 2**24  # bounds the temporary memory to 128 MiB
+_CPU_SMALL = 2**15  # up to here a tensor takes less time with others than alone
+_DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
 
 
 class MagnitudeHistogram(Metric):
@@ -102,6 +109,9 @@ class MagnitudeHistogram(Metric):
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Counts the magnitudes of floating-point tensors of any shape, layout and device.
 
+        On CUDA, with Triton, those of one dtype of float32, bfloat16 and float16 are counted in one launch. The host does
+        not wait for tensors on the device of :attr:`table`, with or without Triton.
+
         Args:
             values: from a name of :attr:`names` to a tensor. Names may be missing.
 
@@ -109,10 +119,21 @@ class MagnitudeHistogram(Metric):
             ValueError: for a name that the histogram does not have.
             TypeError: for a tensor that is not real floating point.
         """
+        groups: dict[Any, list[str]] = {}
         for name, tensor in values.items():
             if name not in self._rows:
                 raise ValueError(f"name {name!r} is not one of the histogram's names: {self.names}")
-            self.table[self._rows[name]] += count_magnitudes(tensor, self.bins_per_octave).to(self.table.device)
+            _refuse_other_than_real(tensor)
+            groups.setdefault((tensor.device, tensor.dtype, tensor.layout), []).append(name)
+        for (device, *_), names in groups.items():
+            rows = [self._rows[name] for name in names]
+            tensors = [values[name] for name in names]
+            if device == self.table.device:
+                _add(self.table, rows, tensors)
+            else:
+                table = torch.zeros(len(rows), self.table.shape[1], dtype=torch.int64, device=device)
+                _add(table, range(len(rows)), tensors)
+                self.table[rows] += table.to(self.table.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Copies of the counts by kind: ``counts``, ``zeros``, ``infs`` and ``nans``."""
@@ -191,25 +212,36 @@ class MagnitudeHistogram(Metric):
 
 def count_magnitudes(tensor: Tensor, bins_per_octave: int) -> Tensor:
     """One row of :attr:`MagnitudeHistogram.table` for a tensor: int64 ``[254 * bins_per_octave + 3]`` on its device."""
-    if not tensor.is_floating_point():
-        raise TypeError(f"magnitudes are counted of real floating-point tensors, got {tensor.dtype}")
-    values, implicit_zeros = flat_values(tensor)
-    raw = torch.zeros(_EXPONENTS * bins_per_octave, dtype=torch.int64, device=values.device)
-    nans = torch.zeros((), dtype=torch.int64, device=values.device)
-    beyond = (_EXPONENTS - 1) * bins_per_octave
-    for chunk in values.split(_CPU_CHUNK if values.device.type == "cpu" else _DEVICE_CHUNK):
-        index = _bin_index(chunk, bins_per_octave)
-        if chunk.device.type == "cpu":
-            chunk_counts = torch.bincount(index, minlength=raw.numel())
-            raw += chunk_counts
-            if chunk_counts[beyond:].any():  # infinities and NaN share an exponent; most chunks have neither
-                nans += chunk.isnan().sum()
-        else:  # bincount would wait for the device to learn the largest index
-            raw.scatter_add_(0, index.long(), raw.new_ones(1).expand(index.numel()))
-            nans += chunk.isnan().sum()
-    zeros = raw[:bins_per_octave].sum() + implicit_zeros
-    infs = raw[beyond:].sum() - nans
-    return torch.cat([zeros[None], raw[bins_per_octave:beyond], infs[None], nans[None]])
+    _refuse_other_than_real(tensor)
+    table = torch.zeros(1, (_EXPONENTS - 2) * bins_per_octave + 3, dtype=torch.int64, device=tensor.device)
+    add_magnitudes(table, [0], [tensor])
+    return table[0]
+
+
+def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    """Adds the counts of tensors to rows of a table, without a kernel.
+
+    Args:
+        table: ``[names, 254 * bins_per_octave + 3]`` in int64, contiguous, on the device of the tensors.
+        rows: a row for each tensor.
+        tensors: real floating-point tensors of one dtype and device, of any shape and layout.
+    """
+    bins_per_octave = table.shape[1] // (_EXPONENTS - 2)
+    small: list[tuple[int, Tensor]] = []
+    for row, tensor in zip(rows, tensors, strict=True):
+        values, implicit_zeros = flat_values(tensor)
+        if implicit_zeros:
+            table[row, 0] += implicit_zeros
+        if table.device.type != "cpu":  # bincount would wait for the device to learn the largest index
+            for chunk in values.split(_DEVICE_CHUNK):
+                _scatter(table[row], _columns(chunk, bins_per_octave))
+        elif values.numel() > _CPU_SMALL:
+            _add_large(table[row], values, bins_per_octave)
+        else:
+            small.append((row, values))
+    ends = accumulate(values.numel() for _, values in small)
+    for _, batch in groupby(zip(ends, small, strict=True), key=lambda pair: pair[0] // _CPU_CHUNK):
+        _add_small(table, [pair for _, pair in batch], bins_per_octave)
 
 
 def flat_values(tensor: Tensor) -> tuple[Tensor, int]:
@@ -220,6 +252,8 @@ def flat_values(tensor: Tensor) -> tuple[Tensor, int]:
     if tensor.layout != torch.strided:
         values = tensor.values()
         return values.reshape(-1), tensor.numel() - values.numel()
+    if tensor.is_contiguous():  # most are, and sorting strides takes longer than counting a small tensor
+        return tensor.view(-1), 0
     # The order of the values does not matter: that of the memory needs no copy (channels_last).
     by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(by_stride).reshape(-1), 0
@@ -249,6 +283,65 @@ def slice_of(
             yield name, flat_values(tensors[name])[0][low:high]
 
 
+@functools.cache
+def _kernel(device: torch.device) -> ModuleType | None:
+    """What counts on a device in place of :func:`add_magnitudes`; tried once, as a kernel needs more than Triton."""
+    if not kernels.run_on(device):
+        return None
+    try:
+        from lightning_gradhist.kernels import histogram
+
+        table = torch.zeros(1, _EXPONENTS - 2 + 3, dtype=torch.int64, device=device)
+        histogram.add_magnitudes(table, [0], [torch.ones(1, device=device)])
+    except Exception as error:
+        warnings.warn(f"histograms are counted without their Triton kernel, which failed: {error!r}", stacklevel=2)
+        return None
+    return histogram
+
+
+def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    kernel = _kernel(table.device)
+    if kernel is not None and kernel.supported(tensors[0]):
+        kernel.add_magnitudes(table, rows, [flat_values(tensor)[0] for tensor in tensors])
+    else:
+        add_magnitudes(table, rows, tensors)
+
+
+def _add_large(row: Tensor, values: Tensor, bins_per_octave: int) -> None:
+    """Count the bits as they are, and put zeros, infinities and NaN into their columns afterwards."""
+    raw = torch.zeros(_EXPONENTS * bins_per_octave, dtype=torch.int64)
+    beyond = (_EXPONENTS - 1) * bins_per_octave
+    for chunk in values.chunk(max(1, round(values.numel() / _CPU_CHUNK))):
+        counts = torch.bincount(_bin_index(chunk, bins_per_octave), minlength=raw.numel())
+        raw += counts
+        if counts[beyond:].any():  # infinities and NaN share an exponent; most chunks have neither
+            nans = chunk.isnan().sum()
+            row[-1] += nans
+            row[-2] -= nans
+    row[0] += raw[:bins_per_octave].sum()
+    row[1:-2] += raw[bins_per_octave:beyond]
+    row[-2] += raw[beyond:].sum()
+
+
+def _add_small(table: Tensor, batch: Sequence[tuple[int, Tensor]], bins_per_octave: int) -> None:
+    """Count several tensors in one go, without an array of counts that has most of its bins empty."""
+    rows, tensors = zip(*batch, strict=True)
+    columns = _columns(torch.cat(tensors), bins_per_octave)
+    starts = torch.tensor(rows) * table.shape[1]
+    sizes = torch.tensor([tensor.numel() for tensor in tensors])
+    _scatter(table.view(-1), starts.repeat_interleave(sizes, output_size=columns.numel()).add_(columns))
+
+
+def _scatter(counts: Tensor, index: Tensor) -> None:
+    counts.scatter_add_(0, index.long(), counts.new_ones(1).expand(index.numel()))
+
+
+def _columns(values: Tensor, bins_per_octave: int) -> Tensor:
+    """The column of the table that each value is counted in."""
+    columns = _bin_index(values, bins_per_octave).sub_(bins_per_octave - 1).clamp_(min=0)
+    return columns.masked_fill_(values.isnan(), (_EXPONENTS - 2) * bins_per_octave + 2)
+
+
 def _bin_index(values: Tensor, bins_per_octave: int) -> Tensor:
     shift = _MANTISSA_BITS - bins_per_octave.bit_length() + 1
     if values.dtype != torch.float64:
@@ -257,6 +350,11 @@ def _bin_index(values: Tensor, bins_per_octave: int) -> Tensor:
     bits = values.contiguous().view(torch.int64) & 0x7FFFFFFFFFFFFFFF
     index = bits.bitwise_right_shift_(shift + 52 - _MANTISSA_BITS).sub_((1023 - 127) * bins_per_octave)
     return index.clamp_(0, (_EXPONENTS - 1) * bins_per_octave)
+
+
+def _refuse_other_than_real(tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"magnitudes are counted of real floating-point tensors, got {tensor.dtype}")
 
 
 def _all_reduce(table: Tensor, group: Any = None) -> list[Tensor]:

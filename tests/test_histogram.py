@@ -6,13 +6,13 @@ import copy
 import io
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -21,9 +21,6 @@ from lightning_gradhist.histogram import MagnitudeHistogram, count_magnitudes, f
 
 BINS_PER_OCTAVE = [1, 2, 4, 8, 16, 32, 64, 128]
 FLOAT8 = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
-PROPERTY = settings(
-    max_examples=70, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
 BITS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 
 
@@ -160,6 +157,28 @@ def test_nan_and_infinities_far_apart() -> None:
     values = torch.ones(400_000)
     values[[5, 300_000, 399_999]] = torch.tensor([math.inf, math.nan, -math.inf])
     assert counted(values) == expected(values)
+
+
+def test_small_and_large_tensors_in_one_update() -> None:
+    sizes = [1, 2**15, 2**15 + 1, 0, 2**17 + 5, *[30_000] * 6, 7, 400_000]
+    values = {f"{i}": sample(size, i) for i, size in enumerate(sizes)}
+    values["0"][0] = math.nan
+    values["6"][[3, -1]] = torch.tensor([math.inf, math.nan])
+    values["7"] = values["7"].bfloat16()
+    values["9"] = values["9"].double()
+    histogram = MagnitudeHistogram([*reversed(values), "absent"])  # rows are in another order than values
+    histogram.update(values)
+    histogram.update(values)
+    for name, row in zip(histogram.names[:-1], histogram.table.tolist(), strict=False):
+        assert row == [2 * count for count in expected(values[name])]
+    assert histogram.total()[-1] == 0
+
+
+def test_nothing_is_counted_of_refused_values() -> None:
+    histogram = MagnitudeHistogram(["a", "b"])
+    with pytest.raises(TypeError, match="got torch.int64"):
+        histogram.update({"a": torch.ones(3), "b": torch.ones(3, dtype=torch.int64)})
+    assert histogram.total().tolist() == [0, 0]
 
 
 # --- shapes and layouts ----------------------------------------------------------------------------------------------
@@ -524,29 +543,18 @@ def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -
 # --- properties ------------------------------------------------------------------------------------------------------
 
 
-@PROPERTY
 @given(bits=BITS, k=st.integers(0, 7))
 def test_property_counts_are_the_oracles(bits: list[int], k: int) -> None:
     values = from_bits(bits)
     assert counted(values, 2**k) == expected(values, 2**k)
 
 
-@PROPERTY
 @given(bits=BITS, k=st.integers(0, 7))
 def test_property_sign_and_order_do_not_matter(bits: list[int], k: int) -> None:
     values = from_bits(bits)
     assert counted(values, 2**k) == counted(-values.flip(0), 2**k)
 
 
-@PROPERTY
-@given(bits=BITS, more=BITS)
-def test_property_merging_is_concatenation(bits: list[int], more: list[int]) -> None:
-    one = of(from_bits(bits))
-    one.merge_state(of(from_bits(more)))
-    assert torch.equal(one.table, of(from_bits(bits + more)).table)
-
-
-@PROPERTY
 @given(values=st.lists(st.floats(2.0**-126, 2.0**127, width=32), min_size=1, max_size=40), q=st.floats(0, 1))
 def test_property_quantile(values: list[float], q: float) -> None:
     ascending = sorted(values)
@@ -554,14 +562,12 @@ def test_property_quantile(values: list[float], q: float) -> None:
     assert_within_one_bin(float(of(torch.tensor(values)).quantile(q)), exact, 8)
 
 
-@PROPERTY
 @given(values=st.lists(st.floats(allow_nan=True, width=64), max_size=40))
 def test_property_float64(values: list[float]) -> None:
     tensor = torch.tensor(values, dtype=torch.float64)
     assert counted(tensor) == expected(tensor)
 
 
-@PROPERTY
 @given(bits=BITS, a=st.floats(0, 1e30), b=st.floats(0, 1e30))
 def test_property_share_below_is_monotone(bits: list[int], a: float, b: float) -> None:
     histogram = of(from_bits(bits))
@@ -570,23 +576,66 @@ def test_property_share_below_is_monotone(bits: list[int], a: float, b: float) -
 
 
 @st.composite
-def cuts(draw: Any) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    sizes = {f"p{i}": size for i, size in enumerate(draw(st.lists(st.integers(0, 20), min_size=1, max_size=8)))}
-    tensors = {name: torch.arange(1.0, size + 1) for name, size in sizes.items() if draw(st.booleans())}
-    return tensors, sizes, draw(st.integers(1, 9))
+def tensors(draw: Any) -> Tensor:
+    """Of any dtype, shape, strides and range, between other values in memory."""
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    shape = tuple(draw(st.lists(st.integers(0, 7), max_size=4)))
+    steps = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in shape)
+    before = draw(st.integers(0, 3))
+    room = tuple(size * step for size, step in zip(shape, steps, strict=True))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    low, high = sorted((draw(st.integers(-50, 42)), draw(st.integers(-50, 42))))
+    values = rng.standard_normal(before + math.prod(room)) * 10.0 ** rng.integers(low, high + 1)
+    special = rng.choice([0.0, -0.0, 1e-45, -1e-40, 3e38, math.inf, -math.inf, math.nan], len(values))
+    values = np.where(rng.random(len(values)) < draw(st.sampled_from([0.0, 0.1, 1.0])), special, values)
+    tensor = torch.from_numpy(values).to(dtype)[before:].view(room)
+    tensor = tensor[tuple(slice(None, None, step) for step in steps)]
+    tensor = tensor.permute(draw(st.permutations(range(len(shape)))))
+    return tensor.unsqueeze(-1).expand(*tensor.shape, 3) if draw(st.booleans()) else tensor
 
 
-@PROPERTY
-@given(case=cuts())
-def test_property_slices_add_up_to_the_whole(case: tuple[dict[str, Tensor], dict[str, int], int]) -> None:
-    tensors, sizes, ranks = case
-    whole, parts = MagnitudeHistogram(list(sizes)), MagnitudeHistogram(list(sizes))
-    whole.update(tensors)
+MODELS = st.lists(tensors(), min_size=1, max_size=6).map(lambda found: {f"p{i}": each for i, each in enumerate(found)})
 
-    def pieces() -> Iterator[tuple[str, Tensor]]:
-        for rank in range(ranks):
-            yield from slice_of(tensors, sizes, rank, ranks)
 
-    for name, piece in pieces():
-        parts.update({name: piece})
-    assert torch.equal(whole.table, parts.table)
+def table_of(values: dict[str, Tensor], names: list[str], bins_per_octave: int = 8) -> Tensor:
+    histogram = MagnitudeHistogram(names, bins_per_octave)
+    histogram.update(values)
+    return histogram.table
+
+
+@given(model=MODELS, k=st.integers(0, 7))
+def test_property_counts_of_any_tensors_are_the_oracles(model: dict[str, Tensor], k: int) -> None:
+    table = table_of(model, list(model), 2**k)
+    assert table.tolist() == [expected(tensor, 2**k) for tensor in model.values()]
+    assert table.sum(1).tolist() == [tensor.numel() for tensor in model.values()]
+
+
+@given(parts=st.lists(MODELS, min_size=3, max_size=3), order=st.permutations(range(3)))
+def test_property_merging_is_commutative_and_associative(parts: list[dict[str, Tensor]], order: list[int]) -> None:
+    names = [f"p{i}" for i in range(6)]
+
+    def counted_part(part: int) -> MagnitudeHistogram:
+        histogram = MagnitudeHistogram(names)
+        histogram.update(parts[part])
+        return histogram
+
+    one_by_one = counted_part(order[0])  # (a + b) + c
+    one_by_one.merge_state(counted_part(order[1]))
+    one_by_one.merge_state(counted_part(order[2]))
+    last_two, nested = counted_part(1), counted_part(0)  # a + (b + c)
+    last_two.merge_state(counted_part(2))
+    nested.merge_state(last_two)
+    together = MagnitudeHistogram(names)
+    for part in parts:
+        together.update(part)
+    assert torch.equal(one_by_one.table, nested.table) and torch.equal(nested.table, together.table)
+
+
+@given(model=MODELS, there=st.sets(st.integers(0, 5)), ranks=st.integers(1, 9))
+def test_property_slices_add_up_to_the_whole(model: dict[str, Tensor], there: set[int], ranks: int) -> None:
+    sizes = {name: tensor.numel() for name, tensor in model.items()}
+    found = {name: tensor for name, tensor in model.items() if int(name[1:]) in there}
+    parts = MagnitudeHistogram(list(sizes))
+    for rank in range(ranks):
+        parts.update(dict(slice_of(found, sizes, rank, ranks)))
+    assert torch.equal(parts.table, table_of(found, list(sizes)))

@@ -1,17 +1,26 @@
-"""Triton kernels of the optimizers: one launch a phase for all tensors of a step.
+"""Triton kernels: one launch a phase for all tensors of a step, and one for all tensors of a histogram.
 
-The modules hold what :mod:`lightning_gradhist.optim` calls in place of its eager step, with the same names and
-signatures: :func:`adam_e.adam_e_step`, :func:`alto.alto_moments` and :func:`alto.alto_apply`. Importing them needs
-Triton; importing this package does not.
+The modules hold what :mod:`lightning_gradhist.optim` and :mod:`lightning_gradhist.histogram` call in place of their eager
+code, with the same names and signatures: :func:`adam_e.adam_e_step`, :func:`alto.alto_moments`, :func:`alto.alto_apply`
+and :func:`histogram.add_magnitudes`. Importing them needs Triton; importing this package does not.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
-__all__ = ["available"]
+import torch
+
+__all__ = ["available", "run_on"]
 
 
 def available() -> bool:
     """Whether Triton is installed, so that the modules of this package can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether kernels are to be tried on a device: on CUDA, and on a CPU in Triton's interpreter, for tests."""
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or interpreted) and available()

@@ -1,7 +1,7 @@
 """Chunk tables: how one launch finds its way through a list of tensors.
 
-Each program works on one chunk of :data:`CHUNK` elements of one tensor. It looks up which, and where the memory of that
-tensor is. Tensors are taken in the order of their memory, so that a parameter and its state must have the same strides.
+Each program works on one chunk of one tensor, :data:`CHUNK` elements in a step. It looks up which, and where the memory
+of that tensor is. Tensors are taken in the order of their memory, so that a parameter and its state must have the same strides.
 """
 # mypy: allow-untyped-defs
 
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 4096
-"""Elements a program: enough to pay for its look-ups, few enough to spread a small model over the device."""
+"""Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
 ALIGNMENT = 16
 """Bytes of the widest load and store."""
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -123,7 +123,7 @@ def in_memory_order(lists: Lists) -> list[Tensor]:
     ]
 
 
-def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None]) -> ChunkTable:
+def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None], chunk: int = CHUNK) -> ChunkTable:
     """Look up or build the table of some lists of tensors.
 
     A table is found by the addresses, sizes and strides it was made for: it is as good for other tensors in the same
@@ -132,6 +132,7 @@ def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None]) -> C
     Args:
         columns: Lists of as many tensors, the first of them parameters; the current device is theirs.
         check: Called before a table is built; raises if the kernels do not take these tensors.
+        chunk: Elements of the first column a chunk.
 
     Returns:
         The table, on the device of the parameters.
@@ -142,7 +143,7 @@ def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None]) -> C
     addresses = array("q", chain.from_iterable(map(Tensor.data_ptr, column) for column in columns))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         check()
-        return _captured(addresses, numels, device)  # a graph may outlive what is kept here
+        return _captured(addresses, numels, chunk, device)  # a graph may outlive what is kept here
     # Of this stream only: nothing else orders the copy, or its memory's reuse, with work on another.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     strides = None if all(map(_all_contiguous, columns)) else [[t.stride() for t in column] for column in columns]
@@ -154,11 +155,11 @@ def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None]) -> C
         return _rows(addresses, len(columns)).to(device, non_blocking=True)  # pageable: staged before it returns
 
     def layout() -> tuple[Tensor, Tensor]:
-        extents = _extents(numels)
-        return extents.to(device, non_blocking=True), _chunks(extents).to(device, non_blocking=True)
+        extents = _extents(numels, chunk)
+        return extents.to(device, non_blocking=True), _chunks(extents, chunk).to(device, non_blocking=True)
 
     key = (place, addresses.tobytes(), numels.tobytes(), str(strides), str(dtypes))
-    return ChunkTable(_POINTERS.get(key, pointers), *_LAYOUTS.get((place, numels.tobytes()), layout))
+    return ChunkTable(_POINTERS.get(key, pointers), *_LAYOUTS.get((place, numels.tobytes(), chunk), layout))
 
 
 class _Recent:
@@ -185,35 +186,34 @@ def _rows(addresses: array[int], columns: int) -> Tensor:
     return torch.frombuffer(addresses, dtype=torch.int64).view(columns, -1).t().contiguous()
 
 
-def _extents(numels: array[int]) -> Tensor:
+def _extents(numels: array[int], chunk: int) -> Tensor:
     numel = torch.frombuffer(numels, dtype=torch.int64)
-    counts = _counts(numel)
+    counts = _counts(numel, chunk)
     return torch.stack([numel, counts.cumsum(0) - counts], dim=1)
 
 
-def _chunks(extents: Tensor, total: int | None = None) -> Tensor:
+def _chunks(extents: Tensor, chunk: int, total: int | None = None) -> Tensor:
     numel, first = extents.unbind(1)
-    counts = _counts(numel)
+    counts = _counts(numel, chunk)
     tensors = torch.arange(len(numel), device=numel.device).repeat_interleave(counts, output_size=total)
     places = torch.arange(len(tensors), device=numel.device) - first[tensors]
     return torch.stack([tensors, places], dim=1).int()
 
 
-def _counts(numel: Tensor) -> Tensor:
-    return (numel + (CHUNK - 1)) // CHUNK
+def _counts(numel: Tensor, chunk: int) -> Tensor:
+    return (numel + (chunk - 1)) // chunk
 
 
-def _captured(addresses: array[int], numels: array[int], device: torch.device) -> ChunkTable:
+def _captured(addresses: array[int], numels: array[int], chunk: int, device: torch.device) -> ChunkTable:
     """A table that is part of the CUDA graph being captured: made by kernels alone, in the graph's memory."""
-    rows, extents = _rows(addresses, len(addresses) // len(numels)), _extents(numels)
+    rows, extents = _rows(addresses, len(addresses) // len(numels)), _extents(numels, chunk)
     values = torch.cat([rows.view(-1), extents.view(-1)]).tolist()
     table = torch.zeros(len(values), dtype=torch.int64, device=device)
     torch._foreach_add_(list(table.unbind()), values)  # its kernels carry the values as arguments
     pointers, extents_there = table.split([rows.numel(), extents.numel()])
     extents_there = extents_there.view(-1, 2)
-    return ChunkTable(
-        pointers.view(rows.shape), extents_there, _chunks(extents_there, int(_counts(extents[:, 0]).sum()))
-    )
+    total = int(_counts(extents[:, 0], chunk).sum())
+    return ChunkTable(pointers.view(rows.shape), extents_there, _chunks(extents_there, chunk, total))
 
 
 def _all_contiguous(tensors: list[Tensor]) -> bool:
@@ -245,11 +245,11 @@ def locate(chunks, extents, program, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def elements(address, offset, offsets, DTYPE: tl.constexpr, FULL: tl.constexpr):
+def elements(address, offset, offsets, DTYPE: tl.constexpr, FULL: tl.constexpr, WIDTH: tl.constexpr = 4):
     """Pointers to a block of elements; those of a full block are known to be aligned, so that loads are wide."""
     if FULL:
-        # by four elements for all dtypes: if some were by eight, values would change threads through shared memory
-        start = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 4 * DTYPE.primitive_bitwidth // 8)
+        # by as many elements for all dtypes of a kernel: else values would change threads through shared memory
+        start = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), WIDTH * DTYPE.primitive_bitwidth // 8)
     else:
         start = address.to(tl.pointer_type(DTYPE))
     return start + offset + offsets

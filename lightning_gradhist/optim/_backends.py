@@ -114,7 +114,7 @@ def backend_of(group: dict[str, Any], lists: StepLists, fault: Callable[[torch.d
     if group["fused"]:
         _refuse_fault(device, fault)
         return Compiled() if device.type == "cpu" else Kernels()
-    if group["fused"] is None and group["foreach"] is None and device.type == "cuda" and kernels.available():
+    if group["fused"] is None and group["foreach"] is None and kernels.run_on(device):
         from lightning_gradhist.kernels._tables import supported  # imports Triton
 
         return Kernels() if supported(lists) and fault(device) is None else eager

@@ -28,6 +28,10 @@ HOST = {"LR_ON_DEVICE": False, "STEPS_ON_DEVICE": False, "HAS_RATIOS": True, "MA
 DEVICE = {"LR_ON_DEVICE": True, "STEPS_ON_DEVICE": True, "HAS_RATIOS": False, "MAXIMIZE": True, "DECAY": 0}
 
 
+COUNTED = (("fp32", 8), ("bf16", 8), ("fp32", 128))
+"""Dtype and bins an octave of the histograms."""
+
+
 def variants() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
     """Kernel, dtype, target and options by name."""
     chosen = {}
@@ -36,6 +40,9 @@ def variants() -> dict[str, tuple[str, str, str, dict[str, Any]]]:
             for dtype in DTYPES if target == "sm_90" else ("fp32", "bf16"):
                 chosen[f"{kernel}-{dtype}-{target}"] = (kernel, dtype, target, HOST)
         chosen[f"sum_chunks_kernel-fp32-{target}"] = ("sum_chunks_kernel", "fp32", target, HOST)
+        for dtype, bins in COUNTED:
+            chosen[f"count_kernel-{dtype}-{target}-{bins}"] = ("count_kernel", dtype, target, {"BINS_PER_OCTAVE": bins})
+    chosen["count_kernel-fp16-sm_90-1"] = ("count_kernel", "fp16", "sm_90", {"BINS_PER_OCTAVE": 1})
     for kernel in KERNELS:
         chosen[f"{kernel}-fp32-sm_90-device_scalars"] = (kernel, "fp32", "sm_90", DEVICE)
         chosen[f"{kernel}-bf16-sm_90-bf16_state"] = (kernel, "bf16", "sm_90", {**HOST, "STATE": "bfloat16"})
@@ -49,25 +56,30 @@ def compiled(name: str, dtype: str, target: str, options: dict[str, Any]) -> dic
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lightning_gradhist.kernels import _launch, _tables, adam_e, alto
+    from lightning_gradhist.kernels import _launch, _tables, adam_e, alto, histogram
 
-    kernel = getattr(adam_e if name.startswith("adam_e") else alto, name)
+    kernel = next(getattr(module, name) for module in (adam_e, alto, histogram) if hasattr(module, name))
     param, grad = (getattr(tl, each) for each in DTYPES[dtype])
     sizes = {"ALIGNMENT": _tables.ALIGNMENT, "CHUNK": _tables.CHUNK, "BLOCK": _launch.BLOCK}
     state = getattr(tl, options.get("STATE", "float32"))
-    constants = {**options, **sizes, "PARAM": param, "GRAD": grad, "STATE": state}
+    warps = _launch.OPTIONS["num_warps"]
+    if name == "count_kernel":
+        sizes, warps = histogram.sizes(options["BINS_PER_OCTAVE"]), histogram.WARPS
+    constants = {**options, **sizes, "PARAM": param, "GRAD": grad, "STATE": state, "DTYPE": grad}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     pointers = dict(POINTERS)
-    if options["LR_ON_DEVICE"]:
+    if options.get("LR_ON_DEVICE"):
         pointers |= {"lr": "*fp32", "unbias1": "*fp32", "unbias2": "*fp32"}
     signature = {key: "constexpr" if key in constants else pointers.get(key, "fp32") for key in kernel.arg_names}
     aligned = {(at,): [["tt.divisibility", 16]] for at, key in enumerate(kernel.arg_names) if key in POINTERS}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    launch = {**_launch.OPTIONS, "num_warps": 2 if target == "gfx942" else 4}
+    launch = {**_launch.OPTIONS, "num_warps": warps // 2 if target == "gfx942" else warps}
     result = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch)
     if "ptx" in result.asm:
-        return {**_of_cubin(result.asm["cubin"], triton), **_of_ptx(result.asm["ptx"])}
-    return _of_amdgcn(result.asm["amdgcn"])
+        of_target = {**_of_cubin(result.asm["cubin"], triton), **_of_ptx(result.asm["ptx"])}
+    else:
+        of_target = _of_amdgcn(result.asm["amdgcn"])
+    return {**of_target, "shared_bytes": result.metadata.shared}
 
 
 def _of_cubin(cubin: bytes, triton: Any) -> dict[str, int]:
@@ -84,7 +96,13 @@ def _of_ptx(ptx: str) -> dict[str, Any]:
     accesses: dict[str, int] = {}
     for access in re.findall(r"(?:ld|st)\.global[\w.:]*", ptx):
         accesses[access] = accesses.get(access, 0) + 1
-    return {"accesses": accesses, "fused": len(re.findall(r"\bfma\.rn", ptx)), "rounded_to_bf16": "cvt.rn.bf16" in ptx}
+    return {
+        "accesses": accesses,
+        "fused": len(re.findall(r"\bfma\.rn", ptx)),
+        "rounded_to_bf16": "cvt.rn.bf16" in ptx,
+        "shared_atomics": len(re.findall(r"(?:atom|red)\.[\w.]*shared[\w.]*add\.u32", ptx)),
+        "global_atomics": len(re.findall(r"(?:atom|red)\.global[\w.]*add\.u64", ptx)),
+    }
 
 
 def _of_amdgcn(text: str) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def captured_table() -> None:
     columns = [lists.params, lists.exp_avgs, lists.exp_avg_sqs]
     numels = _tables.array("q", [t.numel() for t in lists.params])
     addresses = _tables.array("q", [t.data_ptr() for column in columns for t in column])
-    got = _tables._captured(addresses, numels, torch.device("cpu"))
+    got = _tables._captured(addresses, numels, CHUNK, torch.device("cpu"))
     for a, b in zip(got, _tables.chunk_table(columns, lambda: None), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.is_contiguous()
 
@@ -303,6 +303,28 @@ def nothing_to_do() -> None:
         alto_kernels.alto_apply(lists, PLAIN, trust_ratio(norms))
 
 
+def offsets_beyond_32_bits() -> None:
+    """Where the chunks of a tensor of 2^33 elements are, without the tensor."""
+    global tl, _tables
+    import triton
+    import triton.language as tl
+
+    from lightning_gradhist.kernels import _tables
+
+    @triton.jit
+    def place(chunks, extents, address, out):
+        tensor, offset, size = _tables.locate(chunks, extents, tl.program_id(0), 4096)
+        tl.store(out, offset)
+        at = _tables.elements(tl.load(address), offset, tl.arange(0, 4), tl.float32, True)
+        tl.store(out + 1 + tl.arange(0, 4), at.to(tl.int64))
+
+    chunks, extents = torch.tensor([[0, 2**21 - 1]], dtype=torch.int32), torch.tensor([[2**33, 0]])
+    out = torch.zeros(5, dtype=torch.int64)
+    place[(1,)](chunks, extents, torch.tensor([2**40]), out)
+    first = (2**21 - 1) * 4096
+    assert out.tolist() == [first, *(2**40 + 4 * (first + i) for i in range(4))]
+
+
 def whole_optimizers() -> None:
     """ALTO and AdamE, stepping with the kernels and without: what is tried on each GPU before they are used."""
     from lightning_gradhist.optim import ALTO, AdamE, _base
@@ -312,6 +334,96 @@ def whole_optimizers() -> None:
         assert _base._kernel_fault(cls, torch.device("cpu")) is None
         got, expected = (_base._trial(cls, backend, torch.device("cpu")) for backend in (Kernels(), None))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def bit_patterns(dtype: torch.dtype) -> Tensor:
+    """Every value of 16 bits, or as many random ones of 32 and those at the ends of the ranges."""
+    if dtype != torch.float32:
+        return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    special = [1e-45, -0.0, 2.0**-126, 3e38, np.inf, np.nan]
+    ends = np.array([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0x007FFFFF, 0x7F7FFFFF], dtype=np.uint32)
+    values = np.concatenate([bits.view(np.float32), np.array(special, dtype=np.float32), ends.view(np.float32)])
+    return torch.from_numpy(values)
+
+
+def histogram(dtype: torch.dtype, bins_per_octave: int) -> None:
+    from lightning_gradhist.histogram import count_magnitudes
+    from lightning_gradhist.kernels.histogram import CHUNK, add_magnitudes
+
+    values = bit_patterns(dtype)
+    tensors = [
+        values,  # chunks that are full, and one that is not
+        values[: 2 * CHUNK],
+        values[3 : CHUNK + 3],  # not aligned
+        values[1::3],
+        values[0].expand(5),
+        values[:0],
+        values[7],
+        values[: 37 * 129].view(37, 129).t(),
+    ]
+    tensors = [tensor.reshape(-1) for tensor in tensors]
+    rows = [4, 0, 5, 7, 1, 2, 6, 8]
+    table = torch.zeros(10, 254 * bins_per_octave + 3, dtype=torch.int64)
+    expected = torch.zeros_like(table)
+    for row, tensor in zip(rows, tensors, strict=True):
+        expected[row] = count_magnitudes(tensor, bins_per_octave)
+    for times in (1, 2):
+        add_magnitudes(table, rows, tensors)
+        assert torch.equal(table, times * expected)
+
+
+def histogram_beyond_32_bits() -> None:
+    from lightning_gradhist.kernels.histogram import add_magnitudes
+
+    table = torch.full((1, 257), 2**40, dtype=torch.int64)
+    add_magnitudes(table, [0, 0], [torch.ones(9), torch.ones(3)])  # two tensors may share a row
+    assert table[0, 127].item() == 2**40 + 12 and table.sum().item() == 257 * 2**40 + 12
+
+
+def histogram_refuses() -> None:
+    from lightning_gradhist.kernels.histogram import add_magnitudes
+
+    for tensors, named in (
+        ([torch.ones(2), torch.ones(2).half()], "torch.float16 on cpu, torch.float32 on cpu"),
+        ([torch.ones(2).double()], "torch.float64 on cpu"),
+        ([torch.ones(2, device="meta")], "torch.float32 on meta"),
+    ):
+        table = torch.zeros(2, 257, dtype=torch.int64)
+        try:
+            add_magnitudes(table, range(len(tensors)), tensors)
+        except ValueError as error:
+            assert named in str(error)
+        else:
+            raise AssertionError("not refused")
+        assert not table.any()
+    add_magnitudes(table, [], [])
+    add_magnitudes(table, [0], [torch.empty(0)])
+    assert not table.any()
+
+
+def histogram_in_the_metric() -> None:
+    """The kernel's dtypes go to the kernel, each in one launch, and the others do not."""
+    import lightning_gradhist.histogram as metric
+
+    kernel = metric._kernel(torch.device("cpu"))
+    assert kernel is not None
+    values = {
+        "channels_last": torch.randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last),
+        "float64": torch.randn(9).double(),
+        "sparse": torch.eye(4).to_sparse(),
+        "half": torch.randn(5, 6).half().t(),
+        "gaps": torch.randn(40)[::3],
+        "scalar": torch.tensor(-0.0),
+        "parameter": torch.nn.Parameter(torch.randn(31)),
+    }
+    histogram = metric.MagnitudeHistogram(list(values))
+    launches = []
+    kernel.count_kernel.add_pre_run_hook(lambda *args, **kwargs: launches.append(kwargs["DTYPE"]))
+    histogram.update(values)
+    assert sorted(map(str, launches)) == ["fp16", "fp32"]
+    for row, tensor in zip(histogram.table, values.values(), strict=True):
+        assert torch.equal(row, metric.count_magnitudes(tensor, 8))
 
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -333,7 +445,13 @@ for _name, _step in (("adam_e", adam_e), ("alto", alto)):
         f"{_name}-tensor_corrections": partial(lists_of_corrections, _step),
         f"{_name}-grads_in_other_strides": partial(grads_in_other_strides, _name),
     }
+for _dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for _bins in (1, 8, 128):
+        CASES[f"histogram-{str(_dtype)[6:]}-{_bins}"] = partial(histogram, _dtype, _bins)
 CASES |= {
+    "histogram-beyond_32_bits": histogram_beyond_32_bits,
+    "histogram-refuses": histogram_refuses,
+    "histogram-in_the_metric": histogram_in_the_metric,
     "adam_e-coupled_decay": partial(adam_e, decoupled=False),
     "alto-no_ratios": partial(alto, layerwise=False),
     "alto-eps_zero": zero_coordinates_at_eps_zero,
@@ -344,6 +462,7 @@ CASES |= {
     "captured_table": captured_table,
     "unsupported": unsupported,
     "nothing_to_do": nothing_to_do,
+    "offsets_beyond_32_bits": offsets_beyond_32_bits,
     "whole_optimizers": whole_optimizers,
 }
 

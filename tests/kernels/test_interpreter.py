@@ -50,6 +50,26 @@ def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
     assert "the kernels run on CUDA devices" in done.stdout
 
 
+def test_a_histogram_is_counted_where_its_kernel_fails() -> None:
+    code = """if True:
+        import os, warnings
+        import torch
+        import lightning_gradhist.kernels.histogram  # compiled, not interpreted: refuses the CPU
+        from lightning_gradhist.histogram import MagnitudeHistogram
+        os.environ["TRITON_INTERPRET"] = "1"
+        histogram = MagnitudeHistogram(["x"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                histogram.update({"x": torch.ones(3)})
+        print(histogram.total().tolist(), *[warning.message for warning in caught])
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[6] ") and done.stdout.count("histograms are counted without") == 1
+
+
 def test_importing_the_package_does_not_import_triton() -> None:
     code = "import sys, lightning_gradhist.kernels as k; k.available(); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
