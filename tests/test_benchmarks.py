@@ -16,7 +16,7 @@ import torch
 from measuring import extra_peak_bytes
 from optim_implementations import LAMB, Implementation, LeftOut
 
-from lightning_gradhist.optim import AdamE, EAdaptor
+from lightning_gradhist.optim import ALTO, AdamE, EAdaptor
 
 CPU = torch.device("cpu")
 FOLDER = Path(optim_step.__file__).parent
@@ -171,3 +171,14 @@ def test_extra_peak_of_state_that_is_replaced() -> None:
             held[name] = held[name] + 1
 
     assert extra_peak_bytes(replace, CPU) == about(40_000)  # each old one goes when its new one has come
+
+
+@pytest.mark.parametrize("optimizer_class", [AdamE, ALTO])
+def test_a_step_of_ours_needs_little_more_memory_than_it_holds(optimizer_class: Any) -> None:
+    params = [torch.ones(1000, 1000), *(torch.ones(1000) for _ in range(200))]
+    for param in params:
+        param.requires_grad_().grad = torch.ones_like(param)
+    optimizer = optimizer_class(params)
+    optimizer.step()
+    of_a_piece = 6 * 4 * 2**16  # six temporaries of one piece in fp32; the parameters are 4.8 MB
+    assert extra_peak_bytes(optimizer.step, CPU) < of_a_piece
