@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_gradhist import kernels
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars, in_memory_order, one_by_one, pieces, whole
@@ -57,29 +60,68 @@ class Eager:
 class Compiled:
     """The functions compiled to one pass over memory, for tensors of one dimension and any length."""
 
+    def __init__(self) -> None:
+        self._views = WeakTensorKeyDictionary()
+
     def function(self, step: Step) -> Step:
         """The compiled function, which all optimizers share."""
         return _compiled(step)
 
     def pieces(self, lists: StepLists, scalars: StepScalars, written: Sequence[str]) -> Iterator[Piece]:
-        """One tensor after another; small ones, and those whose memory has gaps, as a copy of several."""
+        """One tensor after another; small ones as a copy of several."""
         scalars = scalars.as_tensors()
         alone = isinstance(scalars.step, list)  # several tensors in one must have the number of the step in common
+        lasting = (column for name, column in lists._asdict().items() if name != "grads")
+        contiguous = map(all, zip(*(map(Tensor.is_contiguous, column) for column in lasting), strict=True))
         held: list[int] = []
         size = 0
-        for owner, entry in enumerate(zip(*lists, strict=True)):
-            numel = entry[0].numel()
-            flat = None if numel < _SMALL and not alone else in_memory_order(entry)
-            if flat is not None and numel:
-                yield Piece(_one_entry(flat), scalars.of_one(owner), slice(owner, owner + 1))
-            elif numel:
-                held.append(owner)
-                size += numel
-            if held and (alone or size >= _GATHERED):
-                yield from _gathered(lists, scalars, held, written)
+        for owner, is_contiguous in enumerate(contiguous):
+            numel = lists.params[owner].numel()
+            if numel >= _SMALL or alone or not is_contiguous:
+                yield from self._alone(lists, scalars, owner, written)
+                continue
+            held.append(owner)
+            size += numel
+            if size >= _GATHERED:
+                yield from self._gathered(lists, scalars, held, written)
                 held, size = [], 0
-        if held:
-            yield from _gathered(lists, scalars, held, written)
+        if size:
+            yield from self._gathered(lists, scalars, held, written)
+
+    @staticmethod
+    def _alone(lists: StepLists, scalars: StepScalars, owner: int, written: Sequence[str]) -> Iterator[Piece]:
+        """One entry as a view, or as a copy where its memory has gaps."""
+        entry = StepLists(*([column[owner]] for column in lists))
+        tensors = tuple(tensor for (tensor,) in entry)
+        if not tensors[0].numel():
+            return
+        flat = in_memory_order(tensors)
+        piece = _one_entry(flat or [tensor.reshape(-1) for tensor in tensors])
+        yield Piece(piece, scalars.of_one(owner), slice(owner, owner + 1))
+        if flat is None:
+            for name in written:
+                getattr(entry, name)[0].copy_(getattr(piece, name)[0].view(tensors[0].shape))
+
+    def _gathered(
+        self, lists: StepLists, scalars: StepScalars, owners: list[int], written: Sequence[str]
+    ) -> Iterator[Piece]:
+        """A copy of some entries as one, which is copied back when the piece has been stepped."""
+        views = self._views_of(StepLists(*([column[owner] for owner in owners] for column in lists)))
+        gathered = _one_entry([torch.cat(column) for column in views])
+        numels = [param.numel() for param in views.params]
+        yield Piece(gathered, scalars.of_one(owners[0]), torch.tensor(owners), torch.tensor(numels))
+        for name in written:
+            torch._foreach_copy_(getattr(views, name), getattr(gathered, name)[0].split(numels))
+
+    def _views_of(self, entries: StepLists) -> StepLists:
+        """One-dimensional views; those of parameters and state are kept, as making them takes longer than the step."""
+        params, grads, *state = entries
+        addresses = array("q", map(Tensor.data_ptr, chain(params, *state)))
+        kept = self._views.get(params[0])
+        if kept is None or kept[0] != addresses:
+            kept = self._views[params[0]] = addresses, [_flat(column) for column in (params, *state)]
+        flat_params, *flat_state = kept[1]
+        return StepLists(flat_params, _flat(grads), *flat_state)
 
 
 class Kernels:
@@ -96,12 +138,15 @@ class Kernels:
         return whole(lists, scalars)
 
 
-def backend_of(group: dict[str, Any], lists: StepLists, fault: Callable[[torch.device], str | None]) -> Backend:
+def backend_of(
+    group: dict[str, Any], lists: StepLists, compiled: Compiled, fault: Callable[[torch.device], str | None]
+) -> Backend:
     """Decide who steps the tensors of a group.
 
     Args:
         group: The param group, with ``foreach`` and ``fused``.
         lists: What is to be stepped, all on one device.
+        compiled: What steps it if compiled; it keeps views of small tensors from step to step.
         fault: Says what is wrong with the kernels on a device, None if nothing.
 
     Raises:
@@ -113,7 +158,7 @@ def backend_of(group: dict[str, Any], lists: StepLists, fault: Callable[[torch.d
         return eager
     if group["fused"]:
         _refuse_fault(device, fault)
-        return Compiled() if device.type == "cpu" else Kernels()
+        return compiled if device.type == "cpu" else Kernels()
     if group["fused"] is None and group["foreach"] is None and kernels.run_on(device):
         from lightning_gradhist.kernels._tables import supported  # imports Triton
 
@@ -166,6 +211,10 @@ def _compiled(step: Step) -> Step:
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = 64
     return cast(Step, torch.compile(step, **options))
+
+
+def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().reshape(-1) for tensor in tensors]
 
 
 def _one_entry(tensors: Sequence[Tensor]) -> StepLists:

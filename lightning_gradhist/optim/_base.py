@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
-from lightning_gradhist.optim._backends import Backend, Kernels, backend_of, refuse_fused
+from lightning_gradhist.optim._backends import Backend, Compiled, Kernels, backend_of, refuse_fused
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
 from lightning_gradhist.optim._sharding import DTensor, local
@@ -125,7 +125,13 @@ class ExploringOptimizer(Optimizer):
         lists = StepLists(*columns)
         steps = [state["step"] for state in states]
         scalars = self._scalars(group, steps if step is None else step, params[0].device)
-        return Batch(lists, scalars, group, params, backend or backend_of(group, lists, self._kernel_fault))
+        return Batch(
+            lists, scalars, group, params, backend or backend_of(group, lists, self._compiled, self._kernel_fault)
+        )
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled:
+        return Compiled()
 
     def _kernel_fault(self, device: torch.device) -> str | None:
         return _kernel_fault(type(self), device)  # type: ignore[arg-type]  # mypy: a class has no hash

@@ -86,6 +86,24 @@ def test_a_changed_number_does_not_compile_again() -> None:
         trained(params, optimizer, 1)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_fused_finds_memory_that_has_moved() -> None:
+    """Views of small tensors are kept from step to step, and made anew where parameters or state are elsewhere."""
+    results = []
+    for fused in (True, False):
+        params = parameters()
+        optimizer = AdamE(params, weight_decay=0.1, fused=fused)
+        trained(params, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for param in params:
+            param.data = param.data.clone()
+        trained(params, optimizer)
+        other = copy.deepcopy((params, optimizer))  # with state of its own
+        results += [trained(*other), trained(params, optimizer)]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
 @OPTIMIZERS
 def test_fused_without_a_compiler(optimizer_class: Any) -> None:
     params = parameters()
@@ -126,7 +144,7 @@ def test_kernels_that_fail_their_trial_are_not_used(optimizer_class: Any) -> Non
     with pytest.raises(RuntimeError, match="cannot be had|not to be had"):
         _backends._refuse_fault(torch.device("cuda"), lambda _: fault)
     auto = {"fused": None, "foreach": None}
-    assert isinstance(_backends.backend_of(auto, lists, lambda _: fault), _backends.Eager)
+    assert isinstance(_backends.backend_of(auto, lists, _backends.Compiled(), lambda _: fault), _backends.Eager)
 
 
 # state_dtype
