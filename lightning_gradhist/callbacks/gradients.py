@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks.rows import plain_name
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def least_over_ranks(value: float, trainer: Trainer) -> float:
 def model_shapes(module: LightningModule) -> dict[str, list[int]]:
     """Names and shapes of the parameters that are trained, by which a record knows its model."""
     return {
-        name.replace("_orig_mod.", ""): list(p.shape)  # the same model, compiled or not
+        plain_name(name): list(p.shape)  # the same model, compiled or not
         for name, p in module.named_parameters()
         if p.requires_grad
     }
@@ -106,7 +107,7 @@ def model_shapes(module: LightningModule) -> dict[str, list[int]]:
 
 def optimizer_parameters(module: LightningModule, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The parameters of an optimizer by their names in the module, in the order of its groups."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {names.get(id(parameter), f"parameter_{i}"): parameter for i, parameter in enumerate(parameters)}
 

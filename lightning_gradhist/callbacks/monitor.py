@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,14 +28,17 @@ from lightning_gradhist.callbacks.gradients import (
     ready_gradients,
     replicas,
 )
-from lightning_gradhist.callbacks.handoff import base_rate
+from lightning_gradhist.callbacks.rows import Rows
+from lightning_gradhist.callbacks.watched import Watched, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram, slice_of
-from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
+from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import Sink, log_magnitudes, sinks
-from lightning_gradhist.report.record import FILE_NAME, OptimizerRecord, RunRecord
+from lightning_gradhist.report.record import FILE_NAME, RunRecord
 
 _FEW = 3  # pairs below which there is no interval
+_MANY = 200  # rows beyond which a page of histograms is no longer read
+_ARGUMENTS = ("every_n_steps", "bins_per_octave", "noise_scale", "batch_size", "group_by", "include", "exclude")
 
 
 class GradientHistogramMonitor(Callback):
@@ -48,7 +49,7 @@ class GradientHistogramMonitor(Callback):
     of it, and one all-reduce of the bins for all layers together gives the whole. Steps ``0, every_n_steps, ...`` are
     logged.
 
-    TensorBoard gets, on rank zero, ``gradient_magnitude/<parameter>`` and ``gradient_magnitude/all`` with
+    TensorBoard gets, on rank zero, ``gradient_magnitude/<parameter or group>`` and ``gradient_magnitude/all`` with
     :math:`\log_{10}|g|` on the horizontal axis, the scalars that
     :func:`lightning_gradhist.report.loggers.log_magnitudes` lists, and with matplotlib a heatmap of layers by
     magnitude, ``gradient_magnitude_by_layer``, at the 1st, 2nd, 4th, 8th, ... logged step and at the end. With several
@@ -70,9 +71,17 @@ class GradientHistogramMonitor(Callback):
         noise_scale: whether to measure the noise scale.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
+        group_by: what shares a histogram. None: every parameter has its own. A number ``n``: the parameters below the same
+            ``n`` first parts of the module path, so that 1 gives one a child of the module. A regular expression: those
+            whose names it finds the same first group in, or has the same match in where it has no group. A function:
+            those for whose names it returns the same. A parameter for which this gives nothing has its own.
+        include: regular expression; only parameters are counted in whose names it is found, or of whose layer it
+            matches the class name in whole, or that of a base: ``"Linear"``, ``"Conv.d"``, ``"encoder"``.
+        exclude: likewise, what is not counted: ``".*Norm.*|bias"``. Noise is measured of all parameters regardless.
 
     Raises:
-        MisconfigurationException: for an argument out of its range.
+        MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
+            matches nothing.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -86,6 +95,9 @@ class GradientHistogramMonitor(Callback):
         bins_per_octave: int = 8,
         noise_scale: bool = True,
         batch_size: Optional[int] = None,  # noqa: UP045 - LightningCLI on Python 3.10 reads the plain types
+        group_by: Union[int, str, Callable[[str], Optional[str]], None] = None,  # noqa: UP007, UP045
+        include: Optional[str] = None,  # noqa: UP045
+        exclude: Optional[str] = None,  # noqa: UP045
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
@@ -99,7 +111,11 @@ class GradientHistogramMonitor(Callback):
         self.bins_per_octave = bins_per_octave
         self.noise_scale = noise_scale
         self.batch_size = batch_size
-        self._watched: list[_Watched] = []
+        self.group_by = group_by
+        self.include = include
+        self.exclude = exclude
+        self._rows = Rows(group_by, include, exclude)
+        self._watched: list[Watched] = []
         self._restored: list[dict[str, Any]] = []
         self._replicas: Replicas | None = None
         self._log_dir: Path | None = None
@@ -108,8 +124,9 @@ class GradientHistogramMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Differs between instances with different arguments, so that several can be in one Trainer."""
-        arguments = ("every_n_steps", "bins_per_octave", "noise_scale", "batch_size")
-        return f"{type(self).__qualname__}[{','.join(f'{name}={getattr(self, name)}' for name in arguments)}]"
+        values = {name: getattr(self, name) for name in _ARGUMENTS}
+        named = {name: getattr(value, "__qualname__", value) for name, value in values.items()}  # no address in memory
+        return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in named.items())}]"
 
     @property
     def noise_records(self) -> list[NoiseRecord]:
@@ -134,9 +151,15 @@ class GradientHistogramMonitor(Callback):
                 " and only one device and DDP are supported. Use strategy='ddp', or remove the callback."
             )
             return
+        rows = self._rows.check(pl_module)
+        if self.group_by is None and rows > _MANY:
+            rank_zero_info(
+                f"GradientHistogramMonitor logs {rows} histograms, one a parameter; group_by=1, 2, ... gives one a module"
+                " at that depth, and include= and exclude= choose among the parameters."
+            )
         states = self.state_dict()["optimizers"] if trainer.global_step > 0 else []
-        self._watched = [_Watched(**state) for state in states[: len(trainer.optimizers)]]
-        self._watched += [_Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
+        self._watched = [Watched(**state) for state in states[: len(trainer.optimizers)]]
+        self._watched += [Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
         self._restored = []
         self._log_dir = self._directory(trainer)
         if self.noise_scale and effective_batch_size(trainer, self.batch_size) is None:
@@ -165,12 +188,11 @@ class GradientHistogramMonitor(Callback):
         if due or paired:
             parameters = optimizer_parameters(pl_module, optimizer)
             gradients = ready_gradients(trainer, optimizer, parameters)
-            sizes = {name: as_real(p.detach()).numel() for name, p in parameters.items()}
             short = self.noise_scale and is_short_step(trainer)
             if paired:
                 self._guarded(lambda: watched.complete_pair({} if short else gradients))
             if due:
-                histogram = self._count(gradients, sizes, pl_module.device)
+                histogram = self._count(pl_module, parameters, gradients)
                 if trainer.is_global_zero:
                     self._guarded(lambda: self._log(trainer, pl_module, index, histogram.cpu()))
                 if not paired and not short:  # each gradient is in one pair, so that pairs are independent
@@ -212,27 +234,26 @@ class GradientHistogramMonitor(Callback):
     def _hold(
         self,
         trainer: Trainer,
-        watched: _Watched,
+        watched: Watched,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         gradients: Mapping[str, Tensor],
     ) -> None:
         batch_size = effective_batch_size(trainer, self.batch_size)
-        if not self.noise_scale or batch_size is None:
-            return
-        rates = [base_rate(group) for group in optimizer.param_groups]
-        watched.learning_rates = [max(pair) for pair in zip_longest(rates, watched.learning_rates, fillvalue=0.0)]
-        watched.batch_size = batch_size
-        watched.hold(gradients, _second_moment(optimizer, parameters), _epsilon(optimizer))
+        if self.noise_scale and batch_size is not None:
+            watched.hold(batch_size, optimizer, gradients, second_moment(optimizer, parameters))
 
     def _count(
-        self, gradients: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device
+        self, module: LightningModule, parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]
     ) -> MagnitudeHistogram:
         assert self._replicas is not None
-        with device:  # made there, not copied there
-            histogram = MagnitudeHistogram(list(sizes), self.bins_per_octave)
+        rows = self._rows.of(module, parameters)
+        sizes = {name: as_real(parameters[name].detach()).numel() for name in rows}
+        with module.device:  # made there, not copied there
+            histogram = MagnitudeHistogram(list(rows), self.bins_per_octave)
         mine = slice_of(gradients, sizes, self._replicas.rank, self._replicas.ranks)
         self._guarded(lambda: histogram.update(dict(mine)))
+        histogram = histogram.grouped(rows)
         if self._replicas.ranks > 1:
             histogram.sync()
         return histogram
@@ -260,7 +281,7 @@ class GradientHistogramMonitor(Callback):
 
     def _release(self) -> None:
         for watched in self._watched:
-            watched.last_logged = watched.pending = None
+            watched.release()
 
     def _save_record(self, trainer: Trainer, module: LightningModule) -> None:
         if self._log_dir is None or not trainer.is_global_zero or not any(map(len, self.noise_records)):
@@ -291,71 +312,3 @@ def _run_directory(trainer: Trainer) -> str:
         return str(logger.log_dir)
     path = Path(getattr(logger, "save_dir", None) or trainer.default_root_dir)
     return str(path if logger is None else path / str(logger.name) / str(logger.version))
-
-
-class _Watched:
-    """What the monitor keeps of one optimizer."""
-
-    def __init__(
-        self,
-        steps: int = 0,
-        logged: int = 0,
-        samples: list[dict[str, Any]] | None = None,
-        learning_rates: list[float] | None = None,
-        batch_size: int = 0,
-    ) -> None:
-        self.steps = steps
-        self.logged = logged
-        self.noise = NoiseRecord(samples or [])
-        self.learning_rates = learning_rates or []
-        """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
-        self.batch_size = batch_size
-        self.last_step = -1
-        self.last_logged: tuple[MagnitudeHistogram, int] | None = None
-        self.pending: tuple[int, dict[str, Tensor], dict[str, Tensor] | None] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "logged": self.logged,
-            "samples": [dict(sample) for sample in self.noise.samples],
-            "learning_rates": list(self.learning_rates),
-            "batch_size": self.batch_size,
-        }
-
-    def hold(self, gradients: Mapping[str, Tensor], second_moment: Mapping[str, Tensor] | None, eps: float) -> None:
-        """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
-        weights = None
-        if second_moment is not None:
-            weights = {name: adam_weight(v.float(), eps) for name, v in second_moment.items()}
-        self.pending = (self.steps, {name: g.clone() for name, g in gradients.items()}, weights)
-
-    def complete_pair(self, gradients: Mapping[str, Tensor]) -> None:
-        assert self.pending is not None
-        step, first, weights = self.pending
-        self.pending = None
-        if gradients:
-            self.noise.add(step, self.batch_size, measure_pair(first, gradients, weights))
-
-    def record(self, name: str) -> OptimizerRecord:
-        noise = {metric: self.noise.estimate(metric) for metric in METRICS}
-        return OptimizerRecord(name, self.learning_rates, self.batch_size, noise, list(self.noise.samples))
-
-
-def _epsilon(optimizer: Optimizer) -> float:
-    eps = optimizer.param_groups[0].get("eps", 0.0)
-    return eps if isinstance(eps, float) else 0.0
-
-
-def _second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Adam's bias-corrected second moment by name, or None for an optimizer that has none, or none yet."""
-    decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
-    moments = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" in state and id(parameter) in decay:
-            step = state["step"]
-            on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
-            correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
-            moments[name] = as_real(state["exp_avg_sq"]) / correction
-    return moments or None

@@ -136,6 +136,41 @@ def test_frozen_and_unused_layers_are_left_out(tmp_path) -> None:
     assert not [tag for tag in tags if "unused" in tag or "body.0" in tag]
 
 
+def test_groups_add_up_and_filters_leave_out(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=8, noise_scale=False, group_by=1, exclude="BatchNorm1d|head.bias")
+    fit(tmp_path, monitor, spy)
+    tags = events(tmp_path).Tags()["histograms"]
+    assert tags == [f"gradient_magnitude/{name}" for name in ("body", "head", "all")]
+    for step in (0, 8):
+        body, head = (
+            torch.cat([spy.seen[step][name].flatten() for name in names])
+            for names in (("body.0.weight", "body.0.bias"), ("head.weight",))
+        )
+        for name, gradient in (("body", body), ("head", head), ("all", torch.cat([body, head]))):
+            assert logged_counts(tmp_path, f"gradient_magnitude/{name}", step) == expected_counts(gradient)
+
+
+def test_a_filter_that_matches_nothing_stops_the_run_at_its_start(tmp_path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match="exclude='Conv2d' matches no.*body.0.weight.*BatchNorm1d, Linear"
+    ):
+        fit(tmp_path, GradientHistogramMonitor(exclude="Conv2d"))
+
+
+def test_many_histograms_are_pointed_out(tmp_path, caplog) -> None:
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.many = nn.ParameterList(torch.zeros(1) for _ in range(200))
+
+    for monitor in (GradientHistogramMonitor(), GradientHistogramMonitor(group_by=1)):
+        with caplog.at_level("INFO"):
+            fit(tmp_path, monitor, module=Wide, max_steps=1, logger=DummyLogger())
+    assert [r.message for r in caplog.records if "GradientHistogramMonitor logs 206 histograms" in r.message]
+    assert len([r for r in caplog.records if "group_by=1" in r.message]) == 1
+
+
 def test_two_optimizers_are_told_apart(tmp_path) -> None:
     spy = GradientSpy()
     monitor = GradientHistogramMonitor(every_n_steps=4, batch_size=8)
@@ -207,8 +242,17 @@ def test_state_survives_a_round_trip() -> None:
 
 
 def test_instances_have_keys_of_their_own() -> None:
-    keys = {GradientHistogramMonitor(every_n_steps=n).state_key for n in (1, 2, 50)}
-    assert len(keys) == 3
+    options: list[dict[str, Any]] = [
+        {},
+        {"every_n_steps": 2},
+        {"group_by": 1},
+        {"group_by": "1"},
+        {"group_by": str.upper},
+    ]
+    options += [{"include": "a"}, {"exclude": "a"}]
+    keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
+    assert len(set(keys)) == len(keys)
+    assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
 
 
 def test_the_heatmap_comes_at_doubling_distances_and_at_the_end(tmp_path) -> None:
@@ -232,6 +276,11 @@ def test_no_tag_is_used_for_two_kinds_of_data(tmp_path) -> None:
         pytest.param({"every_n_steps": 2.5}, "every_n_steps must be .* got 2.5", id="fraction"),
         pytest.param({"bins_per_octave": 3}, "bins_per_octave must be a power of two", id="bins"),
         pytest.param({"batch_size": 0}, "batch_size must be a positive", id="batch size"),
+        pytest.param({"group_by": 0}, "group_by must be None, a depth .* got 0", id="depth"),
+        pytest.param({"group_by": True}, "group_by must be None, a depth .* got True", id="flag"),
+        pytest.param({"group_by": "("}, "group_by must be a regular expression, got '\\('", id="group"),
+        pytest.param({"include": "*"}, "include must be a regular expression, got '\\*'", id="include"),
+        pytest.param({"exclude": 3}, "exclude must be a regular expression, got 3", id="exclude"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:

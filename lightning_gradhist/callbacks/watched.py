@@ -1,0 +1,111 @@
+"""What the monitor keeps of one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradhist.callbacks.gradients import as_real
+from lightning_gradhist.callbacks.handoff import base_rate
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
+from lightning_gradhist.report.record import OptimizerRecord
+
+
+@dataclass
+class Step:
+    """A step between ``on_before_optimizer_step`` and the moment at which the optimizer takes it, if it does."""
+
+    number: int
+    """Of the trainer."""
+    due: bool
+    histogram: MagnitudeHistogram | None = None
+
+
+class Watched:
+    """The steps of one optimizer, those that were logged or skipped, and its noise."""
+
+    def __init__(
+        self,
+        steps: int = 0,
+        logged: int = 0,
+        samples: list[dict[str, Any]] | None = None,
+        learning_rates: list[float] | None = None,
+        batch_size: int = 0,
+        skipped: int = 0,
+    ) -> None:
+        self.steps = steps
+        self.logged = logged
+        self.skipped: int | Tensor = skipped
+        """Steps that the loss scaler skipped; a tensor where only the device knows."""
+        self.noise = NoiseRecord(samples or [])
+        self.learning_rates = learning_rates or []
+        """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
+        self.batch_size = batch_size
+        self.last_step = -1
+        self.last_logged: tuple[MagnitudeHistogram, int] | None = None
+        self.begun: Step | None = None
+        self.pending: tuple[int, dict[str, Tensor], dict[str, Tensor] | None] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, which the constructor takes."""
+        return {
+            "steps": self.steps,
+            "logged": self.logged,
+            "samples": [dict(sample) for sample in self.noise.samples],
+            "learning_rates": list(self.learning_rates),
+            "batch_size": self.batch_size,
+            "skipped": int(self.skipped),
+        }
+
+    def release(self) -> None:
+        """Lets go of what belongs to the model."""
+        self.last_logged = self.pending = self.begun = None
+
+    def hold(
+        self, batch_size: int, optimizer: Optimizer, gradients: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    ) -> None:
+        """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
+        rates = [base_rate(group) for group in optimizer.param_groups]
+        self.learning_rates = [max(pair) for pair in zip_longest(rates, self.learning_rates, fillvalue=0.0)]
+        self.batch_size = batch_size
+        eps = _epsilon(optimizer)
+        weights = {name: adam_weight(v.float(), eps) for name, v in moments.items()} if moments else None
+        self.pending = (self.steps, {name: g.clone() for name, g in gradients.items()}, weights)
+
+    def complete_pair(self, gradients: Mapping[str, Tensor]) -> None:
+        """Measures the noise of the step before and this one; without gradients the step before is let go."""
+        assert self.pending is not None
+        step, first, weights = self.pending
+        self.pending = None
+        if gradients:
+            self.noise.add(step, self.batch_size, measure_pair(first, gradients, weights))
+
+    def record(self, name: str) -> OptimizerRecord:
+        """The noise so far, of the optimizer of this class name."""
+        noise = {metric: self.noise.estimate(metric) for metric in METRICS}
+        return OptimizerRecord(name, self.learning_rates, self.batch_size, noise, list(self.noise.samples))
+
+
+def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adam's bias-corrected second moment by name; empty for an optimizer that has none, or none yet."""
+    decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
+    moments = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" in state and id(parameter) in decay:
+            step = state["step"]
+            on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
+            correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
+            moments[name] = as_real(state["exp_avg_sq"]) / correction
+    return moments
+
+
+def _epsilon(optimizer: Optimizer) -> float:
+    eps = optimizer.param_groups[0].get("eps", 0.0)
+    return eps if isinstance(eps, float) else 0.0
