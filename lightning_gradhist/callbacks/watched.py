@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks.gradients import as_real
+from lightning_gradhist.callbacks.gradients import LocalGradients, as_real, local
 from lightning_gradhist.callbacks.handoff import base_rate
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
@@ -19,12 +19,26 @@ from lightning_gradhist.report.record import OptimizerRecord
 
 @dataclass
 class Step:
-    """A step between ``on_before_optimizer_step`` and the moment at which the optimizer takes it, if it does."""
+    """A step from ``on_before_optimizer_step`` until the optimizer takes it, if it does."""
 
     number: int
-    """Of the trainer."""
+    """The trainer's ``global_step``."""
     due: bool
+    """Whether it is to be logged."""
     histogram: MagnitudeHistogram | None = None
+
+
+@dataclass
+class Held:
+    """This rank's part of the first gradient of a pair."""
+
+    step: int
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+
+    def measure(self, gradients: Mapping[str, Tensor], sums: Tensor) -> None:
+        """Writes the noise and the signal of the pair, as :func:`measure_pair` gives them, into ``sums [4]``."""
+        sums.copy_(measure_pair(self.gradients, gradients, self.weights))
 
 
 class Watched:
@@ -50,7 +64,11 @@ class Watched:
         self.last_step = -1
         self.last_logged: tuple[MagnitudeHistogram, int] | None = None
         self.begun: Step | None = None
-        self.pending: tuple[int, dict[str, Tensor], dict[str, Tensor] | None] | None = None
+        self.local: LocalGradients | None = None
+        self.in_pair = False
+        """Whether the step before was the first of a pair; the same on all ranks."""
+        self.first: Held | None = None
+        """None where this rank cannot measure it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, which the constructor takes."""
@@ -65,7 +83,14 @@ class Watched:
 
     def release(self) -> None:
         """Lets go of what belongs to the model."""
-        self.last_logged = self.pending = self.begun = None
+        self.drop_pair()
+        if self.local is not None:
+            self.local.remove()
+        self.last_logged = self.begun = self.local = None
+
+    def drop_pair(self) -> None:
+        """Measures nothing of the step before."""
+        self.in_pair, self.first = False, None
 
     def hold(
         self, batch_size: int, optimizer: Optimizer, gradients: Mapping[str, Tensor], moments: Mapping[str, Tensor]
@@ -76,15 +101,7 @@ class Watched:
         self.batch_size = batch_size
         eps = _epsilon(optimizer)
         weights = {name: adam_weight(v.float(), eps) for name, v in moments.items()} if moments else None
-        self.pending = (self.steps, {name: g.clone() for name, g in gradients.items()}, weights)
-
-    def complete_pair(self, gradients: Mapping[str, Tensor]) -> None:
-        """Measures the noise of the step before and this one; without gradients the step before is let go."""
-        assert self.pending is not None
-        step, first, weights = self.pending
-        self.pending = None
-        if gradients:
-            self.noise.add(step, self.batch_size, measure_pair(first, gradients, weights))
+        self.first = Held(self.steps, {name: g.clone() for name, g in gradients.items()}, weights)
 
     def record(self, name: str) -> OptimizerRecord:
         """The noise so far, of the optimizer of this class name."""
@@ -93,16 +110,16 @@ class Watched:
 
 
 def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adam's bias-corrected second moment by name; empty for an optimizer that has none, or none yet."""
+    """Adam's bias-corrected second moment by name, of a DTensor this rank's shard; empty where there is none (yet)."""
     decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
     moments = {}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" in state and id(parameter) in decay:
-            step = state["step"]
+            step = local(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
             on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
             correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
-            moments[name] = as_real(state["exp_avg_sq"]) / correction
+            moments[name] = as_real(local(state["exp_avg_sq"])) / correction
     return moments
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -101,15 +100,103 @@ def test_a_loss_scale_is_taken_off(tmp_path, fused: bool) -> None:
     assert_counts(tmp_path, spy, 4, [0, 4, 8])  # type: ignore[arg-type]
 
 
-def test_a_step_that_the_scaler_skips_is_counted_as_not_finite_and_measures_nothing(tmp_path) -> None:
-    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))
-    monitor = GradientHistogramMonitor(every_n_steps=1)
-    fit(tmp_path, monitor, plugins=[precision], max_steps=6)
-    shares = events(tmp_path).Scalars("gradient_nonfinite_share/all")
-    assert shares[0].value > 0
-    first = monitor.noise_records[0].samples[0]
-    assert first["noise_simple"] is None
-    assert json.loads((tmp_path / "calibration.json").read_text())
+@pytest.mark.parametrize("fused", [pytest.param(False, id="by the scaler"), pytest.param(True, id="by the optimizer")])
+def test_a_skipped_step_is_counted_apart(tmp_path, fused: bool) -> None:
+    spy, monitor = _ScaleSpy(), GradientHistogramMonitor(every_n_steps=1)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3))
+    made = fit(
+        tmp_path,
+        monitor,
+        spy,
+        module=lambda: Net(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused)),
+        plugins=[precision],
+    )
+    taken = [all(g.isfinite().all() for g in gradients.values()) for gradients in spy.seen]
+    assert 3 < sum(taken) < len(taken) - 3
+    found = events(tmp_path)
+    assert [e.step for e in found.Histograms("gradient_magnitude/all")] == [i for i, took in enumerate(taken) if took]
+    skipped = [event.value for event in found.Scalars("gradient_skipped_steps")]
+    assert skipped == [float(i + 1 - sum(taken[: i + 1])) for i in range(len(taken))]
+    assert monitor.state_dict()["optimizers"][0]["skipped"] == skipped[-1]
+    samples = monitor.noise_records[0].samples
+    assert samples and all(taken[sample["step"]] for sample in samples)
+    assert all((sample["noise_simple"] is not None) == taken[sample["step"] + 1] for sample in samples)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    made = trainer(tmp_path / "more", monitor, max_epochs=2, plugins=[precision])
+    made.fit(Net(lambda p: torch.optim.AdamW(p, fused=fused)), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert events(tmp_path / "more").Scalars("gradient_skipped_steps")[0].value >= skipped[-1]
+
+
+class Recorder(torch.optim.AdamW):
+    """Keeps the gradients that it steps by."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, lr=1e-2, **options)
+        self.seen: list[list[torch.Tensor]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        self.seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        super().step()
+        return loss
+
+
+class ByHand(TwoOptimizers):
+    """Two optimizers, one of whose gradients are clipped."""
+
+    def configure_optimizers(self) -> Any:
+        return Recorder(self.one.parameters()), Recorder(self.two.parameters())
+
+    def manual_backward(self, loss: Any) -> None:
+        super().manual_backward(loss)
+        self.clip_gradients(self.optimizers()[0], gradient_clip_val=1e-2, gradient_clip_algorithm="value")
+
+
+class OwnClipping(Net):
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        for p in self.head.parameters():
+            p.grad.mul_(0.37)
+
+
+def _fp16() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        pytest.param(lambda: Net(Recorder), {"gradient_clip_val": 1e-2}, id="norm"),
+        pytest.param(
+            lambda: Net(Recorder),
+            {"gradient_clip_val": 1e-2, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 3},
+            id="value, with accumulation",
+        ),
+        pytest.param(lambda: Net(Recorder), {"gradient_clip_val": 1e-2, "plugins": _fp16}, id="16-mixed"),
+        pytest.param(
+            lambda: Net(lambda p: Recorder(p, maximize=True, foreach=True)), {"precision": "bf16-mixed"}, id="maximize"
+        ),
+        pytest.param(lambda: OwnClipping(Recorder), {}, id="the module's own"),
+        pytest.param(ByHand, {}, id="manual, two optimizers"),
+    ],
+)
+def test_counts_after_clipping_are_those_of_what_the_optimizer_uses(tmp_path, module: Any, options: Any) -> None:
+    options = {name: [value()] if callable(value) else value for name, value in options.items()}
+    before = GradientHistogramMonitor(every_n_steps=4, noise_scale=False)
+    after = GradientHistogramMonitor(every_n_steps=4, noise_scale=False, when="after_clip")
+    made = fit(tmp_path, before, after, module=module, **options)
+    several = len(made.optimizers) > 1
+    for index, optimizer in enumerate(made.optimizers):
+        tag = f"all_{index}" if several else "all"
+        seen = [torch.cat([gradient.flatten() for gradient in gradients]) for gradients in optimizer.seen[::4]]
+        logged = [e.step for e in events(tmp_path).Histograms(f"gradient_clipped_magnitude/{tag}")]
+        assert len(logged) == len(seen) > 0
+        for step, gradient in zip(logged, seen, strict=True):
+            assert logged_counts(tmp_path, f"gradient_clipped_magnitude/{tag}", step) == expected_counts(gradient)
+    tag = "all_0" if several else "all"
+    clipped = logged_counts(tmp_path, f"gradient_clipped_magnitude/{tag}", 0)
+    unclipped = logged_counts(tmp_path, f"gradient_magnitude/{tag}", 0)
+    assert (clipped == unclipped) == (several or "precision" in options)  # clipped before, or not at all
 
 
 def test_training_is_the_same_with_and_without(tmp_path) -> None:
@@ -236,6 +323,7 @@ def test_resume_goes_on_where_it_was(tmp_path) -> None:
 def test_state_survives_a_round_trip() -> None:
     monitor = GradientHistogramMonitor()
     watched = {"steps": 9, "logged": 2, "samples": [{"step": 0}], "learning_rates": [0.1], "batch_size": 8}
+    watched["skipped"] = 3
     state = {"optimizers": [watched]}
     monitor.load_state_dict(state)
     assert monitor.state_dict() == state
@@ -249,7 +337,7 @@ def test_instances_have_keys_of_their_own() -> None:
         {"group_by": "1"},
         {"group_by": str.upper},
     ]
-    options += [{"include": "a"}, {"exclude": "a"}]
+    options += [{"include": "a"}, {"exclude": "a"}, {"when": "after_clip"}, {"local": True}]
     keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
     assert len(set(keys)) == len(keys)
     assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
@@ -277,6 +365,8 @@ def test_no_tag_is_used_for_two_kinds_of_data(tmp_path) -> None:
         pytest.param({"bins_per_octave": 3}, "bins_per_octave must be a power of two", id="bins"),
         pytest.param({"batch_size": 0}, "batch_size must be a positive", id="batch size"),
         pytest.param({"group_by": 0}, "group_by must be None, a depth .* got 0", id="depth"),
+        pytest.param({"when": "later"}, "when must be one of .* got 'later'", id="when"),
+        pytest.param({"local": True, "when": "after_clip"}, "leave out one", id="contradiction"),
         pytest.param({"group_by": True}, "group_by must be None, a depth .* got True", id="flag"),
         pytest.param({"group_by": "("}, "group_by must be a regular expression, got '\\('", id="group"),
         pytest.param({"include": "*"}, "include must be a regular expression, got '\\*'", id="include"),
@@ -395,7 +485,8 @@ def test_nothing_of_the_model_is_held_after_training(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=4)
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, monitor, Interrupt())
-    assert [(watched.pending, watched.last_logged) for watched in monitor._watched] == [(None, None)]
+    assert [(watched.first, watched.last_logged) for watched in monitor._watched] == [(None, None)]
+    assert not monitor._handles
 
 
 def test_a_record_is_bounded() -> None:
