@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from support import GradientSpy, Net, dataset, final_state, fit, loader
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.noise import GradientMoments
@@ -144,8 +144,26 @@ class ChannelsLast(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+def own_gradients(module: type[L.LightningModule]) -> type[L.LightningModule]:
+    """A module that takes its own gradients by itself, without a collective, beside those that Lightning asks for."""
+
+    class Own(module):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            parameters = dict(self.named_parameters())
+            share = loss / self.trainer.accumulate_grad_batches
+            gradients = torch.autograd.grad(share, [*parameters.values()], retain_graph=True, allow_unused=True)
+            self.taken.append({n: g.clone() for n, g in zip(parameters, gradients, strict=True) if g is not None})
+            return loss
+
+        def on_train_start(self) -> None:
+            self.taken: list[dict[str, Tensor]] = []
+
+    return Own
+
+
 def monitored(folder: Path) -> Any:
-    """The whole gradients of each step, beside what the monitor logs from its slices."""
+    """The whole gradients of each step, and each rank's own, beside what the monitors log from slices and copies."""
     _, ranks = _world()
     found = {}
     cases: dict[str, Any] = {
@@ -157,9 +175,12 @@ def monitored(folder: Path) -> Any:
     }
     for name, (options, strategy) in cases.items():
         spy, monitor = GradientSpy(), GradientHistogramMonitor(every_n_steps=2)
-        made = fit(folder / name, monitor, spy, data=loader(4), **options, **ddp(ranks, **strategy))
+        before_averaging = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, local=True)
+        options["module"] = own_gradients(options["module"])
+        made = fit(folder / name, monitor, before_averaging, spy, data=loader(4), **options, **ddp(ranks, **strategy))
         found[name] = {
             "gradients": spy.seen[::2],
+            "own": made.lightning_module.taken,
             "samples": [record.samples for record in monitor.noise_records],
             "steps": made.global_step,
             "batch_size": monitor.noise_records[0].samples[0]["batch_size"],

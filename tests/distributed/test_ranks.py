@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,24 @@ def test_slices_of_all_ranks_add_up_to_the_whole_gradient(tmp_path, ranks: int) 
             assert logged_counts(tmp_path / case, "gradient_magnitude/all", step) == expected_counts(pooled)
         accumulated = 2 if case == "accumulated" else 1
         assert mine["batch_size"] == 4 * accumulated * ranks
+        for step in steps:
+            windows = [rank[case]["own"][step * accumulated : (step + 1) * accumulated] for rank in found]
+            assert_local_counts(tmp_path / case, step, windows)
+    assert len({"extra.weight" in rank["unused"]["own"][0] for rank in found}) == 2  # the ranks' names differ
+
+
+def assert_local_counts(folder: Path, step: int, windows: list[list[dict[str, torch.Tensor]]]) -> None:
+    """The counts before averaging are those of each rank's sum over the micro-batches of a step, over all ranks."""
+    own: dict[str, list[torch.Tensor]] = {}
+    for window in windows:
+        for name in window[0]:
+            own.setdefault(name, []).append(sum(batch[name] for batch in window).flatten())
+    for name, gradients in own.items():
+        if torch.cat(gradients).any():
+            logged = logged_counts(folder, f"gradient_local_magnitude/{name}", step)
+            assert logged == expected_counts(torch.cat(gradients)), (folder, name, step)
+    pooled = torch.cat([gradient for gradients in own.values() for gradient in gradients])
+    assert logged_counts(folder, "gradient_local_magnitude/all", step) == expected_counts(pooled)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
