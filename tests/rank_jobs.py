@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 import traceback
@@ -23,12 +24,7 @@ from lightning_gradhist.noise import GradientMoments
 
 def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]:
     """Runs a job on gloo ranks in processes of their own, and returns what it returned on each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.start_processes(
-        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=False, start_method="spawn"
-    )
+    context = _started(job, ranks, folder)
     deadline = time.monotonic() + 240
     while not context.join(timeout=10):
         if time.monotonic() > deadline:
@@ -36,6 +32,26 @@ def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]
                 process.kill()
             raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def exit_codes(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[int | None]:
+    """Runs a job on gloo ranks, each to its own end, and returns how they ended; None for one that hangs."""
+    processes = _started(job, ranks, folder).processes
+    for process in processes:
+        process.join(timeout=120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def _started(job: Callable[[Path], Any], ranks: int, folder: Path) -> Any:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return torch.multiprocessing.start_processes(
+        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=False, start_method="spawn"
+    )
 
 
 def _on_rank(rank: int, job: Callable[[Path], Any], ranks: int, port: int, folder: Path) -> None:
@@ -298,6 +314,21 @@ def out_of_step(folder: Path) -> Any:
         fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
         found[name] = (calibration.result.gradients, calibration.result.problems)
     return found
+
+
+def killed(folder: Path) -> Any:
+    """One rank dies in the middle of training; the other says what became of it."""
+
+    class Dies(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 7 and self.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        fit(folder, GradientHistogramMonitor(every_n_steps=2), module=Dies, data=loader(4), **ddp(2))
+    except Exception as error:
+        (folder / "error.txt").write_text(repr(error))
+        os._exit(3)  # the process group can no longer be taken down
 
 
 def _fp16() -> Any:

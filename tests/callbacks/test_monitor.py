@@ -3,15 +3,18 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
     Batches,
@@ -31,6 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.callbacks.gradients import shares
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.record import RunRecord
 
@@ -565,3 +569,109 @@ def test_sparse_gradients_and_tied_weights(tmp_path) -> None:
     counted = found.Histograms("gradient_magnitude/one.weight")[0].histogram_value.num
     zero_share = found.Scalars("gradient_zero_share/one.weight")[0].value
     assert counted == pytest.approx(64 * (1 - zero_share)) and zero_share >= 0.25  # the row that no label asks for
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        pytest.param(Net, {"accumulate_grad_batches": 3, "plugins": _fp16}, id="16-mixed, with accumulation"),
+        pytest.param(TwoOptimizers, {}, id="manual, two optimizers"),
+    ],
+)
+def test_on_one_device_local_gradients_are_the_gradients(tmp_path, module: Any, options: Any) -> None:
+    options = {name: [value()] if callable(value) else value for name, value in options.items()}
+    monitors = [GradientHistogramMonitor(every_n_steps=2, noise_scale=False, local=local) for local in (False, True)]
+    made = fit(tmp_path, *monitors, module=module, limit_train_batches=9, **options)
+    found = events(tmp_path)
+    for tag in ["all"] if len(made.optimizers) == 1 else ["all_0", "all_1"]:
+        usual, local = (found.Histograms(f"gradient{kind}_magnitude/{tag}") for kind in ("", "_local"))
+        assert len(usual) >= 2
+        assert [(e.step, e.histogram_value) for e in usual] == [(e.step, e.histogram_value) for e in local]
+    assert not any(p._post_accumulate_grad_hooks for p in made.lightning_module.parameters())
+
+
+class Compiled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+def test_compiled_layers_have_the_names_of_the_layers(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=8)
+    fit(tmp_path, monitor, spy, module=Compiled)
+    spy.seen = [{name.replace("_orig_mod.", ""): g for name, g in seen.items()} for seen in spy.seen]
+    assert_counts(tmp_path, spy, 8, [0, 8])
+    assert "body.0.weight" in RunRecord.load(tmp_path / "calibration.json").model
+
+
+def test_a_layer_frozen_in_mid_run_is_left_out_from_then_on(tmp_path) -> None:
+    class Freezing(Net):
+        def on_train_epoch_start(self) -> None:
+            self.head.requires_grad_(self.current_epoch == 0)
+
+    monitor = GradientHistogramMonitor(every_n_steps=3, local=True)
+    fit(tmp_path, monitor, module=Freezing, max_epochs=2, limit_train_batches=6)
+    histograms = events(tmp_path).Histograms
+    assert [event.step for event in histograms("gradient_local_magnitude/head.weight")] == [0, 3]
+    assert [event.step for event in histograms("gradient_local_magnitude/body.0.weight")] == [0, 3, 6, 9]
+
+
+def test_a_run_within_a_run_and_a_second_fit_are_each_counted_once(tmp_path) -> None:
+    outer, inner = GradientSpy(), GradientSpy()
+
+    class Nested(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 5:
+                fit(tmp_path / "inner", GradientHistogramMonitor(every_n_steps=4), inner, max_steps=5)
+
+    made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), outer, Nested(), limit_train_batches=6)
+    made.fit_loop.max_epochs = 2
+    made.fit(made.lightning_module, loader())
+    assert_counts(tmp_path, outer, 4, [0, 4, 8])
+    assert_counts(tmp_path / "inner", inner, 4, [0, 4])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_resumed_within_an_epoch_goes_on_with_its_steps(tmp_path) -> None:
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "seven.ckpt")
+
+    fit(tmp_path / "first", GradientHistogramMonitor(every_n_steps=3), Saving(), max_steps=8)
+    monitor = GradientHistogramMonitor(every_n_steps=3)
+    made = trainer(tmp_path / "second", monitor)
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "seven.ckpt")
+    assert made.global_step == 16
+    assert [e.step for e in events(tmp_path / "second").Histograms("gradient_magnitude/all")] == [9, 12, 15]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [
+        0,
+        3,
+        9,
+        12,
+    ]  # 6 and 7 span the checkpoint
+
+
+def test_strategies_that_cut_gradients_up_are_refused_by_name(tmp_path) -> None:
+    like_deepspeed = type("DeepSpeedStrategy", (DDPStrategy,), {})(process_group_backend="gloo")
+    with pytest.warns(UserWarning, match="is off.*DeepSpeedStrategy.*use one of them.*fully_shard") as caught:
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), strategy=like_deepspeed, max_steps=2)
+    assert made.global_step == 2 and "histograms" not in [k for k, v in events(tmp_path).Tags().items() if v]
+    assert len([w for w in caught if "GradientHistogramMonitor" in str(w.message)]) == 1
+    assert shares(SimpleNamespace(strategy=FSDPStrategy())) is None  # needs a GPU to run
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the parser's own, about itself
+@pytest.mark.parametrize("group_by", [2, r"layers\.(\d+)"])
+def test_the_command_line_takes_the_arguments(group_by: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(GradientHistogramMonitor, "monitor")
+    words = [
+        f"--monitor.group_by={group_by}",
+        "--monitor.include=Linear",
+        "--monitor.exclude=bias",
+        "--monitor.local=true",
+    ]
+    monitor = parser.instantiate_classes(parser.parse_args(words)).monitor
+    assert (monitor.group_by, monitor.include, monitor.exclude, monitor.local) == (group_by, "Linear", "bias", True)

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_jobs import apart, calibrated, invisible, monitored, numbers, out_of_step, run_ranks, uneven
+from rank_jobs import (
+    apart,
+    calibrated,
+    exit_codes,
+    invisible,
+    killed,
+    monitored,
+    numbers,
+    out_of_step,
+    run_ranks,
+    uneven,
+)
 from support import events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
+from lightning_gradhist.report.record import RunRecord
 
 RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")]
 
@@ -137,3 +150,11 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["fails"]
     assert gradients == 0 and any("no probe" in problem for problem in problems)
     assert found[0]["overflows"][0] == 16
+
+
+def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -> None:
+    codes = exit_codes(killed, 2, tmp_path)
+    assert codes == [3, -signal.SIGKILL], "the other rank hangs, or ended otherwise"
+    assert (tmp_path / "error.txt").read_text()
+    assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 2, 4, 6]
+    assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 3
