@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lightning_gradhist import ALTO, AdamE, GradientHistogramMonitor
+from lightning_gradhist.callbacks.gradients import local_gradient
 
 OPTIMIZERS: dict[str, Any] = {
     "ALTO": lambda p: ALTO(p, lr=0.02, alpha=-5.0, explore_beta=0.99),
@@ -195,6 +196,10 @@ def monitored(folder: Path) -> Any:
         fit(folder / "local", local, module=lambda: Sharded(False), data=loader(4), devices=ranks, strategy=strategy)
     except MisconfigurationException as error:
         found["local"] = str(error)
+    mesh = init_device_mesh("cpu", (ranks,))
+    parameter = nn.Parameter(DTensor.from_local(torch.zeros(5), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.ones(5), mesh, [Partial()])
+    found["partial"] = local_gradient(parameter).tolist()
     return found
 
 

@@ -175,19 +175,21 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
         replicas: of a tensor that is not a DTensor.
 
     Returns:
-        A flat piece of each tensor, which may be empty: where ``n`` ranks hold the same, as whole tensors or as shards
-        that are replicated over a dimension of a mesh, about an ``n``-th of all such tensors together.
+        A flat piece of each tensor, which may be empty, in the order of the parameter's memory: where ``n`` ranks hold the
+        same, as whole tensors or as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such
+        tensors together.
     """
+    own = {name: as_real(local(parameter.detach())) for name, parameter in parameters.items()}
+    flat = {name: _flat(tensor, own[name]) for name, tensor in tensors.items()}
     by_holders: dict[Replicas, dict[str, int]] = {}
     for name, parameter in parameters.items():
-        size = as_real(local(parameter.detach())).numel()
-        by_holders.setdefault(_holders(parameter, replicas), {})[name] = size
+        by_holders.setdefault(_holders(parameter, replicas), {})[name] = own[name].numel()
     pieces = {
         name: piece
         for holders, sizes in by_holders.items()
-        for name, piece in slice_of(tensors, sizes, holders.rank, holders.ranks)
+        for name, piece in slice_of(flat, sizes, holders.rank, holders.ranks)
     }
-    return {name: pieces[name] if name in pieces else tensor.new_empty(0) for name, tensor in tensors.items()}
+    return {name: pieces.get(name, tensor[:0]) for name, tensor in flat.items()}
 
 
 class LocalGradients:
@@ -266,6 +268,11 @@ def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:
         if placement.is_replicate():
             rank, ranks = rank * mesh.size(dim) + position, ranks * mesh.size(dim)
     return Replicas(rank, ranks)
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    # One order for gradient and second moment; no copy where they lie in memory as the parameter does (channels_last).
+    return tensor.permute(sorted(range(like.dim()), key=like.stride, reverse=True)).reshape(-1)
 
 
 def _divided(gradients: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -155,8 +155,9 @@ class GradientHistogramMonitor(Callback):
     def state_key(self) -> str:
         """Differs between instances with different arguments, so that several can be in one Trainer."""
         values = {name: getattr(self, name) for name in _ARGUMENTS}
-        named = {name: getattr(value, "__qualname__", value) for name, value in values.items()}  # no address in memory
-        return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in named.items())}]"
+        if callable(self.group_by):  # whose repr has an address in memory, another one in every process
+            values["group_by"] = getattr(self.group_by, "__qualname__", type(self.group_by).__qualname__)
+        return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in values.items())}]"
 
     @property
     def noise_records(self) -> list[NoiseRecord]:
@@ -328,13 +329,13 @@ class GradientHistogramMonitor(Callback):
         assert self._replicas is not None
         watched.in_pair = True
         batch_size = effective_batch_size(trainer, self.batch_size)
-        if batch_size is not None and not is_short_step(trainer):
+        if batch_size is not None and parts and not is_short_step(trainer):
             own = partial(own_parts, parameters=parameters, replicas=self._replicas)
             self._guarded(lambda: watched.hold(batch_size, optimizer, parts, own(second_moment(optimizer, parameters))))
 
     def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor]) -> None:
         assert self._replicas is not None
-        first = None if is_short_step(trainer) else watched.first
+        first = watched.first if parts and not is_short_step(trainer) else None
         watched.drop_pair()
         sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
         if first is not None:
@@ -357,8 +358,10 @@ class GradientHistogramMonitor(Callback):
         rows = self._rows.of(module, parameters)
         with module.device:  # made there, not copied there
             histogram = MagnitudeHistogram(list(rows), self.bins_per_octave)
-        self._guarded(lambda: histogram.update({name: part for name, part in parts.items() if name in rows}))
-        histogram = histogram.grouped(rows)
+        mine = {name: part for name, part in parts.items() if name in rows and part.numel()}
+        self._guarded(lambda: histogram.update(mine))
+        if self.group_by is not None:
+            histogram = histogram.grouped(rows)
         if self._replicas.ranks > 1:
             histogram.sync()
         return histogram

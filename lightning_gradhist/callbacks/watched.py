@@ -37,8 +37,11 @@ class Held:
     weights: dict[str, Tensor] | None
 
     def measure(self, gradients: Mapping[str, Tensor], sums: Tensor) -> None:
-        """Writes the noise and the signal of the pair, as :func:`measure_pair` gives them, into ``sums [4]``."""
-        sums.copy_(measure_pair(self.gradients, gradients, self.weights))
+        """Writes this rank's share of noise and signal, as :func:`measure_pair` gives them, into ``sums [4]``."""
+        if self.gradients:
+            sums.copy_(measure_pair(self.gradients, gradients, self.weights))
+        else:
+            sums.zero_()  # others have all there is
 
 
 class Watched:
@@ -101,7 +104,7 @@ class Watched:
         self.batch_size = batch_size
         eps = _epsilon(optimizer)
         weights = {name: adam_weight(v.float(), eps) for name, v in moments.items()} if moments else None
-        self.first = Held(self.steps, {name: g.clone() for name, g in gradients.items()}, weights)
+        self.first = Held(self.steps, {name: g.clone() for name, g in gradients.items() if g.numel()}, weights)
 
     def record(self, name: str) -> OptimizerRecord:
         """The noise so far, of the optimizer of this class name."""

@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import GradientHistogramMonitor
-from lightning_gradhist.callbacks.gradients import shares
+from lightning_gradhist.callbacks.gradients import Replicas, own_parts, shares
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.record import RunRecord
 
@@ -240,6 +240,15 @@ def test_groups_add_up_and_filters_leave_out(tmp_path) -> None:
         )
         for name, gradient in (("body", body), ("head", head), ("all", torch.cat([body, head]))):
             assert logged_counts(tmp_path, f"gradient_magnitude/{name}", step) == expected_counts(gradient)
+
+
+def test_an_optimizer_of_which_nothing_is_counted_logs_nothing(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4, include="one", batch_size=8)
+    fit(tmp_path, monitor, module=TwoOptimizers)
+    tags = events(tmp_path).Tags()
+    assert {tag.partition("/")[2] for tag in tags["histograms"]} == {"one.weight", "one.bias", "all_0"}
+    assert not [tag for tag in tags["scalars"] if "two" in tag or "all_1" in tag]
+    assert [len(record) for record in monitor.noise_records] == [4, 2]  # measured of all
 
 
 def test_a_filter_that_matches_nothing_stops_the_run_at_its_start(tmp_path) -> None:
@@ -651,6 +660,20 @@ def test_a_run_resumed_within_an_epoch_goes_on_with_its_steps(tmp_path) -> None:
         9,
         12,
     ]  # 6 and 7 span the checkpoint
+
+
+def test_parts_of_all_ranks_lie_in_one_order() -> None:
+    parameters = {"a": torch.zeros(3), "b": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}
+    one = {name: torch.randn(p.shape) for name, p in parameters.items()}
+    other = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in one.items()}
+    other["b"] = other["b"].to(memory_format=torch.channels_last)
+    for tensors in (one, other):
+        parts = [own_parts(tensors, parameters, Replicas(rank, 5)) for rank in range(5)]
+        joined = torch.cat([part["b"] for part in parts])
+        assert torch.equal(joined, one["b"].permute(0, 2, 3, 1).reshape(-1))
+        assert torch.equal(torch.cat([part["a"] for part in parts]), one["a"])
+        assert {sum(piece.numel() for piece in part.values()) for part in parts} <= {24, 25}
+        assert parts[4]["a"].numel() == 0
 
 
 def test_strategies_that_cut_gradients_up_are_refused_by_name(tmp_path) -> None:

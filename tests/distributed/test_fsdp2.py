@@ -88,3 +88,4 @@ def test_the_monitor_counts_every_shard_once(run) -> None:
             assert sample["batch_size"] == 4 * len(found)
         assert all(rank[case][2] == samples for rank in found)
     assert "local=True counts what each rank computed before averaging" in found[0]["local"]
+    assert found[0]["partial"] == 5 * [len(found)]  # added up, as the parameter lies
