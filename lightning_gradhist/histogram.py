@@ -144,6 +144,13 @@ class MagnitudeHistogram(Metric):
 
         Args:
             groups: from each of :attr:`names` to the name of its group. Groups come in the order of their first name.
+
+        Example:
+            >>> histogram = MagnitudeHistogram(["a.weight", "b.weight", "a.bias"])
+            >>> histogram.update({"a.weight": torch.ones(4), "a.bias": torch.ones(2), "b.weight": torch.ones(5)})
+            >>> grouped = histogram.grouped({"a.weight": "a", "a.bias": "a", "b.weight": "b"})
+            >>> grouped.names, grouped.total().tolist()
+            (['a', 'b'], [6, 5])
         """
         names = list(dict.fromkeys(groups[name] for name in self.names))
         grouped = MagnitudeHistogram(names, self.bins_per_octave).to(self.table.device)

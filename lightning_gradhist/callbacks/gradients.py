@@ -184,12 +184,11 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
     by_holders: dict[Replicas, dict[str, int]] = {}
     for name, parameter in parameters.items():
         by_holders.setdefault(_holders(parameter, replicas), {})[name] = own[name].numel()
-    pieces = {
-        name: piece
-        for holders, sizes in by_holders.items()
-        for name, piece in slice_of(flat, sizes, holders.rank, holders.ranks)
-    }
-    return {name: pieces.get(name, tensor[:0]) for name, tensor in flat.items()}
+    shared = {holders: sizes for holders, sizes in by_holders.items() if holders.ranks > 1}
+    pieces = {name: tensor[:0] for sizes in shared.values() for name, tensor in flat.items() if name in sizes}
+    for holders, sizes in shared.items():
+        pieces |= slice_of(flat, sizes, holders.rank, holders.ranks)
+    return flat | pieces
 
 
 class LocalGradients:
@@ -272,6 +271,8 @@ def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     # One order for gradient and second moment; no copy where they lie in memory as the parameter does (channels_last).
+    if like.is_contiguous():
+        return tensor.reshape(-1)
     return tensor.permute(sorted(range(like.dim()), key=like.stride, reverse=True)).reshape(-1)
 
 
