@@ -160,6 +160,25 @@ class MagnitudeHistogram(Metric):
         pooled.table = self.table.sum(0, keepdim=True)
         return pooled
 
+    def grouped(self, groups: Mapping[str, str]) -> MagnitudeHistogram:
+        """The histogram whose rows are groups of the rows of this one, added up.
+
+        Args:
+            groups: from each of :attr:`names` to the name of its group. Groups come in the order of their first name.
+
+        Example:
+            >>> histogram = MagnitudeHistogram(["a.weight", "b.weight", "a.bias"])
+            >>> histogram.update({"a.weight": torch.ones(4), "a.bias": torch.ones(2), "b.weight": torch.ones(5)})
+            >>> grouped = histogram.grouped({"a.weight": "a", "a.bias": "a", "b.weight": "b"})
+            >>> grouped.names, grouped.total().tolist()
+            (['a', 'b'], [6, 5])
+        """
+        names = list(dict.fromkeys(groups[name] for name in self.names))
+        grouped = MagnitudeHistogram(names, self.bins_per_octave).to(self.table.device)
+        rows = torch.tensor([grouped._rows[groups[name]] for name in self.names], dtype=torch.int64)
+        grouped.table = grouped.table.index_add(0, rows.to(self.table.device), self.table)
+        return grouped
+
     def total(self) -> Tensor:
         """Number of values counted, int64 ``[len(names)]``."""
         return self.table.sum(1)

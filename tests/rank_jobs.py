@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 import traceback
@@ -15,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from support import GradientSpy, Net, dataset, final_state, fit, loader
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.noise import GradientMoments
@@ -23,12 +24,7 @@ from lightning_gradhist.noise import GradientMoments
 
 def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]:
     """Runs a job on gloo ranks in processes of their own, and returns what it returned on each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.start_processes(
-        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=False, start_method="spawn"
-    )
+    context = _started(job, ranks, folder)
     deadline = time.monotonic() + 240
     while not context.join(timeout=10):
         if time.monotonic() > deadline:
@@ -36,6 +32,26 @@ def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]
                 process.kill()
             raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def exit_codes(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[int | None]:
+    """Runs a job on gloo ranks, each to its own end, and returns how they ended; None for one that hangs."""
+    processes = _started(job, ranks, folder).processes
+    for process in processes:
+        process.join(timeout=120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def _started(job: Callable[[Path], Any], ranks: int, folder: Path) -> Any:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return torch.multiprocessing.start_processes(
+        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=False, start_method="spawn"
+    )
 
 
 def _on_rank(rank: int, job: Callable[[Path], Any], ranks: int, port: int, folder: Path) -> None:
@@ -144,8 +160,26 @@ class ChannelsLast(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+def own_gradients(module: type[L.LightningModule]) -> type[L.LightningModule]:
+    """A module that takes its own gradients by itself, without a collective, beside those that Lightning asks for."""
+
+    class Own(module):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            parameters = dict(self.named_parameters())
+            share = loss / self.trainer.accumulate_grad_batches
+            gradients = torch.autograd.grad(share, [*parameters.values()], retain_graph=True, allow_unused=True)
+            self.taken.append({n: g.clone() for n, g in zip(parameters, gradients, strict=True) if g is not None})
+            return loss
+
+        def on_train_start(self) -> None:
+            self.taken: list[dict[str, Tensor]] = []
+
+    return Own
+
+
 def monitored(folder: Path) -> Any:
-    """The whole gradients of each step, beside what the monitor logs from its slices."""
+    """The whole gradients of each step, and each rank's own, beside what the monitors log from slices and copies."""
     _, ranks = _world()
     found = {}
     cases: dict[str, Any] = {
@@ -157,9 +191,12 @@ def monitored(folder: Path) -> Any:
     }
     for name, (options, strategy) in cases.items():
         spy, monitor = GradientSpy(), GradientHistogramMonitor(every_n_steps=2)
-        made = fit(folder / name, monitor, spy, data=loader(4), **options, **ddp(ranks, **strategy))
+        before_averaging = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, local=True)
+        options["module"] = own_gradients(options["module"])
+        made = fit(folder / name, monitor, before_averaging, spy, data=loader(4), **options, **ddp(ranks, **strategy))
         found[name] = {
             "gradients": spy.seen[::2],
+            "own": made.lightning_module.taken,
             "samples": [record.samples for record in monitor.noise_records],
             "steps": made.global_step,
             "batch_size": monitor.noise_records[0].samples[0]["batch_size"],
@@ -277,6 +314,21 @@ def out_of_step(folder: Path) -> Any:
         fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
         found[name] = (calibration.result.gradients, calibration.result.problems)
     return found
+
+
+def killed(folder: Path) -> Any:
+    """One rank dies in the middle of training; the other says what became of it."""
+
+    class Dies(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 7 and self.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        fit(folder, GradientHistogramMonitor(every_n_steps=2), module=Dies, data=loader(4), **ddp(2))
+    except Exception as error:
+        (folder / "error.txt").write_text(repr(error))
+        os._exit(3)  # the process group can no longer be taken down
 
 
 def _fp16() -> Any:

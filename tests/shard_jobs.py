@@ -6,15 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support import fit, loader
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from lightning_gradhist import ALTO, AdamE
+from lightning_gradhist import ALTO, AdamE, GradientHistogramMonitor
+from lightning_gradhist.callbacks.gradients import local_gradient
 
 OPTIMIZERS: dict[str, Any] = {
     "ALTO": lambda p: ALTO(p, lr=0.02, alpha=-5.0, explore_beta=0.99),
@@ -122,3 +127,82 @@ def flat(folder: Path) -> Any:
         AdamE(module.parameters())
         ALTO(module.parameters(), layerwise=False)
     return found
+
+
+class Sharded(L.LightningModule):
+    """Sizes that no number of ranks divides, layers smaller than it, and a layer that is not sharded."""
+
+    def __init__(self, replicated: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 1), nn.Tanh())
+        self.head = nn.Linear(1, 3)
+        self.replicated = replicated
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh if self.replicated else self.device_mesh["data_parallel"]
+        for layer in (self.body[0], self.body[2], self):
+            fully_shard(layer, mesh=mesh, ignored_params=set(self.head.parameters()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+
+    def on_after_backward(self) -> None:
+        for p in self.head.parameters():
+            torch.distributed.all_reduce(p.grad)
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        for p in self.parameters():  # torch's own clipping takes no mixture of sharded and whole tensors
+            p.grad.clamp_(-1e-2, 1e-2)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class WholeSpy(L.Callback):
+    """Gradients and second moments in whole, whatever holds them."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.moments: list[dict[str, Tensor]] = []
+        self.shards: dict[str, int] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        parameters = dict(pl_module.named_parameters())
+        self.gradients.append({name: _whole(p.grad) for name, p in parameters.items()})
+        states = {name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state}
+        self.moments.append(
+            {name: _whole(s["exp_avg_sq"]) / (1 - 0.999 ** float(_whole(s["step"]))) for name, s in states.items()}
+        )
+        self.shards = {n: p.grad.to_local().numel() for n, p in parameters.items() if isinstance(p, DTensor)}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def monitored(folder: Path) -> Any:
+    """Whole gradients and second moments of each step, beside what the monitor makes of shards."""
+    ranks = torch.distributed.get_world_size()
+    found = {}
+    for name, replicated in (("sharded", False), ("replicated", True)):
+        spy, monitor = WholeSpy(), GradientHistogramMonitor(every_n_steps=2)
+        clipped = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, when="after_clip", group_by=1)
+        strategy = ModelParallelStrategy(ranks, 1, process_group_backend="gloo")
+        options = {"devices": ranks, "strategy": strategy, "max_steps": 6}
+        fit(folder / name, monitor, clipped, spy, module=lambda r=replicated: Sharded(r), data=loader(4), **options)
+        found[name] = (spy.gradients, spy.moments, monitor.noise_records[0].samples, spy.shards)
+    try:
+        local, strategy = GradientHistogramMonitor(local=True), ModelParallelStrategy(ranks, 1)
+        fit(folder / "local", local, module=lambda: Sharded(False), data=loader(4), devices=ranks, strategy=strategy)
+    except MisconfigurationException as error:
+        found["local"] = str(error)
+    mesh = init_device_mesh("cpu", (ranks,))
+    parameter = nn.Parameter(DTensor.from_local(torch.zeros(5), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.ones(5), mesh, [Partial()])
+    found["partial"] = local_gradient(parameter).tolist()
+    return found
+
+
+def trained(folder: Path) -> Any:
+    """What needs nothing but processes, in the same ones."""
+    return {"trajectories": trajectories(folder), "monitored": monitored(folder)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def final_state(made: L.Trainer) -> dict[str, Any]:
 
 
 def events(folder: Path) -> EventAccumulator:
+    """What was written so far; read again where more was written since."""
+    return _events(folder, tuple((file.name, file.stat().st_size) for file in sorted(folder.glob("events*"))))
+
+
+@lru_cache(maxsize=4)
+def _events(folder: Path, files: tuple[tuple[str, int], ...]) -> EventAccumulator:
     accumulator = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
     return accumulator.Reload()
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks.rows import plain_name
+from lightning_gradhist.histogram import slice_of
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """How the averaged gradient lies on the ranks: every one of ``ranks`` holds all of it, and this is ``rank``."""
+    """How a whole tensor lies on the ranks: every one of ``ranks`` holds all of it, and this is ``rank``."""
 
     rank: int
     ranks: int
@@ -40,6 +45,23 @@ def replicas(trainer: Trainer) -> Replicas | None:
     return Replicas(0, 1) if is_a(strategy, "SingleDeviceStrategy") else None
 
 
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the strategy is one under which parameters are DTensors: FSDP2, tensor parallelism."""
+    return is_a(trainer.strategy, "ModelParallelStrategy")
+
+
+def shares(trainer: Trainer) -> Replicas | None:
+    """As :func:`replicas`, and with sharded strategies how a tensor lies that is not a DTensor: on every rank.
+
+    None also where a DTensor's mesh leaves out ranks, of which nobody knows whether they hold the same.
+    """
+    if not is_sharded(trainer):
+        return replicas(trainer)
+    sharded = [p for p in trainer.lightning_module.parameters() if isinstance(p, DTensor)]
+    whole = all(p.device_mesh.size() == trainer.world_size for p in sharded)
+    return Replicas(trainer.global_rank, trainer.world_size) if whole else None
+
+
 def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int | None:
     """Samples of an optimizer step: per-device batch, times accumulation, times data-parallel ranks.
 
@@ -60,7 +82,9 @@ def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int
             batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if not isinstance(batch_size, int):
         return None
-    return batch_size * (trainer.accumulate_grad_batches if automatic else 1) * trainer.world_size
+    sampler = trainer.distributed_sampler_kwargs  # the ranks of a tensor-parallel group share their samples
+    ranks = sampler["num_replicas"] if sampler else trainer.world_size
+    return batch_size * (trainer.accumulate_grad_batches if automatic else 1) * ranks
 
 
 def full_batches(trainer: Trainer) -> float:
@@ -98,7 +122,7 @@ def least_over_ranks(value: float, trainer: Trainer) -> float:
 def model_shapes(module: LightningModule) -> dict[str, list[int]]:
     """Names and shapes of the parameters that are trained, by which a record knows its model."""
     return {
-        name.replace("_orig_mod.", ""): list(p.shape)  # the same model, compiled or not
+        plain_name(name): list(p.shape)  # the same model, compiled or not
         for name, p in module.named_parameters()
         if p.requires_grad
     }
@@ -106,7 +130,7 @@ def model_shapes(module: LightningModule) -> dict[str, list[int]]:
 
 def optimizer_parameters(module: LightningModule, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The parameters of an optimizer by their names in the module, in the order of its groups."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {names.get(id(parameter), f"parameter_{i}"): parameter for i, parameter in enumerate(parameters)}
 
@@ -119,23 +143,141 @@ def as_real(tensor: Tensor) -> Tensor:
 def ready_gradients(
     trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The gradients in ``on_before_optimizer_step``: accumulated, averaged over ranks, unscaled, before clipping.
+    """The gradients from ``on_before_optimizer_step`` on: accumulated, averaged over ranks, unscaled.
 
-    They are dense and real, whatever the layer made.
+    They are dense, real and in this rank's memory, whatever the layer made: of a DTensor this rank's shard.
     """
-    gradients = {name: _dense(p.grad.detach()) for name, p in parameters.items() if p.grad is not None}
-    scale = _remaining_scale(trainer, optimizer)
-    return gradients if scale == 1.0 else {name: gradient / scale for name, gradient in gradients.items()}
+    gradients = {name: local_gradient(p) for name, p in parameters.items() if p.grad is not None}
+    return _divided(gradients, _remaining_scale(trainer, optimizer))
+
+
+def local_gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, dense and real: of a DTensor this rank's shard, laid out as the parameter's."""
+    assert parameter.grad is not None
+    gradient = parameter.grad.detach()
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+        gradient = gradient.redistribute(placements=parameter.placements)  # does nothing where it lies so already
+    gradient = local(gradient)
+    return as_real(gradient.to_dense() if gradient.layout != torch.strided else gradient)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], replicas: Replicas) -> dict[str, Tensor]:
+    """What this rank answers for, so that over all ranks each value of each tensor occurs once.
+
+    Args:
+        tensors: as this rank holds them, laid out as the parameters are; names may be missing, on all ranks the same.
+        parameters: in the order of all ranks.
+        replicas: of a tensor that is not a DTensor.
+
+    Returns:
+        A flat piece of each tensor, which may be empty, in the order of the parameter's memory: where ``n`` ranks hold the
+        same, as whole tensors or as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such
+        tensors together.
+    """
+    own = {name: as_real(local(parameter.detach())) for name, parameter in parameters.items()}
+    flat = {name: _flat(tensor, own[name]) for name, tensor in tensors.items()}
+    by_holders: dict[Replicas, dict[str, int]] = {}
+    for name, parameter in parameters.items():
+        by_holders.setdefault(_holders(parameter, replicas), {})[name] = own[name].numel()
+    shared = {holders: sizes for holders, sizes in by_holders.items() if holders.ranks > 1}
+    pieces = {name: tensor[:0] for sizes in shared.values() for name, tensor in flat.items() if name in sizes}
+    for holders, sizes in shared.items():
+        pieces |= slice_of(flat, sizes, holders.rank, holders.ranks)
+    return flat | pieces
+
+
+class LocalGradients:
+    """Copies of what backward leaves on this rank, before DDP averages it, until :meth:`take`.
+
+    A backward replaces the copies of the one before it, so that with accumulation the last holds the whole step's.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._copies: dict[str, Tensor] = {}
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
+            for name, parameter in parameters.items()
+            if parameter.requires_grad
+        ]
+
+    def take(self, trainer: Trainer) -> dict[str, Tensor]:
+        """The gradients, unscaled; nothing is copied any more."""
+        self.remove()
+        return _divided(self._copies, loss_scale(trainer))
+
+    def remove(self) -> None:
+        """Copies nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _copy(self, name: str, parameter: Tensor) -> None:
+        self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
+
+
+def before_update(optimizer: Optimizer, then: Callable[[], None]) -> RemovableHandle:
+    """Calls a function whenever an optimizer is about to change the weights, and nothing more is done to gradients.
+
+    Lightning hands backward and clipping to the optimizer's step as its closure, but under a GradScaler, where both come
+    before the step. A step that the scaler skips does not come here, unless the optimizer is fused.
+    """
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        closure = kwargs.get("closure")
+        if closure is None:
+            then()
+            return None
+
+        def closure_and_then() -> Any:
+            loss = closure()
+            then()
+            return loss
+
+        return args, {**kwargs, "closure": closure_and_then}
+
+    return optimizer.register_step_pre_hook(hook)
+
+
+def found_inf(optimizer: Optimizer) -> Tensor | None:
+    """Within the step of a fused optimizer under a GradScaler, whether it skips the step: 1 or 0, on the device."""
+    return getattr(optimizer, "found_inf", None)
 
 
 def loss_scale(trainer: Trainer) -> float:
     """The factor of the loss under 16-mixed, else 1."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = loss_scaler(trainer)
     return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    return as_real(gradient.to_dense() if gradient.layout != torch.strided else gradient)
+def loss_scaler(trainer: Trainer) -> Any:
+    """The GradScaler of 16-mixed, which may skip steps, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:
+    """The ranks that hold the same of a parameter as this one does."""
+    if not isinstance(parameter, DTensor):
+        return replicas
+    mesh, rank, ranks = parameter.device_mesh, 0, 1
+    for dim, (placement, position) in enumerate(zip(parameter.placements, mesh.get_coordinate() or (), strict=False)):
+        if placement.is_replicate():
+            rank, ranks = rank * mesh.size(dim) + position, ranks * mesh.size(dim)
+    return Replicas(rank, ranks)
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    # One order for gradient and second moment; no copy where they lie in memory as the parameter does (channels_last).
+    if like.is_contiguous():
+        return tensor.reshape(-1)
+    return tensor.permute(sorted(range(like.dim()), key=like.stride, reverse=True)).reshape(-1)
+
+
+def _divided(gradients: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    return gradients if scale == 1.0 else {name: gradient / scale for name, gradient in gradients.items()}
 
 
 def _remaining_scale(trainer: Trainer, optimizer: Optimizer) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import zip_longest
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.callbacks._lightning import (
     Callback,
@@ -21,48 +22,61 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.gradients import (
+    LocalGradients,
     Replicas,
-    as_real,
+    before_update,
     effective_batch_size,
+    found_inf,
+    is_sharded,
     is_short_step,
+    least_over_ranks,
+    loss_scaler,
     model_shapes,
     optimizer_parameters,
+    own_parts,
     ready_gradients,
-    replicas,
+    shares,
 )
-from lightning_gradhist.callbacks.handoff import base_rate
-from lightning_gradhist.histogram import MagnitudeHistogram, slice_of
-from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
+from lightning_gradhist.callbacks.rows import Rows
+from lightning_gradhist.callbacks.watched import Step, Watched, second_moment
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import Sink, log_magnitudes, sinks
-from lightning_gradhist.report.record import FILE_NAME, OptimizerRecord, RunRecord
+from lightning_gradhist.report.record import FILE_NAME, RunRecord
 
 _FEW = 3  # pairs below which there is no interval
+_MANY = 200  # rows beyond which a page of histograms is no longer read
+_ARGUMENTS = ("every_n_steps", "bins_per_octave", "noise_scale", "batch_size", "group_by", "include", "exclude", "when",
+              "local")  # fmt: skip
+_WHEN = ("before_clip", "after_clip")
 
 
 class GradientHistogramMonitor(Callback):
     r"""Logs histograms of the gradient magnitudes of every layer, and records the noise scale of the run.
 
     What is counted is the gradient that the optimizer will use, once per optimizer step that is logged: accumulated over
-    micro-batches, averaged over ranks, unscaled under 16-mixed, before clipping. Under DDP every rank counts its own part
-    of it, and one all-reduce of the bins for all layers together gives the whole. Steps ``0, every_n_steps, ...`` are
-    logged.
+    micro-batches, averaged over ranks, unscaled under 16-mixed, before clipping. Every rank counts its own part of it,
+    under DDP a slice and under FSDP2 its shard, and one all-reduce of the bins for all layers together gives the whole.
+    Steps ``0, every_n_steps, ...`` are logged. A step that the loss scaler of 16-mixed skips is not; how many it skipped is
+    logged as ``gradient_skipped_steps``.
 
-    TensorBoard gets, on rank zero, ``gradient_magnitude/<parameter>`` and ``gradient_magnitude/all`` with
+    TensorBoard gets, on rank zero, ``gradient_magnitude/<parameter or group>`` and ``gradient_magnitude/all`` with
     :math:`\log_{10}|g|` on the horizontal axis, the scalars that
     :func:`lightning_gradhist.report.loggers.log_magnitudes` lists, and with matplotlib a heatmap of layers by
     magnitude, ``gradient_magnitude_by_layer``, at the 1st, 2nd, 4th, 8th, ... logged step and at the end. With several
-    optimizers the last two names end in the optimizer's index. Other loggers get the scalars.
+    optimizers the last two names end in the optimizer's index. All names begin with ``gradient_clipped`` in place of
+    ``gradient`` if counted after clipping, and with ``gradient_local`` if before averaging. Other loggers get the scalars.
 
     From a logged step and the one after it, the noise scale is measured (see
-    :class:`lightning_gradhist.noise.NoiseRecord`): ``B_simple``, and ``B_adam`` once the optimizer has a second moment.
-    It is kept in the checkpoint, and in ``calibration.json`` in the log directory, which
+    :class:`lightning_gradhist.noise.NoiseRecord`), before clipping: ``B_simple``, and ``B_adam`` once the optimizer has a
+    second moment. It is kept in the checkpoint, and in ``calibration.json`` in the log directory, which
     ``OptimizerCalibration(reference=...)`` reads; a record is of use from some ten logged steps on. From a logged step to
-    the next this holds one copy of the gradients and one of the second moment; all other steps cost nothing. A step with
-    fewer samples than the others, as the last of an epoch may have, is not measured.
+    the next this holds, of this rank's part, one copy of the gradients and one of the second moment; all other steps cost
+    nothing. A step with fewer samples than the others, as the last of an epoch may have, is not measured.
 
-    Works with one device and DDP, automatic and manual optimization, and several optimizers, which are told apart by
-    their parameters. With other strategies it warns and stays off.
+    Works with one device, DDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
+    and several optimizers, which are told apart by their parameters. With other strategies it warns and stays off.
 
     Args:
         every_n_steps: optimizer steps from one logged step to the next, at least 1.
@@ -70,9 +84,21 @@ class GradientHistogramMonitor(Callback):
         noise_scale: whether to measure the noise scale.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
+        group_by: what shares a histogram. None: every parameter has its own. A number ``n``: the parameters below the same
+            ``n`` first parts of the module path, so that 1 gives one a child of the module. A regular expression: those
+            whose names it finds the same first group in, or has the same match in where it has no group. A function:
+            those for whose names it returns the same. A parameter for which this gives nothing has its own.
+        include: regular expression; only parameters are counted in whose names it is found, or of whose layer it
+            matches the class name in whole, or that of a base: ``"Linear"``, ``"Conv.d"``, ``"encoder"``.
+        exclude: likewise, what is not counted: ``".*Norm.*|bias"``. Noise is measured of all parameters regardless.
+        when: ``"before_clip"``, or ``"after_clip"`` for what the optimizer really uses: after ``gradient_clip_val``, or
+            the module's own ``configure_gradient_clipping``.
+        local: count what each rank computed itself, before DDP averages it, over all ranks together. With accumulation it
+            is the sum over the step's micro-batches. A step that is logged then holds a copy of the gradients.
 
     Raises:
-        MisconfigurationException: for an argument out of its range.
+        MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
+            matches nothing, and for ``local=True`` where no rank has a gradient of its own (ModelParallelStrategy).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -86,11 +112,23 @@ class GradientHistogramMonitor(Callback):
         bins_per_octave: int = 8,
         noise_scale: bool = True,
         batch_size: Optional[int] = None,  # noqa: UP045 - LightningCLI on Python 3.10 reads the plain types
+        group_by: Union[int, str, Callable[[str], Optional[str]], None] = None,  # noqa: UP007, UP045
+        include: Optional[str] = None,  # noqa: UP045
+        exclude: Optional[str] = None,  # noqa: UP045
+        when: str = "before_clip",
+        local: bool = False,
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
         if batch_size is not None and batch_size < 1:
             raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
+        if when not in _WHEN:
+            raise MisconfigurationException(f"when must be one of {_WHEN}, got {when!r}")
+        if local and when == "after_clip":
+            raise MisconfigurationException(
+                "local=True counts gradients before ranks average them, and when='after_clip' after that; leave out one, or"
+                " give the Trainer two monitors"
+            )
         try:
             MagnitudeHistogram([], bins_per_octave)
         except ValueError as error:
@@ -99,17 +137,27 @@ class GradientHistogramMonitor(Callback):
         self.bins_per_octave = bins_per_octave
         self.noise_scale = noise_scale
         self.batch_size = batch_size
-        self._watched: list[_Watched] = []
+        self.group_by = group_by
+        self.include = include
+        self.exclude = exclude
+        self.when = when
+        self.local = local
+        self._rows = Rows(group_by, include, exclude)
+        self._watched: list[Watched] = []
         self._restored: list[dict[str, Any]] = []
         self._replicas: Replicas | None = None
+        self._measures_noise = False
+        self._handles: list[RemovableHandle] = []
         self._log_dir: Path | None = None
         self._failed = False
 
     @property
     def state_key(self) -> str:
         """Differs between instances with different arguments, so that several can be in one Trainer."""
-        arguments = ("every_n_steps", "bins_per_octave", "noise_scale", "batch_size")
-        return f"{type(self).__qualname__}[{','.join(f'{name}={getattr(self, name)}' for name in arguments)}]"
+        values = {name: getattr(self, name) for name in _ARGUMENTS}
+        if callable(self.group_by):  # whose repr has an address in memory, another one in every process
+            values["group_by"] = getattr(self.group_by, "__qualname__", type(self.group_by).__qualname__)
+        return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in values.items())}]"
 
     @property
     def noise_records(self) -> list[NoiseRecord]:
@@ -117,7 +165,7 @@ class GradientHistogramMonitor(Callback):
         return [watched.noise for watched in self._watched]
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps seen and noise measured, an entry an optimizer."""
+        """Steps seen and skipped, and noise measured, an entry an optimizer."""
         return {"optimizers": [watched.state_dict() for watched in self._watched] or self._restored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,19 +175,37 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
-        self._replicas = replicas(trainer)
+        self._replicas = shares(trainer)
         if self._replicas is None:
             rank_zero_warn(
-                f"GradientHistogramMonitor is off: {type(trainer.strategy).__name__} does not replicate the gradient,"
-                " and only one device and DDP are supported. Use strategy='ddp', or remove the callback."
+                f"GradientHistogramMonitor is off: it does not know how {type(trainer.strategy).__name__} spreads the"
+                " gradients of this model over ranks. One device, DDP, and ModelParallelStrategy where every mesh has all"
+                " ranks are supported; use one of them (for FSDP and DeepSpeed, ModelParallelStrategy with fully_shard),"
+                " or remove the callback."
             )
             return
+        if self.local and is_sharded(trainer):
+            raise MisconfigurationException(
+                "local=True counts what each rank computed before averaging, which ModelParallelStrategy does not leave in"
+                " any parameter; use local=False, or strategy='ddp'"
+            )
+        rows = self._rows.check(pl_module)
+        if self.group_by is None and rows > _MANY:
+            rank_zero_info(
+                f"GradientHistogramMonitor logs {rows} histograms, one a parameter; group_by=1, 2, ... gives one a module"
+                " at that depth, and include= and exclude= choose among the parameters."
+            )
         states = self.state_dict()["optimizers"] if trainer.global_step > 0 else []
-        self._watched = [_Watched(**state) for state in states[: len(trainer.optimizers)]]
-        self._watched += [_Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
+        self._watched = [Watched(**state) for state in states[: len(trainer.optimizers)]]
+        self._watched += [Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
         self._restored = []
         self._log_dir = self._directory(trainer)
-        if self.noise_scale and effective_batch_size(trainer, self.batch_size) is None:
+        known = effective_batch_size(trainer, self.batch_size) is not None
+        self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
+        for index, (watched, optimizer) in enumerate(zip(self._watched, trainer.optimizers, strict=True)):
+            self._handles.append(before_update(optimizer, partial(self._take_step, trainer, pl_module, index)))
+            self._await_local_gradients(pl_module, watched, optimizer)
+        if self.noise_scale and not self._measures_noise:
             rank_zero_warn(
                 "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
                 " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
@@ -153,29 +219,37 @@ class GradientHistogramMonitor(Callback):
             )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Counts, logs and measures where this step is due."""
+        """Counts and measures where this step is due."""
         index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
         if index is None or self._replicas is None:
             return
         watched = self._watched[index]
         if watched.last_step == trainer.global_step:  # LBFGS evaluates a step several times
             return
+        self._settle(trainer, index)
         watched.last_step = trainer.global_step
-        due, paired = watched.steps % self.every_n_steps == 0, watched.pending is not None
-        if due or paired:
+        step = watched.begun = Step(trainer.global_step, watched.steps % self.every_n_steps == 0)
+        if step.due or watched.in_pair:
             parameters = optimizer_parameters(pl_module, optimizer)
             gradients = ready_gradients(trainer, optimizer, parameters)
-            sizes = {name: as_real(p.detach()).numel() for name, p in parameters.items()}
-            short = self.noise_scale and is_short_step(trainer)
-            if paired:
-                self._guarded(lambda: watched.complete_pair({} if short else gradients))
-            if due:
-                histogram = self._count(gradients, sizes, pl_module.device)
-                if trainer.is_global_zero:
-                    self._guarded(lambda: self._log(trainer, pl_module, index, histogram.cpu()))
-                if not paired and not short:  # each gradient is in one pair, so that pairs are independent
-                    self._guarded(lambda: self._hold(trainer, watched, optimizer, parameters, gradients))
+            parts = own_parts(gradients, parameters, self._replicas)
+            if watched.in_pair:
+                self._complete_pair(trainer, watched, parts)
+            elif self._measures_noise:  # each gradient is in one pair, so that pairs are independent
+                self._begin_pair(trainer, watched, optimizer, parameters, parts)
+            if watched.local is not None:
+                parts = watched.local.take(trainer)
+            if step.due and self.when == "before_clip":
+                step.histogram = self._count(pl_module, parameters, parts)
         watched.steps += 1
+        self._await_local_gradients(pl_module, watched, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notices steps that the loss scaler skipped."""
+        for index in range(len(self._watched)):
+            self._settle(trainer, index)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record."""
@@ -209,38 +283,104 @@ class GradientHistogramMonitor(Callback):
             return None  # of several monitors the first writes the record
         return Path(trainer.strategy.broadcast(_run_directory(trainer) if trainer.is_global_zero else ""))
 
-    def _hold(
+    def _take_step(self, trainer: Trainer, module: LightningModule, index: int) -> None:
+        """Logs a step that is due, when the optimizer takes it; what is counted after clipping is counted now."""
+        watched, optimizer = self._watched[index], trainer.optimizers[index]
+        step, watched.begun = watched.begun, None
+        if step is None:
+            return
+        skips = found_inf(optimizer)
+        if skips is not None:
+            watched.skipped = watched.skipped + skips
+        if step.due and self.when == "after_clip":
+            assert self._replicas is not None
+            parameters = optimizer_parameters(module, optimizer)
+            gradients = ready_gradients(trainer, optimizer, parameters)
+            step.histogram = self._count(module, parameters, own_parts(gradients, parameters, self._replicas))
+        histogram = step.histogram
+        if histogram is None:
+            return
+        if skips is not None and skips:
+            watched.drop_pair()
+        elif trainer.is_global_zero:
+            self._guarded(lambda: self._log(trainer, module, index, histogram.cpu()))
+        if trainer.is_global_zero:
+            self._guarded(lambda: self._log_skipped(trainer, index, step.number))
+
+    def _settle(self, trainer: Trainer, index: int) -> None:
+        """A step that was begun and not taken was skipped: it is counted, and neither drawn nor measured."""
+        watched = self._watched[index]
+        step, watched.begun = watched.begun, None
+        if step is None:
+            return
+        watched.skipped = watched.skipped + 1
+        watched.drop_pair()
+        if trainer.is_global_zero and step.due:
+            self._guarded(lambda: self._log_skipped(trainer, index, step.number))
+
+    def _begin_pair(
         self,
         trainer: Trainer,
-        watched: _Watched,
+        watched: Watched,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
     ) -> None:
+        assert self._replicas is not None
+        watched.in_pair = True
         batch_size = effective_batch_size(trainer, self.batch_size)
-        if not self.noise_scale or batch_size is None:
-            return
-        rates = [base_rate(group) for group in optimizer.param_groups]
-        watched.learning_rates = [max(pair) for pair in zip_longest(rates, watched.learning_rates, fillvalue=0.0)]
-        watched.batch_size = batch_size
-        watched.hold(gradients, _second_moment(optimizer, parameters), _epsilon(optimizer))
+        if batch_size is not None and parts and not is_short_step(trainer):
+            own = partial(own_parts, parameters=parameters, replicas=self._replicas)
+            self._guarded(lambda: watched.hold(batch_size, optimizer, parts, own(second_moment(optimizer, parameters))))
+
+    def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor]) -> None:
+        assert self._replicas is not None
+        first = watched.first if parts and not is_short_step(trainer) else None
+        watched.drop_pair()
+        sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
+        if first is not None:
+            self._guarded(lambda: first.measure(parts, sums))
+        if self._replicas.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        if first is not None:
+            watched.noise.add(first.step, watched.batch_size, sums)
+
+    def _await_local_gradients(self, module: LightningModule, watched: Watched, optimizer: Optimizer) -> None:
+        """Has the gradients of the coming step copied before ranks average them, if it is to be logged."""
+        due = self.local and watched.steps % self.every_n_steps == 0
+        watched.local = LocalGradients(optimizer_parameters(module, optimizer)) if due else None
 
     def _count(
-        self, gradients: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device
+        self, module: LightningModule, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]
     ) -> MagnitudeHistogram:
+        """The histogram of all ranks' parts; to be called on every rank."""
         assert self._replicas is not None
-        with device:  # made there, not copied there
-            histogram = MagnitudeHistogram(list(sizes), self.bins_per_octave)
-        mine = slice_of(gradients, sizes, self._replicas.rank, self._replicas.ranks)
-        self._guarded(lambda: histogram.update(dict(mine)))
+        rows = self._rows.of(module, parameters)
+        with module.device:  # made there, not copied there
+            histogram = MagnitudeHistogram(list(rows), self.bins_per_octave)
+        mine = {name: part for name, part in parts.items() if name in rows and part.numel()}
+        self._guarded(lambda: histogram.update(mine))
+        if self.group_by is not None:
+            histogram = histogram.grouped(rows)
         if self._replicas.ranks > 1:
             histogram.sync()
         return histogram
 
+    def _log_skipped(self, trainer: Trainer, index: int, step: int) -> None:
+        if loss_scaler(trainer) is not None:
+            skipped = float(self._watched[index].skipped)
+            for sink in sinks(trainer.loggers):
+                sink.scalars({f"gradient_skipped_steps{self._suffix(index)}": skipped}, step)
+
+    @property
+    def _kind(self) -> str:
+        """What the names of histograms, figures and scalars begin with."""
+        return "gradient_local" if self.local else "gradient_clipped" if self.when == "after_clip" else "gradient"
+
     def _log(self, trainer: Trainer, module: LightningModule, index: int, histogram: MagnitudeHistogram) -> None:
         watched, step = self._watched[index], trainer.global_step
         for sink in sinks(trainer.loggers):
-            log_magnitudes(sink, histogram, "gradient", step, f"all{self._suffix(index)}")
+            log_magnitudes(sink, histogram, self._kind, step, f"all{self._suffix(index)}")
         watched.logged += 1
         watched.last_logged = (histogram, step)
         if math.log2(watched.logged).is_integer():  # figures and files cost far more than a count
@@ -253,14 +393,17 @@ class GradientHistogramMonitor(Callback):
         if outlets and plots.available() and histogram.counts.any():
             figure = plots.magnitude_heatmap(histogram, f"gradient magnitudes by layer, step {step}")
             for sink in outlets:
-                sink.figure(f"gradient_magnitude_by_layer{self._suffix(index)}", figure, step)
+                sink.figure(f"{self._kind}_magnitude_by_layer{self._suffix(index)}", figure, step)
 
     def _suffix(self, index: int) -> str:
         return f"_{index}" if len(self._watched) > 1 else ""
 
     def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         for watched in self._watched:
-            watched.last_logged = watched.pending = None
+            watched.release()
 
     def _save_record(self, trainer: Trainer, module: LightningModule) -> None:
         if self._log_dir is None or not trainer.is_global_zero or not any(map(len, self.noise_records)):
@@ -291,71 +434,3 @@ def _run_directory(trainer: Trainer) -> str:
         return str(logger.log_dir)
     path = Path(getattr(logger, "save_dir", None) or trainer.default_root_dir)
     return str(path if logger is None else path / str(logger.name) / str(logger.version))
-
-
-class _Watched:
-    """What the monitor keeps of one optimizer."""
-
-    def __init__(
-        self,
-        steps: int = 0,
-        logged: int = 0,
-        samples: list[dict[str, Any]] | None = None,
-        learning_rates: list[float] | None = None,
-        batch_size: int = 0,
-    ) -> None:
-        self.steps = steps
-        self.logged = logged
-        self.noise = NoiseRecord(samples or [])
-        self.learning_rates = learning_rates or []
-        """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
-        self.batch_size = batch_size
-        self.last_step = -1
-        self.last_logged: tuple[MagnitudeHistogram, int] | None = None
-        self.pending: tuple[int, dict[str, Tensor], dict[str, Tensor] | None] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "logged": self.logged,
-            "samples": [dict(sample) for sample in self.noise.samples],
-            "learning_rates": list(self.learning_rates),
-            "batch_size": self.batch_size,
-        }
-
-    def hold(self, gradients: Mapping[str, Tensor], second_moment: Mapping[str, Tensor] | None, eps: float) -> None:
-        """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
-        weights = None
-        if second_moment is not None:
-            weights = {name: adam_weight(v.float(), eps) for name, v in second_moment.items()}
-        self.pending = (self.steps, {name: g.clone() for name, g in gradients.items()}, weights)
-
-    def complete_pair(self, gradients: Mapping[str, Tensor]) -> None:
-        assert self.pending is not None
-        step, first, weights = self.pending
-        self.pending = None
-        if gradients:
-            self.noise.add(step, self.batch_size, measure_pair(first, gradients, weights))
-
-    def record(self, name: str) -> OptimizerRecord:
-        noise = {metric: self.noise.estimate(metric) for metric in METRICS}
-        return OptimizerRecord(name, self.learning_rates, self.batch_size, noise, list(self.noise.samples))
-
-
-def _epsilon(optimizer: Optimizer) -> float:
-    eps = optimizer.param_groups[0].get("eps", 0.0)
-    return eps if isinstance(eps, float) else 0.0
-
-
-def _second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Adam's bias-corrected second moment by name, or None for an optimizer that has none, or none yet."""
-    decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
-    moments = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" in state and id(parameter) in decay:
-            step = state["step"]
-            on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
-            correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
-            moments[name] = as_real(state["exp_avg_sq"]) / correction
-    return moments or None

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
     Batches,
@@ -32,6 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.callbacks.gradients import Replicas, own_parts, shares
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.record import RunRecord
 
@@ -101,15 +104,103 @@ def test_a_loss_scale_is_taken_off(tmp_path, fused: bool) -> None:
     assert_counts(tmp_path, spy, 4, [0, 4, 8])  # type: ignore[arg-type]
 
 
-def test_a_step_that_the_scaler_skips_is_counted_as_not_finite_and_measures_nothing(tmp_path) -> None:
-    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))
-    monitor = GradientHistogramMonitor(every_n_steps=1)
-    fit(tmp_path, monitor, plugins=[precision], max_steps=6)
-    shares = events(tmp_path).Scalars("gradient_nonfinite_share/all")
-    assert shares[0].value > 0
-    first = monitor.noise_records[0].samples[0]
-    assert first["noise_simple"] is None
-    assert json.loads((tmp_path / "calibration.json").read_text())
+@pytest.mark.parametrize("fused", [pytest.param(False, id="by the scaler"), pytest.param(True, id="by the optimizer")])
+def test_a_skipped_step_is_counted_apart(tmp_path, fused: bool) -> None:
+    spy, monitor = _ScaleSpy(), GradientHistogramMonitor(every_n_steps=1)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3))
+    made = fit(
+        tmp_path,
+        monitor,
+        spy,
+        module=lambda: Net(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused)),
+        plugins=[precision],
+    )
+    taken = [all(g.isfinite().all() for g in gradients.values()) for gradients in spy.seen]
+    assert 3 < sum(taken) < len(taken) - 3
+    found = events(tmp_path)
+    assert [e.step for e in found.Histograms("gradient_magnitude/all")] == [i for i, took in enumerate(taken) if took]
+    skipped = [event.value for event in found.Scalars("gradient_skipped_steps")]
+    assert skipped == [float(i + 1 - sum(taken[: i + 1])) for i in range(len(taken))]
+    assert monitor.state_dict()["optimizers"][0]["skipped"] == skipped[-1]
+    samples = monitor.noise_records[0].samples
+    assert samples and all(taken[sample["step"]] for sample in samples)
+    assert all((sample["noise_simple"] is not None) == taken[sample["step"] + 1] for sample in samples)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    made = trainer(tmp_path / "more", monitor, max_epochs=2, plugins=[precision])
+    made.fit(Net(lambda p: torch.optim.AdamW(p, fused=fused)), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert events(tmp_path / "more").Scalars("gradient_skipped_steps")[0].value >= skipped[-1]
+
+
+class Recorder(torch.optim.AdamW):
+    """Keeps the gradients that it steps by."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, lr=1e-2, **options)
+        self.seen: list[list[torch.Tensor]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        self.seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        super().step()
+        return loss
+
+
+class ByHand(TwoOptimizers):
+    """Two optimizers, one of whose gradients are clipped."""
+
+    def configure_optimizers(self) -> Any:
+        return Recorder(self.one.parameters()), Recorder(self.two.parameters())
+
+    def manual_backward(self, loss: Any) -> None:
+        super().manual_backward(loss)
+        self.clip_gradients(self.optimizers()[0], gradient_clip_val=1e-2, gradient_clip_algorithm="value")
+
+
+class OwnClipping(Net):
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        for p in self.head.parameters():
+            p.grad.mul_(0.37)
+
+
+def _fp16() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        pytest.param(lambda: Net(Recorder), {"gradient_clip_val": 1e-2}, id="norm"),
+        pytest.param(
+            lambda: Net(Recorder),
+            {"gradient_clip_val": 1e-2, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 3},
+            id="value, with accumulation",
+        ),
+        pytest.param(lambda: Net(Recorder), {"gradient_clip_val": 1e-2, "plugins": _fp16}, id="16-mixed"),
+        pytest.param(
+            lambda: Net(lambda p: Recorder(p, maximize=True, foreach=True)), {"precision": "bf16-mixed"}, id="maximize"
+        ),
+        pytest.param(lambda: OwnClipping(Recorder), {}, id="the module's own"),
+        pytest.param(ByHand, {}, id="manual, two optimizers"),
+    ],
+)
+def test_counts_after_clipping_are_those_of_what_the_optimizer_uses(tmp_path, module: Any, options: Any) -> None:
+    options = {name: [value()] if callable(value) else value for name, value in options.items()}
+    before = GradientHistogramMonitor(every_n_steps=4, noise_scale=False)
+    after = GradientHistogramMonitor(every_n_steps=4, noise_scale=False, when="after_clip")
+    made = fit(tmp_path, before, after, module=module, **options)
+    several = len(made.optimizers) > 1
+    for index, optimizer in enumerate(made.optimizers):
+        tag = f"all_{index}" if several else "all"
+        seen = [torch.cat([gradient.flatten() for gradient in gradients]) for gradients in optimizer.seen[::4]]
+        logged = [e.step for e in events(tmp_path).Histograms(f"gradient_clipped_magnitude/{tag}")]
+        assert len(logged) == len(seen) > 0
+        for step, gradient in zip(logged, seen, strict=True):
+            assert logged_counts(tmp_path, f"gradient_clipped_magnitude/{tag}", step) == expected_counts(gradient)
+    tag = "all_0" if several else "all"
+    clipped = logged_counts(tmp_path, f"gradient_clipped_magnitude/{tag}", 0)
+    unclipped = logged_counts(tmp_path, f"gradient_magnitude/{tag}", 0)
+    assert (clipped == unclipped) == (several or "precision" in options)  # clipped before, or not at all
 
 
 def test_training_is_the_same_with_and_without(tmp_path) -> None:
@@ -134,6 +225,50 @@ def test_frozen_and_unused_layers_are_left_out(tmp_path) -> None:
     tags = events(tmp_path).Tags()["histograms"]
     assert "gradient_magnitude/head.weight" in tags
     assert not [tag for tag in tags if "unused" in tag or "body.0" in tag]
+
+
+def test_groups_add_up_and_filters_leave_out(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=8, noise_scale=False, group_by=1, exclude="BatchNorm1d|head.bias")
+    fit(tmp_path, monitor, spy)
+    tags = events(tmp_path).Tags()["histograms"]
+    assert tags == [f"gradient_magnitude/{name}" for name in ("body", "head", "all")]
+    for step in (0, 8):
+        body, head = (
+            torch.cat([spy.seen[step][name].flatten() for name in names])
+            for names in (("body.0.weight", "body.0.bias"), ("head.weight",))
+        )
+        for name, gradient in (("body", body), ("head", head), ("all", torch.cat([body, head]))):
+            assert logged_counts(tmp_path, f"gradient_magnitude/{name}", step) == expected_counts(gradient)
+
+
+def test_an_optimizer_of_which_nothing_is_counted_logs_nothing(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4, include="one", batch_size=8)
+    fit(tmp_path, monitor, module=TwoOptimizers)
+    tags = events(tmp_path).Tags()
+    assert {tag.partition("/")[2] for tag in tags["histograms"]} == {"one.weight", "one.bias", "all_0"}
+    assert not [tag for tag in tags["scalars"] if "two" in tag or "all_1" in tag]
+    assert [len(record) for record in monitor.noise_records] == [4, 2]  # measured of all
+
+
+def test_a_filter_that_matches_nothing_stops_the_run_at_its_start(tmp_path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match="exclude='Conv2d' matches no.*body.0.weight.*BatchNorm1d, Linear"
+    ):
+        fit(tmp_path, GradientHistogramMonitor(exclude="Conv2d"))
+
+
+def test_many_histograms_are_pointed_out(tmp_path, caplog) -> None:
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.many = nn.ParameterList(torch.zeros(1) for _ in range(200))
+
+    for monitor in (GradientHistogramMonitor(), GradientHistogramMonitor(group_by=1)):
+        with caplog.at_level("INFO"):
+            fit(tmp_path, monitor, module=Wide, max_steps=1, logger=DummyLogger())
+    assert [r.message for r in caplog.records if "GradientHistogramMonitor logs 206 histograms" in r.message]
+    assert len([r for r in caplog.records if "group_by=1" in r.message]) == 1
 
 
 def test_two_optimizers_are_told_apart(tmp_path) -> None:
@@ -201,14 +336,24 @@ def test_resume_goes_on_where_it_was(tmp_path) -> None:
 def test_state_survives_a_round_trip() -> None:
     monitor = GradientHistogramMonitor()
     watched = {"steps": 9, "logged": 2, "samples": [{"step": 0}], "learning_rates": [0.1], "batch_size": 8}
+    watched["skipped"] = 3
     state = {"optimizers": [watched]}
     monitor.load_state_dict(state)
     assert monitor.state_dict() == state
 
 
 def test_instances_have_keys_of_their_own() -> None:
-    keys = {GradientHistogramMonitor(every_n_steps=n).state_key for n in (1, 2, 50)}
-    assert len(keys) == 3
+    options: list[dict[str, Any]] = [
+        {},
+        {"every_n_steps": 2},
+        {"group_by": 1},
+        {"group_by": "1"},
+        {"group_by": str.upper},
+    ]
+    options += [{"include": "a"}, {"exclude": "a"}, {"when": "after_clip"}, {"local": True}]
+    keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
+    assert len(set(keys)) == len(keys)
+    assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
 
 
 def test_the_heatmap_comes_at_doubling_distances_and_at_the_end(tmp_path) -> None:
@@ -232,6 +377,13 @@ def test_no_tag_is_used_for_two_kinds_of_data(tmp_path) -> None:
         pytest.param({"every_n_steps": 2.5}, "every_n_steps must be .* got 2.5", id="fraction"),
         pytest.param({"bins_per_octave": 3}, "bins_per_octave must be a power of two", id="bins"),
         pytest.param({"batch_size": 0}, "batch_size must be a positive", id="batch size"),
+        pytest.param({"group_by": 0}, "group_by must be None, a depth .* got 0", id="depth"),
+        pytest.param({"when": "later"}, "when must be one of .* got 'later'", id="when"),
+        pytest.param({"local": True, "when": "after_clip"}, "leave out one", id="contradiction"),
+        pytest.param({"group_by": True}, "group_by must be None, a depth .* got True", id="flag"),
+        pytest.param({"group_by": "("}, "group_by must be a regular expression, got '\\('", id="group"),
+        pytest.param({"include": "*"}, "include must be a regular expression, got '\\*'", id="include"),
+        pytest.param({"exclude": 3}, "exclude must be a regular expression, got 3", id="exclude"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -346,7 +498,8 @@ def test_nothing_of_the_model_is_held_after_training(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=4)
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, monitor, Interrupt())
-    assert [(watched.pending, watched.last_logged) for watched in monitor._watched] == [(None, None)]
+    assert [(watched.first, watched.last_logged) for watched in monitor._watched] == [(None, None)]
+    assert not monitor._handles
 
 
 def test_a_record_is_bounded() -> None:
@@ -425,3 +578,123 @@ def test_sparse_gradients_and_tied_weights(tmp_path) -> None:
     counted = found.Histograms("gradient_magnitude/one.weight")[0].histogram_value.num
     zero_share = found.Scalars("gradient_zero_share/one.weight")[0].value
     assert counted == pytest.approx(64 * (1 - zero_share)) and zero_share >= 0.25  # the row that no label asks for
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        pytest.param(Net, {"accumulate_grad_batches": 3, "plugins": _fp16}, id="16-mixed, with accumulation"),
+        pytest.param(TwoOptimizers, {}, id="manual, two optimizers"),
+    ],
+)
+def test_on_one_device_local_gradients_are_the_gradients(tmp_path, module: Any, options: Any) -> None:
+    options = {name: [value()] if callable(value) else value for name, value in options.items()}
+    monitors = [GradientHistogramMonitor(every_n_steps=2, noise_scale=False, local=local) for local in (False, True)]
+    made = fit(tmp_path, *monitors, module=module, limit_train_batches=9, **options)
+    found = events(tmp_path)
+    for tag in ["all"] if len(made.optimizers) == 1 else ["all_0", "all_1"]:
+        usual, local = (found.Histograms(f"gradient{kind}_magnitude/{tag}") for kind in ("", "_local"))
+        assert len(usual) >= 2
+        assert [(e.step, e.histogram_value) for e in usual] == [(e.step, e.histogram_value) for e in local]
+    assert not any(p._post_accumulate_grad_hooks for p in made.lightning_module.parameters())
+
+
+class Compiled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+def test_compiled_layers_have_the_names_of_the_layers(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=8)
+    fit(tmp_path, monitor, spy, module=Compiled)
+    spy.seen = [{name.replace("_orig_mod.", ""): g for name, g in seen.items()} for seen in spy.seen]
+    assert_counts(tmp_path, spy, 8, [0, 8])
+    assert "body.0.weight" in RunRecord.load(tmp_path / "calibration.json").model
+
+
+def test_a_layer_frozen_in_mid_run_is_left_out_from_then_on(tmp_path) -> None:
+    class Freezing(Net):
+        def on_train_epoch_start(self) -> None:
+            self.head.requires_grad_(self.current_epoch == 0)
+
+    monitor = GradientHistogramMonitor(every_n_steps=3, local=True)
+    fit(tmp_path, monitor, module=Freezing, max_epochs=2, limit_train_batches=6)
+    histograms = events(tmp_path).Histograms
+    assert [event.step for event in histograms("gradient_local_magnitude/head.weight")] == [0, 3]
+    assert [event.step for event in histograms("gradient_local_magnitude/body.0.weight")] == [0, 3, 6, 9]
+
+
+def test_a_run_within_a_run_and_a_second_fit_are_each_counted_once(tmp_path) -> None:
+    outer, inner = GradientSpy(), GradientSpy()
+
+    class Nested(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 5:
+                fit(tmp_path / "inner", GradientHistogramMonitor(every_n_steps=4), inner, max_steps=5)
+
+    made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), outer, Nested(), limit_train_batches=6)
+    made.fit_loop.max_epochs = 2
+    made.fit(made.lightning_module, loader())
+    assert_counts(tmp_path, outer, 4, [0, 4, 8])
+    assert_counts(tmp_path / "inner", inner, 4, [0, 4])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_resumed_within_an_epoch_goes_on_with_its_steps(tmp_path) -> None:
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "seven.ckpt")
+
+    fit(tmp_path / "first", GradientHistogramMonitor(every_n_steps=3), Saving(), max_steps=8)
+    monitor = GradientHistogramMonitor(every_n_steps=3)
+    made = trainer(tmp_path / "second", monitor)
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "seven.ckpt")
+    assert made.global_step == 16
+    assert [e.step for e in events(tmp_path / "second").Histograms("gradient_magnitude/all")] == [9, 12, 15]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [
+        0,
+        3,
+        9,
+        12,
+    ]  # 6 and 7 span the checkpoint
+
+
+def test_parts_of_all_ranks_lie_in_one_order() -> None:
+    parameters = {"a": torch.zeros(3), "b": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}
+    one = {name: torch.randn(p.shape) for name, p in parameters.items()}
+    other = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in one.items()}
+    other["b"] = other["b"].to(memory_format=torch.channels_last)
+    for tensors in (one, other):
+        parts = [own_parts(tensors, parameters, Replicas(rank, 5)) for rank in range(5)]
+        joined = torch.cat([part["b"] for part in parts])
+        assert torch.equal(joined, one["b"].permute(0, 2, 3, 1).reshape(-1))
+        assert torch.equal(torch.cat([part["a"] for part in parts]), one["a"])
+        assert {sum(piece.numel() for piece in part.values()) for part in parts} <= {24, 25}
+        assert parts[4]["a"].numel() == 0
+
+
+def test_strategies_that_cut_gradients_up_are_refused_by_name(tmp_path) -> None:
+    like_deepspeed = type("DeepSpeedStrategy", (DDPStrategy,), {})(process_group_backend="gloo")
+    with pytest.warns(UserWarning, match="is off.*DeepSpeedStrategy.*use one of them.*fully_shard") as caught:
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), strategy=like_deepspeed, max_steps=2)
+    assert made.global_step == 2 and "histograms" not in [k for k, v in events(tmp_path).Tags().items() if v]
+    assert len([w for w in caught if "GradientHistogramMonitor" in str(w.message)]) == 1
+    assert shares(SimpleNamespace(strategy=FSDPStrategy())) is None  # needs a GPU to run
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the parser's own, about itself
+@pytest.mark.parametrize("group_by", [2, r"layers\.(\d+)"])
+def test_the_command_line_takes_the_arguments(group_by: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(GradientHistogramMonitor, "monitor")
+    words = [
+        f"--monitor.group_by={group_by}",
+        "--monitor.include=Linear",
+        "--monitor.exclude=bias",
+        "--monitor.local=true",
+    ]
+    monitor = parser.instantiate_classes(parser.parse_args(words)).monitor
+    assert (monitor.group_by, monitor.include, monitor.exclude, monitor.local) == (group_by, "Linear", "bias", True)

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from rank_jobs import run_ranks
-from shard_jobs import OPTIMIZERS, flat, loaded, model, saved, train, trajectories, unused, whole
+from shard_jobs import OPTIMIZERS, flat, loaded, model, saved, train, trained, unused, whole
+from support import events, expected_counts, logged_counts
 
 from lightning_gradhist import ALTO
+from lightning_gradhist.noise import adam_weight, measure_pair
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")])
-def test_sharded_is_one_process(tmp_path, ranks: int) -> None:
-    found = run_ranks(trajectories, ranks, tmp_path)
+@pytest.fixture(scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")])
+def run(request, tmp_path_factory) -> tuple[Path, list[Any]]:
+    folder = tmp_path_factory.mktemp("shards")
+    return folder, run_ranks(trained, request.param, folder)
+
+
+def test_sharded_is_one_process(run) -> None:
+    found = [rank["trajectories"] for rank in run[1]]
     for name, make in OPTIMIZERS.items():
         module = model()
         optimizer = make(module.parameters())
@@ -50,3 +60,32 @@ def test_the_partitions_of_zero_are_refused() -> None:
     with pytest.raises(TypeError, match="DeepSpeed ZeRO"):
         optimizer.add_param_group({"params": [param]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_the_monitor_counts_every_shard_once(run) -> None:
+    folder, found = run[0], [rank["monitored"] for rank in run[1]]
+    assert 0 in [size for rank in found for size in rank["sharded"][3].values()], "no shard was empty"
+    for case in ("sharded", "replicated"):
+        gradients, moments, samples, _ = found[0][case]
+        tags = events(folder / case).Tags()["histograms"]
+        assert {"gradient_magnitude/body.2.bias", "gradient_clipped_magnitude/body"} < set(tags)
+        for step in (0, 2, 4):
+            for name, gradient in gradients[step].items():
+                logged = logged_counts(folder / case, f"gradient_magnitude/{name}", step)
+                assert logged == expected_counts(gradient), (case, name, step)
+            pooled = torch.cat([gradient.flatten() for gradient in gradients[step].values()])
+            assert logged_counts(folder / case, "gradient_magnitude/all", step) == expected_counts(pooled)
+            clipped = events(folder / case).Histograms("gradient_clipped_magnitude/all")[step // 2].histogram_value
+            assert clipped.num == pooled.numel()
+            assert logged_counts(folder / case, "gradient_clipped_magnitude/all", step) != expected_counts(pooled)
+        assert [sample["step"] for sample in samples] == [0, 2, 4]
+        for sample in samples:
+            step = sample["step"]
+            weights = {name: adam_weight(v, 1e-8) for name, v in moments[step].items()} or None
+            expected = measure_pair(gradients[step], gradients[step + 1], weights).tolist()
+            numbers = [sample[f"{kind}_{metric}"] for metric in ("simple", "adam") for kind in ("noise", "signal")]
+            assert numbers[: 4 if weights else 2] == pytest.approx(expected[: 4 if weights else 2], rel=1e-4, abs=1e-9)
+            assert sample["batch_size"] == 4 * len(found)
+        assert all(rank[case][2] == samples for rank in found)
+    assert "local=True counts what each rank computed before averaging" in found[0]["local"]
+    assert found[0]["partial"] == 5 * [len(found)]  # added up, as the parameter lies

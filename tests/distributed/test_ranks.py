@@ -1,13 +1,27 @@
 from __future__ import annotations
 
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_jobs import apart, calibrated, invisible, monitored, numbers, out_of_step, run_ranks, uneven
+from rank_jobs import (
+    apart,
+    calibrated,
+    exit_codes,
+    invisible,
+    killed,
+    monitored,
+    numbers,
+    out_of_step,
+    run_ranks,
+    uneven,
+)
 from support import events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
+from lightning_gradhist.report.record import RunRecord
 
 RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")]
 
@@ -58,6 +72,24 @@ def test_slices_of_all_ranks_add_up_to_the_whole_gradient(tmp_path, ranks: int) 
             assert logged_counts(tmp_path / case, "gradient_magnitude/all", step) == expected_counts(pooled)
         accumulated = 2 if case == "accumulated" else 1
         assert mine["batch_size"] == 4 * accumulated * ranks
+        for step in steps:
+            windows = [rank[case]["own"][step * accumulated : (step + 1) * accumulated] for rank in found]
+            assert_local_counts(tmp_path / case, step, windows)
+    assert len({"extra.weight" in rank["unused"]["own"][0] for rank in found}) == 2  # the ranks' names differ
+
+
+def assert_local_counts(folder: Path, step: int, windows: list[list[dict[str, torch.Tensor]]]) -> None:
+    """The counts before averaging are those of each rank's sum over the micro-batches of a step, over all ranks."""
+    own: dict[str, list[torch.Tensor]] = {}
+    for window in windows:
+        for name in window[0]:
+            own.setdefault(name, []).append(sum(batch[name] for batch in window).flatten())
+    for name, gradients in own.items():
+        if torch.cat(gradients).any():
+            logged = logged_counts(folder, f"gradient_local_magnitude/{name}", step)
+            assert logged == expected_counts(torch.cat(gradients)), (folder, name, step)
+    pooled = torch.cat([gradient for gradients in own.values() for gradient in gradients])
+    assert logged_counts(folder, "gradient_local_magnitude/all", step) == expected_counts(pooled)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -118,3 +150,11 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["fails"]
     assert gradients == 0 and any("no probe" in problem for problem in problems)
     assert found[0]["overflows"][0] == 16
+
+
+def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -> None:
+    codes = exit_codes(killed, 2, tmp_path)
+    assert codes == [3, -signal.SIGKILL], "the other rank hangs, or ended otherwise"
+    assert (tmp_path / "error.txt").read_text()
+    assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 2, 4, 6]
+    assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 3

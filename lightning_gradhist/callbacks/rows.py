@@ -1,0 +1,130 @@
+"""Which parameters are counted, and in which row of the histogram."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lightning_gradhist.callbacks._lightning import MisconfigurationException
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what torch.compile and activation checkpointing put in
+_NAMED = 12
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without what wrappers of its module add, so that it is the same with and without them."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+class Rows:
+    """Gives each parameter the name of its row, or leaves it out.
+
+    Args:
+        group_by: as for ``GradientHistogramMonitor``.
+        include: as there.
+        exclude: as there.
+
+    Raises:
+        MisconfigurationException: for an argument that is none of these, or no regular expression.
+    """
+
+    def __init__(
+        self, group_by: int | str | Callable[[str], str | None] | None, include: str | None, exclude: str | None
+    ) -> None:
+        filters = {"include": include, "exclude": exclude}
+        self._filters = {name: None if x is None else _compiled(name, x) for name, x in filters.items()}
+        self._group_of = _grouping(group_by)
+
+    def of(self, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+        """The rows of those parameters that are counted, by name; one for which there is no group has its own."""
+        layers = _layers(module) if any(self._filters.values()) else {}
+        return {name: self._group_of(name) or name for name in names if self._is_counted(name, layers)}
+
+    def check(self, module: nn.Module) -> int:
+        """Refuses filters that match no parameter of the module that is trained, or leave none; else counts the rows.
+
+        Raises:
+            MisconfigurationException: naming what there is.
+        """
+        layers = _layers(module)
+        names = [plain_name(name) for name, p in module.named_parameters() if p.requires_grad]
+        classes = sorted({layers[_layer_of(name)][0] for name in names if layers[_layer_of(name)]})
+        there = f"The parameters are {_listed(names)}; the layers {_listed(classes)}."
+        for argument, pattern in self._filters.items():
+            if pattern is not None and not any(_matches(pattern, name, layers) for name in names):
+                raise MisconfigurationException(
+                    f"{argument}={pattern.pattern!r} matches no parameter's name and no layer's class. {there}"
+                )
+        rows = set(self.of(module, names).values())
+        if names and not rows:
+            raise MisconfigurationException(f"include and exclude together leave no parameter. {there}")
+        return len(rows)
+
+    def _is_counted(self, name: str, layers: Mapping[str, list[str]]) -> bool:
+        include, exclude = self._filters.values()
+        if include is not None and not _matches(include, name, layers):
+            return False
+        return exclude is None or not _matches(exclude, name, layers)
+
+
+def _grouping(group_by: Any) -> Callable[[str], str | None]:
+    """The function from the name of a parameter to that of its group, or to nothing; one that can be pickled."""
+    if isinstance(group_by, int) and not isinstance(group_by, bool) and group_by >= 1:
+        return partial(_module_path, depth=group_by)
+    if isinstance(group_by, str):
+        return partial(_first_group, pattern=_compiled("group_by", group_by))
+    if group_by is None or callable(group_by):
+        return group_by or _no_group
+    raise MisconfigurationException(
+        "group_by must be None, a depth of the module path from 1 up, a regular expression, or a function of a"
+        f" parameter's name, got {group_by!r}"
+    )
+
+
+def _no_group(name: str) -> None:
+    return None
+
+
+def _module_path(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:-1][:depth])
+
+
+def _first_group(name: str, pattern: re.Pattern[str]) -> str | None:
+    match = pattern.search(name)
+    return match[1 if pattern.groups else 0] if match else None
+
+
+def _compiled(argument: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise MisconfigurationException(f"{argument} must be a regular expression, got {pattern!r}: {error}") from None
+
+
+def _layers(module: nn.Module) -> dict[str, list[str]]:
+    """By the prefix of its parameters' names, the names of a layer's class and its bases below ``nn.Module``."""
+    return {
+        plain_name(f"{name}." if name else ""): [
+            cls.__name__ for cls in type(layer).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module
+        ]
+        for name, layer in module.named_modules()
+    }
+
+
+def _layer_of(name: str) -> str:
+    return name[: name.rfind(".") + 1]
+
+
+def _matches(pattern: re.Pattern[str], name: str, layers: Mapping[str, list[str]]) -> bool:
+    return bool(pattern.search(name)) or any(map(pattern.fullmatch, layers.get(_layer_of(name), ())))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

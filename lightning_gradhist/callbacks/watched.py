@@ -1,0 +1,131 @@
+"""What the monitor keeps of one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradhist.callbacks.gradients import LocalGradients, as_real, local
+from lightning_gradhist.callbacks.handoff import base_rate
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
+from lightning_gradhist.report.record import OptimizerRecord
+
+
+@dataclass
+class Step:
+    """A step from ``on_before_optimizer_step`` until the optimizer takes it, if it does."""
+
+    number: int
+    """The trainer's ``global_step``."""
+    due: bool
+    """Whether it is to be logged."""
+    histogram: MagnitudeHistogram | None = None
+
+
+@dataclass
+class Held:
+    """This rank's part of the first gradient of a pair."""
+
+    step: int
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+
+    def measure(self, gradients: Mapping[str, Tensor], sums: Tensor) -> None:
+        """Writes this rank's share of noise and signal, as :func:`measure_pair` gives them, into ``sums [4]``."""
+        if self.gradients:
+            sums.copy_(measure_pair(self.gradients, gradients, self.weights))
+        else:
+            sums.zero_()  # others have all there is
+
+
+class Watched:
+    """The steps of one optimizer, those that were logged or skipped, and its noise."""
+
+    def __init__(
+        self,
+        steps: int = 0,
+        logged: int = 0,
+        samples: list[dict[str, Any]] | None = None,
+        learning_rates: list[float] | None = None,
+        batch_size: int = 0,
+        skipped: int = 0,
+    ) -> None:
+        self.steps = steps
+        self.logged = logged
+        self.skipped: int | Tensor = skipped
+        """Steps that the loss scaler skipped; a tensor where only the device knows."""
+        self.noise = NoiseRecord(samples or [])
+        self.learning_rates = learning_rates or []
+        """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
+        self.batch_size = batch_size
+        self.last_step = -1
+        self.last_logged: tuple[MagnitudeHistogram, int] | None = None
+        self.begun: Step | None = None
+        self.local: LocalGradients | None = None
+        self.in_pair = False
+        """Whether the step before was the first of a pair; the same on all ranks."""
+        self.first: Held | None = None
+        """None where this rank cannot measure it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, which the constructor takes."""
+        return {
+            "steps": self.steps,
+            "logged": self.logged,
+            "samples": [dict(sample) for sample in self.noise.samples],
+            "learning_rates": list(self.learning_rates),
+            "batch_size": self.batch_size,
+            "skipped": int(self.skipped),
+        }
+
+    def release(self) -> None:
+        """Lets go of what belongs to the model."""
+        self.drop_pair()
+        if self.local is not None:
+            self.local.remove()
+        self.last_logged = self.begun = self.local = None
+
+    def drop_pair(self) -> None:
+        """Measures nothing of the step before."""
+        self.in_pair, self.first = False, None
+
+    def hold(
+        self, batch_size: int, optimizer: Optimizer, gradients: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    ) -> None:
+        """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
+        rates = [base_rate(group) for group in optimizer.param_groups]
+        self.learning_rates = [max(pair) for pair in zip_longest(rates, self.learning_rates, fillvalue=0.0)]
+        self.batch_size = batch_size
+        eps = _epsilon(optimizer)
+        weights = {name: adam_weight(v.float(), eps) for name, v in moments.items()} if moments else None
+        self.first = Held(self.steps, {name: g.clone() for name, g in gradients.items() if g.numel()}, weights)
+
+    def record(self, name: str) -> OptimizerRecord:
+        """The noise so far, of the optimizer of this class name."""
+        noise = {metric: self.noise.estimate(metric) for metric in METRICS}
+        return OptimizerRecord(name, self.learning_rates, self.batch_size, noise, list(self.noise.samples))
+
+
+def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adam's bias-corrected second moment by name, of a DTensor this rank's shard; empty where there is none (yet)."""
+    decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
+    moments = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" in state and id(parameter) in decay:
+            step = local(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
+            on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
+            correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
+            moments[name] = as_real(local(state["exp_avg_sq"])) / correction
+    return moments
+
+
+def _epsilon(optimizer: Optimizer) -> float:
+    eps = optimizer.param_groups[0].get("eps", 0.0)
+    return eps if isinstance(eps, float) else 0.0
