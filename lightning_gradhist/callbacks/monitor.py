@@ -34,8 +34,10 @@ from lightning_gradhist.callbacks.handoff import base_rate
 from lightning_gradhist.histogram import MagnitudeHistogram, slice_of
 from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
 from lightning_gradhist.report import plots
-from lightning_gradhist.report.loggers import Sink, log_magnitudes, sinks
+from lightning_gradhist.report.loggers import Sink
+from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
 from lightning_gradhist.report.record import FILE_NAME, OptimizerRecord, RunRecord
+from lightning_gradhist.report.writer import HostCopy, Once, Outlets
 
 _FEW = 3  # pairs below which there is no interval
 
@@ -50,9 +52,16 @@ class GradientHistogramMonitor(Callback):
 
     TensorBoard gets, on rank zero, ``gradient_magnitude/<parameter>`` and ``gradient_magnitude/all`` with
     :math:`\log_{10}|g|` on the horizontal axis, the scalars that
-    :func:`lightning_gradhist.report.loggers.log_magnitudes` lists, and with matplotlib a heatmap of layers by
-    magnitude, ``gradient_magnitude_by_layer``, at the 1st, 2nd, 4th, 8th, ... logged step and at the end. With several
-    optimizers the last two names end in the optimizer's index. Other loggers get the scalars.
+    :func:`lightning_gradhist.report.magnitudes.magnitude_report` lists, and at the 1st, 2nd, 4th, 8th, ... logged step and
+    at the end a table of the worst layers, ``gradient_worst_layers``, and with matplotlib a heatmap of layers by magnitude,
+    ``gradient_magnitude_by_layer``. With several optimizers the names of what is over all layers end in the optimizer's
+    index. W&B gets the same; MLflow and Comet get quantiles in place of the histograms, and all other loggers get
+    scalars and quantiles; :func:`lightning_gradhist.report.loggers.register_sink` takes further ones.
+
+    Reports are made and written in a thread for each logger that allows it (TensorBoard, W&B, MLflow), and are written
+    when ``fit`` ends, also by an exception. What a logger raises costs one warning. For one that is behind by four logged
+    steps training waits up to 5 seconds, and then leaves out, with a warning, what it has no time for; the end of
+    ``fit`` waits for it at most 30 seconds.
 
     From a logged step and the one after it, the noise scale is measured (see
     :class:`lightning_gradhist.noise.NoiseRecord`): ``B_simple``, and ``B_adam`` once the optimizer has a second moment.
@@ -103,6 +112,7 @@ class GradientHistogramMonitor(Callback):
         self._restored: list[dict[str, Any]] = []
         self._replicas: Replicas | None = None
         self._log_dir: Path | None = None
+        self._outlets: Outlets | None = None
         self._failed = False
 
     @property
@@ -172,7 +182,7 @@ class GradientHistogramMonitor(Callback):
             if due:
                 histogram = self._count(gradients, sizes, pl_module.device)
                 if trainer.is_global_zero:
-                    self._guarded(lambda: self._log(trainer, pl_module, index, histogram.cpu()))
+                    self._guarded(lambda: self._log(trainer, pl_module, index, histogram))
                 if not paired and not short:  # each gradient is in one pair, so that pairs are independent
                     self._guarded(lambda: self._hold(trainer, watched, optimizer, parameters, gradients))
         watched.steps += 1
@@ -182,13 +192,14 @@ class GradientHistogramMonitor(Callback):
         self._save_record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the last heatmap and writes the record."""
+        """Draws the last heatmap, writes the record, and waits for what is still to be written."""
         for index, watched in enumerate(self._watched):
             last = watched.last_logged
             if trainer.is_global_zero and last is not None:
                 self._guarded(lambda i=index, last=last: self._draw(trainer, i, *last))  # type: ignore[misc]
         self._release()
         self._save_record(trainer, pl_module)
+        self._guarded(self._close)
         if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
             rank_zero_info(
                 f"GradientHistogramMonitor measured the noise scale at fewer than {_FEW} steps, too few to calibrate another"
@@ -196,9 +207,10 @@ class GradientHistogramMonitor(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the record, so that an interrupted run is of use."""
+        """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._release()
         self._save_record(trainer, pl_module)
+        self._guarded(self._close)
 
     def _directory(self, trainer: Trainer) -> Path | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
@@ -239,21 +251,37 @@ class GradientHistogramMonitor(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule, index: int, histogram: MagnitudeHistogram) -> None:
         watched, step = self._watched[index], trainer.global_step
-        for sink in sinks(trainer.loggers):
-            log_magnitudes(sink, histogram, "gradient", step, f"all{self._suffix(index)}")
+        on_host = HostCopy(histogram)
+        report = Once(lambda: magnitude_report(on_host(), "gradient", f"all{self._suffix(index)}"))
+        self._send(trainer, lambda sink: sink.scalars(report().scalars, step))
+        self._send(trainer, lambda sink: sink.histograms(report().histograms, step))
         watched.logged += 1
-        watched.last_logged = (histogram, step)
+        watched.last_logged = (on_host, step)
         if math.log2(watched.logged).is_integer():  # figures and files cost far more than a count
-            self._draw(trainer, index, histogram, step)
+            self._draw(trainer, index, on_host, step)
             watched.last_logged = None
             self._save_record(trainer, module)
 
-    def _draw(self, trainer: Trainer, index: int, histogram: MagnitudeHistogram, step: int) -> None:
-        outlets: list[Sink] = sinks(trainer.loggers)
-        if outlets and plots.available() and histogram.counts.any():
-            figure = plots.magnitude_heatmap(histogram, f"gradient magnitudes by layer, step {step}")
-            for sink in outlets:
-                sink.figure(f"gradient_magnitude_by_layer{self._suffix(index)}", figure, step)
+    def _draw(self, trainer: Trainer, index: int, histogram: HostCopy, step: int) -> None:
+        suffix, title = self._suffix(index), f"gradient magnitudes by layer, step {step}"
+        figure = Once(lambda: plots.magnitude_heatmap(histogram(), title))
+
+        def show(sink: Sink) -> None:
+            if plots.available() and sink.shows_figures and histogram().counts.any():
+                sink.figure(f"gradient_magnitude_by_layer{suffix}", figure(), step)
+
+        self._send(trainer, lambda sink: sink.text(f"gradient_worst_layers{suffix}", worst_layers(histogram()), step))
+        self._send(trainer, show)
+
+    def _send(self, trainer: Trainer, job: Callable[[Sink], None]) -> None:
+        if self._outlets is None:
+            self._outlets = Outlets(trainer.loggers, lambda said: rank_zero_warn(f"GradientHistogramMonitor {said}"))
+        self._outlets.send(job)
+
+    def _close(self) -> None:
+        if self._outlets is not None:
+            outlets, self._outlets = self._outlets, None
+            outlets.close()
 
     def _suffix(self, index: int) -> str:
         return f"_{index}" if len(self._watched) > 1 else ""
@@ -311,7 +339,7 @@ class _Watched:
         """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
         self.batch_size = batch_size
         self.last_step = -1
-        self.last_logged: tuple[MagnitudeHistogram, int] | None = None
+        self.last_logged: tuple[HostCopy, int] | None = None
         self.pending: tuple[int, dict[str, Tensor], dict[str, Tensor] | None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
