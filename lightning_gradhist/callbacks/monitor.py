@@ -60,7 +60,7 @@ class GradientHistogramMonitor(Callback):
 
     Reports are made and written in a thread for each logger that allows it (TensorBoard, W&B, MLflow), and are written
     when ``fit`` ends, also by an exception. What a logger raises costs one warning. For one that is behind by four logged
-    steps training waits up to 5 seconds, and then leaves out, with a warning, what it has no time for; the end of
+    steps training waits up to 10 seconds, and then leaves out, with a warning, what it has no time for; the end of
     ``fit`` waits for it at most 30 seconds.
 
     From a logged step and the one after it, the noise scale is measured (see

@@ -13,7 +13,7 @@ from lightning_gradhist.histogram import MagnitudeHistogram
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _MAX_BUCKETS = 512
 # From a number format to the magnitude below which rounding gives zero, half its smallest subnormal number, and the one
-# above which it gives infinity or NaN, its largest number and half a unit of the last place.
+# above which it finds no number, the largest one and half a unit of its last place.
 _RANGES = {
     "fp16": (2.0**-25, 65_520.0),
     "fp8_e4m3": (2.0**-10, 464.0),
@@ -52,8 +52,9 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
 
     - ``<prefix>_zero_share/<name>`` and ``<prefix>_nonfinite_share/<name>``,
     - ``<prefix>_fp16_loss_share/<name>``, ``<prefix>_fp8_e4m3_loss_share/<name>`` and
-      ``<prefix>_fp8_e5m2_loss_share/<name>``: values, neither zero nor infinite, that a cast without a scale to float16,
-      float8_e4m3fn or float8_e5m2 turns into zero, infinity or NaN. Digits that a cast rounds off are no loss here.
+      ``<prefix>_fp8_e5m2_loss_share/<name>``: values, neither zero nor infinite, that are out of the range of float16,
+      float8_e4m3fn or float8_e5m2: a cast without a scale turns them into zero, infinity or NaN, or, torch's newer ones to
+      e4m3, into 448. Digits that a cast rounds off are no loss here.
 
     There is none for bfloat16: it has the exponents of float32, so that a cast flushes nothing that has a bin, and only
     the topmost 1/256 of the last octave before float32 ends becomes infinite, far less than a bin.

@@ -66,24 +66,19 @@ class HostCopy:
 class Writer:
     """Runs jobs one after another in a daemon thread, which starts with the first.
 
-    ``room`` jobs may wait. Where there is no room, :meth:`submit` waits for it, so that who submits faster than the jobs
-    run is slowed down and loses nothing; after ``patience`` seconds without room the job is dropped, and as long as there
-    is none, later jobs are dropped without waiting.
-
-    Args:
-        room: number of jobs that may wait, at least 1.
-        patience: in seconds.
-
-    Attributes:
-        dropped: number of jobs that were not run.
+    :attr:`room` jobs may wait. Where there is no room, :meth:`submit` waits for it, so that who submits faster than the
+    jobs run is slowed down and loses nothing; after :attr:`patience` seconds without room the job is dropped, and as long
+    as there is none, later jobs are dropped without waiting.
     """
 
-    def __init__(self, room: int = 8, patience: float = 5.0) -> None:
+    room = 8
+    patience = 10.0
+
+    def __init__(self) -> None:
         self.dropped = 0
-        self._patience = patience
         self._full = False
         self._closed = False
-        self._jobs: queue.Queue[Callable[[], None] | threading.Event] = queue.Queue(room)
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(self.room)
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -92,23 +87,16 @@ class Writer:
             self._thread = threading.Thread(target=self._run, name="gradhist-writer", daemon=True)
             self._thread.start()
         try:
-            self._jobs.put(job, timeout=0 if self._full else self._patience)
+            self._jobs.put(job, timeout=0 if self._full else self.patience)
             self._full = False
         except queue.Full:
             self._full = True
             self.dropped += 1
 
     def drain(self, timeout: float) -> bool:
-        """Waits until all jobs submitted so far have run, at most ``timeout`` seconds, and says whether they have."""
-        if self._thread is None:
-            return True
-        end = time.monotonic() + timeout
-        done = threading.Event()
-        try:
-            self._jobs.put(done, timeout=timeout)
-        except queue.Full:
-            return False
-        return done.wait(max(0.0, end - time.monotonic()))
+        """Waits until all jobs have run, at most ``timeout`` seconds, and says whether they have."""
+        with self._jobs.all_tasks_done:  # as Queue.join(), which has no timeout
+            return self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout)
 
     def close(self, timeout: float) -> bool:
         """Drains, and ends the thread; jobs that have not begun in time are dropped. Says whether all jobs have run."""
@@ -116,17 +104,17 @@ class Writer:
         self._closed = True
         with suppress(queue.Empty):
             while True:
-                self.dropped += callable(self._jobs.get_nowait())
-        self._jobs.put(threading.Event())  # wakes the thread, which finds that it is closed
+                self._jobs.get_nowait()
+                self.dropped += 1
+        self._jobs.put(None)  # wakes the thread, which finds that it is closed
         return finished
 
     def _run(self) -> None:
         while not self._closed:
             job = self._jobs.get()
-            if isinstance(job, threading.Event):
-                job.set()
-            else:
+            if job is not None:
                 job()
+            self._jobs.task_done()
 
 
 class Outlets:
@@ -141,6 +129,9 @@ class Outlets:
         warn: is given a sentence, to be preceded by the name of the reporter.
     """
 
+    patience = 30.0
+    """Seconds that :meth:`close` waits for all sinks together."""
+
     def __init__(self, loggers: Iterable[Any], warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._outlets = [_Outlet(logger) for logger in loggers]
@@ -154,9 +145,9 @@ class Outlets:
             outlet.send(job)
         self._tell()
 
-    def close(self, timeout: float = 30.0) -> None:
-        """Waits, ``timeout`` seconds for all sinks together, until all jobs have run; what has not begun is dropped."""
-        end = time.monotonic() + timeout
+    def close(self) -> None:
+        """Waits until all jobs have run, and drops those that have not begun in time."""
+        end = time.monotonic() + self.patience
         for outlet in self._outlets:
             outlet.close(max(0.0, end - time.monotonic()))
         self._tell()
