@@ -76,10 +76,12 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
             rows = zip(names, column.tolist(), counted, strict=True)
             scalars |= {f"{prefix}_{tag}/{name}": value for name, value, there in rows if there}
         quantiles = torch.stack([part.quantile(share) for share in QUANTILES], 1).tolist()
-        for name, counts, values in zip(names, part.counts, quantiles, strict=True):
-            if counts.any():
-                shown = Distribution(*shown_buckets(edges, counts), dict(zip(QUANTILES, values, strict=True)))
-                histograms[f"{prefix}_magnitude/{name}"] = shown
+        for name, counts, values, (first, last) in zip(names, part.counts, quantiles, _occupied(part), strict=True):
+            if last:
+                shown = _merged(edges, counts, first, last)
+                histograms[f"{prefix}_magnitude/{name}"] = Distribution(
+                    *shown, dict(zip(QUANTILES, values, strict=True))
+                )
     return MagnitudeReport(scalars, histograms)
 
 
@@ -111,13 +113,25 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
 def shown_buckets(edges: Tensor, counts: Tensor, most: int = _MAX_BUCKETS) -> tuple[Tensor, Tensor]:
     """The occupied buckets and their edges, neighbours merged until there are at most ``most``."""
     occupied = counts.nonzero()[:, 0]
-    first, last = int(occupied[0]), int(occupied[-1]) + 1
+    return _merged(edges, counts, int(occupied[0]), int(occupied[-1]) + 1, most)
+
+
+def _merged(edges: Tensor, counts: Tensor, first: int, last: int, most: int = _MAX_BUCKETS) -> tuple[Tensor, Tensor]:
     width = 1
     while -(-(last - first) // width) > most:
         width *= 2
+    if width == 1:  # by far the commonest, and once for each tensor of a model
+        return edges[first : last + 1], counts[first:last]
     cuts = torch.arange(first, last + width, width, device=counts.device).clamp_(max=counts.numel())
     cumulative = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return edges[cuts], cumulative[cuts].diff()
+
+
+def _occupied(histogram: MagnitudeHistogram) -> list[tuple[int, int]]:
+    """The first bin of each row that is not empty and the one after the last; (0, 0) for a row without."""
+    there = (histogram.counts > 0).byte()
+    last = (there.shape[1] - there.flip(1).argmax(1)) * there.amax(1)
+    return list(zip(there.argmax(1).tolist(), last.tolist(), strict=True))
 
 
 def _columns(histogram: MagnitudeHistogram) -> dict[str, Tensor]:
