@@ -205,6 +205,9 @@ class LocalGradients:
             if parameter.requires_grad
         ]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # hooks stay with the parameters of this process: a copy is None
+
     def take(self, trainer: Trainer) -> dict[str, Tensor]:
         """The gradients, unscaled; nothing is copied any more."""
         self.remove()

@@ -42,8 +42,10 @@ from lightning_gradhist.callbacks.watched import Step, Watched, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report import plots
-from lightning_gradhist.report.loggers import Sink, log_magnitudes, sinks
+from lightning_gradhist.report.loggers import Sink
+from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
 from lightning_gradhist.report.record import FILE_NAME, RunRecord
+from lightning_gradhist.report.writer import HostCopy, Once, Outlets
 
 _FEW = 3  # pairs below which there is no interval
 _MANY = 200  # rows beyond which a page of histograms is no longer read
@@ -63,10 +65,17 @@ class GradientHistogramMonitor(Callback):
 
     TensorBoard gets, on rank zero, ``gradient_magnitude/<parameter or group>`` and ``gradient_magnitude/all`` with
     :math:`\log_{10}|g|` on the horizontal axis, the scalars that
-    :func:`lightning_gradhist.report.loggers.log_magnitudes` lists, and with matplotlib a heatmap of layers by
-    magnitude, ``gradient_magnitude_by_layer``, at the 1st, 2nd, 4th, 8th, ... logged step and at the end. With several
-    optimizers the last two names end in the optimizer's index. All names begin with ``gradient_clipped`` in place of
-    ``gradient`` if counted after clipping, and with ``gradient_local`` if before averaging. Other loggers get the scalars.
+    :func:`lightning_gradhist.report.magnitudes.magnitude_report` lists, and at the 1st, 2nd, 4th, 8th, ... logged step and
+    at the end a table of the worst layers, ``gradient_worst_layers``, and with matplotlib a heatmap of layers by magnitude,
+    ``gradient_magnitude_by_layer``. With several optimizers the names of what is over all layers end in the optimizer's
+    index. W&B gets the same; MLflow and Comet get quantiles in place of the histograms, and all other loggers get
+    scalars and quantiles; :func:`lightning_gradhist.report.loggers.register_sink` takes further ones. All names begin with
+    ``gradient_clipped`` in place of ``gradient`` if counted after clipping, and with ``gradient_local`` if before averaging.
+
+    Reports are made and written in a thread for each logger that allows it (TensorBoard, W&B, MLflow), and are written
+    when ``fit`` ends, also by an exception. What a logger raises costs one warning. For one that is behind by four logged
+    steps training waits up to 10 seconds, and then leaves out, with a warning, what it has no time for; the end of
+    ``fit`` waits for it at most 30 seconds.
 
     From a logged step and the one after it, the noise scale is measured (see
     :class:`lightning_gradhist.noise.NoiseRecord`), before clipping: ``B_simple``, and ``B_adam`` once the optimizer has a
@@ -149,7 +158,11 @@ class GradientHistogramMonitor(Callback):
         self._measures_noise = False
         self._handles: list[RemovableHandle] = []
         self._log_dir: Path | None = None
+        self._outlets: Outlets | None = None
         self._failed = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": []}  # hooks stay with the optimizers of this process
 
     @property
     def state_key(self) -> str:
@@ -256,13 +269,14 @@ class GradientHistogramMonitor(Callback):
         self._save_record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the last heatmap and writes the record."""
+        """Draws the last heatmap, writes the record, and waits for what is still to be written."""
         for index, watched in enumerate(self._watched):
             last = watched.last_logged
             if trainer.is_global_zero and last is not None:
                 self._guarded(lambda i=index, last=last: self._draw(trainer, i, *last))  # type: ignore[misc]
         self._release()
         self._save_record(trainer, pl_module)
+        self._guarded(self._close)
         if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
             rank_zero_info(
                 f"GradientHistogramMonitor measured the noise scale at fewer than {_FEW} steps, too few to calibrate another"
@@ -270,9 +284,10 @@ class GradientHistogramMonitor(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the record, so that an interrupted run is of use."""
+        """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._release()
         self._save_record(trainer, pl_module)
+        self._guarded(self._close)
 
     def _directory(self, trainer: Trainer) -> Path | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
@@ -303,7 +318,7 @@ class GradientHistogramMonitor(Callback):
         if skips is not None and skips:
             watched.drop_pair()
         elif trainer.is_global_zero:
-            self._guarded(lambda: self._log(trainer, module, index, histogram.cpu()))
+            self._guarded(lambda: self._log(trainer, module, index, histogram))
         if trainer.is_global_zero:
             self._guarded(lambda: self._log_skipped(trainer, index, step.number))
 
@@ -369,8 +384,8 @@ class GradientHistogramMonitor(Callback):
     def _log_skipped(self, trainer: Trainer, index: int, step: int) -> None:
         if loss_scaler(trainer) is not None:
             skipped = float(self._watched[index].skipped)
-            for sink in sinks(trainer.loggers):
-                sink.scalars({f"gradient_skipped_steps{self._suffix(index)}": skipped}, step)
+            tag = f"gradient_skipped_steps{self._suffix(index)}"
+            self._send(trainer, lambda sink: sink.scalars({tag: skipped}, step))
 
     @property
     def _kind(self) -> str:
@@ -379,21 +394,39 @@ class GradientHistogramMonitor(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule, index: int, histogram: MagnitudeHistogram) -> None:
         watched, step = self._watched[index], trainer.global_step
-        for sink in sinks(trainer.loggers):
-            log_magnitudes(sink, histogram, self._kind, step, f"all{self._suffix(index)}")
+        on_host = HostCopy(histogram)
+        report = Once(lambda: magnitude_report(on_host(), self._kind, f"all{self._suffix(index)}"))
+        self._send(trainer, lambda sink: sink.scalars(report().scalars, step))
+        self._send(trainer, lambda sink: sink.histograms(report().histograms, step))
         watched.logged += 1
-        watched.last_logged = (histogram, step)
+        watched.last_logged = (on_host, step)
         if math.log2(watched.logged).is_integer():  # figures and files cost far more than a count
-            self._draw(trainer, index, histogram, step)
+            self._draw(trainer, index, on_host, step)
             watched.last_logged = None
             self._save_record(trainer, module)
 
-    def _draw(self, trainer: Trainer, index: int, histogram: MagnitudeHistogram, step: int) -> None:
-        outlets: list[Sink] = sinks(trainer.loggers)
-        if outlets and plots.available() and histogram.counts.any():
-            figure = plots.magnitude_heatmap(histogram, f"gradient magnitudes by layer, step {step}")
-            for sink in outlets:
-                sink.figure(f"{self._kind}_magnitude_by_layer{self._suffix(index)}", figure, step)
+    def _draw(self, trainer: Trainer, index: int, histogram: HostCopy, step: int) -> None:
+        suffix, title = self._suffix(index), f"gradient magnitudes by layer, step {step}"
+        figure = Once(lambda: plots.magnitude_heatmap(histogram(), title))
+
+        def show(sink: Sink) -> None:
+            if plots.available() and sink.shows_figures and histogram().counts.any():
+                sink.figure(f"{self._kind}_magnitude_by_layer{suffix}", figure(), step)
+
+        self._send(
+            trainer, lambda sink: sink.text(f"{self._kind}_worst_layers{suffix}", worst_layers(histogram()), step)
+        )
+        self._send(trainer, show)
+
+    def _send(self, trainer: Trainer, job: Callable[[Sink], None]) -> None:
+        if self._outlets is None:
+            self._outlets = Outlets(trainer.loggers, lambda said: rank_zero_warn(f"GradientHistogramMonitor {said}"))
+        self._outlets.send(job)
+
+    def _close(self) -> None:
+        if self._outlets is not None:
+            outlets, self._outlets = self._outlets, None
+            outlets.close()
 
     def _suffix(self, index: int) -> str:
         return f"_{index}" if len(self._watched) > 1 else ""

@@ -15,6 +15,7 @@ from lightning_gradhist.callbacks.handoff import base_rate
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
 from lightning_gradhist.report.record import OptimizerRecord
+from lightning_gradhist.report.writer import HostCopy
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Watched:
         """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
         self.batch_size = batch_size
         self.last_step = -1
-        self.last_logged: tuple[MagnitudeHistogram, int] | None = None
+        self.last_logged: tuple[HostCopy, int] | None = None
         self.begun: Step | None = None
         self.local: LocalGradients | None = None
         self.in_pair = False

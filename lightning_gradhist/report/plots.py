@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.report.loggers import shown_buckets
+from lightning_gradhist.report.magnitudes import shown_buckets
 from lightning_gradhist.report.result import CalibrationResult
 from lightning_gradhist.surge import careful_ratio, scaling_law
 
 if TYPE_CHECKING:
+    import numpy
     from matplotlib.figure import Figure
 
 _FP16_SMALLEST = 2.0**-24
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9661f", "#8a8f98"
 _MAX_LABELS = 48
 _CELLS_A_DECADE = 8
+_RENDERING = threading.Lock()
 
 
 def available() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def pixels(figure: Figure) -> numpy.ndarray:
+    """A figure as uint8 ``[height, width, 3]``; it may be asked for in several threads at once."""
+    import numpy
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with _RENDERING:  # drawing changes a figure, and several loggers show the same one
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def magnitude_heatmap(histogram: MagnitudeHistogram, title: str) -> Figure:

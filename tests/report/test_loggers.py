@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,19 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.report.loggers import ScalarSink, TensorBoardSink, log_magnitudes, shown_buckets, sinks
+from lightning_gradhist.report import loggers
+from lightning_gradhist.report.loggers import LoggerSink, Sink, TensorBoardSink, quantiles, register_sink, sinks
+from lightning_gradhist.report.magnitudes import Distribution, MagnitudeReport, magnitude_report
 
 
-def counted(values: dict[str, Tensor]) -> MagnitudeHistogram:
+def reported(values: dict[str, Tensor]) -> MagnitudeReport:
     histogram = MagnitudeHistogram(list(values))
     histogram.update(values)
-    return histogram
+    return magnitude_report(histogram, "gradient")
+
+
+def shown(edges: list[float], counts: list[int]) -> Distribution:
+    return Distribution(torch.tensor(edges, dtype=torch.float64), torch.tensor(counts), {0.5: 1e-3})
 
 
 def raw_histograms(folder: Path) -> dict[str, Any]:
@@ -39,9 +44,8 @@ def raw_histograms(folder: Path) -> dict[str, Any]:
 
 
 def test_a_histogram_in_the_event_file(tmp_path: Path) -> None:
-    edges, counts = torch.tensor([-4.0, -3.5, -3.0, -2.0], dtype=torch.float64), torch.tensor([5, 0, 3])
     with SummaryWriter(str(tmp_path)) as writer:
-        TensorBoardSink(writer).histogram("h", edges, counts, step=7)
+        TensorBoardSink(writer).histograms({"h": shown([-4.0, -3.5, -3.0, -2.0], [5, 0, 3])}, step=7)
     step, histo = raw_histograms(tmp_path)["h"]
     assert step == 7
     assert list(histo.bucket_limit) == [-3.5, -3.0, -2.0] and list(histo.bucket) == [5.0, 0.0, 3.0]
@@ -55,11 +59,11 @@ def test_everything_arrives_in_tensorboard(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         sink = TensorBoardSink(writer)
         sink.scalars({"a": 1.5, "b": -2.0}, step=3)
-        sink.histogram("h", torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1, 2]), step=4)
+        sink.histograms({"h": shown([0.0, 1.0, 2.0], [1, 2])}, step=4)
         figure = Figure(figsize=(2, 1))
         figure.add_subplot().plot([0, 1])
         sink.figure("f", figure, step=5)
-        sink.figure("f", figure, step=6)  # the figure is not closed, a second logger may want it
+        sink.figure("f", figure, step=6)  # a second logger may want it
         sink.text("t", "| a | b |\n|---|---|\n| 1 | 2 |", step=6)
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "tensors": 0}).Reload()
     tags = events.Tags()
@@ -71,119 +75,6 @@ def test_everything_arrives_in_tensorboard(tmp_path: Path) -> None:
     assert make_ndarray(text.tensor_proto).item().decode().startswith("| a | b |")
 
 
-# --- log_magnitudes --------------------------------------------------------------------------------------------------
-
-TAGS = ["median", "norm", "zero_share", "nonfinite_share", "fp16_loss_share"]
-
-
-class Recorder:
-    """A sink that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, float] = {}
-        self.histograms: dict[str, tuple[Tensor, Tensor]] = {}
-        self.steps: set[int] = set()
-
-    def scalars(self, values: Any, step: int) -> None:
-        assert not self.numbers.keys() & values.keys()
-        self.numbers.update(values)
-        self.steps.add(step)
-
-    def histogram(self, tag: str, edges: Tensor, counts: Tensor, step: int) -> None:
-        self.histograms[tag] = (edges, counts)
-        self.steps.add(step)
-
-    def figure(self, tag: str, figure: Any, step: int) -> None:
-        raise AssertionError("no figure is due")
-
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        raise AssertionError("no text is due")
-
-
-def logged(values: dict[str, Tensor]) -> Recorder:
-    recorder = Recorder()
-    log_magnitudes(recorder, counted(values), "gradient", 11)
-    assert recorder.steps <= {11}
-    return recorder
-
-
-def test_tags_and_values() -> None:
-    weight = 10 ** torch.linspace(-9, 1, 5001, dtype=torch.float64)
-    bias = torch.tensor([0.0, 0.0, 1.0, math.nan, math.inf])
-    found = logged({"weight": weight, "bias": bias, "unused": torch.empty(0), "dead": torch.zeros(3)})
-    names = ["weight", "bias", "dead", "all"]
-    assert set(found.numbers) == {f"gradient_{tag}/{name}" for tag in TAGS for name in names}
-    assert all(isinstance(value, float) and math.isfinite(value) for value in found.numbers.values())
-    assert set(found.histograms) == {f"gradient_magnitude/{name}" for name in ("weight", "bias", "all")}
-    edges, counts = found.histograms["gradient_magnitude/weight"]
-    assert edges[0] <= -9 <= edges[1] and edges[-2] <= 1 <= edges[-1] and int(counts.sum()) == 5001
-    assert found.numbers["gradient_median/weight"] == pytest.approx(1e-4, rel=0.13)
-    assert found.numbers["gradient_norm/weight"] == pytest.approx(float(weight.norm()), rel=0.01)
-    assert found.numbers["gradient_zero_share/bias"] == pytest.approx(0.4)
-    assert found.numbers["gradient_nonfinite_share/bias"] == pytest.approx(0.4)
-    assert found.numbers["gradient_median/dead"] == found.numbers["gradient_norm/dead"] == 0.0
-    assert found.numbers["gradient_zero_share/dead"] == 1.0
-    assert found.numbers["gradient_zero_share/all"] == pytest.approx(5 / 5009)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        pytest.param(torch.logspace(-12, 8, 20_000, base=10, dtype=torch.float64), id="wide"),
-        pytest.param(torch.tensor([2.0**-26, 2.0**-24, 1.0, 70_000.0]), id="few"),
-        pytest.param(torch.cat([torch.zeros(5), torch.full((5,), 1e-9)]), id="zeros-and-lost"),
-        pytest.param(torch.ones(4), id="none"),
-    ],
-)
-def test_fp16_loss_share_is_what_a_cast_loses(values: Tensor) -> None:
-    half = values.to(torch.float16)
-    lost = ((half == 0) & (values != 0)) | (half.isinf() & values.isfinite())
-    share = float(lost.double().mean())
-    assert logged({"w": values}).numbers["gradient_fp16_loss_share/w"] == pytest.approx(share, abs=2e-3)
-
-
-def test_nothing_was_counted() -> None:
-    found = logged({"a": torch.empty(0), "b": torch.empty(0)})
-    assert found.numbers == {} and found.histograms == {}
-
-
-# --- buckets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "occupied",
-    [
-        pytest.param([0], id="first"),
-        pytest.param([2031], id="last"),
-        pytest.param([0, 2031], id="both-ends"),
-        pytest.param([5, 516], id="exactly-512"),
-        pytest.param([5, 517], id="one-more"),
-        pytest.param([1000, 1001, 1300, 2030, 2031], id="up-to-the-end"),
-        pytest.param(list(range(2032)), id="all"),
-    ],
-)
-@pytest.mark.parametrize("most", [1, 2, 100, 512])
-def test_shown_buckets(occupied: list[int], most: int) -> None:
-    histogram = MagnitudeHistogram(["x"])
-    edges, counts = histogram.edges.log10(), torch.zeros(2032, dtype=torch.int64)
-    counts[occupied] = torch.arange(1, len(occupied) + 1)
-    shown_edges, shown = shown_buckets(edges, counts, most)
-    assert len(shown) <= most and len(shown_edges) == len(shown) + 1
-    assert shown_edges.diff().gt(0).all() and torch.isin(shown_edges, edges).all()
-    assert int(shown.sum()) == int(counts.sum())
-    assert shown_edges[0] == edges[occupied[0]] and shown_edges[-1] >= edges[occupied[-1] + 1]
-    assert shown[0] > 0 and shown[-1] > 0
-    for low, high, number in zip(shown_edges[:-1], shown_edges[1:], shown, strict=True):
-        assert number == counts[(edges[:-1] >= low) & (edges[:-1] < high)].sum()
-    if occupied[-1] - occupied[0] < most:
-        assert torch.equal(shown, counts[occupied[0] : occupied[-1] + 1])
-
-
-def test_buckets_of_the_default_size() -> None:
-    histogram = counted({"x": torch.tensor([1e-37, 1e37])})
-    assert len(shown_buckets(histogram.edges, histogram.counts[0])[1]) <= 512
-
-
 # --- which sink ------------------------------------------------------------------------------------------------------
 
 
@@ -192,14 +83,15 @@ def test_buckets_of_the_default_size() -> None:
     [
         pytest.param(lambda path: TensorBoardLogger(path), TensorBoardSink, id="TensorBoardLogger"),
         pytest.param(lambda path: SummaryWriter(path), TensorBoardSink, id="SummaryWriter"),
-        pytest.param(lambda path: CSVLogger(path), ScalarSink, id="CSVLogger"),
+        pytest.param(lambda path: CSVLogger(path), LoggerSink, id="CSVLogger"),
     ],
 )
 def test_sinks(tmp_path: Path, make: Callable[[str], Any], kind: type) -> None:
     logger = make(str(tmp_path))
     (sink,) = sinks([logger])
     assert type(sink) is kind
-    log_magnitudes(sink, counted({"w": torch.ones(3)}), "gradient", 0)
+    assert sink.background == sink.shows_figures == (kind is TensorBoardSink)
+    sink.scalars(reported({"w": torch.ones(3)}).scalars, 0)
     logger.close() if isinstance(logger, SummaryWriter) else logger.finalize("success")
 
 
@@ -207,17 +99,67 @@ def test_no_logger() -> None:
     assert sinks([]) == []
 
 
-def test_scalars_in_a_csv(tmp_path: Path) -> None:
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "_KINDS", list(loggers._KINDS))
+
+
+class Quiet(CSVLogger):
+    pass
+
+
+class QuietSink(Sink):
+    def __init__(self, logger: Any) -> None:
+        self.logger = logger
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize(
+    "matches",
+    [pytest.param(Quiet, id="class"), pytest.param(lambda logger: type(logger) is Quiet, id="function")],
+)
+def test_a_sink_of_a_third_party(tmp_path: Path, matches: Any) -> None:
+    register_sink(matches, QuietSink)
+    logger = Quiet(str(tmp_path))
+    mine, other = sinks([logger, CSVLogger(str(tmp_path))])
+    assert type(mine) is QuietSink and mine.logger is logger and type(other) is LoggerSink
+    mine.scalars({"a": 1.0}, 0)
+    mine.histograms({"a": shown([0.0, 1.0], [1])}, 0)
+    mine.figure("f", None, 0)
+    mine.text("t", "", 0)
+    assert not mine.background and not mine.shows_figures
+
+
+@pytest.mark.usefixtures("kinds")
+def test_the_last_registered_comes_first(tmp_path: Path) -> None:
+    register_sink(Quiet, QuietSink)
+    register_sink(Quiet, LoggerSink)
+    assert type(sinks([Quiet(str(tmp_path))])[0]) is LoggerSink
+
+
+# --- quantiles in place of histograms --------------------------------------------------------------------------------
+
+
+def test_quantiles_by_tag() -> None:
+    one = Distribution(torch.zeros(2), torch.ones(1), {0.01: 1e-9, 0.5: 1e-3, 0.99: 2.0})
+    assert quantiles({"g_magnitude/a.b": one, "plain": one}) == {
+        **{"g_magnitude_p01/a.b": 1e-9, "g_magnitude_p50/a.b": 1e-3, "g_magnitude_p99/a.b": 2.0},
+        **{"plain_p01": 1e-9, "plain_p50": 1e-3, "plain_p99": 2.0},
+    }
+
+
+def test_scalars_and_quantiles_in_a_csv(tmp_path: Path) -> None:
     logger = CSVLogger(str(tmp_path))
-    sink = ScalarSink(logger)
+    sink = LoggerSink(logger)
     for step in (0, 50):
-        log_magnitudes(sink, counted({"w": torch.full((4,), 2.0**-step)}), "gradient", step)
-    sink.figure("f", None, 50)
-    sink.text("t", "text", 50)
+        report = reported({"w": torch.full((4,), 2.0**-step)})
+        sink.scalars(report.scalars, step)
+        sink.histograms(report.histograms, step)
     logger.save()
     with open(Path(logger.log_dir) / "metrics.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["step"] for row in rows} == {"0", "50"}
-    assert set(rows[0]) == {"step"} | {f"gradient_{tag}/{name}" for tag in TAGS for name in ("w", "all")}
-    medians = [float(row["gradient_median/w"]) for row in rows if row["gradient_median/w"]]
-    assert medians == pytest.approx([1.0, 2.0**-50], rel=0.07)
+    columns = {f"gradient_magnitude_p{p}/{name}" for p in ("01", "25", "50", "75", "99") for name in ("w", "all")}
+    assert set(rows[0]) == {"step"} | set(report.scalars) | columns
+    for column in ("gradient_median/w", "gradient_magnitude_p01/w", "gradient_magnitude_p99/all"):
+        assert [float(row[column]) for row in rows if row[column]] == pytest.approx([1.0, 2.0**-50], rel=0.07)

@@ -1,0 +1,149 @@
+"""What is reported of a histogram of magnitudes: what to draw, numbers, and a table of the worst layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradhist.histogram import MagnitudeHistogram
+
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+_MAX_BUCKETS = 512
+# From a number format to the magnitude below which rounding gives zero, half its smallest subnormal number, and the one
+# above which it finds no number, the largest one and half a unit of its last place.
+_RANGES = {
+    "fp16": (2.0**-25, 65_520.0),
+    "fp8_e4m3": (2.0**-10, 464.0),
+    "fp8_e5m2": (2.0**-17, 61_440.0),
+}
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A histogram as it is shown.
+
+    Attributes:
+        edges: ``log10`` of the magnitude, float64 ``[n + 1]``, increasing.
+        counts: int64 ``[n]``, with ``n`` from 1 to 512.
+        quantiles: the magnitude below which a share of the values lies, for each share of :data:`QUANTILES`.
+    """
+
+    edges: Tensor
+    counts: Tensor
+    quantiles: Mapping[float, float]
+
+
+@dataclass(frozen=True)
+class MagnitudeReport:
+    """What a logged step has to show, by tag; see :func:`magnitude_report`."""
+
+    scalars: Mapping[str, float]
+    histograms: Mapping[str, Distribution]
+
+
+def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: str = "all") -> MagnitudeReport:
+    """Reports a histogram per name and pooled: counts over ``log10`` of the magnitude, and scalars beside them.
+
+    Tags are ``<prefix>_magnitude/<name>`` for the histograms, and for the scalars ``<prefix>_median/<name>``,
+    ``<prefix>_norm/<name>`` (both in units of the values), and these shares of all values, from 0 to 1:
+
+    - ``<prefix>_zero_share/<name>`` and ``<prefix>_nonfinite_share/<name>``,
+    - ``<prefix>_fp16_loss_share/<name>``, ``<prefix>_fp8_e4m3_loss_share/<name>`` and
+      ``<prefix>_fp8_e5m2_loss_share/<name>``: values, neither zero nor infinite, that are out of the range of float16,
+      float8_e4m3fn or float8_e5m2: a cast without a scale turns them into zero, infinity or NaN, or, torch's newer ones to
+      e4m3, into 448. Digits that a cast rounds off are no loss here.
+
+    There is none for bfloat16: it has the exponents of float32, so that a cast flushes nothing that has a bin, and only
+    the topmost 1/256 of the last octave before float32 ends becomes infinite, far less than a bin.
+
+    The pooled ones are named ``pooled_name``. A name of which nothing was counted is left out, and one without a finite
+    value other than zero has no histogram.
+
+    Args:
+        histogram: counts on the host.
+        prefix: what the magnitudes are of, ``"gradient"``.
+        pooled_name: name of all of them together.
+    """
+    edges = histogram.edges.log10()
+    scalars: dict[str, float] = {}
+    histograms: dict[str, Distribution] = {}
+    for part, names in ((histogram, histogram.names), (histogram.pooled(), [pooled_name])):
+        counted = (part.total() > 0).tolist()
+        for tag, column in _columns(part).items():
+            rows = zip(names, column.tolist(), counted, strict=True)
+            scalars |= {f"{prefix}_{tag}/{name}": value for name, value, there in rows if there}
+        quantiles = torch.stack([part.quantile(share) for share in QUANTILES], 1).tolist()
+        for name, counts, values, (first, last) in zip(names, part.counts, quantiles, _occupied(part), strict=True):
+            if last:
+                shown = _merged(edges, counts, first, last)
+                histograms[f"{prefix}_magnitude/{name}"] = Distribution(
+                    *shown, dict(zip(QUANTILES, values, strict=True))
+                )
+    return MagnitudeReport(scalars, histograms)
+
+
+def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
+    """A table in Markdown of the names that are worst off, at most ``most``, the worst first.
+
+    Names with the largest share of non-finite values come first; among equals those with the largest share of zeros and
+    of what float16 loses, together; among equals those with the smallest median.
+    """
+    columns = {tag: column.tolist() for tag, column in _columns(histogram).items()}
+    total = histogram.total().tolist()
+
+    def badness(row: int) -> tuple[float, float, float]:
+        lost = columns["zero_share"][row] + columns["fp16_loss_share"][row]
+        return -columns["nonfinite_share"][row], -lost, columns["median"][row]
+
+    worst = sorted((row for row, values in enumerate(total) if values), key=badness)[:most]
+    shares = ("nonfinite_share", "zero_share", "fp16_loss_share")
+    lines = [
+        f"| {histogram.names[row].replace('|', chr(92) + '|')} | {total[row]:,} | {columns['median'][row]:.2g} | "
+        + " | ".join(f"{columns[share][row]:.2%}" for share in shares)
+        + " |"
+        for row in worst
+    ]
+    head = "| layer | values | median | not finite | zero | lost in float16 |\n|---|--:|--:|--:|--:|--:|\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def shown_buckets(edges: Tensor, counts: Tensor, most: int = _MAX_BUCKETS) -> tuple[Tensor, Tensor]:
+    """The occupied buckets and their edges, neighbours merged until there are at most ``most``."""
+    occupied = counts.nonzero()[:, 0]
+    return _merged(edges, counts, int(occupied[0]), int(occupied[-1]) + 1, most)
+
+
+def _merged(edges: Tensor, counts: Tensor, first: int, last: int, most: int = _MAX_BUCKETS) -> tuple[Tensor, Tensor]:
+    width = 1
+    while -(-(last - first) // width) > most:
+        width *= 2
+    if width == 1:  # by far the commonest, and once for each tensor of a model
+        return edges[first : last + 1], counts[first:last]
+    cuts = torch.arange(first, last + width, width, device=counts.device).clamp_(max=counts.numel())
+    cumulative = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return edges[cuts], cumulative[cuts].diff()
+
+
+def _occupied(histogram: MagnitudeHistogram) -> list[tuple[int, int]]:
+    """The first bin of each row that is not empty and the one after the last; (0, 0) for a row without."""
+    there = (histogram.counts > 0).byte()
+    last = (there.shape[1] - there.flip(1).argmax(1)) * there.amax(1)
+    return list(zip(there.argmax(1).tolist(), last.tolist(), strict=True))
+
+
+def _columns(histogram: MagnitudeHistogram) -> dict[str, Tensor]:
+    """The numbers by which names are compared, each float64 ``[len(names)]``."""
+    total, finite = histogram.total(), histogram.counts.sum(1)
+    columns = {
+        "median": histogram.quantile(0.5).nan_to_num(0.0),
+        "norm": histogram.norm(),
+        "zero_share": histogram.zeros / total,
+        "nonfinite_share": (histogram.infs + histogram.nans) / total,
+    }
+    for name, (smallest, largest) in _RANGES.items():
+        lost = histogram.share_below(smallest) + (1 - histogram.share_below(largest))
+        columns[f"{name}_loss_share"] = (lost.nan_to_num(0.0) * finite) / total
+    return columns
