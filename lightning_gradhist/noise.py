@@ -212,11 +212,16 @@ class NoiseScale:
 
 
 class NoiseRecord:
-    """Noise scale over a run, from pairs of gradients of successive optimizer steps, at no extra backward pass.
+    """Noise scale over a run, at no extra backward pass.
 
-    A pair gives the signal ``sum(w * g1 * g2)`` and the noise ``sum(w * (g1 - g2)**2) / 2``. Its bias: the weights of the
-    second gradient are one step further, which the first gradient took part in (by ``1 - beta1`` of its length under
-    momentum), so that the signal comes out a little small and the noise scale a little large.
+    Within a step, a gradient ``g`` and the mean ``p`` over one of its ``n`` parts (a micro-batch, a rank) give the noise
+    ``sum(w * (p - g)**2) / (n - 1)`` and the signal ``sum(w * g**2)`` less that noise, both without bias
+    (:func:`measure_part`).
+
+    Else, gradients of successive steps give the signal ``sum(w * g1 * g2)`` and the noise ``sum(w * (g1 - g2)**2) / 2``
+    (:func:`measure_pair`). Their bias: the weights of the second gradient are one step further, which the first gradient
+    took part in (by ``1 - beta1`` of its length under momentum), so that the signal comes out a little small and the
+    noise scale a little large.
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
@@ -232,12 +237,12 @@ class NoiseRecord:
         return len(self._samples) + len(self._waiting)
 
     def add(self, step: int, batch_size: float, measurement: Tensor) -> None:
-        """Adds one pair, without waiting for the device that measures it.
+        """Adds one measurement, without waiting for the device that makes it.
 
         Args:
-            step: optimizer step of the first gradient.
-            batch_size: samples of each gradient.
-            measurement: as :func:`measure_pair` returns it; what is not finite is recorded as None.
+            step: optimizer step of the gradient, of a pair that of the first.
+            batch_size: samples of the gradient.
+            measurement: of :func:`measure_part` or :func:`measure_pair`; what is not finite is recorded as None.
         """
         self._waiting.append((step, batch_size, measurement))
 
@@ -321,6 +326,36 @@ def measure_pair(
         squares, products = (one - two).square() / 2, one * two
         weight: Tensor | float = math.nan if weights is None else weights.get(name, 0.0)
         terms.append(_sums(squares, products, weight * squares, weight * products))
+    return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
+
+
+def measure_part(
+    part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None, parts: int
+) -> Tensor:
+    r"""Noise and signal of a gradient, from the mean over one of the equal parts of its samples.
+
+    With :math:`\Sigma / B` the covariance of the whole, :math:`E|p - g|^2 = (n - 1) \operatorname{tr}\Sigma / B` and
+    :math:`E|g|^2 = |G|^2 + \operatorname{tr}\Sigma / B`, at fixed weights and for independent samples (McCandlish et al.
+    2018, appendix A.1, with the difference in place of two norms, which has less variance).
+
+    Args:
+        part: names and gradients of one part; a name that it has not had no gradient there, which is zero.
+        whole: names and gradients of all parts together, their mean.
+        weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
+        parts: number ``n`` of the parts, at least 2.
+
+    Returns:
+        float64 ``[4]``: noise and signal with weight 1, then with ``weights``; NaN where there is nothing to measure.
+    """
+    if parts < 2:
+        raise ValueError(f"parts must be at least 2, got {parts!r}: of a part that is the whole nothing can be learnt")
+    terms = []
+    for name, gradient in whole.items():
+        g = gradient.float()
+        noise = ((part[name].float() - g) if name in part else g).square() / (parts - 1)
+        signal = g.square() - noise
+        weight: Tensor | float = math.nan if weights is None else weights.get(name, 0.0)
+        terms.append(_sums(noise, signal, weight * noise, weight * signal))
     return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from lightning_gradhist.intervals import NoiseEstimate, ratio_estimate, student_quantile
-from lightning_gradhist.noise import GradientMoments, NoiseRecord, NoiseScale, adam_weight, measure_pair
+from lightning_gradhist.noise import GradientMoments, NoiseRecord, NoiseScale, adam_weight, measure_pair, measure_part
 
 SHAPES = {"weight": (3, 4), "bias": (5,), "scalar": ()}
 
@@ -535,3 +535,30 @@ def test_measure_pair_without_weights_or_gradients() -> None:
     assert measure_pair({}, second, None).isnan().all()
     half = measure_pair({"x": torch.tensor([300.0]).half()}, {"x": torch.tensor([300.0]).half()}, None)
     assert half[:2].tolist() == [0.0, 90_000.0]  # which float16 could not hold
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_part_and_the_whole_tell_noise_and_signal_without_bias(parts: int) -> None:
+    """Over many steps at fixed weights: the means are tr(Sigma) / B and |G|^2 within five standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    mean, deviation, weight = torch.linspace(-1, 1, 20), torch.linspace(0.5, 3, 20), torch.linspace(0.1, 2, 20)
+    found = []
+    for _ in range(2000):
+        of_parts = mean + deviation * torch.randn(parts, 20, generator=generator)
+        part, whole = {"w": of_parts[0]}, {"w": of_parts.mean(0)}
+        found.append(measure_part(part, whole, {"w": weight}, parts))
+    measured = torch.stack(found)
+    variance = deviation.double().square() / parts
+    expected = [variance.sum(), mean.double().square().sum()]
+    expected += [(weight * variance).sum(), (weight * mean.double().square()).sum()]
+    error = measured.std(0) / len(found) ** 0.5
+    assert ((measured.mean(0) - torch.stack(expected)).abs() < 5 * error).all()
+
+
+def test_a_part_without_a_gradient_is_zero_there_and_a_single_part_tells_nothing() -> None:
+    whole = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    got = measure_part({"a": torch.tensor([0.0, 4.0])}, whole, None, 3)
+    assert got[:2].tolist() == [(1 + 4 + 9) / 2, 14 - 7] and got[2:].isnan().all()
+    assert measure_part({}, {}, None, 2).isnan().all()
+    with pytest.raises(ValueError, match="parts must be at least 2, got 1"):
+        measure_part(whole, whole, None, 1)

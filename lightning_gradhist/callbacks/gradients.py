@@ -110,6 +110,13 @@ def is_short_step(trainer: Trainer) -> bool:
     return trainer.is_last_batch and (short_window or full_batches(trainer) < trainer.num_training_batches)
 
 
+def parts_of_a_step(trainer: Trainer) -> int:
+    """Micro-batches of a step over all ranks, where this rank's gradient of the first of them can be told; else 1."""
+    if not trainer.lightning_module.automatic_optimization or is_sharded(trainer):
+        return 1
+    return trainer.accumulate_grad_batches * trainer.world_size
+
+
 def least_over_ranks(value: float, trainer: Trainer) -> float:
     """The smallest of the ranks' values; to be called on every rank."""
     if trainer.world_size == 1:
@@ -208,10 +215,10 @@ class LocalGradients:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # hooks stay with the parameters of this process: a copy is None
 
-    def take(self, trainer: Trainer) -> dict[str, Tensor]:
-        """The gradients, unscaled; nothing is copied any more."""
+    def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
+        """The gradients, unscaled, multiplied by a number; nothing is copied any more."""
         self.remove()
-        return _divided(self._copies, loss_scale(trainer))
+        return _divided(self._copies, loss_scale(trainer) / times)
 
     def remove(self) -> None:
         """Copies nothing any more."""

@@ -34,13 +34,14 @@ from lightning_gradhist.callbacks.gradients import (
     model_shapes,
     optimizer_parameters,
     own_parts,
+    parts_of_a_step,
     ready_gradients,
     shares,
 )
 from lightning_gradhist.callbacks.rows import Rows
-from lightning_gradhist.callbacks.watched import Step, Watched, second_moment
+from lightning_gradhist.callbacks.watched import Step, Watched, metric_weights, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import NoiseRecord
+from lightning_gradhist.noise import NoiseRecord, measure_part
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
@@ -77,12 +78,14 @@ class GradientHistogramMonitor(Callback):
     steps training waits up to 10 seconds, and then leaves out, with a warning, what it has no time for; the end of
     ``fit`` waits for it at most 30 seconds.
 
-    From a logged step and the one after it, the noise scale is measured (see
-    :class:`lightning_gradhist.noise.NoiseRecord`), before clipping: ``B_simple``, and ``B_adam`` once the optimizer has a
-    second moment. It is kept in the checkpoint, and in ``calibration.json`` in the log directory, which
-    ``OptimizerCalibration(reference=...)`` reads; a record is of use from some ten logged steps on. From a logged step to
-    the next this holds, of this rank's part, one copy of the gradients and one of the second moment; all other steps cost
-    nothing. A step with fewer samples than the others, as the last of an epoch may have, is not measured.
+    At logged steps the noise scale is measured (see :class:`lightning_gradhist.noise.NoiseRecord`), before clipping:
+    ``B_simple``, and ``B_adam`` once the optimizer has a second moment. Under DDP or accumulation, with automatic
+    optimization, from the gradients of the step's first micro-batch on each rank against that of the whole step, without
+    bias; this holds a copy of the gradients during the step. Else from a logged step and the one after it; this holds, of
+    this rank's part, one copy of the gradients and one of the second moment from the one to the other. All other steps
+    cost nothing. The noise is kept in the checkpoint, and in ``calibration.json`` in the log directory, which
+    ``OptimizerCalibration(reference=...)`` reads; a record is of use from some ten logged steps on. A step with fewer
+    samples than the others, as the last of an epoch may have, is not measured.
 
     Works with one device, DDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
     and several optimizers, which are told apart by their parameters. With other strategies it warns and stays off.
@@ -217,7 +220,7 @@ class GradientHistogramMonitor(Callback):
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
         for index, (watched, optimizer) in enumerate(zip(self._watched, trainer.optimizers, strict=True)):
             self._handles.append(before_update(optimizer, partial(self._take_step, trainer, pl_module, index)))
-            self._await_local_gradients(pl_module, watched, optimizer)
+            self._await_local_gradients(trainer, watched, optimizer)
         if self.noise_scale and not self._measures_noise:
             rank_zero_warn(
                 "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
@@ -246,7 +249,9 @@ class GradientHistogramMonitor(Callback):
             parameters = optimizer_parameters(pl_module, optimizer)
             gradients = ready_gradients(trainer, optimizer, parameters)
             parts = own_parts(gradients, parameters, self._replicas)
-            if watched.in_pair:
+            if watched.part is not None:
+                self._measure_part(trainer, watched, optimizer, parameters, gradients)
+            elif watched.in_pair:
                 self._complete_pair(trainer, watched, parts)
             elif self._measures_noise:  # each gradient is in one pair, so that pairs are independent
                 self._begin_pair(trainer, watched, optimizer, parameters, parts)
@@ -255,7 +260,13 @@ class GradientHistogramMonitor(Callback):
             if step.due and self.when == "before_clip":
                 step.histogram = self._count(pl_module, parameters, parts)
         watched.steps += 1
-        self._await_local_gradients(pl_module, watched, optimizer)
+        self._await_local_gradients(trainer, watched, optimizer)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the first micro-batch of a step."""
+        for watched in self._watched:
+            if watched.part is not None:
+                watched.part.remove()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -360,10 +371,43 @@ class GradientHistogramMonitor(Callback):
         if first is not None:
             watched.noise.add(first.step, watched.batch_size, sums)
 
-    def _await_local_gradients(self, module: LightningModule, watched: Watched, optimizer: Optimizer) -> None:
-        """Has the gradients of the coming step copied before ranks average them, if it is to be logged."""
-        due = self.local and watched.steps % self.every_n_steps == 0
-        watched.local = LocalGradients(optimizer_parameters(module, optimizer)) if due else None
+    def _measure_part(
+        self,
+        trainer: Trainer,
+        watched: Watched,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Mapping[str, Tensor],
+    ) -> None:
+        """Measures noise within this step: the gradient of one micro-batch of each rank against that of all."""
+        assert self._replicas is not None and watched.part is not None
+        batch_size = effective_batch_size(trainer, self.batch_size)
+        sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
+        part = watched.part.take(trainer, trainer.accumulate_grad_batches)
+        watched.drop_pair()  # begun before accumulation was
+
+        def measure() -> None:
+            weights = metric_weights(optimizer, second_moment(optimizer, parameters))
+            sums.copy_(measure_part(part, gradients, weights, parts_of_a_step(trainer)))
+
+        short = is_short_step(trainer) or batch_size is None
+        if not short:
+            self._guarded(measure)
+        if self._replicas.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        if not short and batch_size is not None:
+            watched.note(batch_size, optimizer)
+            watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
+
+    def _await_local_gradients(self, trainer: Trainer, watched: Watched, optimizer: Optimizer) -> None:
+        """Has gradients of the coming step copied before ranks average them, if it is to be logged."""
+        watched.local = watched.part = None
+        if watched.steps % self.every_n_steps == 0:
+            parameters = optimizer_parameters(trainer.lightning_module, optimizer)
+            if self.local:
+                watched.local = LocalGradients(parameters)
+            if self._measures_noise and parts_of_a_step(trainer) > 1:
+                watched.part = LocalGradients(parameters)
 
     def _count(
         self, module: LightningModule, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]

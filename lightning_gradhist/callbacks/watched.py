@@ -69,6 +69,8 @@ class Watched:
         self.last_logged: tuple[HostCopy, int] | None = None
         self.begun: Step | None = None
         self.local: LocalGradients | None = None
+        self.part: LocalGradients | None = None
+        """Of the coming step's first micro-batch on this rank."""
         self.in_pair = False
         """Whether the step before was the first of a pair; the same on all ranks."""
         self.first: Held | None = None
@@ -88,9 +90,10 @@ class Watched:
     def release(self) -> None:
         """Lets go of what belongs to the model."""
         self.drop_pair()
-        if self.local is not None:
-            self.local.remove()
-        self.last_logged = self.begun = self.local = None
+        for copies in (self.local, self.part):
+            if copies is not None:
+                copies.remove()
+        self.last_logged = self.begun = self.local = self.part = None
 
     def drop_pair(self) -> None:
         """Measures nothing of the step before."""
@@ -100,12 +103,15 @@ class Watched:
         self, batch_size: int, optimizer: Optimizer, gradients: Mapping[str, Tensor], moments: Mapping[str, Tensor]
     ) -> None:
         """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
+        self.note(batch_size, optimizer)
+        held = {name: g.clone() for name, g in gradients.items() if g.numel()}
+        self.first = Held(self.steps, held, metric_weights(optimizer, moments))
+
+    def note(self, batch_size: int, optimizer: Optimizer) -> None:
+        """Takes down what a record says of the steps that were measured."""
         rates = [base_rate(group) for group in optimizer.param_groups]
         self.learning_rates = [max(pair) for pair in zip_longest(rates, self.learning_rates, fillvalue=0.0)]
         self.batch_size = batch_size
-        eps = _epsilon(optimizer)
-        weights = {name: adam_weight(v.float(), eps) for name, v in moments.items()} if moments else None
-        self.first = Held(self.steps, {name: g.clone() for name, g in gradients.items() if g.numel()}, weights)
 
     def record(self, name: str) -> OptimizerRecord:
         """The noise so far, of the optimizer of this class name."""
@@ -125,6 +131,12 @@ def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
             correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
             moments[name] = as_real(local(state["exp_avg_sq"])) / correction
     return moments
+
+
+def metric_weights(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Adam's metric by name, from :func:`second_moment`; None where that is empty."""
+    eps = _epsilon(optimizer)
+    return {name: adam_weight(v.float(), eps) for name, v in moments.items()} or None
 
 
 def _epsilon(optimizer: Optimizer) -> float:

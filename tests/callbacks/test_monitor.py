@@ -303,6 +303,37 @@ def test_noise_is_measured_from_successive_gradients(tmp_path) -> None:
         assert sample["signal_simple"] == pytest.approx(float(one @ two), rel=1e-4, abs=1e-6)
 
 
+def test_noise_is_measured_within_a_step_of_several_micro_batches(tmp_path) -> None:
+    class Micro(L.Callback):
+        """The accumulated gradient after each micro-batch, and Adam's metric before each step."""
+
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+            self.weights: list[torch.Tensor] = []
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            self.seen.append(torch.cat([p.grad.flatten().double() for p in pl_module.parameters()]))
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            state = [optimizer.state[p] for p in pl_module.parameters()]
+            if all(state):
+                moments = [(s["exp_avg_sq"] / (1 - 0.999 ** float(s["step"]))).flatten().double() for s in state]
+                self.weights.append(1 / (torch.cat(moments).sqrt() + 1e-8))
+
+    micro, monitor = Micro(), GradientHistogramMonitor(every_n_steps=2)
+    fit(tmp_path, monitor, micro, data=loader(8, samples=96), accumulate_grad_batches=3)
+    samples = monitor.noise_records[0].samples
+    assert [(sample["step"], sample["batch_size"]) for sample in samples] == [(0, 24), (2, 24)]
+    for sample in samples:
+        first, whole = (micro.seen[3 * sample["step"] + i] for i in (0, 2))
+        noise = (3 * first - whole).square() / 2
+        assert sample["noise_simple"] == pytest.approx(float(noise.sum()), rel=1e-5)
+        assert sample["signal_simple"] == pytest.approx(float((whole.square() - noise).sum()), rel=1e-4)
+    weight, noise_adam = micro.weights[1], samples[1]["noise_adam"]
+    assert samples[0]["noise_adam"] is None  # there was no second moment
+    assert noise_adam == pytest.approx(float((weight * noise).sum()), rel=1e-4)
+
+
 def test_the_record_knows_the_run(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=2)
     schedule = {"scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, total_steps=40)}
@@ -465,7 +496,7 @@ def test_a_step_with_fewer_samples_is_not_measured(tmp_path) -> None:
     assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 2, 4, 8, 10, 12]
     monitor = GradientHistogramMonitor(every_n_steps=1)
     fit(tmp_path / "b", monitor, data=loader(8, samples=56), accumulate_grad_batches=2)  # a last window of one batch
-    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 1, 2]
 
 
 def test_a_short_window_of_data_without_a_length_is_not_measured(tmp_path) -> None:
@@ -475,7 +506,10 @@ def test_a_short_window_of_data_without_a_length_is_not_measured(tmp_path) -> No
 
     monitor = GradientHistogramMonitor(every_n_steps=1)
     fit(tmp_path, monitor, data=DataLoader(Unsized(), 8), accumulate_grad_batches=4, max_epochs=2)
-    assert monitor.noise_records[0].samples == []  # steps of four batches and of three
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [
+        0,
+        2,
+    ]  # of four batches, and not of three
 
 
 def test_a_fresh_run_starts_a_fresh_record(tmp_path) -> None:

@@ -72,10 +72,28 @@ def test_slices_of_all_ranks_add_up_to_the_whole_gradient(tmp_path, ranks: int) 
             assert logged_counts(tmp_path / case, "gradient_magnitude/all", step) == expected_counts(pooled)
         accumulated = 2 if case == "accumulated" else 1
         assert mine["batch_size"] == 4 * accumulated * ranks
-        for step in steps:
+        (samples,) = mine["samples"]
+        measured = {sample["step"]: sample for sample in samples}
+        assert list(measured) == [step for step in steps if ranks == 2 or step < 10]  # the last step of three is short
+        for step, gradients in zip(steps, mine["gradients"], strict=True):
             windows = [rank[case]["own"][step * accumulated : (step + 1) * accumulated] for rank in found]
             assert_local_counts(tmp_path / case, step, windows)
+            if step in measured:
+                assert_noise(measured[step], gradients, [window[0] for window in windows], accumulated)
     assert len({"extra.weight" in rank["unused"]["own"][0] for rank in found}) == 2  # the ranks' names differ
+
+
+def assert_noise(
+    sample: dict[str, float], whole: dict[str, torch.Tensor], firsts: list[dict[str, torch.Tensor]], accumulated: int
+) -> None:
+    """Each rank's first micro-batch against all of the step; what a rank has no gradient of is zero there."""
+    parts = accumulated * len(firsts)
+    own = [{name: accumulated * first.get(name, torch.zeros_like(g)) for name, g in whole.items()} for first in firsts]
+    squares = [sum((mine[name] - g).double().square().sum() for name, g in whole.items()) for mine in own]
+    noise = float(sum(squares)) / len(firsts) / (parts - 1)
+    signal = float(sum(g.double().square().sum() for g in whole.values())) - noise
+    assert sample["noise_simple"] == pytest.approx(noise, rel=1e-4)
+    assert sample["signal_simple"] == pytest.approx(signal, rel=1e-3, abs=1e-4 * noise)
 
 
 def assert_local_counts(folder: Path, step: int, windows: list[list[dict[str, torch.Tensor]]]) -> None:
@@ -157,4 +175,4 @@ def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -
     assert codes == [3, -signal.SIGKILL], "the other rank hangs, or ended otherwise"
     assert (tmp_path / "error.txt").read_text()
     assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 2, 4, 6]
-    assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 3
+    assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 4
