@@ -7,6 +7,7 @@ and :func:`histogram.add_magnitudes`. Importing them needs Triton; importing thi
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -15,12 +16,16 @@ import torch
 __all__ = ["available", "run_on"]
 
 
+@functools.cache
 def available() -> bool:
     """Whether Triton is installed, so that the modules of this package can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a stand-in for it without a spec
+        return False
 
 
 def run_on(device: torch.device) -> bool:
-    """Whether kernels are to be tried on a device: on CUDA, and on a CPU in Triton's interpreter, for tests."""
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and available()
+    """Whether kernels are to be tried on a device: on CUDA, or for tests on the CPU in Triton's interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # which does not find its way in a GPU's memory
+    return device.type == ("cpu" if interpreted else "cuda") and available()

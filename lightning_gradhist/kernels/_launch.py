@@ -86,7 +86,7 @@ def state_arguments(s: Scalars, dtype: torch.dtype) -> dict[str, Any]:
         step: float | Tensor = 0.0
     else:
         step = float(s.step) if isinstance(s.step, (int, float)) else torch.stack(list(s.step)).float()
-    return {"STATE": DTYPES[dtype], "step": step}
+    return {"STATE": DTYPES[dtype], "step": step, "STEP_ON_DEVICE": isinstance(step, Tensor)}
 
 
 def _unbias(correction: float | Sequence[Tensor]) -> float | Tensor:

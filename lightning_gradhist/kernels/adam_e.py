@@ -98,6 +98,7 @@ def adam_e_kernel(
     MAXIMIZE: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
     STEPS_ON_DEVICE: tl.constexpr,
+    STEP_ON_DEVICE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,7 +114,7 @@ def adam_e_kernel(
     unbias1 = scalar_of(unbias1, tensor, STEPS_ON_DEVICE)
     unbias2 = scalar_of(unbias2, tensor, STEPS_ON_DEVICE)
     if STATE == tl.bfloat16:
-        step = scalar_of(step, tensor, STEPS_ON_DEVICE)
+        step = scalar_of(step, tensor, STEP_ON_DEVICE)
     aligned = (theta_at | g_at | e_at | m_at | v_at) % ALIGNMENT == 0
     if aligned & (size == CHUNK):
         for start in range(0, CHUNK, BLOCK):

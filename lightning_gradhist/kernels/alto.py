@@ -50,13 +50,13 @@ def alto_moments(lists: Lists, s: Scalars) -> Tensor:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
     """
     if not lists.params:
-        return torch.zeros(0, 2)
+        return torch.zeros(0, 2, dtype=torch.float32)
     device = lists.params[0].device
     with on_device_of(lists.params[0]):
         grads = in_memory_order(lists)
         columns = [lists.params, grads, lists.exp_avg_grads, lists.exp_avgs, lists.exp_avg_sqs]
         table = chunk_table(columns, lambda: refuse_unsupported(lists))
-        sums = torch.empty(len(table.chunks), 2, device=device)
+        sums = torch.empty(len(table.chunks), 2, dtype=torch.float32, device=device)
         if len(sums):
             alto_moments_kernel[(len(sums),)](
                 table.chunks,
@@ -69,14 +69,14 @@ def alto_moments(lists: Lists, s: Scalars) -> Tensor:
                 **state_arguments(s, lists.exp_avgs[0].dtype),
                 PARAM=DTYPES[lists.params[0].dtype],
                 GRAD=DTYPES[grads[0].dtype],
-                DECAY=s.weight_decay != 0.0,
+                DECAY=bool(s.weight_decay != 0.0),
                 MAXIMIZE=bool(s.maximize),
                 ALIGNMENT=ALIGNMENT,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
                 **OPTIONS,
             )
-        squared_norms = torch.empty(len(lists.params), 2, device=device)
+        squared_norms = torch.empty(len(lists.params), 2, dtype=torch.float32, device=device)
         sum_chunks_kernel[(len(lists.params),)](table.extents, sums, squared_norms, CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS)
     return squared_norms
 
@@ -111,7 +111,7 @@ def alto_apply(lists: Lists, s: Scalars, ratios: Tensor | None) -> None:
             weight_decay=float(s.weight_decay),
             **state_arguments(s, lists.exp_avgs[0].dtype),
             PARAM=DTYPES[lists.params[0].dtype],
-            DECAY=s.weight_decay != 0.0,
+            DECAY=bool(s.weight_decay != 0.0),
             HAS_RATIOS=ratios is not None,
             ALIGNMENT=ALIGNMENT,
             CHUNK=CHUNK,
@@ -144,6 +144,7 @@ def alto_moments_kernel(
     DECAY: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     STEPS_ON_DEVICE: tl.constexpr,
+    STEP_ON_DEVICE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -159,7 +160,7 @@ def alto_moments_kernel(
     unbias1 = scalar_of(unbias1, tensor, STEPS_ON_DEVICE)
     unbias2 = scalar_of(unbias2, tensor, STEPS_ON_DEVICE)
     if STATE == tl.bfloat16:
-        step = scalar_of(step, tensor, STEPS_ON_DEVICE)
+        step = scalar_of(step, tensor, STEP_ON_DEVICE)
     theta_squares = tl.zeros([BLOCK], tl.float32)
     r_squares = tl.zeros([BLOCK], tl.float32)
     aligned = (theta_at | g_at | e_at | m_at | v_at) % ALIGNMENT == 0
@@ -254,6 +255,7 @@ def alto_apply_kernel(
     HAS_RATIOS: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
     STEPS_ON_DEVICE: tl.constexpr,
+    STEP_ON_DEVICE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -268,7 +270,7 @@ def alto_apply_kernel(
     unbias1 = scalar_of(unbias1, tensor, STEPS_ON_DEVICE)
     unbias2 = scalar_of(unbias2, tensor, STEPS_ON_DEVICE)
     if STATE == tl.bfloat16:
-        step = scalar_of(step, tensor, STEPS_ON_DEVICE)
+        step = scalar_of(step, tensor, STEP_ON_DEVICE)
     if HAS_RATIOS:
         rate *= tl.load(ratios + tensor)
     aligned = (theta_at | m_at | v_at) % ALIGNMENT == 0

@@ -22,7 +22,7 @@ WARPS = 4 * OPTIONS["num_warps"]  # 512 threads, which share one set of bins
 
 def supported(tensor: Tensor) -> bool:
     """Whether the kernel counts tensors of this dtype and layout, on this device."""
-    runs = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+    runs = tensor.device.type == ("cpu" if INTERPRETED else "cuda")
     return runs and tensor.dtype in DTYPES and tensor.layout == torch.strided
 
 

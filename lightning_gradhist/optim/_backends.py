@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -21,6 +22,7 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 _CPU_PIECE = 2**16  # elements; five lists and their temporaries then stay in a core's cache
 _DEVICE_PIECE = 2**24  # bounds the temporary memory
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
+_LARGE = 2**17  # elements in one call: what it leaves for the norms is then still in the cache
 _GATHERED = 2**15  # elements of small tensors that are copied together
 
 
@@ -67,6 +69,9 @@ class Compiled:
         """The compiled function, which all optimizers share."""
         return _compiled(step)
 
+    def refuse(self, lists: StepLists) -> None:
+        """It takes any tensors."""
+
     def pieces(self, lists: StepLists, scalars: StepScalars, written: Sequence[str]) -> Iterator[Piece]:
         """One tensor after another; small ones as a copy of several."""
         scalars = scalars.as_tensors()
@@ -96,11 +101,13 @@ class Compiled:
         if not tensors[0].numel():
             return
         flat = in_memory_order(tensors)
-        piece = _one_entry(flat or [tensor.reshape(-1) for tensor in tensors])
-        yield Piece(piece, scalars.of_one(owner), slice(owner, owner + 1))
+        one_dimensional = flat or [tensor.reshape(-1) for tensor in tensors]
+        for parts in zip(*(tensor.split(_LARGE) for tensor in one_dimensional), strict=True):
+            yield Piece(_one_entry(parts), scalars.of_one(owner), slice(owner, owner + 1))
         if flat is None:
+            copies = StepLists(*([tensor] for tensor in one_dimensional))
             for name in written:
-                getattr(entry, name)[0].copy_(getattr(piece, name)[0].view(tensors[0].shape))
+                getattr(entry, name)[0].copy_(getattr(copies, name)[0].view(tensors[0].shape))
 
     def _gathered(
         self, lists: StepLists, scalars: StepScalars, owners: list[int], written: Sequence[str]
@@ -109,17 +116,19 @@ class Compiled:
         views = self._views_of(StepLists(*([column[owner] for owner in owners] for column in lists)))
         gathered = _one_entry([torch.cat(column) for column in views])
         numels = [param.numel() for param in views.params]
-        yield Piece(gathered, scalars.of_one(owners[0]), torch.tensor(owners), torch.tensor(numels))
+        yield Piece(
+            gathered, scalars.of_one(owners[0]), torch.tensor(owners, device="cpu"), torch.tensor(numels, device="cpu")
+        )
         for name in written:
             torch._foreach_copy_(getattr(views, name), getattr(gathered, name)[0].split(numels))
 
     def _views_of(self, entries: StepLists) -> StepLists:
         """One-dimensional views; those of parameters and state are kept, as making them takes longer than the step."""
         params, grads, *state = entries
-        addresses = array("q", map(Tensor.data_ptr, chain(params, *state)))
+        place = array("q", chain(map(Tensor.data_ptr, chain(params, *state)), map(Tensor.numel, chain(params, *state))))
         kept = self._views.get(params[0])
-        if kept is None or kept[0] != addresses:
-            kept = self._views[params[0]] = addresses, [_flat(column) for column in (params, *state)]
+        if kept is None or kept[0] != place:
+            kept = self._views[params[0]] = place, [_flat(column) for column in (params, *state)]
         flat_params, *flat_state = kept[1]
         return StepLists(flat_params, _flat(grads), *flat_state)
 
@@ -137,71 +146,69 @@ class Kernels:
         """Everything."""
         return whole(lists, scalars)
 
+    def refuse(self, lists: StepLists) -> None:
+        """Raise a ValueError if the kernels do not take these tensors."""
+        from lightning_gradhist.kernels._tables import refuse_unsupported
+
+        refuse_unsupported(lists)
+
+    @staticmethod
+    def take(lists: StepLists) -> bool:
+        """Whether the kernels take these tensors."""
+        from lightning_gradhist.kernels._tables import supported
+
+        return supported(lists)
+
 
 def backend_of(
-    group: dict[str, Any], lists: StepLists, compiled: Compiled, fault: Callable[[torch.device], str | None]
+    group: dict[str, Any],
+    lists: StepLists,
+    compiled: Compiled,
+    fault: Callable[[Backend, torch.device], str | None],
 ) -> Backend:
-    """Decide who steps the tensors of a group.
+    """Decide who steps the tensors of a group, before anything is changed.
 
     Args:
         group: The param group, with ``foreach`` and ``fused``.
         lists: What is to be stepped, all on one device.
         compiled: What steps it if compiled; it keeps views of small tensors from step to step.
-        fault: Says what is wrong with the kernels on a device, None if nothing.
+        fault: Tries a backend on a device, and says what is wrong with it; None if nothing is.
 
     Raises:
         RuntimeError: If ``fused=True`` cannot be had on that device.
+        ValueError: If the kernels do not take these tensors, and ``fused=True``.
     """
     device = lists.params[0].device
-    eager = Eager(group["foreach"])
-    if torch.compiler.is_compiling():  # that compiler makes one pass of it, whatever the device
-        return eager
-    if group["fused"]:
-        _refuse_fault(device, fault)
-        return compiled if device.type == "cpu" else Kernels()
-    if group["fused"] is None and group["foreach"] is None and kernels.run_on(device):
-        from lightning_gradhist.kernels._tables import supported  # imports Triton
-
-        return Kernels() if supported(lists) and fault(device) is None else eager
-    return eager
-
-
-def refuse_fused(group: dict[str, Any], whom: str) -> None:
-    """Raise before anything is changed where ``fused=True`` cannot be had.
-
-    Raises:
-        RuntimeError: On the CPU without a C++ compiler, on CUDA without Triton, on any other device.
-    """
-    for kind in sorted({param.device.type for param in group["params"]}):
-        if kind == "cpu":
-            reason = _missing_compiler()
-        elif kind == "cuda":
-            reason = (
-                None if kernels.available() else 'Triton is not installed: pip install "lightning-gradhist[triton]"'
+    foreach, fused = group["foreach"], group["fused"]
+    if torch.compiler.is_compiling():  # that compiler makes one pass of all of it, whatever the device
+        return Eager(foreach is not False)
+    if fused:
+        if device.type != "cpu" and not kernels.run_on(device):
+            raise RuntimeError(
+                _no_fused(f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}")
             )
-        else:
-            reason = f"it is for parameters on the CPU and on CUDA devices, and here they are on {kind}"
+        backend = Kernels() if kernels.run_on(device) else compiled
+        reason = fault(backend, device)
         if reason is not None:
-            raise RuntimeError(f"{whom}(fused=True) is not to be had: {reason}. Or use the eager step, fused=False.")
+            hint = " It is compiled there, for which g++ or clang is needed." if device.type == "cpu" else ""
+            raise RuntimeError(_no_fused(f"on {device} {reason}.{hint}"))
+        backend.refuse(lists)
+        return backend
+    if fused is None and foreach is None and kernels.run_on(device):
+        reason = fault(Kernels(), device)
+        if reason is None:
+            return Kernels() if Kernels.take(lists) else Eager(None)
+        _warn_once(f"Triton's kernels are not used on {device}: {reason}. The eager steps are.")
+    return Eager(foreach)
 
 
-def _refuse_fault(device: torch.device, fault: Callable[[torch.device], str | None]) -> None:
-    reason = fault(device) if device.type == "cuda" else None
-    if reason is not None:
-        raise RuntimeError(f"fused=True is not to be had on {device}: {reason}. Use the eager step, fused=False.")
+def _no_fused(reason: str) -> str:
+    return f"fused=True is not to be had: {reason} Use the eager step, fused=False."
 
 
 @functools.cache
-def _missing_compiler() -> str | None:
-    # torch.compile finds it only when it compiles, with the step half made, and says so in pages.
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "on the CPU it is compiled, and no C++ compiler was found; install g++ or clang, or name yours in CXX"
-    return None
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
-from lightning_gradhist.optim._backends import Backend, Compiled, Kernels, backend_of, refuse_fused
+from lightning_gradhist.optim._backends import Backend, Compiled, backend_of
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
-from lightning_gradhist.optim._sharding import DTensor, local
+from lightning_gradhist.optim._sharding import DTensor, local, placed_as
 
 __all__ = ["Batch", "ExploringOptimizer", "ParamsT"]
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 _STATE = {"step", *BUFFERS}
-_ONE = torch.ones(())
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 @dataclass
@@ -37,6 +36,8 @@ class Batch:
     group: dict[str, Any]
     owners: list[Tensor]
     """The parameters that the entries of ``lists`` are, or under FSDP2 are this rank's parts of."""
+    steps: list[Tensor]
+    """The numbers of the steps that they have made, which :attr:`scalars` is one ahead of."""
     backend: Backend
 
     def pieces(self, written: Sequence[str]) -> Iterator[Piece]:
@@ -57,6 +58,11 @@ class ExploringOptimizer(Optimizer):
         "state_dtype": None,
     }
     """What a param group of a torch optimizer, or of an older pickle, may lack."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Check the hyper-parameters and register the parameters."""
+        self._compiled = Compiled()
+        super().__init__(params, defaults)
 
     @abstractmethod
     def _update(self, batches: list[Batch]) -> None:
@@ -82,68 +88,69 @@ class ExploringOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _refuse_capture(self)
         for group in self.param_groups:  # all of them, so that an error leaves nothing half done
             check_explore(group["alpha"], group["explore_beta"])
             refuse_sparse(group, type(self).__name__)
-            if group["fused"]:
-                refuse_fused(group, type(self).__name__)
-        self._update([batch for group in self.param_groups for batch in self._batches(group)])
+        self._take([batch for group in self.param_groups for batch in self._batches(group)])
         return loss
 
+    def _take(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            torch._foreach_add_(batch.steps, _ONE, alpha=1)  # one tensor, where a number is made a tensor for each
+        self._update(batches)
+
     def _batches(self, group: dict[str, Any], backend: Backend | None = None) -> list[Batch]:
+        """What is to be stepped, with the scalars of the coming step; nothing has been changed yet."""
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return []
         states = [self._initialised_state(param, group) for param in params]
-        steps = [state["step"] for state in states]
         # A compiler has no use for a number that changes with each step, and would compile again for each.
         on_device = group["capturable"] or torch.compiler.is_compiling()
-        if on_device:
-            torch._foreach_add_(steps, 1)
-        else:
-            torch._foreach_add_(steps, _ONE, alpha=1)  # which is not made a tensor for each of them
-        numbers = [None] * len(steps) if on_device else torch.stack(steps).tolist()
+        numbers = [None] * len(states) if on_device else torch.stack([state["step"] for state in states]).tolist()
         buckets: dict[Any, tuple[list[Tensor], list[dict[str, Tensor]]]] = {}
         for param, state, number in zip(params, states, numbers, strict=True):
-            bucket = buckets.setdefault((param.device, param.dtype, number), ([], []))
+            bucket = buckets.setdefault((param.device, param.dtype, state["exp_avg"].dtype, number), ([], []))
             bucket[0].append(param)
             bucket[1].append(state)
-        return [self._batch(group, *bucket, key[2], backend) for key, bucket in buckets.items()]
+        return [self._batch(group, *bucket, key[-1], backend) for key, bucket in buckets.items()]
 
     def _batch(
         self,
         group: dict[str, Any],
         params: list[Tensor],
         states: list[dict[str, Tensor]],
-        step: float | None,
+        number: float | None,
         backend: Backend | None,
     ) -> Batch:
         grads = [param.grad for param in params if param.grad is not None]
         columns = [params, grads, *([state[name] for state in states] for name in BUFFERS)]
         if any(isinstance(param, DTensor) for param in params):
+            columns[1] = [placed_as(grad, param) for grad, param in zip(grads, params, strict=True)]
             columns = [[local(tensor) for tensor in column] for column in columns]
         lists = StepLists(*columns)
         steps = [state["step"] for state in states]
-        scalars = self._scalars(group, steps if step is None else step, params[0].device)
-        return Batch(
-            lists, scalars, group, params, backend or backend_of(group, lists, self._compiled, self._kernel_fault)
-        )
+        coming = list(torch._foreach_add(steps, 1)) if number is None else number + 1.0
+        scalars = self._scalars(group, coming, params[0].device)
+        chosen = backend or backend_of(group, lists, self._compiled, self._fault)
+        return Batch(lists, scalars, group, params, steps, chosen)
 
-    @functools.cached_property
-    def _compiled(self) -> Compiled:
-        return Compiled()
-
-    def _kernel_fault(self, device: torch.device) -> str | None:
-        return _kernel_fault(type(self), device)  # type: ignore[arg-type]  # mypy: a class has no hash
+    def _fault(self, backend: Backend, device: torch.device) -> str | None:
+        """What is wrong with a backend on a device; None if nothing is."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # the graph would hold the trial; who captures has warmed up before
+        ours = next(cls for cls in type(self).__mro__ if cls.__module__.startswith(__name__.rpartition(".")[0]))
+        return _fault_of(ours, type(backend), device)  # type: ignore[arg-type]  # mypy: a class has no hash
 
     def _scalars(self, group: dict[str, Any], step: float | list[Tensor], device: torch.device) -> StepScalars:
         alpha, explore_beta = resolve_explore(group["alpha"], group["explore_beta"])
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])  # of NumPy's numbers, and ints, only some backends know what to do
         lr = group["lr"]
         corrected = group.get("bias_correction", True)
         return StepScalars(
             # 0-d, so that it neither broadcasts nor promotes; never read on the host
-            lr=lr.reshape(()).to(device) if isinstance(lr, Tensor) else lr,
+            lr=lr.reshape(()).to(device, non_blocking=True) if isinstance(lr, Tensor) else float(lr),
             mix=alpha * (1.0 - explore_beta),
             explore_beta=explore_beta,
             beta1=beta1,
@@ -151,9 +158,9 @@ class ExploringOptimizer(Optimizer):
             step=step,
             bias_correction1=_bias_correction(beta1, step) if corrected else 1.0,
             bias_correction2=_bias_correction(beta2, step) if corrected else 1.0,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=bool(group["maximize"]),
         )
 
     def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -252,6 +259,7 @@ class ExploringOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled or loaded state, and complete what an older one lacks."""
         super().__setstate__(state)
+        self._compiled = Compiled()
         for name, value in self._added_defaults.items():
             default = self.defaults.setdefault(name, value)
             for group in self.param_groups:
@@ -286,7 +294,10 @@ class _Shielded:
         if not isinstance(self.value, Tensor):
             return self.value
         dtype = group["state_dtype"] or state_dtype(param)
-        return self.value.to(device=param.device, dtype=dtype, copy=True)
+        if isinstance(param, DTensor) or self.value.shape != param.shape:
+            return self.value.to(device=param.device, dtype=dtype, copy=True)
+        # in the order of the parameter's memory, whatever that of the checkpoint was
+        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(self.value)
 
 
 def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
@@ -299,8 +310,9 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         {**{name: group[name] for name in optimizer.defaults if name in group}, **saved_group}
         for group, saved_group in zip(optimizer.param_groups, saved, strict=True)
     ]
-    for group in groups:
+    for group, present in zip(groups, optimizer.param_groups, strict=True):
         optimizer._check_group(group)
+        _refuse_narrow_state({**group, "params": present["params"]})
     ids = set(chain.from_iterable(group["params"] for group in groups))
     state = {
         key: {name: _Shielded(value) for name, value in values.items()} if key in ids else values
@@ -315,7 +327,23 @@ def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
 
 
 def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Tensor]:
-    return [1.0 - beta**tensor for tensor in step] if isinstance(step, list) else 1.0 - beta**step
+    if not isinstance(step, list):
+        return 1.0 - beta**step
+    corrections = list(torch._foreach_neg(torch._foreach_pow(beta, step)))
+    torch._foreach_add_(corrections, 1.0)
+    return corrections
+
+
+def _refuse_capture(optimizer: Optimizer) -> None:
+    """Raise if a step that is counted on the host is being captured in a CUDA graph."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return
+    on_host = [index for index, group in enumerate(optimizer.param_groups) if not group["capturable"]]
+    if on_host and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{type(optimizer).__name__} is being captured in a CUDA graph with capturable=False in param group "
+            f"{on_host[0]}: its replays would all make the same step. Make the optimizer with capturable=True."
+        )
 
 
 def set_batch_size(groups: Sequence[dict[str, Any]], names: tuple[str, str], batch_size: float) -> None:
@@ -335,32 +363,26 @@ def _refuse_narrow_state(group: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _kernel_fault(cls: type[ExploringOptimizer], device: torch.device) -> str | None:
-    """Try the kernels of an optimizer once on a device: two steps against the eager ones.
-
-    Returns:
-        What is wrong, of which there is one warning; None if nothing is.
-    """
-    if (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    ):  # a graph that would hold the trial; who captures has warmed up before
-        return None
+def _fault_of(cls: type[ExploringOptimizer], kind: type[Backend], device: torch.device) -> str | None:
+    """Try a backend once on a device: two steps of one of our optimizers against the eager ones."""
     try:
-        torch.testing.assert_close(_trial(cls, Kernels(), device), _trial(cls, None, device), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(_trial(cls, kind(), device), _trial(cls, None, device), rtol=1e-4, atol=1e-6)
     except Exception as error:  # whatever a compiler, a driver or the comparison may raise
-        fault = f"the kernels failed their trial there ({type(error).__name__}: {error})"
-        warnings.warn(f"{cls.__name__} makes its steps without Triton on {device}: {fault}", stacklevel=2)
-        return fault
+        return f"a trial step failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     return None
 
 
+@torch.no_grad()
 def _trial(cls: type[ExploringOptimizer], backend: Backend | None, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(size, generator=generator).to(device).requires_grad_() for size in (1, 4096, 10_000)]
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def draw(size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+    params = [draw(size).requires_grad_() for size in (3, 4096, 10_000)]
     optimizer = cls(params, fused=False, weight_decay=0.1)  # type: ignore[call-arg]
     for _ in range(2):
         for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(device)
-        with torch.no_grad():
-            optimizer._update(optimizer._batches(optimizer.param_groups[0], backend))
+            param.grad = draw(param.numel())
+        optimizer._take(optimizer._batches(optimizer.param_groups[0], backend))
     return [param.detach() for param in params] + [s[name] for s in optimizer.state.values() for name in BUFFERS]

@@ -60,7 +60,7 @@ class StepScalars(NamedTuple):
     def as_tensors(self) -> StepScalars:
         """All numbers as 0-d float64 tensors, so that a compiled step does not depend on their values."""
         numbers: dict[str, Any] = {
-            name: torch.tensor(value, dtype=torch.float64)
+            name: torch.tensor(value, dtype=torch.float64, device="cpu")
             for name, value in self._asdict().items()
             if isinstance(value, float) and not (name == "weight_decay" and value == 0.0)
         }

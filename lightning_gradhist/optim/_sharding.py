@@ -15,6 +15,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """A DTensor laid out as another; to be called on every rank, as a sum over ranks may be due."""
+    if isinstance(tensor, DTensor) and isinstance(other, DTensor) and tensor.placements != other.placements:
+        return tensor.redistribute(placements=other.placements)
+    return tensor
+
+
 def is_sharded(param: Tensor) -> bool:
     """Whether other ranks hold other parts of a parameter."""
     return isinstance(param, DTensor) and bool(_sharded_dims(param))
@@ -66,4 +73,5 @@ def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> 
 
 
 def _sharded_dims(param: DTensor) -> tuple[int, ...]:
-    return tuple(dim for dim, placement in enumerate(param.placements) if placement.is_shard())
+    # not is_shard(): FSDP2 over tensor parallelism has strided shards, for which that is False
+    return tuple(dim for dim, placement in enumerate(param.placements) if not placement.is_replicate())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.explore import AUTO
+from lightning_gradhist.optim._backends import Compiled
 from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
 from lightning_gradhist.optim._formulas import (
     STATE,
@@ -29,6 +29,7 @@ EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
 EPS3 = 1e-10
 """Added to the norm of the parameters: the paper's epsilon 3."""
+_EXACT_NORM = 2**16  # elements up to which torch's norm on the CPU, which adds up one by one, is right to 1e-5
 
 
 def alto_moments(lists: StepLists, s: StepScalars) -> Tensor:
@@ -41,8 +42,7 @@ def alto_moments(lists: StepLists, s: StepScalars) -> Tensor:
     Returns:
         ``[n, 2]``: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
     """
-    norms = [torch._foreach_norm(column) for column in alto_updates(lists, s)]
-    return torch.stack([torch.stack(list(column)) for column in norms], dim=1).square_()
+    return squared_norms(*alto_updates(lists, s))
 
 
 def alto_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
@@ -52,6 +52,21 @@ def alto_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[T
     write_back(wide, lists, s, STATE)
     wide = widened(lists)  # rounded: what the second phase reads
     return wide.params, _updates(wide, s)
+
+
+def squared_norms(thetas: list[Tensor], updates: list[Tensor], sizes: Tensor | None = None) -> Tensor:
+    """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
+    if sizes is not None:
+        squares = torch.cat([*thetas, *updates]).square_().view(2, -1)
+        return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
+    return torch.stack([_squared_norms_of(column) for column in (thetas, updates)], dim=1)
+
+
+def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
+    on_cpu = tensors[0].device.type == "cpu"
+    if on_cpu and any(tensor.numel() > _EXACT_NORM for tensor in tensors):
+        return torch.stack([tensor.square().sum() for tensor in tensors])
+    return torch.stack(list(torch._foreach_norm(tensors))).square_()
 
 
 def alto_apply(lists: StepLists, s: StepScalars, ratios: Tensor | None) -> None:
@@ -209,9 +224,9 @@ class ALTO(ExploringOptimizer):
         super().__init__(params, defaults)
 
     def _update(self, batches: list[Batch]) -> None:
-        squared_norms = [self._moments(batch) for batch in batches]
-        self._sum_over_shards(batches, squared_norms)
-        for batch, squares in zip(batches, squared_norms, strict=True):
+        sums = [self._moments(batch) for batch in batches]
+        self._sum_over_shards(batches, sums)
+        for batch, squares in zip(batches, sums, strict=True):
             apply = batch.backend.function(alto_apply)
             ratios = trust_ratio(squares) if batch.group["layerwise"] else None
             for piece in batch.pieces(("params",)):
@@ -230,17 +245,15 @@ class ALTO(ExploringOptimizer):
     @staticmethod
     def _moments(batch: Batch) -> Tensor:
         m = batch.lists.exp_avgs[0]
-        squared_norms = torch.zeros(len(batch.lists.params), 2, dtype=compute_dtype(m.dtype), device=m.device)
-        moments = batch.backend.function(alto_moments)
+        sums = torch.zeros(len(batch.lists.params), 2, dtype=compute_dtype(m.dtype), device=m.device)
+        compiled = isinstance(batch.backend, Compiled)  # whose sums over many elements would be less exact than torch's
         for piece in batch.pieces(STATE):  # in order, so that the sums are the same from run to run
-            if piece.sizes is None:
-                squared_norms[piece.owners] += moments(piece.lists, piece.scalars)
-            else:
+            if compiled:
                 updates = batch.backend.function(alto_updates)(piece.lists, piece.scalars)
-                squares = torch.cat(list(chain(*updates))).square_().view(2, -1)
-                rows = torch.segment_reduce(squares.t(), "sum", lengths=piece.sizes, axis=0)
-                squared_norms[piece.owners] += rows
-        return squared_norms
+                sums[piece.owners] += squared_norms(*updates, piece.sizes)
+            else:
+                sums[piece.owners] += batch.backend.function(alto_moments)(piece.lists, piece.scalars)
+        return sums
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.

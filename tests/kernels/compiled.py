@@ -24,8 +24,22 @@ POINTERS = {
     "ratios": "*fp32",
     "squared_norms": "*fp32",
 }
-HOST = {"LR_ON_DEVICE": False, "STEPS_ON_DEVICE": False, "HAS_RATIOS": True, "MAXIMIZE": False, "DECAY": 2}
-DEVICE = {"LR_ON_DEVICE": True, "STEPS_ON_DEVICE": True, "HAS_RATIOS": False, "MAXIMIZE": True, "DECAY": 0}
+HOST = {
+    "LR_ON_DEVICE": False,
+    "STEPS_ON_DEVICE": False,
+    "STEP_ON_DEVICE": False,
+    "HAS_RATIOS": True,
+    "MAXIMIZE": False,
+    "DECAY": 2,
+}
+DEVICE = {
+    "LR_ON_DEVICE": True,
+    "STEPS_ON_DEVICE": True,
+    "STEP_ON_DEVICE": True,
+    "HAS_RATIOS": False,
+    "MAXIMIZE": True,
+    "DECAY": 0,
+}
 
 
 COUNTED = (("fp32", 8), ("bf16", 8), ("fp32", 128))

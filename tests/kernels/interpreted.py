@@ -331,9 +331,46 @@ def whole_optimizers() -> None:
     from lightning_gradhist.optim._backends import Kernels
 
     for cls in (AdamE, ALTO):
-        assert _base._kernel_fault(cls, torch.device("cpu")) is None
+        assert _base._fault_of(cls, Kernels, torch.device("cpu")) is None
         got, expected = (_base._trial(cls, backend, torch.device("cpu")) for backend in (Kernels(), None))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def stepped(cls: Any, **options: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    params = [torch.randn(size, generator=generator).to(torch.bfloat16).requires_grad_() for size in (CHUNK + 3, 700)]
+    optimizer = cls(params, weight_decay=0.1, **options)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(torch.bfloat16)
+    optimizer.step()
+    state = [optimizer.state[p][n] for p in params for n in ("exp_avg_grad", "exp_avg", "exp_avg_sq")]
+    return [*(param.detach() for param in params), *state]
+
+
+def the_same_neighbours() -> None:
+    """Kernels and eager steps round the same numbers up, and the same down, but where fp32 differs in its last bit."""
+    from lightning_gradhist.optim import ALTO, AdamE
+
+    for cls in (AdamE, ALTO):
+        for options in ({}, {"capturable": True}, *([{"capturable": True, "bias_correction": False}] * (cls is ALTO))):
+            kernel, eager = (
+                stepped(cls, state_dtype=torch.bfloat16, fused=fused, **options) for fused in (None, False)
+            )
+            same_bits = [(a == b).float().mean() for a, b in zip(kernel, eager, strict=True)]
+            assert min(same_bits) > 0.8, (cls, options, same_bits)  # to the nearest, it would be 0.75
+
+
+def norms_in_fp32() -> None:
+    """Whatever the user's default dtype is."""
+    from lightning_gradhist.kernels import alto as kernels
+
+    one, other = Memory(("above", "odd")).lists, Memory(("above", "odd")).lists
+    norms = kernels.alto_moments(one, PLAIN)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(kernels.alto_moments(other, PLAIN), norms)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def bit_patterns(dtype: torch.dtype) -> Tensor:
@@ -464,6 +501,8 @@ CASES |= {
     "nothing_to_do": nothing_to_do,
     "offsets_beyond_32_bits": offsets_beyond_32_bits,
     "whole_optimizers": whole_optimizers,
+    "the_same_neighbours": the_same_neighbours,
+    "norms_in_fp32": norms_in_fp32,
 }
 
 

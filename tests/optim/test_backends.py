@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._inductor import config as inductor
 from torch.nn import Parameter
 
@@ -23,8 +25,8 @@ SHAPES = [(30, 20), (3,), (), (0,), (2, 3, 5, 7), (130, 129), (1,)]
 @pytest.fixture(autouse=True)
 def _fresh_answers() -> Any:
     yield
-    _backends._missing_compiler.cache_clear()
-    _base._kernel_fault.cache_clear()
+    _base._fault_of.cache_clear()
+    _backends._warn_once.cache_clear()
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[Parameter]:
@@ -65,11 +67,13 @@ def test_fused_matches_forloop(optimizer_class: Any, dtype: torch.dtype, options
     results = []
     for flags in ({"fused": True}, {"foreach": False}):
         params = parameters(dtype)
-        results.append(trained(params, optimizer_class(params, **copy.deepcopy(options), **flags)))
+        steps = 3 if dtype == torch.float32 else 1
+        results.append(trained(params, optimizer_class(params, **copy.deepcopy(options), **flags), steps))
     if dtype == torch.float32:
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
-    else:  # where the last bit of fp32 differs, another neighbour in bf16 may be chosen, and that goes on
+    else:  # where the last bit of fp32 differs, another neighbour in bf16 may be chosen
         got, expected = (torch.cat([tensor.float().flatten() for tensor in result]) for result in results)
+        assert (got == expected).float().mean() > 0.85  # to the nearest, it would be 0.75
         assert torch.isclose(got, expected, rtol=0.02, atol=1e-3).float().mean() > 0.99
 
 
@@ -104,21 +108,28 @@ def test_fused_finds_memory_that_has_moved() -> None:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @OPTIMIZERS
 def test_fused_without_a_compiler(optimizer_class: Any) -> None:
     params = parameters()
     optimizer = optimizer_class(params, fused=True)
-    without = inductor.patch({"cpp.cxx": ("no-such-compiler",)})
-    with without, pytest.raises(RuntimeError, match=r"\(fused=True\).*no C\+\+ compiler was found.*fused=False"):
+    torch._dynamo.reset()
+    without = inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+    with (
+        without,
+        pytest.raises(RuntimeError, match=r"(?s)fused=True is not to be had: on cpu a trial.*clang.*fused=False"),
+    ):
         trained(params, optimizer)
-    assert not optimizer.state and all(map(torch.equal, params, parameters()))
+    torch._dynamo.reset()
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+    assert all(map(torch.equal, params, parameters()))
 
 
 @OPTIMIZERS
 def test_fused_error_on_params_on_meta(optimizer_class: Any) -> None:
     param = Parameter(torch.zeros(3, device="meta"))
     param.grad = torch.zeros_like(param)
-    with pytest.raises(RuntimeError, match="they are on meta"):
+    with pytest.raises(RuntimeError, match="parameters are on meta"):
         optimizer_class([param], fused=True).step()
 
 
@@ -134,17 +145,83 @@ def test_contradictions_raise(optimizer_class: Any) -> None:
 
 @pytest.mark.skipif(not available(), reason="Triton is not installed")
 @OPTIMIZERS
-def test_kernels_that_fail_their_trial_are_not_used(optimizer_class: Any) -> None:
+def test_kernels_that_fail_their_trial_are_not_used(optimizer_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here they do fail: without TRITON_INTERPRET they do not run on the CPU. The interpreter's tests have the other case."""
-    cpu = torch.device("cpu")
-    with pytest.warns(UserWarning, match="makes its steps without Triton on cpu: the kernels failed their trial"):
-        fault = optimizer_class(parameters())._kernel_fault(cpu)
-    assert fault == optimizer_class(parameters())._kernel_fault(cpu)  # and no second warning
-    lists = _backends.StepLists(*([torch.zeros(3)] for _ in range(5)))
-    with pytest.raises(RuntimeError, match="cannot be had|not to be had"):
-        _backends._refuse_fault(torch.device("cuda"), lambda _: fault)
-    auto = {"fused": None, "foreach": None}
-    assert isinstance(_backends.backend_of(auto, lists, _backends.Compiled(), lambda _: fault), _backends.Eager)
+    monkeypatch.setattr(_backends.kernels, "run_on", lambda device: True)
+    params = parameters()
+    with pytest.warns(UserWarning, match=r"kernels are not used on cpu: a trial step failed \(ValueError") as warned:
+        trained(params, optimizer_class(params))
+    assert len(warned) == 1
+    with pytest.raises(RuntimeError, match="fused=True is not to be had: on cpu a trial step failed"):
+        trained(params, optimizer_class(params, fused=True))
+
+    class Theirs(optimizer_class):  # type: ignore[misc, valid-type]
+        def __init__(self, params: Any, needed: int) -> None:
+            super().__init__(params)
+
+    fault = Theirs(params, 1)._fault(_backends.Kernels(), torch.device("cpu"))
+    assert fault == optimizer_class(params)._fault(_backends.Kernels(), torch.device("cpu")) is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_pieces(fused: bool | None) -> None:
+    params = parameters(shapes=[(2000, 500)])
+    optimizer = AdamE(params, fused=fused)
+    counter = CompileCounter()
+    step = torch.compile(optimizer.step, backend=counter, fullgraph=True)
+    for _ in range(2):
+        params[0].grad = torch.ones_like(params[0])
+        step()
+    assert counter.op_count < 100  # of two graphs; each of sixteen pieces would have some twenty
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("gaps", [False, True], ids=["dense", "gaps"])
+def test_norms_of_large_tensors_are_exact(fused: bool | None, gaps: bool) -> None:
+    """A million equal numbers, of which a sum one by one in fp32 is off by 0.1%."""
+    memory = torch.full((1000, 2000), 0.1)
+    param = Parameter(memory[:, ::2] if gaps else memory[:, :1000].contiguous())
+    param.grad = torch.ones_like(param)
+    optimizer = ALTO([param], fused=fused, lr=0.01, weight_decay=0.0)
+    optimizer.step()
+    torch.testing.assert_close(param.detach().double().mean().item(), 0.1 - 0.01 * 0.1, rtol=1e-6, atol=0.0)
+
+
+@OPTIMIZERS
+def test_numbers_of_any_kind_are_taken(optimizer_class: Any) -> None:
+    """As schedulers and sweeps write them into param groups; none of them reaches a backend as it is."""
+    params = parameters(shapes=[(3, 2)])
+    optimizer = optimizer_class(params)
+    numbers = {"lr": np.float32(0.5), "betas": (np.float32(0.5), 0), "eps": 1, "weight_decay": np.float64(0.5)}
+    optimizer.param_groups[0].update(numbers, maximize=np.bool_(True))
+    params[0].grad = torch.ones_like(params[0])
+    (batch,) = optimizer._batches(optimizer.param_groups[0])
+    assert {type(number) for number in batch.scalars} == {float, bool}
+    optimizer.step()
+
+
+def test_an_error_in_one_group_leaves_all_as_it_was() -> None:
+    params = parameters(shapes=[(3,), (4,)])
+    optimizer = AdamE([{"params": params[:1]}, {"params": params[1:]}])
+    optimizer.param_groups[1]["betas"] = (0.9, "0.99x")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError):
+        optimizer.step()
+    assert all(map(torch.equal, params, parameters(shapes=[(3,), (4,)])))
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+
+
+def test_a_checkpoint_is_laid_out_as_the_parameter_is() -> None:
+    saved = AdamE([Parameter(torch.randn(2, 3, 4, 5))])
+    saved.param_groups[0]["params"][0].grad = torch.ones(2, 3, 4, 5)
+    saved.step()
+    param = Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    optimizer = AdamE([param])
+    optimizer.load_state_dict(saved.state_dict())
+    assert {optimizer.state[param][name].stride() for name in _base.BUFFERS} == {param.stride()}
 
 
 # state_dtype
@@ -188,13 +265,15 @@ def test_all_ways_to_step_choose_the_same_neighbours(optimizer_class: Any) -> No
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("fused", [None, True], ids=["eager", "compiled"])
 @OPTIMIZERS
-def test_bf16_training_does_not_stall(optimizer_class: Any) -> None:
+def test_bf16_training_does_not_stall(optimizer_class: Any, fused: bool | None) -> None:
     """100 steps, each a tenth of what bf16 can tell from nothing, end near the float64 truth; rounded to nearest, nowhere."""
     ends = {}
     for dtype, state_dtype in ((torch.float64, None), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, None)):
         param = Parameter(torch.full((512,), 1.0, dtype=dtype))
-        optimizer = optimizer_class([param], lr=4e-4, weight_decay=0.0, state_dtype=state_dtype)
+        optimizer = optimizer_class([param], lr=4e-4, state_dtype=state_dtype, weight_decay=0.0, fused=fused)
         generator = torch.Generator().manual_seed(3)
         for _ in range(100):
             param.grad = (1.0 + 0.1 * torch.randn(512, generator=generator)).to(dtype)
