@@ -60,7 +60,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     pooled = histogram.counts.sum(0)
     low, high = (float(edge) for edge in shown_buckets(edges, pooled)[0][[0, -1]])
     lines = [math.log10(eps[name]) if eps and eps.get(name) else math.nan for name in names]
-    low, high = min([low, *lines]), max([high, *lines])  # no comparison with NaN holds
+    low, high = min([low, *(x - 0.2 for x in lines)]), max([high, *(x + 0.2 for x in lines)])  # NaN compares as False
     cells = torch.linspace(low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64)
     density = _density(histogram.counts[rows], edges, cells)
 
