@@ -93,8 +93,8 @@ class GradientHistogramMonitor(Callback):
     heatmap of the second moment by layer, with the epsilon in force drawn in, comes with that of the gradients. Where
     epsilon damps more than 10% of a row, one warning a run says so, on the logged step after. A skipped step has none
     of this, and an optimizer without epsilon or without Adam's second moment (SGD; AMSGrad, which divides by another
-    one) has the ratio alone. From before a logged step to its end this holds one copy of this rank's part of the
-    weights, and costs one more all-reduce.
+    one) has the ratio alone. A logged step costs one more all-reduce, and memory for a copy of this rank's part of the
+    weights and, when it is done, for a moment one of the second moment.
 
     Works with one device, DDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
     and several optimizers, which are told apart by their parameters. With other strategies it warns and stays off.
@@ -178,7 +178,7 @@ class GradientHistogramMonitor(Callback):
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": []}  # hooks stay with the optimizers of this process
+        return {**self.__dict__, "_handles": [], "_states": None}  # hooks stay with the optimizers of this process
 
     @property
     def state_key(self) -> str:

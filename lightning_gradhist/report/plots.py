@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FP16_SMALLEST = 2.0**-24
-_BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9661f", "#8a8f98", "#b3122b"
+_BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9661f", "#8a8f98", "#d4143a"
 _MAX_LABELS = 48
 _CELLS_A_DECADE = 8
 _RENDERING = threading.Lock()
@@ -79,7 +79,9 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
         axes.plot([median, median], [row + 0.15, row + 0.85], color="white", linewidth=2.4)
         axes.plot([median, median], [row + 0.15, row + 0.85], color=_ORANGE, linewidth=1.4)
     if eps is not None:
-        axes.vlines(lines, range(len(names)), range(1, len(names) + 1), color=_RED, linestyle="--", linewidth=1.4)
+        tops, bottoms = range(len(names)), range(1, len(names) + 1)
+        axes.vlines(lines, tops, bottoms, color="white", linewidth=2.4)
+        axes.vlines(lines, tops, bottoms, color=_RED, linestyle="--", linewidth=1.4)
     elif low < math.log10(_FP16_SMALLEST) < high:
         axes.axvline(math.log10(_FP16_SMALLEST), color=_GREY, linestyle="--", linewidth=1)
         axes.annotate("float16 min", (math.log10(_FP16_SMALLEST), 0), xytext=(3, 3), textcoords="offset points",

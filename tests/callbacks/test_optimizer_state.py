@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -212,6 +214,17 @@ def test_training_is_the_same_with_and_without(tmp_path) -> None:
     made = fit(tmp_path / "b", monitor(1), module=module, max_steps=4)
     torch.testing.assert_close(without["weights"], final_state(made)["weights"], rtol=0, atol=0)
     assert not made.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_a_monitor_is_copied_in_mid_run(tmp_path) -> None:
+    class Copying(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            self.copied = copy.deepcopy(trainer.callbacks[0])
+
+    copying = Copying()
+    module = Net(lambda p: torch.optim.AdamW(p, eps=SMALL))
+    fit(tmp_path, monitor(1), copying, module=module, max_steps=2)
+    assert copying.copied.optimizer_state and copying.copied.state_dict()["optimizers"][0]["steps"] == 2
 
 
 def test_a_rank_that_cannot_copy_its_weights_logs_nothing_and_says_so(tmp_path, monkeypatch) -> None:
