@@ -24,8 +24,15 @@ from support import (
 from torch import nn
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor
+from lightning_gradhist.report import plots
 
 SMALL = 1e-20  # damps nothing, not even what a bias before BatchNorm has for a gradient
+
+
+@pytest.fixture(autouse=True)
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take more time than all else here; the test that looks at them undoes this."""
+    monkeypatch.setattr(plots, "available", lambda: False)
 
 
 def monitor(every_n_steps: int = 5, **options: Any) -> GradientHistogramMonitor:
@@ -178,7 +185,8 @@ def test_a_skipped_step_logs_nothing(tmp_path, fused: bool) -> None:
         assert ratio == pytest.approx(spy.seen.ratio(step, "head.weight"), rel=1e-5)
 
 
-def test_two_optimizers_are_told_apart(tmp_path) -> None:
+def test_two_optimizers_are_told_apart(tmp_path, monkeypatch) -> None:
+    monkeypatch.undo()
     fit(tmp_path, monitor(4), module=TwoOptimizers)
     tags = events(tmp_path).Tags()
     assert len(logged_scalars(tmp_path, "optimizer_update_ratio/all_0")) == 4  # 16 steps
