@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from support import GradientSpy, Net, dataset, final_state, fit, loader
+from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
@@ -190,12 +190,16 @@ def monitored(folder: Path) -> Any:
         "channels_last": ({"module": ChannelsLast}, {}),
     }
     for name, (options, strategy) in cases.items():
-        spy, monitor = GradientSpy(), GradientHistogramMonitor(every_n_steps=2)
+        spy, state = GradientSpy(), StateSpy()
+        monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=name in ("unused", "channels_last"))
         before_averaging = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, local=True)
         options["module"] = own_gradients(options["module"])
-        made = fit(folder / name, monitor, before_averaging, spy, data=loader(4), **options, **ddp(ranks, **strategy))
+        made = fit(
+            folder / name, monitor, before_averaging, spy, state, data=loader(4), **options, **ddp(ranks, **strategy)
+        )
         found[name] = {
             "gradients": spy.seen[::2],
+            "state": state.seen,
             "own": made.lightning_module.taken,
             "samples": [record.samples for record in monitor.noise_records],
             "steps": made.global_step,

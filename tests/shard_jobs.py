@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support import fit, loader
+from support import StateSpy, fit, loader
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -185,12 +185,13 @@ def monitored(folder: Path) -> Any:
     ranks = torch.distributed.get_world_size()
     found = {}
     for name, replicated in (("sharded", False), ("replicated", True)):
-        spy, monitor = WholeSpy(), GradientHistogramMonitor(every_n_steps=2)
+        spy, state, monitor = WholeSpy(), StateSpy(), GradientHistogramMonitor(every_n_steps=2, optimizer_state=True)
         clipped = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, when="after_clip", group_by=1)
         strategy = ModelParallelStrategy(ranks, 1, process_group_backend="gloo")
         options = {"devices": ranks, "strategy": strategy, "max_steps": 6}
-        fit(folder / name, monitor, clipped, spy, module=lambda r=replicated: Sharded(r), data=loader(4), **options)
-        found[name] = (spy.gradients, spy.moments, monitor.noise_records[0].samples, spy.shards)
+        callbacks = (monitor, clipped, spy, state)
+        fit(folder / name, *callbacks, module=lambda r=replicated: Sharded(r), data=loader(4), **options)
+        found[name] = (spy.gradients, spy.moments, monitor.noise_records[0].samples, spy.shards, state.seen)
     try:
         local, strategy = GradientHistogramMonitor(local=True), ModelParallelStrategy(ranks, 1)
         fit(folder / "local", local, module=lambda: Sharded(False), data=loader(4), devices=ranks, strategy=strategy)

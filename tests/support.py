@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -172,3 +175,63 @@ class GradientSpy(L.Callback):
         self.seen.append(
             {n: p.grad.clone() for n, p in pl_module.named_parameters() if id(p) in mine and p.grad is not None}
         )
+
+
+@dataclass
+class StateSeen:
+    """Weights and the root of Adam's bias-corrected second moment, in whole: before each step, and at the end."""
+
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    roots: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def ratio(self, step: int, *names: str) -> float:
+        """The norm of a step's change of these parameters over their norm before it."""
+        before, after = (torch.cat([self.weights[step + i][name].flatten() for name in names]) for i in (0, 1))
+        return float((after - before).norm() / before.norm())
+
+
+class StateSpy(L.Callback):
+    """Looks at what an optimizer has before each of its steps, and at the end."""
+
+    def __init__(self) -> None:
+        self.seen = StateSeen()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        decay = {
+            id(p): group["betas"][1] for group in optimizer.param_groups for p in group["params"] if "betas" in group
+        }
+        self.seen.weights.append({name: _whole(p.detach()).double() for name, p in pl_module.named_parameters()})
+        self.seen.roots.append({})
+        for name, p in pl_module.named_parameters():
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" in state:
+                correction = 1 - decay[id(p)] ** float(_whole(state["step"]))
+                self.seen.roots[-1][name] = (_whole(state["exp_avg_sq"]) / correction).float().sqrt()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def assert_state_is_logged(folder: Path, seen: StateSeen, steps: list[int], eps: float) -> None:
+    """What the monitor logs of each parameter, against what is found in the optimizer."""
+    for step in steps:
+        for name, root in seen.roots[step + 1].items():
+            assert logged_counts(folder, f"optimizer_second_moment/{name}", step) == expected_counts(root), (name, step)
+            damped = float((root[root > 0] < eps).float().mean())
+            assert logged_scalars(folder, f"optimizer_damped_share/{name}")[step] == pytest.approx(damped), (name, step)
+            if seen.weights[step][name].any():
+                ratio = logged_scalars(folder, f"optimizer_update_ratio/{name}")[step]
+                assert ratio == pytest.approx(seen.ratio(step, name), rel=1e-5), (name, step)
+        ratio = logged_scalars(folder, "optimizer_update_ratio/all")[step]
+        assert ratio == pytest.approx(seen.ratio(step, *seen.roots[step + 1]), rel=1e-5)
+    assert list(logged_scalars(folder, "optimizer_update_ratio/all")) == steps
+
+
+def logged_scalars(folder: Path, tag: str) -> dict[int, float]:
+    """Values of a logged scalar by step; none where it was never logged."""
+    found = events(folder)
+    return {event.step: event.value for event in found.Scalars(tag)} if tag in found.Tags()["scalars"] else {}

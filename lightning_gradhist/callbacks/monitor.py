@@ -38,6 +38,7 @@ from lightning_gradhist.callbacks.gradients import (
     ready_gradients,
     shares,
 )
+from lightning_gradhist.callbacks.optimizer_state import StateWatch
 from lightning_gradhist.callbacks.rows import Rows
 from lightning_gradhist.callbacks.watched import Step, Watched, metric_weights, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -51,7 +52,7 @@ from lightning_gradhist.report.writer import HostCopy, Once, Outlets
 _FEW = 3  # pairs below which there is no interval
 _MANY = 200  # rows beyond which a page of histograms is no longer read
 _ARGUMENTS = ("every_n_steps", "bins_per_octave", "noise_scale", "batch_size", "group_by", "include", "exclude", "when",
-              "local")  # fmt: skip
+              "local", "optimizer_state")  # fmt: skip
 _WHEN = ("before_clip", "after_clip")
 
 
@@ -87,6 +88,17 @@ class GradientHistogramMonitor(Callback):
     ``OptimizerCalibration(reference=...)`` reads; a record is of use from some ten logged steps on. A step with fewer
     samples than the others, as the last of an epoch may have, is not measured.
 
+    With ``optimizer_state`` a logged step also tells what the optimizer makes of the gradients, over all ranks:
+    ``optimizer_update_ratio/<parameter or group>``, the norm of the step's change of the weights over their norm before
+    it; the histograms ``optimizer_second_moment/<parameter or group>`` of :math:`\sqrt{\hat v}` after the step; and
+    ``optimizer_damped_share/<parameter or group>``, the share of weights with :math:`\sqrt{\hat v} < \epsilon`, whose
+    step is less than half of what it would be without epsilon (those whose every gradient was zero are left out). A
+    heatmap of the second moment by layer, with the epsilon in force drawn in, comes with that of the gradients. Where
+    epsilon damps more than 10% of a row, one warning a run says so, on the logged step after. A skipped step has none
+    of this, and an optimizer without epsilon or without Adam's second moment (SGD; AMSGrad, which divides by another
+    one) has the ratio alone. A logged step costs one more all-reduce, and memory for a copy of this rank's part of the
+    weights and, when it is done, for a moment one of the second moment.
+
     Works with one device, DDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
     and several optimizers, which are told apart by their parameters. With other strategies it warns and stays off.
 
@@ -107,6 +119,7 @@ class GradientHistogramMonitor(Callback):
             the module's own ``configure_gradient_clipping``.
         local: count what each rank computed itself, before DDP averages it, over all ranks together. With accumulation it
             is the sum over the step's micro-batches. A step that is logged then holds a copy of the gradients.
+        optimizer_state: whether to log the optimizer's update and second moment as well.
 
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
@@ -129,6 +142,7 @@ class GradientHistogramMonitor(Callback):
         exclude: Optional[str] = None,  # noqa: UP045
         when: str = "before_clip",
         local: bool = False,
+        optimizer_state: bool = False,
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
@@ -154,8 +168,10 @@ class GradientHistogramMonitor(Callback):
         self.exclude = exclude
         self.when = when
         self.local = local
+        self.optimizer_state = optimizer_state
         self._rows = Rows(group_by, include, exclude)
         self._watched: list[Watched] = []
+        self._states: StateWatch | None = None
         self._restored: list[dict[str, Any]] = []
         self._replicas: Replicas | None = None
         self._measures_noise = False
@@ -165,7 +181,7 @@ class GradientHistogramMonitor(Callback):
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": []}  # hooks stay with the optimizers of this process
+        return {**self.__dict__, "_handles": [], "_states": None}  # hooks stay with the optimizers of this process
 
     @property
     def state_key(self) -> str:
@@ -218,8 +234,10 @@ class GradientHistogramMonitor(Callback):
         self._log_dir = self._directory(trainer)
         known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
+        self._states = StateWatch(self._rows, self.bins_per_octave, self._replicas) if self.optimizer_state else None
         for index, (watched, optimizer) in enumerate(zip(self._watched, trainer.optimizers, strict=True)):
             self._handles.append(before_update(optimizer, partial(self._take_step, trainer, pl_module, index)))
+            self._handles.append(optimizer.register_step_post_hook(partial(self._end_step, trainer, pl_module, index)))
             self._await_local_gradients(trainer, watched, optimizer)
         if self.noise_scale and not self._measures_noise:
             rank_zero_warn(
@@ -285,6 +303,8 @@ class GradientHistogramMonitor(Callback):
             last = watched.last_logged
             if trainer.is_global_zero and last is not None:
                 self._guarded(lambda i=index, last=last: self._draw(trainer, i, *last))  # type: ignore[misc]
+        if self._states is not None:
+            self._guarded(partial(self._states.close, partial(self._send, trainer)))
         self._release()
         self._save_record(trainer, pl_module)
         self._guarded(self._close)
@@ -318,6 +338,8 @@ class GradientHistogramMonitor(Callback):
         skips = found_inf(optimizer)
         if skips is not None:
             watched.skipped = watched.skipped + skips
+        if step.due and self._states is not None:
+            self._guarded(partial(self._states.begin, module, optimizer))
         if step.due and self.when == "after_clip":
             assert self._replicas is not None
             parameters = optimizer_parameters(module, optimizer)
@@ -332,6 +354,18 @@ class GradientHistogramMonitor(Callback):
             self._guarded(lambda: self._log(trainer, module, index, histogram))
         if trainer.is_global_zero:
             self._guarded(lambda: self._log_skipped(trainer, index, step.number))
+
+    def _end_step(
+        self, trainer: Trainer, module: LightningModule, index: int, optimizer: Optimizer, *_hook: Any
+    ) -> None:
+        """Logs what a step that is due has made of the weights."""
+        states = self._states
+        if states is None or not states.begun:
+            return
+        report = states.end(module, optimizer, trainer.global_step, self._suffix(index), self._guarded)
+        if trainer.is_global_zero and not found_inf(optimizer):
+            watched, send = self._watched[index], partial(self._send, trainer)
+            self._guarded(lambda: states.log(report, send, draws=watched.last_logged is None))
 
     def _settle(self, trainer: Trainer, index: int) -> None:
         """A step that was begun and not taken was skipped: it is counted, and neither drawn nor measured."""
@@ -478,7 +512,7 @@ class GradientHistogramMonitor(Callback):
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._states = [], None
         for watched in self._watched:
             watched.release()
 

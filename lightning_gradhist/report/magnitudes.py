@@ -67,22 +67,32 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
         prefix: what the magnitudes are of, ``"gradient"``.
         pooled_name: name of all of them together.
     """
-    edges = histogram.edges.log10()
     scalars: dict[str, float] = {}
-    histograms: dict[str, Distribution] = {}
     for part, names in ((histogram, histogram.names), (histogram.pooled(), [pooled_name])):
         counted = (part.total() > 0).tolist()
         for tag, column in _columns(part).items():
             rows = zip(names, column.tolist(), counted, strict=True)
             scalars |= {f"{prefix}_{tag}/{name}": value for name, value, there in rows if there}
+    return MagnitudeReport(scalars, distributions(histogram, f"{prefix}_magnitude", pooled_name))
+
+
+def distributions(histogram: MagnitudeHistogram, kind: str, pooled_name: str = "all") -> dict[str, Distribution]:
+    """What to draw of each name, and pooled, by tag ``<kind>/<name>``; nothing where no value but zero is finite.
+
+    Args:
+        histogram: counts on the host.
+        kind: what the magnitudes are of.
+        pooled_name: name of all of them together.
+    """
+    edges = histogram.edges.log10()
+    found: dict[str, Distribution] = {}
+    for part, names in ((histogram, histogram.names), (histogram.pooled(), [pooled_name])):
         quantiles = torch.stack([part.quantile(share) for share in QUANTILES], 1).tolist()
         for name, counts, values, (first, last) in zip(names, part.counts, quantiles, _occupied(part), strict=True):
             if last:
                 shown = _merged(edges, counts, first, last)
-                histograms[f"{prefix}_magnitude/{name}"] = Distribution(
-                    *shown, dict(zip(QUANTILES, values, strict=True))
-                )
-    return MagnitudeReport(scalars, histograms)
+                found[f"{kind}/{name}"] = Distribution(*shown, dict(zip(QUANTILES, values, strict=True)))
+    return found
 
 
 def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:

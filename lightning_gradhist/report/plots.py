@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FP16_SMALLEST = 2.0**-24
-_BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9661f", "#8a8f98"
+_BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9661f", "#8a8f98", "#d4143a"
 _MAX_LABELS = 48
 _CELLS_A_DECADE = 8
 _RENDERING = threading.Lock()
@@ -42,17 +43,24 @@ def pixels(figure: Figure) -> numpy.ndarray:
         return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def magnitude_heatmap(histogram: MagnitudeHistogram, title: str) -> Figure:
+def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[str, float] | None = None) -> Figure:
     """Layers by magnitude: one row a name, first on top, darker where more of the layer's values lie.
 
-    A row's values are the densities per decade of that layer, its white tick is the median, and the dashed line is the
+    A row's values are the densities per decade of that layer, its orange tick is the median, and the dashed line is the
     smallest number that float16 can hold.
+
+    Args:
+        histogram: of gradients; or, with ``eps``, of roots of second moments.
+        title: of the figure.
+        eps: the epsilon that is added to the values, by name; names may be missing. It is the dashed line then.
     """
     names = [name for name, there in zip(histogram.names, histogram.counts.any(1).tolist(), strict=True) if there]
     rows = [histogram.names.index(name) for name in names]
     edges = histogram.edges.log10()
     pooled = histogram.counts.sum(0)
     low, high = (float(edge) for edge in shown_buckets(edges, pooled)[0][[0, -1]])
+    lines = [math.log10(eps[name]) if eps and eps.get(name) else math.nan for name in names]
+    low, high = min([low, *(x - 0.2 for x in lines)]), max([high, *(x + 0.2 for x in lines)])  # NaN compares as False
     cells = torch.linspace(low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64)
     density = _density(histogram.counts[rows], edges, cells)
 
@@ -70,14 +78,19 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str) -> Figure:
     for row, median in enumerate(medians.tolist()):
         axes.plot([median, median], [row + 0.15, row + 0.85], color="white", linewidth=2.4)
         axes.plot([median, median], [row + 0.15, row + 0.85], color=_ORANGE, linewidth=1.4)
-    if low < math.log10(_FP16_SMALLEST) < high:
+    if eps is not None:
+        tops, bottoms = range(len(names)), range(1, len(names) + 1)
+        axes.vlines(lines, tops, bottoms, color="white", linewidth=2.4)
+        axes.vlines(lines, tops, bottoms, color=_RED, linestyle="--", linewidth=1.4)
+    elif low < math.log10(_FP16_SMALLEST) < high:
         axes.axvline(math.log10(_FP16_SMALLEST), color=_GREY, linestyle="--", linewidth=1)
         axes.annotate("float16 min", (math.log10(_FP16_SMALLEST), 0), xytext=(3, 3), textcoords="offset points",
                       color=_GREY, fontsize=8)  # fmt: skip
     every = math.ceil(len(names) / _MAX_LABELS)
     axes.set_yticks([row + 0.5 for row in range(0, len(names), every)], names[::every], fontsize=8)
     axes.set_xlim(low, high)
-    axes.set_xlabel("log10 |gradient|  (orange: median of the layer)")
+    shown = "|gradient|  (orange: median" if eps is None else "sqrt(second moment)  (red: epsilon, orange: median"
+    axes.set_xlabel(f"log10 {shown} of the layer)")
     axes.set_title(title, fontsize=10, loc="left", pad=14)
     figure.colorbar(image, ax=axes, label="share of the layer per decade", fraction=0.04, pad=0.02)
     return figure

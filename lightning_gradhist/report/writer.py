@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.report.loggers import Sink, sink_of
@@ -33,34 +34,51 @@ class Once(Generic[T]):
             return self._made[0]
 
 
-class HostCopy:
-    """A histogram on the host; called, it gives the histogram, waiting for a copy from a GPU that is under way.
+class HostTensor:
+    """A tensor on the host; called, it gives the tensor, waiting for a copy from a GPU that is under way.
 
-    The training thread only starts the copy. The histogram must not be changed afterwards.
+    The training thread only starts the copy. The tensor must not be changed afterwards.
+
+    Args:
+        tensor: on any device.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._tensor = tensor.cpu()
+
+    def __call__(self) -> Tensor:
+        """The tensor on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tensor": self(), "_copied": None}
+
+
+class HostCopy:
+    """A histogram on the host; called, it gives the histogram, as :class:`HostTensor` does a tensor.
 
     Args:
         histogram: on any device.
     """
 
     def __init__(self, histogram: MagnitudeHistogram) -> None:
-        self._copied: torch.cuda.Event | None = None
-        if histogram.table.is_cuda:
-            self._histogram = MagnitudeHistogram(histogram.names, histogram.bins_per_octave)
-            self._histogram.table = torch.empty_like(histogram.table, device="cpu", pin_memory=True)
-            self._histogram.table.copy_(histogram.table, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(histogram.table.device))
-        else:
-            self._histogram = histogram.cpu()
+        self._table = HostTensor(histogram.table)
+        on_host = histogram.table.device.type == "cpu"
+        self._histogram = histogram if on_host else MagnitudeHistogram(histogram.names, histogram.bins_per_octave)
 
     def __call__(self) -> MagnitudeHistogram:
         """The histogram on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._histogram.table = self._table()
         return self._histogram
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_histogram": self(), "_copied": None}
 
 
 class Writer:

@@ -381,7 +381,7 @@ def test_instances_have_keys_of_their_own() -> None:
         {"group_by": "1"},
         {"group_by": str.upper},
     ]
-    options += [{"include": "a"}, {"exclude": "a"}, {"when": "after_clip"}, {"local": True}]
+    options += [{"include": "a"}, {"exclude": "a"}, {"when": "after_clip"}, {"local": True}, {"optimizer_state": True}]
     keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
     assert len(set(keys)) == len(keys)
     assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
@@ -729,6 +729,8 @@ def test_the_command_line_takes_the_arguments(group_by: Any) -> None:
         "--monitor.include=Linear",
         "--monitor.exclude=bias",
         "--monitor.local=true",
+        "--monitor.optimizer_state=true",
     ]
     monitor = parser.instantiate_classes(parser.parse_args(words)).monitor
     assert (monitor.group_by, monitor.include, monitor.exclude, monitor.local) == (group_by, "Linear", "bias", True)
+    assert monitor.optimizer_state is True

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rank_jobs import run_ranks
 from shard_jobs import OPTIMIZERS, flat, loaded, model, saved, train, trained, unused, whole
-from support import events, expected_counts, logged_counts
+from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import ALTO
 from lightning_gradhist.noise import adam_weight, measure_pair
@@ -66,7 +66,8 @@ def test_the_monitor_counts_every_shard_once(run) -> None:
     folder, found = run[0], [rank["monitored"] for rank in run[1]]
     assert 0 in [size for rank in found for size in rank["sharded"][3].values()], "no shard was empty"
     for case in ("sharded", "replicated"):
-        gradients, moments, samples, _ = found[0][case]
+        gradients, moments, samples, _, state = found[0][case]
+        assert_state_is_logged(folder / case, state, [0, 2, 4], eps=1e-8)
         tags = events(folder / case).Tags()["histograms"]
         assert {"gradient_magnitude/body.2.bias", "gradient_clipped_magnitude/body"} < set(tags)
         for step in (0, 2, 4):

@@ -18,7 +18,7 @@ from rank_jobs import (
     run_ranks,
     uneven,
 )
-from support import events, expected_counts, logged_counts
+from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
 from lightning_gradhist.report.record import RunRecord
@@ -70,6 +70,8 @@ def test_slices_of_all_ranks_add_up_to_the_whole_gradient(tmp_path, ranks: int) 
                     assert logged == expected_counts(gradient), (case, name, step)
             pooled = torch.cat([gradient.flatten() for gradient in gradients.values()])
             assert logged_counts(tmp_path / case, "gradient_magnitude/all", step) == expected_counts(pooled)
+        if case in ("unused", "channels_last"):
+            assert_state_is_logged(tmp_path / case, mine["state"], steps, eps=1e-8)
         accumulated = 2 if case == "accumulated" else 1
         assert mine["batch_size"] == 4 * accumulated * ranks
         (samples,) = mine["samples"]

@@ -106,6 +106,18 @@ def test_heatmap_marks_where_float16_ends(center: float, there: bool) -> None:
     assert [text.get_text() for text in axes.texts] == ["float16 min"] * there
 
 
+def test_heatmap_of_second_moments_shows_each_layers_epsilon() -> None:
+    values = {"a": lognormal(-4), "without": lognormal(-3, seed=1), "b": lognormal(-5, seed=2), "zero": lognormal(-3)}
+    axes = drawn(magnitude_heatmap(counted(values), "step 9", {"a": 1e-12, "b": 1e2, "zero": 0.0}))
+    _, lines = axes.collections  # on a white one
+    there = [segment for segment in lines.get_segments() if len(segment)]
+    assert [[list(point) for point in segment] for segment in there] == [[[-12, 0], [-12, 1]], [[2, 2], [2, 3]]]
+    low, high = axes.get_xlim()
+    assert low < -12 and high > 2
+    assert "epsilon" in axes.get_xlabel() and "gradient" not in axes.get_xlabel()
+    assert not axes.texts  # of float16
+
+
 # --- epsilon ---------------------------------------------------------------------------------------------------------
 
 

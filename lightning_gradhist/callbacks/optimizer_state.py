@@ -1,0 +1,241 @@
+"""What an optimizer makes of the gradients: how far it moves the weights, and which of them its epsilon damps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gradhist.callbacks._lightning import LightningModule, rank_zero_warn
+from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, optimizer_parameters, own_parts
+from lightning_gradhist.callbacks.rows import Rows
+from lightning_gradhist.callbacks.watched import second_moment
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.report import plots
+from lightning_gradhist.report.loggers import Sink
+from lightning_gradhist.report.magnitudes import distributions
+from lightning_gradhist.report.writer import HostTensor, Once
+
+_ALARM = 0.1
+_IDLE = 0.02  # a share of damped weights below which an epsilon does nothing: the lower end of its search space
+_SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
+_MOMENT = "optimizer_second_moment"
+Send = Callable[[Callable[[Sink], None]], None]
+Guard = Callable[[Callable[[], None]], None]
+
+
+class StateReport:
+    """What a logged step did to the weights, by row and over all ranks.
+
+    Args:
+        table: float64 ``[len(names), 4 + columns of a histogram]``: sums of squares of the update and of the weights before
+            it, numbers of weights that epsilon damps and of those that have a second moment other than zero, and the counts
+            of its root as in :attr:`MagnitudeHistogram.table`. NaN where a rank could not count.
+        names: of the rows.
+        bins_per_octave: of the histogram.
+        eps: the epsilon in force by row, the largest of a row; none where there is none.
+        step: the trainer's ``global_step``.
+        suffix: of the names of what is over all rows.
+    """
+
+    def __init__(
+        self, table: Tensor, names: list[str], bins_per_octave: int, eps: Mapping[str, float], step: int, suffix: str
+    ) -> None:
+        self.names, self.bins_per_octave, self.eps, self.step, self.suffix = names, bins_per_octave, eps, step, suffix
+        self.histogram = Once(self._histogram)
+        """Makes the histogram of the roots of the second moment."""
+        self._on_host = HostTensor(table)
+
+    def scalars(self) -> dict[str, float]:
+        """``optimizer_update_ratio/<row>`` and ``optimizer_damped_share/<row>``, where a row has them."""
+        sums = self._table()[:, :_SUMS]
+        found = {}
+        pooled = torch.cat([sums, sums.sum(0, keepdim=True)]).tolist()
+        for name, (update, weights, damped, counted) in zip([*self.names, f"all{self.suffix}"], pooled, strict=True):
+            if weights > 0:
+                found[f"optimizer_update_ratio/{name}"] = math.sqrt(update / weights)
+            if counted > 0:
+                found[f"optimizer_damped_share/{name}"] = damped / counted
+        return found
+
+    def alarm(self) -> str | None:
+        """A sentence about the row where epsilon damps most weights, and the way out; None if 10% or less of each row."""
+        damped, counted = self._table()[:, 2:_SUMS].unbind(1)
+        shares = (damped / counted).nan_to_num(0.0)  # a row without a second moment
+        alarming = shares > _ALARM
+        if not alarming.any():
+            return None
+        worst = int((damped * alarming).argmax())
+        idle = 10.0 ** math.floor(math.log10(float(self.histogram().quantile(_IDLE)[worst])))
+        return (
+            f"GradientHistogramMonitor: eps={self.eps[self.names[worst]]:g} damps {float(shares[worst]):.1%} of the weights"
+            f" of {self.names[worst]!r} at step {self.step}: the root of their second moment is below it, and their step"
+            f" less than half of what it would be without. More than {_ALARM:.0%} are damped in {int(alarming.sum())} of"
+            f" {len(self.names)} rows, and most weights in this one. Lower eps (eps={idle:g} damps {_IDLE:.0%} of it at"
+            " most), or have OptimizerCalibration choose it. Parameters whose gradient is only rounding noise, as that of a"
+            " bias before a normalization, are rightly damped; leave them out with exclude=."
+        )
+
+    def send(self, send: Send) -> None:
+        """Has loggers write the scalars and histograms."""
+        send(lambda sink: sink.scalars(self.scalars(), self.step))
+        send(lambda sink: sink.histograms(distributions(self.histogram(), _MOMENT, f"all{self.suffix}"), self.step))
+
+    def draw(self, send: Send) -> None:
+        """Has loggers show the second moment by layer, with epsilon drawn in."""
+        title = f"root of the second moment by layer, step {self.step}"
+        figure = Once(lambda: plots.magnitude_heatmap(self.histogram(), title, self.eps))
+
+        def show(sink: Sink) -> None:
+            if plots.available() and sink.shows_figures and self.histogram().counts.any():
+                sink.figure(f"{_MOMENT}_by_layer{self.suffix}", figure(), self.step)
+
+        send(show)
+
+    def _table(self) -> Tensor:
+        table = self._on_host()
+        return torch.zeros_like(table) if table[:, -1].isnan().any() else table
+
+    def _histogram(self) -> MagnitudeHistogram:
+        histogram = MagnitudeHistogram(self.names, self.bins_per_octave)
+        histogram.table = self._table()[:, _SUMS:].long()
+        return histogram
+
+
+class StateWatch:
+    """Looks at the optimizers' steps that are logged, from before each until it is done.
+
+    Args:
+        rows: which parameters are looked at, and in which row.
+        bins_per_octave: of the histograms.
+        replicas: how tensors lie on the ranks.
+    """
+
+    def __init__(self, rows: Rows, bins_per_octave: int, replicas: Replicas) -> None:
+        self._rows, self._bins_per_octave, self._replicas = rows, bins_per_octave, replicas
+        self.begun = False
+        """Whether a step is under way; the same on all ranks."""
+        self._before: dict[str, Tensor] | None = None
+        self._last: dict[str, tuple[StateReport, bool]] = {}
+        self._has_warned = False
+
+    def begin(self, module: LightningModule, optimizer: Optimizer) -> None:
+        """Copies this rank's part of the weights that the step is going to change."""
+        self.begun, self._before = True, None
+        parameters = optimizer_parameters(module, optimizer)
+        stepped = [name for name in self._rows.of(module, parameters) if parameters[name].grad is not None]
+        self._before = {name: part.clone() for name, part in self._weights(parameters, stepped).items()}
+
+    def end(self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard) -> StateReport:
+        """Compares with what is there after the step; to be called on every rank."""
+        self.begun = False
+        parameters = optimizer_parameters(module, optimizer)
+        rows = self._rows.of(module, parameters)
+        names, eps = list(dict.fromkeys(rows.values())), _epsilons(optimizer, parameters)
+        with module.device:  # made there, not copied there
+            histogram = MagnitudeHistogram(list(rows), self._bins_per_octave)
+            table = torch.full((len(names), _SUMS + histogram.table.shape[1]), math.nan, dtype=torch.float64)
+        if names:
+            guard(partial(self._fill, table, histogram, optimizer, parameters, rows, eps))
+        self._before = None
+        if self._replicas.ranks > 1:
+            torch.distributed.all_reduce(table)  # counts are exact in float64 up to 2**53
+        by_row: dict[str, float] = {}
+        for name in eps.keys() & rows.keys():
+            by_row[rows[name]] = max(float(eps[name]), by_row.get(rows[name], 0.0))
+        return StateReport(table, names, self._bins_per_octave, by_row, step, suffix)
+
+    def log(self, report: StateReport, send: Send, draws: bool) -> None:
+        """Has a report written; to be called where loggers write.
+
+        Args:
+            report: of a step that was taken.
+            send: gives each logger's sink to a job.
+            draws: whether its figure is drawn now, and not only if it is the last.
+        """
+        last = self._last.get(report.suffix)
+        if last is not None:
+            self._warn(last[0])  # not of the present one, for which the host would wait
+        report.send(send)
+        if draws:
+            report.draw(send)
+        self._last[report.suffix] = (report, draws)
+
+    def close(self, send: Send) -> None:
+        """Says and draws what there is to say and draw of the last reports."""
+        for report, drawn in self._last.values():
+            self._warn(report)
+            if not drawn:
+                report.draw(send)
+        self._last = {}
+
+    def _warn(self, report: StateReport) -> None:
+        alarm = None if self._has_warned else report.alarm()
+        if alarm is not None:
+            self._has_warned = True
+            rank_zero_warn(alarm)
+
+    def _weights(self, parameters: Mapping[str, nn.Parameter], names: list[str]) -> dict[str, Tensor]:
+        weights = {name: as_real(local(parameters[name].detach())) for name in names}
+        return own_parts(weights, parameters, self._replicas)
+
+    def _fill(
+        self,
+        table: Tensor,
+        histogram: MagnitudeHistogram,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        rows: Mapping[str, str],
+        eps: Mapping[str, Any],
+    ) -> None:
+        """Writes this rank's part into a table as that of :class:`StateReport`."""
+        before = self._before
+        if before is None:
+            return  # they could not be copied
+        moments = second_moment(optimizer, {name: parameters[name] for name in before if name in eps})
+        roots = {name: _wide(part).sqrt() for name, part in own_parts(moments, parameters, self._replicas).items()}
+        histogram.update({name: root for name, root in roots.items() if root.numel()})
+        numbers = dict.fromkeys(rows, torch.zeros(_SUMS, dtype=torch.float64, device=table.device))
+        for name, after in self._weights(parameters, list(before)).items():
+            root = roots.get(name, after[:0])
+            numbers[name] = _sums(before[name], after, root, eps.get(name, 0.0)).to(table.device)
+        grouped = histogram.grouped(rows)
+        index = torch.tensor([grouped.names.index(row) for row in rows.values()], device=table.device)
+        sums = table.new_zeros(len(table), _SUMS).index_add_(0, index, torch.stack(list(numbers.values())))
+        table.copy_(torch.cat([sums, grouped.table.double()], 1))
+
+
+def _sums(before: Tensor, after: Tensor, root: Tensor, eps: float | Tensor) -> Tensor:
+    """Of one tensor's part, the first columns of :class:`StateReport`'s table, float64 ``[4]``."""
+    update = _wide(after) - before
+    squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, before)]
+    touched = root > 0  # others have not had a gradient yet, and make no step to be damped
+    counts = [(touched & (root < eps)).sum(), touched.sum()]
+    return torch.stack([*squares, *(count.double() for count in counts)])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _epsilons(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, float | Tensor]:
+    """The epsilon that is added to the root of a parameter's second moment, by name, where there is one.
+
+    AMSGrad adds it to another root, of the largest second moment so far.
+    """
+    eps: dict[int, Any] = {id(p): group.get("eps") for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter, {})
+        known = (
+            "step" in state and "max_exp_avg_sq" not in state and isinstance(eps[id(parameter)], (float, int, Tensor))
+        )
+        moment = state.get("exp_avg_sq")
+        if known and isinstance(moment, Tensor) and moment.shape == parameter.shape:
+            found[name] = eps[id(parameter)]
+    return found
