@@ -18,7 +18,9 @@ logged:
 - *Held* from a logged step to the next one, for the noise scale: a gradient and a second moment, 8 bytes in fp32 for
   each parameter that the rank has. At no other time, and not at all with ``noise_scale=False``.
 
-The check. A small network is trained under DDP on 1, 2, 4 and 8 gloo ranks. The bytes that are all-reduced are counted
+For FSDP2 the model takes each rank to count its own shard, and the table to hold all tensors on every rank.
+
+The check. A small network is trained in one process, and under DDP on 2, 4 and 8 gloo ranks. The bytes that are all-reduced are counted
 in each rank around ``torch.distributed.all_reduce``, those that are logged in the event file, record by record, and the
 numbers that are kept in the monitor's state. The number of buckets, which the data decide, is read from the event file
 for the prediction.
@@ -233,7 +235,7 @@ def all_reduced(folder: Path, steps: int, callbacks: list[L.Callback]) -> list[i
     The averaging of the gradients is not among them, as DDP does it in C++.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    ranks = torch.distributed.get_world_size()
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     sent: list[int] = []
     all_reduce = torch.distributed.all_reduce
 
@@ -244,7 +246,7 @@ def all_reduced(folder: Path, steps: int, callbacks: list[L.Callback]) -> list[i
     trainer = L.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo"),
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
         max_steps=steps,
         callbacks=callbacks,
         logger=TensorBoardLogger(folder, name="", version=""),
@@ -301,7 +303,7 @@ def read_events(folder: Path) -> Logged:
 
 
 def check(ranks: int, steps: int = 5, every_n_steps: int = 2, bins_per_octave: int = 8) -> Row:
-    """Measure on gloo ranks, and put the prediction beside it.
+    """Measure on gloo ranks, or in this process for one, and put the prediction beside it.
 
     Raises:
         AssertionError: where they differ.
@@ -311,7 +313,8 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2, bins_per_octave: i
     parameters = sum(p.numel() for p in module.parameters())
     setup = Setup(names, parameters, ranks, steps, every_n_steps, bins_per_octave)
     with tempfile.TemporaryDirectory() as folder:
-        measured: list[Measured] = run_ranks(train, ranks, Path(folder), steps, every_n_steps, bins_per_octave)
+        arguments = (Path(folder), steps, every_n_steps, bins_per_octave)
+        measured = run_ranks(train, ranks, *arguments) if ranks > 1 else [train(*arguments)]
         logged = read_events(Path(folder) / "with")
     shown = logged.buckets
     predicted = predict(setup, lambda tag, step: shown[tag, step])
@@ -321,9 +324,7 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2, bins_per_octave: i
         "logged_scalars": {logged.scalars},
         "kept": {one.kept_bytes for one in measured},
     }
-    for what, values in found.items():
-        expected = predicted[f"{what}_bytes"]
-        assert values == {expected}, f"{what} on {ranks} ranks: measured {sorted(values)} bytes, predicted {expected}"
+    compare(found, predicted, ranks)
     calls = {one.all_reduce_calls for one in measured}
     assert calls == {len(setup.logged_steps) if ranks > 1 else 0}, f"{sorted(calls)} all-reduces on {ranks} ranks"
     return {
@@ -333,6 +334,13 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2, bins_per_octave: i
         "logged_other_bytes_measured": logged.other,
         "buckets": round(sum(shown.values()) / len(shown)),
     }
+
+
+def compare(found: Mapping[str, set[int]], predicted: Row, ranks: int) -> None:
+    """Hold what the ranks have measured against the prediction; all must be equal to it."""
+    for what, values in found.items():
+        expected = predicted[f"{what}_bytes"]
+        assert values == {expected}, f"{what} on {ranks} ranks: measured {sorted(values)} bytes, predicted {expected}"
 
 
 def predict(setup: Setup, buckets: Callable[[str, int], int]) -> Row:
