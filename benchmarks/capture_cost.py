@@ -9,23 +9,24 @@ First a gate: on each model the counts that the monitor logs of some steps are h
 those steps, and the weights after a training with it must be those after one without it, bit for bit. A failure ends
 the run before anything is timed.
 
-Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a
-module and a ``fit`` of their own. The time of a step goes from one ``on_train_batch_start`` to the next, by
-``perf_counter``, in a callback that comes before all others (on CUDA between two events there); the first 5 steps are
-left out. A turn has 24 steps, and more where the variant's kinds of steps need them (103 at the default cadence). The
-steps of a kind count by their median in the turn: logged, the first or second of a pair for the noise scale, drawn (the
-heatmap comes at the 1st, 2nd, 4th, 8th, ... logged step), off. The time a step of a turn is the mean over the kinds of
-the first 10,000 steps of a run. Added are the time of a turn less that of ``none`` in the same round, and the share of
+Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a module
+and a ``fit`` of their own. The time of a step goes from one ``on_train_batch_start`` to the next, by ``perf_counter``,
+in a callback that comes before all others (on CUDA between two events there); the first 5 steps are left out. A turn
+has 24 steps, and more where the variant's kinds of steps need them (103 at the default cadence). The steps of a kind
+count by their median in the turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes
+at the 1st, 2nd, 4th, 8th, ... logged step), off. The time per step of a turn is the mean over the kinds of the
+first 10,000 steps of a run. Added are the time of a turn less that of ``none`` in the same round, and the share of
 ``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing
 looks like. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done there.
 
 Memory and log are measured at every logged step of a training on batches of 2, as neither depends on the batch: the
 growth of resident memory as the slope of a line through the last third of 200 steps, in which no heatmap is drawn, and
-the bytes of all files that were written, by the number of logged steps. Times the logged steps of 10,000 that is the size of the log, and not too
-little, as heatmaps and heads of files, which become rarer, are in it. wandb's own process is not in the memory.
+the bytes of all files that were written, by the number of logged steps. Times the logged steps of 10,000 that is the
+size of the log, and not too little, as heatmaps and heads of files, which become rarer, are in it. wandb's own process
+is not in the memory.
 
-Alone: counting all gradients once, against reading as many bytes (``Tensor.sum`` of one tensor); and on two gloo
-ranks of one thread, counting the slice of a rank against counting all, both ranks at it at the same time.
+Alone: counting all gradients once, against reading as many bytes (``Tensor.sum`` of one tensor); and on two gloo ranks
+of one thread, counting the slice of a rank against counting all, both ranks at it at the same time.
 
 ``make peers`` installs the peers. A peer that cannot be run is named in the report and in the CSV, with the reason.
 """
@@ -125,7 +126,7 @@ class Clock(L.Callback):
 
 
 class Memory(L.Callback):
-    """Resident memory of this process after each step."""
+    """Resident memory of this process after each step, as Linux tells it."""
 
     def __init__(self) -> None:
         self.bytes: list[int] = []

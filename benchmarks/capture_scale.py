@@ -20,10 +20,10 @@ logged:
 
 For FSDP2 the model takes each rank to count its own shard, and the table to hold all tensors on every rank.
 
-The check. A small network is trained in one process, and under DDP on 2, 4 and 8 gloo ranks. The bytes that are all-reduced are counted
-in each rank around ``torch.distributed.all_reduce``, those that are logged in the event file, record by record, and the
-numbers that are kept in the monitor's state. The number of buckets, which the data decide, is read from the event file
-for the prediction.
+The check. A small network is trained in one process, and under DDP on 2, 4 and 8 gloo ranks. The bytes that are
+all-reduced are counted in each rank around ``torch.distributed.all_reduce``, those that are logged in the event file,
+record by record, and the numbers that are kept in the monitor's state. The number of buckets, which the data decide, is
+read from the event file for the prediction.
 """
 
 from __future__ import annotations
