@@ -12,7 +12,7 @@ the run before anything is timed.
 Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a module
 and a ``fit`` of their own. The time of a step goes from one ``on_train_batch_start`` to the next, by ``perf_counter``,
 in a callback that comes before all others (on CUDA between two events there); the first 5 steps are left out. A turn
-has 24 steps, and more where the variant's kinds of steps need them (103 at the default cadence). The steps of a kind
+has 16 steps, and more where the variant's kinds of steps need them (103 at the default cadence). The steps of a kind
 count by their median in the turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes
 at the 1st, 2nd, 4th, 8th, ... logged step), off. The time per step of a turn is the mean over the kinds of the
 first 10,000 steps of a run. Added are the time of a turn less that of ``none`` in the same round, and the share of
@@ -75,7 +75,7 @@ from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.histogram import slice_of
 
 LEFT_OUT_STEPS = 5
-STEPS = 24
+STEPS = 16
 LONG_STEPS = 200
 GATE_STEPS = 3
 CALLS = 3
@@ -420,7 +420,7 @@ class Options:
     """How much is measured."""
 
     scale: float = 1.0
-    rounds: int = 7
+    rounds: int = 5
     steps: int = STEPS
     long_steps: int = LONG_STEPS
     models: list[str] | None = None
@@ -512,7 +512,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the models' size, for a try-out (default: 1)"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument(
         "--steps", type=int, default=STEPS, help=f"of a turn, where no more are needed (default: {STEPS})"
     )
