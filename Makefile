@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test nightly lint format peers bench-optim clean
+.PHONY: help demo test nightly lint format peers bench-optim bench-capture bench-scale clean
 
 help:
 	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
@@ -17,6 +17,9 @@ help:
 	@echo "make format  let ruff put the code into shape"
 	@echo "make bench-optim  time and memory of the optimizers' step against their peers (20 minutes on two idle cores)"
 	@echo "             DEVICE=cuda measures on a GPU"
+	@echo "make bench-capture  what the monitor adds to a training step, against its peers (some 90 minutes on two idle cores)"
+	@echo "             DEVICE=cuda measures on a GPU"
+	@echo "make bench-scale    bytes that the monitor all-reduces, logs and keeps: model, and check on 8 ranks (3 minutes)"
 	@echo "make peers   install those peers that are not ours to depend on"
 	@echo "make clean   remove the virtual environment and what the demo wrote"
 
@@ -45,9 +48,19 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Without their dependencies: timm wants torchvision, which its optimizers do not import.
-$(VENV)/.peers: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31 pytorch_optimizer==4.1.0
+# Without their dependencies, but for those named: timm and BackPACK want torchvision, which they do not need here.
+# wandb and what it imports; cockpit and what it imports, pkg_resources among it, which newer setuptools lack.
+PEERS := timm==1.0.31 pytorch_optimizer==4.1.0
+PEERS += wandb==0.31.0 annotated-types==0.8.0 certifi==2026.10.18 charset-normalizer==3.5.2 click==8.5.1
+PEERS += googleapis-common-protos==1.76.0 opentelemetry-api==1.45.2 opentelemetry-exporter-otlp-proto-common==1.45.2
+PEERS += opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-proto==1.45.2 opentelemetry-sdk==1.45.2
+PEERS += opentelemetry-semantic-conventions==0.66b2 platformdirs==4.14.5 pydantic==2.14.3 pydantic-core==2.50.4
+PEERS += requests==2.34.2 typing-inspection==0.4.5 urllib3==2.8.0 xxhash==4.1.0
+PEERS += cockpit-for-pytorch==1.0.2 backpack-for-pytorch==1.7.1 einops==0.8.2 unfoldNd==0.2.3 json-tricks==3.17.3
+PEERS += pandas==3.1.1 seaborn==0.13.2 setuptools==80.10.2
+
+$(VENV)/.peers: $(READY) Makefile
+	$(BIN)/python -m pip install --quiet --no-deps $(PEERS)
 	touch $@
 
 peers: $(VENV)/.peers
@@ -55,6 +68,12 @@ peers: $(VENV)/.peers
 # The two log levels keep the notices of torch's profiler out of the report.
 bench-optim: $(VENV)/.peers
 	KINETO_LOG_LEVEL=6 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python benchmarks/optim_step.py --device $(DEVICE)
+
+bench-capture: $(VENV)/.peers
+	$(BIN)/python benchmarks/capture_cost.py --device $(DEVICE)
+
+bench-scale: $(READY)
+	$(BIN)/python benchmarks/capture_scale.py
 
 clean:
 	rm -rf $(VENV) demo_logs lightning_logs

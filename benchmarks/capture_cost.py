@@ -1,0 +1,543 @@
+"""What it costs to watch gradients while Lightning trains: the monitor, and its peers.
+
+``make bench-capture``, or ``python benchmarks/capture_cost.py``. Three models (``capture_variants.py``): a CNN of 1.1 M
+parameters, batch 128 of 32 x 32; a transformer of 25 M, 8 x 128 tokens; and 2,000 small tensors, 1 M parameters, batch
+128. They are trained by a Trainer with torch's AdamW, one batch again and again from memory, a TensorBoard logger, and
+no progress bar or checkpoints, so that a step is forward, backward, AdamW, and what Lightning does around it.
+
+First a gate: on each model the counts that the monitor logs of some steps are held against numpy's of the gradients in
+those steps, and the weights after a training with it must be those after one without it, bit for bit. A failure ends
+the run before anything is timed.
+
+Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a module
+and a ``fit`` of their own. The time of a step goes from one ``on_train_batch_start`` to the next, by ``perf_counter``,
+in a callback that comes before all others (on CUDA between two events there); the first 5 steps are left out. A turn
+has 16 steps, and more where the variant's kinds of steps need them (103 at the default cadence). The steps of a kind
+count by their median in the turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes
+at the 1st, 2nd, 4th, 8th, ... logged step), off. The time per step of a turn is the mean over the kinds of the
+first 10,000 steps of a run. Added are the time of a turn less that of ``none`` in the same round, and the share of
+``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing
+looks like. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done there.
+
+Memory and log are measured at every logged step of a training on batches of 2, as neither depends on the batch: the
+growth of resident memory as the slope of a line through the last third of 200 steps, in which no heatmap is drawn, and
+the bytes of all files that were written, by the number of logged steps. Times the logged steps of 10,000 that is the
+size of the log, and not too little, as heatmaps and heads of files, which become rarer, are in it. wandb's own process
+is not in the memory.
+
+Alone: counting all gradients once, against reading as many bytes (``Tensor.sum`` of one tensor); and on two gloo ranks
+of one thread, counting the slice of a rank against counting all, both ranks at it at the same time.
+
+``make peers`` installs the peers. A peer that cannot be run is named in the report and in the CSV, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import logging
+import os
+import statistics
+import tempfile
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import capture_variants
+import lightning as L
+import numpy as np
+import torch
+from capture_variants import (
+    ADD_HISTOGRAM,
+    DEFAULT,
+    EVERY_STEP,
+    NONE,
+    OFF_STEPS,
+    RUN,
+    WANDB,
+    Task,
+    Training,
+    Variant,
+    made,
+)
+from lightning.pytorch.loggers import TensorBoardLogger
+from measuring import installed_version, machine, seconds_per_call
+from optim_implementations import LeftOut
+from ranks import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
+from lightning_gradhist.histogram import slice_of
+
+LEFT_OUT_STEPS = 5
+STEPS = 16
+LONG_STEPS = 200
+GATE_STEPS = 3
+CALLS = 3
+RANKS = 2
+MACHINE = "date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split()
+PEERS = {"share_of_add_histogram": ADD_HISTOGRAM, "share_of_wandb_watch": WANDB}
+MEASURED = [
+    *"seconds seconds_q25 seconds_q75 added_ms added_share added_share_q25 added_share_q75".split(),
+    *PEERS,
+    *"end_seconds log_bytes_per_logged_step log_bytes_in_10000_steps".split(),
+    *"memory_bytes_per_step memory_bytes_in_10000_steps".split(),
+    *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
+]
+COLUMNS = [*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note", *MACHINE]
+ALONE = "counting alone"
+Row = dict[str, Any]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Clock(L.Callback):
+    """The times of the steps' beginnings."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ticks, self.end = device, [], 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Take the time, without waiting for the device."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ticks.append(event)
+        else:
+            self.ticks.append(perf_counter())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Take the time of the last one."""
+        self.end = perf_counter()
+
+    def seconds(self) -> list[float]:
+        """Of each step but the last."""
+        pairs = zip(self.ticks, self.ticks[1:], strict=False)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+        return [end - begin for begin, end in pairs]
+
+
+class Memory(L.Callback):
+    """Resident memory of this process after each step, as Linux tells it."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Ask the system."""
+        self.bytes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def fit(
+    task: Task,
+    callbacks: list[L.Callback],
+    steps: int,
+    folder: Path,
+    device: torch.device,
+    batch_size: int | None = None,
+) -> Training:
+    """Train for a number of steps in one epoch."""
+    module, loader = made(task, steps, batch_size)
+    trainer = L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
+        trainer.fit(module, loader)
+    return module
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+class Gradients(L.Callback):
+    """The gradients of each step, on the host."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, np.ndarray]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Copy them."""
+        self.steps.append({name: p.grad.cpu().clone().numpy() for name, p in pl_module.named_parameters()})
+
+
+def check(task: Task, device: torch.device) -> None:
+    """Hold the logged counts against numpy's, and the weights against those of a training without a monitor.
+
+    Raises:
+        AssertionError: where they differ.
+    """
+    gradients = Gradients()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plain = fit(task, [], GATE_STEPS, folder / "plain", device)
+        watched = fit(
+            task, [GradientHistogramMonitor(every_n_steps=1), gradients], GATE_STEPS, folder / "watched", device
+        )
+        events = EventAccumulator(str(folder / "watched"), {"histograms": 0}).Reload()
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, watched.state_dict()[name]), f"{task.name}: the monitor has changed {name}"
+    assert len(gradients.steps) == GATE_STEPS
+    for step, of_step in enumerate(gradients.steps):
+        of_step["all"] = np.concatenate([gradient.ravel() for gradient in of_step.values()])
+        for name, gradient in of_step.items():
+            if np.abs(gradient).max() >= np.finfo(np.float32).tiny:
+                logged = {
+                    event.step: event.histogram_value for event in events.Histograms(f"gradient_magnitude/{name}")
+                }
+                assert step in logged, f"{task.name}: step {step} of {name} was not logged"
+                check_counts(logged[step], gradient, f"{task.name}: {name} at step {step}")
+
+
+def check_counts(logged: Any, gradient: np.ndarray, what: str) -> None:
+    """Compare a histogram of TensorBoard with numpy's on edges that are powers of two, each octave cut in eight."""
+    octaves, eighths = np.arange(-126, 128)[:, None], 1 + np.arange(8) / 8
+    edges = np.append(np.ldexp(eighths, octaves).ravel(), 2.0**128)
+    counts, _ = np.histogram(np.abs(gradient.astype(np.float64)), edges)
+    below = np.append(0, counts.cumsum())  # of the values below each edge
+    at = np.searchsorted(np.log10(edges), np.asarray(logged.bucket_limit) - 1e-9)
+    wrong = below[at] != np.cumsum(logged.bucket)
+    assert not wrong.any() and sum(logged.bucket) == counts.sum(), f"{what}: the counts differ from numpy's"
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn has shown."""
+
+    seconds: float
+    """A step, over 10,000 of them."""
+    end_seconds: float
+
+
+def take_turn(task: Task, variant: Variant, steps: int, device: torch.device) -> Turn:
+    """Train once."""
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            task,
+            [clock, *capture_variants.callbacks_of(variant, task)],
+            max(steps, variant.needs) + 1,
+            Path(folder),
+            device,
+        )
+        returned = perf_counter()
+    gc.collect()
+    return Turn(seconds_a_step(clock.seconds(), variant), returned - clock.end)
+
+
+def seconds_a_step(seconds: list[float], variant: Variant) -> float:
+    """The mean over the first 10,000 steps of a run, in which each kind of step takes its median among the timed ones."""
+    timed = defaultdict(list)
+    for step, taken in list(enumerate(seconds))[LEFT_OUT_STEPS:]:
+        timed[variant.kind(step)].append(taken)
+    kinds = Counter(map(variant.kind, range(RUN)))
+    return sum(number * statistics.median(timed[kind]) for kind, number in kinds.items()) / RUN
+
+
+def take_turns(task: Task, some: list[Variant], rounds: int, steps: int, device: torch.device) -> dict[str, list[Turn]]:
+    """All variants in each round."""
+    turns: dict[str, list[Turn]] = {variant.name: [] for variant in some}
+    for index in range(rounds):
+        first = index % len(some)
+        for variant in [*some[first:], *some[:first]]:
+            turns[variant.name].append(take_turn(task, variant, steps, device))
+        print(f"  round {index + 1} of {rounds}", flush=True)
+    return turns
+
+
+def of_turns(turns: dict[str, list[Turn]], name: str) -> Row:
+    """The columns that come from the turns of a variant."""
+    seconds = {other: [turn.seconds for turn in taken] for other, taken in turns.items()}
+    added = {other: np.subtract(theirs, seconds[NONE]) for other, theirs in seconds.items()}
+    share = added[name] / seconds[NONE]
+    row = {
+        "rounds": len(turns[name]),
+        **quartiles("seconds", seconds[name]),
+        "added_ms": f"{1e3 * np.median(added[name]):.4g}",
+        **quartiles("added_share", share),
+        "end_seconds": f"{np.median([turn.end_seconds for turn in turns[name]]):.3g}",
+    }
+    if name.startswith("monitor"):
+        shares = {column: added[name] / added[peer] for column, peer in PEERS.items() if peer in turns}
+        row |= {column: f"{np.median(of_peer):.4g}" for column, of_peer in shares.items()}
+    return row
+
+
+def quartiles(column: str, values: Any) -> Row:
+    """A median, and the quartiles beside it."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {column: f"{middle:.4g}", f"{column}_q25": f"{low:.4g}", f"{column}_q75": f"{high:.4g}"}
+
+
+# --- memory and log ---------------------------------------------------------------------------------------------------
+
+
+def growth(task: Task, variant: Variant, steps: int, device: torch.device) -> Row:
+    """Memory and log of a variant that logs every step, or nothing."""
+    memory = Memory()
+    with tempfile.TemporaryDirectory() as folder:
+        fit(task, [*capture_variants.callbacks_of(variant, task), memory], steps, Path(folder), device, batch_size=2)
+        written = sum(
+            path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink()
+        )
+    last = -(-steps // 3)
+    slope = float(np.polyfit(range(last), memory.bytes[-last:], 1)[0])
+    row: Row = {"memory_bytes_per_step": f"{slope:.4g}", "memory_bytes_in_10000_steps": f"{slope * RUN:.4g}"}
+    return row | (of_log(written / steps, variant) if variant.every_n_steps else {})
+
+
+def of_log(bytes_a_logged_step: float, variant: Variant) -> Row:
+    """The columns on the size of the log."""
+    return {
+        "log_bytes_per_logged_step": f"{bytes_a_logged_step:.0f}",
+        "log_bytes_in_10000_steps": f"{bytes_a_logged_step * RUN / variant.every_n_steps:.4g}",
+    }
+
+
+# --- counting alone ---------------------------------------------------------------------------------------------------
+
+
+def gradients_of(task: Task, device: torch.device) -> dict[str, Tensor]:
+    """Noise in the shapes of a model's gradients."""
+    module, _ = made(task, 1)
+    return {name: 1e-4 * torch.randn(p.shape, device=device) for name, p in module.named_parameters()}
+
+
+def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> float:
+    """Time of a read of the gradients' bytes over the time of counting them: the median over the rounds."""
+    gradients = gradients_of(task, device)
+    with device:
+        histogram = MagnitudeHistogram(list(gradients))
+    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    shares = []
+    for _ in range(rounds + 1):
+        read = seconds_per_call(flat.sum, CALLS, device)
+        shares.append(read / seconds_per_call(lambda: histogram.update(gradients), CALLS, device))
+    return statistics.median(shares[1:])  # the first one warms up
+
+
+def slice_share(name: str, scale: float, rounds: int) -> float:
+    """On a rank: time of counting its slice over the time of counting all, with the other ranks at the same."""
+    gradients = gradients_of(
+        next(task for task in capture_variants.tasks(scale) if task.name == name), torch.device("cpu")
+    )
+    histogram = MagnitudeHistogram(list(gradients))
+    sizes = {key: gradient.numel() for key, gradient in gradients.items()}
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shares = []
+    for _ in range(rounds + 1):
+        torch.distributed.barrier()
+        cut = seconds_per_call(lambda: histogram.update(dict(slice_of(gradients, sizes, rank, ranks))), CALLS, CPU)
+        torch.distributed.barrier()
+        shares.append(cut / seconds_per_call(lambda: histogram.update(gradients), CALLS, CPU))
+    return statistics.median(shares[1:])
+
+
+CPU = torch.device("cpu")
+
+
+def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
+    """The row on counting without a training."""
+    row: Row = {"variant": ALONE, "rounds": rounds}
+    row["share_of_read_bandwidth"] = f"{share_of_read_bandwidth(task, rounds, device):.4g}"
+    if device.type == "cpu":
+        row["work_of_one_rank_in_two"] = f"{max(run_ranks(slice_share, RANKS, task.name, scale, rounds)):.4g}"
+    return row
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a cell of the CSV should be, on every model; None where there is no target."""
+
+    variant: str
+    column: str
+    cpu: float | None
+    cuda: float | None
+    what: str
+    at_least: bool = False
+
+    def verdicts(self, rows: list[Row], device: str, measured_on: str) -> list[str]:
+        """Compare with what was measured, a line a model."""
+        limit = getattr(self, device)
+        if limit is None:
+            return []
+        wanted = f"  {device:4}  {self.what} {'>=' if self.at_least else '<='} {limit:g}"
+        if device != measured_on:
+            return [f"{wanted}: not measured: {command(device)}"]
+        mine = [row for row in rows if row["variant"] == self.variant] or [{}]
+        return [f"{wanted}, {row.get('model', 'all models')}: {self._found(row, limit)}" for row in mine]
+
+    def _found(self, row: Row, limit: float) -> str:
+        if not row.get(self.column):
+            return f"not measured: {row.get('note') or 'the row or that of its peer is missing'}"
+        value = float(row[self.column])
+        met = value >= limit if self.at_least else value <= limit
+        return f"{value:g}, {'met' if met else 'NOT MET'}"
+
+
+TARGETS = [
+    Target(DEFAULT, "added_share", 0.01, 0.005, "default cadence, added share of a step"),
+    Target(EVERY_STEP, "added_share", 0.15, 0.03, "every step, added share of a step"),
+    Target(EVERY_STEP, "share_of_add_histogram", 0.2, 0.05, "every step, share of add_histogram's added time"),
+    Target(EVERY_STEP, "share_of_wandb_watch", 0.2, 0.05, "every step, share of wandb.watch's added time"),
+    Target(OFF_STEPS, "added_share_q25", 0, 0, "off-steps, lower quartile of the added share (not measurable)"),
+    Target(ALONE, "share_of_read_bandwidth", None, 0.8, "counting, share of the bandwidth of a read", at_least=True),
+    Target(ALONE, "work_of_one_rank_in_two", 0.55, None, "counting on a rank of two, share of one rank's time"),
+]
+
+
+def command(device: str) -> str:
+    """What fills the cells of a device."""
+    return f"python benchmarks/capture_cost.py --device {device}"
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is measured."""
+
+    scale: float = 1.0
+    rounds: int = 5
+    steps: int = STEPS
+    long_steps: int = LONG_STEPS
+    models: list[str] | None = None
+    only: list[str] | None = None
+
+
+def split(task: Task, only: list[str] | None) -> tuple[list[Variant], list[Row]]:
+    """The variants that can be made, and a row with the reason for each that cannot."""
+    good: list[Variant] = []
+    left_out: list[Row] = []
+    for variant in capture_variants.variants():
+        if only is None or variant.name in (NONE, *only):
+            try:
+                variant.callback(task)
+            except LeftOut as reason:
+                print(f"  left out: {variant.name} ({reason})")
+                left_out.append({"variant": variant.name, "note": f"left out: {reason}"})
+            else:
+                good.append(variant)
+    return good, left_out
+
+
+def measure(task: Task, options: Options, device: torch.device) -> list[Row]:
+    """Measure everything on one model."""
+    parameters = [p.numel() for p in made(task, 1)[0].parameters()]
+    of_model = {
+        "model": task.name,
+        "tensors": len(parameters),
+        "parameters": sum(parameters),
+        "batch": task.batch_shape,
+    }
+    print(f"{task.name}: {len(parameters):,} tensors, {sum(parameters):,} parameters, {task.batch_shape}", flush=True)
+    some, left_out = split(task, options.only)
+    rows = {variant.name: {"variant": variant.name, "version": variant.version} for variant in some}
+    for variant in some:
+        if variant.name in (NONE, EVERY_STEP, *PEERS.values()):
+            rows[variant.name] |= growth(task, variant, options.long_steps, device)
+        if variant.name == EVERY_STEP and DEFAULT in rows:
+            logged = float(rows[EVERY_STEP]["log_bytes_per_logged_step"])
+            rows[DEFAULT] |= of_log(logged, next(one for one in some if one.name == DEFAULT))
+    turns = take_turns(task, some, options.rounds, options.steps, device)
+    for name, row in rows.items():
+        row |= of_turns(turns, name)
+    counted = alone(task, options.scale, options.rounds, device)
+    return [{**of_model, **row} for row in [*rows.values(), counted, *left_out]]
+
+
+def run(options: Options, device: torch.device) -> list[Row]:
+    """Check and measure everything, and return the rows of the CSV but for the machine."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    tasks = [t for t in capture_variants.tasks(options.scale) if options.models is None or t.name in options.models]
+    for task in tasks:
+        check(task, device)
+        print(f"correct: {task.name}: logged counts are numpy's, weights are those without a monitor", flush=True)
+    rows: list[Row] = []
+    gc.freeze()  # a collection between two turns then does not go through all that is imported
+    for task in tasks:
+        rows += measure(task, options, device)
+    gc.unfreeze()
+    return rows
+
+
+def write(rows: list[Row], output: Path) -> None:
+    """Write the rows as CSV; an empty cell was not measured."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(rows: list[Row]) -> None:
+    """Print the columns of the rows that one reads first."""
+    log = "end_seconds log_bytes_in_10000_steps memory_bytes_in_10000_steps".split()
+    shown = ["model", "variant", "seconds", "added_ms", "added_share", *PEERS, *log]
+    shown += ["share_of_read_bandwidth", "work_of_one_rank_in_two"]
+    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in shown]
+    for line in [dict(zip(shown, shown, strict=True)), *rows]:
+        cells = (str(line.get(name, "")).ljust(width) for name, width in zip(shown, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    names = [task.name for task in capture_variants.tasks()]
+    variants = [variant.name for variant in capture_variants.variants()]
+    parser = argparse.ArgumentParser(description="What it costs to watch gradients while Lightning trains.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the models' size, for a try-out (default: 1)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"of a turn, where no more are needed (default: {STEPS})"
+    )
+    parser.add_argument(
+        "--long-steps", type=int, default=LONG_STEPS, help=f"for memory and log (default: {LONG_STEPS})"
+    )
+    parser.add_argument("--models", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--only", nargs="+", choices=variants, metavar="NAME", help="beside none: " + "; ".join(variants[1:])
+    )
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/capture_cost_<device>.csv")
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    output = args.output or Path(__file__).parent / "results" / f"capture_cost_{args.device}.csv"
+
+    described = {**machine(device), "lightning": installed_version("lightning")}
+    print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
+    options = Options(args.scale, args.rounds, args.steps, args.long_steps, args.models, args.only)
+    rows = [{**row, **described} for row in run(options, device)]
+    write(rows, output)
+    show(rows)
+    print(f"targets (for models of full size; this run: {args.scale:g} of it)")
+    for on in ("cpu", "cuda"):
+        print("\n".join(line for target in TARGETS for line in target.verdicts(rows, on, args.device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""What is trained in the benchmark of the capture, and what watches the gradients of it: ours and the peers."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from measuring import installed_version
+from optim_implementations import LeftOut
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_gradhist import GradientHistogramMonitor
+
+DEFAULT_CADENCE = 50
+RUN = 10_000
+"""The steps of the run that an added time a step is given for."""
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and a batch for it."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    batch: Callable[[int], tuple[Tensor, Tensor]]
+    """Inputs and labels of that many samples."""
+    batch_size: int
+    batch_shape: str
+    """Of a whole batch, for the reader."""
+
+
+def tasks(scale: float = 1.0) -> list[Task]:
+    """The three models.
+
+    Args:
+        scale: about the share of the parameters, and of the tensors where there are many; below 1 for a try-out.
+    """
+    width = max(8, 8 * round(64 * scale**0.5 / 8))
+    layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
+    linears = max(4, round(1000 * scale))
+    return [
+        Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32"),
+        Task("transformer", partial(Decoder, layers, inner, words), partial(text, words), 8, "8 x 128 tokens"),
+        Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32"),
+    ]
+
+
+def cnn(width: int = 64) -> nn.Module:
+    """Five convolutions and a linear layer; 1.1 M parameters in 12 tensors at a width of 64."""
+    channels = [3, width, 2 * width, 2 * width, 4 * width, 4 * width]
+    layers: list[nn.Module] = []
+    for index, (ins, outs) in enumerate(zip(channels, channels[1:], strict=False)):
+        layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.ReLU()]
+        if index in (0, 1, 3):
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4 * width, 10))
+
+
+class Decoder(nn.Module):
+    """A causal transformer with tied embeddings: 25.1 M parameters in 76 tensors with 6 layers of 512, 12,000 words."""
+
+    def __init__(self, layers: int = 6, width: int = 512, words: int = 12_000) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(128, width))
+        heads, hidden = max(1, width // 64), 4 * width
+        block = partial(
+            nn.TransformerEncoderLayer, width, heads, hidden, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks, self.norm = nn.ModuleList(block() for _ in range(layers)), nn.LayerNorm(width)
+        nn.init.normal_(self.words.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``[batch * length, words]`` of tokens ``[batch, length]``."""
+        length = tokens.shape[1]
+        hidden = self.words(tokens) + self.places[:length]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, tokens.device)
+        for block in self.blocks:
+            hidden = block(hidden, src_mask=mask, is_causal=True)
+        return self.norm(hidden).flatten(0, 1) @ self.words.weight.T
+
+
+class Residual(nn.Module):
+    """A linear layer beside the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The inputs, and something small."""
+        return inputs + 0.1 * self.linear(inputs).tanh()
+
+
+def small_tensors(linears: int = 1000) -> nn.Module:
+    """1,000 linear layers of 32, which are 2,000 tensors and 1.06 M parameters."""
+    return nn.Sequential(*(Residual(32) for _ in range(linears - 1)), nn.Linear(32, 10))
+
+
+def images(samples: int) -> tuple[Tensor, Tensor]:
+    """Noise, in the shape of CIFAR-10."""
+    return torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,))
+
+
+def text(words: int, samples: int) -> tuple[Tensor, Tensor]:
+    """128 words at random, and the next one of each."""
+    tokens = torch.randint(words, (samples, 129))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def vectors(samples: int) -> tuple[Tensor, Tensor]:
+    """Noise."""
+    return torch.randn(samples, 32), torch.randint(10, (samples,))
+
+
+class Repeated(Dataset):
+    """One batch, again and again, that no time goes into its making."""
+
+    def __init__(self, batch: tuple[Tensor, Tensor], batches: int) -> None:
+        self.batch, self.batches = batch, batches
+
+    def __len__(self) -> int:
+        return self.batches * len(self.batch[0])
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """What DataLoader asks for a whole batch."""
+        return self.batch
+
+    def __getitem__(self, index: int) -> Any:
+        raise NotImplementedError("batches only")
+
+
+class Training(L.LightningModule):
+    """A network under torch's AdamW with its defaults."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.loss_function = network, nn.CrossEntropyLoss()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss; nothing is logged."""
+        return self.loss_function(self.network(batch[0]), batch[1].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def made(task: Task, steps: int, batch_size: int | None = None) -> tuple[Training, DataLoader]:
+    """A module and a loader of an epoch of that many batches, the same at every call."""
+    torch.manual_seed(0)
+    size = batch_size or task.batch_size
+    return Training(task.network()), DataLoader(Repeated(task.batch(size), steps), size, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+# --- who watches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training with a callback, or with none.
+
+    Raises:
+        LeftOut: from ``callback``, where it cannot be.
+    """
+
+    name: str
+    callback: Callable[[Task], L.Callback | None]
+    kind: Callable[[int], str] = lambda step: "like all others"
+    """What a step is like: steps of one kind are expected to take equally long."""
+    every_n_steps: int | None = 1
+    """From one logged step to the next; None if none is logged in the timed ones."""
+    needs: int = 0
+    """Steps of a turn at the least, so that each kind is among the timed ones."""
+    distribution: str = ""
+
+    @property
+    def version(self) -> str:
+        """Of a peer; ours and torch's have columns of their own."""
+        return f"{self.distribution} {installed_version(self.distribution)}" if self.distribution else ""
+
+
+def variants() -> list[Variant]:
+    """All, the one that the others are held against first."""
+    return [
+        Variant(NONE, _nothing, every_n_steps=None),
+        Variant("none, again", _nothing, every_n_steps=None),
+        _monitor(DEFAULT, DEFAULT_CADENCE),
+        _monitor(EVERY_STEP, 1),
+        _monitor("monitor, every step, no noise scale", 1, noise_scale=False),
+        _monitor("monitor, every step, group_by=1", 1, group_by=1),
+        Variant(OFF_STEPS, partial(_make_monitor, every_n_steps=10**9), every_n_steps=None),
+        Variant(ADD_HISTOGRAM, _add_histogram),
+        Variant(WANDB, _wandb, distribution="wandb"),
+        Variant("cockpit, GradHist1d", _cockpit, distribution="cockpit-for-pytorch"),
+        Variant("Composer's OptimizerMonitor", _composer, distribution="mosaicml"),
+        Variant("Graphcore's tensor tracker", _graphcore),
+    ]
+
+
+NONE, DEFAULT, EVERY_STEP, OFF_STEPS = "none", "monitor", "monitor, every step", "monitor, off-steps"
+ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
+
+
+def monitor_kind(every_n_steps: int, step: int) -> str:
+    """What the monitor does at a step: at the 1st, 2nd, 4th, 8th, ... logged step it also draws a heatmap."""
+    logged = step // every_n_steps + 1
+    if step % every_n_steps == 0 and logged & (logged - 1) == 0:
+        return "logged and drawn"
+    if every_n_steps == 1:
+        return ("logged, first of a pair", "logged, second of a pair")[step % 2]
+    return {0: "logged, first of a pair", 1: "second of a pair"}.get(step % every_n_steps, "off")
+
+
+def _nothing(task: Task) -> None:
+    return None
+
+
+def _monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
+    needs = 2 * every_n_steps + 3 if every_n_steps > 1 else 10  # the 2nd logged step is drawn, and the 8th
+    make = partial(_make_monitor, every_n_steps=every_n_steps, **options)
+    return Variant(name, make, partial(monitor_kind, every_n_steps), every_n_steps, needs)
+
+
+def _make_monitor(task: Task, **options: Any) -> L.Callback:
+    unknown = options.keys() - inspect.signature(GradientHistogramMonitor).parameters.keys()
+    if unknown:
+        raise LeftOut(f"GradientHistogramMonitor has no argument {', '.join(sorted(unknown))}")
+    return GradientHistogramMonitor(**options)
+
+
+class AddHistogram(L.Callback):
+    """What one writes by hand: each gradient into TensorBoard, at every step."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """One histogram for each parameter."""
+        for name, parameter in pl_module.named_parameters():
+            trainer.logger.experiment.add_histogram(f"gradients/{name}", parameter.grad, trainer.global_step)
+
+
+def _add_histogram(task: Task) -> L.Callback:
+    return AddHistogram()
+
+
+class WandbWatch(L.Callback):
+    """``wandb.watch`` of the gradients at every step, into a run that is offline."""
+
+    def __init__(self, wandb: Any) -> None:
+        self.wandb = wandb
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin a run in the folder of the logger, without what wandb says and measures about the machine."""
+        quiet = self.wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
+        self.run = self.wandb.init(mode="offline", dir=trainer.logger.log_dir, settings=quiet)
+        self.run.watch(pl_module, log="gradients", log_freq=1)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Commit the histograms of this step."""
+        self.run.log({"step": trainer.global_step})
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the rest."""
+        self.run.unwatch(pl_module)
+        self.run.finish()
+
+
+def _wandb(task: Task) -> L.Callback:
+    try:
+        import wandb
+    except ImportError as error:
+        raise LeftOut(f"wandb: {error}") from None
+    return WandbWatch(wandb)
+
+
+class CockpitHistogram(L.Callback):
+    """Cockpit's histogram over the elements of all samples' gradients, at every step."""
+
+    def __init__(self, extend: Any, cockpit: Any, quantity: Any) -> None:
+        self.extend, self.make, self.quantity = extend, cockpit, quantity
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """BackPACK's hooks, and one for the losses of single samples, which cockpit wants."""
+        self.extend(pl_module.network)
+        pl_module.loss_function = self.extend(pl_module.loss_function)
+        pl_module.loss_function.register_forward_hook(self._keep)
+        self.cockpit = self.make(pl_module.network.parameters(), [self.quantity(lambda step: True)])
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Enter cockpit's context, as a training loop of one's own does around ``backward``."""
+        single = nn.functional.cross_entropy(*self.inputs, reduction="none")
+        info = {"batch_size": len(single), "individual_losses": single, "loss": loss}
+        self.context = self.cockpit(trainer.global_step, info={**info, "optimizer": trainer.optimizers[0]})
+        self.context.__enter__()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Leave it, which computes."""
+        self.context.__exit__(None, None, None)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.inputs = inputs
+
+
+def _cockpit(task: Task) -> L.Callback:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
+            from backpack import extend
+            from cockpit import Cockpit
+            from cockpit.quantities import GradHist1d
+    except ImportError as error:
+        raise LeftOut(f"cockpit: {error}") from None
+    if task.name != "CNN":
+        raise LeftOut("BackPACK, which it needs, knows the modules of the CNN only")
+    return CockpitHistogram(extend, Cockpit, GradHist1d)
+
+
+def _composer(task: Task) -> L.Callback:
+    raise LeftOut("mosaicml 0.32.1, the newest in the registry, requires torch<2.7.1")
+
+
+def _graphcore(task: Task) -> L.Callback:
+    raise LeftOut("it is not in the registry")
+
+
+def callbacks_of(variant: Variant, task: Task) -> Iterator[L.Callback]:
+    """The callback of a variant, if it has one."""
+    callback = variant.callback(task)
+    if callback is not None:
+        yield callback

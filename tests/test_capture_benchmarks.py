@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import capture_cost
+import capture_scale
+import capture_variants
+import pytest
+import torch
+from capture_variants import Task, Variant
+from optim_implementations import LeftOut
+from torch import nn
+
+from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """One thread, as threads that wait for a busy core cost more than they do; and Lightning may talk afterwards."""
+    threads, lightning = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    lightning.setLevel(level)
+
+
+def tiny(name: str = "CNN") -> Task:
+    return next(task for task in capture_variants.tasks(1e-3) if task.name == name)
+
+
+def variant(name: str) -> Variant:
+    return next(one for one in capture_variants.variants() if one.name == name)
+
+
+def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["monitor", "monitor, every step", "add_histogram", "Graphcore's tensor tracker"]
+    output = tmp_path / "results.csv"
+    options = "--scale 1e-3 --rounds 1 --steps 10 --long-steps 6 --output".split()
+    capture_cost.main([*options, str(output), "--models", "small tensors", "--only", *names])
+    with output.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = {row["variant"]: row for row in reader}
+        assert reader.fieldnames == capture_cost.COLUMNS
+    assert set(rows) == {"none", *names, capture_cost.ALONE}
+    assert rows["Graphcore's tensor tracker"]["note"] == "left out: it is not in the registry"
+    none, ours, by_hand = (rows[name] for name in ("none", "monitor, every step", "add_histogram"))
+    for row in (none, ours, by_hand):
+        assert float(row["seconds_q25"]) <= float(row["seconds"]) <= float(row["seconds_q75"])
+        assert row["tensors"] == "8" and row["batch"] == "128 x 32" and row["torch"] == torch.__version__
+    added = float(ours["seconds"]) - float(none["seconds"])
+    assert float(ours["added_ms"]) == pytest.approx(1e3 * added, rel=0.05, abs=0.01)
+    assert float(none["added_share"]) == 0 and none["log_bytes_per_logged_step"] == ""
+    share = float(ours["added_ms"]) / float(by_hand["added_ms"])
+    assert (
+        float(ours["share_of_add_histogram"]) == pytest.approx(share, rel=1e-2) and ours["share_of_wandb_watch"] == ""
+    )
+    logged = float(ours["log_bytes_per_logged_step"])
+    assert logged > 8 * 1000 and float(ours["log_bytes_in_10000_steps"]) == pytest.approx(1e4 * logged, rel=1e-3)
+    assert float(rows["monitor"]["log_bytes_in_10000_steps"]) == pytest.approx(200 * logged, rel=1e-3)
+    alone = rows[capture_cost.ALONE]
+    assert 0 < float(alone["share_of_read_bandwidth"]) and 0 < float(alone["work_of_one_rank_in_two"])
+    printed = capsys.readouterr().out
+    assert "correct: small tensors" in printed and "off-steps" in printed and "not measured: the row" in printed
+    assert "cuda  every step, added share of a step <= 0.03: not measured: python benchmarks/capture_cost.py" in printed
+
+
+def one_value_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MagnitudeHistogram.update
+
+    def update(self: MagnitudeHistogram, values: Any) -> None:
+        right(self, values)
+        self.table[0] += self.table[0].cumsum(0) == 1
+
+    monkeypatch.setattr(MagnitudeHistogram, "update", update)
+
+
+def next_bin(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MagnitudeHistogram.update
+
+    def update(self: MagnitudeHistogram, values: Any) -> None:
+        right(self, values)
+        self.table[0, 1:-2] = self.table[0, 1:-2].roll(1)
+
+    monkeypatch.setattr(MagnitudeHistogram, "update", update)
+
+
+def a_weight_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def move(self: Any, trainer: Any, pl_module: Any) -> None:
+        with torch.no_grad():
+            next(pl_module.parameters()).view(-1)[0] += 1e-6
+
+    monkeypatch.setattr(GradientHistogramMonitor, "on_train_end", move)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        pytest.param(one_value_twice, "counts differ from numpy's", id="a value too many"),
+        pytest.param(next_bin, "counts differ from numpy's", id="the next bin"),
+        pytest.param(a_weight_moves, "the monitor has changed", id="a weight"),
+    ],
+)
+def test_a_wrong_monitor_ends_the_benchmark_before_anything_is_timed(
+    mistake: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mistake(monkeypatch)
+    options = "--scale 1e-3 --rounds 1 --models CNN --output".split()
+    with pytest.raises(AssertionError, match=message):
+        capture_cost.main([*options, str(tmp_path / "results.csv")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gate_takes_the_transformer() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    capture_cost.check(tiny("transformer"), CPU)
+
+
+def test_rare_steps_weigh_as_often_as_they_come() -> None:
+    monitor = variant("monitor")
+    takes = {"off": 1.0, "second of a pair": 3.0, "logged, first of a pair": 11.0, "logged and drawn": 101.0}
+    seconds = [takes[monitor.kind(step)] for step in range(monitor.needs)]
+    seconds[0] = seconds[30] = 1e6  # one that is left out, and one that only happened to take long
+    expected = 1 + (200 * 2 + 192 * 10 + 8 * 100) / 10_000  # 200 of 10,000 steps are logged, 8 of these are drawn
+    assert capture_cost.seconds_a_step(seconds, monitor) == pytest.approx(expected)
+    every = variant("monitor, every step")
+    kinds = [every.kind(step) for step in range(capture_cost.LEFT_OUT_STEPS, every.needs)]
+    assert set(kinds) == {every.kind(step) for step in range(10_000)}
+
+
+def test_what_cannot_be_is_named_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    good, left_out = capture_cost.split(tiny(), ["Composer's OptimizerMonitor"])
+    assert [one.name for one in good] == ["none"]
+    [row] = left_out
+    assert (
+        row["note"].startswith("left out: mosaicml")
+        and row["note"].removeprefix("left out: ") in capsys.readouterr().out
+    )
+    with pytest.raises(LeftOut, match="no argument colour"):
+        capture_variants._make_monitor(tiny(), colour="red")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"), [("CNN", 12, 1.1e6), ("transformer", 76, 25e6), ("small tensors", 2000, 1.06e6)]
+)
+def test_full_size_models(name: str, tensors: int, parameters: float) -> None:
+    task = next(task for task in capture_variants.tasks() if task.name == name)
+    with torch.device("meta"):
+        sizes = [p.numel() for p in task.network().parameters()]
+    assert len(sizes) == tensors and sum(sizes) == pytest.approx(parameters, rel=0.02)
+
+
+def test_variants_train_the_same_module() -> None:
+    first, second = (capture_variants.made(tiny(), 2) for _ in range(2))
+    for one, other in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert isinstance(one, nn.Parameter) and torch.equal(one, other)
+    batches = [list(loader) for _, loader in (first, second)]
+    assert len(batches[0]) == 2 and torch.equal(batches[0][0][0], batches[1][1][0]) and len(batches[0][0][0]) == 128
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, id="one rank"), pytest.param(2, id="two ranks")])
+def test_the_model_of_bytes_equals_what_is_measured(ranks: int) -> None:
+    row = capture_scale.check(ranks, steps=3, bins_per_octave=2)
+    for what in capture_scale.MEASURED:
+        assert row[f"{what}_bytes"] == row[f"{what}_bytes_measured"], what
+    assert row["all_reduced_bytes"] == (ranks > 1) * 2 * 12 * (254 * 2 + 3) * 8  # two logged steps, twelve tensors
+    assert row["ring_bytes_a_rank"] == row["all_reduced_bytes"] * 2 * (ranks - 1) // ranks
+
+
+def test_a_wrong_model_of_bytes_is_noticed() -> None:
+    capture_scale.compare({"kept": {80}}, {"kept_bytes": 80}, ranks=2)
+    for measured in ({80, 88}, {88}):
+        with pytest.raises(AssertionError, match="kept on 2 ranks: measured .*88.* bytes, predicted 80"):
+            capture_scale.compare({"kept": measured}, {"kept_bytes": 80}, ranks=2)
+
+
+def test_seventy_billion_parameters() -> None:
+    default = capture_scale.large_rows(steps=500)[0]  # ten of them logged
+    assert default["tensors"] == 723 and default["parameters"] == pytest.approx(70.6e9, rel=1e-3)
+    assert default["all_reduced_bytes"] == 10 * 723 * (254 * 8 + 3) * 8
+    assert default["held_bytes_a_rank"] == 8 * default["parameters"] // 1024
+    assert capture_scale.MOST_BUCKETS * 16 * 724 * 10 < default["logged_histograms_bytes"] < 1.02 * 512 * 16 * 724 * 10
+
+
+def test_the_results_in_the_repository_are_whole() -> None:
+    with (Path(capture_scale.__file__).parent / "results" / "capture_scale_cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == capture_scale.COLUMNS
+    measured = [row for row in rows if row["case"] == "measured"]
+    assert [row["ranks"] for row in measured] == ["1", "2", "4", "8"]
+    for row in measured:
+        assert all(row[f"{what}_bytes"] == row[f"{what}_bytes_measured"] for what in capture_scale.MEASURED)
