@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_gradhist import GradientHistogramMonitor
 
 DEFAULT_CADENCE = 50
+TRANSFORMER = "transformer"
 RUN = 10_000
 """The steps of the run that an added time a step is given for."""
 
@@ -50,7 +51,7 @@ def tasks(scale: float = 1.0) -> list[Task]:
     linears = max(4, round(1000 * scale))
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32"),
-        Task("transformer", partial(Decoder, layers, inner, words), partial(text, words), 8, "8 x 128 tokens"),
+        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 8, "8 x 128 tokens"),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32"),
     ]
 
@@ -322,8 +323,8 @@ def _cockpit(task: Task) -> L.Callback:
             from cockpit.quantities import GradHist1d
     except ImportError as error:
         raise LeftOut(f"cockpit: {error}") from None
-    if task.name != "CNN":
-        raise LeftOut("BackPACK, which it needs, knows the modules of the CNN only")
+    if task.name == TRANSFORMER:
+        raise LeftOut("BackPACK, which it needs, gives no gradients of single samples for attention and its like")
     return CockpitHistogram(extend, Cockpit, GradHist1d)
 
 
