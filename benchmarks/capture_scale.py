@@ -7,16 +7,19 @@ The model. ``T`` tensors are watched with ``b`` bins an octave, on ``W`` ranks, 
 logged:
 
 - *Counted*: the table of a logged step is int64 ``[T, 254 b + 3]``, on every rank, whatever the number of parameters.
-- *All-reduced*: that table, once a logged step, and nothing on one rank. With a ring, a rank sends and receives
-  ``2 (W - 1) / W`` of it.
+- *All-reduced*: that table, once a logged step, 32 bytes for each measurement of the noise scale, 8 at the start, and
+  nothing on one rank. With a ring, a rank sends and receives ``2 (W - 1) / W`` of it.
 - *Logged* in TensorBoard, by rank zero alone, at a logged step: one event for each tensor's histogram and the pooled
   one, of 16 bytes for each bucket that is shown (512 at most), and one event for each of their scalars. The sizes are
-  those of the records of an event file; the tags are asked of ``log_magnitudes``, so that nothing is left out. Beside
-  these there are the heatmaps, at the 1st, 2nd, 4th, 8th, ... logged step, and the head of the file.
-- *Kept* in the checkpoint and in ``calibration.json``: three numbers and a learning rate for each group, and six
-  numbers for each pair of steps that the noise scale is measured from, of which there are 4,096 at most.
-- *Held* from a logged step to the next one, for the noise scale: a gradient and a second moment, 8 bytes in fp32 for
-  each parameter that the rank has. At no other time, and not at all with ``noise_scale=False``.
+  those of the records of an event file; the tags are asked of ``magnitude_report``, so that nothing is left out. Beside
+  these there are the heatmaps and the tables of the worst layers, at the 1st, 2nd, 4th, 8th, ... logged step, and the
+  head of the file.
+- *Kept* in the checkpoint and in ``calibration.json``: four numbers and a learning rate for each group, and six numbers
+  for each measurement of the noise scale, of which there are 4,096 at most: one a logged step under DDP, else one for
+  each pair of a logged step and the next one.
+- *Held* for the noise scale: under DDP a gradient during a logged step, 4 bytes in fp32 for each parameter; else a
+  gradient and a second moment from a logged step to the next one, 8 bytes for each parameter that the rank has. At no
+  other time, and not at all with ``noise_scale=False``.
 
 For FSDP2 the model takes each rank to count its own shard, and the table to hold all tensors on every rank.
 
@@ -51,12 +54,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
-from lightning_gradhist.report.loggers import log_magnitudes
+from lightning_gradhist.report.magnitudes import magnitude_report
 
 WORD = 8  # int64, and a number in a checkpoint
 MOST_BUCKETS = 512
-MOST_PAIRS = 4096
-NUMBERS_A_PAIR = 6
+MOST_MEASUREMENTS = 4096
+NUMBERS_A_MEASUREMENT = 6
 RANKS = (1, 2, 4, 8)
 MEASURED = "all_reduced logged_histograms logged_scalars kept".split()
 MACHINE = "date device cpu cores threads python torch lightning tensorboard lightning_gradhist".split()
@@ -92,11 +95,23 @@ class Setup:
         return range(0, self.steps, self.every_n_steps)
 
     @property
-    def pairs(self) -> int:
-        """Pairs of steps for the noise scale: a logged step and the next one, no step in two pairs."""
+    def within_steps(self) -> bool:
+        """Whether noise is measured within a step, from what each rank has before averaging."""
+        return self.ranks > 1 and not self.sharded
+
+    @property
+    def measurements(self) -> int:
+        """Of the noise scale: one a logged step, or a logged step and the next one, no step in two pairs."""
+        if self.within_steps:
+            return len(self.logged_steps)
         if self.every_n_steps == 1:
             return self.steps // 2
         return sum(step + 1 < self.steps for step in self.logged_steps)
+
+    @property
+    def all_reduces(self) -> int:
+        """Calls in the whole run: counts, measurements, and once whether all ranks know the batch size."""
+        return len(self.logged_steps) + self.measurements + 1 if self.ranks > 1 else 0
 
     @property
     def table_bytes(self) -> int:
@@ -106,7 +121,8 @@ class Setup:
     @property
     def all_reduced_bytes(self) -> int:
         """Bytes that each rank gives to ``all_reduce`` in the whole run."""
-        return len(self.logged_steps) * self.table_bytes if self.ranks > 1 else 0
+        counts = len(self.logged_steps) * self.table_bytes
+        return counts + WORD * (4 * self.measurements + 1) if self.ranks > 1 else 0
 
     @property
     def ring_bytes_a_rank(self) -> int:
@@ -116,12 +132,12 @@ class Setup:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the numbers in the state, with one optimizer of one group."""
-        return WORD * (4 + NUMBERS_A_PAIR * min(self.pairs, MOST_PAIRS))
+        return WORD * (5 + NUMBERS_A_MEASUREMENT * min(self.measurements, MOST_MEASUREMENTS))
 
     @property
     def held_bytes_a_rank(self) -> int:
-        """Bytes from a logged step to the next one, with gradients in fp32."""
-        return 8 * self.parameters // (self.ranks if self.sharded else 1)
+        """Bytes for the noise scale while it is measured, with gradients in fp32."""
+        return (4 if self.within_steps else 8) * self.parameters // (self.ranks if self.sharded else 1)
 
     def logged_bytes(self, buckets: Callable[[str, int], int]) -> dict[str, int]:
         """Bytes of the events of the whole run, histograms and scalars apart.
@@ -131,35 +147,12 @@ class Setup:
         """
         counted = MagnitudeHistogram(self.names, self.bins_per_octave)
         counted.table[:, 1 + 127 * self.bins_per_octave] = 1  # so that every name has something to be logged
-        tags = Tags()
-        log_magnitudes(tags, counted, "gradient", 0)
+        report = magnitude_report(counted, "gradient")
         steps = self.logged_steps
         return {
-            "logged_histograms": sum(histogram_bytes(t, buckets(t, s), s) for t in tags.of_histograms for s in steps),
-            "logged_scalars": sum(scalar_bytes(t, s) for t in tags.of_scalars for s in steps),
+            "logged_histograms": sum(histogram_bytes(t, buckets(t, s), s) for t in report.histograms for s in steps),
+            "logged_scalars": sum(scalar_bytes(t, s) for t in report.scalars for s in steps),
         }
-
-
-class Tags:
-    """A sink that takes down what it is given the names of."""
-
-    def __init__(self) -> None:
-        self.of_histograms: list[str] = []
-        self.of_scalars: list[str] = []
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Take down the tags."""
-        self.of_scalars += values
-
-    def histogram(self, tag: str, edges: Tensor, counts: Tensor, step: int) -> None:
-        """Take down the tag."""
-        self.of_histograms.append(tag)
-
-    def figure(self, tag: str, figure: Any, step: int) -> None:
-        """Not a part of a histogram's report."""
-
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        """Not a part of a histogram's report."""
 
 
 def histogram_bytes(tag: str, buckets: int, step: int) -> int:
@@ -326,7 +319,7 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2, bins_per_octave: i
     }
     compare(found, predicted, ranks)
     calls = {one.all_reduce_calls for one in measured}
-    assert calls == {len(setup.logged_steps) if ranks > 1 else 0}, f"{sorted(calls)} all-reduces on {ranks} ranks"
+    assert calls == {setup.all_reduces}, f"{sorted(calls)} all-reduces on {ranks} ranks"
     return {
         "case": "measured",
         **predicted,
