@@ -11,7 +11,7 @@ DEVICE ?= cpu
 help:
 	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (2 minutes)"
-	@echo "make test    all tests (some 6 minutes on two cores)"
+	@echo "make test    all tests (some 7 minutes on two cores)"
 	@echo "make nightly the property tests with 12,000 new cases (a minute or two)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
@@ -34,7 +34,7 @@ demo: $(READY)
 	@echo "(tensorboard is at $(BIN)/tensorboard)"
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 nightly: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --hypothesis-profile nightly -k test_property tests
