@@ -19,10 +19,9 @@ from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars, in_me
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
-_CPU_PIECE = 2**16  # elements; five lists and their temporaries then stay in a core's cache
+_CPU_PIECE = 2**18  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_PIECE = 2**24  # bounds the temporary memory
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
-_LARGE = 2**17  # elements in one call: what it leaves for the norms is then still in the cache
 _GATHERED = 2**15  # elements of small tensors that are copied together
 
 
@@ -102,8 +101,7 @@ class Compiled:
             return
         flat = in_memory_order(tensors)
         one_dimensional = flat or [tensor.reshape(-1) for tensor in tensors]
-        for parts in zip(*(tensor.split(_LARGE) for tensor in one_dimensional), strict=True):
-            yield Piece(_one_entry(parts), scalars.of_one(owner), slice(owner, owner + 1))
+        yield Piece(_one_entry(one_dimensional), scalars.of_one(owner), slice(owner, owner + 1))
         if flat is None:
             copies = StepLists(*([tensor] for tensor in one_dimensional))
             for name in written:

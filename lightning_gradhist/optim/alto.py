@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.explore import AUTO
-from lightning_gradhist.optim._backends import Compiled
 from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
 from lightning_gradhist.optim._formulas import (
     STATE,
@@ -63,6 +62,9 @@ def squared_norms(thetas: list[Tensor], updates: list[Tensor], sizes: Tensor | N
 
 
 def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
+    if torch.compiler.is_compiling():  # which adds up one by one, and in float64 at no cost
+        sums = [tensor.square().sum(dtype=torch.float64) for tensor in tensors]
+        return torch.stack(sums).to(tensors[0].dtype)
     on_cpu = tensors[0].device.type == "cpu"
     if on_cpu and any(tensor.numel() > _EXACT_NORM for tensor in tensors):
         return torch.stack([tensor.square().sum() for tensor in tensors])
@@ -246,13 +248,12 @@ class ALTO(ExploringOptimizer):
     def _moments(batch: Batch) -> Tensor:
         m = batch.lists.exp_avgs[0]
         sums = torch.zeros(len(batch.lists.params), 2, dtype=compute_dtype(m.dtype), device=m.device)
-        compiled = isinstance(batch.backend, Compiled)  # whose sums over many elements would be less exact than torch's
         for piece in batch.pieces(STATE):  # in order, so that the sums are the same from run to run
-            if compiled:
+            if piece.sizes is None:
+                sums[piece.owners] += batch.backend.function(alto_moments)(piece.lists, piece.scalars)
+            else:
                 updates = batch.backend.function(alto_updates)(piece.lists, piece.scalars)
                 sums[piece.owners] += squared_norms(*updates, piece.sizes)
-            else:
-                sums[piece.owners] += batch.backend.function(alto_moments)(piece.lists, piece.scalars)
         return sums
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
