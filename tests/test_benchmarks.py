@@ -175,10 +175,10 @@ def test_extra_peak_of_state_that_is_replaced() -> None:
 
 @pytest.mark.parametrize("optimizer_class", [AdamE, ALTO])
 def test_a_step_of_ours_needs_little_more_memory_than_it_holds(optimizer_class: Any) -> None:
-    params = [torch.ones(1000, 1000), *(torch.ones(1000) for _ in range(200))]
+    params = [torch.ones(3000, 1000), *(torch.ones(1000) for _ in range(200))]
     for param in params:
         param.requires_grad_().grad = torch.ones_like(param)
     optimizer = optimizer_class(params)
     optimizer.step()
-    of_a_piece = 6 * 4 * 2**16  # six temporaries of one piece in fp32; the parameters are 4.8 MB
-    assert extra_peak_bytes(optimizer.step, CPU) < of_a_piece
+    four_lists_of_a_piece = 4 * 4 * 2**19  # the parameters are 12.8 MB, and all temporaries of all at once 38 MB
+    assert extra_peak_bytes(optimizer.step, CPU) < four_lists_of_a_piece

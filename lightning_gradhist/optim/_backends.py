@@ -19,7 +19,7 @@ from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars, in_me
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
-_CPU_PIECE = 2**18  # elements; few enough for the cache that cores share, and enough to pay for the calls
+_CPU_PIECE = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_PIECE = 2**24  # bounds the temporary memory
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
 _GATHERED = 2**15  # elements of small tensors that are copied together

@@ -16,6 +16,8 @@ STATE = ("exp_avg_grads", "exp_avgs", "exp_avg_sqs")
 
 def mixed_gradients(grads: list[Tensor], exp_avg_grads: list[Tensor], mix: float | Tensor) -> list[Tensor]:
     """``g' = g + alpha * a = g + c * (g - e)`` with ``c = mix``, as new tensors."""
+    if not isinstance(mix, Tensor):
+        return list(torch._foreach_lerp(grads, exp_avg_grads, -mix))
     mixed = list(torch._foreach_sub(grads, exp_avg_grads))
     torch._foreach_mul_(mixed, mix)
     torch._foreach_add_(mixed, grads)
@@ -65,15 +67,13 @@ def adam_directions(wide: StepLists, s: StepScalars) -> list[Tensor]:
         torch._foreach_add_(denominators, [s.eps] * len(denominators))
     else:
         torch._foreach_add_(denominators, s.eps)
-    directions = list(torch._foreach_div(wide.exp_avgs, s.bias_correction1))  # type: ignore[arg-type]
-    torch._foreach_div_(directions, denominators)
-    return directions
+    torch._foreach_mul_(denominators, s.bias_correction1)  # type: ignore[arg-type]
+    return list(torch._foreach_div(wide.exp_avgs, denominators))
 
 
 def subtract_update(thetas: list[Tensor], update: list[Tensor], lr: float | Tensor) -> None:
     """``theta = theta - lr * update``, in place."""
-    torch._foreach_mul_(update, lr)
-    torch._foreach_sub_(thetas, update)
+    add_multiple(thetas, update, -lr)
 
 
 def widened(lists: StepLists) -> StepLists:
