@@ -34,7 +34,7 @@ demo: $(READY)
 	@echo "(tensorboard is at $(BIN)/tensorboard)"
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto
 
 nightly: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --hypothesis-profile nightly -k test_property tests

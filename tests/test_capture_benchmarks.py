@@ -182,11 +182,11 @@ def test_a_wrong_model_of_bytes_is_noticed() -> None:
 
 
 def test_seventy_billion_parameters() -> None:
-    default = capture_scale.large_rows(steps=500)[0]  # ten of them logged
+    default = capture_scale.large_rows(steps=100)[0]  # two of them logged
     assert default["tensors"] == 723 and default["parameters"] == pytest.approx(70.6e9, rel=1e-3)
-    assert default["all_reduced_bytes"] == 10 * 723 * (254 * 8 + 3) * 8 + (10 * 4 + 1) * 8
+    assert default["all_reduced_bytes"] == 2 * 723 * (254 * 8 + 3) * 8 + (2 * 4 + 1) * 8
     assert default["held_bytes_a_rank"] == 8 * default["parameters"] // 1024
-    assert capture_scale.MOST_BUCKETS * 16 * 724 * 10 < default["logged_histograms_bytes"] < 1.02 * 512 * 16 * 724 * 10
+    assert capture_scale.MOST_BUCKETS * 16 * 724 * 2 < default["logged_histograms_bytes"] < 1.02 * 512 * 16 * 724 * 2
 
 
 def test_the_results_in_the_repository_are_whole() -> None:

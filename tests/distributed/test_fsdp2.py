@@ -12,8 +12,6 @@ from support import assert_state_is_logged, events, expected_counts, logged_coun
 from lightning_gradhist import ALTO
 from lightning_gradhist.noise import adam_weight, measure_pair
 
-pytestmark = pytest.mark.xdist_group("fsdp2")  # its fixture is expensive: on one worker
-
 
 @pytest.fixture(scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")])
 def run(request, tmp_path_factory) -> tuple[Path, list[Any]]:

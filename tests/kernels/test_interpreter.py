@@ -13,10 +13,7 @@ from kernels.interpreted import CASES
 
 from lightning_gradhist.kernels import available
 
-pytestmark = [
-    pytest.mark.skipif(not available(), reason="Triton is not installed"),
-    pytest.mark.xdist_group("interpreter"),  # its fixture is expensive: on one worker
-]
+pytestmark = pytest.mark.skipif(not available(), reason="Triton is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from lightning_gradhist.optim._sharding import _sharded_dims, is_sharded, placed
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
+    if distributed.is_initialized():  # of an earlier test in this process
+        distributed.destroy_process_group()
     distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     distributed.destroy_process_group()
