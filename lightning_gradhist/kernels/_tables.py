@@ -53,11 +53,6 @@ class ChunkTable(NamedTuple):
     """``[chunks, 2]`` int32: of each chunk the tensor, and its place in it."""
 
 
-def supported(lists: Lists) -> bool:
-    """Whether the kernels take these lists; :func:`unsupported` says why not."""
-    return unsupported(lists) is None
-
-
 def unsupported(lists: Lists) -> str | None:
     """Say what keeps the kernels from these lists.
 

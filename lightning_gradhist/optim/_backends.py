@@ -32,6 +32,10 @@ class Backend(Protocol):
         """What stands for an eager function, with the same signature."""
         ...
 
+    def unsupported(self, lists: StepLists) -> str | None:
+        """Say what keeps it from these tensors; None if it takes them."""
+        ...
+
     def pieces(self, lists: StepLists, scalars: StepScalars, written: Sequence[str]) -> Iterator[Piece]:
         """The parts that are stepped one after another, the same whenever they are asked for.
 
@@ -49,6 +53,9 @@ class Eager:
     def function(self, step: Step) -> Step:
         """The function itself."""
         return step
+
+    def unsupported(self, lists: StepLists) -> None:
+        """It takes any tensors."""
 
     def pieces(self, lists: StepLists, scalars: StepScalars, written: Sequence[str]) -> Iterator[Piece]:
         """What ``foreach`` asks for."""
@@ -68,7 +75,7 @@ class Compiled:
         """The compiled function, which all optimizers share."""
         return _compiled(step)
 
-    def refuse(self, lists: StepLists) -> None:
+    def unsupported(self, lists: StepLists) -> None:
         """It takes any tensors."""
 
     def pieces(self, lists: StepLists, scalars: StepScalars, written: Sequence[str]) -> Iterator[Piece]:
@@ -101,7 +108,7 @@ class Compiled:
             return
         flat = in_memory_order(tensors)
         one_dimensional = flat or [tensor.reshape(-1) for tensor in tensors]
-        yield Piece(_one_entry(one_dimensional), scalars.of_one(owner), slice(owner, owner + 1))
+        yield Piece(_one_entry(one_dimensional), scalars.of(owner), slice(owner, owner + 1))
         if flat is None:
             copies = StepLists(*([tensor] for tensor in one_dimensional))
             for name in written:
@@ -115,7 +122,7 @@ class Compiled:
         gathered = _one_entry([torch.cat(column) for column in views])
         numels = [param.numel() for param in views.params]
         yield Piece(
-            gathered, scalars.of_one(owners[0]), torch.tensor(owners, device="cpu"), torch.tensor(numels, device="cpu")
+            gathered, scalars.of(owners[0]), torch.tensor(owners, device="cpu"), torch.tensor(numels, device="cpu")
         )
         for name in written:
             torch._foreach_copy_(getattr(views, name), getattr(gathered, name)[0].split(numels))
@@ -140,22 +147,15 @@ class Kernels:
 
         return cast(Step, getattr(adam_e if hasattr(adam_e, step.__name__) else alto, step.__name__))
 
+    def unsupported(self, lists: StepLists) -> str | None:
+        """What :mod:`lightning_gradhist.kernels` says."""
+        from lightning_gradhist.kernels import _tables
+
+        return _tables.unsupported(lists)
+
     def pieces(self, lists: StepLists, scalars: StepScalars, written: Sequence[str]) -> Iterator[Piece]:
         """Everything."""
         return whole(lists, scalars)
-
-    def refuse(self, lists: StepLists) -> None:
-        """Raise a ValueError if the kernels do not take these tensors."""
-        from lightning_gradhist.kernels._tables import refuse_unsupported
-
-        refuse_unsupported(lists)
-
-    @staticmethod
-    def take(lists: StepLists) -> bool:
-        """Whether the kernels take these tensors."""
-        from lightning_gradhist.kernels._tables import supported
-
-        return supported(lists)
 
 
 def backend_of(
@@ -190,12 +190,15 @@ def backend_of(
         if reason is not None:
             hint = " It is compiled there, for which g++ or clang is needed." if device.type == "cpu" else ""
             raise RuntimeError(_no_fused(f"on {device} {reason}.{hint}"))
-        backend.refuse(lists)
+        unsupported = backend.unsupported(lists)
+        if unsupported is not None:
+            raise ValueError(_no_fused(f"{unsupported}."))
         return backend
     if fused is None and foreach is None and kernels.run_on(device):
-        reason = fault(Kernels(), device)
+        triton_kernels = Kernels()
+        reason = fault(triton_kernels, device)
         if reason is None:
-            return Kernels() if Kernels.take(lists) else Eager(None)
+            return triton_kernels if triton_kernels.unsupported(lists) is None else Eager(None)
         _warn_once(f"Triton's kernels are not used on {device}: {reason}. The eager steps are.")
     return Eager(foreach)
 
@@ -225,15 +228,3 @@ def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _one_entry(tensors: Sequence[Tensor]) -> StepLists:
     # detached: what a tensor is a view of, and whether it requires a gradient, are reasons to compile again
     return StepLists(*([tensor.detach()] for tensor in tensors))
-
-
-def _gathered(lists: StepLists, scalars: StepScalars, owners: list[int], written: Sequence[str]) -> Iterator[Piece]:
-    """A copy of some entries as one, which is copied back when the piece has been stepped."""
-    entries = StepLists(*([column[owner] for owner in owners] for column in lists))
-    # DDP's own, in C++: thousands of small tensors would take Python longer than the step
-    gathered = _one_entry([torch._utils._flatten_dense_tensors(column) for column in entries])
-    sizes = torch.tensor([param.numel() for param in entries.params])
-    yield Piece(gathered, scalars.of_one(owners[0]), torch.tensor(owners), sizes)
-    for name in written:
-        column = getattr(entries, name)
-        torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(getattr(gathered, name)[0], column))

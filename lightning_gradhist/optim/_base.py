@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
 from lightning_gradhist.optim._backends import Backend, Compiled, backend_of
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
-from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
+from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
 from lightning_gradhist.optim._sharding import DTensor, local, placed_as
 
 __all__ = ["Batch", "ExploringOptimizer", "ParamsT"]
@@ -171,7 +171,7 @@ class ExploringOptimizer(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
         for name in BUFFERS:
             if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
-                dtype = group["state_dtype"] or state_dtype(param)
+                dtype = group["state_dtype"] or wide_dtype(param)
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
@@ -293,7 +293,7 @@ class _Shielded:
             return torch.tensor(float(self.value), dtype=torch.float32, device=_step_device(param, group))
         if not isinstance(self.value, Tensor):
             return self.value
-        dtype = group["state_dtype"] or state_dtype(param)
+        dtype = group["state_dtype"] or wide_dtype(param)
         if isinstance(param, DTensor) or self.value.shape != param.shape:
             return self.value.to(device=param.device, dtype=dtype, copy=True)
         # in the order of the parameter's memory, whatever that of the checkpoint was

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist.optim._lists import StepLists, StepScalars
+from lightning_gradhist.optim._parameters import wide_dtype
 
 STATE = ("exp_avg_grads", "exp_avgs", "exp_avg_sqs")
 
@@ -61,29 +63,39 @@ def add_multiple(tensors: list[Tensor], others: list[Tensor], factor: float | Te
 
 def adam_directions(wide: StepLists, s: StepScalars) -> list[Tensor]:
     """``(m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps)``; changes nothing."""
-    denominators = torch._foreach_div(wide.exp_avg_sqs, s.bias_correction2)  # type: ignore[arg-type]
-    torch._foreach_sqrt_(denominators)
-    if isinstance(s.eps, Tensor):
-        torch._foreach_add_(denominators, [s.eps] * len(denominators))
+    denominators, factor = _denominators(wide, s)
+    directions = list(torch._foreach_div(wide.exp_avgs, denominators))
+    if factor != 1.0:
+        torch._foreach_mul_(directions, factor)
+    return directions
+
+
+def subtract_adam_directions(thetas: list[Tensor], wide: StepLists, s: StepScalars) -> None:
+    """``theta = theta - lr * direction`` with those of :func:`adam_directions`, in place."""
+    if isinstance(s.lr, Tensor):
+        add_multiple(thetas, adam_directions(wide, s), -s.lr)
     else:
-        torch._foreach_add_(denominators, s.eps)
+        denominators, factor = _denominators(wide, s)
+        torch._foreach_addcdiv_(thetas, wide.exp_avgs, denominators, -s.lr * factor)
+
+
+def _denominators(wide: StepLists, s: StepScalars) -> tuple[list[Tensor], float]:
+    """``d`` and a number ``f`` so that the direction is ``f * m / d``; changes nothing."""
+    if isinstance(s.bias_correction2, float) and isinstance(s.bias_correction1, float):
+        root = math.sqrt(s.bias_correction2)  # taken out of the fraction, which saves a pass
+        denominators = list(torch._foreach_sqrt(wide.exp_avg_sqs))
+        torch._foreach_add_(denominators, s.eps * root)  # type: ignore[arg-type]
+        return denominators, root / s.bias_correction1
+    denominators = list(torch._foreach_div(wide.exp_avg_sqs, s.bias_correction2))  # type: ignore[arg-type]
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, [s.eps] * len(denominators) if isinstance(s.eps, Tensor) else s.eps)  # type: ignore[arg-type]
     torch._foreach_mul_(denominators, s.bias_correction1)  # type: ignore[arg-type]
-    return list(torch._foreach_div(wide.exp_avgs, denominators))
-
-
-def subtract_update(thetas: list[Tensor], update: list[Tensor], lr: float | Tensor) -> None:
-    """``theta = theta - lr * update``, in place."""
-    add_multiple(thetas, update, -lr)
+    return denominators, 1.0
 
 
 def widened(lists: StepLists) -> StepLists:
     """The lists as they are computed with: fp16 and bf16 copied to fp32, all else as it is."""
-    return StepLists(*([tensor.to(compute_dtype(tensor.dtype)) for tensor in column] for column in lists))
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for fp16 and bf16, else the dtype."""
-    return torch.promote_types(dtype, torch.float32)
+    return StepLists(*([tensor.to(wide_dtype(tensor)) for tensor in column] for column in lists))
 
 
 def write_back(wide: StepLists, lists: StepLists, s: StepScalars, columns: Sequence[str]) -> None:

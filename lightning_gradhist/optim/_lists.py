@@ -43,19 +43,12 @@ class StepScalars(NamedTuple):
     """The number 0.0 for none."""
     maximize: bool
 
-    def of(self, owners: slice) -> StepScalars:
-        """The scalars of some of the entries."""
-        lists: dict[str, Any] = {
+    def of(self, owners: slice | int) -> StepScalars:
+        """The scalars of some of the entries, or of one of them, then without lists."""
+        chosen: dict[str, Any] = {
             name: value[owners] for name, value in self._asdict().items() if isinstance(value, list)
         }
-        return self._replace(**lists)
-
-    def of_one(self, owner: int) -> StepScalars:
-        """The scalars of one of the entries, without lists."""
-        tensors: dict[str, Any] = {
-            name: value[owner] for name, value in self._asdict().items() if isinstance(value, list)
-        }
-        return self._replace(**tensors)
+        return self._replace(**chosen)
 
     def as_tensors(self) -> StepScalars:
         """All numbers as 0-d float64 tensors, so that a compiled step does not depend on their values."""
@@ -76,6 +69,8 @@ class Piece(NamedTuple):
     """Which entries they are of: an index of the first dimension."""
     sizes: Tensor | None = None
     """Where the one entry holds several, one after another: their numbers of elements, int64 ``[n]``."""
+    whole: bool = True
+    """Whether no entry is a part of one."""
 
 
 def pieces(lists: StepLists, scalars: StepScalars, size: int) -> Iterator[Piece]:
@@ -86,12 +81,17 @@ def pieces(lists: StepLists, scalars: StepScalars, size: int) -> Iterator[Piece]
     columns: list[tuple[Tensor, ...]] = []
     held = first = 0
     for owner, entry in enumerate(zip(*lists, strict=True)):
-        for part in _parts(entry, size):
-            if held and held + part[0].numel() > size:
-                yield _piece(columns, scalars, slice(first, first + len(columns)))
-                columns, held, first = [], 0, owner
-            columns.append(part)
-            held += part[0].numel()
+        parts = _parts(entry, size)
+        if columns and (len(parts) > 1 or held + entry[0].numel() > size):
+            yield _piece(columns, scalars, slice(first, owner))
+            columns, held = [], 0
+        if len(parts) > 1:
+            for part in parts:
+                yield _piece([part], scalars, slice(owner, owner + 1))._replace(whole=False)
+            continue
+        first = first if columns else owner
+        columns.append(entry)
+        held += entry[0].numel()
     if columns:
         yield _piece(columns, scalars, slice(first, first + len(columns)))
 
@@ -116,12 +116,9 @@ def in_memory_order(entry: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     return param.view(-1), grad.reshape(-1), *(tensor.view(-1) for tensor in state)
 
 
-def _parts(entry: tuple[Tensor, ...], size: int) -> Iterator[tuple[Tensor, ...]]:
+def _parts(entry: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
     flat = in_memory_order(entry) if entry[0].numel() > size else None
-    if flat is None:
-        yield entry
-    else:
-        yield from zip(*(tensor.split(size) for tensor in flat), strict=True)
+    return [entry] if flat is None else list(zip(*(tensor.split(size) for tensor in flat), strict=True))
 
 
 def _piece(columns: list[tuple[Tensor, ...]], scalars: StepScalars, owners: slice) -> Piece:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """fp32 for fp16 and bf16, else the dtype of the parameter."""
-    return torch.promote_types(param.dtype, torch.float32)
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What is computed with, and by default kept as state: fp32 for fp16 and bf16, else the dtype of the tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def refuse_complex(group: dict[str, Any], whom: str) -> None:

@@ -11,11 +11,10 @@ from lightning_gradhist.explore import AUTO
 from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
 from lightning_gradhist.optim._formulas import (
     STATE,
-    adam_directions,
     add_multiple,
     explored_gradients,
     move_moments,
-    subtract_update,
+    subtract_adam_directions,
     widened,
     write_back,
 )
@@ -40,7 +39,7 @@ def adam_e_step(lists: StepLists, s: StepScalars, *, decoupled_weight_decay: boo
         else:
             add_multiple(explored, wide.params, s.weight_decay)
     move_moments(explored, wide, s)
-    subtract_update(wide.params, adam_directions(wide, s), s.lr)
+    subtract_adam_directions(wide.params, wide, s)
     write_back(wide, lists, s, WRITTEN)
 
 

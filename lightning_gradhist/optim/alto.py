@@ -14,14 +14,13 @@ from lightning_gradhist.optim._formulas import (
     STATE,
     adam_directions,
     add_multiple,
-    compute_dtype,
     explored_gradients,
     move_moments,
-    subtract_update,
     widened,
     write_back,
 )
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
+from lightning_gradhist.optim._parameters import wide_dtype
 from lightning_gradhist.optim._sharding import is_sharded, refuse_flat, sum_over_shards
 
 EPS2 = 1e-6
@@ -83,7 +82,7 @@ def alto_apply(lists: StepLists, s: StepScalars, ratios: Tensor | None) -> None:
     updates = _updates(wide, s)
     if ratios is not None:
         torch._foreach_mul_(updates, list(ratios.unbind()))
-    subtract_update(wide.params, updates, s.lr)
+    add_multiple(wide.params, updates, -s.lr)
     write_back(wide, lists, s, ("params",))
 
 
@@ -226,35 +225,16 @@ class ALTO(ExploringOptimizer):
         super().__init__(params, defaults)
 
     def _update(self, batches: list[Batch]) -> None:
-        sums = [self._moments(batch) for batch in batches]
-        self._sum_over_shards(batches, sums)
-        for batch, squares in zip(batches, sums, strict=True):
-            apply = batch.backend.function(alto_apply)
-            ratios = trust_ratio(squares) if batch.group["layerwise"] else None
-            for piece in batch.pieces(("params",)):
-                apply(piece.lists, piece.scalars, None if ratios is None else _ratios_of(piece, ratios))
-
-    def _sum_over_shards(self, batches: list[Batch], squared_norms: list[Tensor]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
-        if any(is_sharded(param) for param in layers):
-            sums = {
-                param: squares
-                for batch, of_batch in zip(batches, squared_norms, strict=True)
-                for param, squares in zip(batch.owners, of_batch.unbind(), strict=True)
-            }
-            sum_over_shards(layers, sums)
-
-    @staticmethod
-    def _moments(batch: Batch) -> Tensor:
-        m = batch.lists.exp_avgs[0]
-        sums = torch.zeros(len(batch.lists.params), 2, dtype=compute_dtype(m.dtype), device=m.device)
-        for piece in batch.pieces(STATE):  # in order, so that the sums are the same from run to run
-            if piece.sizes is None:
-                sums[piece.owners] += batch.backend.function(alto_moments)(piece.lists, piece.scalars)
-            else:
-                updates = batch.backend.function(alto_updates)(piece.lists, piece.scalars)
-                sums[piece.owners] += squared_norms(*updates, piece.sizes)
-        return sums
+        sharded = any(is_sharded(param) for param in layers)
+        phases = [_first_phase(batch, at_once=not sharded) for batch in batches]
+        if sharded:
+            owners = [param for batch in batches for param in batch.owners]
+            sum_over_shards(layers, dict(zip(owners, (row for sums, _ in phases for row in sums), strict=True)))
+        for batch, (sums, done) in zip(batches, phases, strict=True):
+            for piece in () if done else batch.pieces(("params",)):
+                if sharded or not piece.whole:
+                    _second_phase(batch, piece, sums[piece.owners])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.
@@ -294,10 +274,36 @@ class ALTO(ExploringOptimizer):
         super().load_state_dict(_from_authors(state_dict) if is_authors else state_dict)
 
 
-def _ratios_of(piece: Piece, ratios: Tensor) -> Tensor:
-    """What the entries of a piece are multiplied by."""
-    of_owners = ratios[piece.owners]
-    return of_owners if piece.sizes is None else of_owners.repeat_interleave(piece.sizes)[None]
+def _first_phase(batch: Batch, *, at_once: bool) -> tuple[Tensor, bool]:
+    """Move ``e``, ``m`` and ``v`` on; with ``at_once`` make the whole step of what is whole, while it is in the cache.
+
+    Returns:
+        ``[n, 2]``: squared norms of ``theta`` and ``r`` of the entries that are not done; and whether all are.
+    """
+    m = batch.lists.exp_avgs[0]
+    sums = torch.zeros(len(batch.lists.params), 2, dtype=wide_dtype(m), device=m.device)
+    done = at_once
+    for piece in batch.pieces((*STATE, "params") if at_once else STATE):  # in order: the same sums from run to run
+        if piece.sizes is None:
+            squares = batch.backend.function(alto_moments)(piece.lists, piece.scalars)
+        else:
+            squares = squared_norms(*batch.backend.function(alto_updates)(piece.lists, piece.scalars), piece.sizes)
+        if at_once and piece.whole:
+            _second_phase(batch, piece, squares)
+        else:
+            sums[piece.owners] += squares
+            done = False
+    return sums, done
+
+
+def _second_phase(batch: Batch, piece: Piece, squares: Tensor) -> None:
+    """Subtract the update, once the squared norms ``[n, 2]`` of the entries are known."""
+    ratios = None
+    if batch.group["layerwise"]:
+        ratios = trust_ratio(squares)
+        if piece.sizes is not None:
+            ratios = ratios.repeat_interleave(piece.sizes)[None]
+    batch.backend.function(alto_apply)(piece.lists, piece.scalars, ratios)
 
 
 def _from_authors(state_dict: StateDict) -> StateDict:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
 from lightning_gradhist.optim._base import set_batch_size
 from lightning_gradhist.optim._formulas import mixed_gradients, move_average
-from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, state_dtype
+from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
 
 BUFFER = "exp_avg_grad"
 
@@ -203,7 +203,7 @@ class EAdaptor(Optimizer):
         return lists
 
     def _exp_avg_grad(self, param: Tensor) -> Tensor:
-        dtype = state_dtype(param)
+        dtype = wide_dtype(param)
         if param in self.state and BUFFER in self.state[param]:
             e: Tensor = self.state[param][BUFFER].to(device=param.device, dtype=dtype)
             return e
@@ -274,7 +274,7 @@ class EAdaptor(Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(ids, params, strict=True):
             if key in averages:
-                dtype = state_dtype(param)
+                dtype = wide_dtype(param)
                 self.state[param][BUFFER] = averages[key].to(device=param.device, dtype=dtype, copy=True)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
