@@ -189,7 +189,8 @@ def monitored(folder: Path) -> Any:
         "unused": ({"module": Unused}, {"find_unused_parameters": True}),
         "channels_last": ({"module": ChannelsLast}, {}),
     }
-    for name, (options, strategy) in cases.items():
+    for name in cases if ranks == 2 else ("plain", "unused"):  # what differs with a third rank is the slices
+        options, strategy = cases[name]
         spy, state = GradientSpy(), StateSpy()
         monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=name in ("unused", "channels_last"))
         before_averaging = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, local=True)
