@@ -1,0 +1,1 @@
+"""The evidence for the calibration: real training runs over grids of batch size, learning rate and epsilon."""
