@@ -1,8 +1,9 @@
 """Four real workloads that two CPU cores bear. A sample is one image or one sequence.
 
-They are smaller than what the papers train, so that hundreds of runs of each can be made in hours: the language models
-have about 0.11 M parameters and see 32 characters at a time. The batch sizes of a workload are a factor of four apart
-and span a factor of 256.
+They are small, so that hundreds of runs of each can be made in an hour or two: the language models have 0.11 M and 0.12 M
+parameters and see 32 characters at a time. The batch sizes of a workload are a factor of four apart and span a factor of
+256. A run at equal samples is at most one pass over the data. On one core of an AMD EPYC, shared, a sample took 0.23 ms
+(``cnn``), 0.4 to 0.9 ms (``gpt``) and 0.2 to 0.6 ms (``lstm``), more at the smallest batches; a step of ``mlp`` took 0.3 ms.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = len(CHARACTERS) + 1  # and one for all others
 _TEXT_BYTES = 4_000_000
 _TEST_SEQUENCES = 2048
+_COPIES, _NOISE = 16, 0.5  # the noise's standard deviation, where white is 1
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def cnn() -> nn.Module:
 
 
 def mlp() -> nn.Module:
-    """Two linear layers, 9,610 parameters."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    """Two linear layers, 4,810 parameters."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def encode(text: bytes) -> Tensor:
@@ -154,8 +156,19 @@ def _images(folder: Path) -> Data:
 
 
 def _digits(folder: Path) -> Data:
-    data = Digits(1)
-    return Data(data.train, data.val)
+    """Scikit-learn's digits, 16 copies of each under noise of their own.
+
+    Without it the loss goes to zero, and a share of it says nothing.
+    """
+    data, generator = Digits(1), torch.Generator().manual_seed(0)
+    return Data(_noisy(data.train, generator), _noisy(data.val, generator))
+
+
+def _noisy(digits: TensorDataset, generator: torch.Generator) -> TensorDataset:
+    images, labels = (tensor.repeat(_COPIES, *[1] * (tensor.ndim - 1)) for tensor in digits.tensors)
+    order = torch.randperm(len(labels), generator=generator)
+    noise = torch.randn(images.shape, generator=generator)
+    return TensorDataset((images + _NOISE * noise)[order], labels[order])
 
 
 @cache
@@ -176,10 +189,10 @@ def _cut(tensor: Tensor, at: int) -> tuple[Tensor, Tensor]:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("mlp", mlp, _digits, (2, 8, 32, 128, 512), 11_520, 90, 2**-9, 16, (1.0, 0.5, 0.3, 0.2, 0.1)),
+        Workload("mlp", mlp, _digits, (2, 8, 32, 128, 512), 11_520, 90, 2**-8, 16, (1.5, 1.2, 1.0, 0.9, 0.8)),
         Workload("cnn", cnn, _images, (16, 64, 256, 1024, 4096), 60_000, 60, 2**-9, 64, (1.0, 0.8, 0.6, 0.5, 0.4)),
-        Workload("gpt", GPT, _text, (4, 16, 64, 256, 1024), 20_480, 80, 2**-9, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
-        Workload("lstm", LSTM, _text, (4, 16, 64, 256, 1024), 20_480, 80, 2**-8, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
+        Workload("gpt", GPT, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-9, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
+        Workload("lstm", LSTM, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-8, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
     )
 }
 """By name, the cheapest first."""
