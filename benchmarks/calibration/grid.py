@@ -1,8 +1,8 @@
 """The grids of the calibration's evidence: which runs are wanted, and a driver that makes them, in order of their use.
 
-``PYTHONPATH=benchmarks:examples python -m calibration.grid``. It can be stopped at any time (SIGSTOP and SIGCONT, SIGTERM)
-and goes on where it was: a run that is in the table is not made again, and only runs in progress are lost. One driver at
-a time may write to a table.
+``PYTHONPATH=benchmarks:examples python benchmarks/calibration/grid.py``. It can be stopped at any time (SIGSTOP and
+SIGCONT, SIGTERM) and goes on where it was: a run that is in the table is not made again, and only runs in progress are
+lost. One driver at a time may write to a table.
 
 Stages, each over all workloads before the next one, at Adam and equal samples where nothing else is said:
 
@@ -42,16 +42,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
-from multiprocessing.pool import AsyncResult
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Any
 
 import torch
 from measuring import installed_version, machine
 from optim_implementations import LeftOut, timm_lamb
+from training import EPS, Row, Run, train
+from workloads import FASHION_MNIST, WORKLOADS, Workload
 
-from calibration.training import EPS, Row, Run, train
-from calibration.workloads import FASHION_MNIST, WORKLOADS, Workload
 from lightning_gradhist.surge import PowerLaw
 
 FOLDER = Path(__file__).parent.parent / "results" / "calibration"
@@ -89,9 +89,14 @@ def losses(results: Results, like: Run) -> dict[int, float]:
     """Final training loss by half octaves, averaged over seeds, of runs that differ from one in rate and seed only."""
     found: dict[int, list[float]] = defaultdict(list)
     for run, row in results.items():
-        if replace(run, learning_rate=like.learning_rate, seed=like.seed) == like:
+        if _setting(run) == _setting(like):
             found[half_octaves(run.learning_rate)].append(math.inf if row["diverged"] else row["train_loss"])
     return {k: sum(values) / len(values) for k, values in sorted(found.items())}
+
+
+def _setting(run: Run) -> tuple[Any, ...]:
+    """All but rate and seed."""
+    return run.workload, run.optimizer, run.batch_size, run.eps, run.samples, run.loss_scale, run.noise
 
 
 def best(by_rate: Mapping[int, float]) -> int | None:
@@ -304,22 +309,28 @@ def _run(row: Row) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes the runs that are wanted."""
+    """Makes the runs that are wanted, in processes of one thread each."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the workers are stopped, too
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        make_runs(pool, options)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun after that")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def make_runs(pool: Pool, options: argparse.Namespace) -> None:
+    """Gives the pool run after run, and writes each row as it comes, until nothing is wanted or the time is over."""
     tables = {name: Table(options.output / f"{name}.csv") for name in options.workload}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the workers are stopped, too
-    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        _make_runs(pool, tables, options)
-
-
-def _make_runs(pool: Any, tables: dict[str, Table], options: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * options.minutes
     described = {**machine(torch.device("cpu")), "timm": installed_version("timm")}
     running: dict[Run, tuple[str, AsyncResult[Row]]] = {}

@@ -15,8 +15,8 @@ from optim_implementations import timm_lamb
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
+from workloads import FASHION_MNIST, WORKLOADS, Data
 
-from calibration.workloads import FASHION_MNIST, WORKLOADS, Data
 from lightning_gradhist import ALTO, AdamE, NoiseScale
 
 NOISE_GRADIENTS = 32

@@ -1,1 +1,0 @@
-"""The evidence for the calibration: real training runs over grids of batch size, learning rate and epsilon."""
