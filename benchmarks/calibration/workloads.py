@@ -189,7 +189,7 @@ def _cut(tensor: Tensor, at: int) -> tuple[Tensor, Tensor]:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("mlp", mlp, _digits, (2, 8, 32, 128, 512), 11_520, 90, 2**-8, 16, (1.5, 1.2, 1.0, 0.9, 0.8)),
+        Workload("mlp", mlp, _digits, (2, 8, 32, 128, 512), 11_520, 90, 2**-8, 64, (1.5, 1.2, 1.0, 0.9, 0.8)),
         Workload("cnn", cnn, _images, (16, 64, 256, 1024, 4096), 60_000, 60, 2**-9, 64, (1.0, 0.8, 0.6, 0.5, 0.4)),
         Workload("gpt", GPT, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-9, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
         Workload("lstm", LSTM, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-8, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
