@@ -126,6 +126,11 @@ def _pytorch_optimizer_lamb(params: list[Parameter], lr: float) -> torch.optim.O
 
 
 def _timm_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
+    return timm_lamb()(params, lr, **COMMON)
+
+
+def timm_lamb() -> Any:
+    """The class of timm's Lamb; raises :class:`LeftOut` where timm is not installed."""
     # timm's optimizers are loaded as a package of their own: "import timm" would want torchvision
     found = importlib.util.find_spec("timm")
     if found is None or not found.submodule_search_locations:
@@ -134,7 +139,7 @@ def _timm_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
         package = types.ModuleType("timm_optim")
         package.__path__ = [str(Path(found.submodule_search_locations[0]) / "optim")]
         sys.modules["timm_optim"] = package
-    return importlib.import_module("timm_optim.lamb").Lamb(params, lr, **COMMON)
+    return importlib.import_module("timm_optim.lamb").Lamb
 
 
 def _module(name: str, distribution: str) -> Any:

@@ -1,0 +1,219 @@
+"""One training run as a function of its settings: the same settings give the same numbers, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from optim_implementations import timm_lamb
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from workloads import FASHION_MNIST, WORKLOADS, Data
+
+from lightning_gradhist import ALTO, AdamE, NoiseScale
+
+NOISE_GRADIENTS = 32
+"""Independent gradients of one measurement of the noise scale, half of them in each of its halves."""
+_WARM_UP = 0.05
+_MOMENTS = 12
+_EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
+
+# Without weight decay. ALTO and Lamb share their moments, as Adam and AdamE do, so that each pair differs by E alone.
+# timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
+_LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+_LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "Adam": lambda params, **options: torch.optim.Adam(params, fused=True, **options),
+    "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **_LARGE_BATCH, **options),
+    "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **_LARGE_BATCH, **options),
+    "Lamb": lambda params, **options: timm_lamb()(
+        params, always_adapt=True, max_grad_norm=None, **_LAYERWISE, **options
+    ),
+}
+EPS = {"Adam": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
+"""What each takes if it is told nothing, but for AdamE, which takes Adam's."""
+
+Row = dict[str, Any]
+Curve = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run depends on, and all that it depends on.
+
+    The learning rate rises linearly over the first 5% of the steps and then falls linearly to zero.
+
+    Attributes:
+        workload: name of one of ``WORKLOADS``.
+        optimizer: name of one of ``OPTIMIZERS``.
+        batch_size: samples of a step.
+        learning_rate: at its highest.
+        eps: of the optimizer.
+        seed: of the weights and of the order of the samples.
+        samples: how many are trained on, rounded down to whole steps.
+        loss_scale: what the loss is multiplied by before the backward pass.
+        noise: whether the noise scale is measured on the way, which does not change the training.
+    """
+
+    workload: str
+    optimizer: str
+    batch_size: int
+    learning_rate: float
+    eps: float
+    seed: int
+    samples: int
+    loss_scale: float = 1.0
+    noise: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.samples // self.batch_size
+
+
+def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
+    """Trains once, on one thread.
+
+    Losses are the mean cross-entropy per prediction in evaluation mode: the final training loss over a fixed subset of
+    the training data, so that batch sizes compare; the loss on the way over a quarter of that subset.
+
+    Args:
+        run: the settings.
+        folder: of Fashion-MNIST.
+
+    Returns:
+        The settings and ``steps``, ``train_loss``, ``test_loss``, ``test_accuracy`` (0 to 1), ``diverged`` (1 where a
+        loss is not finite, or the final one is above the first; else 0), ``seconds``, ``curve`` (``[samples, loss]`` on
+        the way), ``samples_to_target`` (``[target, samples]``, None where it is not reached), ``noise_scale`` (one entry
+        for each moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (forward and backward
+        passes that it took, each of the workload's ``noise_batch_size``).
+    """
+    torch.set_num_threads(1)
+    data, start = _data(run.workload, folder), perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = WORKLOADS[run.workload].make_model()
+        curve, noise = _fit(model, run, data)
+    train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
+    test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
+    return {
+        **asdict(run),
+        "steps": run.steps,
+        "train_loss": train_loss,
+        "test_loss": test_loss,
+        "test_accuracy": accuracy,
+        "diverged": int(not train_loss <= curve[0][1]),
+        "seconds": perf_counter() - start,
+        "curve": curve,
+        "samples_to_target": [(t, samples_to(t, curve)) for t in WORKLOADS[run.workload].targets],
+        "noise_scale": noise,
+        "noise_passes": NOISE_GRADIENTS * len(noise),
+    }
+
+
+def evaluate(model: nn.Module, tensors: Sequence[Tensor], samples: int) -> tuple[float, float]:
+    """Loss and accuracy over the first ``samples``, in evaluation mode; infinite and zero where weights are not finite."""
+    inputs, classes = (tensor[:samples].split(_AT_ONCE) for tensor in tensors)
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(part).flatten(0, -2) for part in inputs])
+    model.train()
+    labels = torch.cat(classes).flatten()
+    loss = float(functional.cross_entropy(logits, labels))
+    if not math.isfinite(loss):
+        return math.inf, 0.0
+    return loss, float((logits.argmax(-1) == labels).double().mean())
+
+
+def samples_to(target: float, curve: Curve) -> float | None:
+    """Samples after which a loss first reaches a target: between two moments, log loss is linear in log samples."""
+    for (samples, loss), (later, lower) in zip(curve[:-1], curve[1:], strict=True):
+        if loss > target >= lower:
+            share = math.log(loss / target) / math.log(loss / lower)
+            return (samples + 1) * ((later + 1) / (samples + 1)) ** share - 1
+    return None
+
+
+def moments(steps: int) -> list[int]:
+    """Numbers of steps at which a run is looked at: none, all, and some in between, evenly and log-spaced."""
+    shares = [i / (_MOMENTS // 2) for i in range(1, _MOMENTS // 2)]
+    return sorted({0, steps, *(round(steps * share) for share in shares), *(round(steps**share) for share in shares)})
+
+
+def schedule(step: int, steps: int) -> float:
+    """Learning rate of a step, counted from zero, as a share of the highest."""
+    warm_up = max(1, round(_WARM_UP * steps))
+    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+
+
+def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Generator) -> dict[str, float]:
+    """The noise scale at the present weights, from fresh gradients of independent samples.
+
+    The metric of ``B_adam`` is that of a batch of the run's size, and of its epsilon.
+
+    Returns:
+        ``simple`` and ``adam``, in samples, each with ``_lower`` and ``_upper``, the ends of its 95% interval.
+    """
+    batch_size = WORKLOADS[run.workload].noise_batch_size
+    parameters = dict(model.named_parameters())
+    noise = NoiseScale(parameters, batch_size)
+    samples = _batches(len(data.train), batch_size, generator)
+    for number, indices in zip(range(NOISE_GRADIENTS), samples, strict=False):
+        if number == NOISE_GRADIENTS // 2:
+            noise.split(run.eps, run.batch_size / batch_size)
+        gradients = torch.autograd.grad(_loss(model, data, indices) * run.loss_scale, list(parameters.values()))
+        noise.update(dict(zip(parameters, gradients, strict=True)))
+    estimates = {"simple": noise.simple(), "adam": noise.adam()}
+    return {
+        name + end: value
+        for name, of in estimates.items()
+        for end, value in (("", of.value), ("_lower", of.lower), ("_upper", of.upper))
+    }
+
+
+def _fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, float]]]:
+    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
+    order, fresh = (torch.Generator().manual_seed(2 * run.seed + i) for i in range(2))
+    batches = _batches(len(data.train), run.batch_size, order)
+    curve: list[tuple[int, float]] = []
+    noise: list[dict[str, float]] = []
+    looked_at = moments(run.steps)
+    for step in range(run.steps + 1):
+        if step in looked_at:
+            samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
+            curve.append((samples, loss_now))
+            if step == run.steps or math.isinf(loss_now):
+                break
+            if run.noise:
+                noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
+        loss = _loss(model, data, next(batches))
+        optimizer.zero_grad()
+        (loss * run.loss_scale).backward()
+        optimizer.step()
+        scheduler.step()
+    return curve, noise
+
+
+def _loss(model: nn.Module, data: Data, indices: Tensor) -> Tensor:
+    inputs, classes = (tensor[indices] for tensor in data.train.tensors)
+    return functional.cross_entropy(model(inputs).flatten(0, -2), classes.flatten())
+
+
+def _batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    if batch_size > size:
+        raise ValueError(f"batch_size must be at most the {size} samples of the training data, got {batch_size}")
+    while True:
+        yield from torch.randperm(size, generator=generator).split(batch_size)[: size // batch_size]
+
+
+@cache
+def _data(workload: str, folder: Path) -> Data:
+    return WORKLOADS[workload].load(folder)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import grid
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+from training import EPS, Run, measure_noise, moments, samples_to, schedule, train
+from workloads import CHARACTERS, CONTEXT, WORKLOADS, encode
+
+TINY = Run("mlp", "Adam", 8, 2**-6, EPS["Adam"], seed=1, samples=163)
+MEASURED = {"noise", "noise_scale", "noise_passes", "seconds"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def without(row: dict[str, Any], columns: set[str]) -> dict[str, Any]:
+    return {column: value for column, value in row.items() if column not in columns}
+
+
+def test_a_run_is_the_same_bit_for_bit_with_and_without_its_noise_measured() -> None:
+    first, again, other = (train(replace(TINY, seed=seed)) for seed in (1, 1, 2))
+    assert without(first, {"seconds"}) == without(again, {"seconds"})
+    assert first["train_loss"] != other["train_loss"]
+    assert first["steps"] == 20 and first["curve"][-1][0] == 160 and first["diverged"] == 0
+    measured = train(replace(TINY, noise=True))
+    assert without(measured, MEASURED) == without(first, MEASURED)
+    assert measured["noise_passes"] == 32 * len(measured["noise_scale"]) == 32 * (len(moments(20)) - 1)
+    for noise in measured["noise_scale"]:
+        for name in ("simple", "adam"):
+            assert noise[f"{name}_lower"] <= noise[name] <= noise[f"{name}_upper"]
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamE", "ALTO"])
+def test_each_optimizer_learns(optimizer: str) -> None:
+    row = train(replace(TINY, optimizer=optimizer, learning_rate=2**-5, eps=EPS[optimizer], samples=480))
+    assert row["train_loss"] < 0.9 * row["curve"][0][1]
+
+
+def test_a_run_that_blows_up_has_diverged() -> None:
+    row = train(replace(TINY, learning_rate=1e30))
+    assert row["diverged"] == 1 and row["train_loss"] == math.inf
+
+
+def test_the_noise_scale_is_that_of_the_gradients() -> None:
+    workload = WORKLOADS["mlp"]
+    data = workload.load(Path())
+    torch.manual_seed(0)
+    model = workload.make_model()
+    inputs, labels = (tensor[:500] for tensor in data.train.tensors)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return cross_entropy(functional_call(model, parameters, image[None]), label[None])
+
+    gradients = vmap(grad(loss), (None, 0, 0))(parameters, inputs, labels)
+    per_sample = torch.cat([gradient.flatten(1) for gradient in gradients.values()], 1)
+    noise, mean = per_sample.var(0).sum(), per_sample.mean(0)
+    expected = float(noise / (mean.square().sum() - noise / 500))
+    measured = measure_noise(model, TINY, data, torch.Generator().manual_seed(0))
+    assert measured["simple_lower"] < expected < measured["simple_upper"] < 3 * expected
+
+
+def test_schedule() -> None:
+    shares = [schedule(step, 100) for step in range(100)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert shares[4:] == pytest.approx([(100 - step) / 96 for step in range(4, 100)])
+    assert schedule(0, 1) == 1
+
+
+def test_samples_to_target_between_two_moments() -> None:
+    curve = [(0, 4.0), (99, 1.0), (9999, 0.25), (19999, 0.5)]
+    assert samples_to(1.0, curve) == pytest.approx(99)
+    assert samples_to(0.5, curve) == pytest.approx(999)
+    assert samples_to(0.2, curve) is None
+
+
+def test_text_is_encoded_by_character() -> None:
+    assert encode("\n ~é".encode()).tolist() == [0, 1, len(CHARACTERS) - 1, *[len(CHARACTERS)] * 2]
+
+
+@pytest.mark.parametrize("name", ["cnn", "gpt", "lstm"])
+def test_models_map_inputs_to_logits(name: str) -> None:
+    inputs = torch.zeros(3, 1, 28, 28) if name == "cnn" else torch.zeros(3, CONTEXT, dtype=torch.long)
+    logits = WORKLOADS[name].make_model()(inputs)
+    assert logits.shape == ((3, 10) if name == "cnn" else (3, CONTEXT, len(CHARACTERS) + 1))
+
+
+def test_a_gpt_does_not_look_ahead() -> None:
+    model = WORKLOADS["gpt"].make_model()
+    characters = torch.arange(CONTEXT)[None]
+    changed = characters.clone()
+    changed[0, 10:] = 50
+    same = torch.isclose(model(characters), model(changed)).all(-1)[0]
+    assert same.tolist() == [True] * 10 + [False] * (CONTEXT - 10)
+
+
+def test_resume_skips_what_is_there_and_drops_a_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORKLOADS, "mlp", replace(WORKLOADS["mlp"], batch_sizes=(8, 32), samples=320))
+    options = grid.parse(["--workload", "mlp", "--stage", "rates", "--workers", "1", "--output", str(tmp_path)])
+    path = tmp_path / "mlp.csv"
+
+    def lines() -> list[str]:
+        with ThreadPool(1) as pool:
+            grid.make_runs(pool, options)
+        return path.read_text().splitlines()
+
+    first = lines()
+    table = grid.Table(path)
+    for size in (8, 32):
+        of_size = [run for run in table if run.batch_size == size]
+        assert grid.missing(grid.losses(table, of_size[0]), 0) == []
+    assert next(iter(table.values()))["curve"][-1][0] == 320
+    path.write_text("\n".join(first)[:-5])
+    torn = path.read_text().splitlines()
+    assert torn[:-1] == first[:-1] and torn[-1] != first[-1]
+    again = lines()
+    assert again[:-1] == first[:-1] and len(again) == len(first)
+    assert without(list(grid.Table(path).values())[-1], {"seconds"}) == without(list(table.values())[-1], {"seconds"})
+    assert lines() == again
+
+
+def bowl(run: Run) -> float:
+    """A loss that is lowest at the rate of the surge law with a noise scale of 300."""
+    root = math.sqrt(run.batch_size / 300)
+    return 1 + 0.2 * math.log2(run.learning_rate * (root + 1 / root) / 0.1) ** 2
+
+
+def test_the_grid_is_finished_with_its_optima_interior() -> None:
+    workload, table = WORKLOADS["gpt"], {}
+    while (wanted := grid.next_run(["gpt"], grid.STAGES, {"gpt": table}, [])) is not None:
+        run = wanted[1]
+        assert run not in table and len(table) < 1000
+        table[run] = {"stage": wanted[0], "train_loss": bowl(run), "diverged": run.learning_rate > 0.5}
+    for size in workload.batch_sizes:
+        at_size = [run for run in table if run.batch_size == size and run.optimizer == "Adam" and run.eps == 1e-8]
+        like = next(run for run in at_size if run.samples == workload.samples)
+        by_rate = grid.losses(table, like)
+        top = grid.best(by_rate)
+        assert top is not None and by_rate[top] == min(
+            bowl(replace(like, learning_rate=grid.rate(k))) for k in range(-30, 9)
+        )
+        assert max(loss for k, loss in by_rate.items() if k < top) > grid.CLEAR * by_rate[top]
+        assert max(loss for k, loss in by_rate.items() if k > top) > grid.CLEAR * by_rate[top]
+        assert {run.seed for run in at_size if run.noise} == {0, 1, 2}
+        assert {run.learning_rate for run in at_size if run.noise} == {grid.rate(top)}
+        carried = [grid.best(grid.losses(table, replace(like, batch_size=other))) for other in workload.batch_sizes]
+        low, high = min(carried), max(carried)  # the rate is kept
+        assert min(by_rate) <= low or by_rate[min(by_rate)] >= grid.FAR * by_rate[top]
+        assert max(by_rate) >= high or by_rate[max(by_rate)] >= grid.FAR * by_rate[top]
+
+
+def test_rates_are_lowered_where_all_diverge() -> None:
+    assert grid.missing({-4: math.inf, -6: math.inf}, 0) == [-8]
+    assert grid.missing({-4: math.inf, -6: 1.0, -8: 1.04}, 0) == [-10]
+
+
+def test_a_workload_waits_for_its_stage_and_another_one_goes_on() -> None:
+    running: list[Run] = []
+    tables: dict[str, Any] = {"mlp": {}, "gpt": {}}
+    wanted = [grid.next_run(list(tables), grid.STAGES, tables, running)]
+    while wanted[-1] is not None:
+        running.append(wanted[-1][1])
+        wanted.append(grid.next_run(list(tables), grid.STAGES, tables, running))
+    assert [run.workload for run in running] == ["mlp"] * 15 + ["gpt"] * 15
+    assert len(set(running)) == 30
