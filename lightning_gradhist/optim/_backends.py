@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_gradhist import kernels
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars, in_memory_order, one_by_one, pieces, whole
@@ -62,14 +59,11 @@ class Eager:
         if self.foreach is None:
             on_cpu = lists.params[0].device.type == "cpu"
             return pieces(lists, scalars, _CPU_PIECE if on_cpu else _DEVICE_PIECE)
-        return whole(lists, scalars) if self.foreach else one_by_one(lists, scalars)
+        return whole(lists, scalars, small=True) if self.foreach else one_by_one(lists, scalars)
 
 
 class Compiled:
     """The functions compiled to one pass over memory, for tensors of one dimension and any length."""
-
-    def __init__(self) -> None:
-        self._views = WeakTensorKeyDictionary()
 
     def function(self, step: Step) -> Step:
         """The compiled function, which all optimizers share."""
@@ -108,34 +102,24 @@ class Compiled:
             return
         flat = in_memory_order(tensors)
         one_dimensional = flat or [tensor.reshape(-1) for tensor in tensors]
-        yield Piece(_one_entry(one_dimensional), scalars.of(owner), slice(owner, owner + 1))
+        yield Piece([_one_entry(one_dimensional)], scalars.of(owner), slice(owner, owner + 1), small=False)
         if flat is None:
             copies = StepLists(*([tensor] for tensor in one_dimensional))
             for name in written:
                 getattr(entry, name)[0].copy_(getattr(copies, name)[0].view(tensors[0].shape))
 
-    def _gathered(
-        self, lists: StepLists, scalars: StepScalars, owners: list[int], written: Sequence[str]
-    ) -> Iterator[Piece]:
+    @staticmethod
+    def _gathered(lists: StepLists, scalars: StepScalars, owners: list[int], written: Sequence[str]) -> Iterator[Piece]:
         """A copy of some entries as one, which is copied back when the piece has been stepped."""
-        views = self._views_of(StepLists(*([column[owner] for owner in owners] for column in lists)))
-        gathered = _one_entry([torch.cat(column) for column in views])
-        numels = [param.numel() for param in views.params]
-        yield Piece(
-            gathered, scalars.of(owners[0]), torch.tensor(owners, device="cpu"), torch.tensor(numels, device="cpu")
-        )
+        entries = StepLists(*([column[owner] for owner in owners] for column in lists))
+        # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
+        gathered = _one_entry([torch._utils._flatten_dense_tensors(column) for column in entries])
+        sizes = torch.tensor([param.numel() for param in entries.params], device="cpu")
+        index = torch.tensor(owners, device="cpu")
+        yield Piece([gathered], scalars.of(owners[0]), index, small=True, sizes=sizes)
         for name in written:
-            torch._foreach_copy_(getattr(views, name), getattr(gathered, name)[0].split(numels))
-
-    def _views_of(self, entries: StepLists) -> StepLists:
-        """One-dimensional views; those of parameters and state are kept, as making them takes longer than the step."""
-        params, grads, *state = entries
-        place = array("q", chain(map(Tensor.data_ptr, chain(params, *state)), map(Tensor.numel, chain(params, *state))))
-        kept = self._views.get(params[0])
-        if kept is None or kept[0] != place:
-            kept = self._views[params[0]] = place, [_flat(column) for column in (params, *state)]
-        flat_params, *flat_state = kept[1]
-        return StepLists(flat_params, _flat(grads), *flat_state)
+            column = getattr(entries, name)
+            torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(getattr(gathered, name)[0], column))
 
 
 class Kernels:
@@ -155,22 +139,21 @@ class Kernels:
 
     def pieces(self, lists: StepLists, scalars: StepScalars, written: Sequence[str]) -> Iterator[Piece]:
         """Everything."""
-        return whole(lists, scalars)
+        return whole(lists, scalars, small=False)
 
 
 def backend_of(
     group: dict[str, Any],
     lists: StepLists,
-    compiled: Compiled,
-    fault: Callable[[Backend, torch.device], str | None],
+    fault: Callable[..., str | None],
 ) -> Backend:
     """Decide who steps the tensors of a group, before anything is changed.
 
     Args:
         group: The param group, with ``foreach`` and ``fused``.
         lists: What is to be stepped, all on one device.
-        compiled: What steps it if compiled; it keeps views of small tensors from step to step.
-        fault: Tries a backend on a device, and says what is wrong with it; None if nothing is.
+        fault: Says what is wrong with a backend on a device, None if nothing is; with ``again=True`` it tries anew what
+            failed before.
 
     Raises:
         RuntimeError: If ``fused=True`` cannot be had on that device.
@@ -185,8 +168,8 @@ def backend_of(
             raise RuntimeError(
                 _no_fused(f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}")
             )
-        backend = Kernels() if kernels.run_on(device) else compiled
-        reason = fault(backend, device)
+        backend = Kernels() if kernels.run_on(device) else Compiled()
+        reason = fault(backend, device, again=True)
         if reason is not None:
             hint = " It is compiled there, for which g++ or clang is needed." if device.type == "cpu" else ""
             raise RuntimeError(_no_fused(f"on {device} {reason}.{hint}"))
@@ -219,10 +202,6 @@ def _compiled(step: Step) -> Step:
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = 64
     return cast(Step, torch.compile(step, **options))
-
-
-def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().reshape(-1) for tensor in tensors]
 
 
 def _one_entry(tensors: Sequence[Tensor]) -> StepLists:

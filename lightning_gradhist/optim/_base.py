@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
-from lightning_gradhist.optim._backends import Backend, Compiled, backend_of
+from lightning_gradhist.optim._backends import Backend, backend_of
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
 from lightning_gradhist.optim._sharding import DTensor, local, placed_as
@@ -61,7 +60,6 @@ class ExploringOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check the hyper-parameters and register the parameters."""
-        self._compiled = Compiled()
         super().__init__(params, defaults)
 
     @abstractmethod
@@ -81,7 +79,7 @@ class ExploringOptimizer(Optimizer):
 
         Raises:
             RuntimeError: If a gradient is sparse, or ``fused=True`` cannot be had (on the CPU without a C++ compiler,
-                on CUDA without Triton, elsewhere); nothing has been changed then.
+                on CUDA without Triton, elsewhere); no parameter has been changed then.
             ValueError: If ``alpha`` and ``explore_beta`` were changed to an illegal pair.
         """
         loss = None
@@ -133,15 +131,18 @@ class ExploringOptimizer(Optimizer):
         steps = [state["step"] for state in states]
         coming = list(torch._foreach_add(steps, 1)) if number is None else number + 1.0
         scalars = self._scalars(group, coming, params[0].device)
-        chosen = backend or backend_of(group, lists, self._compiled, self._fault)
+        chosen = backend or backend_of(group, lists, self._fault)
         return Batch(lists, scalars, group, params, steps, chosen)
 
-    def _fault(self, backend: Backend, device: torch.device) -> str | None:
-        """What is wrong with a backend on a device; None if nothing is."""
+    def _fault(self, backend: Backend, device: torch.device, *, again: bool = False) -> str | None:
+        """What is wrong with a backend on a device, None if nothing is; ``again`` tries anew what failed before."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # the graph would hold the trial; who captures has warmed up before
         ours = next(cls for cls in type(self).__mro__ if cls.__module__.startswith(__name__.rpartition(".")[0]))
-        return _fault_of(ours, type(backend), device)  # type: ignore[arg-type]  # mypy: a class has no hash
+        tried = ours, type(backend), device
+        if tried not in _FAULTS or (again and _FAULTS[tried] is not None):
+            _FAULTS[tried] = _fault_of(*tried)
+        return _FAULTS[tried]
 
     def _scalars(self, group: dict[str, Any], step: float | list[Tensor], device: torch.device) -> StepScalars:
         alpha, explore_beta = resolve_explore(group["alpha"], group["explore_beta"])
@@ -247,8 +248,8 @@ class ExploringOptimizer(Optimizer):
             state_dict: What :meth:`state_dict` returned; it is not changed.
 
         Raises:
-            ValueError: If the groups do not fit or a hyper-parameter is out of range; nothing has been
-                changed then.
+            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
+                has been changed then.
         """
         hook = self.register_load_state_dict_pre_hook(_shield_state)  # last, hence after the user's own hooks
         try:
@@ -259,7 +260,6 @@ class ExploringOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled or loaded state, and complete what an older one lacks."""
         super().__setstate__(state)
-        self._compiled = Compiled()
         for name, value in self._added_defaults.items():
             default = self.defaults.setdefault(name, value)
             for group in self.param_groups:
@@ -311,6 +311,7 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         for group, saved_group in zip(optimizer.param_groups, saved, strict=True)
     ]
     for group, present in zip(groups, optimizer.param_groups, strict=True):
+        _refuse_amsgrad(optimizer, group)
         optimizer._check_group(group)
         _refuse_narrow_state({**group, "params": present["params"]})
     ids = set(chain.from_iterable(group["params"] for group in groups))
@@ -353,6 +354,15 @@ def set_batch_size(groups: Sequence[dict[str, Any]], names: tuple[str, str], bat
         group.update({name: value for name, value in choice.items() if group[name] == AUTO})
 
 
+def _refuse_amsgrad(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    if group.get("amsgrad"):
+        raise ValueError(
+            f"the state dict is of an optimizer with amsgrad=True, and {type(optimizer).__name__} keeps no maximum of the "
+            "second moment. To go on without it, set 'amsgrad' to False in its param groups and take 'max_exp_avg_sq' out "
+            "of its state before it is loaded."
+        )
+
+
 def _refuse_narrow_state(group: dict[str, Any]) -> None:
     wide = [index for index, param in enumerate(group["params"]) if param.dtype == torch.float64]
     if group["state_dtype"] is not None and wide:
@@ -362,9 +372,12 @@ def _refuse_narrow_state(group: dict[str, Any]) -> None:
         )
 
 
-@functools.cache
+_FAULTS: dict[tuple[type[ExploringOptimizer], type[Backend], torch.device], str | None] = {}
+"""What trials have found."""
+
+
 def _fault_of(cls: type[ExploringOptimizer], kind: type[Backend], device: torch.device) -> str | None:
-    """Try a backend once on a device: two steps of one of our optimizers against the eager ones."""
+    """Try a backend on a device: two steps of one of our optimizers against the eager ones."""
     try:
         torch.testing.assert_close(_trial(cls, kind(), device), _trial(cls, None, device), rtol=1e-4, atol=1e-6)
     except Exception as error:  # whatever a compiler, a driver or the comparison may raise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,39 +63,45 @@ def add_multiple(tensors: list[Tensor], others: list[Tensor], factor: float | Te
 
 def adam_directions(wide: StepLists, s: StepScalars) -> list[Tensor]:
     """``(m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps)``; changes nothing."""
-    denominators, factor = _denominators(wide, s)
-    directions = list(torch._foreach_div(wide.exp_avgs, denominators))
-    if factor != 1.0:
-        torch._foreach_mul_(directions, factor)
+    eps, factor = _uncorrected(s)
+    directions = list(torch._foreach_div(wide.exp_avgs, _denominators(wide, eps)))
+    torch._foreach_mul_(directions, factor)
     return directions
 
 
 def subtract_adam_directions(thetas: list[Tensor], wide: StepLists, s: StepScalars) -> None:
     """``theta = theta - lr * direction`` with those of :func:`adam_directions`, in place."""
-    if isinstance(s.lr, Tensor):
-        add_multiple(thetas, adam_directions(wide, s), -s.lr)
+    eps, factor = _uncorrected(s)
+    if isinstance(factor, float) and not isinstance(s.lr, Tensor):  # in one pass
+        torch._foreach_addcdiv_(thetas, wide.exp_avgs, _denominators(wide, eps), -s.lr * factor)
     else:
-        denominators, factor = _denominators(wide, s)
-        torch._foreach_addcdiv_(thetas, wide.exp_avgs, denominators, -s.lr * factor)
+        add_multiple(thetas, adam_directions(wide, s), -s.lr)
 
 
-def _denominators(wide: StepLists, s: StepScalars) -> tuple[list[Tensor], float]:
-    """``d`` and a number ``f`` so that the direction is ``f * m / d``; changes nothing."""
-    if isinstance(s.bias_correction2, float) and isinstance(s.bias_correction1, float):
-        root = math.sqrt(s.bias_correction2)  # taken out of the fraction, which saves a pass
-        denominators = list(torch._foreach_sqrt(wide.exp_avg_sqs))
-        torch._foreach_add_(denominators, s.eps * root)  # type: ignore[arg-type]
-        return denominators, root / s.bias_correction1
-    denominators = list(torch._foreach_div(wide.exp_avg_sqs, s.bias_correction2))  # type: ignore[arg-type]
-    torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, [s.eps] * len(denominators) if isinstance(s.eps, Tensor) else s.eps)  # type: ignore[arg-type]
-    torch._foreach_mul_(denominators, s.bias_correction1)  # type: ignore[arg-type]
-    return denominators, 1.0
+def _uncorrected(s: StepScalars) -> tuple[Any, Any]:
+    """``eps'`` and ``f`` so that the direction is ``f * m / (sqrt(v) + eps')``, which saves a pass over ``v``.
+
+    With the bias corrections ``b1`` and ``b2`` they are ``eps * sqrt(b2)`` and ``sqrt(b2) / b1``: numbers, or tensors
+    where the corrections are.
+    """
+    if isinstance(s.bias_correction2, list):
+        roots = torch._foreach_sqrt(s.bias_correction2)
+        return torch._foreach_mul(roots, s.eps), torch._foreach_div(roots, s.bias_correction1)  # type: ignore[arg-type]
+    root = s.bias_correction2**0.5  # type: ignore[operator]
+    return s.eps * root, root / s.bias_correction1  # type: ignore[operator]
 
 
-def widened(lists: StepLists) -> StepLists:
-    """The lists as they are computed with: fp16 and bf16 copied to fp32, all else as it is."""
-    return StepLists(*([tensor.to(wide_dtype(tensor)) for tensor in column] for column in lists))
+def _denominators(wide: StepLists, eps: Any) -> list[Tensor]:
+    denominators = list(torch._foreach_sqrt(wide.exp_avg_sqs))
+    torch._foreach_add_(denominators, [eps] * len(denominators) if isinstance(eps, Tensor) else eps)
+    return denominators
+
+
+def widened(lists: StepLists, columns: Sequence[str] = StepLists._fields) -> StepLists:
+    """The lists as they are computed with: fp16 and bf16 of some columns copied to fp32, all else as it is."""
+    return lists._replace(
+        **{name: [tensor.to(wide_dtype(tensor)) for tensor in getattr(lists, name)] for name in columns}
+    )
 
 
 def write_back(wide: StepLists, lists: StepLists, s: StepScalars, columns: Sequence[str]) -> None:

@@ -61,20 +61,21 @@ class StepScalars(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a step: views of some entries of the lists."""
+    """What is stepped together: whole entries of the lists, as views or copies."""
 
-    lists: StepLists
+    parts: list[StepLists]
+    """One, or the parts of a single entry, which are stepped one after another."""
     scalars: StepScalars
     owners: slice | Tensor
-    """Which entries they are of: an index of the first dimension."""
+    """Which entries they are: an index of the first dimension."""
+    small: bool
+    """Whether there is room for a copy of one of the lists."""
     sizes: Tensor | None = None
-    """Where the one entry holds several, one after another: their numbers of elements, int64 ``[n]``."""
-    whole: bool = True
-    """Whether no entry is a part of one."""
+    """Where one tensor holds several entries, one after another: their numbers of elements, int64 ``[n]``."""
 
 
 def pieces(lists: StepLists, scalars: StepScalars, size: int) -> Iterator[Piece]:
-    """Cuts lists into pieces of at most ``size`` elements: small tensors together, large ones in parts.
+    """Small tensors together, at most ``size`` elements of them, and large ones in parts of at most ``size`` elements.
 
     A tensor whose memory has gaps is taken whole.
     """
@@ -83,28 +84,29 @@ def pieces(lists: StepLists, scalars: StepScalars, size: int) -> Iterator[Piece]
     for owner, entry in enumerate(zip(*lists, strict=True)):
         parts = _parts(entry, size)
         if columns and (len(parts) > 1 or held + entry[0].numel() > size):
-            yield _piece(columns, scalars, slice(first, owner))
+            yield _together(columns, scalars, first)
             columns, held = [], 0
         if len(parts) > 1:
-            for part in parts:
-                yield _piece([part], scalars, slice(owner, owner + 1))._replace(whole=False)
+            yield Piece(
+                [_lists([part]) for part in parts], scalars.of(slice(owner, owner + 1)), slice(owner, owner + 1), False
+            )
             continue
         first = first if columns else owner
         columns.append(entry)
         held += entry[0].numel()
     if columns:
-        yield _piece(columns, scalars, slice(first, first + len(columns)))
+        yield _together(columns, scalars, first)
 
 
-def whole(lists: StepLists, scalars: StepScalars) -> Iterator[Piece]:
+def whole(lists: StepLists, scalars: StepScalars, *, small: bool) -> Iterator[Piece]:
     """All entries at once."""
-    yield Piece(lists, scalars, slice(0, len(lists.params)))
+    yield Piece([lists], scalars, slice(0, len(lists.params)), small)
 
 
 def one_by_one(lists: StepLists, scalars: StepScalars) -> Iterator[Piece]:
     """One entry after another."""
     for owner, entry in enumerate(zip(*lists, strict=True)):
-        yield _piece([entry], scalars, slice(owner, owner + 1))
+        yield _together([entry], scalars, owner)
 
 
 def in_memory_order(entry: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -121,5 +123,10 @@ def _parts(entry: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
     return [entry] if flat is None else list(zip(*(tensor.split(size) for tensor in flat), strict=True))
 
 
-def _piece(columns: list[tuple[Tensor, ...]], scalars: StepScalars, owners: slice) -> Piece:
-    return Piece(StepLists(*(list(column) for column in zip(*columns, strict=True))), scalars.of(owners), owners)
+def _together(columns: list[tuple[Tensor, ...]], scalars: StepScalars, first: int) -> Piece:
+    owners = slice(first, first + len(columns))
+    return Piece([_lists(columns)], scalars.of(owners), owners, True)
+
+
+def _lists(entries: list[tuple[Tensor, ...]]) -> StepLists:
+    return StepLists(*map(list, zip(*entries, strict=True)))

@@ -22,6 +22,11 @@ def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor
 
 
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The device mesh that a DTensor is spread over; None for any other tensor, with which it takes no common steps."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
 def is_sharded(param: Tensor) -> bool:
     """Whether other ranks hold other parts of a parameter."""
     return isinstance(param, DTensor) and bool(_sharded_dims(param))

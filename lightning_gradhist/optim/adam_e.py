@@ -155,4 +155,5 @@ class AdamE(ExploringOptimizer):
         for batch in batches:
             step = batch.backend.function(adam_e_step)
             for piece in batch.pieces(WRITTEN):
-                step(piece.lists, piece.scalars, decoupled_weight_decay=batch.group["decoupled_weight_decay"])
+                for part in piece.parts:
+                    step(part, piece.scalars, decoupled_weight_decay=batch.group["decoupled_weight_decay"])

@@ -23,6 +23,7 @@ from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
 from lightning_gradhist.optim._parameters import wide_dtype
 from lightning_gradhist.optim._sharding import is_sharded, refuse_flat, sum_over_shards
 
+_READ = ("params", "exp_avgs", "exp_avg_sqs")
 EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
 EPS3 = 1e-10
@@ -48,7 +49,7 @@ def alto_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[T
     wide = widened(lists)
     move_moments(explored_gradients(wide, s), wide, s)
     write_back(wide, lists, s, STATE)
-    wide = widened(lists)  # rounded: what the second phase reads
+    wide = widened(lists, _READ)  # rounded: what a second phase reads
     return wide.params, _updates(wide, s)
 
 
@@ -61,10 +62,10 @@ def squared_norms(thetas: list[Tensor], updates: list[Tensor], sizes: Tensor | N
 
 
 def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
-    if torch.compiler.is_compiling():  # which adds up one by one, and in float64 at no cost
+    on_cpu = tensors[0].device.type == "cpu"
+    if on_cpu and torch.compiler.is_compiling():  # which adds up one by one, and in float64 at no cost
         sums = [tensor.square().sum(dtype=torch.float64) for tensor in tensors]
         return torch.stack(sums).to(tensors[0].dtype)
-    on_cpu = tensors[0].device.type == "cpu"
     if on_cpu and any(tensor.numel() > _EXACT_NORM for tensor in tensors):
         return torch.stack([tensor.square().sum() for tensor in tensors])
     return torch.stack(list(torch._foreach_norm(tensors))).square_()
@@ -78,8 +79,12 @@ def alto_apply(lists: StepLists, s: StepScalars, ratios: Tensor | None) -> None:
         s: The scalars of this step.
         ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
     """
-    wide = widened(lists)
-    updates = _updates(wide, s)
+    subtract_updates(lists, s, _updates(widened(lists, _READ), s), ratios)
+
+
+def subtract_updates(lists: StepLists, s: StepScalars, updates: list[Tensor], ratios: Tensor | None) -> None:
+    """As :func:`alto_apply`, with updates ``r`` that are at hand; they are changed."""
+    wide = widened(lists, ("params",))
     if ratios is not None:
         torch._foreach_mul_(updates, list(ratios.unbind()))
     add_multiple(wide.params, updates, -s.lr)
@@ -152,7 +157,8 @@ class ALTO(ExploringOptimizer):
         maximize: Ascend instead of descend.
         foreach: How the eager step is made: None goes through all tensors in pieces that fit a cache (CPU), or of a
             bounded size (other devices); True takes all tensors at once, which needs memory for several copies of
-            them; False takes one tensor at a time. The result is the same but for the order of the sums in the norms.
+            them; False takes one tensor at a time. The result is the same but for the order of the sums in the norms (and, with
+            ``state_dtype=torch.bfloat16``, for the neighbour that is then chosen).
         fused: True makes the step in one pass over memory: on CUDA by a Triton kernel for all tensors, on the CPU by
             the eager step compiled with ``torch.compile`` (which needs a C++ compiler and, once, its time). False
             does not. None takes the kernels on CUDA devices where Triton is installed, they take the tensors,
@@ -226,15 +232,22 @@ class ALTO(ExploringOptimizer):
 
     def _update(self, batches: list[Batch]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
-        sharded = any(is_sharded(param) for param in layers)
-        phases = [_first_phase(batch, at_once=not sharded) for batch in batches]
-        if sharded:
-            owners = [param for batch in batches for param in batch.owners]
-            sum_over_shards(layers, dict(zip(owners, (row for sums, _ in phases for row in sums), strict=True)))
-        for batch, (sums, done) in zip(batches, phases, strict=True):
-            for piece in () if done else batch.pieces(("params",)):
-                if sharded or not piece.whole:
-                    _second_phase(batch, piece, sums[piece.owners])
+        if any(is_sharded(param) for param in layers):
+            self._update_shards(batches, layers)
+            return
+        for batch in batches:
+            for piece in batch.pieces((*STATE, "params")):
+                _step(batch, piece)
+
+    @staticmethod
+    def _update_shards(batches: list[Batch], layers: list[Tensor]) -> None:
+        """Moves all on before anything is subtracted, so that one collective does for all norms."""
+        sums = [_all_moments(batch) for batch in batches]
+        owners = [param for batch in batches for param in batch.owners]
+        sum_over_shards(layers, dict(zip(owners, (row for rows in sums for row in rows), strict=True)))
+        for batch, squares in zip(batches, sums, strict=True):
+            for piece in batch.pieces(("params",)):
+                _apply(batch, piece, squares[piece.owners])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.
@@ -266,44 +279,55 @@ class ALTO(ExploringOptimizer):
             state_dict: What :meth:`state_dict` returned; it is not changed.
 
         Raises:
-            ValueError: If the groups do not fit or a hyper-parameter is out of range; nothing has been
-                changed then.
+            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
+                has been changed then.
         """
         groups = state_dict["param_groups"]
         is_authors = bool(groups) and all("alp" in group for group in groups)
         super().load_state_dict(_from_authors(state_dict) if is_authors else state_dict)
 
 
-def _first_phase(batch: Batch, *, at_once: bool) -> tuple[Tensor, bool]:
-    """Move ``e``, ``m`` and ``v`` on; with ``at_once`` make the whole step of what is whole, while it is in the cache.
+def _step(batch: Batch, piece: Piece) -> None:
+    """Makes the step of whole tensors, while they are in the cache."""
+    if not piece.small:
+        _apply(batch, piece, _moments(batch, piece))
+        return
+    (lists,) = piece.parts
+    thetas, updates = batch.backend.function(alto_updates)(lists, piece.scalars)
+    squares = squared_norms(thetas, updates, piece.sizes) if batch.group["layerwise"] else None
+    subtract_updates(lists, piece.scalars, updates, _ratios(piece, squares))
 
-    Returns:
-        ``[n, 2]``: squared norms of ``theta`` and ``r`` of the entries that are not done; and whether all are.
-    """
+
+def _all_moments(batch: Batch) -> Tensor:
     m = batch.lists.exp_avgs[0]
     sums = torch.zeros(len(batch.lists.params), 2, dtype=wide_dtype(m), device=m.device)
-    done = at_once
-    for piece in batch.pieces((*STATE, "params") if at_once else STATE):  # in order: the same sums from run to run
-        if piece.sizes is None:
-            squares = batch.backend.function(alto_moments)(piece.lists, piece.scalars)
-        else:
-            squares = squared_norms(*batch.backend.function(alto_updates)(piece.lists, piece.scalars), piece.sizes)
-        if at_once and piece.whole:
-            _second_phase(batch, piece, squares)
-        else:
-            sums[piece.owners] += squares
-            done = False
-    return sums, done
+    for piece in batch.pieces(STATE):
+        sums[piece.owners] = _moments(batch, piece)
+    return sums
 
 
-def _second_phase(batch: Batch, piece: Piece, squares: Tensor) -> None:
-    """Subtract the update, once the squared norms ``[n, 2]`` of the entries are known."""
-    ratios = None
-    if batch.group["layerwise"]:
-        ratios = trust_ratio(squares)
-        if piece.sizes is not None:
-            ratios = ratios.repeat_interleave(piece.sizes)[None]
-    batch.backend.function(alto_apply)(piece.lists, piece.scalars, ratios)
+def _moments(batch: Batch, piece: Piece) -> Tensor:
+    """Moves ``e``, ``m`` and ``v`` on; the squared norms ``[n, 2]`` of the entries."""
+    if piece.sizes is not None:
+        (lists,) = piece.parts
+        return squared_norms(*batch.backend.function(alto_updates)(lists, piece.scalars), piece.sizes)
+    moments = batch.backend.function(alto_moments)
+    return torch.stack([moments(part, piece.scalars) for part in piece.parts]).sum(0)
+
+
+def _apply(batch: Batch, piece: Piece, squares: Tensor) -> None:
+    """Subtracts the updates, once the squared norms ``[n, 2]`` of the entries are known."""
+    ratios = _ratios(piece, squares if batch.group["layerwise"] else None)
+    for part in piece.parts:
+        batch.backend.function(alto_apply)(part, piece.scalars, ratios)
+
+
+def _ratios(piece: Piece, squares: Tensor | None) -> Tensor | None:
+    """What the entries are multiplied by: one number each, or one for each element of what holds several."""
+    if squares is None:
+        return None
+    ratios = trust_ratio(squares)
+    return ratios if piece.sizes is None else ratios.repeat_interleave(piece.sizes)[None]
 
 
 def _from_authors(state_dict: StateDict) -> StateDict:

@@ -15,6 +15,7 @@ from lightning_gradhist.explore import AUTO, check_explore, explore_choice, reso
 from lightning_gradhist.optim._base import set_batch_size
 from lightning_gradhist.optim._formulas import mixed_gradients, move_average
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
+from lightning_gradhist.optim._sharding import mesh_of
 
 BUFFER = "exp_avg_grad"
 
@@ -193,12 +194,16 @@ class EAdaptor(Optimizer):
     def _by_group(
         self, averages: dict[Tensor, Tensor]
     ) -> list[tuple[list[Tensor], list[Tensor], list[Tensor], float, float]]:
+        """Parameters, gradients and ``e`` of each group, those of each device mesh apart, and the group's two numbers."""
         lists = []
         for group in self.param_groups:
-            params = [param for param in group["params"] if param in averages]
-            grads = [param.grad for param in params]
-            if params:
-                numbers = resolve_explore(*(group[name] for name in self._names()))
+            numbers = resolve_explore(*(group[name] for name in self._names()))
+            by_mesh: dict[Any, list[Tensor]] = {}
+            for param in group["params"]:
+                if param in averages:
+                    by_mesh.setdefault(mesh_of(param), []).append(param)
+            for params in by_mesh.values():
+                grads = [param.grad for param in params if param.grad is not None]
                 lists.append((params, grads, [averages[param] for param in params], *numbers))
         return lists
 
