@@ -67,7 +67,7 @@ def batch_size_tradeoff(
         >>> row.batch_size, row.steps.value, row.samples.value  # four times the GPUs: 2.5 times as fast, 1.6 times the work
         (1000, 0.4, 1.6)
     """
-    if not 0 <= noise.lower <= noise.value <= noise.upper < math.inf:
+    if not noise.bounded:
         raise ValueError(
             f"noise must have a bounded interval, got {noise.lower:g} to {noise.upper:g}; record a longer run"
         )

@@ -83,8 +83,11 @@ class CalibrationResult:
         if self.noise_scale is None or self.effective_batch_size is None:
             return "it takes a noise scale and the batch size"
         if self.noise_source != "record":
-            return "the noise scale of a probe at the start of a run is far too small for it; record a run"
-        if math.isinf(self.noise_scale.upper):
+            return (
+                "the noise scale of a probe at the start of a run is far too small for it; record a run with"
+                " GradientHistogramMonitor"
+            )
+        if not self.noise_scale.bounded:
             return "the interval of the noise scale has no bound; record a longer run"
         return None
 
@@ -128,10 +131,7 @@ class CalibrationResult:
         table = "\n".join(f"| {name} | {value} |" for name, value in self.rows())
         reasons = "\n".join(f"- {reason}" for reason in (*self.problems, *self.reasons))
         title = "applied" if self.applied else "not applied (apply=False)"
-        cells = [_TRADEOFF_HEADER, ("---",) * 3, *map(_tradeoff_cells, self.tradeoff())] if self.tradeoff() else []
-        tradeoff = "".join(f"| {' | '.join(row)} |\n" for row in cells)
-        heading = f"\n**{_TRADEOFF}**, as multiples of now\n\n" if tradeoff else ""
-        return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n{heading}{tradeoff}"
+        return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n{self._tradeoff_markdown()}"
 
     def scalars(self) -> dict[str, float]:
         """The numbers of the report by tag; what is not known or not finite is left out."""
@@ -154,6 +154,13 @@ class CalibrationResult:
         widths = [max(map(len, column)) for column in zip(_TRADEOFF_HEADER, *rows, strict=True)]
         table = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (_TRADEOFF_HEADER, *rows)]
         return [f"  {_TRADEOFF}, as multiples of now", *(f"    {line}" for line in table)]
+
+    def _tradeoff_markdown(self) -> str:
+        rows = [_tradeoff_cells(row) for row in self.tradeoff()]
+        if not rows:
+            return ""
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (_TRADEOFF_HEADER, ("---", "---", "---"), *rows))
+        return f"\n**{_TRADEOFF}**, as multiples of now\n\n{table}\n"
 
     def _by_change(self) -> dict[tuple[str, float | str, float], str]:
         groups: dict[tuple[str, float | str, float], list[int]] = {}

@@ -53,7 +53,8 @@ def test_rows() -> None:
         ("noise scale (probe)", "1,234 samples, 95%: 20.1 to unbounded"),
         (
             "what more GPUs would buy",
-            "not known: the noise scale of a probe at the start of a run is far too small for it; record a run",
+            "not known: the noise scale of a probe at the start of a run is far too small for it; record a run with"
+            " GradientHistogramMonitor",
         ),
         ("learning rate", "times 2.5 (surge; 2 to 3)"),
         ("eps (group 0, 1)", "1e-08 -> 1e-10"),
