@@ -25,6 +25,11 @@ class NoiseEstimate:
     confidence: float
     measurements: int
 
+    @property
+    def bounded(self) -> bool:
+        """Whether value and interval are finite."""
+        return math.isfinite(self.value) and 0 <= self.lower <= self.upper < math.inf
+
 
 def ratio_estimate(
     noise: Sequence[float], signal: Sequence[float], *, scale: float, confidence: float, references: float = math.inf

@@ -13,13 +13,23 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from sklearn.datasets import load_digits
 from support import Batches, Net, TwoOptimizers, dataset, events, fit, loader, trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_gradhist import ALTO, AdamE, GradientHistogramMonitor, OptimizerCalibration, SurgeLaw
+from lightning_gradhist import (
+    ALTO,
+    AdamE,
+    GradientHistogramMonitor,
+    OptimizerCalibration,
+    SaturatingLaw,
+    SurgeLaw,
+    batch_size_tradeoff,
+)
 from lightning_gradhist.report.record import RunRecord
+from lightning_gradhist.surge import NOISE_LAWS
 
 
 def with_eps(eps: float, **options: Any) -> Any:
@@ -45,12 +55,15 @@ def warned(caught: Any) -> list[str]:
 # --- epsilon ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_epsilon_that_damps_is_lowered_to_the_lower_end(tmp_path) -> None:
+def test_an_epsilon_that_damps_is_lowered_until_it_is_idle(tmp_path) -> None:
     result, group = calibrated(
         tmp_path, OptimizerCalibration(learning_rate="keep"), module=Net(with_eps(1e-1)), data=loader(4)
     )
-    assert group["eps"] == result.epsilon == result.epsilon_range.lower < 1e-1
-    assert result.epsilon_range.damped_share(1e-1) > 0.25
+    assert group["eps"] == result.epsilon < 1e-1
+    space = result.epsilon_range
+    assert space.damped_share(1e-1) > 0.25 and space.damped_share(group["eps"]) <= 0.02 < space.damped_share(
+        10 * group["eps"]
+    )
     assert any("lowered to" in reason for reason in result.reasons)
 
 
@@ -67,6 +80,51 @@ def test_epsilon_can_be_kept_or_given(tmp_path, epsilon: Any, expected: float) -
     calibration = OptimizerCalibration(learning_rate="keep", epsilon=epsilon)
     _, group = calibrated(tmp_path, calibration, module=Net(with_eps(1e-1)))
     assert group["eps"] == expected
+
+
+class DigitsNet(L.LightningModule):
+    """Handwritten digits, a bias before a BatchNorm, and a factor on the loss."""
+
+    def __init__(self, loss_scale: float) -> None:
+        super().__init__()
+        self.loss_scale = loss_scale
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss_scale * nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def digits_run(folder: Any, loss_scale: float, epsilon: str, seed: int) -> tuple[float, Any]:
+    """The final loss, not scaled, and what the calibration found."""
+    digits = load_digits()
+    data = TensorDataset(torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target))
+    calibration = OptimizerCalibration(epsilon=epsilon, learning_rate="keep", probe_batches=8)
+    made = trainer(folder, calibration, logger=False, max_epochs=2)
+    L.seed_everything(seed, verbose=False)
+    module = DigitsNet(loss_scale)
+    made.fit(module, DataLoader(data, 64, shuffle=True, drop_last=True))
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(module.train().net(data.tensors[0]), data.tensors[1])
+    return float(loss), calibration.result
+
+
+def test_auto_makes_the_run_the_same_at_every_scale_of_the_loss(tmp_path) -> None:
+    unscaled = [digits_run(tmp_path, 1.0, "auto", seed)[0] for seed in range(3)]
+    seed_noise = float(torch.tensor(unscaled).std())
+    for loss_scale in (1e-8, 1e-4, 1e4):
+        loss, _ = digits_run(tmp_path, loss_scale, "auto", seed=0)
+        assert abs(loss - unscaled[0]) < seed_noise / 4, loss_scale
+    default, _ = digits_run(tmp_path, 1e-8, "keep", seed=0)
+    assert default > unscaled[0] + 20 * seed_noise
+
+
+def test_a_bias_whose_gradient_is_rounding_noise_does_not_lower_epsilon(tmp_path) -> None:
+    _, result = digits_run(tmp_path, 1.0, "auto", seed=0)
+    assert result.epsilon_range.per_name["net.0.bias"][1] < 1e-6 and result.epsilon_range.lower < 1e-8
+    assert result.epsilon == 1e-8 and result.changes == ()
 
 
 class Regression(L.LightningModule):
@@ -114,10 +172,43 @@ def test_range_and_noise_scale_are_those_of_the_data(tmp_path, accumulate: int) 
     assert result.gradients == 512
 
 
+HALF = "which holds nothing below 6e-8 but zero"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "before", "after"),
+    [
+        pytest.param(torch.optim.AdamW, 1e-8, 1e-7, id="raised"),
+        pytest.param(torch.optim.AdamW, 1e-6, 1e-6, id="large enough"),
+        pytest.param(AdamE, 1e-8, 1e-8, id="state in single"),
+    ],
+)
+def test_float16_does_not_hold_the_default(tmp_path, optimizer: Any, before: float, after: float) -> None:
+    module = Regression(lambda parameters: optimizer(parameters, lr=1e-3, eps=before))
+    result, group = calibrated(
+        tmp_path, OptimizerCalibration(learning_rate="keep"), module=module, data=loader(4), precision="16-true"
+    )
+    assert module.weight.dtype == torch.float16
+    assert group["eps"] == result.epsilon == after
+    assert any(HALF in reason for reason in result.reasons) == (after > before)
+
+
+@pytest.mark.parametrize(("epsilon", "finite"), [("keep", False), ("auto", True)])
+def test_the_floor_of_float16_saves_a_run(tmp_path, epsilon: str, finite: bool) -> None:
+    class Small(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) / 1000  # squares of its gradients are 0 in float16
+
+    module = Small(with_eps(1e-8, lr=1e-4))
+    calibration = OptimizerCalibration(learning_rate="keep", epsilon=epsilon, probe_batches=4)
+    fit(tmp_path, calibration, module=module, data=loader(4), precision="16-true", logger=False, max_steps=4)
+    assert bool(module.weight.isfinite().all()) == finite
+
+
 # --- learning rate ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("law", "expected"), [("sqrt", 2.0), ("linear", 4.0), ("keep", 1.0)])
+@pytest.mark.parametrize(("law", "expected"), [("sqrt", 2.0), ("fourth_root", 2**0.5), ("linear", 4.0), ("keep", 1.0)])
 def test_the_plain_laws(tmp_path, law: str, expected: float) -> None:
     calibration = OptimizerCalibration(reference_batch_size=4, learning_rate=law, epsilon="keep")
     result, group = calibrated(tmp_path, calibration, data=loader(16))
@@ -135,21 +226,24 @@ def test_a_probe_stays_between_one_and_the_square_root(tmp_path, reference: int,
     assert result.noise_source == "probe"
 
 
-def test_a_record_gives_the_full_law(tmp_path) -> None:
+def test_a_record_gives_the_full_law_and_what_more_gpus_would_buy(tmp_path) -> None:
     path = record_of_a_run(tmp_path / "run", data=loader(8, samples=512), module=Net(with_eps(1e-8, lr=4e-3)))
-    result, group = calibrated(
-        tmp_path / "next",
-        OptimizerCalibration(reference=path, probe_batches=16),
-        module=Net(with_eps(1e-8, lr=1.0)),
-        data=loader(32, samples=512),
-        max_epochs=1,
-    )
     noise = RunRecord.load(path).optimizers[0].noise["adam"]
-    law = SurgeLaw(noise.value, valid_until=math.pi / 2 * noise.value)
-    assert result.law == "surge" and result.noise_source == "record"
-    assert result.ratio == pytest.approx(law.ratio(32, 8))
-    assert group["lr"] == pytest.approx(4e-3 * law.ratio(32, 8))  # the recorded rate, not the 1.0 in the code
-    assert any("of the recorded rate" in reason for reason in result.reasons)
+    surge = SurgeLaw(noise.value, valid_until=math.pi / 2 * noise.value)
+    for name, law in (("surge", surge), ("saturating", SaturatingLaw(noise.value))):
+        result, group = calibrated(
+            tmp_path / name,
+            OptimizerCalibration(reference=path, learning_rate=name, probe_batches=16),
+            module=Net(with_eps(1e-8, lr=1.0)),
+            data=loader(32, samples=512),
+            max_epochs=1,
+        )
+        assert result.law == name and result.noise_source == "record"
+        assert result.ratio == pytest.approx(law.ratio(32, 8))
+        assert group["lr"] == pytest.approx(4e-3 * law.ratio(32, 8))  # the recorded rate, not the 1.0 in the code
+        assert any("of the recorded rate" in reason for reason in result.reasons)
+        assert result.tradeoff() == batch_size_tradeoff(noise, 32)
+        assert events(tmp_path / name).Images("calibration/steps_and_samples_over_batch_size")
 
 
 def test_another_class_takes_the_ratio_for_its_own_rate(tmp_path) -> None:
@@ -178,7 +272,7 @@ def test_groups_keep_their_ratios_and_schedules_follow(tmp_path) -> None:
     assert made.lr_scheduler_configs[0].scheduler.base_lrs == pytest.approx([2e-2, 2e-3])
     factor = (1 + math.cos(math.pi * 10 / 100)) / 2
     assert (first["lr"], second["lr"]) == (pytest.approx(2e-2 * factor), pytest.approx(2e-3 * factor))
-    assert first["eps"] == calibration.result.epsilon_range.lower
+    assert first["eps"] == calibration.result.epsilon < 1e-1
     assert second["eps"] == 1e-30
 
 
@@ -337,9 +431,10 @@ def test_an_epsilon_of_another_kind_is_left_alone(tmp_path, name: str) -> None:
     assert group["eps"] == 1e-1
 
 
-def test_the_surge_law_is_not_for_sgd(tmp_path) -> None:
-    calibration = OptimizerCalibration(reference_batch_size=2, epsilon="keep")
-    with pytest.warns(UserWarning, match="surge law is for optimizers like Adam, and SGD.*'linear', 'sqrt' or 'keep'"):
+@pytest.mark.parametrize("law", NOISE_LAWS)
+def test_a_law_for_adam_is_not_for_sgd(tmp_path, law: str) -> None:
+    calibration = OptimizerCalibration(reference_batch_size=2, epsilon="keep", learning_rate=law)
+    with pytest.warns(UserWarning, match=f"{law} law is for optimizers like Adam, and SGD.*'linear', 'sqrt' or 'keep'"):
         _, group = calibrated(tmp_path, calibration, module=Net(lambda p: torch.optim.SGD(p, lr=0.1)))
     assert group["lr"] == 0.1
 
@@ -451,7 +546,7 @@ def test_a_trainer_of_the_other_package_is_as_good(tmp_path) -> None:
         pytest.param({"epsilon": True}, "epsilon must be .* got True", id="epsilon true"),
         pytest.param({"epsilon": math.nan}, "epsilon must be .* got nan", id="epsilon nan"),
         pytest.param({"learning_rate": "cubic"}, "learning_rate must be one of .*surge", id="law"),
-        pytest.param({"fallback": "surge"}, "fallback must be 'keep', 'sqrt' or 'linear'", id="fallback"),
+        pytest.param({"fallback": "surge"}, "fallback must be one of .*'sqrt', .*'surge'", id="fallback"),
         pytest.param({"probe_batches": 1}, "probe_batches must be at least 4, got 1", id="probe"),
         pytest.param({"confidence": 1.0}, "confidence must lie between 0 and 1", id="confidence"),
     ],
