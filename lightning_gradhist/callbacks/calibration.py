@@ -14,7 +14,7 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.decision import MIN_BATCHES, Decision
-from lightning_gradhist.callbacks.gradients import model_shapes, replicas
+from lightning_gradhist.callbacks.gradients import is_sharded, model_shapes, replicas
 from lightning_gradhist.callbacks.handoff import apply_changes, holds_before
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import sinks
@@ -186,8 +186,10 @@ class OptimizerCalibration(Callback):
 def _obstacle(trainer: Trainer) -> str | None:
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
-    if replicas(trainer) is None:
-        return f"{type(trainer.strategy).__name__} is not supported, only one device and DDP are"
+    if replicas(trainer) is None and not is_sharded(trainer):
+        return (
+            f"{type(trainer.strategy).__name__} is not supported, only one device, DDP and ModelParallelStrategy (FSDP2) are"
+        )
     if trainer.global_step > 0:
         return (
             f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"
