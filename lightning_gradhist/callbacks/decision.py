@@ -132,28 +132,33 @@ class Decision:
         planned = int(least_over_ranks(min(self.options.probe_batches, available), self.trainer))
         if impossible is None and planned < MIN_BATCHES:
             impossible = f"it needs {MIN_BATCHES} full batches, and the loader has {planned}"
-        if impossible is not None:
-            self._no_probe(impossible)
-            return
+        why_none = impossible or self._try_probe(planned)
+        if why_none is not None:
+            self.problems.append(
+                f"no probe: {why_none}. What needs one is left as it is (epsilon='keep' asks for none)"
+            )
+
+    def _try_probe(self, planned: int) -> str | None:
+        """Probes, or says why there is no probe."""
         try:
             with ExitStack() as stack:
                 kept = no_trace(self.trainer, self.module)
                 together(self.trainer, "to remember what is to be put back", lambda: stack.enter_context(kept))
-                tick = stack.enter_context(progress(self.trainer, planned))
-                self._measure(planned, tick)
+                self._measure(planned, stack.enter_context(progress(self.trainer, planned)))
+            return None
         except ProbeRefusedError as error:
-            self._no_probe(str(error))
+            why = str(error)
         except Exception as error:
             if self.trainer.world_size > 1 or not is_out_of_memory(error):
-                raise
-            self._no_probe(f"its copies of the parameters do not fit into memory ({error})")
+                raise  # ranks that have not failed wait for this one
+            why = f"there is no memory for it beside the model ({error})"
         free_memory()
-
-    def _no_probe(self, why: str) -> None:
-        self.problems.append(f"no probe: {why}. What needs one is left as it is (epsilon='keep' asks for none)")
+        return why
 
     def _measure(self, planned: int, tick: Callable[[], Any]) -> None:
-        probe = Probe(self.trainer, self.module, self.optimizer, batch_of_rank(self.trainer, self.options.batch_size), tick)
+        probe = Probe(
+            self.trainer, self.module, self.optimizer, batch_of_rank(self.trainer, self.options.batch_size), tick
+        )
         samples = (self.batch_size or self.micro_batches) / self.micro_batches
         noise = together(self.trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
         first = (planned + 1) // 2
@@ -166,6 +171,7 @@ class Decision:
                 " its gradient is not finite, or no parameter has a gradient; look at the first batches with"
                 " Trainer(detect_anomaly=True)"
             )
+            self.problems.extend(probe.left_out())
             return
         clipping = self._find_search_space(noise, probe)
         eps = self._epsilon_of(self.optimizer.param_groups[0]) / clipping

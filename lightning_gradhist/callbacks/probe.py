@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
@@ -312,11 +312,11 @@ def _iterator_within(trainer: Trainer) -> str | None:
     """An attribute of data that are read in this process and hold an iterator, or None."""
     for loader in CombinedLoader(trainer.train_dataloader).flattened:
         data = loader.dataset if isinstance(loader, DataLoader) and loader.num_workers == 0 else loader
-        if isinstance(data, DataLoader) or not hasattr(data, "__dict__"):
-            continue
-        for name, value in vars(data).items():
-            if isinstance(value, Iterator) and not hasattr(data, "__getitem__"):
-                return f"{type(data).__name__}.{name}"
+        by_index = hasattr(type(data), "__getitem__") and not isinstance(data, IterableDataset)
+        if not by_index and not isinstance(data, DataLoader) and hasattr(data, "__dict__"):
+            for name, value in vars(data).items():
+                if isinstance(value, Iterator):
+                    return f"{type(data).__name__}.{name}"
     return None
 
 

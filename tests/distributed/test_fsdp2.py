@@ -102,7 +102,9 @@ def test_a_probe_of_shards_is_that_of_the_whole(run) -> None:
             if index == 4:
                 noise.split(eps=1e-3)
             noise.update(expected)
-            assert seen[0]["parts"][index].keys() == {name for name in expected if "norm" not in name}  # which is not used
+            assert seen[0]["parts"][index].keys() == {
+                name for name in expected if "norm" not in name
+            }  # which is not used
             for name in seen[0]["parts"][index]:
                 of_ranks = torch.cat([rank["parts"][index][name] for rank in seen])
                 torch.testing.assert_close(of_ranks, expected[name].flatten(), msg=f"{how} {name}")
