@@ -142,9 +142,8 @@ class Decision:
         """Probes, or says why there is no probe."""
         try:
             with ExitStack() as stack:
-                kept = no_trace(self.trainer, self.module)
-                together(self.trainer, "to remember what is to be put back", lambda: stack.enter_context(kept))
-                self._measure(planned, stack.enter_context(progress(self.trainer, planned)))
+                tick = together(self.trainer, "its start", lambda: self._begin(stack, planned))
+                self._measure(planned, tick)
             return None
         except ProbeRefusedError as error:
             why = str(error)
@@ -154,6 +153,10 @@ class Decision:
             why = f"there is no memory for it beside the model ({error})"
         free_memory()
         return why
+
+    def _begin(self, stack: ExitStack, planned: int) -> Callable[[], Any]:
+        stack.enter_context(no_trace(self.trainer, self.module))
+        return stack.enter_context(progress(self.trainer, planned))
 
     def _measure(self, planned: int, tick: Callable[[], Any]) -> None:
         probe = Probe(
