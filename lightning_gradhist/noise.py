@@ -194,6 +194,17 @@ class NoiseScale:
         )
         self._measurements = [measurement for of_rank in gathered for measurement in of_rank]
 
+    def all_reduce_shards(self, group: Any = None) -> None:
+        """As :meth:`all_reduce`, for ranks that each hold another part of every gradient: one all-reduce of the sums.
+
+        The first half needs nothing of the other ranks. Every rank has seen the same gradients.
+        """
+        if self._measurements:
+            sums = torch.stack([measurement for measurement, _ in self._measurements])
+            torch.distributed.all_reduce(sums, group=group)
+            inflations = [inflation for _, inflation in self._measurements]
+            self._measurements = list(zip(sums.unbind(), inflations, strict=True))
+
     def simple(self, confidence: float = 0.95) -> NoiseEstimate:
         """``B_simple``, in samples, with its interval."""
         return self._estimate(0, confidence)

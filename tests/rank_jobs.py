@@ -17,8 +17,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
+from lightning_gradhist.callbacks import decision
 from lightning_gradhist.noise import GradientMoments
 
 
@@ -309,16 +311,36 @@ def out_of_step(folder: Path) -> Any:
                 raise RuntimeError("here alone")
             return super().training_step(batch, batch_idx)
 
+    class Heavy(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if rank == 1 and batch_idx == 1 and type(self.trainer.loggers[0]).__name__ == "SilentLogger":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().training_step(batch, batch_idx)
+
     few = loader(4, samples=12 if rank == 0 else 64)
+    inputs, labels = dataset(4).tensors
+    one_short = [(inputs[:size], labels[:size]) for size in (4, 4, 3 if rank == 0 else 4, 4, 4, 4, 4, 4)]
     for name, module, data, more in (
         ("uneven", Net, few, {"use_distributed_sampler": False}),
         ("fails", FailsOnOne, loader(4), {}),
         ("overflows", Gathers, loader(4), {"plugins": [_fp16()]}),
+        ("heavy", Heavy, loader(4), {}),
+        ("short", Gathers, DataLoader(one_short, batch_size=None), {"use_distributed_sampler": False}),
+        ("no room", Net, loader(4), {}),
     ):
-        calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+        if name == "no room" and rank == 0:
+            decision.NoiseScale = NoRoom
+        calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8, batch_size=4)
         fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
         found[name] = (calibration.result.gradients, calibration.result.problems)
     return found
+
+
+class NoRoom:
+    """In place of the noise scale, on a rank that has no memory left for it."""
+
+    def __init__(self, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def killed(folder: Path) -> Any:

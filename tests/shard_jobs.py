@@ -11,15 +11,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support import StateSpy, fit, loader
+from support import StateSpy, final_state, fit, loader
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor
+from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks.gradients import local_gradient
+from lightning_gradhist.callbacks.no_trace import no_trace
+from lightning_gradhist.callbacks.probe import Probe, pool
 from lightning_gradhist.optim._sharding import local
 
 OPTIMIZERS: dict[str, Any] = {
@@ -208,6 +210,87 @@ def monitored(folder: Path) -> Any:
     return found
 
 
+class Whole(Sharded):
+    """All of it sharded; noisy, with BatchNorm and dropout, and on one rank a batch without a loss and one that fails."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(replicated=how == "replicated")
+        self.noisy = how == "noisy"
+        self.dropout, self.norm = nn.Dropout(0.1), nn.BatchNorm1d(3)
+        self.batches: list[Any] = []
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh if self.replicated else self.device_mesh["data_parallel"]
+        for layer in (self.body[0], self.body[2], self.head, self.norm):
+            fully_shard(layer, mesh=mesh)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        logits = self.head(self.body(inputs))
+        return self.norm(self.dropout(logits)) if self.noisy else logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches.append(batch)
+        loss = nn.functional.cross_entropy(self.logits(batch[0]), batch[1])
+        if self.noisy and self.global_rank == 0 and type(self.logger).__name__ == "SilentLogger":
+            return {2: None, 3: loss * float("inf")}.get(batch_idx, loss)
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Nothing is left to be averaged by hand."""
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is clipped."""
+
+
+class ProbeSpy(L.Callback):
+    """What a probe gives this rank of each gradient, and the batches; whether it left the module as it was."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx > 0:
+            return
+        parameters = dict(pl_module.named_parameters())
+        self.weights = whole(pl_module)
+        with no_trace(trainer, pl_module):
+            probe = Probe(trainer, pl_module, trainer.optimizers[0])
+            self.parts = list(probe.gradients(8))
+            self.batches = list(pl_module.batches)
+            noise = NoiseScale(probe.parameters, batch_size=8)
+            for index, gradients in enumerate(self.parts):
+                if index == len(self.parts) // 2:
+                    noise.split(eps=1e-3)
+                noise.update(gradients)
+            pool(noise, trainer)
+        self.noise = noise.adam()
+        after = dict(pl_module.named_parameters())
+        self.left = all(after[name] is p and p.grad is None for name, p in parameters.items())
+
+
+def calibrated(folder: Path) -> Any:
+    """Calibrations of a sharded model: what they find, and the weights of runs with and without one."""
+    ranks = torch.distributed.get_world_size()
+    found: dict[str, Any] = {}
+
+    def run(name: str, module: Any, *callbacks: L.Callback) -> L.Trainer:
+        strategy = ModelParallelStrategy(ranks, 1, process_group_backend="gloo")
+        options = {"devices": ranks, "strategy": strategy, "max_steps": 2, "accumulate_grad_batches": 2}
+        return fit(folder / name, *callbacks, module=module, data=loader(4), **options)
+
+    for how in ("sharded", "replicated", "noisy"):
+        calibration = OptimizerCalibration(reference_batch_size=ranks, probe_batches=8, apply=False)
+        spy = ProbeSpy()
+        states = [
+            final_state(run(f"{how}/{len(callbacks)}", lambda h=how: Whole(h), *callbacks))["weights"]
+            for callbacks in ((calibration, spy), ())
+        ]
+        states = [{n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()} for state in states]
+        seen = {name: getattr(spy, name) for name in ("weights", "batches", "parts", "noise", "left")}
+        found[how] = (calibration.result, states, seen)
+    partly = OptimizerCalibration(learning_rate="keep")
+    run("partly", lambda: Sharded(False), partly)
+    found["partly"] = partly.result.problems
+    return found
+
+
 def trained(folder: Path) -> Any:
     """What needs nothing but processes, in the same ones."""
-    return {"trajectories": trajectories(folder), "monitored": monitored(folder)}
+    return {"trajectories": trajectories(folder), "monitored": monitored(folder), "calibrated": calibrated(folder)}

@@ -14,7 +14,7 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.decision import MIN_BATCHES, Decision
-from lightning_gradhist.callbacks.gradients import model_shapes, replicas
+from lightning_gradhist.callbacks.gradients import is_sharded, model_shapes, replicas
 from lightning_gradhist.callbacks.handoff import apply_changes, holds_before
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import sinks
@@ -29,7 +29,8 @@ class OptimizerCalibration(Callback):
     Before the first batch a probe takes ``probe_batches`` batches forward and backward at frozen weights, and leaves no
     trace: parameters, buffers, gradients, optimizer, schedulers, random generators, data order, metrics and the state
     that the module keeps are as if it had not happened (:func:`lightning_gradhist.callbacks.no_trace.no_trace` says what
-    cannot be put back). It holds up to five copies of the parameters while it lasts.
+    cannot be put back). It holds up to five copies of the parameters while it lasts; under FSDP2, of this rank's shards.
+    A batch that runs out of memory, is not finite or has another size than the first is left out, and the report says so.
 
     *Epsilon.* From the probe's :math:`r = \sqrt{E g^2}`, of gradients as large as the optimizer will see them (batch size,
     clipping, adaptor E), comes the search space of :func:`lightning_gradhist.epsilon_range`. ``"auto"`` keeps an epsilon
@@ -189,8 +190,8 @@ class OptimizerCalibration(Callback):
 def _obstacle(trainer: Trainer) -> str | None:
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
-    if replicas(trainer) is None:
-        return f"{type(trainer.strategy).__name__} is not supported, only one device and DDP are"
+    if replicas(trainer) is None and not is_sharded(trainer):
+        return f"{type(trainer.strategy).__name__} is not supported, only one device, DDP and ModelParallelStrategy (FSDP2) are"
     if trainer.global_step > 0:
         return (
             f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"

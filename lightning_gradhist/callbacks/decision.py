@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
-from lightning_gradhist.callbacks.gradients import effective_batch_size, full_batches, is_a, least_over_ranks
+from lightning_gradhist.callbacks.gradients import (
+    batch_of_rank,
+    effective_batch_size,
+    full_batches,
+    is_a,
+    is_sharded,
+    least_over_ranks,
+)
 from lightning_gradhist.callbacks.handoff import base_rate, keeps_own_rates
 from lightning_gradhist.callbacks.no_trace import no_trace
-from lightning_gradhist.callbacks.probe import Probe, ProbeRefusedError, clip_factor, why_impossible
+from lightning_gradhist.callbacks.probe import Probe, clip_factor, gradients_a_step, pool, why_impossible
+from lightning_gradhist.callbacks.progress import progress
+from lightning_gradhist.callbacks.refusal import ProbeRefusedError, free_memory, is_out_of_memory, together
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON, EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -64,7 +74,7 @@ class Decision:
         self.optimizer: Optimizer = trainer.optimizers[0]
         self.recorded: OptimizerRecord | None = record.optimizers[0] if record else None
         self.batch_size = effective_batch_size(trainer, options.batch_size)
-        self.micro_batches = trainer.accumulate_grad_batches * trainer.world_size
+        self.micro_batches = gradients_a_step(trainer)
         self.reasons: list[str] = []
         self.problems: list[str] = []
         self.search_space: EpsilonRange | None = None
@@ -125,64 +135,76 @@ class Decision:
         planned = int(least_over_ranks(min(self.options.probe_batches, available), self.trainer))
         if impossible is None and planned < MIN_BATCHES:
             impossible = f"it needs {MIN_BATCHES} full batches, and the loader has {planned}"
-        if impossible is not None:
-            self._no_probe(impossible)
-            return
+        why_none = impossible or self._try_probe(planned)
+        if why_none is not None:
+            self.problems.append(
+                f"no probe: {why_none}. What needs one is left as it is (epsilon='keep' asks for none)"
+            )
+
+    def _try_probe(self, planned: int) -> str | None:
+        """Probes, or says why there is no probe."""
         try:
-            with no_trace(self.trainer, self.module):
-                self._measure(planned)
+            with ExitStack() as stack:
+                tick = together(self.trainer, "its start", lambda: self._begin(stack, planned))
+                self._measure(planned, tick)
+            return None
         except ProbeRefusedError as error:
-            self._no_probe(str(error))
+            why = str(error)
+        except Exception as error:
+            if self.trainer.world_size > 1 or not is_out_of_memory(error):
+                raise  # ranks that have not failed wait for this one
+            why = f"there is no memory for it beside the model ({error})"
+        free_memory()
+        return why
 
-    def _no_probe(self, why: str) -> None:
-        self.problems.append(f"no probe: {why}. What needs one is left as it is (epsilon='keep' asks for none)")
+    def _begin(self, stack: ExitStack, planned: int) -> Callable[[], Any]:
+        stack.enter_context(no_trace(self.trainer, self.module))
+        return stack.enter_context(progress(self.trainer, planned))
 
-    def _measure(self, planned: int) -> None:
-        probe = Probe(self.trainer, self.module, self.optimizer)
-        noise = NoiseScale(probe.parameters, (self.batch_size or self.micro_batches) / self.micro_batches)
+    def _measure(self, planned: int, tick: Callable[[], Any]) -> None:
+        probe = Probe(
+            self.trainer, self.module, self.optimizer, batch_of_rank(self.trainer, self.options.batch_size), tick
+        )
+        samples = (self.batch_size or self.micro_batches) / self.micro_batches
+        noise = together(self.trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
         first = (planned + 1) // 2
         for gradient in probe.gradients(first):
             noise.update(gradient)
-        self._over_ranks(noise)
+        pool(noise, self.trainer)
         if noise.first_half.count < 2:
             self.problems.append(
                 f"the probe got {noise.first_half.count} finite gradients from {probe.batches} batches a rank: the loss or"
                 " its gradient is not finite, or no parameter has a gradient; look at the first batches with"
                 " Trainer(detect_anomaly=True)"
             )
+            self.problems.extend(probe.left_out())
             return
-        clipping = self._find_search_space(noise)
-        noise.split(self._epsilon_of(self.optimizer.param_groups[0]) / clipping, self._batch_ratio())
+        clipping = self._find_search_space(noise, probe)
+        eps = self._epsilon_of(self.optimizer.param_groups[0]) / clipping
+        together(self.trainer, "to hold gradients", lambda: noise.split(eps, self._batch_ratio()))
         for gradient in probe.gradients(planned - first):
             noise.update(gradient)
-        self._over_ranks(noise)
+        pool(noise, self.trainer)
         self.noise = noise
-        self._explain_numbers(probe.batches, noise.first_half.count + noise.measurements)
+        self._explain_numbers(probe.batches)
+        self.problems.extend(probe.left_out())
 
-    def _explain_numbers(self, batches: int, used: int) -> None:
+    def _explain_numbers(self, batches: int) -> None:
         if batches < self.options.probe_batches:
             self.problems.append(
                 f"probe_batches={self.options.probe_batches}, but the loader has {batches} full batches, which were used;"
                 f" pass probe_batches={batches}"
             )
-        if used < batches * self.trainer.world_size:
-            self.problems.append(
-                f"{batches * self.trainer.world_size - used} of {batches * self.trainer.world_size} batches of the probe gave"
-                " no finite gradient, and were left out"
-            )
 
-    def _over_ranks(self, noise: NoiseScale) -> None:
-        if self.trainer.world_size > 1:
-            noise.all_reduce()
-
-    def _find_search_space(self, noise: NoiseScale) -> float:
+    def _find_search_space(self, noise: NoiseScale, probe: Probe) -> float:
         """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
         second_moment = noise.first_half.second_moment(self._batch_ratio())
         rms = {name: v.sqrt() for name, v in second_moment.items()}
         factor, limit = 1.0, self.trainer.gradient_clip_val
         if limit:
             if str(self.trainer.gradient_clip_algorithm or "norm").endswith("norm"):
-                factor = clip_factor(second_moment, limit)
+                square = math.fsum(float(v.sum()) for v in second_moment.values())
+                factor = clip_factor(probe.over_shards(square), limit)
                 rms = {name: r * factor for name, r in rms.items()}
                 self.reasons.append(f"gradients are clipped to a norm of {limit:g}: taken times {factor:.3g}")
             else:
@@ -190,6 +212,8 @@ class Decision:
         with self.module.device:
             histogram = MagnitudeHistogram(list(rms))
         histogram.update(rms)
+        if is_sharded(self.trainer):
+            histogram.sync()  # the other ranks have counted other coordinates
         try:
             self.search_space = epsilon_range(histogram.cpu())
         except ValueError as error:

@@ -75,16 +75,23 @@ def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int
         optimization.
     """
     automatic = trainer.lightning_module.automatic_optimization
-    if batch_size is None and automatic:
-        loader = trainer.train_dataloader
-        batch_size = getattr(loader, "batch_size", None)
-        if batch_size is None:
-            batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if automatic:
+        batch_size = batch_of_rank(trainer, batch_size)
     if not isinstance(batch_size, int):
         return None
     sampler = trainer.distributed_sampler_kwargs  # the ranks of a tensor-parallel group share their samples
     ranks = sampler["num_replicas"] if sampler else trainer.world_size
     return batch_size * (trainer.accumulate_grad_batches if automatic else 1) * ranks
+
+
+def batch_of_rank(trainer: Trainer, batch_size: int | None = None) -> int | None:
+    """Samples of a micro-batch on this rank: as given, else what the loader tells; None where it does not."""
+    if batch_size is None:
+        loader = trainer.train_dataloader
+        batch_size = getattr(loader, "batch_size", None)
+        if batch_size is None:
+            batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return batch_size if isinstance(batch_size, int) else None
 
 
 def full_batches(trainer: Trainer) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_gradhist.callbacks._lightning import (
@@ -21,6 +24,7 @@ from lightning_gradhist.callbacks._lightning import (
     Trainer,
     isolate_rng,
 )
+from lightning_gradhist.callbacks.gradients import local
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # What nn.Module keeps outside its plain attributes; there is no public way to take a buffer or submodule off again.
@@ -32,9 +36,10 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[None, None,
     """On leaving, everything that a training step may change is as it was, and nothing has reached the loggers.
 
     That is: parameters, buffers and submodules; the attributes of all submodules, metrics among them, and what is in
-    their lists, dicts, sets, tuples, tensors, arrays and random generators; the attributes of samplers; the random
-    generators of torch on every device, numpy and Python, and those within loaders, samplers and datasets. What other
-    objects hold inside, and data that can be read only once, cannot be put back. It takes one copy of the parameters.
+    their lists, dicts, sets, tuples, tensors, arrays and random generators, and in what has a ``state_dict`` and takes it
+    back; optimizers and schedulers; the attributes of trainer, data module, samplers and datasets; the random generators
+    of torch on every device, numpy and Python, and those within loaders, samplers and datasets. What other objects hold
+    inside, and data that can be read only once, cannot be put back. It takes one copy of the parameters.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -42,10 +47,23 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[None, None,
         stack.enter_context(_loggers(trainer))
         memory = _Memory()
         memory.keep(module)
+        memory.keep(trainer.optimizers)
+        memory.keep([config.scheduler for config in trainer.lr_scheduler_configs])
+        for thing in (trainer, getattr(trainer, "datamodule", None)):
+            if thing is not None:
+                memory.keep_attributes(thing)
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             memory.keep_data(loader)
         stack.callback(memory.restore)
+        stack.callback(_reshard, module)
         yield
+
+
+def _reshard(module: nn.Module) -> None:
+    """Puts the shards of FSDP2 back in the place of whole parameters, which a forward without a backward leaves there."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 @contextmanager
@@ -123,11 +141,27 @@ class _Memory:
             self._keep_generator(value)
         elif isinstance(value, (dict, list, deque, set, tuple)):
             self._keep_container(value)
+        elif isinstance(value, Optimizer):  # loading its state would put new dicts and tensors in the place of the old
+            self.keep(value.param_groups)
+            self.keep(value.state)
+        elif _is_stateful(value):
+            self._keep_state(value)
 
-    def keep_data(self, thing: Any) -> None:
-        """Remembers the generators behind a loader, and the attributes of its samplers."""
-        for part in _reachable(thing, set()):
-            self.keep(vars(part) if isinstance(part, Sampler) else part)
+    def keep_attributes(self, thing: Any) -> None:
+        """Remembers which values the attributes of an object have, and not what is in them."""
+        attributes = vars(thing)
+        members = list(attributes.items())
+        self._undo.append(lambda: _refill(attributes, members))
+
+    def keep_data(self, loader: Any) -> None:
+        """Remembers the generators behind a loader, its samplers with all they hold, and its datasets without their data."""
+        for part in _reachable(loader, set()):
+            if isinstance(part, Dataset):
+                self.keep_attributes(part)
+                if _is_stateful(part):
+                    self._keep_state(part)
+            else:
+                self.keep(vars(part) if isinstance(part, Sampler) else part)
 
     def _keep_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
@@ -149,14 +183,19 @@ class _Memory:
         for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), *own.values()):
             self.keep(value)
 
+    def _keep_state(self, value: Any) -> None:
+        state = copy.deepcopy(value.state_dict())
+        self._undo.append(lambda: value.load_state_dict(state))
+
     def _keep_numbers(self, value: Any) -> None:
         if isinstance(value, np.ndarray):
             if value.flags.writeable:
                 copied = value.copy()
                 self._undo.append(lambda: np.copyto(value, copied))
         elif not is_lazy(value):
-            before = value.detach().clone()
-            self._undo.append(lambda: _write_back(value, before))
+            own = local(value.detach())  # comparing DTensors would be a collective
+            before = own.clone()
+            self._undo.append(lambda: _write_back(own, before))
 
     def _keep_generator(self, value: Any) -> None:
         if isinstance(value, np.random.Generator):
@@ -205,12 +244,20 @@ def _same(ones: list[Any], others: list[Any]) -> bool:
     return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
 
 
+def _is_stateful(value: Any) -> bool:
+    kind = type(value)
+    return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict")) and not isinstance(
+        value,
+        DataLoader,  # to ask a stateful one starts its workers; the probe reads from a copy of it
+    )
+
+
 def _reachable(thing: Any, seen: set[int]) -> Iterator[Any]:
-    """Generators and samplers behind a loader: samplers wrap samplers, and Lightning's for DDP hides one in a dataset."""
+    """Generators, samplers and datasets behind a loader: samplers wrap samplers, Lightning's for DDP hides one in a dataset."""
     if id(thing) in seen:
         return
     seen.add(id(thing))
-    if isinstance(thing, (Sampler, *_GENERATORS)):
+    if isinstance(thing, (Sampler, Dataset, *_GENERATORS)):
         yield thing
     if isinstance(thing, (DataLoader, Sampler, Dataset)):
         for part in vars(thing).values():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
@@ -21,20 +22,38 @@ from lightning_gradhist.callbacks._lightning import (
     is_overridden,
     is_param_in_hook_signature,
 )
-from lightning_gradhist.callbacks.gradients import as_real, is_a, loss_scale, optimizer_parameters
-
-
-class ProbeRefusedError(RuntimeError):
-    """The probe cannot be made; the message says why, and the way out. Raised on every rank or on none."""
+from lightning_gradhist.callbacks.gradients import (
+    as_real,
+    is_a,
+    is_sharded,
+    local,
+    local_gradient,
+    loss_scale,
+    optimizer_parameters,
+    own_parts,
+    shares,
+)
+from lightning_gradhist.callbacks.refusal import ProbeRefusedError, first_reason, free_memory, is_out_of_memory
+from lightning_gradhist.noise import NoiseScale
 
 
 class _Outcome(IntEnum):
     """How a batch went on this rank. The ranks agree on the worst, so that all call the same collectives."""
 
     DONE = 0
-    OVERFLOW = 1
-    NO_BATCH = 2
-    FAILED = 3
+    NOT_FINITE = 1
+    OUT_OF_MEMORY = 2
+    ODD_SIZE = 3
+    OVERFLOW = 4
+    NO_BATCH = 5
+    FAILED = 6
+
+
+_WHY_LEFT_OUT = {
+    _Outcome.NOT_FINITE: "gave no finite gradient",
+    _Outcome.OUT_OF_MEMORY: "ran out of memory (a smaller batch, or a model without the probe's copies, may fit)",
+    _Outcome.ODD_SIZE: "had another number of samples than the others, on one rank at least",
+}
 
 
 def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
@@ -49,93 +68,180 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
         return "the model has lazy parameters; let it see a batch before training"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the loader's iterator itself"
+    iterator = _iterator_within(trainer)
+    if iterator is not None:
+        return (
+            f"the training data holds an iterator ({iterator}), and what a probe takes from it would be lost to training;"
+            " make it in __iter__, or read in a worker, DataLoader(num_workers=1)"
+        )
+    return _why_not_sharded(trainer, module) if is_sharded(trainer) else None
+
+
+def _why_not_sharded(trainer: Trainer, module: LightningModule) -> str | None:
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if shares(trainer) is None:
+        return "the model is sharded over some of the ranks, and nobody knows whether the others hold the same"
+    whole = [name for name, p in trained.items() if not isinstance(p, DTensor)]
+    if whole and (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size) > 1:
+        return (
+            f"parameter {whole[0]!r} is not sharded, and how the ranks' gradients of it are put together only the module"
+            " knows; shard it too: fully_shard(module)"
+        )
+    # Of torch, private: there is no public way to ask for hooks. FSDP2 runs them in the backward pass that the probe needs.
+    hooked = [name for name, p in trained.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if hooked:
+        return f"parameter {hooked[0]!r} is sharded and has a hook, which the probe's backward pass would run"
     return None
+
+
+def gradients_a_step(trainer: Trainer) -> int:
+    """How many of the probe's gradients, over all ranks, an optimizer step is the mean of."""
+    return trainer.accumulate_grad_batches * (1 if is_sharded(trainer) else trainer.world_size)
+
+
+def pool(noise: NoiseScale, trainer: Trainer) -> None:
+    """Puts together what the ranks have measured, at the end of each half; to be called on every rank."""
+    if trainer.world_size > 1:
+        (noise.all_reduce_shards if is_sharded(trainer) else noise.all_reduce)()
 
 
 class Probe:
     """Gradients of single batches on this rank, neither averaged over ranks nor divided for accumulation.
 
     To be used within :func:`no_trace`. Each is the gradient of the optimizer's objective, a coupled weight decay
-    included, dense and real. The ranks go in step: each reads a batch, or none does.
+    included, dense and real. The ranks go in step: each reads a batch, or none does. Where parameters are sharded (FSDP2,
+    tensor parallelism), a gradient is the mean over the ranks' batches, and each rank is given another part of it; what
+    then fails within a pass ends the run, as in training, since the other ranks wait within the model.
 
     Args:
         trainer: whose training data and precision are used.
         module: whose ``training_step`` is called. Neither a DDP wrapper nor an override of ``backward`` has a part in it.
         optimizer: whose parameters are asked for.
+        batch_size: samples of a batch on this rank, where known. If the first batch can be counted and has as many, later
+            ones with another number are passed over.
+        tick: called for each batch that was read.
 
     Attributes:
-        parameters: names and real parameters that gradients are given for.
+        parameters: names and real parameters, or parts of them, that gradients are given for.
         batches: number of batches that were read.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: Optimizer,
+        batch_size: float | None = None,
+        tick: Callable[[], Any] = lambda: None,
+    ) -> None:
         self.batches = 0
         self._trainer = trainer
         self._module = module
+        self._batch_size = batch_size
+        self._tick = tick
         self._parameters = {n: p for n, p in optimizer_parameters(module, optimizer).items() if p.requires_grad}
-        self.parameters = {name: as_real(p.detach()) for name, p in self._parameters.items()}
+        self._shares = shares(trainer) if is_sharded(trainer) else None
+        self._module_parameters = list(module.parameters())  # now: within a pass, FSDP2 shows others in their place
+        self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
         self._decay = _coupled_decay(optimizer)
         self._scale = loss_scale(trainer)
         self._source = _batches(trainer, module)
+        self._left_out = dict.fromkeys(_WHY_LEFT_OUT, 0)
 
-    def gradients(self, number: int) -> Iterator[dict[str, Tensor | None]]:
+    def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
         """Reads up to ``number`` batches more.
 
         Yields:
-            names and gradients, None for a parameter that the batch did not use. A batch without a loss or with a
-            gradient that is not finite is passed over; under 16-mixed the loss scale is lowered first, as the scaler
-            would.
+            names and gradients, None for a parameter that the batch did not use. A batch is passed over if it has no
+            loss, or a gradient that is not finite, or another size than the first, or runs out of memory; under 16-mixed
+            the loss scale is lowered first, as the scaler would.
 
         Raises:
             ProbeRefusedError: where the training step fails, or cannot be differentiated without the hooks of the
                 parameters.
         """
         for _ in range(number):
-            batch, error = self._next()
-            outcome = _Outcome.FAILED if error else _Outcome.NO_BATCH if batch is None else _Outcome.DONE
+            batch, outcome, error = self._next()
             worst = self._worst(outcome)
             if worst is _Outcome.FAILED:
-                raise ProbeRefusedError(self._first_reason(error)) from error
+                self._refuse(error)
             if worst is _Outcome.NO_BATCH:
                 return
-            gradients = self._of_batch(batch)
+            if worst is _Outcome.DONE:
+                gradients, worst = self._of_batch(batch)
             self.batches += 1
-            if gradients is not None:
+            self._tick()
+            if worst is _Outcome.DONE:
                 yield gradients
+            else:
+                self._left_out[worst] += 1
 
-    def _next(self) -> tuple[Any, Exception | None]:
+    def left_out(self) -> list[str]:
+        """What became of the batches that gave no gradient, over all ranks; to be called on every rank."""
+        counts = torch.tensor([*self._left_out.values()], device=self._module.device)
+        if self._trainer.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        of = self.batches * self._trainer.world_size
+        found = zip(counts.tolist(), _WHY_LEFT_OUT.values(), strict=True)
+        return [f"{count} of {of} batches of the probe {why}, and were left out" for count, why in found if count]
+
+    def over_shards(self, total: float) -> float:
+        """The sum over ranks that hold different parts of a gradient, else the number itself; for every rank."""
+        if self._shares is None:
+            return total
+        summed = torch.tensor(total, dtype=torch.float64, device=self._module.device)
+        torch.distributed.all_reduce(summed)
+        return float(summed)
+
+    def _next(self) -> tuple[Any, _Outcome, Exception | None]:
         try:
-            return next(self._source, None), None
+            batch = next(self._source, None)
         except Exception as error:  # of a dataset, or of what puts samples together
-            return None, error
+            return None, _Outcome.FAILED, error
+        if batch is None:
+            return None, _Outcome.NO_BATCH, None
+        samples = _samples(batch)
+        if self.batches == 0 and samples != self._batch_size:
+            self._batch_size = None  # what can be counted in a batch is not its samples
+        odd = self._batch_size is not None and samples != self._batch_size
+        return batch, _Outcome.ODD_SIZE if odd else _Outcome.DONE, None
 
-    def _of_batch(self, batch: Any) -> dict[str, Tensor | None] | None:
-        loss: Tensor | None = None
-        error: Exception | None = None
-        gradients: dict[str, Tensor | None] = {}
-        outcome = _Outcome.DONE
-        try:
-            loss = _loss(self._trainer, self._module, batch, self.batches)
-        except Exception as caught:
-            error, outcome = caught, _Outcome.FAILED
+    def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], _Outcome]:
         while True:
-            if error is None:
-                try:
-                    gradients = self._differentiate(loss)
-                    overflow = self._scale > 1.0 and loss is not None and not _all_finite(gradients)
-                    outcome = _Outcome.OVERFLOW if overflow else _Outcome.DONE
-                except Exception as caught:
-                    error, outcome = caught, _Outcome.FAILED
+            gradients, outcome, error = self._tried(batch)
             worst = self._worst(outcome)
             if worst is _Outcome.FAILED:
-                raise ProbeRefusedError(self._first_reason(error)) from error
-            if worst is _Outcome.DONE:
-                return gradients if gradients and _all_finite(gradients) else None
+                self._refuse(error)
+            if worst is not _Outcome.OVERFLOW:
+                return gradients, outcome if self._shares is None else worst  # of a sharded one, each has a part
             self._scale /= 2
 
-    def _differentiate(self, loss: Tensor | None) -> dict[str, Tensor | None]:
-        if loss is None:
-            return {}
+    def _tried(self, batch: Any) -> tuple[Mapping[str, Tensor | None], _Outcome, Exception | None]:
+        try:
+            return (*self._passed(batch), None)
+        except Exception as error:
+            if self._shares is not None:
+                raise  # the others wait within the model's own collectives, as they would in training
+            if not is_out_of_memory(error):
+                return {}, _Outcome.FAILED, error
+        free_memory()  # here, where the error that held the graph is gone
+        return {}, _Outcome.OUT_OF_MEMORY, None
+
+    def _passed(self, batch: Any) -> tuple[Mapping[str, Tensor | None], _Outcome]:
+        """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
+        loss = _loss(self._trainer, self._module, batch, self.batches)
+        missing = _Outcome.NOT_FINITE if loss is None else _Outcome.DONE
+        if self._shares is not None:
+            missing = self._worst(missing)  # a backward pass is a collective
+        if loss is None or missing is not _Outcome.DONE:
+            return {}, _Outcome.NOT_FINITE
+        gradients = self._whole(loss) if self._shares is None else self._sharded(loss)
+        if _all_finite(gradients):
+            return gradients, _Outcome.DONE
+        overflow = self._scale > 1.0 and bool(loss.isfinite().all())
+        return {}, _Outcome.OVERFLOW if overflow else _Outcome.NOT_FINITE
+
+    def _whole(self, loss: Tensor) -> dict[str, Tensor | None]:
         # Not loss.backward(): it runs the hooks of DDP's reducer, and with static_graph=True that counts calls and would
         # no longer average the gradients of training. It runs the users' hooks too, which may step an optimizer.
         if _has_reentrant_checkpoint(loss):  # autograd.grad would find nothing behind it, and say nothing
@@ -143,27 +249,39 @@ class Probe:
                 "activation checkpointing with use_reentrant=True can only be differentiated by backward(), which runs the"
                 " hooks of the parameters; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        parameters = list(self._parameters.values())
-        again = self._scale > 1.0  # only then may a lower scale be tried
-        found = torch.autograd.grad(loss * self._scale, parameters, retain_graph=again, allow_unused=True)
-        return {n: self._finished(g, p) for (n, p), g in zip(self._parameters.items(), found, strict=True)}
+        found = torch.autograd.grad(loss * self._scale, list(self._parameters.values()), allow_unused=True)
+        return {
+            name: None if g is None else self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
+            for (name, p), g in zip(self._parameters.items(), found, strict=True)
+        }
 
-    def _finished(self, gradient: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
-        if gradient is None:
-            return None
-        dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-        unscaled = dense if self._scale == 1.0 else dense / self._scale
+    def _sharded(self, loss: Tensor) -> Mapping[str, Tensor | None]:
+        """By backward(), in which FSDP2 averages over ranks; autograd knows nothing of the shards."""
+        before = [p.grad for p in self._module_parameters]
+        for p in self._module_parameters:
+            p.grad = None
+        try:
+            (loss * self._scale).backward()  # type: ignore[no-untyped-call]
+            there = {n: p for n, p in self._parameters.items() if p.grad is not None}
+            return self._own({name: self._finished(local_gradient(p), p) for name, p in there.items()})
+        finally:
+            for p, gradient in zip(self._module_parameters, before, strict=True):
+                p.grad = gradient
+
+    def _finished(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+        unscaled = gradient if self._scale == 1.0 else gradient / self._scale
         decay = self._decay.get(id(parameter), 0.0)
-        return as_real(unscaled.add(parameter.detach(), alpha=decay) if decay else unscaled)
+        return unscaled.add(_real(parameter), alpha=decay) if decay else unscaled
 
-    def _first_reason(self, error: Exception | None) -> str:
-        """Why it failed, on the first rank on which it did."""
+    def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank answers for: all of them, or where parameters are sharded each value on one rank alone."""
+        return tensors if self._shares is None else own_parts(tensors, self._parameters, self._shares)
+
+    def _refuse(self, error: Exception | None) -> NoReturn:
+        """Says why it failed, on the first rank on which it did."""
         reason = None if error is None else f"the training data, training_step or its gradient raised {error!r}"
-        reasons = [str(error) if isinstance(error, ProbeRefusedError) else reason]
-        if self._trainer.world_size > 1:
-            reasons *= self._trainer.world_size
-            torch.distributed.all_gather_object(reasons, reasons[0])
-        return next(reason for reason in reasons if reason is not None)
+        own = str(error) if isinstance(error, ProbeRefusedError) else reason
+        raise ProbeRefusedError(first_reason(self._trainer, own)) from error
 
     def _worst(self, outcome: _Outcome) -> _Outcome:
         if self._trainer.world_size == 1:
@@ -171,6 +289,35 @@ class Probe:
         worst = torch.tensor(int(outcome), device=self._module.device)
         torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
         return _Outcome(int(worst))
+
+
+def _real(parameter: nn.Parameter) -> Tensor:
+    return as_real(local(parameter.detach()))
+
+
+def _samples(batch: Any) -> int | None:
+    """The length that all tensors of a batch have in common, or None; to tell it, nothing may be guessed."""
+    sizes: set[int] = set()
+    waiting = [batch]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            sizes.add(part.size(0) if part.ndim else 1)
+        elif isinstance(part, (Mapping, list, tuple)):
+            waiting.extend(part.values() if isinstance(part, Mapping) else part)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _iterator_within(trainer: Trainer) -> str | None:
+    """An attribute of data that are read in this process and hold an iterator, or None."""
+    for loader in CombinedLoader(trainer.train_dataloader).flattened:
+        data = loader.dataset if isinstance(loader, DataLoader) and loader.num_workers == 0 else loader
+        by_index = hasattr(type(data), "__getitem__") and not isinstance(data, IterableDataset)
+        if not by_index and not isinstance(data, DataLoader) and hasattr(data, "__dict__"):
+            for name, value in vars(data).items():
+                if isinstance(value, Iterator):
+                    return f"{type(data).__name__}.{name}"
+    return None
 
 
 def _batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]:
@@ -232,7 +379,6 @@ def _all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
     return bool(finite) and bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
 
 
-def clip_factor(second_moment: Mapping[str, Tensor], max_norm: float) -> float:
-    """By how much clipping to a norm scales a gradient of the expected length, at most 1."""
-    squares = math.fsum(float(v.sum()) for v in second_moment.values())
-    return min(1.0, max_norm / math.sqrt(squares)) if squares > 0 else 1.0
+def clip_factor(square: float, max_norm: float) -> float:
+    """By how much clipping to a norm scales a gradient of this expected squared length, at most 1."""
+    return min(1.0, max_norm / math.sqrt(square)) if square > 0 else 1.0

@@ -317,6 +317,20 @@ def test_a_resumed_run_keeps_its_values(tmp_path) -> None:
     assert got["max_lr"] == pytest.approx(0.2) and got["lr"] == pytest.approx(expected["lr"])
 
 
+def test_a_resumed_run_ends_in_the_weights_of_one_that_was_not_interrupted(tmp_path) -> None:
+    def run(folder: str, epochs: int, **resumed: Any) -> Any:
+        calibration = OptimizerCalibration(reference_batch_size=1, probe_batches=8, confidence=0.5)
+        made = trainer(tmp_path / folder, calibration, max_epochs=epochs)
+        made.fit(Regression(with_eps(1e-1)), DataLoader(dataset(64), 4), **resumed)
+        return made
+
+    whole = run("a", 2)
+    run("b", 1).save_checkpoint(tmp_path / "half.ckpt")
+    made = run("c", 2, ckpt_path=tmp_path / "half.ckpt")
+    assert made.global_step == whole.global_step == 32
+    assert torch.equal(made.lightning_module.weight, whole.lightning_module.weight)
+
+
 def test_a_checkpoint_before_the_first_step_is_not_calibrated_again(tmp_path) -> None:
     class Save(L.Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import weakref
 from collections import Counter, deque
 from contextlib import nullcontext
 from typing import Any
@@ -10,14 +12,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
 from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, RandomSampler, Sampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+from lightning_gradhist.callbacks.gradients import loss_scale
 from lightning_gradhist.callbacks.no_trace import SilentLogger, no_trace
 from lightning_gradhist.callbacks.probe import Probe
 
@@ -190,6 +193,105 @@ class Augmented(torch.utils.data.Dataset):
         return inputs + 0.1 * torch.randn(8), label
 
 
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Samples without a length, from where it stands: as resumable data sets keep their place."""
+
+    def __init__(self, samples: int = 96) -> None:
+        self.data, self.place, self.history = dataset(samples), 0, {"read": []}
+        self.rounds = 0
+
+    def __iter__(self) -> Any:
+        self.rounds += 1
+        while self.place < len(self.data):
+            self.place += 1
+            self.history["read"].append(self.place)
+            inputs, label = self.data[self.place - 1]
+            yield inputs + self.rounds, label
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place, "read": self.history["read"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place, self.history["read"] = state["place"], state["read"]
+
+
+class KeepsItsPlace(DataLoader):  # type: ignore[type-arg]
+    """A loader with a state, which Lightning puts into checkpoints."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.read = 0
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            self.read += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.read = state["read"]
+
+
+def _fp16() -> Any:
+    return [L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**14))]
+
+
+class Average:
+    """A moving average as packages for it keep one: in an object of its own, with a state to save and load."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.shadow = [p.detach().clone() for p in module.parameters()]
+        self.updates = 0
+
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        for mine, p in zip(self.shadow, module.parameters(), strict=True):
+            mine.lerp_(p.detach() + 1, 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.shadow, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shadow, self.updates = state["shadow"], state["updates"]
+
+
+class Meddles(Net):
+    """A training step that averages weights, reads and counts steps, and reaches for optimizer, schedule and trainer."""
+
+    def __init__(self) -> None:
+        super().__init__(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.9))
+        self.average = Average(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.average.update(self)
+        self.losses.append(self.average.updates + sum(float(shadow.sum()) for shadow in self.average.shadow))
+        group = self.optimizers().param_groups[0]
+        group["calls"] = group.get("calls", 0) + 1
+        group["lr"] = 1e-2 / (1 + group["calls"] + self.trainer.global_step)
+        self.lr_schedulers().last_epoch += 1
+        self.trainer.should_stop |= batch_idx == 7
+        return loss * (1 + self.trainer.global_step)
+
+
+class Quiet(Net):
+    """What the compiler takes as a whole, which Lightning's own logging is not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+
+
+class Compiled(Net):
+    """Its layers are compiled, and the rest is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.compile(backend="aot_eager")
+
+
 def _own_generator() -> DataLoader:
     sampler = RandomSampler(dataset(64), generator=torch.Generator().manual_seed(3))
     return DataLoader(dataset(64), 8, sampler=sampler, generator=torch.Generator().manual_seed(4))
@@ -219,12 +321,32 @@ def _own_generator() -> DataLoader:
             Net, lambda: DataLoader(ConcatDataset([Drawing(), Drawing()]), 8), {}, id="generators of datasets"
         ),
         pytest.param(Net, _batch_sampler, {}, id="generator of a sampler within a batch sampler"),
+        pytest.param(Net, lambda: DataLoader(Stream(), 8), {}, id="an iterable data set that keeps its place"),
+        pytest.param(
+            Net,
+            lambda: KeepsItsPlace(Stream(48), 4, num_workers=1),
+            {},
+            id="a stateful loader, iterable data in workers",
+        ),
+        pytest.param(
+            Net,
+            loader,
+            {"plugins": _fp16, "callbacks": lambda: [EMAWeightAveraging(decay=0.9)]},
+            id="16-mixed, EMA of the weights",
+        ),
+        pytest.param(Meddles, loader, {}, id="EMA in an object; optimizer, schedule, trainer, global_step"),
+        pytest.param(lambda: torch.compile(Quiet(), backend="eager"), loader, {}, id="compiled"),
+        pytest.param(Compiled, loader, {"plugins": _fp16}, id="compiled layers, 16-mixed"),
     ],
 )
 def test_with_apply_false_the_run_is_the_same_to_the_bit(tmp_path, module, data, options) -> None:
     calibration = silent()
-    with_probe = fit(tmp_path / "a", calibration, module=module, data=data(), max_epochs=2, **options)
-    without = fit(tmp_path / "b", module=module, data=data(), max_epochs=2, **options)
+    runs = []
+    for folder, callbacks in (("a", [calibration]), ("b", [])):
+        fresh = {name: value() if callable(value) else value for name, value in options.items()}
+        callbacks = [*callbacks, *fresh.pop("callbacks", [])]
+        runs.append(fit(tmp_path / folder, *callbacks, module=module, data=data(), max_epochs=2, **fresh))
+    with_probe, without = runs
     assert calibration.result is not None and calibration.result.gradients == 8
     expected, got = final_state(without), final_state(with_probe)
     assert got["losses"] == expected["losses"] and got["calls"] == expected["calls"]
@@ -235,6 +357,14 @@ def test_with_apply_false_the_run_is_the_same_to_the_bit(tmp_path, module, data,
         torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
     assert torch.equal(got["rng"], expected["rng"])
     assert with_probe.global_step == without.global_step
+    assert loss_scale(with_probe) == loss_scale(without)
+    assert _states(with_probe) == _states(without)
+
+
+def _states(made: L.Trainer) -> list[Any]:
+    schedulers = [config.scheduler for config in made.lr_scheduler_configs]
+    things = (made.train_dataloader, made.train_dataloader.dataset, *schedulers)
+    return [thing.state_dict() for thing in things if hasattr(thing, "state_dict")]
 
 
 class Look(L.Callback):
@@ -459,3 +589,160 @@ def test_data_that_fail_in_the_probe_are_refused(tmp_path) -> None:
     with pytest.warns(UserWarning, match="no probe: the training data, training_step or its gradient raised OSError"):
         made = fit(tmp_path, silent(), module=module, data=DataLoader(Once(), 4))
     assert made.global_step == 8
+
+
+def _out_of_memory(kind: str) -> Exception:
+    if kind == "host":
+        return RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory")
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+class Heavy(Net):
+    """Some batches, in the probe alone, find no memory."""
+
+    def __init__(self, kind: str, every: int) -> None:
+        super().__init__()
+        self.kind, self.every = kind, every
+        HELD.clear()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if isinstance(self.trainer.loggers[0], SilentLogger):
+            assert not any(graph() for graph in HELD), "the graph of a batch that failed is still there"
+            if batch_idx % self.every == 0:
+                HELD.append(weakref.ref(loss))
+                raise _out_of_memory(self.kind)
+        return loss
+
+
+HELD: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    ("kind", "every", "used", "message"),
+    [
+        pytest.param("device", 4, 6, r"2 of 8 batches of the probe ran out of memory .*, and were left out", id="some"),
+        pytest.param("host", 1, 0, r"4 of 4 batches of the probe ran out of memory", id="all"),
+    ],
+)
+def test_batches_that_run_out_of_memory_are_left_out(tmp_path, kind: str, every: int, used: int, message: str) -> None:
+    calibration = silent()
+    with pytest.warns(UserWarning, match=message):
+        made = fit(tmp_path, calibration, module=Heavy(kind, every), max_steps=2)
+    assert calibration.result.gradients == used and made.global_step == 2
+
+
+@pytest.mark.parametrize("where", ["NoiseScale", "no_trace"])
+def test_no_memory_for_the_probes_own_copies_is_a_refusal(tmp_path, monkeypatch, where: str) -> None:
+    def full(*args: Any) -> Any:
+        raise _out_of_memory("device")
+
+    monkeypatch.setattr(f"lightning_gradhist.callbacks.decision.{where}", full)
+    calibration = silent()
+    with pytest.warns(UserWarning, match="no probe: .*out of memory"):
+        made = fit(tmp_path, calibration, max_steps=2)
+    assert calibration.result.gradients == 0 and made.global_step == 2
+
+
+class Short(IterableDataset):  # type: ignore[type-arg]
+    """Batches of eight, but one; nobody but the batches tells."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+    def __iter__(self) -> Any:
+        inputs, labels = dataset(8).tensors
+        return ({"x": inputs[:size], "y": [labels[:size]]} for size in self.sizes)
+
+
+class Dictionaries(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["x"], batch["y"][0]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "used"),
+    [
+        pytest.param([8] * 7 + [5], 8, 7, id="a short last one"),
+        pytest.param([8, 8, 3, 8, 8, 8, 8, 8], 8, 7, id="a short one in between"),
+        pytest.param([8] * 7 + [5], 16, 8, id="not samples, or not these, so not to be judged by"),
+    ],
+)
+def test_a_batch_of_another_size_is_not_used(tmp_path, sizes: list[int], batch_size: int, used: int) -> None:
+    calibration = silent(batch_size=batch_size)
+    data = DataLoader(Short(sizes), batch_size=None)
+    said = pytest.warns(UserWarning, match="1 of 8 batches of the probe had another number of samples than the others")
+    with said if used < 8 else nullcontext():
+        fit(tmp_path, calibration, module=Dictionaries, data=data)
+    assert calibration.result.gradients == used
+
+
+class ByHand(Sampler):  # type: ignore[type-arg]
+    """Batches of eight, the last one short; it says its size, and not that."""
+
+    batch_size = 8
+
+    def __iter__(self) -> Any:
+        return iter(torch.arange(60).split(8))
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_a_short_batch_of_a_users_batch_sampler_is_noticed(tmp_path) -> None:
+    calibration = silent()
+    data = DataLoader(dataset(60), batch_sampler=ByHand())
+    with pytest.warns(UserWarning, match="1 of 8 batches of the probe had another number of samples"):
+        fit(tmp_path, calibration, data=data)
+    assert calibration.result.gradients == 7
+
+
+def test_data_that_hold_an_iterator_are_refused(tmp_path) -> None:
+    class Once(IterableDataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            self.samples = iter(dataset(64))
+
+        def __iter__(self) -> Any:
+            return self.samples
+
+    with pytest.warns(UserWarning, match=r"no probe: the training data holds an iterator \(Once.samples\)"):
+        made = fit(tmp_path, silent(batch_size=8), data=DataLoader(Once(), 8))
+    assert made.global_step == 8
+
+
+class Interrupted(L.Callback):
+    """What Lightning's handling of Ctrl-C finds."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.before = final_state(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.exception, self.after, self.loggers = exception, final_state(trainer), trainer.loggers
+
+
+def test_ctrl_c_in_the_middle_ends_the_run_as_it_was_before_the_probe(tmp_path) -> None:
+    class Stopped(Stateful):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.head.weight.add_(1)
+                signal.raise_signal(signal.SIGINT)
+            return output
+
+    seen, calibration, handler = (
+        Interrupted(),
+        OptimizerCalibration(learning_rate="keep"),
+        signal.getsignal(signal.SIGINT),
+    )
+    module = Stopped()
+    try:
+        with pytest.raises(SystemExit):
+            fit(tmp_path, seen, calibration, module=module)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert isinstance(seen.exception, KeyboardInterrupt) and module.trainer.interrupted
+    torch.testing.assert_close(seen.after["weights"], seen.before["weights"], rtol=0, atol=0)
+    assert torch.equal(seen.after["rng"], seen.before["rng"])
+    assert seen.after["losses"] == [] and not any(isinstance(logger, SilentLogger) for logger in seen.loggers)
+    assert calibration.result is None and calibration.state_dict() == {"report": None}

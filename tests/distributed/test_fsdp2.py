@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from rank_jobs import run_ranks
-from shard_jobs import OPTIMIZERS, flat, loaded, model, saved, train, trained, unused, whole
+from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unused, whole
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
-from lightning_gradhist import ALTO
+from lightning_gradhist import ALTO, NoiseScale
 from lightning_gradhist.noise import adam_weight, measure_pair
 
 
@@ -90,3 +90,47 @@ def test_the_monitor_counts_every_shard_once(run) -> None:
         assert all(rank[case][2] == samples for rank in found)
     assert "local=True counts what each rank computed before averaging" in found[0]["local"]
     assert found[0]["partial"] == 5 * [len(found)]  # added up, as the parameter lies
+
+
+def test_a_probe_of_shards_is_that_of_the_whole(run) -> None:
+    found = [rank["calibrated"] for rank in run[1]]
+    for how in ("sharded", "replicated"):
+        seen = [rank[how][2] for rank in found]
+        noise = NoiseScale(seen[0]["weights"], batch_size=8)
+        for index in range(8):
+            expected = mean_gradient(seen[0]["weights"], [rank["batches"][index] for rank in seen])
+            if index == 4:
+                noise.split(eps=1e-3)
+            noise.update(expected)
+            assert seen[0]["parts"][index].keys() == {
+                name for name in expected if "norm" not in name
+            }  # which is not used
+            for name in seen[0]["parts"][index]:
+                of_ranks = torch.cat([rank["parts"][index][name] for rank in seen])
+                torch.testing.assert_close(of_ranks, expected[name].flatten(), msg=f"{how} {name}")
+        assert seen[0]["noise"].value == pytest.approx(noise.adam().value, rel=1e-4)
+        assert [rank["noise"] for rank in seen] == len(seen) * [seen[0]["noise"]]
+
+
+def mean_gradient(weights: dict[str, torch.Tensor], batches: list[Any]) -> dict[str, torch.Tensor]:
+    """What one process makes of the ranks' batches."""
+    module = Whole("plain")
+    module.load_state_dict(weights, strict=False)
+    losses = [torch.nn.functional.cross_entropy(module.logits(inputs), labels) for inputs, labels in batches]
+    sum(losses).div(len(losses)).backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def test_a_calibration_of_shards_is_invisible_and_the_same_on_all_ranks(run) -> None:
+    found = [rank["calibrated"] for rank in run[1]]
+    for how in ("sharded", "replicated", "noisy"):
+        for rank in found:
+            result, (with_probe, without), seen = rank[how]
+            torch.testing.assert_close(with_probe, without, rtol=0, atol=0)
+            assert seen["left"] and len(seen["parts"]) == result.gradients == (6 if how == "noisy" else 8)
+            assert int(result.epsilon_range.histogram.total().sum()) == sum(w.numel() for w in seen["weights"].values())
+            assert result.effective_batch_size == 8 * len(found)  # two batches of four, on each rank
+            assert result.noise_scale == found[0][how][0].noise_scale and result.noise_source == "probe"
+    lost = 2 * len(found)
+    assert f"{lost} of {8 * len(found)} batches of the probe gave no finite" in " ".join(found[0]["noisy"][0].problems)
+    assert "no probe: parameter 'head.weight' is not sharded" in found[0]["partly"][0]

@@ -1,0 +1,63 @@
+"""What ends a probe but not the training, on every rank or on none."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks.gradients import least_over_ranks
+
+_T = TypeVar("_T")
+_MESSAGES = ("out of memory", "can't allocate memory", "cudnn_status_not_supported")  # the last is cuDNN's for the same
+
+
+class ProbeRefusedError(RuntimeError):
+    """The probe cannot be made; the message says why, and the way out. Raised on every rank or on none."""
+
+
+def together(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
+    """Does something on every rank; where it fails on one, it has failed on all.
+
+    Args:
+        trainer: whose ranks; all of them call this.
+        what: the action in a few words, for the message.
+        action: to be done; it calls no collective.
+
+    Raises:
+        ProbeRefusedError: with the reason of the first rank that has one.
+    """
+    result: Any = None
+    reason = None
+    try:
+        result = action()
+    except Exception as error:
+        reason = f"{what} raised {error!r}"
+    if least_over_ranks(float(reason is None), trainer) < 1:
+        free_memory()
+        raise ProbeRefusedError(first_reason(trainer, reason))
+    return result
+
+
+def first_reason(trainer: Trainer, reason: str | None) -> str:
+    """The reason of the first rank that has one; to be called on every rank."""
+    reasons = [reason] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(reasons, reason)
+    return next(reason for reason in reasons if reason is not None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, has no room left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in _MESSAGES)
+
+
+def free_memory() -> None:
+    """Gives back what nobody holds any more, after an error that held the whole graph of a batch."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
