@@ -101,7 +101,9 @@ def test_a_step_is_two_events_with_the_same_values_as_one_for_each(tmp_path: Pat
     for kind in (TensorBoardSink, SummarySink):
         with SummaryWriter(str(tmp_path / kind.__name__)) as writer:
             for step in (0, 50):
-                report = reported({**values, "dead": torch.zeros(3), "one": torch.ones(1) + step, "none": torch.ones(0)})
+                report = reported(
+                    {**values, "dead": torch.zeros(3), "one": torch.ones(1) + step, "none": torch.ones(0)}
+                )
                 kind(writer).scalars(report.scalars, step)
                 kind(writer).histograms(report.histograms, step)
                 kind(writer).scalars({}, step)
