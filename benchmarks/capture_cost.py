@@ -14,12 +14,13 @@ and a ``fit`` of their own. The time of a step goes from one ``on_train_batch_st
 in a callback that comes before all others (on CUDA between two events there); the first 3 steps are left out. A turn
 has 10 steps, and more where the variant's kinds of steps need them. The steps of a kind count by their median in the
 turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes at the 1st, 2nd, 4th, 8th, ...
-logged step), off. The time per step of a turn is the mean over the kinds of the first 10,000 steps of a run. The turns
-of the default cadence log every 6th step, as off-steps are all alike, and weigh the kinds as they come when every 50th
-is logged; a logged step and each of the three after it, into which its writing may reach, are kinds of their own. Added
-are the time of a turn less that of ``none`` in the same round, and the share of ``none``'s; reported are medians over
-the rounds, with quartiles. ``none, again`` shows what a difference of nothing looks like. ``end_seconds`` goes from the
-last batch to the return of ``fit``: work that was put off is done there.
+logged step), off. A drawn step and each of the three after it, into which its writing may reach, are kinds of their
+own; so are those of a logged step, where there are others. The time per step of a turn is the mean over the kinds of
+the first 10,000 steps of a run. The turns of the default cadence log every 6th step, as off-steps are all alike, and
+weigh the kinds as they come when every 50th is logged. Added are the time of a turn less that of ``none`` in the same
+round, and the share of ``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a
+difference of nothing looks like. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put
+off is done there.
 
 Memory and log are measured at every logged step of a training on batches of 2, as neither depends on the batch: the
 growth of resident memory as the slope of a line through the last third of 48 steps, in which no heatmap is drawn, and

@@ -228,9 +228,10 @@ ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 def monitor_kind(every_n_steps: int, step: int) -> str:
     """What the monitor does at a step: at the 1st, 2nd, 4th, 8th, ... logged step it also draws a heatmap."""
     logged, since = step // every_n_steps + 1, step % every_n_steps
-    drawn = logged & (logged - 1) == 0
     if every_n_steps == 1:
-        return "logged and drawn" if drawn else ("logged, first of a pair", "logged, second of a pair")[step % 2]
+        since = logged - 2 ** (logged.bit_length() - 1)
+        return f"{since} after one that is drawn" if since <= REACH else f"logged, {step % 2} of a pair"
+    drawn = logged & (logged - 1) == 0
     return "off" if since > REACH else f"{since} after one that is {'drawn' if drawn else 'logged'}"
 
 
@@ -240,7 +241,7 @@ def _nothing(task: Task) -> None:
 
 def _monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
     if every_n_steps == 1:
-        return Variant(name, partial(_make_monitor, every_n_steps=1, **options), partial(monitor_kind, 1), needs=10)
+        return Variant(name, partial(_make_monitor, every_n_steps=1, **options), partial(monitor_kind, 1), needs=15)
     return Variant(
         name,
         partial(_make_monitor, every_n_steps=CADENCE_IN_TURN, **options),

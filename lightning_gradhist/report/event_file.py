@@ -35,14 +35,14 @@ def histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
     """Histograms by tag, at least one, each as ``SummaryWriter.add_histogram_raw`` writes it."""
     from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
-    counts = torch.cat([shown.counts for shown in histograms.values()])
+    counts = torch.cat([shown.counts for shown in histograms.values()]).double()  # as they are written
     edges = torch.cat([shown.edges for shown in histograms.values()])
     sizes = torch.tensor([len(shown.counts) for shown in histograms.values()])
     last_edges = (sizes + 1).cumsum(0) - 1
     is_lower = torch.ones(len(edges), dtype=torch.bool).index_fill_(0, last_edges, False)
     lower, upper = edges[is_lower], edges[is_lower.roll(1)]
     middles = (lower + upper) / 2
-    terms = torch.stack([counts.double(), counts * middles, counts * middles.square()], 1)
+    terms = torch.stack([counts, counts * middles, counts * middles.square()], 1)
     owners = torch.arange(len(sizes)).repeat_interleave(sizes)
     sums = terms.new_zeros(len(sizes), 3).index_add_(0, owners, terms)
 
