@@ -28,7 +28,10 @@ def scalar_summary(values: Mapping[str, float]) -> Summary:
     """Numbers by tag, each as ``SummaryWriter.add_scalar`` writes it."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+    summary = Summary()
+    for tag, value in values.items():  # not a list of them, which Python's garbage collector would go through
+        summary.value.add(tag=tag, simple_value=value)
+    return summary
 
 
 def histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
