@@ -17,7 +17,7 @@ help:
 	@echo "make format  let ruff put the code into shape"
 	@echo "make bench-optim  time and memory of the optimizers' step against their peers (20 minutes on two idle cores)"
 	@echo "             DEVICE=cuda measures on a GPU"
-	@echo "make bench-capture  what the monitor adds to a training step, against its peers (some 90 minutes on two idle cores)"
+	@echo "make bench-capture  what the monitor adds to a training step, against its peers (some 20 minutes on two idle cores)"
 	@echo "             DEVICE=cuda measures on a GPU"
 	@echo "make bench-scale    bytes that the monitor all-reduces, logs and keeps: model, and check on 8 ranks (3 minutes)"
 	@echo "make peers   install those peers that are not ours to depend on"

@@ -1,7 +1,7 @@
 """What it costs to watch gradients while Lightning trains: the monitor, and its peers.
 
 ``make bench-capture``, or ``python benchmarks/capture_cost.py``. Three models (``capture_variants.py``): a CNN of 1.1 M
-parameters, batch 128 of 32 x 32; a transformer of 25 M, 8 x 128 tokens; and 2,000 small tensors, 1 M parameters, batch
+parameters, batch 128 of 32 x 32; a transformer of 25 M, 4 x 128 tokens; and 2,000 small tensors, 1 M parameters, batch
 128. They are trained by a Trainer with torch's AdamW, one batch again and again from memory, a TensorBoard logger, and
 no progress bar or checkpoints, so that a step is forward, backward, AdamW, and what Lightning does around it.
 
@@ -11,16 +11,19 @@ the run before anything is timed.
 
 Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a module
 and a ``fit`` of their own. The time of a step goes from one ``on_train_batch_start`` to the next, by ``perf_counter``,
-in a callback that comes before all others (on CUDA between two events there); the first 5 steps are left out. A turn
-has 16 steps, and more where the variant's kinds of steps need them (103 at the default cadence). The steps of a kind
-count by their median in the turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes
-at the 1st, 2nd, 4th, 8th, ... logged step), off. The time per step of a turn is the mean over the kinds of the
-first 10,000 steps of a run. Added are the time of a turn less that of ``none`` in the same round, and the share of
-``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing
-looks like. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done there.
+in a callback that comes before all others (on CUDA between two events there); the first 3 steps are left out. A turn
+has 10 steps, and more where the variant's kinds of steps need them. The steps of a kind count by their median in the
+turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes at the 1st, 2nd, 4th, 8th, ...
+logged step), off. A drawn step and each of the three after it, into which its writing may reach, are kinds of their
+own; so are those of a logged step, where there are others. The time per step of a turn is the mean over the kinds of
+the first 10,000 steps of a run. The turns of the default cadence log every 6th step, as off-steps are all alike, and
+weigh the kinds as they come when every 50th is logged. Added are the time of a turn less that of ``none`` in the same
+round, and the share of ``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a
+difference of nothing looks like. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put
+off is done there.
 
 Memory and log are measured at every logged step of a training on batches of 2, as neither depends on the batch: the
-growth of resident memory as the slope of a line through the last third of 200 steps, in which no heatmap is drawn, and
+growth of resident memory as the slope of a line through the last third of 48 steps, in which no heatmap is drawn, and
 the bytes of all files that were written, by the number of logged steps. Times the logged steps of 10,000 that is the
 size of the log, and not too little, as heatmaps and heads of files, which become rarer, are in it. wandb's own process
 is not in the memory.
@@ -34,7 +37,6 @@ of one thread, counting the slice of a rank against counting all, both ranks at 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import logging
 import os
@@ -65,7 +67,7 @@ from capture_variants import (
     made,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
-from measuring import installed_version, machine, seconds_per_call
+from measuring import installed_version, machine, print_table, seconds_per_call, write_csv
 from optim_implementations import LeftOut
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -74,9 +76,10 @@ from torch import Tensor
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.histogram import slice_of
 
-LEFT_OUT_STEPS = 5
-STEPS = 16
-LONG_STEPS = 200
+LEFT_OUT_STEPS = 3
+STEPS = 10
+ROUNDS = 3
+LONG_STEPS = 48
 GATE_STEPS = 3
 CALLS = 3
 RANKS = 2
@@ -90,6 +93,12 @@ MEASURED = [
     *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
 ]
 COLUMNS = [*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note", *MACHINE]
+SHOWN = [
+    *"model variant seconds added_ms added_share".split(),
+    *PEERS,
+    *"end_seconds log_bytes_in_10000_steps memory_bytes_in_10000_steps".split(),
+    *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
+]
 ALONE = "counting alone"
 Row = dict[str, Any]
 
@@ -247,7 +256,7 @@ def seconds_a_step(seconds: list[float], variant: Variant) -> float:
     """The mean over the first 10,000 steps of a run, in which each kind of step takes its median among the timed ones."""
     timed = defaultdict(list)
     for step, taken in list(enumerate(seconds))[LEFT_OUT_STEPS:]:
-        timed[variant.kind(step)].append(taken)
+        timed[variant.kind_in_turn(step)].append(taken)
     kinds = Counter(map(variant.kind, range(RUN)))
     return sum(number * statistics.median(timed[kind]) for kind, number in kinds.items()) / RUN
 
@@ -420,7 +429,7 @@ class Options:
     """How much is measured."""
 
     scale: float = 1.0
-    rounds: int = 5
+    rounds: int = ROUNDS
     steps: int = STEPS
     long_steps: int = LONG_STEPS
     models: list[str] | None = None
@@ -483,26 +492,6 @@ def run(options: Options, device: torch.device) -> list[Row]:
     return rows
 
 
-def write(rows: list[Row], output: Path) -> None:
-    """Write the rows as CSV; an empty cell was not measured."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def show(rows: list[Row]) -> None:
-    """Print the columns of the rows that one reads first."""
-    log = "end_seconds log_bytes_in_10000_steps memory_bytes_in_10000_steps".split()
-    shown = ["model", "variant", "seconds", "added_ms", "added_share", *PEERS, *log]
-    shown += ["share_of_read_bandwidth", "work_of_one_rank_in_two"]
-    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in shown]
-    for line in [dict(zip(shown, shown, strict=True)), *rows]:
-        cells = (str(line.get(name, "")).ljust(width) for name, width in zip(shown, widths, strict=True))
-        print("  ".join(cells).rstrip())
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     names = [task.name for task in capture_variants.tasks()]
@@ -512,7 +501,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the models' size, for a try-out (default: 1)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument(
         "--steps", type=int, default=STEPS, help=f"of a turn, where no more are needed (default: {STEPS})"
     )
@@ -532,8 +521,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
     options = Options(args.scale, args.rounds, args.steps, args.long_steps, args.models, args.only)
     rows = [{**row, **described} for row in run(options, device)]
-    write(rows, output)
-    show(rows)
+    write_csv(rows, COLUMNS, output)
+    print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     for on in ("cpu", "cuda"):
         print("\n".join(line for target in TARGETS for line in target.verdicts(rows, on, args.device)))

@@ -9,9 +9,9 @@ logged:
 - *Counted*: the table of a logged step is int64 ``[T, 254 b + 3]``, on every rank, whatever the number of parameters.
 - *All-reduced*: that table, once a logged step, 32 bytes for each measurement of the noise scale, 8 at the start, and
   nothing on one rank. With a ring, a rank sends and receives ``2 (W - 1) / W`` of it.
-- *Logged* in TensorBoard, by rank zero alone, at a logged step: one event for each tensor's histogram and the pooled
-  one, of 16 bytes for each bucket that is shown (512 at most), and one event for each of their scalars. The sizes are
-  those of the records of an event file; the tags are asked of ``magnitude_report``, so that nothing is left out. Beside
+- *Logged* in TensorBoard, by rank zero alone, at a logged step: one event for the histograms of all tensors
+  and the pooled one, with 16 bytes for each bucket that is shown (512 at most), and one event for all their scalars. The
+  sizes are those of the records of an event file; the tags are asked of ``magnitude_report``, so that nothing is left out. Beside
   these there are the heatmaps and the tables of the worst layers, at the 1st, 2nd, 4th, 8th, ... logged step, and the
   head of the file.
 - *Kept* in the checkpoint and in ``calibration.json``: four numbers and a learning rate for each group, and six numbers
@@ -32,11 +32,10 @@ read from the event file for the prediction.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from measuring import installed_version, machine
+from measuring import installed_version, machine, write_csv
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -150,36 +149,44 @@ class Setup:
         report = magnitude_report(counted, "gradient")
         steps = self.logged_steps
         return {
-            "logged_histograms": sum(histogram_bytes(t, buckets(t, s), s) for t in report.histograms for s in steps),
-            "logged_scalars": sum(scalar_bytes(t, s) for t in report.scalars for s in steps),
+            "logged_histograms": sum(
+                event_bytes((histogram_bytes(t, buckets(t, s)) for t in report.histograms), s) for s in steps
+            ),
+            "logged_scalars": sum(event_bytes(map(scalar_bytes, report.scalars), s) for s in steps),
         }
 
 
-def histogram_bytes(tag: str, buckets: int, step: int) -> int:
-    """Bytes of the record of a histogram in an event file: five doubles, and two for each bucket."""
-    return _histogram_bytes(len(tag.encode()), buckets, step.bit_length())
+def event_bytes(values: Iterable[int], step: int) -> int:
+    """Bytes of the record of an event in an event file, of the bytes of its values."""
+    summary = sum(map(_field_bytes, values))
+    return _FRAME + Event(wall_time=1.0, step=step).ByteSize() + _field_bytes(summary)
 
 
-def scalar_bytes(tag: str, step: int) -> int:
-    """Bytes of the record of a scalar in an event file: a float32."""
-    return _scalar_bytes(len(tag.encode()), step.bit_length())
+def histogram_bytes(tag: str, buckets: int) -> int:
+    """Bytes of a histogram: five doubles, and two for each bucket."""
+    return _histogram_bytes(len(tag.encode()), buckets)
+
+
+def scalar_bytes(tag: str) -> int:
+    """Bytes of a scalar: a float32."""
+    return _scalar_bytes(len(tag.encode()))
 
 
 @functools.cache
-def _histogram_bytes(tag_bytes: int, buckets: int, step_bits: int) -> int:
+def _histogram_bytes(tag_bytes: int, buckets: int) -> int:
     ones = [1.0] * buckets
     histogram = HistogramProto(min=1, max=1, num=1, sum=1, sum_squares=1, bucket_limit=ones, bucket=ones)
-    return _record_bytes(Summary.Value(tag="a" * tag_bytes, histo=histogram), step_bits)
+    return Summary.Value(tag="a" * tag_bytes, histo=histogram).ByteSize()
 
 
 @functools.cache
-def _scalar_bytes(tag_bytes: int, step_bits: int) -> int:
-    return _record_bytes(Summary.Value(tag="a" * tag_bytes, simple_value=1.0), step_bits)
+def _scalar_bytes(tag_bytes: int) -> int:
+    return Summary.Value(tag="a" * tag_bytes, simple_value=1.0).ByteSize()
 
 
-def _record_bytes(value: Any, step_bits: int) -> int:
-    event = Event(wall_time=1.0, step=2**step_bits - 1, summary=Summary(value=[value]))
-    return _FRAME + event.ByteSize()
+def _field_bytes(size: int) -> int:
+    """Bytes of a message within another: its number, its length in pieces of seven bits, and itself."""
+    return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
 _FRAME = 16  # around an event: its length in 8 bytes, and a checksum of either in 4
@@ -286,8 +293,7 @@ def read_events(folder: Path) -> Logged:
         record_bytes = _FRAME + len(record)
         if kinds == {"histo"}:
             logged.histograms += record_bytes
-            [value] = event.summary.value
-            logged.buckets[value.tag, event.step] = len(value.histo.bucket)
+            logged.buckets |= {(value.tag, event.step): len(value.histo.bucket) for value in event.summary.value}
         elif kinds == {"simple_value"}:
             logged.scalars += record_bytes
         else:
@@ -444,15 +450,6 @@ def size(number: float) -> str:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def write(rows: list[Row], output: Path) -> None:
-    """Write the rows as CSV; an empty cell was not measured, or has no prediction."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the check, and print the model's table."""
     parser = argparse.ArgumentParser(description="Bytes that the monitor all-reduces, logs and keeps.")
@@ -472,8 +469,9 @@ def main(arguments: list[str] | None = None) -> None:
     large = large_rows()
     print_large(large, args.latency, args.bandwidth)
     versions = {name: installed_version(name) for name in ("lightning", "tensorboard")}
-    described = {**machine(torch.device("cpu")), **versions}
-    write([{**row, **described} for row in [*rows, *large]], output)
+    known = {**machine(torch.device("cpu")), **versions}
+    described = {name: known[name] for name in MACHINE}
+    write_csv([{**row, **described} for row in [*rows, *large]], COLUMNS, output)
 
 
 if __name__ == "__main__":

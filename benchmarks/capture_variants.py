@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_gradhist import GradientHistogramMonitor
 
 DEFAULT_CADENCE = 50
+CADENCE_IN_TURN = 6
+REACH = 3
+"""Steps after a logged one that its writing may make longer."""
 TRANSFORMER = "transformer"
 RUN = 10_000
 """The steps of the run that an added time a step is given for."""
@@ -51,7 +54,7 @@ def tasks(scale: float = 1.0) -> list[Task]:
     linears = max(4, round(1000 * scale))
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32"),
-        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 8, "8 x 128 tokens"),
+        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 4, "4 x 128 tokens"),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32"),
     ]
 
@@ -181,12 +184,18 @@ class Variant:
     name: str
     callback: Callable[[Task], L.Callback | None]
     kind: Callable[[int], str] = lambda step: "like all others"
-    """What a step is like: steps of one kind are expected to take equally long."""
+    """What a step of a run is like: steps of one kind are expected to take equally long."""
     every_n_steps: int | None = 1
     """From one logged step to the next; None if none is logged in the timed ones."""
+    in_turn: Callable[[int], str] | None = None
+    """What a step of a turn is like, if it is not as in a run."""
     needs: int = 0
     """Steps of a turn at the least, so that each kind is among the timed ones."""
     distribution: str = ""
+
+    def kind_in_turn(self, step: int) -> str:
+        """What a step of a turn is like."""
+        return (self.in_turn or self.kind)(step)
 
     @property
     def version(self) -> str:
@@ -218,12 +227,12 @@ ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 def monitor_kind(every_n_steps: int, step: int) -> str:
     """What the monitor does at a step: at the 1st, 2nd, 4th, 8th, ... logged step it also draws a heatmap."""
-    logged = step // every_n_steps + 1
-    if step % every_n_steps == 0 and logged & (logged - 1) == 0:
-        return "logged and drawn"
+    logged, since = step // every_n_steps + 1, step % every_n_steps
     if every_n_steps == 1:
-        return ("logged, first of a pair", "logged, second of a pair")[step % 2]
-    return {0: "logged, first of a pair", 1: "second of a pair"}.get(step % every_n_steps, "off")
+        since = logged - 2 ** (logged.bit_length() - 1)
+        return f"{since} after one that is drawn" if since <= REACH else f"logged, {step % 2} of a pair"
+    drawn = logged & (logged - 1) == 0
+    return "off" if since > REACH else f"{since} after one that is {'drawn' if drawn else 'logged'}"
 
 
 def _nothing(task: Task) -> None:
@@ -231,9 +240,16 @@ def _nothing(task: Task) -> None:
 
 
 def _monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
-    needs = 2 * every_n_steps + 3 if every_n_steps > 1 else 10  # the 2nd logged step is drawn, and the 8th
-    make = partial(_make_monitor, every_n_steps=every_n_steps, **options)
-    return Variant(name, make, partial(monitor_kind, every_n_steps), every_n_steps, needs)
+    if every_n_steps == 1:
+        return Variant(name, partial(_make_monitor, every_n_steps=1, **options), partial(monitor_kind, 1), needs=15)
+    return Variant(
+        name,
+        partial(_make_monitor, every_n_steps=CADENCE_IN_TURN, **options),
+        partial(monitor_kind, every_n_steps),
+        every_n_steps,
+        partial(monitor_kind, CADENCE_IN_TURN),
+        needs=4 * CADENCE_IN_TURN + REACH + 1,  # the 3rd and the 5th logged step are not drawn
+    )
 
 
 def _make_monitor(task: Task, **options: Any) -> L.Callback:

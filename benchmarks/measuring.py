@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import os
 import platform
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -111,6 +113,23 @@ def installed_version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def write_csv(rows: list[dict[str, Any]], columns: list[str], output: Path) -> None:
+    """Write rows as CSV; the cell of a column that a row does not have is empty."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """Print some columns of rows, one below the other."""
+    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in columns]
+    for line in [dict(zip(columns, columns, strict=True)), *rows]:
+        cells = (str(line.get(name, "")).ljust(width) for name, width in zip(columns, widths, strict=True))
+        print("  ".join(cells).rstrip())
 
 
 def _cpu_name() -> str:

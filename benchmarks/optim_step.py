@@ -27,7 +27,6 @@ install --no-deps timm pytorch_optimizer``): their optimizers need none but torc
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import extra_peak_bytes, installed_version, machine, seconds_per_call
+from measuring import extra_peak_bytes, installed_version, machine, print_table, seconds_per_call, write_csv
 from optim_implementations import Implementation, LeftOut, Traffic, check, implementations
 from torch import Tensor
 from torch.nn import Parameter
@@ -57,6 +56,11 @@ COLUMNS = [
     *"floor_bytes_per_parameter share_of_copy_bandwidth state_bytes_per_parameter extra_peak_share".split(),
     *"first_steps_seconds note".split(),
     *MACHINE,
+]
+SHOWN = [
+    *"model implementation seconds".split(),
+    *BASELINES,
+    *"share_of_copy_bandwidth state_bytes_per_parameter extra_peak_share first_steps_seconds".split(),
 ]
 TRANSFORMER, SMALL = "transformer", "small tensors"
 Row = dict[str, Any]
@@ -329,24 +333,6 @@ def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: in
     return rows
 
 
-def write(rows: list[Row], output: Path) -> None:
-    """Write the rows as CSV; an empty cell was not measured."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def show(rows: list[Row]) -> None:
-    """Print the columns of the measured rows that one reads first."""
-    memory = ["share_of_copy_bandwidth", "state_bytes_per_parameter", "extra_peak_share", "first_steps_seconds"]
-    shown = ["model", "implementation", "seconds", *BASELINES, *memory]
-    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in shown]
-    for line in [dict(zip(shown, shown, strict=True)), *rows]:
-        print("  ".join(str(line.get(name, "")).ljust(width) for name, width in zip(shown, widths, strict=True)))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description="Time and memory of one optimizer step, against the peers.")
@@ -363,8 +349,8 @@ def main(arguments: list[str] | None = None) -> None:
     described = machine(device)
     print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
     rows = [{**row, **described} for row in run(device, dtype, args.parameters, args.repeats, args.only)]
-    write(rows, output)
-    show(rows)
+    write_csv(rows, COLUMNS, output)
+    print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")
         verdicts = (target.verdict(rows, on, args.device) for on in STEPS for target in TARGETS)

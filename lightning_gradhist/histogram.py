@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,39 @@ _EXPONENTS = 256
 _CPU_CHUNK = 2**17  # stays in a core's cache: ten times faster than one pass over 20 million values
 _CPU_SMALL = 2**15  # up to here a tensor takes less time with others than alone
 _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Counts of finite values on bins, with what can be told from them alone.
+
+    Attributes:
+        edges: of the bins, float64 ``[bins + 1]``.
+        counts: int64 ``[rows, bins]``.
+    """
+
+    edges: Tensor
+    counts: Tensor
+
+    def quantiles(self, shares: Sequence[float]) -> Tensor:
+        """As :meth:`MagnitudeHistogram.quantile`, of several shares: float64 ``[rows, len(shares)]``."""
+        cumulative = self.counts.cumsum(1)
+        number = cumulative[:, -1:]
+        ranks = (number.double() * torch.tensor(shares, dtype=torch.float64, device=number.device)).long()
+        bins = torch.searchsorted(cumulative, ranks.minimum(number - 1).clamp_(min=0), right=True)
+        middles = (self.edges[:-1] * self.edges[1:]).sqrt()
+        return torch.where(number > 0, middles[bins.clamp_(max=len(middles) - 1)], math.nan)
+
+    def shares_below(self, magnitudes: Sequence[float]) -> Tensor:
+        """As :meth:`MagnitudeHistogram.share_below`, of several magnitudes: float64 ``[rows, len(magnitudes)]``."""
+        limits = torch.tensor(magnitudes, dtype=torch.float64, device=self.edges.device)
+        inside = ((limits - self.edges[:-1, None]) / self.edges.diff()[:, None]).clamp_(0, 1)
+        return (self.counts.double() @ inside) / self.counts.sum(1, keepdim=True)
+
+    def norm(self) -> Tensor:
+        """As :meth:`MagnitudeHistogram.norm`, float64 ``[rows]``."""
+        low, high = self.edges[:-1], self.edges[1:]
+        return (self.counts.double() @ ((low.square() + low * high + high.square()) / 3)).sqrt()
 
 
 class MagnitudeHistogram(Metric):
@@ -74,9 +108,10 @@ class MagnitudeHistogram(Metric):
         self.names = names
         self.bins_per_octave = bins_per_octave
         self._rows = {name: row for row, name in enumerate(names)}
-        bins = (_EXPONENTS - 2) * bins_per_octave
-        # One state holds all counts (zeros, bins, infs, nans), so that one collective is enough.
-        self.add_state("table", torch.zeros(len(names), bins + 3, dtype=torch.int64), dist_reduce_fx="sum")
+        # One state holds all counts (zeros, bins, infs, nans), so that one collective is enough. Its default is empty, as
+        # torchmetrics keeps a copy of it, which would take longer than many a count.
+        self.add_state("table", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
+        self._empty()
 
     @property
     def counts(self) -> Tensor:
@@ -106,7 +141,12 @@ class MagnitudeHistogram(Metric):
         edges = torch.exp2(exponents)[:, None] * (1 + mantissas)
         return edges.flatten()[: (_EXPONENTS - 2) * self.bins_per_octave + 1].to(self.table.device)
 
-    def update(self, values: Mapping[str, Tensor]) -> None:
+    def reset(self) -> None:
+        """Forgets all counts."""
+        super().reset()
+        self._empty()
+
+    def update(self, values: Mapping[str, Tensor], groups: Mapping[str, str] | None = None) -> None:
         """Counts the magnitudes of floating-point tensors of any shape, layout and device.
 
         On CUDA, with Triton, those of one dtype of float32, bfloat16 and float16 are counted in one launch. The host does
@@ -114,26 +154,29 @@ class MagnitudeHistogram(Metric):
 
         Args:
             values: from a name of :attr:`names` to a tensor. Names may be missing.
+            groups: from each name in ``values`` to the one of :attr:`names` under which its tensor is counted, where that
+                is another one; several may be counted under one.
 
         Raises:
             ValueError: for a name that the histogram does not have.
             TypeError: for a tensor that is not real floating point.
         """
-        groups: dict[Any, list[str]] = {}
+        alike: dict[Any, tuple[list[int], list[Tensor]]] = {}
         for name, tensor in values.items():
-            if name not in self._rows:
+            row = self._rows.get(name if groups is None else groups[name])
+            if row is None:
                 raise ValueError(f"name {name!r} is not one of the histogram's names: {self.names}")
             _refuse_other_than_real(tensor)
-            groups.setdefault((tensor.device, tensor.dtype, tensor.layout), []).append(name)
-        for (device, *_), names in groups.items():
-            rows = [self._rows[name] for name in names]
-            tensors = [values[name] for name in names]
+            rows, tensors = alike.setdefault((tensor.device, tensor.dtype, tensor.layout), ([], []))
+            rows.append(row)
+            tensors.append(tensor)
+        for (device, *_), (rows, tensors) in alike.items():
             if device == self.table.device:
                 _add(self.table, rows, tensors)
             else:
                 table = torch.zeros(len(rows), self.table.shape[1], dtype=torch.int64, device=device)
                 _add(table, range(len(rows)), tensors)
-                self.table[rows] += table.to(self.table.device)
+                self.table.index_add_(0, torch.tensor(rows, device=self.table.device), table.to(self.table.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Copies of the counts by kind: ``counts``, ``zeros``, ``infs`` and ``nans``."""
@@ -197,14 +240,7 @@ class MagnitudeHistogram(Metric):
         """
         if not 0.0 <= q <= 1.0:
             raise ValueError(f"q must lie in [0, 1], got {q!r}")
-        if pooled:
-            return self.pooled().quantile(q)[0]
-        cumulative = self.counts.cumsum(1)
-        number = cumulative[:, -1]
-        rank = (number.double() * q).long().minimum(number - 1).clamp_(min=0)
-        bins = torch.searchsorted(cumulative, rank[:, None], right=True)[:, 0].clamp_(max=cumulative.shape[1] - 1)
-        edges = self.edges
-        return torch.where(number > 0, (edges[bins] * edges[bins + 1]).sqrt(), math.nan)
+        return self.pooled().quantile(q)[0] if pooled else self._bins.quantiles([q])[:, 0]
 
     def share_below(self, magnitude: float) -> Tensor:
         """Share of the values in :attr:`counts` below a magnitude, interpolated within the bin that holds it.
@@ -215,18 +251,32 @@ class MagnitudeHistogram(Metric):
         Returns:
             float64 ``[len(names)]`` from 0 to 1; NaN where nothing was counted.
         """
-        edges = self.edges
-        inside = ((magnitude - edges[:-1]) / edges.diff()).clamp_(0, 1)
-        return (self.counts * inside).sum(1) / self.counts.sum(1)
+        return self._bins.shares_below([magnitude])[:, 0]
 
     def norm(self) -> Tensor:
         """Euclidean norm of the values in :attr:`counts`, float64 ``[len(names)]``, taking them as uniform in a bin.
 
         The error of one value is at most half a bin, and that of many values far less.
         """
-        low, high = self.edges[:-1], self.edges[1:]
-        squares = (low.square() + low * high + high.square()) / 3
-        return (self.counts * squares).sum(1).sqrt()
+        return self._bins.norm()
+
+    def occupied(self) -> Bins:
+        """The bins from the first to the last that has a count in any row, and after the rows one of all together.
+
+        Of 254 octaves few are in use, so that this is much less to look at. Without any count it is one bin.
+        """
+        together = self.counts.sum(0, keepdim=True)
+        there = together[0].nonzero()[:, 0].tolist() or [0]
+        first, end = there[0], there[-1] + 1
+        return Bins(self.edges[first : end + 1], torch.cat([self.counts[:, first:end], together[:, first:end]]))
+
+    @property
+    def _bins(self) -> Bins:
+        return Bins(self.edges, self.counts)
+
+    def _empty(self) -> None:
+        shape = len(self.names), (_EXPONENTS - 2) * self.bins_per_octave + 3
+        self.table = torch.zeros(shape, dtype=torch.int64, device=self.table.device)
 
 
 def count_magnitudes(tensor: Tensor, bins_per_octave: int) -> Tensor:

@@ -42,7 +42,7 @@ def variant(name: str) -> Variant:
 def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["monitor", "monitor, every step", "add_histogram", "Graphcore's tensor tracker"]
     output = tmp_path / "results.csv"
-    options = "--scale 1e-3 --rounds 1 --steps 10 --long-steps 6 --output".split()
+    options = "--scale 1e-3 --rounds 1 --long-steps 6 --output".split()
     capture_cost.main([*options, str(output), "--models", "small tensors", "--only", *names])
     with output.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -74,8 +74,8 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
 def one_value_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     right = MagnitudeHistogram.update
 
-    def update(self: MagnitudeHistogram, values: Any) -> None:
-        right(self, values)
+    def update(self: MagnitudeHistogram, *values: Any) -> None:
+        right(self, *values)
         self.table[0] += self.table[0].cumsum(0) == 1
 
     monkeypatch.setattr(MagnitudeHistogram, "update", update)
@@ -84,8 +84,8 @@ def one_value_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 def next_bin(monkeypatch: pytest.MonkeyPatch) -> None:
     right = MagnitudeHistogram.update
 
-    def update(self: MagnitudeHistogram, values: Any) -> None:
-        right(self, values)
+    def update(self: MagnitudeHistogram, *values: Any) -> None:
+        right(self, *values)
         self.table[0, 1:-2] = self.table[0, 1:-2].roll(1)
 
     monkeypatch.setattr(MagnitudeHistogram, "update", update)
@@ -124,11 +124,14 @@ def test_the_gate_takes_the_transformer() -> None:
 
 def test_rare_steps_weigh_as_often_as_they_come() -> None:
     monitor = variant("monitor")
-    takes = {"off": 1.0, "second of a pair": 3.0, "logged, first of a pair": 11.0, "logged and drawn": 101.0}
-    seconds = [takes[monitor.kind(step)] for step in range(monitor.needs)]
-    seconds[0] = seconds[30] = 1e6  # one that is left out, and one that only happened to take long
-    expected = 1 + (200 * 2 + 192 * 10 + 8 * 100) / 10_000  # 200 of 10,000 steps are logged, 8 of these are drawn
+    takes = {"off": 1.0, "0 after one that is logged": 11.0, "1 after one that is logged": 3.0}
+    takes |= {"0 after one that is drawn": 101.0, "2 after one that is drawn": 21.0}
+    seconds = [takes.get(monitor.kind_in_turn(step), 1.0) for step in range(monitor.needs)]
+    seconds[0] = seconds[10] = 1e6  # one that is left out, and one that only happened to take long
+    expected = 1 + (192 * (10 + 2) + 8 * (100 + 20)) / 10_000  # 200 of 10,000 steps are logged, 8 of these are drawn
     assert capture_cost.seconds_a_step(seconds, monitor) == pytest.approx(expected)
+    timed = {monitor.kind_in_turn(step) for step in range(capture_cost.LEFT_OUT_STEPS, monitor.needs)}
+    assert timed == {monitor.kind(step) for step in range(10_000)}
     every = variant("monitor, every step")
     kinds = [every.kind(step) for step in range(capture_cost.LEFT_OUT_STEPS, every.needs)]
     assert set(kinds) == {every.kind(step) for step in range(10_000)}

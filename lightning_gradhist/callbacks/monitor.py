@@ -43,11 +43,10 @@ from lightning_gradhist.callbacks.rows import Rows
 from lightning_gradhist.callbacks.watched import Step, Watched, metric_weights, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import NoiseRecord, measure_part
-from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
 from lightning_gradhist.report.record import FILE_NAME, RunRecord
-from lightning_gradhist.report.writer import HostCopy, Once, Outlets
+from lightning_gradhist.report.writer import HostCopy, Once, Outlets, send_heatmap
 
 _FEW = 3  # pairs below which there is no interval
 _MANY = 200  # rows beyond which a page of histograms is no longer read
@@ -394,14 +393,9 @@ class GradientHistogramMonitor(Callback):
             self._guarded(lambda: watched.hold(batch_size, optimizer, parts, own(second_moment(optimizer, parameters))))
 
     def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor]) -> None:
-        assert self._replicas is not None
         first = watched.first if parts and not is_short_step(trainer) else None
         watched.drop_pair()
-        sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
-        if first is not None:
-            self._guarded(lambda: first.measure(parts, sums))
-        if self._replicas.ranks > 1:
-            torch.distributed.all_reduce(sums)
+        sums = self._measure(trainer, None if first is None else lambda: first.measure(parts))
         if first is not None:
             watched.noise.add(first.step, watched.batch_size, sums)
 
@@ -415,33 +409,37 @@ class GradientHistogramMonitor(Callback):
     ) -> None:
         """Measures noise within this step: the gradient of one micro-batch of each rank against that of all."""
         assert self._replicas is not None and watched.part is not None
-        batch_size = effective_batch_size(trainer, self.batch_size)
-        sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
+        batch_size = None if is_short_step(trainer) else effective_batch_size(trainer, self.batch_size)
         part = watched.part.take(trainer, trainer.accumulate_grad_batches)
         watched.drop_pair()  # begun before accumulation was
 
-        def measure() -> None:
+        def measure() -> Tensor:
             weights = metric_weights(optimizer, second_moment(optimizer, parameters))
-            sums.copy_(measure_part(part, gradients, weights, parts_of_a_step(trainer)))
+            return measure_part(part, gradients, weights, parts_of_a_step(trainer))
 
-        short = is_short_step(trainer) or batch_size is None
-        if not short:
-            self._guarded(measure)
-        if self._replicas.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        if not short and batch_size is not None:
+        sums = self._measure(trainer, None if batch_size is None else measure)
+        if batch_size is not None:
             watched.note(batch_size, optimizer)
             watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
+
+    def _measure(self, trainer: Trainer, measure: Callable[[], Tensor] | None) -> Tensor:
+        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
+        assert self._replicas is not None
+        sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
+        if measure is not None:
+            self._guarded(lambda: sums.copy_(measure()))
+        if self._replicas.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        return sums
 
     def _await_local_gradients(self, trainer: Trainer, watched: Watched, optimizer: Optimizer) -> None:
         """Has gradients of the coming step copied before ranks average them, if it is to be logged."""
         watched.local = watched.part = None
-        if watched.steps % self.every_n_steps == 0:
+        parts = self._measures_noise and parts_of_a_step(trainer) > 1
+        if watched.steps % self.every_n_steps == 0 and (self.local or parts):
             parameters = optimizer_parameters(trainer.lightning_module, optimizer)
-            if self.local:
-                watched.local = LocalGradients(parameters)
-            if self._measures_noise and parts_of_a_step(trainer) > 1:
-                watched.part = LocalGradients(parameters)
+            watched.local = LocalGradients(parameters) if self.local else None
+            watched.part = LocalGradients(parameters) if parts else None
 
     def _count(
         self, module: LightningModule, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]
@@ -450,11 +448,9 @@ class GradientHistogramMonitor(Callback):
         assert self._replicas is not None
         rows = self._rows.of(module, parameters)
         with module.device:  # made there, not copied there
-            histogram = MagnitudeHistogram(list(rows), self.bins_per_octave)
+            histogram = MagnitudeHistogram(list(dict.fromkeys(rows.values())), self.bins_per_octave)
         mine = {name: part for name, part in parts.items() if name in rows and part.numel()}
-        self._guarded(lambda: histogram.update(mine))
-        if self.group_by is not None:
-            histogram = histogram.grouped(rows)
+        self._guarded(lambda: histogram.update(mine, rows))
         if self._replicas.ranks > 1:
             histogram.sync()
         return histogram
@@ -484,17 +480,10 @@ class GradientHistogramMonitor(Callback):
             self._save_record(trainer, module)
 
     def _draw(self, trainer: Trainer, index: int, histogram: HostCopy, step: int) -> None:
-        suffix, title = self._suffix(index), f"gradient magnitudes by layer, step {step}"
-        figure = Once(lambda: plots.magnitude_heatmap(histogram(), title))
-
-        def show(sink: Sink) -> None:
-            if plots.available() and sink.shows_figures and histogram().counts.any():
-                sink.figure(f"{self._kind}_magnitude_by_layer{suffix}", figure(), step)
-
-        self._send(
-            trainer, lambda sink: sink.text(f"{self._kind}_worst_layers{suffix}", worst_layers(histogram()), step)
-        )
-        self._send(trainer, show)
+        suffix, send = self._suffix(index), partial(self._send, trainer)
+        send(lambda sink: sink.text(f"{self._kind}_worst_layers{suffix}", worst_layers(histogram()), step))
+        title = f"gradient magnitudes by layer, step {step}"
+        send_heatmap(send, f"{self._kind}_magnitude_by_layer{suffix}", step, title, histogram)
 
     def _send(self, trainer: Trainer, job: Callable[[Sink], None]) -> None:
         if self._outlets is None:
@@ -529,7 +518,7 @@ class GradientHistogramMonitor(Callback):
         ]
         return RunRecord(model_shapes(module), trainer.global_step, entries)
 
-    def _guarded(self, log: Callable[[], None]) -> None:
+    def _guarded(self, log: Callable[[], object]) -> None:
         # Monitoring never stops training: a full disk or a broken logger costs one warning. No collectives in here.
         try:
             log()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,10 @@ from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, opt
 from lightning_gradhist.callbacks.rows import Rows
 from lightning_gradhist.callbacks.watched import second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.report import plots
+from lightning_gradhist.noise import batches, elementwise, joined
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import distributions
-from lightning_gradhist.report.writer import HostTensor, Once
+from lightning_gradhist.report.writer import HostTensor, Once, send_heatmap
 
 _ALARM = 0.1
 _IDLE = 0.02  # a share of damped weights below which an epsilon does nothing: the lower end of its search space
@@ -88,14 +87,8 @@ class StateReport:
 
     def draw(self, send: Send) -> None:
         """Has loggers show the second moment by layer, with epsilon drawn in."""
-        title = f"root of the second moment by layer, step {self.step}"
-        figure = Once(lambda: plots.magnitude_heatmap(self.histogram(), title, self.eps))
-
-        def show(sink: Sink) -> None:
-            if plots.available() and sink.shows_figures and self.histogram().counts.any():
-                sink.figure(f"{_MOMENT}_by_layer{self.suffix}", figure(), self.step)
-
-        send(show)
+        title, tag = f"root of the second moment by layer, step {self.step}", f"{_MOMENT}_by_layer{self.suffix}"
+        send_heatmap(send, tag, self.step, title, self.histogram, self.eps)
 
     def _table(self) -> Tensor:
         table = self._on_host()
@@ -129,7 +122,7 @@ class StateWatch:
         self.begun, self._before = True, None
         parameters = optimizer_parameters(module, optimizer)
         stepped = [name for name in self._rows.of(module, parameters) if parameters[name].grad is not None]
-        self._before = {name: part.clone() for name, part in self._weights(parameters, stepped).items()}
+        self._before = elementwise(torch.clone, self._weights(parameters, stepped))
 
     def end(self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard) -> StateReport:
         """Compares with what is there after the step; to be called on every rank."""
@@ -138,7 +131,7 @@ class StateWatch:
         rows = self._rows.of(module, parameters)
         names, eps = list(dict.fromkeys(rows.values())), _epsilons(optimizer, parameters)
         with module.device:  # made there, not copied there
-            histogram = MagnitudeHistogram(list(rows), self._bins_per_octave)
+            histogram = MagnitudeHistogram(names, self._bins_per_octave)
             table = torch.full((len(names), _SUMS + histogram.table.shape[1]), math.nan, dtype=torch.float64)
         if names:
             guard(partial(self._fill, table, histogram, optimizer, parameters, rows, eps))
@@ -147,7 +140,7 @@ class StateWatch:
             torch.distributed.all_reduce(table)  # counts are exact in float64 up to 2**53
         by_row: dict[str, float] = {}
         for name in eps.keys() & rows.keys():
-            by_row[rows[name]] = max(float(eps[name]), by_row.get(rows[name], 0.0))
+            by_row[rows[name]] = max(eps[name], by_row.get(rows[name], 0.0))
         return StateReport(table, names, self._bins_per_octave, by_row, step, suffix)
 
     def log(self, report: StateReport, send: Send, draws: bool) -> None:
@@ -191,51 +184,58 @@ class StateWatch:
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         rows: Mapping[str, str],
-        eps: Mapping[str, Any],
+        eps: Mapping[str, float],
     ) -> None:
         """Writes this rank's part into a table as that of :class:`StateReport`."""
         before = self._before
         if before is None:
             return  # they could not be copied
+        after = self._weights(parameters, list(before))
         moments = second_moment(optimizer, {name: parameters[name] for name in before if name in eps})
-        roots = {name: _wide(part).sqrt() for name, part in own_parts(moments, parameters, self._replicas).items()}
-        histogram.update({name: root for name, root in roots.items() if root.numel()})
-        numbers = dict.fromkeys(rows, torch.zeros(_SUMS, dtype=torch.float64, device=table.device))
-        for name, after in self._weights(parameters, list(before)).items():
-            root = roots.get(name, after[:0])
-            numbers[name] = _sums(before[name], after, root, eps.get(name, 0.0)).to(table.device)
-        grouped = histogram.grouped(rows)
-        index = torch.tensor([grouped.names.index(row) for row in rows.values()], device=table.device)
-        sums = table.new_zeros(len(table), _SUMS).index_add_(0, index, torch.stack(list(numbers.values())))
-        table.copy_(torch.cat([sums, grouped.table.double()], 1))
+        roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._replicas))
+        histogram.update({name: root for name, root in roots.items() if root.numel()}, rows)
+        row_of = {row: index for index, row in enumerate(histogram.names)}
+        sums = table.new_zeros(len(table), _SUMS)
+        for batch in batches(before):
+            index = torch.tensor([row_of[rows[name]] for name in batch])
+            found = _sums(batch, joined(batch, after), joined(batch, roots), [eps.get(name, 0.0) for name in batch])
+            sums.index_add_(0, index.to(table.device), found.to(table.device))
+        table.copy_(torch.cat([sums, histogram.table.double()], 1))
 
 
-def _sums(before: Tensor, after: Tensor, root: Tensor, eps: float | Tensor) -> Tensor:
-    """Of one tensor's part, the first columns of :class:`StateReport`'s table, float64 ``[4]``."""
-    update = _wide(after) - before
-    squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, before)]
-    touched = root > 0  # others have not had a gradient yet, and make no step to be damped
-    counts = [(touched & (root < eps)).sum(), touched.sum()]
-    return torch.stack([*squares, *(count.double() for count in counts)])
+def _sums(before: Mapping[str, Tensor], after: Tensor, roots: Tensor, eps: list[float]) -> Tensor:
+    """Of the parts of a batch, the first columns of :class:`StateReport`'s table, float64 ``[len(before), 4]``."""
+    weights = joined(before)
+    update = _wide(after) - weights
+    touched = roots > 0  # others have not had a gradient yet, and make no step to be damped
+    if len(before) == 1:
+        squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, weights)]
+        counts = [(touched & (roots < eps[0])).sum(), touched.sum()]
+        return torch.stack([*squares, *(count.double() for count in counts)])[None]
+    sizes = torch.tensor([part.numel() for part in before.values()])
+    owners = torch.arange(len(sizes)).repeat_interleave(sizes).to(weights.device)
+    limits = torch.tensor(eps, dtype=roots.dtype).to(weights.device)[owners]
+    values = [update.double().square(), weights.double().square(), touched & (roots < limits), touched]
+    terms = torch.stack([value.double() for value in values], 1)
+    return terms.new_zeros(len(before), _SUMS).index_add_(0, owners, terms)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _epsilons(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, float | Tensor]:
+def _epsilons(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
     """The epsilon that is added to the root of a parameter's second moment, by name, where there is one.
 
     AMSGrad adds it to another root, of the largest second moment so far.
     """
-    eps: dict[int, Any] = {id(p): group.get("eps") for group in optimizer.param_groups for p in group["params"]}
+    given = [(group.get("eps"), group["params"]) for group in optimizer.param_groups]
+    eps = {id(p): float(one) for one, params in given if isinstance(one, (float, int, Tensor)) for p in params}
     found = {}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
-        known = (
-            "step" in state and "max_exp_avg_sq" not in state and isinstance(eps[id(parameter)], (float, int, Tensor))
-        )
         moment = state.get("exp_avg_sq")
+        known = "step" in state and "max_exp_avg_sq" not in state and id(parameter) in eps
         if known and isinstance(moment, Tensor) and moment.shape == parameter.shape:
             found[name] = eps[id(parameter)]
     return found

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks.gradients import LocalGradients, as_real, local
 from lightning_gradhist.callbacks.handoff import base_rate
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, measure_pair
+from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, elementwise, measure_pair
 from lightning_gradhist.report.record import OptimizerRecord
 from lightning_gradhist.report.writer import HostCopy
 
@@ -37,12 +38,11 @@ class Held:
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor] | None
 
-    def measure(self, gradients: Mapping[str, Tensor], sums: Tensor) -> None:
-        """Writes this rank's share of noise and signal, as :func:`measure_pair` gives them, into ``sums [4]``."""
-        if self.gradients:
-            sums.copy_(measure_pair(self.gradients, gradients, self.weights))
-        else:
-            sums.zero_()  # others have all there is
+    def measure(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """This rank's share of noise and signal, as :func:`measure_pair` gives them."""
+        if not self.gradients:  # others have all there is
+            return torch.zeros(4, dtype=torch.float64)
+        return measure_pair(self.gradients, gradients, self.weights)
 
 
 class Watched:
@@ -104,7 +104,7 @@ class Watched:
     ) -> None:
         """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
         self.note(batch_size, optimizer)
-        held = {name: g.clone() for name, g in gradients.items() if g.numel()}
+        held = elementwise(torch.clone, {name: g for name, g in gradients.items() if g.numel()})
         self.first = Held(self.steps, held, metric_weights(optimizer, moments))
 
     def note(self, batch_size: int, optimizer: Optimizer) -> None:
@@ -122,21 +122,26 @@ class Watched:
 def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Adam's bias-corrected second moment by name, of a DTensor this rank's shard; empty where there is none (yet)."""
     decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
-    moments = {}
+    moments: dict[str, Tensor] = {}
+    corrections: list[Any] = []
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" in state and id(parameter) in decay:
             step = local(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
             on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
-            correction = 1 - decay[id(parameter)] ** (float(step) if on_host else step)  # no waiting for the device
-            moments[name] = as_real(local(state["exp_avg_sq"])) / correction
-    return moments
+            moments[name] = as_real(local(state["exp_avg_sq"]))
+            corrections.append(1 - decay[id(parameter)] ** (float(step) if on_host else step))  # without waiting
+    if not moments:
+        return {}
+    if all(isinstance(correction, float) for correction in corrections):
+        return dict(zip(moments, torch._foreach_div(list(moments.values()), corrections), strict=True))
+    return {name: moment / correction for (name, moment), correction in zip(moments.items(), corrections, strict=True)}
 
 
 def metric_weights(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Adam's metric by name, from :func:`second_moment`; None where that is empty."""
     eps = _epsilon(optimizer)
-    return {name: adam_weight(v.float(), eps) for name, v in moments.items()} or None
+    return elementwise(lambda v: adam_weight(v.float(), eps), moments) or None
 
 
 def _epsilon(optimizer: Optimizer) -> float:

@@ -6,6 +6,7 @@ import html
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lightning_gradhist.report import event_file
 from lightning_gradhist.report.magnitudes import Distribution
 from lightning_gradhist.report.plots import pixels
 
@@ -40,8 +41,8 @@ class Sink:
         return type(self).figure is not Sink.figure
 
 
-class TensorBoardSink(Sink):
-    """Writes to a ``SummaryWriter`` of torch or tensorboardX, which both queue what they get under a lock."""
+class SummarySink(Sink):
+    """Writes to any ``SummaryWriter``, as tensorboardX's; they queue what they get under a lock."""
 
     background = True
 
@@ -76,6 +77,20 @@ class TensorBoardSink(Sink):
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text page."""
         self.writer.add_text(tag, markdown, step)
+
+
+class TensorBoardSink(SummarySink):
+    """Writes to a ``SummaryWriter`` of torch: all scalars of a step as one event, and all histograms."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Scalars page."""
+        if values:
+            event_file.write(self.writer, event_file.scalar_summary(values), step)
+
+    def histograms(self, histograms: Mapping[str, Distribution], step: int) -> None:
+        """Histograms and Distributions pages."""
+        if histograms:
+            event_file.write(self.writer, event_file.histogram_summary(histograms), step)
 
 
 class LoggerSink(Sink):
@@ -224,10 +239,16 @@ def _writer(logger: Any) -> Any:
     return getattr(logger, "experiment", logger)
 
 
+def _summary_sink(writer: Any) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardSink(writer) if isinstance(writer, SummaryWriter) else SummarySink(writer)
+
+
 _KINDS: list[tuple[Callable[[Any], bool], Callable[[Any], Sink]]] = [
     (_named("WandbLogger"), WandbSink),
     (_named("MLFlowLogger"), MLflowSink),
     (_named("CometLogger"), CometSink),
-    (lambda logger: hasattr(_writer(logger), "add_histogram_raw"), lambda logger: TensorBoardSink(_writer(logger))),
+    (lambda logger: hasattr(_writer(logger), "add_histogram_raw"), lambda logger: _summary_sink(_writer(logger))),
     (lambda logger: True, LoggerSink),
 ]

@@ -67,13 +67,12 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
         prefix: what the magnitudes are of, ``"gradient"``.
         pooled_name: name of all of them together.
     """
+    counted = _Counted(histogram)
     scalars: dict[str, float] = {}
-    for part, names in ((histogram, histogram.names), (histogram.pooled(), [pooled_name])):
-        counted = (part.total() > 0).tolist()
-        for tag, column in _columns(part).items():
-            rows = zip(names, column.tolist(), counted, strict=True)
-            scalars |= {f"{prefix}_{tag}/{name}": value for name, value, there in rows if there}
-    return MagnitudeReport(scalars, distributions(histogram, f"{prefix}_magnitude", pooled_name))
+    for tag, column in counted.columns().items():
+        rows = zip([*histogram.names, pooled_name], column.tolist(), counted.total.tolist(), strict=True)
+        scalars |= {f"{prefix}_{tag}/{name}": value for name, value, number in rows if number}
+    return MagnitudeReport(scalars, counted.distributions(f"{prefix}_magnitude", pooled_name))
 
 
 def distributions(histogram: MagnitudeHistogram, kind: str, pooled_name: str = "all") -> dict[str, Distribution]:
@@ -84,15 +83,7 @@ def distributions(histogram: MagnitudeHistogram, kind: str, pooled_name: str = "
         kind: what the magnitudes are of.
         pooled_name: name of all of them together.
     """
-    edges = histogram.edges.log10()
-    found: dict[str, Distribution] = {}
-    for part, names in ((histogram, histogram.names), (histogram.pooled(), [pooled_name])):
-        quantiles = torch.stack([part.quantile(share) for share in QUANTILES], 1).tolist()
-        for name, counts, values, (first, last) in zip(names, part.counts, quantiles, _occupied(part), strict=True):
-            if last:
-                shown = _merged(edges, counts, first, last)
-                found[f"{kind}/{name}"] = Distribution(*shown, dict(zip(QUANTILES, values, strict=True)))
-    return found
+    return _Counted(histogram).distributions(kind, pooled_name)
 
 
 def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
@@ -101,8 +92,9 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
     Names with the largest share of non-finite values come first; among equals those with the largest share of zeros and
     of what float16 loses, together; among equals those with the smallest median.
     """
-    columns = {tag: column.tolist() for tag, column in _columns(histogram).items()}
-    total = histogram.total().tolist()
+    counted = _Counted(histogram)
+    columns = {tag: column.tolist() for tag, column in counted.columns().items()}
+    total = counted.total[:-1].tolist()
 
     def badness(row: int) -> tuple[float, float, float]:
         lost = columns["zero_share"][row] + columns["fp16_loss_share"][row]
@@ -137,23 +129,45 @@ def _merged(edges: Tensor, counts: Tensor, first: int, last: int, most: int = _M
     return edges[cuts], cumulative[cuts].diff()
 
 
-def _occupied(histogram: MagnitudeHistogram) -> list[tuple[int, int]]:
-    """The first bin of each row that is not empty and the one after the last; (0, 0) for a row without."""
-    there = (histogram.counts > 0).byte()
-    last = (there.shape[1] - there.flip(1).argmax(1)) * there.amax(1)
-    return list(zip(there.argmax(1).tolist(), last.tolist(), strict=True))
+class _Counted:
+    """A histogram as it is reported: the rows of its names, and as the last one all of them together."""
 
+    def __init__(self, histogram: MagnitudeHistogram) -> None:
+        self.names, self.bins = histogram.names, histogram.occupied()
+        kinds = torch.stack([histogram.zeros, histogram.infs + histogram.nans])
+        self.zeros, self.nonfinite = torch.cat([kinds, kinds.sum(1, keepdim=True)], 1)
+        self.finite = self.bins.counts.sum(1)
+        self.total = self.zeros + self.nonfinite + self.finite
+        self.quantiles = self.bins.quantiles(QUANTILES)
 
-def _columns(histogram: MagnitudeHistogram) -> dict[str, Tensor]:
-    """The numbers by which names are compared, each float64 ``[len(names)]``."""
-    total, finite = histogram.total(), histogram.counts.sum(1)
-    columns = {
-        "median": histogram.quantile(0.5).nan_to_num(0.0),
-        "norm": histogram.norm(),
-        "zero_share": histogram.zeros / total,
-        "nonfinite_share": (histogram.infs + histogram.nans) / total,
-    }
-    for name, (smallest, largest) in _RANGES.items():
-        lost = histogram.share_below(smallest) + (1 - histogram.share_below(largest))
-        columns[f"{name}_loss_share"] = (lost.nan_to_num(0.0) * finite) / total
-    return columns
+    def columns(self) -> dict[str, Tensor]:
+        """The numbers by which rows are compared, each float64 ``[len(names) + 1]``."""
+        below = self.bins.shares_below([limit for limits in _RANGES.values() for limit in limits]).nan_to_num_(0.0)
+        lost = {
+            f"{name}_loss_share": (flushed + (1 - kept)) * self.finite / self.total
+            for name, (flushed, kept) in zip(_RANGES, below.T.unflatten(0, (-1, 2)), strict=True)
+        }
+        return {
+            "median": self.quantiles[:, QUANTILES.index(0.5)].nan_to_num(0.0),
+            "norm": self.bins.norm(),
+            "zero_share": self.zeros / self.total,
+            "nonfinite_share": self.nonfinite / self.total,
+            **lost,
+        }
+
+    def distributions(self, kind: str, pooled_name: str) -> dict[str, Distribution]:
+        """What to draw of each row that has a count, by tag."""
+        edges = self.bins.edges.log10()
+        found: dict[str, Distribution] = {}
+        rows = zip([*self.names, pooled_name], self.bins.counts, self.quantiles.tolist(), self._ranges(), strict=True)
+        for name, counts, values, (first, last) in rows:
+            if last:
+                shown = _merged(edges, counts, first, last)
+                found[f"{kind}/{name}"] = Distribution(*shown, dict(zip(QUANTILES, values, strict=True)))
+        return found
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """The first bin of each row that is not empty and the one after the last; (0, 0) for a row without."""
+        there = (self.bins.counts > 0).byte()
+        last = (there.shape[1] - there.flip(1).argmax(1)) * there.amax(1)
+        return list(zip(there.argmax(1).tolist(), last.tolist(), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import Sink, sink_of
 
 T = TypeVar("T")
@@ -133,6 +134,33 @@ class Writer:
             if job is not None:
                 job()
             self._jobs.task_done()
+
+
+def send_heatmap(
+    send: Callable[[Callable[[Sink], None]], None],
+    tag: str,
+    step: int,
+    title: str,
+    histogram: Callable[[], MagnitudeHistogram],
+    eps: Mapping[str, float] | None = None,
+) -> None:
+    """Has loggers that show figures show a heatmap, where matplotlib is installed and there is something to draw.
+
+    Args:
+        send: gives each logger's sink to a job.
+        tag: of the figure.
+        step: of the figure.
+        title: of the figure.
+        histogram: gives what is drawn; called in the loggers' threads.
+        eps: as for :func:`lightning_gradhist.report.plots.magnitude_heatmap`.
+    """
+    figure = Once(lambda: plots.magnitude_heatmap(histogram(), title, eps))
+
+    def show(sink: Sink) -> None:
+        if plots.available() and sink.shows_figures and histogram().counts.any():
+            sink.figure(tag, figure(), step)
+
+    send(show)
 
 
 class Outlets:

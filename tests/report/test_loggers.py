@@ -18,7 +18,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.report import loggers
-from lightning_gradhist.report.loggers import LoggerSink, Sink, TensorBoardSink, quantiles, register_sink, sinks
+from lightning_gradhist.report.loggers import (
+    LoggerSink,
+    Sink,
+    SummarySink,
+    TensorBoardSink,
+    quantiles,
+    register_sink,
+    sinks,
+)
 from lightning_gradhist.report.magnitudes import Distribution, MagnitudeReport, magnitude_report
 
 
@@ -43,9 +51,13 @@ def raw_histograms(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_histogram_in_the_event_file(tmp_path: Path) -> None:
+SUMMARY_SINKS = [pytest.param(TensorBoardSink, id="torch"), pytest.param(SummarySink, id="any")]
+
+
+@pytest.mark.parametrize("kind", SUMMARY_SINKS)
+def test_a_histogram_in_the_event_file(tmp_path: Path, kind: Any) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
-        TensorBoardSink(writer).histograms({"h": shown([-4.0, -3.5, -3.0, -2.0], [5, 0, 3])}, step=7)
+        kind(writer).histograms({"h": shown([-4.0, -3.5, -3.0, -2.0], [5, 0, 3])}, step=7)
     step, histo = raw_histograms(tmp_path)["h"]
     assert step == 7
     assert list(histo.bucket_limit) == [-3.5, -3.0, -2.0] and list(histo.bucket) == [5.0, 0.0, 3.0]
@@ -53,11 +65,12 @@ def test_a_histogram_in_the_event_file(tmp_path: Path) -> None:
     assert histo.sum == 5 * -3.75 + 3 * -2.5 and histo.sum_squares == 5 * 3.75**2 + 3 * 2.5**2
 
 
-def test_everything_arrives_in_tensorboard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", SUMMARY_SINKS)
+def test_everything_arrives_in_tensorboard(tmp_path: Path, kind: Any) -> None:
     from matplotlib.figure import Figure
 
     with SummaryWriter(str(tmp_path)) as writer:
-        sink = TensorBoardSink(writer)
+        sink = kind(writer)
         sink.scalars({"a": 1.5, "b": -2.0}, step=3)
         sink.histograms({"h": shown([0.0, 1.0, 2.0], [1, 2])}, step=4)
         figure = Figure(figsize=(2, 1))
@@ -73,6 +86,48 @@ def test_everything_arrives_in_tensorboard(tmp_path: Path) -> None:
     assert [(i.step, i.width > 0) for i in events.Images("f")] == [(5, True), (6, True)]
     (text,) = events.Tensors("t/text_summary")
     assert make_ndarray(text.tensor_proto).item().decode().startswith("| a | b |")
+
+
+def values_of_events(folder: Path) -> list[list[Any]]:
+    """The values of each event of the event files in a folder, with its step."""
+    events = [event for file in sorted(folder.glob("events.*")) for event in LegacyEventFileLoader(str(file)).Load()]
+    return [[(event.step, value) for value in event.summary.value] for event in events if event.HasField("summary")]
+
+
+def test_a_step_is_two_events_with_the_same_values_as_one_for_each(tmp_path: Path) -> None:
+    """Of so many tensors, that the events are large ones; a reader would end at a wrong checksum."""
+    generator = torch.Generator().manual_seed(0)
+    values = {f"layer{i}": 10 ** torch.empty(50).normal_(-4, 2, generator=generator) for i in range(100)}
+    for kind in (TensorBoardSink, SummarySink):
+        with SummaryWriter(str(tmp_path / kind.__name__)) as writer:
+            for step in (0, 50):
+                report = reported(
+                    {**values, "dead": torch.zeros(3), "one": torch.ones(1) + step, "none": torch.ones(0)}
+                )
+                kind(writer).scalars(report.scalars, step)
+                kind(writer).histograms(report.histograms, step)
+                kind(writer).scalars({}, step)
+                kind(writer).histograms({}, step)
+    together, apart = (values_of_events(tmp_path / kind.__name__) for kind in (TensorBoardSink, SummarySink))
+    assert [len(event) for event in together] == [len(report.scalars), len(report.histograms)] * 2
+    assert len(apart) == 2 * (7 * 103 + 102)
+    for (step, value), [(other_step, other)] in zip(sum(together, []), apart, strict=True):
+        for rounded in ("sum", "sum_squares"):  # the same terms, added in another order
+            assert getattr(value.histo, rounded) == pytest.approx(getattr(other.histo, rounded), rel=1e-12)
+            if other.HasField("histo"):
+                setattr(value.histo, rounded, getattr(other.histo, rounded))
+        assert (step, value) == (other_step, other)
+    (file,) = (tmp_path / "TensorBoardSink").glob("events.*")
+    assert file.stat().st_size > 2 * 100_000
+
+
+def test_a_writer_that_was_closed_is_opened_again(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    sink = TensorBoardSink(writer)
+    for step in (0, 1):
+        sink.scalars({"a": float(step)}, step)
+        writer.close()
+    assert sorted((step, value.simple_value) for [(step, value)] in values_of_events(tmp_path)) == [(0, 0.0), (1, 1.0)]
 
 
 # --- which sink ------------------------------------------------------------------------------------------------------
