@@ -35,7 +35,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import extra_peak_bytes, installed_version, machine, print_table, seconds_per_call, write_csv
+from measuring import (
+    extra_peak_bytes,
+    installed_version,
+    machine,
+    prime_the_heap,
+    print_table,
+    seconds_per_call,
+    write_csv,
+)
 from optim_implementations import Implementation, LeftOut, Traffic, check, implementations
 from torch import Tensor
 from torch.nn import Parameter
@@ -182,6 +190,7 @@ def measure_model(model: Model, contestants: list[Implementation], repeats: int)
     """Measure all on one model."""
     print(f"{model.name}: {len(model.params):,} tensors, {model.size:,} parameters", flush=True)
     torch.compiler.reset()
+    prime_the_heap()
     footprints = [alone(footprint, model, contestant) for contestant in contestants]
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for repeat in range(repeats):

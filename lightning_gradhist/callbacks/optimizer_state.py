@@ -14,6 +14,7 @@ from lightning_gradhist.callbacks._lightning import LightningModule, rank_zero_w
 from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, optimizer_parameters, own_parts
 from lightning_gradhist.callbacks.rows import Rows
 from lightning_gradhist.callbacks.watched import second_moment
+from lightning_gradhist.epsilon import IDLE_SHARE
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import batches, elementwise, joined
 from lightning_gradhist.report.loggers import Sink
@@ -21,7 +22,6 @@ from lightning_gradhist.report.magnitudes import distributions
 from lightning_gradhist.report.writer import HostTensor, Once, send_heatmap
 
 _ALARM = 0.1
-_IDLE = 0.02  # a share of damped weights below which an epsilon does nothing: the lower end of its search space
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
 _MOMENT = "optimizer_second_moment"
 Send = Callable[[Callable[[Sink], None]], None]
@@ -70,12 +70,12 @@ class StateReport:
         if not alarming.any():
             return None
         worst = int((damped * alarming).argmax())
-        idle = 10.0 ** math.floor(math.log10(float(self.histogram().quantile(_IDLE)[worst])))
+        idle = 10.0 ** math.floor(math.log10(float(self.histogram().quantile(IDLE_SHARE)[worst])))
         return (
             f"GradientHistogramMonitor: eps={self.eps[self.names[worst]]:g} damps {float(shares[worst]):.1%} of the weights"
             f" of {self.names[worst]!r} at step {self.step}: the root of their second moment is below it, and their step"
             f" less than half of what it would be without. More than {_ALARM:.0%} are damped in {int(alarming.sum())} of"
-            f" {len(self.names)} rows, and most weights in this one. Lower eps (eps={idle:g} damps {_IDLE:.0%} of it at"
+            f" {len(self.names)} rows, and most weights in this one. Lower eps (eps={idle:g} damps {IDLE_SHARE:.0%} of it at"
             " most), or have OptimizerCalibration choose it. Parameters whose gradient is only rounding noise, as that of a"
             " bias before a normalization, are rightly damped; leave them out with exclude=."
         )
