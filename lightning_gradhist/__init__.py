@@ -10,7 +10,9 @@ from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, no_decay_groups
-from lightning_gradhist.surge import SurgeLaw
+from lightning_gradhist.second_moment import SecondMoment
+from lightning_gradhist.surge import SaturatingLaw, SurgeLaw
+from lightning_gradhist.tradeoff import batch_size_tradeoff
 
 if TYPE_CHECKING:
     from lightning_gradhist.callbacks import GradientHistogramMonitor, OptimizerCalibration
@@ -26,8 +28,11 @@ __all__ = [
     "NoiseEstimate",
     "NoiseScale",
     "OptimizerCalibration",
+    "SaturatingLaw",
+    "SecondMoment",
     "SurgeLaw",
     "__version__",
+    "batch_size_tradeoff",
     "epsilon_range",
     "no_decay_groups",
 ]

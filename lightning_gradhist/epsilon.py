@@ -11,6 +11,11 @@ from torch import Tensor
 
 from lightning_gradhist.histogram import MagnitudeHistogram
 
+IDLE_SHARE = 0.02
+"""The share of coordinates that an epsilon may damp and still count as idle."""
+HALF_PRECISION_EPSILON = 1e-7
+"""The smallest power of ten that float16 can hold, whose smallest positive number is 6e-8."""
+
 
 @dataclass(frozen=True)
 class EpsilonRange:
@@ -46,7 +51,7 @@ class EpsilonRange:
 
 
 def epsilon_range(
-    rms: Mapping[str, Tensor] | MagnitudeHistogram, lower: float = 0.02, upper: float = 0.98
+    rms: Mapping[str, Tensor] | MagnitudeHistogram, lower: float = IDLE_SHARE, upper: float = 1 - IDLE_SHARE
 ) -> EpsilonRange:
     r"""Finds where epsilon matters: between two quantiles of :math:`r = \sqrt{\hat v}`.
 
@@ -61,8 +66,8 @@ def epsilon_range(
     Args:
         rms: names and tensors of :math:`\sqrt{\hat v}`, any shapes; or a histogram of them, whose quantiles are exact
             to one bin.
-        lower: quantile of the lower end, in [0, 1].
-        upper: quantile of the upper end, in [0, 1], not below ``lower``.
+        lower: quantile of the lower end, in [0, 1]; 0.02 by default.
+        upper: quantile of the upper end, in [0, 1], not below ``lower``; 0.98 by default.
 
     Raises:
         ValueError: for quantiles out of range, for non-finite values, and where every value is zero.
@@ -101,12 +106,24 @@ def epsilon_range(
 
 
 def choose_epsilon(current: float, search_space: EpsilonRange) -> float:
-    """The epsilon that does no harm: the current one where it is idle, else the lower end of the search space.
+    """The epsilon that does no harm: the current one while it is idle, else one that is.
 
-    Between the ends epsilon trades adaptivity for nothing that a histogram can show, so it is never raised, and it is
-    lowered only where it damps: ``min(current, search_space.lower)``.
+    It is idle while it halves the step, or more, of at most 2% of all coordinates together. Else it is lowered to the
+    largest power of ten that is idle. It is never raised: what is gained between the ends of the search space, no
+    histogram shows.
+
+    All coordinates count alike, since the lower end of the search space is that of its lowest tensor: often a bias before
+    a normalization, whose gradient is rounding noise and rightly damped.
+
+    Args:
+        current: from 0 up.
+        search_space: of the gradients that the optimizer will see.
     """
-    return min(current, search_space.lower)
+    if search_space.damped_share(current) <= IDLE_SHARE:
+        return current
+    highest = math.floor(math.log10(float(search_space.histogram.quantile(IDLE_SHARE, pooled=True))))
+    powers = (float(f"1e{exponent}") for exponent in (highest, highest - 1))  # the first may lie in the quantile's bin
+    return next(eps for eps in powers if search_space.damped_share(eps) <= IDLE_SHARE)
 
 
 def _histogram_of(rms: Mapping[str, Tensor]) -> MagnitudeHistogram:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_gradhist.intervals import NoiseEstimate
-
-LAWS = ("surge", "sqrt", "linear", "keep")
-_MAX_SPREAD = 2.0  # a learning rate that is not known to a factor of two is not worth setting
+NOISE_LAWS = ("surge", "saturating")
+_EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
+PLAIN_LAWS = tuple(_EXPONENTS)
+"""The laws that need no noise scale."""
+LAWS = (*NOISE_LAWS, *PLAIN_LAWS)
+NOISE_FACTORS = {"surge": 1.0, "saturating": 1.0, "tradeoff": 1.0}
+"""Each formula's noise scale as a multiple of the measured ``B_adam``, which is not the same quantity: its metric is
+Adam's, its value an average over a run. 1 takes it as it is measured."""
 
 
 class ScalingLaw(Protocol):
@@ -28,7 +32,7 @@ class ScalingLaw(Protocol):
 class PowerLaw:
     """``ratio = (batch_size / reference_batch_size) ** exponent``.
 
-    The exponent is 0.5 for the square-root law, 1 for the linear law and 0 to keep the rate.
+    The exponent is 0.5 for the square-root law, 0.25 for the fourth root, 1 for the linear law and 0 to keep the rate.
     """
 
     exponent: float
@@ -129,6 +133,46 @@ class SurgeLaw:
         return cls(noise_scale, max_learning_rate=peak)
 
 
+@dataclass(frozen=True)
+class SaturatingLaw:
+    r"""The best rate rises like a power of the batch size up to the noise scale, then levels off; it has no peak.
+
+    .. math:: \eta(B) = \eta_{max} \, (1 + B_n / B)^{-a}
+
+    McCandlish et al., "An Empirical Model of Large-Batch Training", 2018 (arXiv 1812.06162): ``a = 1`` for
+    SGD; for optimizers like Adam a smaller power, here the square root.
+
+    Args:
+        noise_scale: :math:`B_n` in samples, positive; infinite gives the power law ``(B / B_0) ** a``.
+        exponent: ``a``, positive; 0.5 by default.
+
+    Raises:
+        ValueError: for a value that is not positive.
+
+    Example:
+        >>> law = SaturatingLaw(noise_scale=1000)
+        >>> round(law.ratio(1024, 64), 2), round(law.ratio(1e9, 1000), 2)
+        (2.9, 1.41)
+    """
+
+    noise_scale: float
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        _samples("noise_scale", self.noise_scale, infinite=True)
+        if not 0 < self.exponent < math.inf:
+            raise ValueError(f"exponent must be a positive number, got {self.exponent!r}")
+
+    def ratio(self, batch_size: float, reference_batch_size: float) -> float:
+        """Best learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
+        batch = _samples("batch_size", batch_size)
+        reference = _samples("reference_batch_size", reference_batch_size)
+        more_signal = (
+            1.0 if math.isinf(self.noise_scale) else (reference + self.noise_scale) / (batch + self.noise_scale)
+        )
+        return (batch / reference * more_signal) ** self.exponent
+
+
 def sign_descent_rate(
     batch_size: float,
     mu: Tensor,
@@ -169,125 +213,24 @@ def sign_descent_rate(
 
 
 def scaling_law(name: str, noise_scale: float = math.inf, valid_until: float = math.inf) -> ScalingLaw:
-    """The law of a name: one of ``"surge"``, ``"sqrt"``, ``"linear"`` and ``"keep"``.
+    """The law of a name.
 
     Args:
-        name: of the law.
-        noise_scale: in samples, for ``"surge"``.
+        name: ``"surge"`` (:class:`SurgeLaw`), ``"saturating"`` (:class:`SaturatingLaw`), or a :class:`PowerLaw`:
+            ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or ``"keep"``.
+        noise_scale: in samples, for ``"surge"`` and ``"saturating"``.
         valid_until: in samples, for ``"surge"``.
-    """
-    exponents = {"sqrt": 0.5, "linear": 1.0, "keep": 0.0}
-    if name == "surge":
-        return SurgeLaw(noise_scale, valid_until=valid_until)
-    if name not in exponents:
-        raise ValueError(f"the name of a law must be one of {LAWS}, got {name!r}")
-    return PowerLaw(exponents[name])
-
-
-@dataclass(frozen=True)
-class RateRatio:
-    """A ratio of learning rates, its interval, and what to know about it.
-
-    Attributes:
-        value: learning rate as a multiple of the reference's.
-        lower: smallest ratio at the noise scale and the two ends of its interval.
-        upper: largest of the three.
-        law: name of the law that it comes from.
-        reasons: sentences, in the order in which the decisions were made.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    law: str
-    reasons: tuple[str, ...] = ()
-
-
-def careful_ratio(noise_scale: float, batch_size: float, reference_batch_size: float, from_record: bool) -> float:
-    """The ratio of the surge law within the bounds that :func:`choose_ratio` states; all sizes in samples."""
-    if noise_scale <= 0:  # no noise: nothing is gained by a larger batch
-        return 1.0
-    ratio = SurgeLaw(noise_scale, valid_until=math.pi / 2 * noise_scale).ratio(batch_size, reference_batch_size)
-    if from_record:
-        return ratio
-    low, high = sorted((1.0, math.sqrt(batch_size / reference_batch_size)))
-    return min(max(ratio, low), high)
-
-
-def choose_ratio(
-    law: str,
-    batch_size: float,
-    reference_batch_size: float,
-    noise: NoiseEstimate | None = None,
-    *,
-    from_record: bool = False,
-    fallback: str = "keep",
-) -> RateRatio:
-    r"""Applies a law with care: bounds what a probe may do, and refuses what the data do not support.
-
-    - From a probe at the start of a run the noise scale is far too small, so the ratio of ``"surge"`` stays between 1
-      and the square root of the ratio of batch sizes. From the record of a run the full law is used.
-    - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio levels off.
-    - Where no signal stands out of the noise, where the interval of the noise scale has no bound above or none but zero
-      below, and where its ends give ratios of the full law a factor of two or more apart, ``"surge"`` is refused, and
-      the fallback is used instead.
-
-    Args:
-        law: one of ``"surge"``, ``"sqrt"``, ``"linear"`` and ``"keep"``.
-        batch_size: samples of an optimizer step.
-        reference_batch_size: samples of an optimizer step of the run whose rate is trusted.
-        noise: noise scale; needed for ``"surge"``.
-        from_record: whether it was measured over a run rather than at its start.
-        fallback: the law that is used on a refusal: ``"sqrt"``, ``"linear"`` or ``"keep"``.
 
     Raises:
-        ValueError: for another law or fallback, and for a batch size that is not positive.
+        ValueError: for another name, and for a ``noise_scale`` or ``valid_until`` that is not positive.
     """
-    if fallback == "surge":
-        raise ValueError("fallback is used where 'surge' is refused, so it must be another law")
-    if law != "surge":
-        value = scaling_law(law).ratio(batch_size, reference_batch_size)
-        return RateRatio(value, value, value, law)
-    if noise is None or noise.measurements == 0:
-        return _refused("there is no noise scale", fallback, batch_size, reference_batch_size)
-    if not math.isfinite(noise.value):
-        return _refused(
-            "no signal stands out of the noise of the gradients", fallback, batch_size, reference_batch_size
-        )
-    scales = (noise.value, noise.lower, noise.upper)
-    full = [careful_ratio(scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
-    if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= _MAX_SPREAD * min(full):
-        why = (
-            f"the noise scale is too uncertain ({noise.lower:.3g} to {_bound(noise.upper)} samples): the rate could be"
-            f" multiplied by {min(full):.3g} or by {max(full):.3g}"
-        )
-        return _refused(why, fallback, batch_size, reference_batch_size)
-    ratios = [careful_ratio(scale, batch_size, reference_batch_size, from_record) for scale in scales]
-    value, lower, upper = ratios[0], min(ratios), max(ratios)
-    reasons = [_origin(from_record)]
-    if batch_size > math.pi / 2 * noise.value:
-        reasons.append(
-            f"{batch_size:g} samples are beyond the bound of the law, {math.pi / 2 * noise.value:.3g}: the rate levels off"
-        )
-    return RateRatio(value, lower, upper, law, tuple(reasons))
-
-
-def _origin(from_record: bool) -> str:
-    if from_record:
-        return "surge law with the noise scale of a recorded run"
-    return (
-        "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
-        " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
-    )
-
-
-def _refused(why: str, fallback: str, batch_size: float, reference_batch_size: float) -> RateRatio:
-    result = choose_ratio(fallback, batch_size, reference_batch_size)
-    return replace(result, reasons=(f"surge law refused: {why}; fallback={fallback!r} is used",))
-
-
-def _bound(value: float) -> str:
-    return "unbounded" if math.isinf(value) else f"{value:.3g}"
+    if name == "surge":
+        return SurgeLaw(noise_scale, valid_until=valid_until)
+    if name == "saturating":
+        return SaturatingLaw(noise_scale)
+    if name not in _EXPONENTS:
+        raise ValueError(f"the name of a law must be one of {LAWS}, got {name!r}")
+    return PowerLaw(_EXPONENTS[name])
 
 
 def _samples(name: str, value: float, infinite: bool = False) -> float:

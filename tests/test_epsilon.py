@@ -136,8 +136,37 @@ def test_the_result_does_not_move_with_the_callers_histogram() -> None:
 def test_choose_epsilon_never_raises_it(current: float, value: float) -> None:
     space = epsilon_range({"w": torch.tensor([value])})
     chosen = choose_epsilon(current, space)
-    assert chosen <= current and chosen <= space.lower
-    assert chosen in (current, space.lower)
+    assert chosen <= current and space.damped_share(chosen) <= 0.02
+    assert chosen == current or value / 11.3 <= chosen <= value  # a power of ten, and one bin
+
+
+@pytest.mark.parametrize(
+    ("small", "chosen"),
+    [
+        pytest.param(15, 1e-8, id="1.5%-damped"),
+        pytest.param(25, 1e-10, id="2.5%-damped"),
+        pytest.param(0, 1e-8, id="none"),
+    ],
+)
+def test_all_coordinates_count_alike(small: int, chosen: float) -> None:
+    rms = {"weight": torch.full((1000 - small,), 1e-4), "bias": torch.full((small,), 3e-10)}
+    assert choose_epsilon(1e-8, epsilon_range(rms)) == chosen
+    assert choose_epsilon(1e-8, epsilon_range(histogram_of(rms))) == chosen
+
+
+def test_a_lowered_epsilon_is_that_of_all_tensors_together() -> None:
+    # A tenth is damped; the lower end of the search space is that of the one coordinate at 1e-30.
+    rms = {"weight": torch.logspace(-9, 1, 10_001), "bias": torch.tensor([1e-30])}
+    space = epsilon_range(rms)
+    assert space.lower == 1e-30
+    assert choose_epsilon(1e-8, space) == 1e-9  # the 2% quantile is 1.6e-9
+    assert space.damped_share(1e-9) < 0.02 < space.damped_share(1e-8)
+
+
+@pytest.mark.parametrize("power", range(-12, 5))
+def test_a_scaled_loss_leaves_no_more_damped(power: int) -> None:
+    space = epsilon_range({"w": 10.0**power * torch.logspace(-7, -1, 6001, dtype=torch.float64)})
+    assert space.damped_share(choose_epsilon(1e-8, space)) <= 0.02
 
 
 @pytest.mark.parametrize(

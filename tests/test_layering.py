@@ -18,8 +18,9 @@ PACKAGE = Path(lightning_gradhist.__file__).parent
 # Bottom to top. A module may import what stands in its own layer (but for cycles) or below.
 LAYERS = [
     {"_version", "explore", "intervals", "kernels"},
-    {"histogram", "noise"},
+    {"histogram", "noise", "second_moment"},
     {"epsilon", "surge"},
+    {"ratio", "tradeoff"},
     {"optim", "report"},
     {"callbacks"},
 ]

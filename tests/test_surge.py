@@ -1,27 +1,16 @@
-"""The laws against closed forms and dense double sums, and the care with which they are applied."""
+"""The laws against closed forms and dense double sums."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_gradhist.intervals import NoiseEstimate
-from lightning_gradhist.surge import (
-    PowerLaw,
-    SurgeLaw,
-    careful_ratio,
-    choose_ratio,
-    scaling_law,
-    sign_descent_rate,
-)
+from lightning_gradhist.surge import LAWS, PowerLaw, SaturatingLaw, SurgeLaw, scaling_law, sign_descent_rate
 
 SIZES = [(32, 32), (64, 1024), (1024, 64), (300, 7), (1, 65_536)]
 
@@ -60,12 +49,36 @@ def test_levels_off_beyond_its_bound() -> None:
     assert SurgeLaw(math.inf, valid_until=64).ratio(1024, 16) == 2.0
 
 
-@pytest.mark.parametrize(("name", "exponent"), [("sqrt", 0.5), ("linear", 1.0), ("keep", 0.0)])
+@pytest.mark.parametrize(("name", "exponent"), [("sqrt", 0.5), ("fourth_root", 0.25), ("linear", 1.0), ("keep", 0.0)])
 def test_power_laws(name: str, exponent: float) -> None:
     for batch, reference in SIZES:
         assert scaling_law(name).ratio(batch, reference) == (batch / reference) ** exponent
     assert scaling_law(name) == PowerLaw(exponent)
+
+
+def test_every_name_has_its_law() -> None:
     assert scaling_law("surge", 50.0, 70.0) == SurgeLaw(50.0, valid_until=70.0)
+    assert scaling_law("saturating", 50.0, 70.0) == SaturatingLaw(50.0)
+    assert all(scaling_law(name).ratio(64, 64) == 1.0 for name in LAWS)
+
+
+@pytest.mark.parametrize(("batch", "reference"), SIZES)
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+@pytest.mark.parametrize("noise_scale", [0.5, 100.0, 1e6])
+def test_the_saturating_law(batch: float, reference: float, noise_scale: float, exponent: float) -> None:
+    def rate(b: float) -> float:
+        return 1 / (1 + noise_scale / b) ** exponent
+
+    law = SaturatingLaw(noise_scale, exponent)
+    assert law.ratio(batch, reference) == pytest.approx(rate(batch) / rate(reference), rel=1e-12)
+
+
+def test_limits_of_the_saturating_law() -> None:
+    for batch, reference in SIZES:
+        assert SaturatingLaw(math.inf).ratio(batch, reference) == math.sqrt(batch / reference)
+        assert SaturatingLaw(1e13).ratio(batch, reference) == pytest.approx(math.sqrt(batch / reference), rel=1e-6)
+        assert SaturatingLaw(1e-9).ratio(batch, reference) == pytest.approx(1.0, rel=1e-6)
+    assert SaturatingLaw(100).ratio(1e12, 100) == pytest.approx(math.sqrt(2))  # it levels off, and never falls
 
 
 # --- Theorems 2, 3 and 4 against dense sums --------------------------------------------------------------------------
@@ -149,92 +162,6 @@ def test_best_rate_minimises_the_quadratic_loss() -> None:
     assert rate_of(batch, mu, sigma, hessian) == pytest.approx(slope / curvature, rel=0.02)
 
 
-# --- choose_ratio ----------------------------------------------------------------------------------------------------
-
-
-def noise(value: float, lower: float | None = None, upper: float | None = None, measurements: int = 16) -> Any:
-    low, high = value / 1.2 if lower is None else lower, value * 1.2 if upper is None else upper
-    return NoiseEstimate(value, low, high, 0.95, measurements)
-
-
-@pytest.mark.parametrize(("batch", "reference"), [(64, 256), (1024, 256), (4096, 256), (256, 4096), (256, 256)])
-@pytest.mark.parametrize("value", [1e-9, 1.0, 100.0, 400.0, 5_000.0, 1e9])
-def test_a_probe_stays_between_one_and_the_square_root(batch: float, reference: float, value: float) -> None:
-    ratio = choose_ratio("surge", batch, reference, noise(value, value, value))
-    low, high = sorted((1.0, math.sqrt(batch / reference)))
-    assert low <= ratio.lower <= ratio.value <= ratio.upper <= high
-    assert ratio.law == "surge" and "noise scale of a probe" in ratio.reasons[0]
-
-
-@pytest.mark.parametrize(("batch", "reference"), [(64, 256), (1024, 256), (256, 1024)])
-@pytest.mark.parametrize("value", [900.0, 3_000.0, 1e6])
-def test_a_record_gives_the_full_law(batch: float, reference: float, value: float) -> None:
-    ratio = choose_ratio("surge", batch, reference, noise(value), from_record=True)
-    assert ratio.value == pytest.approx(SurgeLaw(value).ratio(batch, reference))
-    assert ratio.reasons == ("surge law with the noise scale of a recorded run",)
-
-
-def test_a_record_may_lower_the_rate_past_the_peak() -> None:
-    assert careful_ratio(1000, 1500, 1000, from_record=True) < 1.0
-    assert careful_ratio(1000, 1500, 1000, from_record=False) == 1.0
-
-
-@pytest.mark.parametrize("from_record", [False, True], ids=["probe", "record"])
-def test_beyond_the_bound_it_levels_off_and_says_so(from_record: bool) -> None:
-    bound = math.pi / 2 * 1000
-    within = choose_ratio("surge", bound * 0.99, 256, noise(1000), from_record=from_record)
-    beyond = choose_ratio("surge", bound * 9, 256, noise(1000), from_record=from_record)
-    assert len(within.reasons) == 1 and len(beyond.reasons) == 2
-    assert "beyond the bound of the law, 1.57e+03: the rate levels off" in beyond.reasons[1]
-    assert beyond.value == pytest.approx(SurgeLaw(1000).ratio(bound, 256))
-
-
-@pytest.mark.parametrize(
-    ("estimate", "why"),
-    [
-        pytest.param(None, "there is no noise scale", id="none"),
-        pytest.param(noise(math.inf, 0.0, math.inf, 0), "there is no noise scale", id="no-measurements"),
-        pytest.param(
-            noise(500, 0.0, math.inf), r"too uncertain \(0 to unbounded samples\): .* by 1 or by 4", id="unbounded"
-        ),
-        pytest.param(noise(math.inf, 100.0, math.inf), "no signal stands out", id="no-signal"),
-    ],
-)
-@pytest.mark.parametrize(("fallback", "value"), [("keep", 1.0), ("sqrt", 4.0), ("linear", 16.0)])
-def test_refusal(estimate: NoiseEstimate | None, why: str, fallback: str, value: float) -> None:
-    ratio = choose_ratio("surge", 4096, 256, estimate, fallback=fallback)
-    assert (ratio.value, ratio.lower, ratio.upper, ratio.law) == (value, value, value, fallback)
-    (reason,) = ratio.reasons
-    assert reason.startswith("surge law refused: ") and reason.endswith(f"fallback={fallback!r} is used")
-    assert re.search(why, reason)
-
-
-@pytest.mark.parametrize("interval", [(0.0, 900.0), (100.0, math.inf), (20.0, 300_000.0)])
-@pytest.mark.parametrize("from_record", [False, True], ids=["probe", "record"])
-def test_a_poor_interval_is_refused_before_a_probe_is_bounded(interval: tuple[float, float], from_record: bool) -> None:
-    ratio = choose_ratio("surge", 4096, 256, noise(500, *interval), from_record=from_record)
-    assert (ratio.law, ratio.value) == ("keep", 1.0) and "too uncertain" in ratio.reasons[0]
-
-
-@pytest.mark.parametrize("law", ["sqrt", "linear", "keep"])
-def test_other_laws_need_no_noise_scale(law: str) -> None:
-    ratio = choose_ratio(law, 1024, 256)
-    assert ratio.value == ratio.lower == ratio.upper == scaling_law(law).ratio(1024, 256)
-    assert ratio.law == law and ratio.reasons == ()
-
-
-POSITIVE = st.floats(1e-3, 1e9)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(batch=POSITIVE, reference=POSITIVE, ends=st.tuples(*[st.floats(0, 1e9)] * 3), record=st.booleans())
-def test_property_the_value_lies_in_its_interval(batch: float, reference: float, ends: Any, record: bool) -> None:
-    lower, value, upper = sorted(ends)
-    ratio = choose_ratio("surge", batch, reference, noise(value, lower, upper), from_record=record)
-    assert 0 < ratio.lower <= ratio.value <= ratio.upper < math.inf
-    assert ratio.law == "keep" or ratio.upper <= 2 * ratio.lower
-
-
 BAD = problem()
 
 
@@ -253,11 +180,10 @@ BAD = problem()
         pytest.param(lambda: SurgeLaw(1.0).ratio(1, 0), "reference_batch_size must be", id="reference"),
         pytest.param(lambda: SurgeLaw(1.0).ratio(math.inf, 1), "batch_size must be .* got inf", id="infinite"),
         pytest.param(lambda: PowerLaw(1.0).ratio(-4, 1), "batch_size must be .* got -4", id="power"),
+        pytest.param(lambda: SaturatingLaw(0.0), "noise_scale must be .* got 0.0", id="saturating"),
+        pytest.param(lambda: SaturatingLaw(1.0, 0.0), "exponent must be a positive number, got 0.0", id="exponent"),
+        pytest.param(lambda: SaturatingLaw(1.0).ratio(1, 0), "reference_batch_size must be", id="saturating-reference"),
         pytest.param(lambda: scaling_law("cubic"), r"one of \('surge', .* got 'cubic'", id="name"),
-        pytest.param(lambda: choose_ratio("cubic", 1, 1), "got 'cubic'", id="choose-name"),
-        pytest.param(lambda: choose_ratio("surge", 1, 1, fallback="cubic"), "got 'cubic'", id="fallback-name"),
-        pytest.param(lambda: choose_ratio("surge", 1, 1, fallback="surge"), "must be another law", id="fallback"),
-        pytest.param(lambda: choose_ratio("surge", 0, 1, noise(1)), "batch_size must be", id="choose-batch"),
         pytest.param(
             lambda: SurgeLaw.from_moments(BAD[0], BAD[1], -BAD[2].diag(), lambda v: BAD[2] @ v),
             "positive trace of the Hessian",

@@ -20,7 +20,7 @@ from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import sinks
 from lightning_gradhist.report.record import RecordError, RunRecord
 from lightning_gradhist.report.result import CalibrationResult
-from lightning_gradhist.surge import LAWS
+from lightning_gradhist.surge import LAWS, PLAIN_LAWS
 
 
 class OptimizerCalibration(Callback):
@@ -33,15 +33,17 @@ class OptimizerCalibration(Callback):
 
     *Epsilon.* From the probe's :math:`r = \sqrt{E g^2}`, of gradients as large as the optimizer will see them (batch size,
     clipping, adaptor E), comes the search space of :func:`lightning_gradhist.epsilon_range`. ``"auto"`` keeps an epsilon
-    at or below the lower end, where it is idle, and lowers one above it to that end; it never raises one.
+    that damps at most 2% of all coordinates together, and lowers another to the largest power of ten that does. It never
+    raises one, but to 1e-7 where torch's optimizer would step in float16, in which 1e-8 is zero.
 
-    *Learning rate.* A rate is only ever carried over from one that somebody trusts, times the ratio that a law gives for
-    the batch sizes: the optimizer's own rate, trusted at ``reference_batch_size`` samples a step, or that of a recorded
-    run (``reference``). ``"surge"`` is :class:`lightning_gradhist.SurgeLaw` with the noise scale ``B_adam``: the one over
-    the recorded run, or the probe's, which at the start of a run is far too small, so that the ratio then stays between
-    1 and the square root of the ratio of batch sizes. What the data do not support is refused: then ``fallback`` is
-    used, and the report says why. A recorded rate is used for the same class of optimizer; another class takes the
-    ratio alone, for its own rate.
+    *Learning rate.* A rate is only ever carried over from one that somebody trusts, times the ratio that a law gives
+    for the batch sizes: the optimizer's own rate, trusted at ``reference_batch_size`` samples a step, or that of a
+    recorded run (``reference``). ``"surge"`` is :class:`lightning_gradhist.SurgeLaw` and ``"saturating"``
+    :class:`lightning_gradhist.SaturatingLaw`, with the noise scale ``B_adam``: the one over the recorded run, or the
+    probe's, which at the start of a run is far too small, so that the ratio then stays between 1 and the square root
+    of the ratio of batch sizes. What the data do not support is refused: then ``fallback`` is used, and the report
+    says why. A recorded rate is used for the same class of optimizer; another class takes the ratio alone, for its own
+    rate.
 
     *Hand-off.* ``eps`` and ``lr``, and for ``ALTO`` and ``AdamE`` ``alpha`` and ``explore_beta`` where left on
     ``"auto"``, are written into every parameter group, ratios between groups kept; the learning rate also into
@@ -55,13 +57,14 @@ class OptimizerCalibration(Callback):
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
         reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model.
         epsilon: ``"auto"``, ``"keep"``, or a number to be set.
-        learning_rate: the law: ``"surge"``, ``"sqrt"``, ``"linear"`` or ``"keep"``.
+        learning_rate: the law: ``"surge"`` or ``"saturating"``, which need a noise scale, or ``"sqrt"``,
+            ``"fourth_root"``, ``"linear"`` or ``"keep"``.
         probe_batches: batches of the probe on each rank, at least 4. Half of them go into epsilon and the metric, half
             into the noise scale.
         apply: False to report only; the run then ends in the same bits as without the callback.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
-        fallback: the law in place of ``"surge"`` where that is refused: ``"keep"``, ``"sqrt"`` or ``"linear"``.
+        fallback: the law in place of ``"surge"`` or ``"saturating"`` where that is refused, one of the other four.
         confidence: of the intervals, between 0 and 1.
 
     Raises:
@@ -98,8 +101,8 @@ class OptimizerCalibration(Callback):
             raise MisconfigurationException(f"epsilon must be 'auto', 'keep' or a number from 0 up, got {epsilon!r}")
         if learning_rate not in LAWS:
             raise MisconfigurationException(f"learning_rate must be one of {LAWS}, got {learning_rate!r}")
-        if fallback not in LAWS or fallback == "surge":
-            raise MisconfigurationException(f"fallback must be 'keep', 'sqrt' or 'linear', got {fallback!r}")
+        if fallback not in PLAIN_LAWS:
+            raise MisconfigurationException(f"fallback must be one of {PLAIN_LAWS}, got {fallback!r}")
         if probe_batches < MIN_BATCHES:
             raise MisconfigurationException(f"probe_batches must be at least {MIN_BATCHES}, got {probe_batches!r}")
         if not 0 < confidence < 1:
@@ -223,6 +226,8 @@ def _log(trainer: Trainer, result: CalibrationResult) -> None:
             )
         if drawn and result.effective_batch_size and result.reference_batch_size:
             figures["calibration/learning_rate_over_batch_size"] = plots.learning_rate_figure(result)
+        if drawn and result.tradeoff():
+            figures["calibration/steps_and_samples_over_batch_size"] = plots.tradeoff_figure(result)
         for sink in sinks(trainer.loggers):
             sink.text("calibration/report", result.to_markdown(), trainer.global_step)
             sink.scalars(result.scalars(), trainer.global_step)

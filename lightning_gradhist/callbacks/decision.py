@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
@@ -13,14 +14,15 @@ from lightning_gradhist.callbacks.gradients import effective_batch_size, full_ba
 from lightning_gradhist.callbacks.handoff import base_rate, keeps_own_rates
 from lightning_gradhist.callbacks.no_trace import no_trace
 from lightning_gradhist.callbacks.probe import Probe, ProbeRefusedError, clip_factor, why_impossible
-from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
+from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON, EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.noise import NoiseScale
+from lightning_gradhist.ratio import RateRatio, choose_ratio
 from lightning_gradhist.report.record import OptimizerRecord, RunRecord
 from lightning_gradhist.report.result import CalibrationResult, GroupChange
-from lightning_gradhist.surge import RateRatio, choose_ratio
+from lightning_gradhist.surge import NOISE_LAWS
 
 MIN_BATCHES = 4
 # Optimizers whose step is divided by sqrt(v) + eps, by class, those of other packages too. In others eps is something
@@ -29,6 +31,7 @@ _ADAM_LIKE = (
     *("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "AdamE", "ALTO"),
     *("FusedAdam", "DeepSpeedCPUAdam", "Adam8bit", "AdamW8bit", "Lamb", "LAMB", "FusedLAMB"),
 )
+_HALF_STATE = ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop")  # torch's: state and arithmetic in the parameters' dtype
 
 
 class Options(Protocol):
@@ -112,7 +115,7 @@ class Decision:
 
     def _needs_probe(self) -> bool:
         wants_epsilon = self.options.epsilon == "auto" and self._has_epsilon()
-        wants_noise = self.options.learning_rate == "surge" and self.options.reference_batch_size is not None
+        wants_noise = self.options.learning_rate in NOISE_LAWS and self.options.reference_batch_size is not None
         return wants_epsilon or (wants_noise and self._is_adam_like() and self.batch_size is not None)
 
     def _probe(self) -> None:
@@ -216,8 +219,15 @@ class Decision:
         if not self._has_epsilon():
             return 0.0
         if self.options.epsilon == "auto":
-            return choose_epsilon(group["eps"], self.search_space) if self.search_space else group["eps"]
+            chosen = choose_epsilon(group["eps"], self.search_space) if self.search_space else group["eps"]
+            return max(chosen, self._epsilon_floor(group))
         return group["eps"] if self.options.epsilon == "keep" else float(self.options.epsilon)
+
+    def _epsilon_floor(self, group: dict[str, Any]) -> float:
+        # torch's own steps in half precision, where a smaller epsilon becomes 0, unless it is fused.
+        in_half = any(parameter.dtype == torch.float16 for parameter in group["params"])
+        steps_in_half = in_half and not group.get("fused") and is_a(self.optimizer, *_HALF_STATE)
+        return HALF_PRECISION_EPSILON if steps_in_half else 0.0
 
     def _epsilon_changes(self) -> list[GroupChange]:
         if self.options.epsilon == "keep":
@@ -233,7 +243,12 @@ class Decision:
             after = self._epsilon_of(group)
             if after != group["eps"]:
                 changes.append(GroupChange(index, "eps", group["eps"], after))
-            if self.options.epsilon == "auto" and self.search_space is not None:
+            if after > group["eps"] and self.options.epsilon == "auto":
+                self.reasons.append(
+                    f"eps {group['eps']:g} of group {index} is raised to {after:g}: {type(self.optimizer).__name__} steps"
+                    " float16 parameters in float16, which holds nothing below 6e-8 but zero"
+                )
+            elif self.options.epsilon == "auto" and self.search_space is not None:
                 self.reasons.append(_why_epsilon(self.search_space, index, group["eps"], after))
         return changes
 
@@ -266,9 +281,9 @@ class Decision:
         if self.batch_size is None:
             self._unknown_batch_size("the learning rate is kept")
             return None
-        if law == "surge" and not self._is_adam_like():
+        if law in NOISE_LAWS and not self._is_adam_like():
             return (
-                f"the surge law is for optimizers like Adam, and {type(self.optimizer).__name__} is not known to be one, so"
+                f"the {law} law is for optimizers like Adam, and {type(self.optimizer).__name__} is not known to be one, so"
                 " the rate is kept; pass learning_rate='linear', 'sqrt' or 'keep'"
             )
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -328,12 +343,11 @@ def _alpha_of(group: dict[str, Any]) -> str:
 
 def _why_epsilon(search_space: EpsilonRange, index: int, before: float, after: float) -> str:
     share = f"{search_space.damped_share(before):.1%}"
-    lowest = min(search_space.per_name, key=lambda name: search_space.per_name[name][0])
     if after == before:
         return f"eps {before:g} of group {index} is kept: it halves the step, or more, of {share} of the coordinates"
     return (
         f"eps {before:g} of group {index} would halve the step, or more, of {share} of the coordinates; lowered to"
-        f" {after:g}, below which it changes nothing (the lower end comes from {lowest})"
+        f" {after:g}, where it does so of {search_space.damped_share(after):.1%}"
     )
 
 

@@ -12,9 +12,11 @@ import torch
 
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.ratio import careful_ratio
 from lightning_gradhist.report.magnitudes import shown_buckets
 from lightning_gradhist.report.result import CalibrationResult
-from lightning_gradhist.surge import careful_ratio, scaling_law
+from lightning_gradhist.surge import NOISE_LAWS, PLAIN_LAWS, scaling_law
+from lightning_gradhist.tradeoff import batch_size_tradeoff
 
 if TYPE_CHECKING:
     import numpy
@@ -127,25 +129,62 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
     low, high = sorted((batch, reference))
     batches = torch.logspace(math.log2(low / 4), math.log2(high * 4), 129, base=2, dtype=torch.float64).tolist()
     if noise is not None:
-        record = result.noise_source == "record"
-        ends = [[careful_ratio(scale, b, reference, record) for b in batches] for scale in (noise.lower, noise.upper)]
-        axes.fill_between(batches, ends[0], ends[1], color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
-        law = [careful_ratio(noise.value, b, reference, record) for b in batches]
-        axes.plot(batches, law, color=_BLUE, label=f"surge ({result.noise_source})")
-    for name, style in (("sqrt", "--"), ("linear", ":"), ("keep", "-.")):
-        ratios = [scaling_law(name).ratio(b, reference) for b in batches]
-        axes.plot(batches, ratios, color=_GREY, linestyle=style, linewidth=1, label=name)
+        first = result.law if result.law in NOISE_LAWS else NOISE_LAWS[0]  # after a refusal, what was refused is shown
+
+        def ratios(law: str, scale: float) -> list[float]:
+            return [careful_ratio(law, scale, b, reference, result.noise_source == "record") for b in batches]
+
+        ends = (ratios(first, noise.lower), ratios(first, noise.upper))
+        axes.fill_between(batches, *ends, color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
+        axes.plot(batches, ratios(first, noise.value), color=_BLUE, label=f"{first} ({result.noise_source})")
+        for law in NOISE_LAWS:
+            if law != first:
+                axes.plot(batches, ratios(law, noise.value), color=_BLUE, linestyle="--", linewidth=1, label=law)
+    for law, style in zip(PLAIN_LAWS, ("--", (0, (3, 1, 1, 1, 1, 1)), ":", "-."), strict=True):
+        plain = [scaling_law(law).ratio(b, reference) for b in batches]
+        axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=law.replace("_", " "))
     axes.plot([reference], [1.0], "o", color=_GREY, label=f"reference {reference:g}")
     axes.plot([batch], [result.ratio], "o", color=_ORANGE, label=f"now {batch:g}: times {result.ratio:.3g}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    _log2(axes)
     tallest = 2 * max(result.ratio_interval[1], math.sqrt(max(batch / reference, 1.0)))
     axes.set_ylim(min(result.ratio_interval[0], math.sqrt(min(batch / reference, 1.0))) / 2, tallest)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("samples of an optimizer step")
     axes.set_ylabel("learning rate / reference")
     axes.set_title("Learning rate over batch size", fontsize=10, loc="left")
+    _legend(axes)
+    return figure
+
+
+def tradeoff_figure(result: CalibrationResult) -> Figure:
+    """Steps and samples to the same loss over batch size, as multiples of now, with their bands.
+
+    Raises:
+        ValueError: where :meth:`CalibrationResult.tradeoff` is empty.
+    """
+    noise, batch = result.noise_scale, result.effective_batch_size
+    ends = [row.factor for row in result.tradeoff()]
+    if noise is None or batch is None or not ends:
+        raise ValueError(
+            "the figure needs the noise scale of a recorded run, with a bounded interval: result.tradeoff()"
+        )
+    factors = torch.logspace(math.log2(ends[0]), math.log2(ends[-1]), 129, base=2, dtype=torch.float64).tolist()
+    rows = batch_size_tradeoff(noise, batch, factors)
+    figure = _figure(width=6.2, height=4.0)
+    axes = figure.add_subplot()
+    batches = [row.batch_size for row in rows]
+    for name, color in (("steps", _BLUE), ("samples", _ORANGE)):
+        bands = [getattr(row, name) for row in rows]
+        axes.fill_between(batches, [b.lower for b in bands], [b.upper for b in bands], color=color, alpha=0.15)
+        axes.plot(batches, [b.value for b in bands], color=color, label=f"{name} to the same loss")
+    axes.plot([batch], [1.0], "o", color=_GREY, label=f"now {batch:g}")
+    axes.axvspan(
+        noise.lower, noise.upper, color=_GREY, alpha=0.12, label=f"measured noise scale, {noise.confidence:.0%}"
+    )
+    axes.set_xlim(batches[0], batches[-1])
+    axes.set_xlabel("samples of an optimizer step")
+    axes.set_ylabel("multiple of now")
+    axes.set_title("What more GPUs would buy", fontsize=10, loc="left")
+    _log2(axes)
     _legend(axes)
     return figure
 
@@ -154,6 +193,13 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, safe in any thread
 
     return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _log2(axes: Any) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _legend(axes: Any) -> None:

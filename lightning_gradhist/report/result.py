@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff
+
+_TRADEOFF = "what more GPUs would buy"
+_TRADEOFF_HEADER = ("samples a step", "steps to the same loss", "samples to the same loss")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,24 @@ class CalibrationResult:
     problems: tuple[str, ...] = ()
     gradients: int = 0
 
+    def tradeoff(self) -> tuple[TradeoffRow, ...]:
+        """The steps and the samples that the run would need at 1/8 to 64 times its batch size, relative to now.
+
+        Empty where no noise scale of a recorded run, with a bounded interval, is there to tell.
+        """
+        if self._why_no_tradeoff() is not None or self.noise_scale is None or self.effective_batch_size is None:
+            return ()
+        return batch_size_tradeoff(self.noise_scale, self.effective_batch_size)
+
+    def _why_no_tradeoff(self) -> str | None:
+        if self.noise_scale is None or self.effective_batch_size is None:
+            return "it takes a noise scale and the batch size"
+        if self.noise_source != "record":
+            return "the noise scale of a probe at the start of a run is far too small for it; record a run"
+        if math.isinf(self.noise_scale.upper):
+            return "the interval of the noise scale has no bound; record a longer run"
+        return None
+
     def rows(self) -> list[tuple[str, str]]:
         """What was found, as names and values."""
         rows = [("optimizer", self.optimizer), ("samples a step", _number(self.effective_batch_size))]
@@ -83,6 +105,8 @@ class CalibrationResult:
                     f"{_number(noise.value)} samples, {noise.confidence:.0%}: {interval}",
                 )
             )
+            if self._why_no_tradeoff() is not None:
+                rows.append((_TRADEOFF, f"not known: {self._why_no_tradeoff()}"))
         rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
         for (name, before, after), groups in self._by_change().items():
             rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))
@@ -96,14 +120,18 @@ class CalibrationResult:
         width = max(len(name) for name, _ in rows)
         title = "Calibration of the optimizer" + ("" if self.applied else " (apply=False: nothing was changed)")
         lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
-        return "\n".join(lines + [f"  - {reason}" for reason in self.reasons])
+        lines += [f"  - {reason}" for reason in self.reasons]
+        return "\n".join(lines + self._tradeoff_lines())
 
     def to_markdown(self) -> str:
         """The report in Markdown, for a logger."""
         table = "\n".join(f"| {name} | {value} |" for name, value in self.rows())
         reasons = "\n".join(f"- {reason}" for reason in (*self.problems, *self.reasons))
         title = "applied" if self.applied else "not applied (apply=False)"
-        return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n"
+        cells = [_TRADEOFF_HEADER, ("---",) * 3, *map(_tradeoff_cells, self.tradeoff())] if self.tradeoff() else []
+        tradeoff = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+        heading = f"\n**{_TRADEOFF}**, as multiples of now\n\n" if tradeoff else ""
+        return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n{heading}{tradeoff}"
 
     def scalars(self) -> dict[str, float]:
         """The numbers of the report by tag; what is not known or not finite is left out."""
@@ -119,6 +147,14 @@ class CalibrationResult:
         }
         return {tag: value for tag, value in numbers.items() if value is not None and math.isfinite(value)}
 
+    def _tradeoff_lines(self) -> list[str]:
+        rows = [_tradeoff_cells(row) for row in self.tradeoff()]
+        if not rows:
+            return []
+        widths = [max(map(len, column)) for column in zip(_TRADEOFF_HEADER, *rows, strict=True)]
+        table = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (_TRADEOFF_HEADER, *rows)]
+        return [f"  {_TRADEOFF}, as multiples of now", *(f"    {line}" for line in table)]
+
     def _by_change(self) -> dict[tuple[str, float | str, float], str]:
         groups: dict[tuple[str, float | str, float], list[int]] = {}
         for change in self.changes:
@@ -130,6 +166,16 @@ def _number(value: float | None) -> str:
     if value is None:
         return "unknown"
     return "unbounded" if math.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _tradeoff_cells(row: TradeoffRow) -> tuple[str, str, str]:
+    return _number(row.batch_size), _band(row.steps), _band(row.samples)
+
+
+def _band(band: Band) -> str:
+    if band.lower == band.upper:
+        return f"{band.value:.3g}"
+    return f"{band.value:.3g} ({band.lower:.3g} to {band.upper:.3g})"
 
 
 def _value(value: float | str) -> str:

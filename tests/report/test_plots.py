@@ -16,7 +16,13 @@ from torch import Tensor
 from lightning_gradhist.epsilon import epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.intervals import NoiseEstimate
-from lightning_gradhist.report.plots import available, epsilon_figure, learning_rate_figure, magnitude_heatmap
+from lightning_gradhist.report.plots import (
+    available,
+    epsilon_figure,
+    learning_rate_figure,
+    magnitude_heatmap,
+    tradeoff_figure,
+)
 from lightning_gradhist.report.result import CalibrationResult
 
 
@@ -183,6 +189,7 @@ def result(**changes: Any) -> CalibrationResult:
         pytest.param({"noise_scale": NoiseEstimate(0.0, 0.0, 0.0, 0.95, 4)}, id="no-noise"),
         pytest.param({"effective_batch_size": 256.0, "ratio": 1.0, "ratio_interval": (1.0, 1.0)}, id="same-batch"),
         pytest.param({"effective_batch_size": 16.0, "ratio": 0.3, "ratio_interval": (0.25, 0.5)}, id="smaller-batch"),
+        pytest.param({"law": "saturating"}, id="saturating"),
         pytest.param({"law": "linear", "ratio": 8.0, "ratio_interval": (8.0, 8.0)}, id="linear"),
         pytest.param({"effective_batch_size": 1.0, "reference_batch_size": 1.0}, id="one-sample"),
     ],
@@ -192,10 +199,13 @@ def test_learning_rate_figure(changes: dict[str, Any]) -> None:
     axes = drawn(learning_rate_figure(found))
     texts = legend(axes)
     batch, reference = found.effective_batch_size, found.reference_batch_size
+    first, second = ("saturating", "surge") if found.law == "saturating" else ("surge", "saturating")
     assert texts == [
         "95% interval",
-        f"surge ({found.noise_source})",
+        f"{first} ({found.noise_source})",
+        second,
         "sqrt",
+        "fourth root",
         "linear",
         "keep",
         f"reference {reference:g}",
@@ -217,6 +227,43 @@ def test_learning_rate_figure_without_noise_scale() -> None:
 def test_learning_rate_figure_needs_both_sizes(missing: str) -> None:
     with pytest.raises(ValueError, match=missing):
         learning_rate_figure(result(**{missing: None}))
+
+
+# --- what more GPUs would buy ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        pytest.param(NoiseEstimate(1500.0, 900.0, 2500.0, 0.95, 16), id="near"),
+        pytest.param(NoiseEstimate(1e7, 1e6, 1e8, 0.95, 16), id="far-above"),
+        pytest.param(NoiseEstimate(3.0, 0.0, 9.0, 0.95, 16), id="far-below"),
+    ],
+)
+def test_tradeoff_figure(noise: NoiseEstimate) -> None:
+    found = result(noise_scale=noise)
+    axes = drawn(tradeoff_figure(found))
+    assert legend(axes) == [
+        "steps to the same loss",
+        "samples to the same loss",
+        "now 2048",
+        "measured noise scale, 95%",
+    ]
+    lines = {line.get_label(): line for line in axes.lines}
+    for row in found.tradeoff():
+        for name, band in (("steps", row.steps), ("samples", row.samples)):
+            x, y = lines[f"{name} to the same loss"].get_data()
+            assert np.exp(np.interp(math.log(row.batch_size), np.log(x), np.log(y))) == pytest.approx(
+                band.value, rel=1e-3
+            )
+    assert axes.get_xlim() == pytest.approx((256, 131_072))
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("changes", [{"noise_source": "probe"}, {"noise_scale": None}, {"effective_batch_size": None}])
+def test_tradeoff_figure_needs_a_record(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="the figure needs the noise scale of a recorded run"):
+        tradeoff_figure(result(**changes))
 
 
 def test_figures_do_not_stay_open() -> None:

@@ -51,6 +51,10 @@ def test_rows() -> None:
         ("samples a step of the reference", "256"),
         ("epsilon search space", f"{space.lower:g} to {space.upper:g}"),
         ("noise scale (probe)", "1,234 samples, 95%: 20.1 to unbounded"),
+        (
+            "what more GPUs would buy",
+            "not known: the noise scale of a probe at the start of a run is far too small for it; record a run",
+        ),
         ("learning rate", "times 2.5 (surge; 2 to 3)"),
         ("eps (group 0, 1)", "1e-08 -> 1e-10"),
         ("lr (group 0)", "0.001 -> 0.0025"),
@@ -83,6 +87,50 @@ def test_markdown() -> None:
     assert all(line.count("|") == 3 for line in lines[: 2 + len(result().rows()) - 0] if not line.startswith("|---"))
     assert lines[-2:] == ["- first reason", "- second reason"]
     assert "| not applied (apply=False) |" in result(applied=False).to_markdown()
+
+
+RECORDED = {"noise_source": "record", "noise_scale": NoiseEstimate(3000.0, 2300.0, 4200.0, 0.95, 200)}
+
+
+def test_what_more_gpus_would_buy_in_text() -> None:
+    found = result(**RECORDED)
+    lines = found.to_text().splitlines()
+    assert not any("not known" in line for line in lines)
+    start = lines.index("  what more GPUs would buy, as multiples of now")
+    assert lines[start - 1] == "  - second reason"
+    header, *rows = lines[start + 1 :]
+    assert header == "    samples a step  steps to the same loss  samples to the same loss"
+    assert [row.split()[0].replace(",", "") for row in rows] == [f"{2048 * 2**i:g}" for i in range(-3, 4)] + [
+        "32768", "65536", "131072",
+    ]  # fmt: skip
+    assert {len(row) for row in rows} == {len(header)}
+    # (B + Bn) / (B0 + Bn), over B / B0 for the steps, at the value and at the ends of its interval
+    assert rows[0].split()[1:] == ["5.16", "(4.7", "to", "5.71)", "0.645", "(0.588", "to", "0.713)"]
+    assert rows[3].split() == ["2,048", "1", "1"]
+
+
+def test_what_more_gpus_would_buy_in_markdown() -> None:
+    table = (
+        result(**RECORDED).to_markdown().split("**what more GPUs would buy**, as multiples of now\n\n")[1].splitlines()
+    )
+    assert table[0] == "| samples a step | steps to the same loss | samples to the same loss |"
+    assert table[1] == "| --- | --- | --- |" and len(table) == 12
+    assert table[2] == "| 256 | 5.16 (4.7 to 5.71) | 0.645 (0.588 to 0.713) |"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        pytest.param({"noise_source": "probe"}, "far too small", id="probe"),
+        pytest.param({"noise_scale": NoiseEstimate(9.0, 5.0, math.inf, 0.95, 8)}, "has no bound", id="unbounded"),
+        pytest.param({"effective_batch_size": None}, "takes a noise scale and the batch size", id="no-batch"),
+    ],
+)
+def test_what_more_gpus_would_buy_is_not_made_up(changes: dict[str, Any], why: str) -> None:
+    found = result(**{**RECORDED, **changes})
+    assert found.tradeoff() == ()
+    assert [value for name, value in found.rows() if name == "what more GPUs would buy" and why in value]
+    assert "to the same loss" not in found.to_text() + found.to_markdown()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""What more GPUs would buy: the steps and the samples that a run needs, over batch size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.surge import NOISE_FACTORS
+
+FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A value with the interval that its noise scale's interval gives."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class TradeoffRow:
+    """What a run at one batch size needs, as multiples of what it needs at the present one.
+
+    Attributes:
+        factor: batch size as a multiple of the present one.
+        batch_size: samples of an optimizer step.
+        steps: optimizer steps to the same loss; with perfectly divided work, the time.
+        samples: samples to the same loss, which is the computation that is paid for.
+    """
+
+    factor: float
+    batch_size: float
+    steps: Band
+    samples: Band
+
+
+def batch_size_tradeoff(
+    noise: NoiseEstimate, batch_size: float, factors: Sequence[float] = FACTORS
+) -> tuple[TradeoffRow, ...]:
+    r"""Steps and samples to the same loss at other batch sizes, each at its own best learning rate.
+
+    .. math:: S(B) = S_{min} (1 + B_n / B), \qquad E(B) = E_{min} (1 + B / B_n)
+
+    Li et al. 2024 (arXiv 2405.14578), Theorem 5, after McCandlish et al. 2018 (arXiv 1812.06162). Against the present
+    batch size :math:`B_0` the minima cancel: with :math:`q = (B + B_n) / (B_0 + B_n)` samples are multiplied by
+    :math:`q` and steps by :math:`q B_0 / B`. Far below the noise scale twice the batch halves the steps at no cost in
+    samples, far above it it doubles the samples and saves no step.
+
+    Args:
+        noise: noise scale over a whole run, with a bounded interval; one at its start is far too small.
+        batch_size: samples of an optimizer step at present, positive.
+        factors: batch sizes as multiples of the present one, positive; from 1/8 to 64 by default.
+
+    Returns:
+        a row for each factor, in their order.
+
+    Raises:
+        ValueError: for an interval without a bound, and for a batch size or factor that is not positive.
+
+    Example:
+        >>> noise = NoiseEstimate(value=1000.0, lower=800.0, upper=1300.0, confidence=0.95, measurements=200)
+        >>> (row,) = batch_size_tradeoff(noise, batch_size=250, factors=[4])
+        >>> row.batch_size, row.steps.value, row.samples.value  # four times the GPUs: 2.5 times as fast, 1.6 times the work
+        (1000, 0.4, 1.6)
+    """
+    if not 0 <= noise.lower <= noise.value <= noise.upper < math.inf:
+        raise ValueError(
+            f"noise must have a bounded interval, got {noise.lower:g} to {noise.upper:g}; record a longer run"
+        )
+    for name, number in (("batch_size", batch_size), *(("factors", factor) for factor in factors)):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive, got {number!r}")
+    return tuple(_row(noise, batch_size, factor) for factor in factors)
+
+
+def _row(noise: NoiseEstimate, batch_size: float, factor: float) -> TradeoffRow:
+    scales = [NOISE_FACTORS["tradeoff"] * scale for scale in (noise.value, noise.lower, noise.upper)]
+    samples = [(factor * batch_size + scale) / (batch_size + scale) for scale in scales]
+    steps = [grown / factor for grown in samples]
+    return TradeoffRow(factor, factor * batch_size, _band(steps), _band(samples))
+
+
+def _band(values: Sequence[float]) -> Band:
+    return Band(values[0], min(values), max(values))
