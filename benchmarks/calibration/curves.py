@@ -106,12 +106,16 @@ def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Meas
 
 
 def seed_spread(losses: Measured) -> float:
-    """Standard deviation of the log loss over seeds at the best rate; NaN of a single seed."""
+    """Standard deviation of the log loss over seeds: root mean square over the rates within half an octave of the best.
+
+    NaN where none of them has two seeds.
+    """
     curve = losses.curve()
     assert curve is not None
-    at_best = losses.losses[np.argmin(curve.losses)]
-    logs = np.log(at_best[np.isfinite(at_best)])
-    return float(logs.std(ddof=1)) if len(logs) > 1 else math.nan
+    near = losses.losses[np.abs(losses.rates - curve.best_rate) <= 0.5]
+    of_rates = [np.log(at_rate[np.isfinite(at_rate)]) for at_rate in near]
+    variances = [logs.var(ddof=1) for logs in of_rates if len(logs) > 1]
+    return math.sqrt(sum(variances) / len(variances)) if variances else math.nan
 
 
 def noise_runs(results: Results, workload: Workload, best: Mapping[int, float]) -> dict[int, list[tuple[Run, Any]]]:

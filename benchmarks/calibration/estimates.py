@@ -51,6 +51,12 @@ OF_A_RUN: dict[str, Callable[[Moments, str, int], float]] = {
 }
 
 
+def median_of(values: np.ndarray) -> float:
+    """The median of what there is; NaN of nothing."""
+    there = values[~np.isnan(values)]
+    return float(np.median(there)) if there.size else math.nan
+
+
 def is_bounded(moment: Mapping[str, Any], metric: str) -> bool:
     """Whether the interval of a measurement is bounded above, and below by more than zero."""
     return bool(moment[f"{metric}_lower"] > 0 and moment[f"{metric}_upper"] < math.inf)

@@ -45,15 +45,21 @@ class Evidence:
 
     @cached_property
     def losses_at_equal_steps(self) -> dict[int, Measured]:
-        """Adam's losses at equal steps, by batch size."""
+        """Adam's losses at equal steps, by batch size; none until every batch size has some."""
         steps = self.workload.steps
-        return by_batch_size(self.results, [replace(r, samples=steps * r.batch_size) for r in self.references])
+        losses = by_batch_size(self.results, [replace(r, samples=steps * r.batch_size) for r in self.references])
+        return losses if len(losses) == len(self.references) else {}
 
     @cached_property
     def best_rates(self) -> dict[int, float]:
         """Log2 of the best rate at equal samples, by batch size."""
         curves = {size: losses.curve() for size, losses in self.losses.items()}
         return {size: curve.best_rate for size, curve in curves.items() if curve is not None}
+
+    def seeds(self, size: int) -> int:
+        """How many seeds there are at the best rate of a batch size."""
+        losses = self.losses[size]
+        return int((~np.isnan(losses.losses[losses.rates == self.best_rates[size]])).sum())
 
     @cached_property
     def noise(self) -> dict[int, list[tuple[Run, Moments]]]:

@@ -157,8 +157,11 @@ def tradeoff(
                 fewest = np.exp(np.mean(np.log(samples / (np.array(sizes) + noise))))
                 predicted = fewest * (dense + noise)
                 axes.plot(predicted / dense, predicted, color=color, label=f"{label}: {noise:,.0f}")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_xscale("log", base=4)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.margins(x=0.15)
         axes.set_xlabel("steps")
         axes.legend(fontsize=7, frameon=False)
     panels[0].set_ylabel("samples")

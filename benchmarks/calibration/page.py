@@ -107,6 +107,11 @@ def count(value: int, noun: str) -> str:
     return f"{value:,} {noun}{'' if value == 1 else 's'}"
 
 
+def verdict(what: str, met: bool, goal: str) -> str:
+    """Whether a goal is met."""
+    return f"- {what}; the goal, {goal}, is {'met' if met else '**not** met'}."
+
+
 def _flat(row: Row) -> Row:
     flat: Row = {}
     for key, value in row.items():

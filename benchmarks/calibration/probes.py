@@ -25,7 +25,7 @@ from lightning_gradhist.second_moment import SecondMoment
 LOSS_SCALES = (1.0, 1e-8, 1e-4, 1e4)
 EPOCH = 100
 """Gradients at most that the search space of epsilon is taken from."""
-REPEATS, TIMES = 10, 10
+REPEATS, TIMES = 20, 10
 """Measurements whose intervals are compared with a measurement from that many times the data."""
 STATES = {"at the start": 0.0, "after a tenth": 0.1}
 """The weights that coverage is measured at, by the share of the samples that they were trained on."""

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import carrying
+import epsilon_section
+import noise_section
+import optimizer_section
 import probes
-import sections
+import rate_section
+import theorem5_section
+import transfer_section
 from evidence import Evidence, collect
 from grid import FOLDER
 from page import Page, Row
@@ -35,19 +40,19 @@ def main(arguments: list[str] | None = None) -> None:
         " `make evidence-full` makes the missing runs first, which takes hours. It covers four small workloads on a CPU:"
         " what holds here need not hold elsewhere."
     )
-    results = carrying.carried(found, "losses", options.draws)
-    methods = carrying.ranked(results)
-    carrying.in_short(page, methods)
-    sections.runs(page, found)
-    sections.best_rates(page, found, options.draws)
-    carrying.transfers(page, found, results, options.draws)
-    carrying.factors(page, results)
-    carrying.equal_steps(page, found)
-    sections.growth(page, found)
-    sections.coverage(page, probed(options, found, "coverage", probes.coverage))
-    sections.tradeoff(page, found)
-    sections.epsilon(page, found, probed(options, found, "epsilon_range", probes.epsilon_ranges))
-    sections.optimizers(page, found)
+    results = transfer_section.carried(found, "losses", options.draws)
+    methods = transfer_section.ranked(results)
+    transfer_section.in_short(page, methods)
+    rate_section.runs(page, found)
+    rate_section.best_rates(page, found, options.draws)
+    transfer_section.transfers(page, found, results, options.draws)
+    transfer_section.factors(page, results)
+    transfer_section.equal_steps(page, found)
+    noise_section.growth(page, found)
+    noise_section.coverage(page, probed(options, found, "coverage", probes.coverage))
+    theorem5_section.tradeoff(page, found)
+    epsilon_section.epsilon(page, found, probed(options, found, "epsilon_range", probes.epsilon_ranges))
+    optimizer_section.optimizers(page, found)
     page.heading("What turned out badly")
     page.say("\n".join(f"- {sentence}" for sentence in page.bad) or "Nothing that this page looks for.")
     page.heading("How the workloads came about, and what to bear in mind")
@@ -60,13 +65,10 @@ def probed(
 ) -> list[Row]:
     """The rows of a table that is measured where it lacks a workload, unless ``--no-probes`` forbids it."""
     path = options.output / "tables" / f"{name}.csv"
-    return [
-        row
-        for workload, evidence in found.items()
-        for row in probes.kept(
-            path, workload, lambda e=evidence: measure(e, options.data_dir) if options.probes else []
-        )  # type: ignore[misc]
-    ]
+    rows = []
+    for workload, evidence in found.items():
+        rows += probes.kept(path, workload, partial(measure, evidence, options.data_dir) if options.probes else list)
+    return rows
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

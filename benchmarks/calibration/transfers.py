@@ -14,7 +14,7 @@ from lightning_gradhist.surge import PLAIN_LAWS, ScalingLaw, scaling_law
 
 LAWS: dict[str, Callable[[float], ScalingLaw]] = {
     "surge": partial(scaling_law, "surge"),
-    "surge, level": lambda scale: scaling_law("surge", scale, valid_until=math.pi / 2 * scale),
+    "levelled surge": lambda scale: scaling_law("surge", scale, valid_until=math.pi / 2 * scale),
     "saturating": partial(scaling_law, "saturating"),
 }
 """The laws that take a noise scale; of the second the rate stays what it is at Theorem 3's bound, as in the package."""
@@ -79,7 +79,7 @@ def outcomes(bench: Bench, draws: int, generator: np.random.Generator) -> dict[M
     sizes = list(bench.losses)
     rows = np.ones((1, len(sizes)))
     found = {
-        (law, NONE): _outcome(_log_ratios(lambda _, law=law: scaling_law(law), sizes, rows[None]), curves, drawn)
+        (law, NONE): _outcome(_log_ratios(partial(scaling_law, law), sizes, rows[None]), curves, drawn)
         for law in PLAIN_LAWS
     }
     for law, make in LAWS.items():
