@@ -85,7 +85,7 @@ evidence: $(READY)
 
 evidence-full: $(VENV)/.peers
 	$(CALIBRATION)/grid.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-	$(CALIBRATION)/tables.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:
 	rm -rf $(VENV) demo_logs lightning_logs

@@ -10,6 +10,7 @@ import numpy as np
 from curves import CAP, Measured
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#1f5fa8", "#d9661f", "#3d8f5a", "#8a4fa3", "#8a8f98"
 _WORKLOADS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
@@ -55,7 +56,7 @@ def excess_by_factor(outcomes: Mapping[str, Mapping[str, tuple[np.ndarray, np.nd
         axes.axhline(2, color=_GREY, linestyle=":", linewidth=1)
         axes.set_xlabel(f"factor on {estimate}")
     panels[0].set_ylabel("mean excess loss (%)")
-    panels[-1].legend(fontsize=8, frameon=False)
+    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
     return figure
 
 
@@ -161,6 +162,7 @@ def tradeoff(
         axes.set_yscale("log", base=2)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
         axes.margins(x=0.15)
         axes.set_xlabel("steps")
         axes.legend(fontsize=7, frameon=False)

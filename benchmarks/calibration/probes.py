@@ -1,6 +1,6 @@
 """What is measured at fixed weights, beside the runs of the grid: the search space of epsilon, and intervals' coverage.
 
-It takes some minutes on one core, once: what stands in its tables is not measured again.
+The former takes seconds on one core, the latter minutes, so what stands in its tables is not measured again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 ``PYTHONPATH=benchmarks:examples python benchmarks/calibration/tables.py``. It reads the tables of ``grid.py`` as far as
 they have come, and writes the page ``README.md`` beside them, with a folder of tables and figures. What it measures itself
-at fixed weights (``probes.py``, minutes at the first time) is kept in that folder and read from then on.
+at fixed weights (``probes.py``) is the search space of epsilon, each time, and the coverage of intervals, which takes
+minutes, so that it is kept in that folder until ``--again``.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     transfer_section.factors(page, results)
     transfer_section.equal_steps(page, found)
     noise_section.growth(page, found)
-    noise_section.coverage(page, probed(options, found, "coverage", probes.coverage))
+    noise_section.coverage(page, probed(options, found, "coverage", probes.coverage, options.again))
     theorem5_section.tradeoff(page, found)
-    epsilon_section.epsilon(page, found, probed(options, found, "epsilon_range", probes.epsilon_ranges))
+    epsilon_section.epsilon(page, found, probed(options, found, "epsilon_range", probes.epsilon_ranges, True))
     optimizer_section.optimizers(page, found)
     page.heading("What turned out badly")
     page.say("\n".join(f"- {sentence}" for sentence in page.bad) or "Nothing that this page looks for.")
@@ -61,10 +62,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def probed(
-    options: argparse.Namespace, found: dict[str, Evidence], name: str, measure: Callable[[Evidence, Path], list[Row]]
+    options: argparse.Namespace,
+    found: dict[str, Evidence],
+    name: str,
+    measure: Callable[[Evidence, Path], list[Row]],
+    again: bool,
 ) -> list[Row]:
-    """The rows of a table that is measured where it lacks a workload, unless ``--no-probes`` forbids it."""
+    """The rows of a table that is measured ``again``, or where it lacks a workload; unless ``--no-probes`` forbids it."""
     path = options.output / "tables" / f"{name}.csv"
+    if again and options.probes:
+        path.unlink(missing_ok=True)
     rows = []
     for workload, evidence in found.items():
         rows += probes.kept(path, workload, partial(measure, evidence, options.data_dir) if options.probes else list)
@@ -77,6 +84,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the tables of grid.py")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the page")
     parser.add_argument("--draws", type=int, default=200, help="draws of the seeds for the intervals")
+    parser.add_argument("--again", action="store_true", help="measure the intervals' coverage again")
     parser.add_argument("--no-probes", dest="probes", action="store_false", help="measure nothing at fixed weights")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
     return parser.parse_args(arguments)

@@ -14,6 +14,7 @@ from training import NOISE_GRADIENTS
 from transfers import (
     AS_IT_IS,
     BEST,
+    FACTORS,
     FROM_OTHERS,
     LAWS,
     NONE,
@@ -232,7 +233,7 @@ def factors(page: Page, results: Outcomes) -> None:
     page.say(
         "The factor with the lowest mean excess on each workload, with its interval; whether all intervals have a value in"
         " common; the one factor that is best over all of them, and the mean excess with it. A lowest mean excess that many"
-        " factors share gives a wide interval."
+        f" factors share gives a wide interval. Factors from {number(FACTORS[0])} to {number(FACTORS[-1])} were tried."
     )
     page.table(
         "factors",
