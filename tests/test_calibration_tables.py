@@ -162,6 +162,7 @@ def test_the_page_of_a_whole_grid(tmp_path: Path) -> None:
     assert "- `auto` is within the tolerance in 6 of 6 cases; the goal, all, is met." in page
     assert "| mlp | Theorem 5 fit | 1 | 1 | 1 | 1 |" in page
     assert "Optima at the edge of the grid: none." in page
+    assert "Without it the shortest run has 64 steps." in page
     assert page.count("Not measured yet.") == 1  # the coverage, which nothing was measured of
     for figure in ("loss_curves", "transfers", "factors", "noise_scale", "theorem5", "epsilon"):
         assert 2_000 < (tmp_path / "out" / "tables" / f"{figure}.png").stat().st_size < 150_000

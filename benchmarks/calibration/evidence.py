@@ -43,6 +43,11 @@ class Evidence:
         """Adam's losses at equal samples, by batch size."""
         return by_batch_size(self.results, self.references)
 
+    @property
+    def losses_without_largest(self) -> dict[int, Measured]:
+        """Adam's losses at equal samples, but for the largest batch size."""
+        return dict(list(self.losses.items())[:-1])
+
     @cached_property
     def losses_at_equal_steps(self) -> dict[int, Measured]:
         """Adam's losses at equal steps, by batch size; none until every batch size has some."""

@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     rate_section.best_rates(page, found, options.draws)
     transfer_section.transfers(page, found, results, options.draws)
     transfer_section.factors(page, results)
+    transfer_section.without_largest(page, found)
     transfer_section.equal_steps(page, found)
     noise_section.growth(page, found)
     noise_section.coverage(page, probed(options, found, "coverage", probes.coverage, options.again))

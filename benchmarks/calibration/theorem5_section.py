@@ -55,7 +55,8 @@ def tradeoff(page: Page, found: Found) -> None:
     predicted = [row for name in reached for row in _prediction_rows(name, reached)]
     page.say(
         "Prediction of the samples (and so of the steps) at every batch size from those at every other one, for the targets that"
-        " all batch sizes reach. Error: predicted over measured or the reverse, whichever is above 1."
+        " all batch sizes reach. Error: predicted over measured or the reverse, whichever is above 1. Left out, as no target is"
+        f" reached at every batch size: {listed([name for name in found if name not in reached])}."
     )
     page.keep("theorem5", predicted)
     page.show(

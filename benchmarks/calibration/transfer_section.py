@@ -270,6 +270,17 @@ def factors(page: Page, results: Outcomes) -> None:
         )
 
 
+def without_largest(page: Page, found: Found) -> None:
+    """The same without the largest batch sizes, whose runs are short."""
+    page.heading("Without the largest batch size", 3)
+    steps = [ev.workload.samples // size for ev in found.values() for size in list(ev.losses)[-2:-1]]
+    page.say(
+        "The runs at the largest batch size of a workload are short, and a low best rate there may come from that. Without it the"
+        f" shortest run has {min(steps)} steps. No intervals."
+    )
+    _again(page, found, "losses_without_largest")
+
+
 def equal_steps(page: Page, found: Found) -> None:
     """The same at equal steps."""
     page.heading("At equal steps", 3)
@@ -279,11 +290,16 @@ def equal_steps(page: Page, found: Found) -> None:
         return
     page.say(
         "As many steps at every batch size instead of as many samples, one seed; the noise scales are those of the runs at equal"
-        " samples, and so are the factors' sources."
+        " samples. No intervals."
     )
-    methods = ranked(carried(equal, "losses_at_equal_steps", 0))
+    _again(page, equal, "losses_at_equal_steps")
+
+
+def _again(page: Page, found: Found, losses: str) -> None:
+    methods = ranked(carried(found, losses, 0))
     rows = [_summary_row(m, s) for m, s in methods.items() if m[2] != BEST or m[1] == ONE]
-    page.table("transfers_equal_steps", rows, _summary_columns(list(equal)))
+    page.show([row for row in rows if row["estimate"] in (NONE, ONE, MEAN)], _summary_columns(list(found)))
+    page.keep(f"transfers_{losses}", rows)
 
 
 def _score_row(workload: str, score: Score) -> Row:
