@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test nightly lint format peers bench-optim bench-capture bench-scale clean
+.PHONY: help demo test nightly lint format peers bench-optim bench-capture bench-scale evidence evidence-full clean
 
 help:
 	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
@@ -20,6 +20,9 @@ help:
 	@echo "make bench-capture  what the monitor adds to a training step, against its peers (some 20 minutes on two idle cores)"
 	@echo "             DEVICE=cuda measures on a GPU"
 	@echo "make bench-scale    bytes that the monitor all-reduces, logs and keeps: model, and check on 8 ranks (3 minutes)"
+	@echo "make evidence       redraw the tables and figures of the calibration's evidence (half a minute)"
+	@echo "make evidence-full  make the runs that it lacks first (some six hours on two cores; can be stopped and goes on)"
+	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST from there"
 	@echo "make peers   install those peers that are not ours to depend on"
 	@echo "make clean   remove the virtual environment and what the demo wrote"
 
@@ -74,6 +77,15 @@ bench-capture: $(VENV)/.peers
 
 bench-scale: $(READY)
 	$(BIN)/python benchmarks/capture_scale.py
+
+CALIBRATION := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration
+
+evidence: $(READY)
+	$(CALIBRATION)/tables.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+
+evidence-full: $(VENV)/.peers
+	$(CALIBRATION)/grid.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:
 	rm -rf $(VENV) demo_logs lightning_logs

@@ -89,13 +89,13 @@ def losses(results: Results, like: Run) -> dict[int, float]:
     """Final training loss by half octaves, averaged over seeds, of runs that differ from one in rate and seed only."""
     found: dict[int, list[float]] = defaultdict(list)
     for run, row in results.items():
-        if _setting(run) == _setting(like):
+        if setting(run) == setting(like):
             found[half_octaves(run.learning_rate)].append(math.inf if row["diverged"] else row["train_loss"])
     return {k: sum(values) / len(values) for k, values in sorted(found.items())}
 
 
-def _setting(run: Run) -> tuple[Any, ...]:
-    """All but rate and seed."""
+def setting(run: Run) -> tuple[Any, ...]:
+    """All of a run but its rate and seed."""
     return run.workload, run.optimizer, run.batch_size, run.eps, run.samples, run.loss_scale, run.noise
 
 
@@ -121,24 +121,29 @@ def missing(by_rate: Mapping[int, float], start: int) -> list[int]:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
+def middle(workload: Workload) -> int:
+    """The middle batch size."""
+    return workload.batch_sizes[len(workload.batch_sizes) // 2]
+
+
 def _at(like: Run, k: int, seed: int = 0) -> Run:
     return replace(like, learning_rate=rate(k), seed=seed)
 
 
-def _references(workload: Workload) -> list[Run]:
-    """A run at equal samples for each batch size; the rate and the seed do not matter."""
+def references(workload: Workload) -> list[Run]:
+    """A run of Adam at equal samples for each batch size; the rate and the seed do not matter."""
     return [Run(workload.name, "Adam", size, 1.0, EPS["Adam"], 0, workload.samples) for size in workload.batch_sizes]
 
 
 def _optima(workload: Workload, results: Results) -> list[tuple[Run, int]]:
-    optima = ((like, best(losses(results, like))) for like in _references(workload))
+    optima = ((like, best(losses(results, like))) for like in references(workload))
     return [(like, k) for like, k in optima if k is not None]
 
 
 def rates(workload: Workload, results: Results) -> Iterator[Run]:
     """An octave apart until the optimum is interior."""
     first = half_octaves(workload.learning_rate)
-    for number, like in enumerate(_references(workload)):
+    for number, like in enumerate(references(workload)):
         start = first + 2 * ((number + 1) // 2)
         yield from (_at(like, k) for k in missing(losses(results, like), start))
 
@@ -187,9 +192,8 @@ def more_seeds(workload: Workload, results: Results) -> Iterator[Run]:
 
 def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
     """Epsilon by decades, and the loss scaled, at the middle batch size."""
-    middle = workload.batch_sizes[len(workload.batch_sizes) // 2]
     for like, k in _optima(workload, results):
-        if like.batch_size != middle:
+        if like.batch_size != middle(workload):
             continue
         for step in (0, 2, -2):
             yield from (replace(_at(like, k + step), loss_scale=scale) for scale in (1e-8, 1e-4, 1e4))
@@ -268,18 +272,12 @@ class Table(dict[Run, Row]):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
+        super().__init__(read(path))
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")
-        if not whole:
+        path.write_text(_whole(_text(path)), encoding="utf-8")
+        if not _text(path):
             self._write(COLUMNS)
-        for line in csv.DictReader(io.StringIO(whole)):
-            row = _parsed(line)
-            self[_run(row)] = row
 
     def add(self, row: Row) -> None:
         """Adds a row, and writes it."""
@@ -292,6 +290,20 @@ class Table(dict[Run, Row]):
         csv.writer(line, lineterminator="\n").writerow(values)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line.getvalue())
+
+
+def read(path: Path) -> dict[Run, Row]:
+    """The runs of a table; none where there is no file, and without a last line that was not written to its end."""
+    rows = map(_parsed, csv.DictReader(io.StringIO(_whole(_text(path)))))
+    return {_run(row): row for row in rows}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _whole(text: str) -> str:
+    return text[: text.rfind("\n") + 1]
 
 
 def _parsed(line: dict[str, str]) -> Row:

@@ -100,7 +100,7 @@ def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = WORKLOADS[run.workload].make_model()
-        curve, noise = _fit(model, run, data)
+        curve, noise = fit(model, run, data)
     train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
     test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
     return {
@@ -164,11 +164,11 @@ def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Gener
     batch_size = WORKLOADS[run.workload].noise_batch_size
     parameters = dict(model.named_parameters())
     noise = NoiseScale(parameters, batch_size)
-    samples = _batches(len(data.train), batch_size, generator)
+    samples = batches(len(data.train), batch_size, generator)
     for number, indices in zip(range(NOISE_GRADIENTS), samples, strict=False):
         if number == NOISE_GRADIENTS // 2:
             noise.split(run.eps, run.batch_size / batch_size)
-        gradients = torch.autograd.grad(_loss(model, data, indices) * run.loss_scale, list(parameters.values()))
+        gradients = torch.autograd.grad(loss_of(model, data, indices) * run.loss_scale, list(parameters.values()))
         noise.update(dict(zip(parameters, gradients, strict=True)))
     estimates = {"simple": noise.simple(), "adam": noise.adam()}
     return {
@@ -178,11 +178,12 @@ def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Gener
     }
 
 
-def _fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, float]]]:
+def fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, float]]]:
+    """Trains a model in place; returns ``curve`` and ``noise_scale`` as :func:`train` describes them."""
     optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
     order, fresh = (torch.Generator().manual_seed(2 * run.seed + i) for i in range(2))
-    batches = _batches(len(data.train), run.batch_size, order)
+    samples_of_step = batches(len(data.train), run.batch_size, order)
     curve: list[tuple[int, float]] = []
     noise: list[dict[str, float]] = []
     looked_at = moments(run.steps)
@@ -194,7 +195,7 @@ def _fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, 
                 break
             if run.noise:
                 noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
-        loss = _loss(model, data, next(batches))
+        loss = loss_of(model, data, next(samples_of_step))
         optimizer.zero_grad()
         (loss * run.loss_scale).backward()
         optimizer.step()
@@ -202,12 +203,14 @@ def _fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, 
     return curve, noise
 
 
-def _loss(model: nn.Module, data: Data, indices: Tensor) -> Tensor:
+def loss_of(model: nn.Module, data: Data, indices: Tensor) -> Tensor:
+    """Mean cross-entropy of some of the training samples."""
     inputs, classes = (tensor[indices] for tensor in data.train.tensors)
     return functional.cross_entropy(model(inputs).flatten(0, -2), classes.flatten())
 
 
-def _batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of samples, whole batches, from ever new permutations of ``size``."""
     if batch_size > size:
         raise ValueError(f"batch_size must be at most the {size} samples of the training data, got {batch_size}")
     while True:

@@ -1,0 +1,245 @@
+"""What it costs to carry the best learning rate of one batch size to another, by law and estimate of the noise scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from curves import Curve, Measured
+
+from lightning_gradhist.surge import PLAIN_LAWS, ScalingLaw, scaling_law
+
+LAWS: dict[str, Callable[[float], ScalingLaw]] = {
+    "surge": partial(scaling_law, "surge"),
+    "levelled surge": lambda scale: scaling_law("surge", scale, valid_until=math.pi / 2 * scale),
+    "saturating": partial(scaling_law, "saturating"),
+}
+"""The laws that take a noise scale; of the second the rate stays what it is at Theorem 3's bound, as in the package."""
+NONE, ONE = "none", "one for all"
+"""Estimates: none at all, and one noise scale for every batch size and workload, which nobody measures."""
+AS_IT_IS, FROM_OTHERS, BEST = "1", "from the others", "best"
+"""Where the factor of an estimate comes from: there is none, from the other workloads, from the workload itself."""
+FACTORS = 2.0 ** np.arange(-8, 8.25, 0.25)
+SCALES = 2.0 ** np.arange(0, 20.25, 0.25)
+"""Factors of an estimate that are tried, and noise scales in samples for :data:`ONE`."""
+_LOW, _HIGH, _STEPS_AN_OCTAVE = -12, 40, 4
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What transfers on one workload need.
+
+    Attributes:
+        losses: by batch size, ascending.
+        noise: by name of the estimate its values in samples, ``[runs, batch sizes]``; NaN where there is none.
+    """
+
+    losses: Mapping[int, Measured]
+    noise: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Excess losses of one law with one estimate on one workload.
+
+    Attributes:
+        factors: of the estimate that were tried, ``[factors]``.
+        means: over all transfers, ``[1 + draws, factors]``: as measured, then with the seeds drawn again.
+        excess: as measured, ``[factors, runs, from, to]``; NaN from a size to itself and where the estimate lacks.
+        diverged: of the same shape.
+        bounds: of the same shape: where the excess is a lower bound.
+    """
+
+    factors: np.ndarray
+    means: np.ndarray
+    excess: np.ndarray
+    diverged: np.ndarray
+    bounds: np.ndarray
+
+
+Method = tuple[str, str]
+
+
+def outcomes(bench: Bench, draws: int, generator: np.random.Generator) -> dict[Method, Outcome]:
+    """Every law with every estimate.
+
+    In a draw the seeds are drawn again, with repetition; the losses are averaged over them and the best rate of each
+    batch size is chosen again. Of the runs that measured the noise scale, too, as many are drawn.
+    """
+    seeds = max(losses.losses.shape[1] for losses in bench.losses.values())
+    runs = max((noise.shape[0] for noise in bench.noise.values()), default=1)
+    curves = [_curves(bench, None)]
+    drawn = [np.arange(runs)]
+    for _ in range(draws):
+        curves.append(_curves(bench, np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)))
+        drawn.append(generator.integers(runs, size=runs))
+    sizes = list(bench.losses)
+    rows = np.ones((1, len(sizes)))
+    found = {
+        (law, NONE): _outcome(_log_ratios(partial(scaling_law, law), sizes, rows[None]), curves, drawn)
+        for law in PLAIN_LAWS
+    }
+    for law, make in LAWS.items():
+        for estimate, scales in {**bench.noise, ONE: rows}.items():
+            factors = SCALES if estimate == ONE else FACTORS
+            ratios = _log_ratios(make, sizes, factors[:, None, None] * scales)
+            found[law, estimate] = _outcome(ratios, curves, drawn, factors)
+    return found
+
+
+def _curves(bench: Bench, weights: np.ndarray | None) -> list[Curve]:
+    """Of every batch size; the plain one where all rates with a weight diverged."""
+    found = []
+    for losses in bench.losses.values():
+        own = None if weights is None else weights[: losses.losses.shape[1]]
+        curve = losses.curve(own) or losses.curve()
+        assert curve is not None
+        found.append(curve)
+    return found
+
+
+def _log_ratios(make: Callable[[float], ScalingLaw], sizes: list[int], scales: np.ndarray) -> np.ndarray:
+    """Log2 of the ratio of rates from each batch size to each other.
+
+    Args:
+        make: the law of a noise scale.
+        sizes: batch sizes, ``[n]``.
+        scales: noise scales measured at each of them, ``[..., n]``; infinite is the limit of the law, NaN is NaN.
+
+    Returns:
+        ``[..., n, n]``, exact at quarter octaves of the noise scale and straight between.
+    """
+    known = np.arange(_LOW * _STEPS_AN_OCTAVE, _HIGH * _STEPS_AN_OCTAVE + 1) / _STEPS_AN_OCTAVE
+    laws = [make(scale) for scale in 2.0**known]
+    at = np.clip(np.log2(np.where(np.isnan(scales), 1.0, scales)), _LOW, _HIGH)
+    ratios = np.empty((*scales.shape, len(sizes)))
+    for i, origin in enumerate(sizes):
+        for j, target in enumerate(sizes):
+            exact = [math.log2(law.ratio(target, origin)) for law in laws]
+            ratios[..., i, j] = np.interp(at[..., i], known, exact)
+    ratios[np.isnan(scales)] = np.nan
+    return ratios
+
+
+def _outcome(
+    ratios: np.ndarray, curves: list[list[Curve]], drawn: list[np.ndarray], factors: np.ndarray | None = None
+) -> Outcome:
+    """Of log2 ratios ``[factors, runs, n, n]``, on curves and with runs as measured and as drawn."""
+    means = [
+        _mean(_carried(ratios[:, runs] if ratios.shape[1] > 1 else ratios, at, Curve.excess))
+        for at, runs in zip(curves, drawn, strict=True)
+    ]
+    excess, diverged, bounds = (
+        _carried(ratios, curves[0], of) for of in (Curve.excess, Curve.diverges, Curve.is_bound)
+    )
+    return Outcome(np.ones(1) if factors is None else factors, np.array(means), excess, diverged == 1, bounds == 1)
+
+
+def _carried(ratios: np.ndarray, curves: list[Curve], of: Callable[[Curve, np.ndarray], np.ndarray]) -> np.ndarray:
+    """What a curve says of the rates carried to it, ``[factors, runs, from, to]``; NaN where nothing is carried."""
+    rates = np.array([curve.best_rate for curve in curves])[:, None] + ratios
+    arrived = np.stack([of(curve, rates[..., j]) for j, curve in enumerate(curves)], -1)
+    return np.where(np.isnan(ratios) | np.eye(len(curves), dtype=bool), np.nan, arrived)
+
+
+def _mean(excess: np.ndarray) -> np.ndarray:
+    """Over all but the first dimension, of what there is; NaN of nothing."""
+    flat = excess.reshape(len(excess), -1)
+    there = ~np.isnan(flat)
+    return np.where(there, flat, 0.0).sum(1) / np.where(there.any(1), there.sum(1), np.nan)
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+def best_factors(outcome: Outcome) -> np.ndarray:
+    """Index of the factor with the lowest mean excess, ``[1 + draws]``."""
+    return np.argmin(outcome.means, 1)
+
+
+def chosen_on(others: list[Outcome]) -> np.ndarray:
+    """Index of the factor with the lowest mean excess over several workloads, ``[1 + draws]``."""
+    return np.argmin(sum(outcome.means for outcome in others), 1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """From the 2.5% to the 97.5% quantile."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a law with an estimate and a source of its factor does on one workload.
+
+    Attributes:
+        law: its name.
+        estimate: name of the estimate of the noise scale.
+        source: where the factor comes from: :data:`AS_IT_IS`, :data:`FROM_OTHERS` or :data:`BEST`.
+        factor: what the estimate is multiplied by.
+        means: mean excess over all transfers, ``[1 + draws]``: as measured, then drawn again.
+        worst: largest excess as measured.
+        diverged: number of transfers that diverge.
+        bounds: number of transfers whose excess is a lower bound.
+        transfers: number of all, over all runs that measured a noise scale.
+        left_out: number of pairs of batch sizes without an estimate, over all those runs.
+    """
+
+    law: str
+    estimate: str
+    source: str
+    factor: float
+    means: np.ndarray
+    worst: float
+    diverged: int
+    bounds: int
+    transfers: int
+    left_out: int
+
+    @property
+    def method(self) -> tuple[str, str, str]:
+        """Law, estimate and source of the factor."""
+        return self.law, self.estimate, self.source
+
+
+def scores(found: Mapping[str, Mapping[Method, Outcome]]) -> dict[str, list[Score]]:
+    """Every law, estimate and source of the factor on every workload where it can be had, by name of the workload."""
+    return {name: [score for method in own for score in _scores(found, name, method)] for name, own in found.items()}
+
+
+def _scores(found: Mapping[str, Mapping[Method, Outcome]], name: str, method: Method) -> list[Score]:
+    outcome = found[name][method]
+    if np.isnan(outcome.excess).all():
+        return []
+    others = [own[method] for other, own in found.items() if other != name and method in own]
+    others = [other for other in others if not np.isnan(other.excess).all()]
+    one = np.full(len(outcome.means), int(np.argmin(np.abs(np.log(outcome.factors)))))
+    chosen = {BEST: best_factors(outcome)}
+    if method[1] == NONE:
+        chosen = {AS_IT_IS: one}
+    elif method[1] != ONE:
+        chosen[AS_IT_IS] = one
+    if others and method[1] != NONE:
+        chosen[FROM_OTHERS] = chosen_on(others)
+    return [_score(method, source, outcome, indices) for source, indices in chosen.items()]
+
+
+def _score(method: Method, source: str, outcome: Outcome, indices: np.ndarray) -> Score:
+    at = indices[0]
+    excess = outcome.excess[at]
+    pairs = excess.size - excess.shape[0] * excess.shape[1]
+    transfers = int((~np.isnan(excess)).sum())
+    return Score(
+        *method,
+        source=source,
+        factor=float(outcome.factors[at]),
+        means=np.take_along_axis(outcome.means, indices[:, None], 1)[:, 0],
+        worst=float(np.nanmax(excess)),
+        diverged=int(outcome.diverged[at].sum()),
+        bounds=int(outcome.bounds[at].sum()),
+        transfers=transfers,
+        left_out=pairs - transfers,
+    )
