@@ -44,6 +44,7 @@ import statistics
 import tempfile
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -67,7 +68,7 @@ from capture_variants import (
     made,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
-from measuring import installed_version, machine, print_table, seconds_per_call, write_csv
+from measuring import installed_version, machine, print_table, read_csv, seconds_per_call, write_csv
 from optim_implementations import LeftOut
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -477,19 +478,17 @@ def measure(task: Task, options: Options, device: torch.device) -> list[Row]:
     return [{**of_model, **row} for row in [*rows.values(), counted, *left_out]]
 
 
-def run(options: Options, device: torch.device) -> list[Row]:
-    """Check and measure everything, and return the rows of the CSV but for the machine."""
+def run(options: Options, device: torch.device) -> Iterator[list[Row]]:
+    """Check everything, then measure; the rows of the CSV, but for the machine, of one model after another."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     tasks = [t for t in capture_variants.tasks(options.scale) if options.models is None or t.name in options.models]
     for task in tasks:
         check(task, device)
         print(f"correct: {task.name}: logged counts are numpy's, weights are those without a monitor", flush=True)
-    rows: list[Row] = []
     gc.freeze()  # a collection between two turns then does not go through all that is imported
     for task in tasks:
-        rows += measure(task, options, device)
+        yield measure(task, options, device)
     gc.unfreeze()
-    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -508,7 +507,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--long-steps", type=int, default=LONG_STEPS, help=f"for memory and log (default: {LONG_STEPS})"
     )
-    parser.add_argument("--models", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"{', '.join(names)}; the rows of others that the output has are kept",
+    )
     parser.add_argument(
         "--only", nargs="+", choices=variants, metavar="NAME", help="beside none: " + "; ".join(variants[1:])
     )
@@ -520,8 +525,13 @@ def main(arguments: list[str] | None = None) -> None:
     described = {**machine(device), "lightning": installed_version("lightning")}
     print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
     options = Options(args.scale, args.rounds, args.steps, args.long_steps, args.models, args.only)
-    rows = [{**row, **described} for row in run(options, device)]
-    write_csv(rows, COLUMNS, output)
+    rows: list[Row] = []
+    kept = read_csv(output)
+    for of_model in run(options, device):
+        rows += [{**row, **described} for row in of_model]
+        measured = {row["model"] for row in rows}
+        kept = [row for row in kept if row["model"] not in measured]
+        write_csv([*kept, *rows], COLUMNS, output)  # after each model: it takes long
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     for on in ("cpu", "cuda"):

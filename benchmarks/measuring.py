@@ -132,6 +132,14 @@ def write_csv(rows: list[dict[str, Any]], columns: list[str], output: Path) -> N
         writer.writerows(rows)
 
 
+def read_csv(source: Path) -> list[dict[str, Any]]:
+    """Read the rows that :func:`write_csv` has written; none where there is no file."""
+    if not source.exists():
+        return []
+    with source.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def print_table(rows: list[dict[str, Any]], columns: list[str]) -> None:
     """Print some columns of rows, one below the other."""
     widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in columns]

@@ -12,7 +12,7 @@ from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, no_decay_groups
 from lightning_gradhist.second_moment import SecondMoment
 from lightning_gradhist.surge import SaturatingLaw, SurgeLaw
-from lightning_gradhist.tradeoff import batch_size_tradeoff
+from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
 
 if TYPE_CHECKING:
     from lightning_gradhist.callbacks import GradientHistogramMonitor, OptimizerCalibration
@@ -33,6 +33,7 @@ __all__ = [
     "SurgeLaw",
     "__version__",
     "batch_size_tradeoff",
+    "critical_batch_size",
     "epsilon_range",
     "no_decay_groups",
 ]

@@ -15,7 +15,7 @@ _EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
 PLAIN_LAWS = tuple(_EXPONENTS)
 """The laws that need no noise scale."""
 LAWS = (*NOISE_LAWS, *PLAIN_LAWS)
-NOISE_FACTORS = {"surge": 1.0, "saturating": 1.0, "tradeoff": 1.0}
+NOISE_FACTORS = {"surge": 1.0, "saturating": 1.0}
 """Each formula's noise scale as a multiple of the measured ``B_adam``, which is not the same quantity: its metric is
 Adam's, its value an average over a run. 1 takes it as it is measured."""
 

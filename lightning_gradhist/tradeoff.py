@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_gradhist.intervals import NoiseEstimate
-from lightning_gradhist.surge import NOISE_FACTORS
 
+_CRITICAL, _LOWEST, _HIGHEST = 0.15, 0.06, 0.5  # of the mean B_adam; benchmarks/calibration, Theorem 5
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
@@ -38,6 +38,27 @@ class TradeoffRow:
     samples: Band
 
 
+def critical_batch_size(noise: NoiseEstimate) -> NoiseEstimate:
+    """The noise scale of Theorem 5, where half of the samples are spent on noise, from ``B_adam`` over a run.
+
+    They are not the same quantity: on the three workloads where both could be measured (``benchmarks/calibration``)
+    Theorem 5 fitted with 0.06, 0.1 and 0.5 times the mean ``B_adam``. So the value is 0.15 of it, and the interval goes
+    from 0.06 of the lower end to 0.5 of the upper one.
+
+    Args:
+        noise: ``B_adam`` over a whole run; one at its start is far too small.
+
+    Returns:
+        the critical batch size in samples, with that interval.
+
+    Example:
+        >>> critical = critical_batch_size(NoiseEstimate(1000.0, 800.0, 1300.0, confidence=0.95, measurements=200))
+        >>> critical.lower, critical.value, critical.upper
+        (48.0, 150.0, 650.0)
+    """
+    return replace(noise, value=_CRITICAL * noise.value, lower=_LOWEST * noise.lower, upper=_HIGHEST * noise.upper)
+
+
 def batch_size_tradeoff(
     noise: NoiseEstimate, batch_size: float, factors: Sequence[float] = FACTORS
 ) -> tuple[TradeoffRow, ...]:
@@ -51,7 +72,7 @@ def batch_size_tradeoff(
     samples, far above it it doubles the samples and saves no step.
 
     Args:
-        noise: noise scale over a whole run, with a bounded interval; one at its start is far too small.
+        noise: the noise scale :math:`B_n` with a bounded interval, as :func:`critical_batch_size` gives it.
         batch_size: samples of an optimizer step at present, positive.
         factors: batch sizes as multiples of the present one, positive; from 1/8 to 64 by default.
 
@@ -78,7 +99,7 @@ def batch_size_tradeoff(
 
 
 def _row(noise: NoiseEstimate, batch_size: float, factor: float) -> TradeoffRow:
-    scales = [NOISE_FACTORS["tradeoff"] * scale for scale in (noise.value, noise.lower, noise.upper)]
+    scales = (noise.value, noise.lower, noise.upper)
     samples = [(factor * batch_size + scale) / (batch_size + scale) for scale in scales]
     steps = [grown / factor for grown in samples]
     return TradeoffRow(factor, factor * batch_size, _band(steps), _band(samples))

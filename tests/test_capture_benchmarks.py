@@ -12,6 +12,7 @@ import capture_variants
 import pytest
 import torch
 from capture_variants import Task, Variant
+from measuring import write_csv
 from optim_implementations import LeftOut
 from torch import nn
 
@@ -43,12 +44,14 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
     names = ["monitor", "monitor, every step", "add_histogram", "Graphcore's tensor tracker"]
     output = tmp_path / "results.csv"
     options = "--scale 1e-3 --rounds 1 --long-steps 6 --output".split()
+    earlier = [{"model": "CNN", "variant": "another model"}, {"model": "small tensors", "variant": "measured anew"}]
+    write_csv(earlier, capture_cost.COLUMNS, output)
     capture_cost.main([*options, str(output), "--models", "small tensors", "--only", *names])
     with output.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         rows = {row["variant"]: row for row in reader}
         assert reader.fieldnames == capture_cost.COLUMNS
-    assert set(rows) == {"none", *names, capture_cost.ALONE}
+    assert set(rows) == {"another model", "none", *names, capture_cost.ALONE}
     assert rows["Graphcore's tensor tracker"]["note"] == "left out: it is not in the registry"
     none, ours, by_hand = (rows[name] for name in ("none", "monitor, every step", "add_histogram"))
     for row in (none, ours, by_hand):

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_gradhist.intervals import NoiseEstimate
-from lightning_gradhist.surge import NOISE_FACTORS
-from lightning_gradhist.tradeoff import FACTORS, batch_size_tradeoff
+from lightning_gradhist.tradeoff import FACTORS, batch_size_tradeoff, critical_batch_size
 
 NOISE = NoiseEstimate(1000.0, 700.0, 1500.0, 0.95, 100)
 
@@ -71,10 +70,13 @@ def test_limits(noise_scale: float, steps: float, samples: float) -> None:
     assert (row.steps.value, row.samples.value) == (pytest.approx(steps), pytest.approx(samples))
 
 
-def test_the_measured_noise_scale_is_put_on_the_theorems_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = batch_size_tradeoff(exactly(3000.0), 256)
-    monkeypatch.setitem(NOISE_FACTORS, "tradeoff", 3.0)
-    assert batch_size_tradeoff(exactly(1000.0), 256) == expected
+def test_the_critical_batch_size_of_the_evidence() -> None:
+    """Of the three workloads where it could be measured: 0.5, 0.105 and 0.0625 times the mean B_adam."""
+    found = critical_batch_size(exactly(1000.0))
+    assert found.lower <= 62.5 <= found.value <= 500 <= found.upper
+    assert found.value == pytest.approx(1000 * (0.5 * 0.105 * 0.0625) ** (1 / 3), rel=0.02)
+    widened = critical_batch_size(NOISE)
+    assert widened.lower / found.lower == pytest.approx(0.7) and widened.upper / found.upper == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lightning_gradhist.ratio import careful_ratio
 from lightning_gradhist.report.magnitudes import shown_buckets
 from lightning_gradhist.report.result import CalibrationResult
 from lightning_gradhist.surge import NOISE_LAWS, PLAIN_LAWS, scaling_law
-from lightning_gradhist.tradeoff import batch_size_tradeoff
+from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
 
 if TYPE_CHECKING:
     import numpy
@@ -168,7 +168,8 @@ def tradeoff_figure(result: CalibrationResult) -> Figure:
             "the figure needs the noise scale of a recorded run, with a bounded interval: result.tradeoff()"
         )
     factors = torch.logspace(math.log2(ends[0]), math.log2(ends[-1]), 129, base=2, dtype=torch.float64).tolist()
-    rows = batch_size_tradeoff(noise, batch, factors)
+    critical = critical_batch_size(noise)
+    rows = batch_size_tradeoff(critical, batch, factors)
     figure = _figure(width=6.2, height=4.0)
     axes = figure.add_subplot()
     batches = [row.batch_size for row in rows]
@@ -177,9 +178,7 @@ def tradeoff_figure(result: CalibrationResult) -> Figure:
         axes.fill_between(batches, [b.lower for b in bands], [b.upper for b in bands], color=color, alpha=0.15)
         axes.plot(batches, [b.value for b in bands], color=color, label=f"{name} to the same loss")
     axes.plot([batch], [1.0], "o", color=_GREY, label=f"now {batch:g}")
-    axes.axvspan(
-        noise.lower, noise.upper, color=_GREY, alpha=0.12, label=f"measured noise scale, {noise.confidence:.0%}"
-    )
+    axes.axvspan(critical.lower, critical.upper, color=_GREY, alpha=0.12, label="critical batch size")
     axes.set_xlim(batches[0], batches[-1])
     axes.set_xlabel("samples of an optimizer step")
     axes.set_ylabel("multiple of now")

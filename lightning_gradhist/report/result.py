@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.intervals import NoiseEstimate
-from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff
+from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff, critical_batch_size
 
 _TRADEOFF = "what more GPUs would buy"
 _TRADEOFF_HEADER = ("samples a step", "steps to the same loss", "samples to the same loss")
@@ -77,7 +77,7 @@ class CalibrationResult:
         """
         if self._why_no_tradeoff() is not None or self.noise_scale is None or self.effective_batch_size is None:
             return ()
-        return batch_size_tradeoff(self.noise_scale, self.effective_batch_size)
+        return batch_size_tradeoff(critical_batch_size(self.noise_scale), self.effective_batch_size)
 
     def _why_no_tradeoff(self) -> str | None:
         if self.noise_scale is None or self.effective_batch_size is None:
@@ -110,6 +110,10 @@ class CalibrationResult:
             )
             if self._why_no_tradeoff() is not None:
                 rows.append((_TRADEOFF, f"not known: {self._why_no_tradeoff()}"))
+            else:
+                critical = critical_batch_size(noise)
+                spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
+                rows.append(("critical batch size", f"{_number(critical.value)} samples, {spread}"))
         rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
         for (name, before, after), groups in self._by_change().items():
             rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))

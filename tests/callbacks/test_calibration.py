@@ -27,6 +27,7 @@ from lightning_gradhist import (
     SaturatingLaw,
     SurgeLaw,
     batch_size_tradeoff,
+    critical_batch_size,
 )
 from lightning_gradhist.report.record import RunRecord
 from lightning_gradhist.surge import NOISE_LAWS
@@ -242,7 +243,7 @@ def test_a_record_gives_the_full_law_and_what_more_gpus_would_buy(tmp_path) -> N
         assert result.ratio == pytest.approx(law.ratio(32, 8))
         assert group["lr"] == pytest.approx(4e-3 * law.ratio(32, 8))  # the recorded rate, not the 1.0 in the code
         assert any("of the recorded rate" in reason for reason in result.reasons)
-        assert result.tradeoff() == batch_size_tradeoff(noise, 32)
+        assert result.tradeoff() == batch_size_tradeoff(critical_batch_size(noise), 32)
         assert events(tmp_path / name).Images("calibration/steps_and_samples_over_batch_size")
 
 

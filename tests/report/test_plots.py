@@ -248,7 +248,7 @@ def test_tradeoff_figure(noise: NoiseEstimate) -> None:
         "steps to the same loss",
         "samples to the same loss",
         "now 2048",
-        "measured noise scale, 95%",
+        "critical batch size",
     ]
     lines = {line.get_label(): line for line in axes.lines}
     for row in found.tradeoff():

@@ -105,8 +105,9 @@ def test_what_more_gpus_would_buy_in_text() -> None:
         "32768", "65536", "131072",
     ]  # fmt: skip
     assert {len(row) for row in rows} == {len(header)}
-    # (B + Bn) / (B0 + Bn), over B / B0 for the steps, at the value and at the ends of its interval
-    assert rows[0].split()[1:] == ["5.16", "(4.7", "to", "5.71)", "0.645", "(0.588", "to", "0.713)"]
+    # (B + Bn) / (B0 + Bn), over B / B0 for the steps, at Bn = 0.15 * 3000, 0.06 * 2300 and 0.5 * 4200
+    assert ("critical batch size", "450 samples, 138 to 2,100") in found.rows()
+    assert rows[0].split()[1:] == ["2.26", "(1.44", "to", "4.54)", "0.283", "(0.18", "to", "0.568)"]
     assert rows[3].split() == ["2,048", "1", "1"]
 
 
@@ -116,7 +117,7 @@ def test_what_more_gpus_would_buy_in_markdown() -> None:
     )
     assert table[0] == "| samples a step | steps to the same loss | samples to the same loss |"
     assert table[1] == "| --- | --- | --- |" and len(table) == 12
-    assert table[2] == "| 256 | 5.16 (4.7 to 5.71) | 0.645 (0.588 to 0.713) |"
+    assert table[2] == "| 256 | 2.26 (1.44 to 4.54) | 0.283 (0.18 to 0.568) |"
 
 
 @pytest.mark.parametrize(
