@@ -60,7 +60,9 @@ def find_minimum(lengths: Sequence[float], changes: Sequence[Sequence[float]]) -
     mean = _table(changes).nan_to_num(nan=math.inf).mean(0).tolist()
     best = min(range(len(lengths)), key=lambda i: mean[i])
     if not mean[best] < 0:
-        raise NoGreedyRateError("the loss falls at no length of the optimizer's step, or by less than its noise; more probe_batches tell")
+        raise NoGreedyRateError(
+            "the loss falls at no length of the optimizer's step, or by less than its noise; more probe_batches tell"
+        )
     if best == len(lengths) - 1:
         raise NoGreedyRateError(f"the loss falls along the whole range, up to a step of {lengths[-1]:.3g}")
     if best == 0:

@@ -106,28 +106,30 @@ class OwnSteps:
 
     def _step_of(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copied = copy.deepcopy(self._optimizer)
-        mine = [p for group in self._optimizer.param_groups for p in group["params"]]
-        theirs = [p for group in copied.param_groups for p in group["params"]]
+        mine, theirs = _parameters_of(self._optimizer), _parameters_of(copied)
         for p in theirs:
             _widen(p, copied.state.get(p, {}))
             p.grad = None
         copy_of = {id(p): other for p, other in zip(mine, theirs, strict=True)}
         stepped = {name: copy_of[id(p)] for name, p in self._parameters.items()}
+        before = {name: p.detach().clone() for name, p in stepped.items()}
         for name, p in stepped.items():
             gradient = gradients[name]
             p.grad = (torch.view_as_complex(gradient) if p.is_complex() else gradient).to(p.dtype)
         self._clip(theirs)
-        for change in self._changes:
-            copied.param_groups[change.group][change.name] = change.after
-        for group in copied.param_groups:
-            rate = base_rate(group)  # the present one may be zero, at the start of a warm-up
-            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
-        before = {name: p.detach().clone() for name, p in stepped.items()}
+        self._set(copied.param_groups)
         type(copied).step(copied)  # type: ignore[call-arg] # a scheduler has put its own in the place of optimizer.step
         return {
             name: ((before[name] - p.detach()) / self._rate).to(_at_least_single(self._origin[name]))
             for name, p in stepped.items()
         }
+
+    def _set(self, groups: Sequence[dict[str, Any]]) -> None:
+        for change in self._changes:
+            groups[change.group][change.name] = change.after
+        for group in groups:
+            rate = base_rate(group)  # the present one may be zero, at the start of a warm-up
+            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
 
     def _clip(self, parameters: Sequence[Tensor]) -> None:
         limit = self._trainer.gradient_clip_val
@@ -236,6 +238,10 @@ def _rate_of(steps: OwnSteps, number: int, confidence: float) -> GreedyRate:
     rates: Sequence[float] = [share * reach for share in PILOT_SHARES]
     rates = fitted_lengths(find_minimum(rates, steps.changes(pilots, rates)))
     return greedy_rate(rates, steps.changes(number - pilots, rates), confidence)
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:
