@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.surge import NOISE_FACTORS, NOISE_LAWS, scaling_law
 
-_MAX_SPREAD = 2.0  # a learning rate that is not known to a factor of two is not worth setting
+MAX_SPREAD = 2.0  # a learning rate that is not known to a factor of two is not worth setting
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def choose_ratio(
         return refused("no signal stands out of the noise of the gradients")
     scales = (noise.value, noise.lower, noise.upper)
     full = [careful_ratio(law, scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
-    if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= _MAX_SPREAD * min(full):
+    if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= MAX_SPREAD * min(full):
         return refused(
             f"the noise scale is too uncertain ({noise.lower:.3g} to {_bounded(noise.upper)} samples): the rate could be"
             f" multiplied by {min(full):.3g} or by {max(full):.3g}"

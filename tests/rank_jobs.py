@@ -233,6 +233,11 @@ def calibrated(folder: Path) -> Any:
     data = loader(512, samples=512 * 4 * ranks)
     made = fit(folder / "record", record, module=lambda: Net(ALTO), data=data, **ddp(ranks))
     found["record"] = (_group(made), record.result, _parameters(made))
+
+    greedy = OptimizerCalibration(learning_rate="greedy", epsilon="keep", probe_batches=48)
+    data = loader(32, samples=32 * 48 * ranks)
+    made = fit(folder / "greedy", greedy, module=Net, data=data, max_steps=4, **ddp(ranks))
+    found["greedy"] = (_group(made), greedy.result, _parameters(made))
     return found
 
 

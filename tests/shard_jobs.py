@@ -285,7 +285,7 @@ def calibrated(folder: Path) -> Any:
         states = [{n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()} for state in states]
         seen = {name: getattr(spy, name) for name in ("weights", "batches", "parts", "noise", "left")}
         found[how] = (calibration.result, states, seen)
-    partly = OptimizerCalibration(learning_rate="keep")
+    partly = OptimizerCalibration(learning_rate="greedy")
     run("partly", lambda: Sharded(False), partly)
     found["partly"] = partly.result.problems
     return found

@@ -21,6 +21,7 @@ LAYERS = [
     {"histogram", "noise", "second_moment"},
     {"epsilon", "surge"},
     {"ratio", "tradeoff"},
+    {"greedy"},
     {"optim", "report"},
     {"callbacks"},
 ]

@@ -16,6 +16,7 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.decision import MIN_BATCHES, Decision
 from lightning_gradhist.callbacks.gradients import is_sharded, model_shapes, replicas
 from lightning_gradhist.callbacks.handoff import apply_changes, holds_before
+from lightning_gradhist.greedy import GREEDY
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import sinks
 from lightning_gradhist.report.record import RecordError, RunRecord
@@ -46,6 +47,12 @@ class OptimizerCalibration(Callback):
     says why. A recorded rate is used for the same class of optimizer; another class takes the ratio alone, for its own
     rate.
 
+    Without a reference, ``"greedy"`` finds an absolute rate: that at which a single step lowers the loss most, by
+    :func:`lightning_gradhist.greedy.greedy_rate`, from the loss at a few lengths of the steps that the optimizer itself would
+    make at the weights of the start. That is the best step and not the best run: the loss of the first step says little of
+    how a rate does later. It is refused, and the rate kept, where the loss shows no minimum, where the interval spans a
+    factor of two, where the loss falls along the whole range, and under FSDP2.
+
     *Hand-off.* ``eps`` and ``lr``, and for ``ALTO`` and ``AdamE`` ``alpha`` and ``explore_beta`` where left on
     ``"auto"``, are written into every parameter group, ratios between groups kept; the learning rate also into
     ``initial_lr`` and the schedulers. Once: a resumed run keeps its values. The report goes to the console and the
@@ -59,9 +66,10 @@ class OptimizerCalibration(Callback):
         reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model.
         epsilon: ``"auto"``, ``"keep"``, or a number to be set.
         learning_rate: the law: ``"surge"`` or ``"saturating"``, which need a noise scale, or ``"sqrt"``,
-            ``"fourth_root"``, ``"linear"`` or ``"keep"``.
+            ``"fourth_root"``, ``"linear"`` or ``"keep"``. Or ``"greedy"``, which takes neither reference nor fallback.
         probe_batches: batches of the probe on each rank, at least 4. Half of them go into epsilon and the metric, half
-            into the noise scale.
+            into the noise scale. ``"greedy"`` takes as many for itself, at least
+            17, and 9 more for each further batch of accumulation.
         apply: False to report only; the run then ends in the same bits as without the callback.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
@@ -70,7 +78,8 @@ class OptimizerCalibration(Callback):
 
     Raises:
         MisconfigurationException: for an argument out of its range, ``reference`` together with
-            ``reference_batch_size``, and a record that is missing, broken, of another version or of another model.
+            ``reference_batch_size``, either of them with ``"greedy"``, and a record that is missing, broken, of another
+            version or of another model.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -100,8 +109,13 @@ class OptimizerCalibration(Callback):
             )
         if epsilon not in ("auto", "keep") and not _is_number(epsilon):
             raise MisconfigurationException(f"epsilon must be 'auto', 'keep' or a number from 0 up, got {epsilon!r}")
-        if learning_rate not in LAWS:
-            raise MisconfigurationException(f"learning_rate must be one of {LAWS}, got {learning_rate!r}")
+        if learning_rate not in (*LAWS, GREEDY):
+            raise MisconfigurationException(f"learning_rate must be one of {(*LAWS, GREEDY)}, got {learning_rate!r}")
+        if learning_rate == GREEDY and (reference, reference_batch_size, fallback) != (None, None, "keep"):
+            raise MisconfigurationException(
+                "learning_rate='greedy' is for those who have no reference: leave out reference, reference_batch_size and"
+                " fallback, or name a law"
+            )
         if fallback not in PLAIN_LAWS:
             raise MisconfigurationException(f"fallback must be one of {PLAIN_LAWS}, got {fallback!r}")
         if probe_batches < MIN_BATCHES:

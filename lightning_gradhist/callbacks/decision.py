@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -13,19 +12,19 @@ from torch.optim import Optimizer
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.gradients import (
     batch_of_rank,
+    clips_by_norm,
     effective_batch_size,
-    full_batches,
     is_a,
     is_sharded,
-    least_over_ranks,
 )
+from lightning_gradhist.callbacks.greedy import GreedyProbe
 from lightning_gradhist.callbacks.handoff import base_rate, keeps_own_rates
-from lightning_gradhist.callbacks.no_trace import no_trace
-from lightning_gradhist.callbacks.probe import Probe, clip_factor, gradients_a_step, pool, why_impossible
-from lightning_gradhist.callbacks.progress import progress
-from lightning_gradhist.callbacks.refusal import ProbeRefusedError, free_memory, is_out_of_memory, together
+from lightning_gradhist.callbacks.probe import Probe, clip_factor, gradients_a_step, pool
+from lightning_gradhist.callbacks.refusal import together
+from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON, EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
+from lightning_gradhist.greedy import GREEDY, GreedyRate
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.noise import NoiseScale
@@ -79,6 +78,7 @@ class Decision:
         self.problems: list[str] = []
         self.search_space: EpsilonRange | None = None
         self.noise: NoiseScale | None = None
+        self.greedy: GreedyRate | None = None
 
     def result(self) -> CalibrationResult:
         """Decides."""
@@ -86,7 +86,7 @@ class Decision:
         if self._needs_probe():
             self._probe()
         eps = self._epsilon_changes()
-        ratio = self._ratio()
+        ratio = self._greedy_ratio((*eps, *explore)) if self.options.learning_rate == GREEDY else self._ratio()
         rates = self._rate_changes(ratio)
         groups = self.optimizer.param_groups
         noise, source = self._noise()
@@ -99,6 +99,7 @@ class Decision:
             ratio=ratio.value,
             ratio_interval=(ratio.lower, ratio.upper),
             law=ratio.law,
+            greedy=self.greedy,
             noise_scale=noise,
             noise_source=source,
             effective_batch_size=self.batch_size,
@@ -129,37 +130,11 @@ class Decision:
         return wants_epsilon or (wants_noise and self._is_adam_like() and self.batch_size is not None)
 
     def _probe(self) -> None:
-        impossible = why_impossible(self.trainer, self.module)
-        available = 0.0 if impossible else full_batches(self.trainer)
-        # Loaders may differ in length between ranks, and all must come to the same decision.
-        planned = int(least_over_ranks(min(self.options.probe_batches, available), self.trainer))
-        if impossible is None and planned < MIN_BATCHES:
-            impossible = f"it needs {MIN_BATCHES} full batches, and the loader has {planned}"
-        why_none = impossible or self._try_probe(planned)
+        why_none = run_probe(self.trainer, self.module, self.options.probe_batches, MIN_BATCHES, self._measure)
         if why_none is not None:
             self.problems.append(
                 f"no probe: {why_none}. What needs one is left as it is (epsilon='keep' asks for none)"
             )
-
-    def _try_probe(self, planned: int) -> str | None:
-        """Probes, or says why there is no probe."""
-        try:
-            with ExitStack() as stack:
-                tick = together(self.trainer, "its start", lambda: self._begin(stack, planned))
-                self._measure(planned, tick)
-            return None
-        except ProbeRefusedError as error:
-            why = str(error)
-        except Exception as error:
-            if self.trainer.world_size > 1 or not is_out_of_memory(error):
-                raise  # ranks that have not failed wait for this one
-            why = f"there is no memory for it beside the model ({error})"
-        free_memory()
-        return why
-
-    def _begin(self, stack: ExitStack, planned: int) -> Callable[[], Any]:
-        stack.enter_context(no_trace(self.trainer, self.module))
-        return stack.enter_context(progress(self.trainer, planned))
 
     def _measure(self, planned: int, tick: Callable[[], Any]) -> None:
         probe = Probe(
@@ -202,7 +177,7 @@ class Decision:
         rms = {name: v.sqrt() for name, v in second_moment.items()}
         factor, limit = 1.0, self.trainer.gradient_clip_val
         if limit:
-            if str(self.trainer.gradient_clip_algorithm or "norm").endswith("norm"):
+            if clips_by_norm(self.trainer):
                 square = math.fsum(float(v.sum()) for v in second_moment.values())
                 factor = clip_factor(probe.over_shards(square), limit)
                 rms = {name: r * factor for name, r in rms.items()}
@@ -310,6 +285,9 @@ class Decision:
                 f"the {law} law is for optimizers like Adam, and {type(self.optimizer).__name__} is not known to be one, so"
                 " the rate is kept; pass learning_rate='linear', 'sqrt' or 'keep'"
             )
+        return self._scheduler_obstacle()
+
+    def _scheduler_obstacle(self) -> str | None:
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         owners = [type(s).__name__ for s in schedulers if keeps_own_rates(s)]
         if owners:
@@ -318,6 +296,28 @@ class Decision:
                 " scheduler is made, or pass learning_rate='keep'"
             )
         return None
+
+    def _greedy_ratio(self, changes: Sequence[GroupChange]) -> RateRatio:
+        obstacle = self._scheduler_obstacle()
+        if obstacle is not None:
+            self.problems.append(obstacle)
+            return RateRatio(1.0, 1.0, 1.0, "keep")
+        probe = GreedyProbe(self.trainer, self.module, changes, self.options.batch_size)
+        probe.run(self.options.probe_batches, self.options.confidence)
+        self.problems.extend(probe.left_out)
+        self.greedy = probe.rate
+        if probe.rate is None:
+            self.problems.append(
+                f"no greedy learning rate: {probe.why_none}. The rate is kept (learning_rate='keep' asks for none)"
+            )
+            return RateRatio(1.0, 1.0, 1.0, "keep")
+        self.reasons.append(
+            f"greedy learning rate by the loss along {probe.rate.steps} of the optimizer's own steps ({probe.gradients}"
+            f" gradients and {probe.forwards} forward passes): the best for one step from these weights; a run is often best"
+            " at another"
+        )
+        value, lower, upper = (rate / probe.base for rate in (probe.rate.value, probe.rate.lower, probe.rate.upper))
+        return RateRatio(value, lower, upper, GREEDY)
 
     def _noise(self) -> tuple[NoiseEstimate | None, str | None]:
         if self.recorded is not None and self.options.learning_rate != "keep":

@@ -275,6 +275,11 @@ def loss_scaler(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def clips_by_norm(trainer: Trainer) -> bool:
+    """Whether a trainer with a ``gradient_clip_val`` clips the norm, as it does unless told, and not each value."""
+    return trainer.gradient_clip_algorithm in (None, "norm")  # else an enumeration, whose members equal their values
+
+
 def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:
     """The ranks that hold the same of a parameter as this one does."""
     if not isinstance(parameter, DTensor):

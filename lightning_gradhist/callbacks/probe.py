@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from lightning_gradhist.callbacks._lightning import (
     Trainer,
     is_overridden,
     is_param_in_hook_signature,
+    isolate_rng,
 )
 from lightning_gradhist.callbacks.gradients import (
     as_real,
@@ -35,6 +37,8 @@ from lightning_gradhist.callbacks.gradients import (
 )
 from lightning_gradhist.callbacks.refusal import ProbeRefusedError, first_reason, free_memory, is_out_of_memory
 from lightning_gradhist.noise import NoiseScale
+
+_T = TypeVar("_T")
 
 
 class _Outcome(IntEnum):
@@ -120,6 +124,7 @@ class Probe:
         batch_size: samples of a batch on this rank, where known. If the first batch can be counted and has as many, later
             ones with another number are passed over.
         tick: called for each batch that was read.
+        with_decay: whether a coupled weight decay is part of the gradients.
 
     Attributes:
         parameters: names and real parameters, or parts of them, that gradients are given for.
@@ -133,6 +138,7 @@ class Probe:
         optimizer: Optimizer,
         batch_size: float | None = None,
         tick: Callable[[], Any] = lambda: None,
+        with_decay: bool = True,
     ) -> None:
         self.batches = 0
         self._trainer = trainer
@@ -143,7 +149,7 @@ class Probe:
         self._shares = shares(trainer) if is_sharded(trainer) else None
         self._module_parameters = list(module.parameters())  # now: within a pass, FSDP2 shows others in their place
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
-        self._decay = _coupled_decay(optimizer)
+        self._decay = _coupled_decay(optimizer) if with_decay else {}
         self._scale = loss_scale(trainer)
         self._source = _batches(trainer, module)
         self._left_out = dict.fromkeys(_WHY_LEFT_OUT, 0)
@@ -160,6 +166,25 @@ class Probe:
             ProbeRefusedError: where the training step fails, or cannot be differentiated without the hooks of the
                 parameters.
         """
+        return self._each(number, self._passed)
+
+    def losses(self, number: int, places: Sequence[Callable[[], None]]) -> Iterator[Sequence[float]]:
+        """Reads up to ``number`` batches more, forward only.
+
+        Args:
+            number: of batches.
+            places: each is called before a forward pass; that at the first is the one that has to be finite. The random
+                numbers of all passes of a batch are the same.
+
+        Yields:
+            the losses of a batch, one for each place. A batch is passed over as by :meth:`gradients`.
+
+        Raises:
+            ProbeRefusedError: where the training step fails.
+        """
+        return self._each(number, partial(self._losses_of, places))
+
+    def _each(self, number: int, measure: Callable[[Any], tuple[_T, _Outcome]]) -> Iterator[_T]:
         for _ in range(number):
             batch, outcome, error = self._next()
             worst = self._worst(outcome)
@@ -167,12 +192,13 @@ class Probe:
                 self._refuse(error)
             if worst is _Outcome.NO_BATCH:
                 return
+            measured = None
             if worst is _Outcome.DONE:
-                gradients, worst = self._of_batch(batch)
+                measured, worst = self._of_batch(batch, measure)
             self.batches += 1
             self._tick()
-            if worst is _Outcome.DONE:
-                yield gradients
+            if measured is not None and worst is _Outcome.DONE:
+                yield measured
             else:
                 self._left_out[worst] += 1
 
@@ -206,30 +232,33 @@ class Probe:
         odd = self._batch_size is not None and samples != self._batch_size
         return batch, _Outcome.ODD_SIZE if odd else _Outcome.DONE, None
 
-    def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], _Outcome]:
+    def _of_batch(self, batch: Any, measure: Callable[[Any], tuple[_T, _Outcome]]) -> tuple[_T | None, _Outcome]:
         while True:
-            gradients, outcome, error = self._tried(batch)
+            measured, outcome, error = self._tried(batch, measure)
             worst = self._worst(outcome)
             if worst is _Outcome.FAILED:
                 self._refuse(error)
             if worst is not _Outcome.OVERFLOW:
-                return gradients, outcome if self._shares is None else worst  # of a sharded one, each has a part
+                return measured, outcome if self._shares is None else worst  # of a sharded one, each has a part
             self._scale /= 2
 
-    def _tried(self, batch: Any) -> tuple[Mapping[str, Tensor | None], _Outcome, Exception | None]:
+    def _tried(
+        self, batch: Any, measure: Callable[[Any], tuple[_T, _Outcome]]
+    ) -> tuple[_T | None, _Outcome, Exception | None]:
         try:
-            return (*self._passed(batch), None)
+            return (*measure(batch), None)
         except Exception as error:
             if self._shares is not None:
                 raise  # the others wait within the model's own collectives, as they would in training
             if not is_out_of_memory(error):
-                return {}, _Outcome.FAILED, error
+                return None, _Outcome.FAILED, error
         free_memory()  # here, where the error that held the graph is gone
-        return {}, _Outcome.OUT_OF_MEMORY, None
+        return None, _Outcome.OUT_OF_MEMORY, None
 
     def _passed(self, batch: Any) -> tuple[Mapping[str, Tensor | None], _Outcome]:
         """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
         loss = _loss(self._trainer, self._module, batch, self.batches)
+        loss = loss if loss is not None and loss.requires_grad else None
         missing = _Outcome.NOT_FINITE if loss is None else _Outcome.DONE
         if self._shares is not None:
             missing = self._worst(missing)  # a backward pass is a collective
@@ -240,6 +269,15 @@ class Probe:
             return gradients, _Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())
         return {}, _Outcome.OVERFLOW if overflow else _Outcome.NOT_FINITE
+
+    def _losses_of(self, places: Sequence[Callable[[], None]], batch: Any) -> tuple[Sequence[float], _Outcome]:
+        losses = []
+        for go in places:
+            go()
+            with torch.no_grad(), isolate_rng():
+                loss = _loss(self._trainer, self._module, batch, self.batches)
+            losses.append(math.nan if loss is None else float(loss))
+        return losses, _Outcome.DONE if math.isfinite(losses[0]) else _Outcome.NOT_FINITE
 
     def _whole(self, loss: Tensor) -> dict[str, Tensor | None]:
         # Not loss.backward(): it runs the hooks of DDP's reducer, and with static_graph=True that counts calls and would
@@ -347,7 +385,7 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: in
     with trainer.precision_plugin.train_step_context():
         output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+    return loss if isinstance(loss, Tensor) else None
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:

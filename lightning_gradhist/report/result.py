@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_gradhist.epsilon import EpsilonRange
+from lightning_gradhist.greedy import GreedyRate
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff, critical_batch_size
 
@@ -40,9 +41,10 @@ class CalibrationResult:
         epsilon: epsilon of the first parameter group; None for an optimizer without.
         epsilon_range: the search space, or None where it was not measured.
         learning_rate: base learning rate of the first parameter group.
-        ratio: that rate as a multiple of the reference's.
-        ratio_interval: the ratio at the two ends of the noise scale's interval.
-        law: name of the law that gave the ratio, after a refusal that of the fallback.
+        ratio: that rate as a multiple of the reference's; of the optimizer's own where there is none.
+        ratio_interval: the ratio at the two ends of the interval of the noise scale, or of the greedy rate.
+        law: name of the law that gave the ratio, after a refusal that of the fallback; or ``"greedy"``.
+        greedy: the rate at which one step from the start lowers the loss most, or None.
         noise_scale: ``B_adam`` in samples with its interval, or None.
         noise_source: ``"record"``, ``"probe"`` or None.
         effective_batch_size: samples of an optimizer step, or None if unknown.
@@ -61,6 +63,7 @@ class CalibrationResult:
     ratio: float = 1.0
     ratio_interval: tuple[float, float] = (1.0, 1.0)
     law: str = "keep"
+    greedy: GreedyRate | None = None
     noise_scale: NoiseEstimate | None = None
     noise_source: str | None = None
     effective_batch_size: float | None = None
@@ -114,6 +117,10 @@ class CalibrationResult:
                 critical = critical_batch_size(noise)
                 spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
                 rows.append(("critical batch size", f"{_number(critical.value)} samples, {spread}"))
+        if self.greedy is not None:
+            interval = f"{self.greedy.lower:.3g} to {self.greedy.upper:.3g}"
+            best = f"{self.greedy.value:.3g}, {self.greedy.confidence:.0%}: {interval}"
+            rows.append(("best rate of a single step", best))
         rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
         for (name, before, after), groups in self._by_change().items():
             rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))

@@ -416,6 +416,8 @@ def test_epsilon_is_measured_on_the_clipped_gradient(tmp_path, algorithm: str, l
     )  # fmt: skip
     assert calibration.result.epsilon_range.damped_share(1e-2) == 1.0
     assert calibration.result.epsilon_range.upper_unrounded <= 1.1 * limit  # the middle of a bin
+    clipped_to_a_norm = any("clipped to a norm" in reason for reason in calibration.result.reasons)
+    assert clipped_to_a_norm == (algorithm == "norm")
     moments = [state["exp_avg_sq"].sqrt().max() for state in made.optimizers[0].state.values()]
     assert float(torch.stack(moments).max()) <= limit
 

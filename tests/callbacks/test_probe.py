@@ -632,12 +632,12 @@ def test_batches_that_run_out_of_memory_are_left_out(tmp_path, kind: str, every:
     assert calibration.result.gradients == used and made.global_step == 2
 
 
-@pytest.mark.parametrize("where", ["NoiseScale", "no_trace"])
+@pytest.mark.parametrize("where", ["decision.NoiseScale", "session.no_trace"])
 def test_no_memory_for_the_probes_own_copies_is_a_refusal(tmp_path, monkeypatch, where: str) -> None:
     def full(*args: Any) -> Any:
         raise _out_of_memory("device")
 
-    monkeypatch.setattr(f"lightning_gradhist.callbacks.decision.{where}", full)
+    monkeypatch.setattr(f"lightning_gradhist.callbacks.{where}", full)
     calibration = silent()
     with pytest.warns(UserWarning, match="no probe: .*out of memory"):
         made = fit(tmp_path, calibration, max_steps=2)

@@ -134,3 +134,4 @@ def test_a_calibration_of_shards_is_invisible_and_the_same_on_all_ranks(run) -> 
     lost = 2 * len(found)
     assert f"{lost} of {8 * len(found)} batches of the probe gave no finite" in " ".join(found[0]["noisy"][0].problems)
     assert "no probe: parameter 'head.weight' is not sharded" in found[0]["partly"][0]
+    assert "no greedy learning rate: it moves whole weights" in found[0]["partly"][1]

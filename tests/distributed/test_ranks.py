@@ -115,12 +115,12 @@ def assert_local_counts(folder: Path, step: int, windows: list[list[dict[str, to
 @pytest.mark.parametrize("ranks", RANKS[:1])
 def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     found = run_ranks(calibrated, ranks, tmp_path)
-    for case in ("probe", "record"):
+    for case in ("probe", "record", "greedy"):
         group, result, weights = found[0][case]
         for other in found[1:]:
             assert other[case][0] == group
             torch.testing.assert_close(other[case][2], weights, rtol=0, atol=0)
-        assert result.effective_batch_size == {"probe": 4, "record": 512}[case] * ranks
+        assert result.effective_batch_size == {"probe": 4, "record": 512, "greedy": 32}[case] * ranks
     group, result, _ = found[0]["probe"]
     assert group["eps"] == result.epsilon < 1e-1
     assert group["lr"] == pytest.approx(1e-2 * result.ratio) and 1 <= result.ratio <= 2
@@ -129,6 +129,9 @@ def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     assert result.noise_source == "record" and result.reference_batch_size == 4 * ranks
     assert group["lr"] == pytest.approx(1e-2 * result.ratio)
     assert (group["alpha"], group["explore_beta"]) == (-5.0, 0.99)  # 1,024 samples and more
+    group, result, _ = found[0]["greedy"]
+    assert group["lr"] == result.greedy.value == pytest.approx(result.learning_rate)
+    assert all(other["greedy"][1].greedy == result.greedy for other in found)
 
 
 def test_a_calibration_that_is_not_applied_is_invisible_on_two_ranks(tmp_path) -> None:
