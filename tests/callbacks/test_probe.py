@@ -730,12 +730,8 @@ def test_ctrl_c_in_the_middle_ends_the_run_as_it_was_before_the_probe(tmp_path) 
                 signal.raise_signal(signal.SIGINT)
             return output
 
-    seen, calibration, handler = (
-        Interrupted(),
-        OptimizerCalibration(learning_rate="keep"),
-        signal.getsignal(signal.SIGINT),
-    )
-    module = Stopped()
+    seen, calibration, module = Interrupted(), OptimizerCalibration(learning_rate="keep"), Stopped()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(SystemExit):
             fit(tmp_path, seen, calibration, module=module)
