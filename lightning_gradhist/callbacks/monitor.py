@@ -197,12 +197,11 @@ class GradientHistogramMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
-        return {"optimizers": [watched.state_dict() for watched in self._watched] or self._restored}
+        return {"optimizers": self._restored or [watched.state_dict() for watched in self._watched]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state up; it is given to the optimizers when training goes on."""
+        """Takes the state up; it is given to the optimizers when training goes on, also in the middle of a run."""
         self._restored = list(state_dict["optimizers"])
-        self._watched = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
@@ -226,10 +225,7 @@ class GradientHistogramMonitor(Callback):
                 f"GradientHistogramMonitor logs {rows} histograms, one a parameter; group_by=1, 2, ... gives one a module"
                 " at that depth, and include= and exclude= choose among the parameters."
             )
-        states = self.state_dict()["optimizers"] if trainer.global_step > 0 else []
-        self._watched = [Watched(**state) for state in states[: len(trainer.optimizers)]]
-        self._watched += [Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
-        self._restored = []
+        self._watch(trainer, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
         self._log_dir = self._directory(trainer)
         known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
@@ -250,6 +246,13 @@ class GradientHistogramMonitor(Callback):
                 "GradientHistogramMonitor has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
                 + (f" The noise scale is still recorded in {self._log_dir}." if self.noise_scale else "")
             )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Goes on from a checkpoint that was restored in the middle of the run, as ``LearningRateFinder`` does."""
+        if self._restored and self._replicas is not None:
+            self._watch(trainer, self._restored)
+            for watched, optimizer in zip(self._watched, trainer.optimizers, strict=True):
+                self._await_local_gradients(trainer, watched, optimizer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -327,6 +330,14 @@ class GradientHistogramMonitor(Callback):
         if getattr(trainer, "fast_dev_run", False) or trainer.barebones or first is not self:
             return None  # of several monitors the first writes the record
         return Path(trainer.strategy.broadcast(_run_directory(trainer) if trainer.is_global_zero else ""))
+
+    def _watch(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
+        """Watches the optimizers from these states on, or from their first step."""
+        for watched in self._watched:
+            watched.release()
+        self._watched = [Watched(**state) for state in states[: len(trainer.optimizers)]]
+        self._watched += [Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
+        self._restored = []
 
     def _take_step(self, trainer: Trainer, module: LightningModule, index: int) -> None:
         """Logs a step that is due, when the optimizer takes it; what is counted after clipping is counted now."""

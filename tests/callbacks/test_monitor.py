@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -734,3 +735,27 @@ def test_the_command_line_takes_the_arguments(group_by: Any) -> None:
     monitor = parser.instantiate_classes(parser.parse_args(words)).monitor
     assert (monitor.group_by, monitor.include, monitor.exclude, monitor.local) == (group_by, "Linear", "bias", True)
     assert monitor.optimizer_state is True
+
+
+@pytest.mark.parametrize("local", [pytest.param(False, id="averaged"), pytest.param(True, id="local")])
+def test_a_run_restored_in_its_middle_goes_on_and_is_monitored(tmp_path, local: bool) -> None:
+    class Tuned(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, lr=self.lr))
+            self.lr = 1e-3
+
+    class InMidRun(LearningRateFinder):
+        def on_fit_start(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    monitor = GradientHistogramMonitor(every_n_steps=4, local=local)
+    finder = InMidRun(num_training_steps=10)
+    made = fit(tmp_path, monitor, finder, module=Tuned, max_epochs=2, limit_train_batches=8)
+    assert made.global_step == 16
+    tag = f"gradient_{'local_' if local else ''}magnitude/all"
+    assert [event.step for event in events(tmp_path).Histograms(tag)] == [0, 4, 8, 12]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
