@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,9 @@ from lightning_gradhist.noise import NoiseRecord, measure_part
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
 from lightning_gradhist.report.record import FILE_NAME, RunRecord
-from lightning_gradhist.report.writer import HostCopy, Once, Outlets, send_heatmap
+from lightning_gradhist.report.writer import NOT_COUNTED, HostCopy, Once, Outlets, send_heatmap
+
+T = TypeVar("T")
 
 _FEW = 3  # pairs below which there is no interval
 _MANY = 200  # rows beyond which a page of histograms is no longer read
@@ -205,6 +207,7 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
+        self._failed = False
         self._replicas = shares(trainer)
         if self._replicas is None:
             rank_zero_warn(
@@ -267,8 +270,7 @@ class GradientHistogramMonitor(Callback):
         step = watched.begun = Step(trainer.global_step, watched.steps % self.every_n_steps == 0)
         if step.due or watched.in_pair:
             parameters = optimizer_parameters(pl_module, optimizer)
-            gradients = ready_gradients(trainer, optimizer, parameters)
-            parts = own_parts(gradients, parameters, self._replicas)
+            gradients, parts = self._gradients(trainer, optimizer, parameters)
             if watched.part is not None:
                 self._measure_part(trainer, watched, optimizer, parameters, gradients)
             elif watched.in_pair:
@@ -276,7 +278,7 @@ class GradientHistogramMonitor(Callback):
             elif self._measures_noise:  # each gradient is in one pair, so that pairs are independent
                 self._begin_pair(trainer, watched, optimizer, parameters, parts)
             if watched.local is not None:
-                parts = watched.local.take(trainer)
+                parts = self._tried(partial(watched.local.take, trainer))
             if step.due and self.when == "before_clip":
                 step.histogram = self._count(pl_module, parameters, parts)
         watched.steps += 1
@@ -351,10 +353,8 @@ class GradientHistogramMonitor(Callback):
         if step.due and self._states is not None:
             self._guarded(partial(self._states.begin, module, optimizer))
         if step.due and self.when == "after_clip":
-            assert self._replicas is not None
             parameters = optimizer_parameters(module, optimizer)
-            gradients = ready_gradients(trainer, optimizer, parameters)
-            step.histogram = self._count(module, parameters, own_parts(gradients, parameters, self._replicas))
+            step.histogram = self._count(module, parameters, self._gradients(trainer, optimizer, parameters)[1])
         histogram = step.histogram
         if histogram is None:
             return
@@ -372,8 +372,9 @@ class GradientHistogramMonitor(Callback):
         states = self._states
         if states is None or not states.begun:
             return
-        report = states.end(module, optimizer, trainer.global_step, self._suffix(index), self._guarded)
-        if trainer.is_global_zero and not found_inf(optimizer):
+        end = partial(states.end, module, optimizer, trainer.global_step, self._suffix(index), self._guarded)
+        report = self._tried(end)
+        if report is not None and trainer.is_global_zero and not found_inf(optimizer):
             watched, send = self._watched[index], partial(self._send, trainer)
             self._guarded(lambda: states.log(report, send, draws=watched.last_logged is None))
 
@@ -388,13 +389,24 @@ class GradientHistogramMonitor(Callback):
         if trainer.is_global_zero and step.due:
             self._guarded(lambda: self._log_skipped(trainer, index, step.number))
 
+    def _gradients(
+        self, trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+        """The gradients, and this rank's part of them; None where there is no memory for them."""
+        replicas = self._replicas
+        assert replicas is not None
+        gradients = self._tried(lambda: ready_gradients(trainer, optimizer, parameters))
+        if gradients is None:
+            return None, None
+        return gradients, self._tried(lambda: own_parts(gradients, parameters, replicas))
+
     def _begin_pair(
         self,
         trainer: Trainer,
         watched: Watched,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        parts: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor] | None,
     ) -> None:
         assert self._replicas is not None
         watched.in_pair = True
@@ -403,10 +415,10 @@ class GradientHistogramMonitor(Callback):
             own = partial(own_parts, parameters=parameters, replicas=self._replicas)
             self._guarded(lambda: watched.hold(batch_size, optimizer, parts, own(second_moment(optimizer, parameters))))
 
-    def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor]) -> None:
+    def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor] | None) -> None:
         first = watched.first if parts and not is_short_step(trainer) else None
         watched.drop_pair()
-        sums = self._measure(trainer, None if first is None else lambda: first.measure(parts))
+        sums = self._measure(trainer, None if first is None else lambda: first.measure(parts or {}))
         if first is not None:
             watched.noise.add(first.step, watched.batch_size, sums)
 
@@ -416,19 +428,22 @@ class GradientHistogramMonitor(Callback):
         watched: Watched,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
     ) -> None:
         """Measures noise within this step: the gradient of one micro-batch of each rank against that of all."""
         assert self._replicas is not None and watched.part is not None
-        batch_size = None if is_short_step(trainer) else effective_batch_size(trainer, self.batch_size)
-        part = watched.part.take(trainer, trainer.accumulate_grad_batches)
+        copies, parts = watched.part, parts_of_a_step(trainer)
+        alone = parts == 1  # accumulation may have ended since the copy was ordered
+        batch_size = None if alone or is_short_step(trainer) else effective_batch_size(trainer, self.batch_size)
+        copies.remove()
         watched.drop_pair()  # begun before accumulation was
 
         def measure() -> Tensor:
+            part = copies.take(trainer, trainer.accumulate_grad_batches)
             weights = metric_weights(optimizer, second_moment(optimizer, parameters))
-            return measure_part(part, gradients, weights, parts_of_a_step(trainer))
+            return measure_part(part, gradients or {}, weights, parts)
 
-        sums = self._measure(trainer, None if batch_size is None else measure)
+        sums = self._measure(trainer, None if batch_size is None or gradients is None else measure)
         if batch_size is not None:
             watched.note(batch_size, optimizer)
             watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
@@ -453,18 +468,23 @@ class GradientHistogramMonitor(Callback):
             watched.part = LocalGradients(parameters) if parts else None
 
     def _count(
-        self, module: LightningModule, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]
-    ) -> MagnitudeHistogram:
-        """The histogram of all ranks' parts; to be called on every rank."""
+        self, module: LightningModule, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor] | None
+    ) -> MagnitudeHistogram | None:
+        """The histogram of all ranks' parts, None where this rank could not count its own; to be called on every rank.
+
+        A rank that could not count takes part with a table by which the others know.
+        """
         assert self._replicas is not None
         rows = self._rows.of(module, parameters)
         with module.device:  # made there, not copied there
             histogram = MagnitudeHistogram(list(dict.fromkeys(rows.values())), self.bins_per_octave)
-        mine = {name: part for name, part in parts.items() if name in rows and part.numel()}
-        self._guarded(lambda: histogram.update(mine, rows))
-        if self._replicas.ranks > 1:
-            histogram.sync()
-        return histogram
+        mine = {name: part for name, part in (parts or {}).items() if name in rows and part.numel()}
+        counted = parts is not None and self._guarded(lambda: histogram.update(mine, rows))
+        if not counted:
+            histogram.table.fill_(NOT_COUNTED)
+        if self._replicas.ranks > 1:  # in place, which needs no memory
+            torch.distributed.all_reduce(histogram.table)
+        return histogram if counted else None
 
     def _log_skipped(self, trainer: Trainer, index: int, step: int) -> None:
         if loss_scaler(trainer) is not None:
@@ -529,14 +549,19 @@ class GradientHistogramMonitor(Callback):
         ]
         return RunRecord(model_shapes(module), trainer.global_step, entries)
 
-    def _guarded(self, log: Callable[[], object]) -> None:
-        # Monitoring never stops training: a full disk or a broken logger costs one warning. No collectives in here.
+    def _guarded(self, log: Callable[[], object]) -> bool:
+        """Whether it was done: a full disk or a broken logger costs one warning. No collectives in here."""
+        return self._tried(lambda: (log(),)) is not None
+
+    def _tried(self, make: Callable[[], T]) -> T | None:
+        """What is made, or None: monitoring never stops training."""
         try:
-            log()
+            return make()
         except Exception as error:
             if not self._failed:
                 rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
             self._failed = True
+            return None
 
 
 def _run_directory(trainer: Trainer) -> str:

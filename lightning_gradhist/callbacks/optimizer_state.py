@@ -25,7 +25,7 @@ _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
 _MOMENT = "optimizer_second_moment"
 Send = Callable[[Callable[[Sink], None]], None]
-Guard = Callable[[Callable[[], None]], None]
+Guard = Callable[[Callable[[], None]], bool]
 
 
 class StateReport:
@@ -64,6 +64,8 @@ class StateReport:
 
     def alarm(self) -> str | None:
         """A sentence about the row where epsilon damps most weights, and the way out; None if 10% or less of each row."""
+        if self._on_host()[:, -1].isnan().any():  # of which send() has spoken
+            return None
         damped, counted = self._table()[:, 2:_SUMS].unbind(1)
         shares = (damped / counted).nan_to_num(0.0)  # a row without a second moment
         alarming = shares > _ALARM
@@ -92,7 +94,11 @@ class StateReport:
 
     def _table(self) -> Tensor:
         table = self._on_host()
-        return torch.zeros_like(table) if table[:, -1].isnan().any() else table
+        if table[:, -1].isnan().any():
+            raise RuntimeError(
+                "a rank could not look at its part of the optimizer's step, so that the step is left out"
+            )
+        return table
 
     def _histogram(self) -> MagnitudeHistogram:
         histogram = MagnitudeHistogram(self.names, self.bins_per_octave)
@@ -111,6 +117,7 @@ class StateWatch:
 
     def __init__(self, rows: Rows, bins_per_octave: int, replicas: Replicas) -> None:
         self._rows, self._bins_per_octave, self._replicas = rows, bins_per_octave, replicas
+        self._columns = _SUMS + MagnitudeHistogram([], bins_per_octave).table.shape[1]
         self.begun = False
         """Whether a step is under way; the same on all ranks."""
         self._before: dict[str, Tensor] | None = None
@@ -124,20 +131,25 @@ class StateWatch:
         stepped = [name for name in self._rows.of(module, parameters) if parameters[name].grad is not None]
         self._before = elementwise(torch.clone, self._weights(parameters, stepped))
 
-    def end(self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard) -> StateReport:
-        """Compares with what is there after the step; to be called on every rank."""
+    def end(
+        self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard
+    ) -> StateReport | None:
+        """Compares with what is there after the step; to be called on every rank. None where this one could not."""
         self.begun = False
         parameters = optimizer_parameters(module, optimizer)
         rows = self._rows.of(module, parameters)
-        names, eps = list(dict.fromkeys(rows.values())), _epsilons(optimizer, parameters)
-        with module.device:  # made there, not copied there
-            histogram = MagnitudeHistogram(names, self._bins_per_octave)
-            table = torch.full((len(names), _SUMS + histogram.table.shape[1]), math.nan, dtype=torch.float64)
-        if names:
-            guard(partial(self._fill, table, histogram, optimizer, parameters, rows, eps))
+        names = list(dict.fromkeys(rows.values()))
+        eps: dict[str, float] = {}
+        table = torch.full((len(names), self._columns), math.nan, dtype=torch.float64, device=module.device)
+        guard(lambda: eps.update(_epsilons(optimizer, parameters)))
+        filled = not names or (
+            self._before is not None and guard(partial(self._fill, table, names, optimizer, parameters, rows, eps))
+        )
         self._before = None
         if self._replicas.ranks > 1:
             torch.distributed.all_reduce(table)  # counts are exact in float64 up to 2**53
+        if not filled:
+            return None
         by_row: dict[str, float] = {}
         for name in eps.keys() & rows.keys():
             by_row[rows[name]] = max(eps[name], by_row.get(rows[name], 0.0))
@@ -180,7 +192,7 @@ class StateWatch:
     def _fill(
         self,
         table: Tensor,
-        histogram: MagnitudeHistogram,
+        names: list[str],
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         rows: Mapping[str, str],
@@ -188,8 +200,9 @@ class StateWatch:
     ) -> None:
         """Writes this rank's part into a table as that of :class:`StateReport`."""
         before = self._before
-        if before is None:
-            return  # they could not be copied
+        assert before is not None
+        with table.device:  # made there, not copied there
+            histogram = MagnitudeHistogram(names, self._bins_per_octave)
         after = self._weights(parameters, list(before))
         moments = second_moment(optimizer, {name: parameters[name] for name in before if name in eps})
         roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._replicas))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_gradhist.callbacks._lightning import MisconfigurationException
+from lightning_gradhist.callbacks._lightning import MisconfigurationException, rank_zero_warn
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what torch.compile and activation checkpointing put in
 _NAMED = 12
@@ -40,11 +40,13 @@ class Rows:
         filters = {"include": include, "exclude": exclude}
         self._filters = {name: None if x is None else _compiled(name, x) for name, x in filters.items()}
         self._group_of = _grouping(group_by)
+        self._groups: dict[str, str | None] = {}
+        self._has_warned = False
 
     def of(self, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
         """The rows of those parameters that are counted, by name; one for which there is no group has its own."""
         layers = _layers(module) if any(self._filters.values()) else {}
-        return {name: self._group_of(name) or name for name in names if self._is_counted(name, layers)}
+        return {name: self._group(name) or name for name in names if self._is_counted(name, layers)}
 
     def check(self, module: nn.Module) -> int:
         """Refuses filters that match no parameter of the module that is trained, or leave none; else counts the rows.
@@ -65,6 +67,18 @@ class Rows:
         if names and not rows:
             raise MisconfigurationException(f"include and exclude together leave no parameter. {there}")
         return len(rows)
+
+    def _group(self, name: str) -> str | None:
+        """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
+        if name not in self._groups:
+            try:
+                self._groups[name] = self._group_of(name)
+            except Exception as error:
+                self._groups[name] = None
+                if not self._has_warned:
+                    rank_zero_warn(f"group_by raises for {name!r}, which has a row of its own now: {error!r}")
+                self._has_warned = True
+        return self._groups[name]
 
     def _is_counted(self, name: str, layers: Mapping[str, list[str]]) -> bool:
         include, exclude = self._filters.values()

@@ -35,6 +35,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.callbacks import gradients, optimizer_state
+from lightning_gradhist.callbacks import monitor as monitor_module
 from lightning_gradhist.callbacks.gradients import Replicas, own_parts, shares
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.record import RunRecord
@@ -759,3 +761,37 @@ def test_a_run_restored_in_its_middle_goes_on_and_is_monitored(tmp_path, local: 
     tag = f"gradient_{'local_' if local else ''}magnitude/all"
     assert [event.step for event in events(tmp_path).Histograms(tag)] == [0, 4, 8, 12]
     assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+
+
+def _raises(*args: Any, **kwargs: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "options"),
+    [
+        pytest.param(gradients, "local_gradient", {}, id="gradients"),
+        pytest.param(monitor_module, "own_parts", {}, id="parts"),
+        pytest.param(monitor_module, "ready_gradients", {"when": "after_clip"}, id="after clipping"),
+        pytest.param(gradients, "local_gradient", {"local": True}, id="local copies"),
+        pytest.param(optimizer_state, "_epsilons", {"optimizer_state": True}, id="state"),
+        pytest.param(optimizer_state, "StateReport", {"optimizer_state": True}, id="report"),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_fails_costs_one_warning_and_not_the_run(
+    tmp_path, monkeypatch, owner: Any, attribute: str, options: dict[str, Any], accumulate: int
+) -> None:
+    monkeypatch.setattr(owner, attribute, _raises)
+    monitor = GradientHistogramMonitor(every_n_steps=1, **options)
+    with pytest.warns(UserWarning, match="could not log, training goes on.*OutOfMemory") as caught:
+        made = fit(tmp_path, monitor, accumulate_grad_batches=accumulate, limit_train_batches=6)
+    assert made.global_step == 6 // accumulate
+    assert len([one for one in caught if "GradientHistogramMonitor" in str(one.message)]) == 1
+
+
+def test_a_group_function_that_raises_costs_one_warning(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="group_by raises for 'body.0.weight'.*OutOfMemory") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=4, group_by=_raises), limit_train_batches=5)
+    assert len([one for one in caught if "group_by" in str(one.message)]) == 1
+    assert len(events(tmp_path).Histograms("gradient_magnitude/head.weight")) == 2
