@@ -39,7 +39,7 @@ from lightning_gradhist.callbacks.gradients import (
     shares,
 )
 from lightning_gradhist.callbacks.optimizer_state import StateWatch
-from lightning_gradhist.callbacks.rows import Rows
+from lightning_gradhist.callbacks.rows import Rows, told_apart
 from lightning_gradhist.callbacks.watched import Step, Watched, metric_weights, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import NoiseRecord, measure_part
@@ -70,10 +70,12 @@ class GradientHistogramMonitor(Callback):
     :math:`\log_{10}|g|` on the horizontal axis, the scalars that
     :func:`lightning_gradhist.report.magnitudes.magnitude_report` lists, and at the 1st, 2nd, 4th, 8th, ... logged step and
     at the end a table of the worst layers, ``gradient_worst_layers``, and with matplotlib a heatmap of layers by magnitude,
-    ``gradient_magnitude_by_layer``. With several optimizers the names of what is over all layers end in the optimizer's
-    index. W&B gets the same; MLflow and Comet get quantiles in place of the histograms, and all other loggers get
-    scalars and quantiles; :func:`lightning_gradhist.report.loggers.register_sink` takes further ones. All names begin with
-    ``gradient_clipped`` in place of ``gradient`` if counted after clipping, and with ``gradient_local`` if before averaging.
+    ``gradient_magnitude_by_layer``. With several optimizers the names of what is over all layers, and of rows that two
+    of them have, end in the optimizer's index. W&B gets the same; MLflow and Comet get quantiles in place of the
+    histograms, and all other loggers get scalars and quantiles;
+    :func:`lightning_gradhist.report.loggers.register_sink` takes further ones. All names begin with
+    ``gradient_clipped`` in place of ``gradient`` if counted after clipping, and with ``gradient_local`` if before
+    averaging.
 
     Reports are made and written in a thread for each logger that allows it (TensorBoard, W&B, MLflow), and are written
     when ``fit`` ends, also by an exception. What a logger raises costs one warning. For one that is behind by four logged
@@ -232,7 +234,7 @@ class GradientHistogramMonitor(Callback):
         self._log_dir = self._directory(trainer)
         known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
-        self._states = StateWatch(self._rows, self.bins_per_octave, self._replicas) if self.optimizer_state else None
+        self._states = StateWatch(self.bins_per_octave, self._replicas) if self.optimizer_state else None
         for index, (watched, optimizer) in enumerate(zip(self._watched, trainer.optimizers, strict=True)):
             self._handles.append(before_update(optimizer, partial(self._take_step, trainer, pl_module, index)))
             self._handles.append(optimizer.register_step_post_hook(partial(self._end_step, trainer, pl_module, index)))
@@ -280,7 +282,7 @@ class GradientHistogramMonitor(Callback):
             if watched.local is not None:
                 parts = self._tried(partial(watched.local.take, trainer))
             if step.due and self.when == "before_clip":
-                step.histogram = self._count(pl_module, parameters, parts)
+                step.histogram = self._count(trainer, index, parts)
         watched.steps += 1
         self._await_local_gradients(trainer, watched, optimizer)
 
@@ -351,10 +353,10 @@ class GradientHistogramMonitor(Callback):
         if skips is not None:
             watched.skipped = watched.skipped + skips
         if step.due and self._states is not None:
-            self._guarded(partial(self._states.begin, module, optimizer))
+            self._guarded(partial(self._states.begin, module, optimizer, self._rows_of(trainer, index)))
         if step.due and self.when == "after_clip":
             parameters = optimizer_parameters(module, optimizer)
-            step.histogram = self._count(module, parameters, self._gradients(trainer, optimizer, parameters)[1])
+            step.histogram = self._count(trainer, index, self._gradients(trainer, optimizer, parameters)[1])
         histogram = step.histogram
         if histogram is None:
             return
@@ -467,16 +469,20 @@ class GradientHistogramMonitor(Callback):
             watched.local = LocalGradients(parameters) if self.local else None
             watched.part = LocalGradients(parameters) if parts else None
 
-    def _count(
-        self, module: LightningModule, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor] | None
-    ) -> MagnitudeHistogram | None:
+    def _rows_of(self, trainer: Trainer, index: int) -> dict[str, str]:
+        """The row of each parameter of an optimizer that is counted."""
+        module = trainer.lightning_module
+        rows = [self._rows.of(module, optimizer_parameters(module, optimizer)) for optimizer in trainer.optimizers]
+        return told_apart(rows, index)
+
+    def _count(self, trainer: Trainer, index: int, parts: Mapping[str, Tensor] | None) -> MagnitudeHistogram | None:
         """The histogram of all ranks' parts, None where this rank could not count its own; to be called on every rank.
 
         A rank that could not count takes part with a table by which the others know.
         """
         assert self._replicas is not None
-        rows = self._rows.of(module, parameters)
-        with module.device:  # made there, not copied there
+        rows = self._rows_of(trainer, index)
+        with trainer.lightning_module.device:  # made there, not copied there
             histogram = MagnitudeHistogram(list(dict.fromkeys(rows.values())), self.bins_per_octave)
         mine = {name: part for name, part in (parts or {}).items() if name in rows and part.numel()}
         counted = parts is not None and self._guarded(lambda: histogram.update(mine, rows))

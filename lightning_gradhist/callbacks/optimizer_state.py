@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, rank_zero_warn
 from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, optimizer_parameters, own_parts
-from lightning_gradhist.callbacks.rows import Rows
 from lightning_gradhist.callbacks.watched import second_moment
 from lightning_gradhist.epsilon import IDLE_SHARE
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -110,25 +109,31 @@ class StateWatch:
     """Looks at the optimizers' steps that are logged, from before each until it is done.
 
     Args:
-        rows: which parameters are looked at, and in which row.
         bins_per_octave: of the histograms.
         replicas: how tensors lie on the ranks.
     """
 
-    def __init__(self, rows: Rows, bins_per_octave: int, replicas: Replicas) -> None:
-        self._rows, self._bins_per_octave, self._replicas = rows, bins_per_octave, replicas
+    def __init__(self, bins_per_octave: int, replicas: Replicas) -> None:
+        self._bins_per_octave, self._replicas = bins_per_octave, replicas
         self._columns = _SUMS + MagnitudeHistogram([], bins_per_octave).table.shape[1]
         self.begun = False
         """Whether a step is under way; the same on all ranks."""
+        self._rows: Mapping[str, str] = {}
         self._before: dict[str, Tensor] | None = None
         self._last: dict[str, tuple[StateReport, bool]] = {}
         self._has_warned = False
 
-    def begin(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Copies this rank's part of the weights that the step is going to change."""
-        self.begun, self._before = True, None
+    def begin(self, module: LightningModule, optimizer: Optimizer, rows: Mapping[str, str]) -> None:
+        """Copies this rank's part of the weights that the step is going to change.
+
+        Args:
+            module: that has the parameters.
+            optimizer: about to step.
+            rows: which of its parameters are looked at, and in which row.
+        """
+        self.begun, self._rows, self._before = True, rows, None
         parameters = optimizer_parameters(module, optimizer)
-        stepped = [name for name in self._rows.of(module, parameters) if parameters[name].grad is not None]
+        stepped = [name for name in rows if parameters[name].grad is not None]
         self._before = elementwise(torch.clone, self._weights(parameters, stepped))
 
     def end(
@@ -136,8 +141,7 @@ class StateWatch:
     ) -> StateReport | None:
         """Compares with what is there after the step; to be called on every rank. None where this one could not."""
         self.begun = False
-        parameters = optimizer_parameters(module, optimizer)
-        rows = self._rows.of(module, parameters)
+        parameters, rows = optimizer_parameters(module, optimizer), self._rows
         names = list(dict.fromkeys(rows.values()))
         eps: dict[str, float] = {}
         table = torch.full((len(names), self._columns), math.nan, dtype=torch.float64, device=module.device)

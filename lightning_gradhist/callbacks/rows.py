@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,13 +49,16 @@ class Rows:
         return {name: self._group(name) or name for name in names if self._is_counted(name, layers)}
 
     def check(self, module: nn.Module) -> int:
-        """Refuses filters that match no parameter of the module that is trained, or leave none; else counts the rows.
+        """Refuses filters that match no parameter of the module, or leave none; else counts the rows that are trained.
+
+        A parameter that is frozen now counts for a match, as it may be trained later.
 
         Raises:
             MisconfigurationException: naming what there is.
         """
         layers = _layers(module)
-        names = [plain_name(name) for name, p in module.named_parameters() if p.requires_grad]
+        trained = {plain_name(name): p.requires_grad for name, p in module.named_parameters()}
+        names = list(trained)
         classes = sorted({layers[_layer_of(name)][0] for name in names if layers[_layer_of(name)]})
         there = f"The parameters are {_listed(names)}; the layers {_listed(classes)}."
         for argument, pattern in self._filters.items():
@@ -63,10 +66,10 @@ class Rows:
                 raise MisconfigurationException(
                     f"{argument}={pattern.pattern!r} matches no parameter's name and no layer's class. {there}"
                 )
-        rows = set(self.of(module, names).values())
+        rows = self.of(module, names)
         if names and not rows:
             raise MisconfigurationException(f"include and exclude together leave no parameter. {there}")
-        return len(rows)
+        return len({row for name, row in rows.items() if trained[name]})
 
     def _group(self, name: str) -> str | None:
         """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
@@ -85,6 +88,12 @@ class Rows:
         if include is not None and not _matches(include, name, layers):
             return False
         return exclude is None or not _matches(exclude, name, layers)
+
+
+def told_apart(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
+    """The rows of one of several optimizers: one that another optimizer has as well ends in the optimizer's index."""
+    others = {row for i, other in enumerate(rows) if i != index for row in other.values()}
+    return {name: f"{row}_{index}" if row in others else row for name, row in rows[index].items()}
 
 
 def _grouping(group_by: Any) -> Callable[[str], str | None]:

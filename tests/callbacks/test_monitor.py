@@ -29,6 +29,7 @@ from support import (
     fit,
     loader,
     logged_counts,
+    logged_scalars,
     trainer,
 )
 from torch import nn
@@ -795,3 +796,19 @@ def test_a_group_function_that_raises_costs_one_warning(tmp_path) -> None:
         fit(tmp_path, GradientHistogramMonitor(every_n_steps=4, group_by=_raises), limit_train_batches=5)
     assert len([one for one in caught if "group_by" in str(one.message)]) == 1
     assert len(events(tmp_path).Histograms("gradient_magnitude/head.weight")) == 2
+
+
+def test_a_row_that_two_optimizers_have_is_told_apart(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4, group_by="one|two|weight", optimizer_state=True, batch_size=8)
+    fit(tmp_path / "apart", monitor, module=TwoOptimizers())
+    tags = events(tmp_path / "apart").Tags()["histograms"]
+    assert {"gradient_magnitude/one", "gradient_magnitude/two"} < set(tags)  # no other optimizer has them
+    monitor = GradientHistogramMonitor(every_n_steps=4, group_by=lambda name: "net", optimizer_state=True, batch_size=8)
+    fit(tmp_path / "shared", monitor, module=TwoOptimizers())
+    histograms = events(tmp_path / "shared").Histograms
+    for index in (0, 1):
+        mine, pooled = (histograms(f"gradient_magnitude/{name}_{index}") for name in ("net", "all"))
+        assert [event.step for event in mine] == [event.step for event in pooled]
+        assert mine[0].histogram_value.num == pooled[0].histogram_value.num
+        assert logged_scalars(tmp_path / "shared", f"optimizer_update_ratio/net_{index}")
+    assert "gradient_magnitude/net" not in events(tmp_path / "shared").Tags()["histograms"]

@@ -93,3 +93,10 @@ def test_a_compiled_layer_keeps_its_name_and_class() -> None:
     model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     model.head = torch.compile(model.head, backend="eager")
     assert list(rows(2, "Linear", model=model).values()) == 2 * ["blocks.0"] + 2 * ["blocks.1"] + 2 * ["head"]
+
+
+def test_a_filter_may_name_what_is_frozen_at_the_start() -> None:
+    model = Model()
+    model.blocks.requires_grad_(False)
+    assert Rows(None, "blocks", None).check(model) == 0
+    assert Rows(None, None, "blocks").check(model) == 3
