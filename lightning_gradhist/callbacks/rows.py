@@ -13,6 +13,7 @@ from lightning_gradhist.callbacks._lightning import MisconfigurationException, r
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what torch.compile and activation checkpointing put in
 _NAMED = 12
+_POOLED = re.compile(r"all(_\d+)?")  # names of what is over all rows
 
 
 def plain_name(name: str) -> str:
@@ -46,7 +47,7 @@ class Rows:
     def of(self, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
         """The rows of those parameters that are counted, by name; one for which there is no group has its own."""
         layers = _layers(module) if any(self._filters.values()) else {}
-        return {name: self._group(name) or name for name in names if self._is_counted(name, layers)}
+        return {name: self._group(name) or _own_row(name) for name in names if self._is_counted(name, layers)}
 
     def check(self, module: nn.Module) -> int:
         """Refuses filters that match no parameter of the module, or leave none; else counts the rows that are trained.
@@ -69,6 +70,11 @@ class Rows:
         rows = self.of(module, names)
         if names and not rows:
             raise MisconfigurationException(f"include and exclude together leave no parameter. {there}")
+        taken = sorted(row for row in set(rows.values()) if _POOLED.fullmatch(row))
+        if taken:
+            raise MisconfigurationException(
+                f"group_by gives the group {taken[0]!r}, which is the name of what is over all groups; give it another one"
+            )
         return len({row for name, row in rows.items() if trained[name]})
 
     def _group(self, name: str) -> str | None:
@@ -88,6 +94,10 @@ class Rows:
         if include is not None and not _matches(include, name, layers):
             return False
         return exclude is None or not _matches(exclude, name, layers)
+
+
+def _own_row(name: str) -> str:
+    return f"parameter_{name}" if _POOLED.fullmatch(name) else name
 
 
 def told_apart(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
