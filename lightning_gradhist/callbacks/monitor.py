@@ -40,7 +40,7 @@ from lightning_gradhist.callbacks.gradients import (
 )
 from lightning_gradhist.callbacks.optimizer_state import StateWatch
 from lightning_gradhist.callbacks.rows import Rows, told_apart
-from lightning_gradhist.callbacks.watched import Step, Watched, metric_weights, second_moment
+from lightning_gradhist.callbacks.watched import Step, Watched, epsilons, metric_weights, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import NoiseRecord, measure_part
 from lightning_gradhist.report.loggers import Sink
@@ -119,10 +119,13 @@ class GradientHistogramMonitor(Callback):
             matches the class name in whole, or that of a base: ``"Linear"``, ``"Conv.d"``, ``"encoder"``.
         exclude: likewise, what is not counted: ``".*Norm.*|bias"``. Noise is measured of all parameters regardless.
         when: ``"before_clip"``, or ``"after_clip"`` for what the optimizer really uses: after ``gradient_clip_val``, or
-            the module's own ``configure_gradient_clipping``.
+            the module's own ``configure_gradient_clipping``. Under manual optimization the step begins where the module
+            calls ``optimizer.step()``, so that ``"before_clip"`` counts, and noise is measured, after ``clip_gradients``.
         local: count what each rank computed itself, before DDP averages it, over all ranks together. With accumulation it
             is the sum over the step's micro-batches. A step that is logged then holds a copy of the gradients.
         optimizer_state: whether to log the optimizer's update and second moment as well.
+        name: tells this monitor from another one in the same Trainer whose arguments look the same, as those of two that
+            group by a ``lambda`` each do. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
 
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
@@ -146,6 +149,7 @@ class GradientHistogramMonitor(Callback):
         when: str = "before_clip",
         local: bool = False,
         optimizer_state: bool = False,
+        name: Optional[str] = None,  # noqa: UP045
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
@@ -172,6 +176,7 @@ class GradientHistogramMonitor(Callback):
         self.when = when
         self.local = local
         self.optimizer_state = optimizer_state
+        self.name = name
         self._rows = Rows(group_by, include, exclude)
         self._watched: list[Watched] = []
         self._states: StateWatch | None = None
@@ -181,6 +186,7 @@ class GradientHistogramMonitor(Callback):
         self._handles: list[RemovableHandle] = []
         self._log_dir: Path | None = None
         self._outlets: Outlets | None = None
+        self._saved = 0
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,6 +198,8 @@ class GradientHistogramMonitor(Callback):
         values = {name: getattr(self, name) for name in _ARGUMENTS}
         if callable(self.group_by):  # whose repr has an address in memory, another one in every process
             values["group_by"] = getattr(self.group_by, "__qualname__", type(self.group_by).__qualname__)
+        if self.name is not None:
+            values["name"] = self.name
         return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in values.items())}]"
 
     @property
@@ -209,7 +217,7 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
-        self._failed = False
+        self._saved, self._failed = 0, False
         self._replicas = shares(trainer)
         if self._replicas is None:
             rank_zero_warn(
@@ -235,6 +243,14 @@ class GradientHistogramMonitor(Callback):
         known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
         self._states = StateWatch(self.bins_per_octave, self._replicas) if self.optimizer_state else None
+        hookless = [type(optimizer).__name__ for optimizer in trainer.optimizers if not _has_step_hooks(optimizer)]
+        if hookless:
+            self._replicas = None
+            rank_zero_warn(
+                f"GradientHistogramMonitor is off: {hookless[0]} has no step hooks, as it does not call the constructor of"
+                " torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
+            )
+            return
         for index, (watched, optimizer) in enumerate(zip(self._watched, trainer.optimizers, strict=True)):
             self._handles.append(before_update(optimizer, partial(self._take_step, trainer, pl_module, index)))
             self._handles.append(optimizer.register_step_post_hook(partial(self._end_step, trainer, pl_module, index)))
@@ -300,8 +316,9 @@ class GradientHistogramMonitor(Callback):
             self._settle(trainer, index)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the record."""
-        self._save_record(trainer, pl_module)
+        """Writes the record, where there is something new in it."""
+        if sum(map(len, self.noise_records)) != self._saved:
+            self._save_record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
@@ -414,8 +431,13 @@ class GradientHistogramMonitor(Callback):
         watched.in_pair = True
         batch_size = effective_batch_size(trainer, self.batch_size)
         if batch_size is not None and parts and not is_short_step(trainer):
-            own = partial(own_parts, parameters=parameters, replicas=self._replicas)
-            self._guarded(lambda: watched.hold(batch_size, optimizer, parts, own(second_moment(optimizer, parameters))))
+            replicas = self._replicas
+
+            def hold() -> None:
+                moments = own_parts(second_moment(optimizer, parameters), parameters, replicas)
+                watched.hold(batch_size, optimizer, parts, metric_weights(moments, epsilons(optimizer, parameters)))
+
+            self._guarded(hold)
 
     def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor] | None) -> None:
         first = watched.first if parts and not is_short_step(trainer) else None
@@ -442,7 +464,7 @@ class GradientHistogramMonitor(Callback):
 
         def measure() -> Tensor:
             part = copies.take(trainer, trainer.accumulate_grad_batches)
-            weights = metric_weights(optimizer, second_moment(optimizer, parameters))
+            weights = metric_weights(second_moment(optimizer, parameters), epsilons(optimizer, parameters))
             return measure_part(part, gradients or {}, weights, parts)
 
         sums = self._measure(trainer, None if batch_size is None or gradients is None else measure)
@@ -546,6 +568,7 @@ class GradientHistogramMonitor(Callback):
         if self._log_dir is None or not trainer.is_global_zero or not any(map(len, self.noise_records)):
             return
         path = self._log_dir / FILE_NAME
+        self._saved = sum(map(len, self.noise_records))
         self._guarded(lambda: self._record(trainer, module).save(path))
 
     def _record(self, trainer: Trainer, module: LightningModule) -> RunRecord:
@@ -568,6 +591,14 @@ class GradientHistogramMonitor(Callback):
                 rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
             self._failed = True
             return None
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
 
 
 def _run_directory(trainer: Trainer) -> str:

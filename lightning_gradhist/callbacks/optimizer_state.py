@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, rank_zero_warn
 from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, optimizer_parameters, own_parts
-from lightning_gradhist.callbacks.watched import second_moment
+from lightning_gradhist.callbacks.watched import epsilons, has_second_moment, second_moment
 from lightning_gradhist.epsilon import IDLE_SHARE
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import batches, elementwise, joined
@@ -71,7 +71,8 @@ class StateReport:
         if not alarming.any():
             return None
         worst = int((damped * alarming).argmax())
-        idle = 10.0 ** math.floor(math.log10(float(self.histogram().quantile(IDLE_SHARE)[worst])))
+        least = float(self.histogram().quantile(IDLE_SHARE)[worst])
+        idle = 10.0 ** math.floor(math.log10(least)) if least > 0 else 0.0  # NaN where all are below float32's range
         return (
             f"GradientHistogramMonitor: eps={self.eps[self.names[worst]]:g} damps {float(shares[worst]):.1%} of the weights"
             f" of {self.names[worst]!r} at step {self.step}: the root of their second moment is below it, and their step"
@@ -246,13 +247,9 @@ def _epsilons(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> d
 
     AMSGrad adds it to another root, of the largest second moment so far.
     """
-    given = [(group.get("eps"), group["params"]) for group in optimizer.param_groups]
-    eps = {id(p): float(one) for one, params in given if isinstance(one, (float, int, Tensor)) for p in params}
-    found = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        moment = state.get("exp_avg_sq")
-        known = "step" in state and "max_exp_avg_sq" not in state and id(parameter) in eps
-        if known and isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            found[name] = eps[id(parameter)]
-    return found
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    return {
+        name: eps
+        for name, eps in epsilons(optimizer, parameters).items()
+        if has_second_moment(states[name], parameters[name]) and "max_exp_avg_sq" not in states[name]
+    }

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -388,6 +388,8 @@ def test_instances_have_keys_of_their_own() -> None:
     options += [{"include": "a"}, {"exclude": "a"}, {"when": "after_clip"}, {"local": True}, {"optimizer_state": True}]
     keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
     assert len(set(keys)) == len(keys)
+    two = [GradientHistogramMonitor(group_by=lambda name: name[:4], name=name) for name in ("first", "second")]
+    assert two[0].state_key != two[1].state_key and GradientHistogramMonitor(name=None).state_key == keys[0]
     assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
 
 
@@ -812,3 +814,75 @@ def test_a_row_that_two_optimizers_have_is_told_apart(tmp_path) -> None:
         assert mine[0].histogram_value.num == pooled[0].histogram_value.num
         assert logged_scalars(tmp_path / "shared", f"optimizer_update_ratio/net_{index}")
     assert "gradient_magnitude/net" not in events(tmp_path / "shared").Tags()["histograms"]
+
+
+class StepInGroup(torch.optim.Optimizer):
+    """The steps in the group, as fused optimizers of other packages have them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                state["exp_avg_sq"] = p.grad.square().lerp_(state.get("exp_avg_sq", torch.zeros_like(p)), 0.999)
+                p.addcdiv_(p.grad, state["exp_avg_sq"].sqrt() + group["eps"], value=-group["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_optimizer_with_another_state_than_adam_has_simple_noise(tmp_path, accumulate: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=True)
+    fit(tmp_path, monitor, module=Net(StepInGroup), accumulate_grad_batches=accumulate)  # a warning is an error
+    samples = monitor.noise_records[0].samples
+    assert len(samples) >= 4 and all(sample["noise_simple"] is not None for sample in samples)
+    assert all(sample["noise_adam"] is None for sample in samples)
+    assert logged_scalars(tmp_path, "optimizer_update_ratio/all")
+
+
+@pytest.mark.parametrize("schedule", [{0: 4, 1: 1}, {0: 1, 1: 4}])
+def test_accumulation_may_change_between_epochs(tmp_path, schedule: dict[int, int]) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path, monitor, GradientAccumulationScheduler(schedule), max_epochs=2)  # a warning is an error
+    assert made.global_step == 20
+    assert any(sample["batch_size"] == 32 for sample in monitor.noise_records[0].samples)
+
+
+def test_every_fit_may_warn_anew(tmp_path, monkeypatch) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    monkeypatch.setattr(monitor_module, "own_parts", _raises)
+    for folder in ("first", "second"):
+        with pytest.warns(UserWarning, match="could not log, training goes on.*OutOfMemory"):
+            fit(tmp_path / folder, monitor, max_steps=2)
+
+
+def test_an_optimizer_without_step_hooks_turns_it_off(tmp_path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+            self.defaults = inner.defaults
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.inner.zero_grad(set_to_none)
+
+    with pytest.warns(UserWarning, match="is off: Wrapper has no step hooks"):
+        module = Net(lambda p: Wrapper(torch.optim.AdamW(p)))
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), module=module)
+    assert made.global_step == 16 and not events(tmp_path).Tags()["histograms"]
+
+
+def test_the_record_is_written_at_the_end_of_an_epoch_that_has_something_new(tmp_path, monkeypatch) -> None:
+    saved = []
+    save = RunRecord.save
+    monkeypatch.setattr(RunRecord, "save", lambda record, path: (saved.append(record.steps), save(record, path)))
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=10), limit_train_batches=1, max_epochs=30)
+    assert saved == [2, 10, 12, 22, 30]  # 10 is the second logged step
+    assert RunRecord.load(tmp_path / "calibration.json").steps == 30
