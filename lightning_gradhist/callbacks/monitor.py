@@ -46,7 +46,7 @@ from lightning_gradhist.noise import NoiseRecord, measure_part
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
 from lightning_gradhist.report.record import FILE_NAME, RunRecord
-from lightning_gradhist.report.writer import NOT_COUNTED, HostCopy, Once, Outlets, send_heatmap
+from lightning_gradhist.report.writer import NOT_COUNTED, HostCopy, Once, Outlets, Writer, send_heatmap
 
 T = TypeVar("T")
 
@@ -187,10 +187,13 @@ class GradientHistogramMonitor(Callback):
         self._log_dir: Path | None = None
         self._outlets: Outlets | None = None
         self._saved = 0
+        self._records: Writer | None = None
+        self._unsaid: list[Exception] = []
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_states": None}  # hooks stay with the optimizers of this process
+        # Hooks stay with the optimizers of this process, and threads in it.
+        return {**self.__dict__, "_handles": [], "_states": None, "_records": None}
 
     @property
     def state_key(self) -> str:
@@ -329,7 +332,7 @@ class GradientHistogramMonitor(Callback):
         if self._states is not None:
             self._guarded(partial(self._states.close, partial(self._send, trainer)))
         self._release()
-        self._save_record(trainer, pl_module)
+        self._save_last(trainer, pl_module)
         self._guarded(self._close)
         if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
             rank_zero_info(
@@ -340,7 +343,7 @@ class GradientHistogramMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._release()
-        self._save_record(trainer, pl_module)
+        self._save_last(trainer, pl_module)
         self._guarded(self._close)
 
     def _directory(self, trainer: Trainer) -> Path | None:
@@ -568,15 +571,36 @@ class GradientHistogramMonitor(Callback):
         if self._log_dir is None or not trainer.is_global_zero or not any(map(len, self.noise_records)):
             return
         path = self._log_dir / FILE_NAME
-        self._saved = sum(map(len, self.noise_records))
-        self._guarded(lambda: self._record(trainer, module).save(path))
+        self._guarded(lambda: self._submit(path, trainer, module))
+        self._tell()
 
-    def _record(self, trainer: Trainer, module: LightningModule) -> RunRecord:
-        entries = [
-            watched.record(type(optimizer).__name__)
-            for watched, optimizer in zip(self._watched, trainer.optimizers, strict=True)
-        ]
-        return RunRecord(model_shapes(module), trainer.global_step, entries)
+    def _submit(self, path: Path, trainer: Trainer, module: LightningModule) -> None:
+        """Has the record as it is now made and written in a thread, as that takes long after many steps."""
+        shapes, steps = model_shapes(module), trainer.global_step
+        self._saved = sum(map(len, self.noise_records))
+        copies = [Watched(**watched.state_dict()) for watched in self._watched]  # which training does not change
+        names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+
+        def save() -> None:
+            entries = [watched.record(name) for watched, name in zip(copies, names, strict=True)]
+            RunRecord(shapes, steps, entries).save(path)
+
+        if self._records is None:
+            self._records = Writer()
+        self._records.submit(lambda: self._unsaid.extend(_raised(save)))
+
+    def _save_last(self, trainer: Trainer, module: LightningModule) -> None:
+        """Writes the record, and waits until it is written."""
+        self._save_record(trainer, module)
+        if self._records is not None:
+            if not self._records.close(Outlets.patience):
+                self._unsaid.append(TimeoutError(f"{FILE_NAME} was not written within {Outlets.patience:g} seconds"))
+            self._records = None
+        self._tell()
+
+    def _tell(self) -> None:
+        while self._unsaid:
+            self._guarded(partial(_raise, self._unsaid.pop(0)))
 
     def _guarded(self, log: Callable[[], object]) -> bool:
         """Whether it was done: a full disk or a broken logger costs one warning. No collectives in here."""
@@ -591,6 +615,18 @@ class GradientHistogramMonitor(Callback):
                 rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
             self._failed = True
             return None
+
+
+def _raised(job: Callable[[], None]) -> list[Exception]:
+    try:
+        job()
+    except Exception as error:
+        return [error]
+    return []
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:

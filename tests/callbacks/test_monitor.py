@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -886,3 +887,18 @@ def test_the_record_is_written_at_the_end_of_an_epoch_that_has_something_new(tmp
     fit(tmp_path, GradientHistogramMonitor(every_n_steps=10), limit_train_batches=1, max_epochs=30)
     assert saved == [2, 10, 12, 22, 30]  # 10 is the second logged step
     assert RunRecord.load(tmp_path / "calibration.json").steps == 30
+
+
+def test_training_does_not_wait_for_the_record_and_is_told_what_it_raised(tmp_path, monkeypatch) -> None:
+    threads: list[str] = []
+
+    def save(record: RunRecord, path: Path) -> None:
+        threads.append(threading.current_thread().name)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "save", save)
+    with pytest.warns(UserWarning, match="could not log, training goes on.*No space left") as caught:
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=2), max_epochs=2)
+    assert made.global_step == 32 and len(threads) > 3
+    assert threading.main_thread().name not in threads
+    assert len([one for one in caught if "could not log" in str(one.message)]) == 1
