@@ -248,7 +248,7 @@ class GradientHistogramMonitor(Callback):
         self._states = StateWatch(self.bins_per_octave, self._replicas) if self.optimizer_state else None
         hookless = [type(optimizer).__name__ for optimizer in trainer.optimizers if not _has_step_hooks(optimizer)]
         if hookless:
-            self._replicas = None
+            self._replicas = self._log_dir = None
             rank_zero_warn(
                 f"GradientHistogramMonitor is off: {hookless[0]} has no step hooks, as it does not call the constructor of"
                 " torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
