@@ -14,6 +14,7 @@ from lightning_gradhist.intervals import NoiseEstimate, average, ratio_estimate
 METRICS = ("simple", "adam")
 _MAX_WINDOWS = 8
 _MIN_WINDOW = 8
+_WAITING = 64  # bounds what a record holds of the device
 _BATCH = 2**17  # of float32, which stay in a core's cache
 
 
@@ -249,18 +250,24 @@ class NoiseRecord:
         return len(self._samples) + len(self._waiting)
 
     def add(self, step: int, batch_size: float, measurement: Tensor) -> None:
-        """Adds one measurement, without waiting for the device that makes it.
+        """Adds one measurement, without waiting for the device that makes it; every 64th waits for those before it.
 
         Args:
             step: optimizer step of the gradient, of a pair that of the first.
             batch_size: samples of the gradient.
             measurement: of :func:`measure_part` or :func:`measure_pair`; what is not finite is recorded as None.
         """
+        if len(self._waiting) == _WAITING:
+            self._take_down()
         self._waiting.append((step, batch_size, measurement))
 
     @property
     def samples(self) -> list[dict[str, Any]]:
         """What was measured, as numbers: ``step``, ``batch_size``, and noise and signal in each metric."""
+        self._take_down()
+        return self._samples
+
+    def _take_down(self) -> None:
         for step, batch_size, measurement in self._waiting:
             numbers = [number if math.isfinite(number) else None for number in measurement.tolist()]
             keys = [f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")]
@@ -268,7 +275,6 @@ class NoiseRecord:
         self._waiting.clear()
         while len(self._samples) > self._most:
             self._samples = [_average_sample(pair) for pair in _cut(self._samples, -(-len(self._samples) // 2))]
-        return self._samples
 
     def estimate(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
         """The noise scale averaged over the run, in samples.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
-from lightning_gradhist.callbacks import decision
+from lightning_gradhist.callbacks import decision, gradients, monitor, optimizer_state
 from lightning_gradhist.noise import GradientMoments
 
 
@@ -293,6 +293,34 @@ def apart(folder: Path) -> Any:
     if rank == 0:
         fit(folder / "alone", GradientHistogramMonitor(every_n_steps=4), devices=1)
     return spy.seen[::4]
+
+
+def short_of_memory(folder: Path) -> Any:
+    """One rank has no memory for what the monitor does at one logged step; by what fails, what rank zero is told."""
+    rank, ranks = _world()
+    found = {}
+    for name, owner, attribute, options in (
+        ("count", MagnitudeHistogram, "update", {}),
+        ("part", monitor, "own_parts", {}),
+        ("copy", gradients, "local_gradient", {"local": True}),
+        ("state", optimizer_state, "_sums", {"optimizer_state": True}),
+    ):
+        spy, original = GradientSpy(), getattr(owner, attribute)
+
+        def fails(*args: Any, spy: Any = spy, original: Any = original, **kwargs: Any) -> Any:
+            if rank == 1 and len(spy.seen) in (4, 5):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(*args, **kwargs)
+
+        setattr(owner, attribute, fails)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watch = GradientHistogramMonitor(every_n_steps=4, **options)
+            fit(folder / name, watch, spy, data=loader(4), max_steps=9, **ddp(ranks))
+        setattr(owner, attribute, original)
+        said = [str(one.message) for one in caught if "could not" in str(one.message)]
+        found[name] = said, sum(gradient.count_nonzero() for gradient in spy.seen[8].values())
+    return found
 
 
 def out_of_step(folder: Path) -> Any:

@@ -562,3 +562,13 @@ def test_a_part_without_a_gradient_is_zero_there_and_a_single_part_tells_nothing
     assert measure_part({}, {}, None, 2).isnan().all()
     with pytest.raises(ValueError, match="parts must be at least 2, got 1"):
         measure_part(whole, whole, None, 1)
+
+
+def test_a_record_holds_few_measurements_of_the_device() -> None:
+    record = NoiseRecord()
+    held = []
+    for step in range(300):
+        record.add(step, 8, torch.ones(4, dtype=torch.float64))
+        held.append(len(record._waiting))
+    assert max(held) == 64 and len(record) == 300
+    assert [sample["step"] for sample in record.samples] == list(range(300))

@@ -213,6 +213,7 @@ class LocalGradients:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._copies: dict[str, Tensor] = {}
+        self._error: Exception | None = None
         self._handles = [
             parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
             for name, parameter in parameters.items()
@@ -223,8 +224,14 @@ class LocalGradients:
         return type(None), ()  # hooks stay with the parameters of this process: a copy is None
 
     def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
-        """The gradients, unscaled, multiplied by a number; nothing is copied any more."""
+        """The gradients, unscaled, divided by a number; nothing is copied any more.
+
+        Raises:
+            Exception: what a copy has raised, as for want of memory.
+        """
         self.remove()
+        if self._error is not None:
+            raise self._error
         return _divided(self._copies, loss_scale(trainer) / times)
 
     def remove(self) -> None:
@@ -233,7 +240,10 @@ class LocalGradients:
             handle.remove()
 
     def _copy(self, name: str, parameter: Tensor) -> None:
-        self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
+        try:
+            self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
+        except Exception as error:  # within the user's backward, which goes on
+            self._error = error
 
 
 def before_update(optimizer: Optimizer, then: Callable[[], None]) -> RemovableHandle:

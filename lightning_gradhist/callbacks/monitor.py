@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,16 @@ from lightning_gradhist.callbacks.gradients import (
     shares,
 )
 from lightning_gradhist.callbacks.optimizer_state import StateWatch
-from lightning_gradhist.callbacks.rows import Rows
-from lightning_gradhist.callbacks.watched import Step, Watched, metric_weights, second_moment
+from lightning_gradhist.callbacks.rows import Rows, told_apart
+from lightning_gradhist.callbacks.watched import Step, Watched, epsilons, metric_weights, second_moment
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import NoiseRecord, measure_part
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
 from lightning_gradhist.report.record import FILE_NAME, RunRecord
-from lightning_gradhist.report.writer import HostCopy, Once, Outlets, send_heatmap
+from lightning_gradhist.report.writer import NOT_COUNTED, HostCopy, Once, Outlets, Writer, send_heatmap
+
+T = TypeVar("T")
 
 _FEW = 3  # pairs below which there is no interval
 _MANY = 200  # rows beyond which a page of histograms is no longer read
@@ -68,10 +70,12 @@ class GradientHistogramMonitor(Callback):
     :math:`\log_{10}|g|` on the horizontal axis, the scalars that
     :func:`lightning_gradhist.report.magnitudes.magnitude_report` lists, and at the 1st, 2nd, 4th, 8th, ... logged step and
     at the end a table of the worst layers, ``gradient_worst_layers``, and with matplotlib a heatmap of layers by magnitude,
-    ``gradient_magnitude_by_layer``. With several optimizers the names of what is over all layers end in the optimizer's
-    index. W&B gets the same; MLflow and Comet get quantiles in place of the histograms, and all other loggers get
-    scalars and quantiles; :func:`lightning_gradhist.report.loggers.register_sink` takes further ones. All names begin with
-    ``gradient_clipped`` in place of ``gradient`` if counted after clipping, and with ``gradient_local`` if before averaging.
+    ``gradient_magnitude_by_layer``. With several optimizers the names of what is over all layers, and of rows that two
+    of them have, end in the optimizer's index. W&B gets the same; MLflow and Comet get quantiles in place of the
+    histograms, and all other loggers get scalars and quantiles;
+    :func:`lightning_gradhist.report.loggers.register_sink` takes further ones. All names begin with
+    ``gradient_clipped`` in place of ``gradient`` if counted after clipping, and with ``gradient_local`` if before
+    averaging.
 
     Reports are made and written in a thread for each logger that allows it (TensorBoard, W&B, MLflow), and are written
     when ``fit`` ends, also by an exception. What a logger raises costs one warning. For one that is behind by four logged
@@ -115,10 +119,13 @@ class GradientHistogramMonitor(Callback):
             matches the class name in whole, or that of a base: ``"Linear"``, ``"Conv.d"``, ``"encoder"``.
         exclude: likewise, what is not counted: ``".*Norm.*|bias"``. Noise is measured of all parameters regardless.
         when: ``"before_clip"``, or ``"after_clip"`` for what the optimizer really uses: after ``gradient_clip_val``, or
-            the module's own ``configure_gradient_clipping``.
+            the module's own ``configure_gradient_clipping``. Under manual optimization the step begins where the module
+            calls ``optimizer.step()``, so that ``"before_clip"`` counts, and noise is measured, after ``clip_gradients``.
         local: count what each rank computed itself, before DDP averages it, over all ranks together. With accumulation it
             is the sum over the step's micro-batches. A step that is logged then holds a copy of the gradients.
         optimizer_state: whether to log the optimizer's update and second moment as well.
+        name: tells this monitor from another one in the same Trainer whose arguments look the same, as those of two that
+            group by a ``lambda`` each do. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
 
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
@@ -142,6 +149,7 @@ class GradientHistogramMonitor(Callback):
         when: str = "before_clip",
         local: bool = False,
         optimizer_state: bool = False,
+        name: Optional[str] = None,  # noqa: UP045
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
@@ -168,6 +176,7 @@ class GradientHistogramMonitor(Callback):
         self.when = when
         self.local = local
         self.optimizer_state = optimizer_state
+        self.name = name
         self._rows = Rows(group_by, include, exclude)
         self._watched: list[Watched] = []
         self._states: StateWatch | None = None
@@ -177,10 +186,14 @@ class GradientHistogramMonitor(Callback):
         self._handles: list[RemovableHandle] = []
         self._log_dir: Path | None = None
         self._outlets: Outlets | None = None
+        self._saved = 0
+        self._records: Writer | None = None
+        self._unsaid: list[Exception] = []
         self._failed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_states": None}  # hooks stay with the optimizers of this process
+        # Hooks stay with the optimizers of this process, and threads in it.
+        return {**self.__dict__, "_handles": [], "_states": None, "_records": None}
 
     @property
     def state_key(self) -> str:
@@ -188,6 +201,8 @@ class GradientHistogramMonitor(Callback):
         values = {name: getattr(self, name) for name in _ARGUMENTS}
         if callable(self.group_by):  # whose repr has an address in memory, another one in every process
             values["group_by"] = getattr(self.group_by, "__qualname__", type(self.group_by).__qualname__)
+        if self.name is not None:
+            values["name"] = self.name
         return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in values.items())}]"
 
     @property
@@ -197,15 +212,15 @@ class GradientHistogramMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
-        return {"optimizers": [watched.state_dict() for watched in self._watched] or self._restored}
+        return {"optimizers": self._restored or [watched.state_dict() for watched in self._watched]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state up; it is given to the optimizers when training goes on."""
+        """Takes the state up; it is given to the optimizers when training goes on, also in the middle of a run."""
         self._restored = list(state_dict["optimizers"])
-        self._watched = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
+        self._saved, self._failed = 0, False
         self._replicas = shares(trainer)
         if self._replicas is None:
             rank_zero_warn(
@@ -226,14 +241,19 @@ class GradientHistogramMonitor(Callback):
                 f"GradientHistogramMonitor logs {rows} histograms, one a parameter; group_by=1, 2, ... gives one a module"
                 " at that depth, and include= and exclude= choose among the parameters."
             )
-        states = self.state_dict()["optimizers"] if trainer.global_step > 0 else []
-        self._watched = [Watched(**state) for state in states[: len(trainer.optimizers)]]
-        self._watched += [Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
-        self._restored = []
+        self._watch(trainer, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
         self._log_dir = self._directory(trainer)
         known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
-        self._states = StateWatch(self._rows, self.bins_per_octave, self._replicas) if self.optimizer_state else None
+        self._states = StateWatch(self.bins_per_octave, self._replicas) if self.optimizer_state else None
+        hookless = [type(optimizer).__name__ for optimizer in trainer.optimizers if not _has_step_hooks(optimizer)]
+        if hookless:
+            self._replicas = self._log_dir = None
+            rank_zero_warn(
+                f"GradientHistogramMonitor is off: {hookless[0]} has no step hooks, as it does not call the constructor of"
+                " torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
+            )
+            return
         for index, (watched, optimizer) in enumerate(zip(self._watched, trainer.optimizers, strict=True)):
             self._handles.append(before_update(optimizer, partial(self._take_step, trainer, pl_module, index)))
             self._handles.append(optimizer.register_step_post_hook(partial(self._end_step, trainer, pl_module, index)))
@@ -251,6 +271,13 @@ class GradientHistogramMonitor(Callback):
                 + (f" The noise scale is still recorded in {self._log_dir}." if self.noise_scale else "")
             )
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Goes on from a checkpoint that was restored in the middle of the run, as ``LearningRateFinder`` does."""
+        if self._restored and self._replicas is not None:
+            self._watch(trainer, self._restored)
+            for watched, optimizer in zip(self._watched, trainer.optimizers, strict=True):
+                self._await_local_gradients(trainer, watched, optimizer)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
         index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
@@ -264,8 +291,7 @@ class GradientHistogramMonitor(Callback):
         step = watched.begun = Step(trainer.global_step, watched.steps % self.every_n_steps == 0)
         if step.due or watched.in_pair:
             parameters = optimizer_parameters(pl_module, optimizer)
-            gradients = ready_gradients(trainer, optimizer, parameters)
-            parts = own_parts(gradients, parameters, self._replicas)
+            gradients, parts = self._gradients(trainer, optimizer, parameters)
             if watched.part is not None:
                 self._measure_part(trainer, watched, optimizer, parameters, gradients)
             elif watched.in_pair:
@@ -273,9 +299,9 @@ class GradientHistogramMonitor(Callback):
             elif self._measures_noise:  # each gradient is in one pair, so that pairs are independent
                 self._begin_pair(trainer, watched, optimizer, parameters, parts)
             if watched.local is not None:
-                parts = watched.local.take(trainer)
+                parts = self._tried(partial(watched.local.take, trainer))
             if step.due and self.when == "before_clip":
-                step.histogram = self._count(pl_module, parameters, parts)
+                step.histogram = self._count(trainer, index, parts)
         watched.steps += 1
         self._await_local_gradients(trainer, watched, optimizer)
 
@@ -293,8 +319,9 @@ class GradientHistogramMonitor(Callback):
             self._settle(trainer, index)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the record."""
-        self._save_record(trainer, pl_module)
+        """Writes the record, where there is something new in it."""
+        if sum(map(len, self.noise_records)) != self._saved:
+            self._save_record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
@@ -305,7 +332,7 @@ class GradientHistogramMonitor(Callback):
         if self._states is not None:
             self._guarded(partial(self._states.close, partial(self._send, trainer)))
         self._release()
-        self._save_record(trainer, pl_module)
+        self._save_last(trainer, pl_module)
         self._guarded(self._close)
         if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
             rank_zero_info(
@@ -316,7 +343,7 @@ class GradientHistogramMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._release()
-        self._save_record(trainer, pl_module)
+        self._save_last(trainer, pl_module)
         self._guarded(self._close)
 
     def _directory(self, trainer: Trainer) -> Path | None:
@@ -328,6 +355,14 @@ class GradientHistogramMonitor(Callback):
             return None  # of several monitors the first writes the record
         return Path(trainer.strategy.broadcast(_run_directory(trainer) if trainer.is_global_zero else ""))
 
+    def _watch(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
+        """Watches the optimizers from these states on, or from their first step."""
+        for watched in self._watched:
+            watched.release()
+        self._watched = [Watched(**state) for state in states[: len(trainer.optimizers)]]
+        self._watched += [Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
+        self._restored = []
+
     def _take_step(self, trainer: Trainer, module: LightningModule, index: int) -> None:
         """Logs a step that is due, when the optimizer takes it; what is counted after clipping is counted now."""
         watched, optimizer = self._watched[index], trainer.optimizers[index]
@@ -338,12 +373,10 @@ class GradientHistogramMonitor(Callback):
         if skips is not None:
             watched.skipped = watched.skipped + skips
         if step.due and self._states is not None:
-            self._guarded(partial(self._states.begin, module, optimizer))
+            self._guarded(partial(self._states.begin, module, optimizer, self._rows_of(trainer, index)))
         if step.due and self.when == "after_clip":
-            assert self._replicas is not None
             parameters = optimizer_parameters(module, optimizer)
-            gradients = ready_gradients(trainer, optimizer, parameters)
-            step.histogram = self._count(module, parameters, own_parts(gradients, parameters, self._replicas))
+            step.histogram = self._count(trainer, index, self._gradients(trainer, optimizer, parameters)[1])
         histogram = step.histogram
         if histogram is None:
             return
@@ -361,8 +394,9 @@ class GradientHistogramMonitor(Callback):
         states = self._states
         if states is None or not states.begun:
             return
-        report = states.end(module, optimizer, trainer.global_step, self._suffix(index), self._guarded)
-        if trainer.is_global_zero and not found_inf(optimizer):
+        end = partial(states.end, module, optimizer, trainer.global_step, self._suffix(index), self._guarded)
+        report = self._tried(end)
+        if report is not None and trainer.is_global_zero and not found_inf(optimizer):
             watched, send = self._watched[index], partial(self._send, trainer)
             self._guarded(lambda: states.log(report, send, draws=watched.last_logged is None))
 
@@ -377,25 +411,41 @@ class GradientHistogramMonitor(Callback):
         if trainer.is_global_zero and step.due:
             self._guarded(lambda: self._log_skipped(trainer, index, step.number))
 
+    def _gradients(
+        self, trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+        """The gradients, and this rank's part of them; None where there is no memory for them."""
+        replicas = self._replicas
+        assert replicas is not None
+        gradients = self._tried(lambda: ready_gradients(trainer, optimizer, parameters))
+        if gradients is None:
+            return None, None
+        return gradients, self._tried(lambda: own_parts(gradients, parameters, replicas))
+
     def _begin_pair(
         self,
         trainer: Trainer,
         watched: Watched,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        parts: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor] | None,
     ) -> None:
         assert self._replicas is not None
         watched.in_pair = True
         batch_size = effective_batch_size(trainer, self.batch_size)
         if batch_size is not None and parts and not is_short_step(trainer):
-            own = partial(own_parts, parameters=parameters, replicas=self._replicas)
-            self._guarded(lambda: watched.hold(batch_size, optimizer, parts, own(second_moment(optimizer, parameters))))
+            replicas = self._replicas
 
-    def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor]) -> None:
+            def hold() -> None:
+                moments = own_parts(second_moment(optimizer, parameters), parameters, replicas)
+                watched.hold(batch_size, optimizer, parts, metric_weights(moments, epsilons(optimizer, parameters)))
+
+            self._guarded(hold)
+
+    def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor] | None) -> None:
         first = watched.first if parts and not is_short_step(trainer) else None
         watched.drop_pair()
-        sums = self._measure(trainer, None if first is None else lambda: first.measure(parts))
+        sums = self._measure(trainer, None if first is None else lambda: first.measure(parts or {}))
         if first is not None:
             watched.noise.add(first.step, watched.batch_size, sums)
 
@@ -405,19 +455,22 @@ class GradientHistogramMonitor(Callback):
         watched: Watched,
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
     ) -> None:
         """Measures noise within this step: the gradient of one micro-batch of each rank against that of all."""
         assert self._replicas is not None and watched.part is not None
-        batch_size = None if is_short_step(trainer) else effective_batch_size(trainer, self.batch_size)
-        part = watched.part.take(trainer, trainer.accumulate_grad_batches)
+        copies, parts = watched.part, parts_of_a_step(trainer)
+        alone = parts == 1  # accumulation may have ended since the copy was ordered
+        batch_size = None if alone or is_short_step(trainer) else effective_batch_size(trainer, self.batch_size)
+        copies.remove()
         watched.drop_pair()  # begun before accumulation was
 
         def measure() -> Tensor:
-            weights = metric_weights(optimizer, second_moment(optimizer, parameters))
-            return measure_part(part, gradients, weights, parts_of_a_step(trainer))
+            part = copies.take(trainer, trainer.accumulate_grad_batches)
+            weights = metric_weights(second_moment(optimizer, parameters), epsilons(optimizer, parameters))
+            return measure_part(part, gradients or {}, weights, parts)
 
-        sums = self._measure(trainer, None if batch_size is None else measure)
+        sums = self._measure(trainer, None if batch_size is None or gradients is None else measure)
         if batch_size is not None:
             watched.note(batch_size, optimizer)
             watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
@@ -441,19 +494,28 @@ class GradientHistogramMonitor(Callback):
             watched.local = LocalGradients(parameters) if self.local else None
             watched.part = LocalGradients(parameters) if parts else None
 
-    def _count(
-        self, module: LightningModule, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]
-    ) -> MagnitudeHistogram:
-        """The histogram of all ranks' parts; to be called on every rank."""
+    def _rows_of(self, trainer: Trainer, index: int) -> dict[str, str]:
+        """The row of each parameter of an optimizer that is counted."""
+        module = trainer.lightning_module
+        rows = [self._rows.of(module, optimizer_parameters(module, optimizer)) for optimizer in trainer.optimizers]
+        return told_apart(rows, index)
+
+    def _count(self, trainer: Trainer, index: int, parts: Mapping[str, Tensor] | None) -> MagnitudeHistogram | None:
+        """The histogram of all ranks' parts, None where this rank could not count its own; to be called on every rank.
+
+        A rank that could not count takes part with a table by which the others know.
+        """
         assert self._replicas is not None
-        rows = self._rows.of(module, parameters)
-        with module.device:  # made there, not copied there
+        rows = self._rows_of(trainer, index)
+        with trainer.lightning_module.device:  # made there, not copied there
             histogram = MagnitudeHistogram(list(dict.fromkeys(rows.values())), self.bins_per_octave)
-        mine = {name: part for name, part in parts.items() if name in rows and part.numel()}
-        self._guarded(lambda: histogram.update(mine, rows))
-        if self._replicas.ranks > 1:
-            histogram.sync()
-        return histogram
+        mine = {name: part for name, part in (parts or {}).items() if name in rows and part.numel()}
+        counted = parts is not None and self._guarded(lambda: histogram.update(mine, rows))
+        if not counted:
+            histogram.table.fill_(NOT_COUNTED)
+        if self._replicas.ranks > 1:  # in place, which needs no memory
+            torch.distributed.all_reduce(histogram.table)
+        return histogram if counted else None
 
     def _log_skipped(self, trainer: Trainer, index: int, step: int) -> None:
         if loss_scaler(trainer) is not None:
@@ -509,23 +571,70 @@ class GradientHistogramMonitor(Callback):
         if self._log_dir is None or not trainer.is_global_zero or not any(map(len, self.noise_records)):
             return
         path = self._log_dir / FILE_NAME
-        self._guarded(lambda: self._record(trainer, module).save(path))
+        self._guarded(lambda: self._submit(path, trainer, module))
+        self._tell()
 
-    def _record(self, trainer: Trainer, module: LightningModule) -> RunRecord:
-        entries = [
-            watched.record(type(optimizer).__name__)
-            for watched, optimizer in zip(self._watched, trainer.optimizers, strict=True)
-        ]
-        return RunRecord(model_shapes(module), trainer.global_step, entries)
+    def _submit(self, path: Path, trainer: Trainer, module: LightningModule) -> None:
+        """Has the record as it is now made and written in a thread, as that takes long after many steps."""
+        shapes, steps = model_shapes(module), trainer.global_step
+        self._saved = sum(map(len, self.noise_records))
+        copies = [Watched(**watched.state_dict()) for watched in self._watched]  # which training does not change
+        names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
 
-    def _guarded(self, log: Callable[[], object]) -> None:
-        # Monitoring never stops training: a full disk or a broken logger costs one warning. No collectives in here.
+        def save() -> None:
+            entries = [watched.record(name) for watched, name in zip(copies, names, strict=True)]
+            RunRecord(shapes, steps, entries).save(path)
+
+        if self._records is None:
+            self._records = Writer()
+        self._records.submit(lambda: self._unsaid.extend(_raised(save)))
+
+    def _save_last(self, trainer: Trainer, module: LightningModule) -> None:
+        """Writes the record, and waits until it is written."""
+        self._save_record(trainer, module)
+        if self._records is not None:
+            if not self._records.close(Outlets.patience):
+                self._unsaid.append(TimeoutError(f"{FILE_NAME} was not written within {Outlets.patience:g} seconds"))
+            self._records = None
+        self._tell()
+
+    def _tell(self) -> None:
+        while self._unsaid:
+            self._guarded(partial(_raise, self._unsaid.pop(0)))
+
+    def _guarded(self, log: Callable[[], object]) -> bool:
+        """Whether it was done: a full disk or a broken logger costs one warning. No collectives in here."""
+        return self._tried(lambda: (log(),)) is not None
+
+    def _tried(self, make: Callable[[], T]) -> T | None:
+        """What is made, or None: monitoring never stops training."""
         try:
-            log()
+            return make()
         except Exception as error:
             if not self._failed:
                 rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
             self._failed = True
+            return None
+
+
+def _raised(job: Callable[[], None]) -> list[Exception]:
+    try:
+        job()
+    except Exception as error:
+        return [error]
+    return []
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        return False
+    return True
 
 
 def _run_directory(trainer: Trainer) -> str:

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, rank_zero_warn
 from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, optimizer_parameters, own_parts
-from lightning_gradhist.callbacks.rows import Rows
-from lightning_gradhist.callbacks.watched import second_moment
+from lightning_gradhist.callbacks.watched import epsilons, has_second_moment, second_moment
 from lightning_gradhist.epsilon import IDLE_SHARE
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import batches, elementwise, joined
@@ -25,7 +24,7 @@ _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
 _MOMENT = "optimizer_second_moment"
 Send = Callable[[Callable[[Sink], None]], None]
-Guard = Callable[[Callable[[], None]], None]
+Guard = Callable[[Callable[[], None]], bool]
 
 
 class StateReport:
@@ -64,13 +63,16 @@ class StateReport:
 
     def alarm(self) -> str | None:
         """A sentence about the row where epsilon damps most weights, and the way out; None if 10% or less of each row."""
+        if self._on_host()[:, -1].isnan().any():  # of which send() has spoken
+            return None
         damped, counted = self._table()[:, 2:_SUMS].unbind(1)
         shares = (damped / counted).nan_to_num(0.0)  # a row without a second moment
         alarming = shares > _ALARM
         if not alarming.any():
             return None
         worst = int((damped * alarming).argmax())
-        idle = 10.0 ** math.floor(math.log10(float(self.histogram().quantile(IDLE_SHARE)[worst])))
+        least = float(self.histogram().quantile(IDLE_SHARE)[worst])
+        idle = 10.0 ** math.floor(math.log10(least)) if least > 0 else 0.0  # NaN where all are below float32's range
         return (
             f"GradientHistogramMonitor: eps={self.eps[self.names[worst]]:g} damps {float(shares[worst]):.1%} of the weights"
             f" of {self.names[worst]!r} at step {self.step}: the root of their second moment is below it, and their step"
@@ -92,7 +94,11 @@ class StateReport:
 
     def _table(self) -> Tensor:
         table = self._on_host()
-        return torch.zeros_like(table) if table[:, -1].isnan().any() else table
+        if table[:, -1].isnan().any():
+            raise RuntimeError(
+                "a rank could not look at its part of the optimizer's step, so that the step is left out"
+            )
+        return table
 
     def _histogram(self) -> MagnitudeHistogram:
         histogram = MagnitudeHistogram(self.names, self.bins_per_octave)
@@ -104,40 +110,51 @@ class StateWatch:
     """Looks at the optimizers' steps that are logged, from before each until it is done.
 
     Args:
-        rows: which parameters are looked at, and in which row.
         bins_per_octave: of the histograms.
         replicas: how tensors lie on the ranks.
     """
 
-    def __init__(self, rows: Rows, bins_per_octave: int, replicas: Replicas) -> None:
-        self._rows, self._bins_per_octave, self._replicas = rows, bins_per_octave, replicas
+    def __init__(self, bins_per_octave: int, replicas: Replicas) -> None:
+        self._bins_per_octave, self._replicas = bins_per_octave, replicas
+        self._columns = _SUMS + MagnitudeHistogram([], bins_per_octave).table.shape[1]
         self.begun = False
         """Whether a step is under way; the same on all ranks."""
+        self._rows: Mapping[str, str] = {}
         self._before: dict[str, Tensor] | None = None
         self._last: dict[str, tuple[StateReport, bool]] = {}
         self._has_warned = False
 
-    def begin(self, module: LightningModule, optimizer: Optimizer) -> None:
-        """Copies this rank's part of the weights that the step is going to change."""
-        self.begun, self._before = True, None
+    def begin(self, module: LightningModule, optimizer: Optimizer, rows: Mapping[str, str]) -> None:
+        """Copies this rank's part of the weights that the step is going to change.
+
+        Args:
+            module: that has the parameters.
+            optimizer: about to step.
+            rows: which of its parameters are looked at, and in which row.
+        """
+        self.begun, self._rows, self._before = True, rows, None
         parameters = optimizer_parameters(module, optimizer)
-        stepped = [name for name in self._rows.of(module, parameters) if parameters[name].grad is not None]
+        stepped = [name for name in rows if parameters[name].grad is not None]
         self._before = elementwise(torch.clone, self._weights(parameters, stepped))
 
-    def end(self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard) -> StateReport:
-        """Compares with what is there after the step; to be called on every rank."""
+    def end(
+        self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard
+    ) -> StateReport | None:
+        """Compares with what is there after the step; to be called on every rank. None where this one could not."""
         self.begun = False
-        parameters = optimizer_parameters(module, optimizer)
-        rows = self._rows.of(module, parameters)
-        names, eps = list(dict.fromkeys(rows.values())), _epsilons(optimizer, parameters)
-        with module.device:  # made there, not copied there
-            histogram = MagnitudeHistogram(names, self._bins_per_octave)
-            table = torch.full((len(names), _SUMS + histogram.table.shape[1]), math.nan, dtype=torch.float64)
-        if names:
-            guard(partial(self._fill, table, histogram, optimizer, parameters, rows, eps))
+        parameters, rows = optimizer_parameters(module, optimizer), self._rows
+        names = list(dict.fromkeys(rows.values()))
+        eps: dict[str, float] = {}
+        table = torch.full((len(names), self._columns), math.nan, dtype=torch.float64, device=module.device)
+        guard(lambda: eps.update(_epsilons(optimizer, parameters)))
+        filled = not names or (
+            self._before is not None and guard(partial(self._fill, table, names, optimizer, parameters, rows, eps))
+        )
         self._before = None
         if self._replicas.ranks > 1:
             torch.distributed.all_reduce(table)  # counts are exact in float64 up to 2**53
+        if not filled:
+            return None
         by_row: dict[str, float] = {}
         for name in eps.keys() & rows.keys():
             by_row[rows[name]] = max(eps[name], by_row.get(rows[name], 0.0))
@@ -180,7 +197,7 @@ class StateWatch:
     def _fill(
         self,
         table: Tensor,
-        histogram: MagnitudeHistogram,
+        names: list[str],
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         rows: Mapping[str, str],
@@ -188,8 +205,9 @@ class StateWatch:
     ) -> None:
         """Writes this rank's part into a table as that of :class:`StateReport`."""
         before = self._before
-        if before is None:
-            return  # they could not be copied
+        assert before is not None
+        with table.device:  # made there, not copied there
+            histogram = MagnitudeHistogram(names, self._bins_per_octave)
         after = self._weights(parameters, list(before))
         moments = second_moment(optimizer, {name: parameters[name] for name in before if name in eps})
         roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._replicas))
@@ -229,13 +247,9 @@ def _epsilons(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> d
 
     AMSGrad adds it to another root, of the largest second moment so far.
     """
-    given = [(group.get("eps"), group["params"]) for group in optimizer.param_groups]
-    eps = {id(p): float(one) for one, params in given if isinstance(one, (float, int, Tensor)) for p in params}
-    found = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        moment = state.get("exp_avg_sq")
-        known = "step" in state and "max_exp_avg_sq" not in state and id(parameter) in eps
-        if known and isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            found[name] = eps[id(parameter)]
-    return found
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    return {
+        name: eps
+        for name, eps in epsilons(optimizer, parameters).items()
+        if has_second_moment(states[name], parameters[name]) and "max_exp_avg_sq" not in states[name]
+    }

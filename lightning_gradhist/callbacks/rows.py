@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lightning_gradhist.callbacks._lightning import MisconfigurationException
+from lightning_gradhist.callbacks._lightning import MisconfigurationException, rank_zero_warn
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what torch.compile and activation checkpointing put in
 _NAMED = 12
+_POOLED = re.compile(r"all(_\d+)?")  # names of what is over all rows
 
 
 def plain_name(name: str) -> str:
@@ -40,20 +41,25 @@ class Rows:
         filters = {"include": include, "exclude": exclude}
         self._filters = {name: None if x is None else _compiled(name, x) for name, x in filters.items()}
         self._group_of = _grouping(group_by)
+        self._groups: dict[str, str | None] = {}
+        self._has_warned = False
 
     def of(self, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
         """The rows of those parameters that are counted, by name; one for which there is no group has its own."""
         layers = _layers(module) if any(self._filters.values()) else {}
-        return {name: self._group_of(name) or name for name in names if self._is_counted(name, layers)}
+        return {name: self._group(name) or _own_row(name) for name in names if self._is_counted(name, layers)}
 
     def check(self, module: nn.Module) -> int:
-        """Refuses filters that match no parameter of the module that is trained, or leave none; else counts the rows.
+        """Refuses filters that match no parameter of the module, or leave none; else counts the rows that are trained.
+
+        A parameter that is frozen now counts for a match, as it may be trained later.
 
         Raises:
             MisconfigurationException: naming what there is.
         """
         layers = _layers(module)
-        names = [plain_name(name) for name, p in module.named_parameters() if p.requires_grad]
+        trained = {plain_name(name): p.requires_grad for name, p in module.named_parameters()}
+        names = list(trained)
         classes = sorted({layers[_layer_of(name)][0] for name in names if layers[_layer_of(name)]})
         there = f"The parameters are {_listed(names)}; the layers {_listed(classes)}."
         for argument, pattern in self._filters.items():
@@ -61,16 +67,43 @@ class Rows:
                 raise MisconfigurationException(
                     f"{argument}={pattern.pattern!r} matches no parameter's name and no layer's class. {there}"
                 )
-        rows = set(self.of(module, names).values())
+        rows = self.of(module, names)
         if names and not rows:
             raise MisconfigurationException(f"include and exclude together leave no parameter. {there}")
-        return len(rows)
+        taken = sorted(row for row in set(rows.values()) if _POOLED.fullmatch(row))
+        if taken:
+            raise MisconfigurationException(
+                f"group_by gives the group {taken[0]!r}, which is the name of what is over all groups; give it another one"
+            )
+        return len({row for name, row in rows.items() if trained[name]})
+
+    def _group(self, name: str) -> str | None:
+        """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
+        if name not in self._groups:
+            try:
+                self._groups[name] = self._group_of(name)
+            except Exception as error:
+                self._groups[name] = None
+                if not self._has_warned:
+                    rank_zero_warn(f"group_by raises for {name!r}, which has a row of its own now: {error!r}")
+                self._has_warned = True
+        return self._groups[name]
 
     def _is_counted(self, name: str, layers: Mapping[str, list[str]]) -> bool:
         include, exclude = self._filters.values()
         if include is not None and not _matches(include, name, layers):
             return False
         return exclude is None or not _matches(exclude, name, layers)
+
+
+def _own_row(name: str) -> str:
+    return f"parameter_{name}" if _POOLED.fullmatch(name) else name
+
+
+def told_apart(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
+    """The rows of one of several optimizers: one that another optimizer has as well ends in the optimizer's index."""
+    others = {row for i, other in enumerate(rows) if i != index for row in other.values()}
+    return {name: f"{row}_{index}" if row in others else row for name, row in rows[index].items()}
 
 
 def _grouping(group_by: Any) -> Callable[[str], str | None]:

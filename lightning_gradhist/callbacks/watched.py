@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -100,12 +101,16 @@ class Watched:
         self.in_pair, self.first = False, None
 
     def hold(
-        self, batch_size: int, optimizer: Optimizer, gradients: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+        self,
+        batch_size: int,
+        optimizer: Optimizer,
+        gradients: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | None,
     ) -> None:
         """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
         self.note(batch_size, optimizer)
         held = elementwise(torch.clone, {name: g for name, g in gradients.items() if g.numel()})
-        self.first = Held(self.steps, held, metric_weights(optimizer, moments))
+        self.first = Held(self.steps, held, None if weights is None else dict(weights))
 
     def note(self, batch_size: int, optimizer: Optimizer) -> None:
         """Takes down what a record says of the steps that were measured."""
@@ -119,6 +124,12 @@ class Watched:
         return OptimizerRecord(name, self.learning_rates, self.batch_size, noise, list(self.noise.samples))
 
 
+def has_second_moment(state: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Whether an optimizer's state of a parameter has Adam's second moment, and the step that its bias depends on."""
+    moment = state.get("exp_avg_sq")
+    return "step" in state and isinstance(moment, Tensor) and moment.shape == parameter.shape
+
+
 def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Adam's bias-corrected second moment by name, of a DTensor this rank's shard; empty where there is none (yet)."""
     decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
@@ -126,7 +137,7 @@ def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
     corrections: list[Any] = []
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
-        if "exp_avg_sq" in state and id(parameter) in decay:
+        if has_second_moment(state, parameter) and id(parameter) in decay:
             step = local(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
             on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
             moments[name] = as_real(local(state["exp_avg_sq"]))
@@ -138,12 +149,23 @@ def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
     return {name: moment / correction for (name, moment), correction in zip(moments.items(), corrections, strict=True)}
 
 
-def metric_weights(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Adam's metric by name, from :func:`second_moment`; None where that is empty."""
-    eps = _epsilon(optimizer)
-    return elementwise(lambda v: adam_weight(v.float(), eps), moments) or None
+def metric_weights(moments: Mapping[str, Tensor], eps: Mapping[str, float]) -> dict[str, Tensor] | None:
+    """Adam's metric by name, from :func:`second_moment` and :func:`epsilons`; None where the former is empty."""
+    by_eps: dict[float, dict[str, Tensor]] = {}
+    for name, moment in moments.items():
+        by_eps.setdefault(eps.get(name, 0.0), {})[name] = moment
+    weights: dict[str, Tensor] = {}
+    for one, alike in by_eps.items():
+        weights |= elementwise(partial(_weight, eps=one), alike)
+    return weights or None
 
 
-def _epsilon(optimizer: Optimizer) -> float:
-    eps = optimizer.param_groups[0].get("eps", 0.0)
-    return eps if isinstance(eps, float) else 0.0
+def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """The epsilon of each parameter's group, by name, where it has one."""
+    given = [(group.get("eps"), group["params"]) for group in optimizer.param_groups]
+    eps = {id(p): float(one) for one, params in given if isinstance(one, (float, int, Tensor)) for p in params}
+    return {name: eps[id(parameter)] for name, parameter in parameters.items() if id(parameter) in eps}
+
+
+def _weight(second_moment: Tensor, eps: float) -> Tensor:
+    return adam_weight(second_moment.float(), eps)

@@ -18,6 +18,9 @@ from lightning_gradhist.report.loggers import Sink, sink_of
 
 T = TypeVar("T")
 
+NOT_COUNTED = -(2**48)
+"""In every place of a table of counts of a rank that could not count: below zero also with 10,000 ranks' counts added."""
+
 
 class Once(Generic[T]):
     """A value that is made once, by whoever asks for it first, in whichever thread."""
@@ -67,6 +70,8 @@ class HostTensor:
 class HostCopy:
     """A histogram on the host; called, it gives the histogram, as :class:`HostTensor` does a tensor.
 
+    It raises RuntimeError instead where a rank's counts are :data:`NOT_COUNTED`, which nobody knows before.
+
     Args:
         histogram: on any device.
     """
@@ -78,7 +83,10 @@ class HostCopy:
 
     def __call__(self) -> MagnitudeHistogram:
         """The histogram on the host."""
-        self._histogram.table = self._table()
+        table = self._table()
+        if table.numel() and table[0, 0] < 0:
+            raise RuntimeError("a rank could not count its part of the gradients, so that the step is left out")
+        self._histogram.table = table
         return self._histogram
 
 

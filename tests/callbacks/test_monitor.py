@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -28,12 +30,15 @@ from support import (
     fit,
     loader,
     logged_counts,
+    logged_scalars,
     trainer,
 )
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.callbacks import gradients, optimizer_state
+from lightning_gradhist.callbacks import monitor as monitor_module
 from lightning_gradhist.callbacks.gradients import Replicas, own_parts, shares
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.record import RunRecord
@@ -384,6 +389,8 @@ def test_instances_have_keys_of_their_own() -> None:
     options += [{"include": "a"}, {"exclude": "a"}, {"when": "after_clip"}, {"local": True}, {"optimizer_state": True}]
     keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
     assert len(set(keys)) == len(keys)
+    two = [GradientHistogramMonitor(group_by=lambda name: name[:4], name=name) for name in ("first", "second")]
+    assert two[0].state_key != two[1].state_key and GradientHistogramMonitor(name=None).state_key == keys[0]
     assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
 
 
@@ -734,3 +741,164 @@ def test_the_command_line_takes_the_arguments(group_by: Any) -> None:
     monitor = parser.instantiate_classes(parser.parse_args(words)).monitor
     assert (monitor.group_by, monitor.include, monitor.exclude, monitor.local) == (group_by, "Linear", "bias", True)
     assert monitor.optimizer_state is True
+
+
+@pytest.mark.parametrize("local", [pytest.param(False, id="averaged"), pytest.param(True, id="local")])
+def test_a_run_restored_in_its_middle_goes_on_and_is_monitored(tmp_path, local: bool) -> None:
+    class Tuned(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, lr=self.lr))
+            self.lr = 1e-3
+
+    class InMidRun(LearningRateFinder):
+        def on_fit_start(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    monitor = GradientHistogramMonitor(every_n_steps=4, local=local)
+    finder = InMidRun(num_training_steps=10)
+    made = fit(tmp_path, monitor, finder, module=Tuned, max_epochs=2, limit_train_batches=8)
+    assert made.global_step == 16
+    tag = f"gradient_{'local_' if local else ''}magnitude/all"
+    assert [event.step for event in events(tmp_path).Histograms(tag)] == [0, 4, 8, 12]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+
+
+def _raises(*args: Any, **kwargs: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "options"),
+    [
+        pytest.param(gradients, "local_gradient", {}, id="gradients"),
+        pytest.param(monitor_module, "own_parts", {}, id="parts"),
+        pytest.param(monitor_module, "ready_gradients", {"when": "after_clip"}, id="after clipping"),
+        pytest.param(gradients, "local_gradient", {"local": True}, id="local copies"),
+        pytest.param(optimizer_state, "_epsilons", {"optimizer_state": True}, id="state"),
+        pytest.param(optimizer_state, "StateReport", {"optimizer_state": True}, id="report"),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_fails_costs_one_warning_and_not_the_run(
+    tmp_path, monkeypatch, owner: Any, attribute: str, options: dict[str, Any], accumulate: int
+) -> None:
+    monkeypatch.setattr(owner, attribute, _raises)
+    monitor = GradientHistogramMonitor(every_n_steps=1, **options)
+    with pytest.warns(UserWarning, match="could not log, training goes on.*OutOfMemory") as caught:
+        made = fit(tmp_path, monitor, accumulate_grad_batches=accumulate, limit_train_batches=6)
+    assert made.global_step == 6 // accumulate
+    assert len([one for one in caught if "GradientHistogramMonitor" in str(one.message)]) == 1
+
+
+def test_a_group_function_that_raises_costs_one_warning(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="group_by raises for 'body.0.weight'.*OutOfMemory") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=4, group_by=_raises), limit_train_batches=5)
+    assert len([one for one in caught if "group_by" in str(one.message)]) == 1
+    assert len(events(tmp_path).Histograms("gradient_magnitude/head.weight")) == 2
+
+
+def test_a_row_that_two_optimizers_have_is_told_apart(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4, group_by="one|two|weight", optimizer_state=True, batch_size=8)
+    fit(tmp_path / "apart", monitor, module=TwoOptimizers())
+    tags = events(tmp_path / "apart").Tags()["histograms"]
+    assert {"gradient_magnitude/one", "gradient_magnitude/two"} < set(tags)  # no other optimizer has them
+    monitor = GradientHistogramMonitor(every_n_steps=4, group_by=lambda name: "net", optimizer_state=True, batch_size=8)
+    fit(tmp_path / "shared", monitor, module=TwoOptimizers())
+    histograms = events(tmp_path / "shared").Histograms
+    for index in (0, 1):
+        mine, pooled = (histograms(f"gradient_magnitude/{name}_{index}") for name in ("net", "all"))
+        assert [event.step for event in mine] == [event.step for event in pooled]
+        assert mine[0].histogram_value.num == pooled[0].histogram_value.num
+        assert logged_scalars(tmp_path / "shared", f"optimizer_update_ratio/net_{index}")
+    assert "gradient_magnitude/net" not in events(tmp_path / "shared").Tags()["histograms"]
+
+
+class StepInGroup(torch.optim.Optimizer):
+    """The steps in the group, as fused optimizers of other packages have them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                state["exp_avg_sq"] = p.grad.square().lerp_(state.get("exp_avg_sq", torch.zeros_like(p)), 0.999)
+                p.addcdiv_(p.grad, state["exp_avg_sq"].sqrt() + group["eps"], value=-group["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_optimizer_with_another_state_than_adam_has_simple_noise(tmp_path, accumulate: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=True)
+    fit(tmp_path, monitor, module=Net(StepInGroup), accumulate_grad_batches=accumulate)  # a warning is an error
+    samples = monitor.noise_records[0].samples
+    assert len(samples) >= 4 and all(sample["noise_simple"] is not None for sample in samples)
+    assert all(sample["noise_adam"] is None for sample in samples)
+    assert logged_scalars(tmp_path, "optimizer_update_ratio/all")
+
+
+@pytest.mark.parametrize("schedule", [{0: 4, 1: 1}, {0: 1, 1: 4}])
+def test_accumulation_may_change_between_epochs(tmp_path, schedule: dict[int, int]) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path, monitor, GradientAccumulationScheduler(schedule), max_epochs=2)  # a warning is an error
+    assert made.global_step == 20
+    assert any(sample["batch_size"] == 32 for sample in monitor.noise_records[0].samples)
+
+
+def test_every_fit_may_warn_anew(tmp_path, monkeypatch) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    monkeypatch.setattr(monitor_module, "own_parts", _raises)
+    for folder in ("first", "second"):
+        with pytest.warns(UserWarning, match="could not log, training goes on.*OutOfMemory"):
+            fit(tmp_path / folder, monitor, max_steps=2)
+
+
+def test_an_optimizer_without_step_hooks_turns_it_off(tmp_path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+            self.defaults = inner.defaults
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.inner.zero_grad(set_to_none)
+
+    with pytest.warns(UserWarning, match="is off: Wrapper has no step hooks"):
+        module = Net(lambda p: Wrapper(torch.optim.AdamW(p)))
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), module=module)
+    assert made.global_step == 16 and not events(tmp_path).Tags()["histograms"]
+
+
+def test_the_record_is_written_at_the_end_of_an_epoch_that_has_something_new(tmp_path, monkeypatch) -> None:
+    saved = []
+    save = RunRecord.save
+    monkeypatch.setattr(RunRecord, "save", lambda record, path: (saved.append(record.steps), save(record, path)))
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=10), limit_train_batches=1, max_epochs=30)
+    assert saved == [2, 10, 12, 22, 30]  # 10 is the second logged step
+    assert RunRecord.load(tmp_path / "calibration.json").steps == 30
+
+
+def test_training_does_not_wait_for_the_record_and_is_told_what_it_raised(tmp_path, monkeypatch) -> None:
+    threads: list[str] = []
+
+    def save(record: RunRecord, path: Path) -> None:
+        threads.append(threading.current_thread().name)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "save", save)
+    with pytest.warns(UserWarning, match="could not log, training goes on.*No space left") as caught:
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=2), max_epochs=2)
+    assert made.global_step == 32 and len(threads) > 3
+    assert threading.main_thread().name not in threads
+    assert len([one for one in caught if "could not log" in str(one.message)]) == 1

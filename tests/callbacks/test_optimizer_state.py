@@ -24,6 +24,7 @@ from support import (
 from torch import nn
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor
+from lightning_gradhist.callbacks.watched import epsilons, metric_weights, second_moment
 from lightning_gradhist.report import plots
 
 SMALL = 1e-20  # damps nothing, not even what a bias before BatchNorm has for a gradient
@@ -245,3 +246,35 @@ def test_a_rank_that_cannot_copy_its_weights_logs_nothing_and_says_so(tmp_path, 
     assert made.global_step == 3
     assert not [tag for tag in events(tmp_path).Tags()["scalars"] if tag.startswith("optimizer_")]
     assert len(logged_scalars(tmp_path, "gradient_median/all")) == 3
+
+
+def test_the_alarm_says_what_to_do_of_moments_below_the_range_of_float32(tmp_path) -> None:
+    class Tiny(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.head(batch[0]), batch[1]) * 1e-60
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    with pytest.warns(UserWarning, match="damps 100.0% of the weights.*Lower eps .eps=0 damps") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=4, optimizer_state=True), module=Tiny, precision="64-true")
+    assert not any("could not log" in str(one.message) for one in caught)
+
+
+def test_the_metric_has_the_epsilon_of_each_group() -> None:
+    layer = nn.Linear(4, 4)
+    groups = [{"params": [layer.weight]}, {"params": [layer.bias], "eps": 1}]
+    optimizer = torch.optim.AdamW(groups, eps=1e-8)
+    layer(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    parameters = dict(layer.named_parameters())
+    optimizer.param_groups[0]["eps"] = torch.tensor(0.5)
+    moments = second_moment(optimizer, parameters)
+    weights = metric_weights(moments, epsilons(optimizer, parameters))
+    assert weights is not None
+    for name, eps in (("weight", 0.5), ("bias", 1.0)):
+        torch.testing.assert_close(weights[name], 1 / (moments[name].sqrt() + eps))

@@ -93,3 +93,19 @@ def test_a_compiled_layer_keeps_its_name_and_class() -> None:
     model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
     model.head = torch.compile(model.head, backend="eager")
     assert list(rows(2, "Linear", model=model).values()) == 2 * ["blocks.0"] + 2 * ["blocks.1"] + 2 * ["head"]
+
+
+def test_a_filter_may_name_what_is_frozen_at_the_start() -> None:
+    model = Model()
+    model.blocks.requires_grad_(False)
+    assert Rows(None, "blocks", None).check(model) == 0
+    assert Rows(None, None, "blocks").check(model) == 3
+
+
+def test_no_row_has_the_name_of_what_is_over_all_rows() -> None:
+    for group in ("all", "all_1"):
+        with pytest.raises(MisconfigurationException, match=f"the group '{group}', which is the name of"):
+            Rows(lambda name, group=group: group, None, None).check(Model())
+    model = Model()
+    model.all = nn.Parameter(torch.zeros(1))
+    assert rows(model=model)["all"] == "parameter_all"

@@ -16,6 +16,7 @@ from rank_jobs import (
     numbers,
     out_of_step,
     run_ranks,
+    short_of_memory,
     uneven,
 )
 from support import assert_state_is_logged, events, expected_counts, logged_counts
@@ -187,3 +188,19 @@ def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -
     assert (tmp_path / "error.txt").read_text()
     assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 2, 4, 6]
     assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 4
+
+
+def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path) -> None:
+    found = run_ranks(short_of_memory, 2, tmp_path)[0]
+    for case, tag in (
+        ("count", "gradient_magnitude/all"),
+        ("part", "gradient_magnitude/all"),
+        ("copy", "gradient_local_magnitude/all"),
+        ("state", "optimizer_second_moment/all"),
+    ):
+        said, nonzero = found[case]
+        assert len(said) == 1 and "so that the step is left out" in said[0], (case, said)
+        logged = events(tmp_path / case).Histograms(tag)
+        assert [event.step for event in logged] == [0, 8], case
+        if case in ("count", "part"):
+            assert logged[-1].histogram_value.num == nonzero  # no rank's part is missing
