@@ -36,8 +36,9 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 	@echo "(tensorboard is at $(BIN)/tensorboard)"
 
+# One thread a process: there is a process for each core, and threads that wait for a busy core cost more than they do.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 nightly: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --hypothesis-profile nightly -k test_property tests
