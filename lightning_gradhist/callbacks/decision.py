@@ -40,6 +40,7 @@ _ADAM_LIKE = (
     *("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "AdamE", "ALTO"),
     *("FusedAdam", "DeepSpeedCPUAdam", "Adam8bit", "AdamW8bit", "Lamb", "LAMB", "FusedLAMB"),
 )
+_KEPT = RateRatio(1.0, 1.0, 1.0, "keep")
 _HALF_STATE = ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop")  # torch's: state and arithmetic in the parameters' dtype
 
 
@@ -261,7 +262,7 @@ class Decision:
         obstacle = self._rate_obstacle(law, reference)
         if law == "keep" or obstacle is not None or self.batch_size is None or reference is None:
             self.problems.extend([obstacle] if obstacle else [])
-            return RateRatio(1.0, 1.0, 1.0, "keep")
+            return _KEPT
         noise, source = self._noise()
         ratio = choose_ratio(
             law, self.batch_size, reference, noise, from_record=source == "record", fallback=self.options.fallback
@@ -301,7 +302,7 @@ class Decision:
         obstacle = self._scheduler_obstacle()
         if obstacle is not None:
             self.problems.append(obstacle)
-            return RateRatio(1.0, 1.0, 1.0, "keep")
+            return _KEPT
         probe = GreedyProbe(self.trainer, self.module, changes, self.options.batch_size)
         probe.run(self.options.probe_batches, self.options.confidence)
         self.problems.extend(probe.left_out)
@@ -310,7 +311,7 @@ class Decision:
             self.problems.append(
                 f"no greedy learning rate: {probe.why_none}. The rate is kept (learning_rate='keep' asks for none)"
             )
-            return RateRatio(1.0, 1.0, 1.0, "keep")
+            return _KEPT
         self.reasons.append(
             f"greedy learning rate by the loss along {probe.rate.steps} of the optimizer's own steps ({probe.gradients}"
             f" gradients and {probe.forwards} forward passes): the best for one step from these weights; a run is often best"

@@ -600,7 +600,7 @@ class GradientHistogramMonitor(Callback):
 
     def _tell(self) -> None:
         while self._unsaid:
-            self._guarded(partial(_raise, self._unsaid.pop(0)))
+            self._warn(self._unsaid.pop(0))
 
     def _guarded(self, log: Callable[[], object]) -> bool:
         """Whether it was done: a full disk or a broken logger costs one warning. No collectives in here."""
@@ -611,10 +611,14 @@ class GradientHistogramMonitor(Callback):
         try:
             return make()
         except Exception as error:
-            if not self._failed:
-                rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
-            self._failed = True
+            self._warn(error)
             return None
+
+    def _warn(self, error: Exception) -> None:
+        """Speaks of the first failure of a fit, and no more."""
+        if not self._failed:
+            rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
+        self._failed = True
 
 
 def _raised(job: Callable[[], None]) -> list[Exception]:
@@ -623,10 +627,6 @@ def _raised(job: Callable[[], None]) -> list[Exception]:
     except Exception as error:
         return [error]
     return []
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:
