@@ -10,17 +10,20 @@ those steps, and the weights after a training with it must be those after one wi
 the run before anything is timed.
 
 Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a module
-and a ``fit`` of their own. The time of a step goes from one ``on_train_batch_start`` to the next, by ``perf_counter``,
-in a callback that comes before all others (on CUDA between two events there); the first 3 steps are left out. A turn
-has 10 steps, and more where the variant's kinds of steps need them. The steps of a kind count by their median in the
-turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes at the 1st, 2nd, 4th, 8th, ...
-logged step), off. A drawn step and each of the three after it, into which its writing may reach, are kinds of their
-own; so are those of a logged step, where there are others. The time per step of a turn is the mean over the kinds of
-the first 10,000 steps of a run. The turns of the default cadence log every 6th step, as off-steps are all alike, and
-weigh the kinds as they come when every 50th is logged. Added are the time of a turn less that of ``none`` in the same
-round, and the share of ``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a
-difference of nothing looks like. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put
-off is done there.
+and a ``fit`` of their own. What a step takes goes from one ``on_train_batch_start`` to the next, in a callback that
+comes before all others; the first 3 steps are left out. On the CPU it is taken in seconds of the processor, of all
+threads of the process together (``process_time``), with one thread for torch: so the work that other threads do counts
+in full, and what other processes and the machine's owner take from the clock does not. The seconds on the clock
+(``perf_counter``) stand beside them. On CUDA it is the time between two events. wandb's own process is in neither. A
+turn has 10 steps, and more where the variant's kinds of steps need them. The steps of a kind count by their median in
+the turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes at the 1st, 2nd, 4th, 8th,
+... logged step), off. A drawn step and each of the three after it, into which its writing may reach, are kinds of their
+own; so are those of a logged step, where there are others. A step of a turn takes the mean over the kinds of the first
+10,000 steps of a run. The turns of the default cadence log every 6th step, as off-steps are all alike, and weigh the
+kinds as they come when every 50th is logged. Added is what a turn takes beyond ``none`` in the same round, and the
+share of ``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a difference of
+nothing looks like. A variant that takes minutes has its turn in the first round only. ``end_seconds`` goes from the
+last batch to the return of ``fit``: work that was put off is done there.
 
 Memory and log are measured at every logged step of a training on batches of 2, as neither depends on the batch: the
 growth of resident memory as the slope of a line through the last third of 48 steps, in which no heatmap is drawn, and
@@ -28,8 +31,8 @@ the bytes of all files that were written, by the number of logged steps. Times t
 size of the log, and not too little, as heatmaps and heads of files, which become rarer, are in it. wandb's own process
 is not in the memory.
 
-Alone: counting all gradients once, against reading as many bytes (``Tensor.sum`` of one tensor); and on two gloo ranks
-of one thread, counting the slice of a rank against counting all, both ranks at it at the same time.
+Alone: counting all gradients once, against reading as many bytes (``Tensor.sum`` of one tensor); and on two gloo ranks,
+counting the slice of a rank against counting all, both ranks at it at the same time, in seconds of the processor.
 
 ``make peers`` installs the peers. A peer that cannot be run is named in the report and in the CSV, with the reason.
 """
@@ -44,10 +47,10 @@ import statistics
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import capture_variants
@@ -88,6 +91,7 @@ MACHINE = "date device cpu cores threads gpu python torch lightning triton light
 PEERS = {"share_of_add_histogram": ADD_HISTOGRAM, "share_of_wandb_watch": WANDB}
 MEASURED = [
     *"seconds seconds_q25 seconds_q75 added_ms added_share added_share_q25 added_share_q75".split(),
+    *"clock_seconds added_clock_share".split(),
     *PEERS,
     *"end_seconds log_bytes_per_logged_step log_bytes_in_10000_steps".split(),
     *"memory_bytes_per_step memory_bytes_in_10000_steps".split(),
@@ -95,7 +99,7 @@ MEASURED = [
 ]
 COLUMNS = [*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note", *MACHINE]
 SHOWN = [
-    *"model variant seconds added_ms added_share".split(),
+    *"model variant seconds added_ms added_share added_clock_share".split(),
     *PEERS,
     *"end_seconds log_bytes_in_10000_steps memory_bytes_in_10000_steps".split(),
     *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
@@ -108,31 +112,38 @@ Row = dict[str, Any]
 
 
 class Clock(L.Callback):
-    """The times of the steps' beginnings."""
+    """What the steps take, on the clock and of the processor or the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.ticks, self.end = device, [], 0.0
+        self.device = device
+        self.clock: list[float] = []
+        self.work: list[Any] = []
+        self.end = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Take the time, without waiting for the device."""
+        """Take the times, without waiting for the device."""
+        self.clock.append(perf_counter())
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self.ticks.append(event)
+            self.work.append(event)
         else:
-            self.ticks.append(perf_counter())
+            self.work.append(process_time())
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Take the time of the last one."""
         self.end = perf_counter()
 
-    def seconds(self) -> list[float]:
+    def clock_seconds(self) -> list[float]:
         """Of each step but the last."""
-        pairs = zip(self.ticks, self.ticks[1:], strict=False)
+        return np.diff(self.clock).tolist()
+
+    def seconds(self) -> list[float]:
+        """Of the processor or the device, of each step but the last."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
-        return [end - begin for begin, end in pairs]
+            return [begin.elapsed_time(end) / 1e3 for begin, end in zip(self.work, self.work[1:], strict=False)]
+        return np.diff(self.work).tolist()
 
 
 class Memory(L.Callback):
@@ -233,7 +244,8 @@ class Turn:
     """What one turn has shown."""
 
     seconds: float
-    """A step, over 10,000 of them."""
+    """Of the processor or the device for a step, over 10,000 of them."""
+    clock_seconds: float
     end_seconds: float
 
 
@@ -250,7 +262,8 @@ def take_turn(task: Task, variant: Variant, steps: int, device: torch.device) ->
         )
         returned = perf_counter()
     gc.collect()
-    return Turn(seconds_a_step(clock.seconds(), variant), returned - clock.end)
+    a_step = (seconds_a_step(seconds, variant) for seconds in (clock.seconds(), clock.clock_seconds()))
+    return Turn(*a_step, returned - clock.end)
 
 
 def seconds_a_step(seconds: list[float], variant: Variant) -> float:
@@ -263,27 +276,32 @@ def seconds_a_step(seconds: list[float], variant: Variant) -> float:
 
 
 def take_turns(task: Task, some: list[Variant], rounds: int, steps: int, device: torch.device) -> dict[str, list[Turn]]:
-    """All variants in each round."""
+    """All variants in each round, but for those that take too long."""
     turns: dict[str, list[Turn]] = {variant.name: [] for variant in some}
     for index in range(rounds):
         first = index % len(some)
         for variant in [*some[first:], *some[:first]]:
-            turns[variant.name].append(take_turn(task, variant, steps, device))
+            if index == 0 or not variant.takes_minutes:
+                turns[variant.name].append(take_turn(task, variant, steps, device))
         print(f"  round {index + 1} of {rounds}", flush=True)
     return turns
 
 
 def of_turns(turns: dict[str, list[Turn]], name: str) -> Row:
     """The columns that come from the turns of a variant."""
-    seconds = {other: [turn.seconds for turn in taken] for other, taken in turns.items()}
-    added = {other: np.subtract(theirs, seconds[NONE]) for other, theirs in seconds.items()}
-    share = added[name] / seconds[NONE]
+    taken = turns[name]
+    seconds = {other: np.array([turn.seconds for turn in theirs]) for other, theirs in turns.items()}
+    added = {other: theirs - seconds[NONE][: len(theirs)] for other, theirs in seconds.items()}
+    clock = np.array([turn.clock_seconds for turn in taken])
+    plain_clock = np.array([turn.clock_seconds for turn in turns[NONE]][: len(taken)])
     row = {
-        "rounds": len(turns[name]),
+        "rounds": len(taken),
         **quartiles("seconds", seconds[name]),
         "added_ms": f"{1e3 * np.median(added[name]):.4g}",
-        **quartiles("added_share", share),
-        "end_seconds": f"{np.median([turn.end_seconds for turn in turns[name]]):.3g}",
+        **quartiles("added_share", added[name] / seconds[NONE][: len(taken)]),
+        "clock_seconds": f"{np.median(clock):.4g}",
+        "added_clock_share": f"{np.median(clock / plain_clock - 1):.4g}",
+        "end_seconds": f"{np.median([turn.end_seconds for turn in taken]):.3g}",
     }
     if name.startswith("monitor"):
         shares = {column: added[name] / added[peer] for column, peer in PEERS.items() if peer in turns}
@@ -355,13 +373,18 @@ def slice_share(name: str, scale: float, rounds: int) -> float:
     shares = []
     for _ in range(rounds + 1):
         torch.distributed.barrier()
-        cut = seconds_per_call(lambda: histogram.update(dict(slice_of(gradients, sizes, rank, ranks))), CALLS, CPU)
+        cut = work_of(lambda: histogram.update(dict(slice_of(gradients, sizes, rank, ranks))))
         torch.distributed.barrier()
-        shares.append(cut / seconds_per_call(lambda: histogram.update(gradients), CALLS, CPU))
+        shares.append(cut / work_of(lambda: histogram.update(gradients)))
     return statistics.median(shares[1:])
 
 
-CPU = torch.device("cpu")
+def work_of(function: Callable[[], object]) -> float:
+    """Seconds of the processor that some calls take."""
+    start = process_time()
+    for _ in range(CALLS):
+        function()
+    return process_time() - start
 
 
 def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
@@ -413,7 +436,7 @@ TARGETS = [
     Target(EVERY_STEP, "share_of_wandb_watch", 0.2, 0.05, "every step, share of wandb.watch's added time"),
     Target(OFF_STEPS, "added_share_q25", 0, 0, "off-steps, lower quartile of the added share (not measurable)"),
     Target(ALONE, "share_of_read_bandwidth", None, 0.8, "counting, share of the bandwidth of a read", at_least=True),
-    Target(ALONE, "work_of_one_rank_in_two", 0.55, None, "counting on a rank of two, share of one rank's time"),
+    Target(ALONE, "work_of_one_rank_in_two", 0.55, None, "counting on a rank of two, share of one rank's work"),
 ]
 
 
@@ -520,6 +543,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/capture_cost_<device>.csv")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor, too
     output = args.output or Path(__file__).parent / "results" / f"capture_cost_{args.device}.csv"
 
     described = {**machine(device), "lightning": installed_version("lightning")}

@@ -192,6 +192,7 @@ class Variant:
     needs: int = 0
     """Steps of a turn at the least, so that each kind is among the timed ones."""
     distribution: str = ""
+    takes_minutes: bool = False
 
     def kind_in_turn(self, step: int) -> str:
         """What a step of a turn is like."""
@@ -215,7 +216,7 @@ def variants() -> list[Variant]:
         Variant(OFF_STEPS, partial(_make_monitor, every_n_steps=10**9), every_n_steps=None),
         Variant(ADD_HISTOGRAM, _add_histogram),
         Variant(WANDB, _wandb, distribution="wandb"),
-        Variant("cockpit, GradHist1d", _cockpit, distribution="cockpit-for-pytorch"),
+        Variant("cockpit, GradHist1d", _cockpit, distribution="cockpit-for-pytorch", takes_minutes=True),
         Variant("Composer's OptimizerMonitor", _composer, distribution="mosaicml"),
         Variant("Graphcore's tensor tracker", _graphcore),
     ]

@@ -3,7 +3,9 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import capture_cost
@@ -203,3 +205,25 @@ def test_the_results_in_the_repository_are_whole() -> None:
     assert [row["ranks"] for row in measured] == ["1", "2", "4", "8"]
     for row in measured:
         assert all(row[f"{what}_bytes"] == row[f"{what}_bytes_measured"] for what in capture_scale.MEASURED)
+
+
+def test_what_takes_minutes_has_one_turn_and_is_compared_with_none_of_that_round() -> None:
+    none = variant("none")
+    slow = replace(none, name="slow", takes_minutes=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    turns = capture_cost.take_turns(tiny(), [none, slow], rounds=2, steps=5, device=CPU)
+    assert [len(turns[name]) for name in ("none", "slow")] == [2, 1]
+    row = capture_cost.of_turns(turns, "slow")
+    assert row["rounds"] == 1
+    first = turns["slow"][0].seconds - turns["none"][0].seconds
+    assert float(row["added_ms"]) == pytest.approx(1e3 * first, rel=1e-3)
+
+
+def test_work_of_other_threads_counts() -> None:
+    clock = capture_cost.Clock(CPU)
+    clock.on_train_batch_start()
+    worker = Thread(target=lambda: sorted(range(3_000_000), key=lambda i: -i))
+    worker.start()
+    worker.join()
+    clock.on_train_batch_start()
+    assert clock.seconds()[0] > 0.05
