@@ -11,21 +11,22 @@ the run before anything is timed.
 
 Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a module
 and a ``fit`` of their own. What a step takes goes from one ``on_train_batch_start`` to the next, in a callback that
-comes before all others; the first 3 steps are left out. On the CPU it is taken in seconds of the processor, of all
-threads of the process together (``process_time``), with one thread for torch: so the work that other threads do counts
-in full, and what other processes and the machine's owner take from the clock does not. The seconds on the clock
-(``perf_counter``) stand beside them. On CUDA it is the time between two events. wandb's own process is in neither. A
-turn has 10 steps, and more where the variant's kinds of steps need them. The steps of a kind count by their median in
-the turn: logged, the first or second of a pair for the noise scale, drawn (the heatmap comes at the 1st, 2nd, 4th, 8th,
-... logged step), off. A drawn step and each of the three after it, into which its writing may reach, are kinds of their
-own; so are those of a logged step, where there are others. A step of a turn takes the mean over the kinds of the first
-10,000 steps of a run. The turns of the default cadence log every 6th step, as off-steps are all alike, and weigh the
-kinds as they come when every 50th is logged. Added is what a turn takes beyond ``none`` in the same round, and the
-share of ``none``'s; reported are medians over the rounds, with quartiles. ``none, again`` shows what a difference of
-nothing looks like. A variant that takes minutes has its turn in the first round only. ``end_seconds`` goes from the
-last batch to the return of ``fit``: work that was put off is done there.
+comes before all others. On the CPU it is taken in seconds of the processor, of all threads of the process together
+(``process_time``), with one thread for torch and numpy: so the work of other threads counts in full, and what other
+processes take from the clock does not. The difference on the clock stands beside it. wandb's own process is in neither.
+What watching gradients adds does not depend on the batch, but the noise of a step does, which on a shared machine is a
+tenth of it; so turns are on batches of 1, and what is added to ``none`` of the same round is held against a step of
+``none`` on the whole batch. (A variant that does depend on the batch has one turn of 6 steps on whole batches.) On CUDA
+the time is that between two events, and all turns are on whole batches.
 
-Memory and log are measured at every logged step of a training on batches of 2, as neither depends on the batch: the
+A turn of the monitor has two windows, each with one heatmap, which comes at the 1st, 2nd, 4th, 8th, ... logged step, and
+the second twice as long: their difference tells what a logged step adds (``logged_ms``), and what is left a heatmap
+(``drawn_ms``). ``added_ms`` is what a step adds over the first 10,000 of a run with as many of both as come there. The
+default cadence has every 4th step of its turn logged, and every 50th of the run; off-steps have a variant of their own.
+Reported are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing looks like.
+``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done there.
+
+Memory and log are measured at every logged step of a training on batches of 1, as neither depends on the batch: the
 growth of resident memory as the slope of a line through the last third of 48 steps, in which no heatmap is drawn, and
 the bytes of all files that were written, by the number of logged steps. Times the logged steps of 10,000 that is the
 size of the log, and not too little, as heatmaps and heads of files, which become rarer, are in it. wandb's own process
@@ -42,21 +43,19 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import statistics
 import tempfile
-import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any
 
 import capture_variants
 import lightning as L
 import numpy as np
 import torch
+from capture_turns import LEFT_OUT_STEPS, SMALL_BATCH, Memory, Round, fit, take_rounds
 from capture_variants import (
     ADD_HISTOGRAM,
     DEFAULT,
@@ -66,23 +65,20 @@ from capture_variants import (
     RUN,
     WANDB,
     Task,
-    Training,
     Variant,
     made,
 )
-from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import installed_version, machine, print_table, read_csv, seconds_per_call, write_csv
 from optim_implementations import LeftOut
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.histogram import slice_of
 
-LEFT_OUT_STEPS = 3
-STEPS = 10
-ROUNDS = 3
+ROUNDS = 5
 LONG_STEPS = 48
 GATE_STEPS = 3
 CALLS = 3
@@ -90,8 +86,8 @@ RANKS = 2
 MACHINE = "date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split()
 PEERS = {"share_of_add_histogram": ADD_HISTOGRAM, "share_of_wandb_watch": WANDB}
 MEASURED = [
-    *"seconds seconds_q25 seconds_q75 added_ms added_share added_share_q25 added_share_q75".split(),
-    *"clock_seconds added_clock_share".split(),
+    *"step_ms step_ms_q25 step_ms_q75 added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms".split(),
+    *"logged_ms drawn_ms".split(),
     *PEERS,
     *"end_seconds log_bytes_per_logged_step log_bytes_in_10000_steps".split(),
     *"memory_bytes_per_step memory_bytes_in_10000_steps".split(),
@@ -99,88 +95,13 @@ MEASURED = [
 ]
 COLUMNS = [*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note", *MACHINE]
 SHOWN = [
-    *"model variant seconds added_ms added_share added_clock_share".split(),
+    *"model variant step_ms added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms logged_ms drawn_ms".split(),
     *PEERS,
     *"end_seconds log_bytes_in_10000_steps memory_bytes_in_10000_steps".split(),
     *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
 ]
 ALONE = "counting alone"
 Row = dict[str, Any]
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-class Clock(L.Callback):
-    """What the steps take, on the clock and of the processor or the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.clock: list[float] = []
-        self.work: list[Any] = []
-        self.end = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Take the times, without waiting for the device."""
-        self.clock.append(perf_counter())
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.work.append(event)
-        else:
-            self.work.append(process_time())
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Take the time of the last one."""
-        self.end = perf_counter()
-
-    def clock_seconds(self) -> list[float]:
-        """Of each step but the last."""
-        return np.diff(self.clock).tolist()
-
-    def seconds(self) -> list[float]:
-        """Of the processor or the device, of each step but the last."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [begin.elapsed_time(end) / 1e3 for begin, end in zip(self.work, self.work[1:], strict=False)]
-        return np.diff(self.work).tolist()
-
-
-class Memory(L.Callback):
-    """Resident memory of this process after each step, as Linux tells it."""
-
-    def __init__(self) -> None:
-        self.bytes: list[int] = []
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Ask the system."""
-        self.bytes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-
-
-def fit(
-    task: Task,
-    callbacks: list[L.Callback],
-    steps: int,
-    folder: Path,
-    device: torch.device,
-    batch_size: int | None = None,
-) -> Training:
-    """Train for a number of steps in one epoch."""
-    module, loader = made(task, steps, batch_size)
-    trainer = L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        max_epochs=1,
-        callbacks=callbacks,
-        logger=TensorBoardLogger(folder, name="", version=""),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
-        trainer.fit(module, loader)
-    return module
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -239,74 +160,32 @@ def check_counts(logged: Any, gradient: np.ndarray, what: str) -> None:
 # --- turns ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Turn:
-    """What one turn has shown."""
-
-    seconds: float
-    """Of the processor or the device for a step, over 10,000 of them."""
-    clock_seconds: float
-    end_seconds: float
-
-
-def take_turn(task: Task, variant: Variant, steps: int, device: torch.device) -> Turn:
-    """Train once."""
-    clock = Clock(device)
-    with tempfile.TemporaryDirectory() as folder:
-        fit(
-            task,
-            [clock, *capture_variants.callbacks_of(variant, task)],
-            max(steps, variant.needs) + 1,
-            Path(folder),
-            device,
-        )
-        returned = perf_counter()
-    gc.collect()
-    a_step = (seconds_a_step(seconds, variant) for seconds in (clock.seconds(), clock.clock_seconds()))
-    return Turn(*a_step, returned - clock.end)
-
-
-def seconds_a_step(seconds: list[float], variant: Variant) -> float:
-    """The mean over the first 10,000 steps of a run, in which each kind of step takes its median among the timed ones."""
-    timed = defaultdict(list)
-    for step, taken in list(enumerate(seconds))[LEFT_OUT_STEPS:]:
-        timed[variant.kind_in_turn(step)].append(taken)
-    kinds = Counter(map(variant.kind, range(RUN)))
-    return sum(number * statistics.median(timed[kind]) for kind, number in kinds.items()) / RUN
-
-
-def take_turns(task: Task, some: list[Variant], rounds: int, steps: int, device: torch.device) -> dict[str, list[Turn]]:
-    """All variants in each round, but for those that take too long."""
-    turns: dict[str, list[Turn]] = {variant.name: [] for variant in some}
-    for index in range(rounds):
-        first = index % len(some)
-        for variant in [*some[first:], *some[:first]]:
-            if index == 0 or not variant.takes_minutes:
-                turns[variant.name].append(take_turn(task, variant, steps, device))
-        print(f"  round {index + 1} of {rounds}", flush=True)
-    return turns
-
-
-def of_turns(turns: dict[str, list[Turn]], name: str) -> Row:
+def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     """The columns that come from the turns of a variant."""
-    taken = turns[name]
-    seconds = {other: np.array([turn.seconds for turn in theirs]) for other, theirs in turns.items()}
-    added = {other: theirs - seconds[NONE][: len(theirs)] for other, theirs in seconds.items()}
-    clock = np.array([turn.clock_seconds for turn in taken])
-    plain_clock = np.array([turn.clock_seconds for turn in turns[NONE]][: len(taken)])
-    row = {
-        "rounds": len(taken),
-        **quartiles("seconds", seconds[name]),
-        "added_ms": f"{1e3 * np.median(added[name]):.4g}",
-        **quartiles("added_share", added[name] / seconds[NONE][: len(taken)]),
-        "clock_seconds": f"{np.median(clock):.4g}",
-        "added_clock_share": f"{np.median(clock / plain_clock - 1):.4g}",
-        "end_seconds": f"{np.median([turn.end_seconds for turn in taken]):.3g}",
-    }
-    if name.startswith("monitor"):
-        shares = {column: added[name] / added[peer] for column, peer in PEERS.items() if peer in turns}
-        row |= {column: f"{np.median(of_peer):.4g}" for column, of_peer in shares.items()}
+    mine = [one for one in rounds if variant.name in one.turns]
+    added = [one.added(variant) for one in mine]
+    milliseconds = 1e3 * np.array([one.step for one in added])
+    plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in mine])
+    row: Row = {"rounds": len(mine)}
+    if variant.name == NONE:
+        return row | quartiles("step_ms", plain)
+    row |= quartiles("added_ms", milliseconds)
+    row["added_share"] = f"{np.median(milliseconds) / np.median(plain):.4g}"
+    row["added_clock_ms"] = f"{1e3 * np.median([one.added_clock(variant).step for one in mine]):.4g}"
+    row["end_seconds"] = f"{np.median([one.turns[variant.name].end_seconds for one in mine]):.3g}"
+    if variant.draws:
+        row["logged_ms"] = f"{1e3 * np.median([one.logged for one in added]):.4g}"
+        row["drawn_ms"] = f"{1e3 * np.median([one.drawn for one in added]):.4g}"
     return row
+
+
+def against_peers(rows: dict[str, Row]) -> None:
+    """Fill in what the monitor adds as a share of what its peers add."""
+    for name, row in rows.items():
+        if name.startswith("monitor"):
+            for column, peer in PEERS.items():
+                if peer in rows:
+                    row[column] = f"{float(row['added_ms']) / float(rows[peer]['added_ms']):.4g}"
 
 
 def quartiles(column: str, values: Any) -> Row:
@@ -322,14 +201,15 @@ def growth(task: Task, variant: Variant, steps: int, device: torch.device) -> Ro
     """Memory and log of a variant that logs every step, or nothing."""
     memory = Memory()
     with tempfile.TemporaryDirectory() as folder:
-        fit(task, [*capture_variants.callbacks_of(variant, task), memory], steps, Path(folder), device, batch_size=2)
+        callbacks = [*capture_variants.callbacks_of(variant, task), memory]
+        fit(task, callbacks, steps, Path(folder), device, SMALL_BATCH)
         written = sum(
             path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink()
         )
     last = -(-steps // 3)
     slope = float(np.polyfit(range(last), memory.bytes[-last:], 1)[0])
     row: Row = {"memory_bytes_per_step": f"{slope:.4g}", "memory_bytes_in_10000_steps": f"{slope * RUN:.4g}"}
-    return row | (of_log(written / steps, variant) if variant.every_n_steps else {})
+    return row | (of_log(written / steps, variant) if variant.logs else {})
 
 
 def of_log(bytes_a_logged_step: float, variant: Variant) -> Row:
@@ -434,7 +314,7 @@ TARGETS = [
     Target(EVERY_STEP, "added_share", 0.15, 0.03, "every step, added share of a step"),
     Target(EVERY_STEP, "share_of_add_histogram", 0.2, 0.05, "every step, share of add_histogram's added time"),
     Target(EVERY_STEP, "share_of_wandb_watch", 0.2, 0.05, "every step, share of wandb.watch's added time"),
-    Target(OFF_STEPS, "added_share_q25", 0, 0, "off-steps, lower quartile of the added share (not measurable)"),
+    Target(OFF_STEPS, "added_ms_q25", 0, 0, "off-steps, lower quartile of the added time (not measurable)"),
     Target(ALONE, "share_of_read_bandwidth", None, 0.8, "counting, share of the bandwidth of a read", at_least=True),
     Target(ALONE, "work_of_one_rank_in_two", 0.55, None, "counting on a rank of two, share of one rank's work"),
 ]
@@ -454,7 +334,6 @@ class Options:
 
     scale: float = 1.0
     rounds: int = ROUNDS
-    steps: int = STEPS
     long_steps: int = LONG_STEPS
     models: list[str] | None = None
     only: list[str] | None = None
@@ -494,9 +373,10 @@ def measure(task: Task, options: Options, device: torch.device) -> list[Row]:
         if variant.name == EVERY_STEP and DEFAULT in rows:
             logged = float(rows[EVERY_STEP]["log_bytes_per_logged_step"])
             rows[DEFAULT] |= of_log(logged, next(one for one in some if one.name == DEFAULT))
-    turns = take_turns(task, some, options.rounds, options.steps, device)
-    for name, row in rows.items():
-        row |= of_turns(turns, name)
+    rounds = take_rounds(task, some, options.rounds, device)
+    for variant in some:
+        rows[variant.name] |= of_rounds(rounds, variant)
+    against_peers(rows)
     counted = alone(task, options.scale, options.rounds, device)
     return [{**of_model, **row} for row in [*rows.values(), counted, *left_out]]
 
@@ -509,8 +389,9 @@ def run(options: Options, device: torch.device) -> Iterator[list[Row]]:
         check(task, device)
         print(f"correct: {task.name}: logged counts are numpy's, weights are those without a monitor", flush=True)
     gc.freeze()  # a collection between two turns then does not go through all that is imported
-    for task in tasks:
-        yield measure(task, options, device)
+    with threadpool_limits(1 if device.type == "cpu" else None):
+        for task in tasks:
+            yield measure(task, options, device)
     gc.unfreeze()
 
 
@@ -524,9 +405,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--scale", type=float, default=1.0, help="share of the models' size, for a try-out (default: 1)"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"of a turn, where no more are needed (default: {STEPS})"
-    )
     parser.add_argument(
         "--long-steps", type=int, default=LONG_STEPS, help=f"for memory and log (default: {LONG_STEPS})"
     )
@@ -544,12 +422,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor, too
+        torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
     output = args.output or Path(__file__).parent / "results" / f"capture_cost_{args.device}.csv"
 
     described = {**machine(device), "lightning": installed_version("lightning")}
     print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
-    options = Options(args.scale, args.rounds, args.steps, args.long_steps, args.models, args.only)
+    options = Options(args.scale, args.rounds, args.long_steps, args.models, args.only)
     rows: list[Row] = []
     kept = read_csv(output)
     for of_model in run(options, device):

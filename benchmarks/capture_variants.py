@@ -19,9 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_gradhist import GradientHistogramMonitor
 
 DEFAULT_CADENCE = 50
-CADENCE_IN_TURN = 6
-REACH = 3
-"""Steps after a logged one that its writing may make longer."""
+CADENCE_IN_TURN = 4
 TRANSFORMER = "transformer"
 RUN = 10_000
 """The steps of the run that an added time a step is given for."""
@@ -41,6 +39,8 @@ class Task:
     batch_size: int
     batch_shape: str
     """Of a whole batch, for the reader."""
+    steps: int
+    """Of a turn."""
 
 
 def tasks(scale: float = 1.0) -> list[Task]:
@@ -53,9 +53,9 @@ def tasks(scale: float = 1.0) -> list[Task]:
     layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
     linears = max(4, round(1000 * scale))
     return [
-        Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32"),
-        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 4, "4 x 128 tokens"),
-        Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32"),
+        Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", 128),
+        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 4, "4 x 128 tokens", 32),
+        Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", 32),
     ]
 
 
@@ -183,20 +183,15 @@ class Variant:
 
     name: str
     callback: Callable[[Task], L.Callback | None]
-    kind: Callable[[int], str] = lambda step: "like all others"
-    """What a step of a run is like: steps of one kind are expected to take equally long."""
-    every_n_steps: int | None = 1
-    """From one logged step to the next; None if none is logged in the timed ones."""
-    in_turn: Callable[[int], str] | None = None
-    """What a step of a turn is like, if it is not as in a run."""
-    needs: int = 0
-    """Steps of a turn at the least, so that each kind is among the timed ones."""
+    every_n_steps: int = 1
+    """From one logged step of a run to the next."""
+    every_n_steps_in_turn: int = 1
+    draws: bool = False
+    """A heatmap at the 1st, 2nd, 4th, 8th, ... logged step."""
+    logs: bool = True
+    depends_on_batch: bool = False
+    """What it takes; most take as long for a batch of one sample."""
     distribution: str = ""
-    takes_minutes: bool = False
-
-    def kind_in_turn(self, step: int) -> str:
-        """What a step of a turn is like."""
-        return (self.in_turn or self.kind)(step)
 
     @property
     def version(self) -> str:
@@ -207,16 +202,16 @@ class Variant:
 def variants() -> list[Variant]:
     """All, the one that the others are held against first."""
     return [
-        Variant(NONE, _nothing, every_n_steps=None),
-        Variant("none, again", _nothing, every_n_steps=None),
+        Variant(NONE, _nothing, logs=False),
+        Variant("none, again", _nothing, logs=False),
         _monitor(DEFAULT, DEFAULT_CADENCE),
         _monitor(EVERY_STEP, 1),
         _monitor("monitor, every step, no noise scale", 1, noise_scale=False),
         _monitor("monitor, every step, group_by=1", 1, group_by=1),
-        Variant(OFF_STEPS, partial(_make_monitor, every_n_steps=10**9), every_n_steps=None),
+        Variant(OFF_STEPS, partial(_make_monitor, every_n_steps=10**9), logs=False),
         Variant(ADD_HISTOGRAM, _add_histogram),
         Variant(WANDB, _wandb, distribution="wandb"),
-        Variant("cockpit, GradHist1d", _cockpit, distribution="cockpit-for-pytorch", takes_minutes=True),
+        Variant("cockpit, GradHist1d", _cockpit, depends_on_batch=True, distribution="cockpit-for-pytorch"),
         Variant("Composer's OptimizerMonitor", _composer, distribution="mosaicml"),
         Variant("Graphcore's tensor tracker", _graphcore),
     ]
@@ -226,31 +221,14 @@ NONE, DEFAULT, EVERY_STEP, OFF_STEPS = "none", "monitor", "monitor, every step",
 ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 
-def monitor_kind(every_n_steps: int, step: int) -> str:
-    """What the monitor does at a step: at the 1st, 2nd, 4th, 8th, ... logged step it also draws a heatmap."""
-    logged, since = step // every_n_steps + 1, step % every_n_steps
-    if every_n_steps == 1:
-        since = logged - 2 ** (logged.bit_length() - 1)
-        return f"{since} after one that is drawn" if since <= REACH else f"logged, {step % 2} of a pair"
-    drawn = logged & (logged - 1) == 0
-    return "off" if since > REACH else f"{since} after one that is {'drawn' if drawn else 'logged'}"
-
-
 def _nothing(task: Task) -> None:
     return None
 
 
 def _monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
-    if every_n_steps == 1:
-        return Variant(name, partial(_make_monitor, every_n_steps=1, **options), partial(monitor_kind, 1), needs=15)
-    return Variant(
-        name,
-        partial(_make_monitor, every_n_steps=CADENCE_IN_TURN, **options),
-        partial(monitor_kind, every_n_steps),
-        every_n_steps,
-        partial(monitor_kind, CADENCE_IN_TURN),
-        needs=4 * CADENCE_IN_TURN + REACH + 1,  # the 3rd and the 5th logged step are not drawn
-    )
+    in_turn = min(every_n_steps, CADENCE_IN_TURN)
+    make = partial(_make_monitor, every_n_steps=in_turn, **options)
+    return Variant(name, make, every_n_steps, in_turn, draws=True)
 
 
 def _make_monitor(task: Task, **options: Any) -> L.Callback:

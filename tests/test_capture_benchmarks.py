@@ -10,7 +10,9 @@ from typing import Any
 
 import capture_cost
 import capture_scale
+import capture_turns
 import capture_variants
+import numpy as np
 import pytest
 import torch
 from capture_variants import Task, Variant
@@ -56,12 +58,15 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
     assert set(rows) == {"another model", "none", *names, capture_cost.ALONE}
     assert rows["Graphcore's tensor tracker"]["note"] == "left out: it is not in the registry"
     none, ours, by_hand = (rows[name] for name in ("none", "monitor, every step", "add_histogram"))
-    for row in (none, ours, by_hand):
-        assert float(row["seconds_q25"]) <= float(row["seconds"]) <= float(row["seconds_q75"])
+    assert float(none["step_ms_q25"]) <= float(none["step_ms"]) <= float(none["step_ms_q75"]) and none["added_ms"] == ""
+    for row in (ours, by_hand):
+        assert float(row["added_ms_q25"]) == float(row["added_ms"]) == float(row["added_ms_q75"])
         assert row["tensors"] == "8" and row["batch"] == "128 x 32" and row["torch"] == torch.__version__
-    added = float(ours["seconds"]) - float(none["seconds"])
-    assert float(ours["added_ms"]) == pytest.approx(1e3 * added, rel=0.05, abs=0.01)
-    assert float(none["added_share"]) == 0 and none["log_bytes_per_logged_step"] == ""
+        share = float(row["added_ms"]) / float(none["step_ms"])
+        assert float(row["added_share"]) == pytest.approx(share, rel=1e-2)
+    of_run = (1e4 * float(ours["logged_ms"]) + 14 * float(ours["drawn_ms"])) / 1e4
+    assert float(ours["added_ms"]) == pytest.approx(of_run, rel=1e-2, abs=1e-3)
+    assert by_hand["drawn_ms"] == "" and none["log_bytes_per_logged_step"] == ""
     share = float(ours["added_ms"]) / float(by_hand["added_ms"])
     assert (
         float(ours["share_of_add_histogram"]) == pytest.approx(share, rel=1e-2) and ours["share_of_wandb_watch"] == ""
@@ -127,19 +132,27 @@ def test_the_gate_takes_the_transformer() -> None:
     capture_cost.check(tiny("transformer"), CPU)
 
 
-def test_rare_steps_weigh_as_often_as_they_come() -> None:
-    monitor = variant("monitor")
-    takes = {"off": 1.0, "0 after one that is logged": 11.0, "1 after one that is logged": 3.0}
-    takes |= {"0 after one that is drawn": 101.0, "2 after one that is drawn": 21.0}
-    seconds = [takes.get(monitor.kind_in_turn(step), 1.0) for step in range(monitor.needs)]
-    seconds[0] = seconds[10] = 1e6  # one that is left out, and one that only happened to take long
-    expected = 1 + (192 * (10 + 2) + 8 * (100 + 20)) / 10_000  # 200 of 10,000 steps are logged, 8 of these are drawn
-    assert capture_cost.seconds_a_step(seconds, monitor) == pytest.approx(expected)
-    timed = {monitor.kind_in_turn(step) for step in range(capture_cost.LEFT_OUT_STEPS, monitor.needs)}
-    assert timed == {monitor.kind(step) for step in range(10_000)}
-    every = variant("monitor, every step")
-    kinds = [every.kind(step) for step in range(capture_cost.LEFT_OUT_STEPS, every.needs)]
-    assert set(kinds) == {every.kind(step) for step in range(10_000)}
+@pytest.mark.parametrize(("name", "reports"), [("monitor", 200), ("monitor, every step", 10_000)])
+@pytest.mark.parametrize("steps", [32, 128])
+def test_logged_steps_and_heatmaps_are_told_apart_and_weigh_as_often_as_they_come(
+    name: str, reports: int, steps: int
+) -> None:
+    one = variant(name)
+    seconds = [1.0] * (steps + 1)
+    for number, step in enumerate(range(0, steps, one.every_n_steps_in_turn), 1):
+        draws = number & (number - 1) == 0
+        seconds[step] += 0.5 + 4 * draws
+        seconds[step + 1] += 0.25  # its writing reaches into the next one
+    seconds[0] = 1e6
+    found = capture_turns.added(one, seconds[:-1], [1e6, 1e6, 1e6, *[1.0] * 20])
+    assert found.logged == pytest.approx(0.75) and found.drawn == pytest.approx(4)
+    draws = sum(number & (number - 1) == 0 for number in range(1, reports + 1))
+    assert found.step == pytest.approx((0.75 * reports + 4 * draws) / 10_000)
+
+
+def test_what_draws_nothing_adds_its_mean() -> None:
+    found = capture_turns.added(variant("add_histogram"), [9.0, 9.0, 9.0, 3.0, 5.0], [7.0, 7.0, 7.0, 1.0, 1.0])
+    assert found == capture_turns.Added(3.0, 0.0, 3.0)
 
 
 def test_what_cannot_be_is_named_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,20 +220,19 @@ def test_the_results_in_the_repository_are_whole() -> None:
         assert all(row[f"{what}_bytes"] == row[f"{what}_bytes_measured"] for what in capture_scale.MEASURED)
 
 
-def test_what_takes_minutes_has_one_turn_and_is_compared_with_none_of_that_round() -> None:
+def test_what_depends_on_the_batch_has_one_turn_and_is_compared_with_none_on_whole_batches() -> None:
     none = variant("none")
-    slow = replace(none, name="slow", takes_minutes=True)
+    slow = replace(none, name="slow", depends_on_batch=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    turns = capture_cost.take_turns(tiny(), [none, slow], rounds=2, steps=5, device=CPU)
-    assert [len(turns[name]) for name in ("none", "slow")] == [2, 1]
-    row = capture_cost.of_turns(turns, "slow")
-    assert row["rounds"] == 1
-    first = turns["slow"][0].seconds - turns["none"][0].seconds
-    assert float(row["added_ms"]) == pytest.approx(1e3 * first, rel=1e-3)
+    rounds = capture_turns.take_rounds(replace(tiny(), steps=8), [none, slow], 2, CPU)
+    assert [sorted(one.turns) for one in rounds] == [["none", "slow"], ["none"]]
+    row = capture_cost.of_rounds(rounds, slow)
+    first = np.mean(rounds[0].turns["slow"].seconds[3:]) - np.mean(rounds[0].whole.seconds[3:])
+    assert row["rounds"] == 1 and float(row["added_ms"]) == pytest.approx(1e3 * first, rel=1e-3)
 
 
 def test_work_of_other_threads_counts() -> None:
-    clock = capture_cost.Clock(CPU)
+    clock = capture_turns.Clock(CPU)
     clock.on_train_batch_start()
     worker = Thread(target=lambda: sorted(range(3_000_000), key=lambda i: -i))
     worker.start()

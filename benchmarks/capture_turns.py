@@ -1,0 +1,187 @@
+"""Turns of the benchmark of the capture: a training each, and what watching has added to it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+import capture_variants
+import lightning as L
+import numpy as np
+import torch
+from capture_variants import NONE, RUN, Task, Training, Variant, made
+from lightning.pytorch.loggers import TensorBoardLogger
+
+LEFT_OUT_STEPS = 3
+WHOLE_STEPS = 6
+"""Timed steps of a turn with whole batches."""
+SMALL_BATCH = 1
+
+
+class Clock(L.Callback):
+    """What the steps take, on the clock and of the processor or the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.clock: list[float] = []
+        self.work: list[Any] = []
+        self.end = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Take the times, without waiting for the device."""
+        self.clock.append(perf_counter())
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.work.append(event)
+        else:
+            self.work.append(process_time())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Take the time of the last one."""
+        self.end = perf_counter()
+
+    def clock_seconds(self) -> list[float]:
+        """Of each step but the last."""
+        return np.diff(self.clock).tolist()
+
+    def seconds(self) -> list[float]:
+        """Of the processor or the device, of each step but the last."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [begin.elapsed_time(end) / 1e3 for begin, end in zip(self.work, self.work[1:], strict=False)]
+        return np.diff(self.work).tolist()
+
+
+class Memory(L.Callback):
+    """Resident memory of this process after each step, as Linux tells it."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Ask the system."""
+        self.bytes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def fit(
+    task: Task,
+    callbacks: list[L.Callback],
+    steps: int,
+    folder: Path,
+    device: torch.device,
+    batch_size: int | None = None,
+) -> Training:
+    """Train for a number of steps in one epoch."""
+    module, loader = made(task, steps, batch_size)
+    trainer = L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
+        trainer.fit(module, loader)
+    return module
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the steps of one training have taken."""
+
+    seconds: list[float]
+    """Of the processor or the device, by step."""
+    clock_seconds: list[float]
+    end_seconds: float
+
+
+def take_turn(task: Task, variant: Variant, device: torch.device, whole: bool) -> Turn:
+    """Train once, on whole batches or as far as the variant allows on small ones."""
+    clock = Clock(device)
+    whole = whole or variant.depends_on_batch
+    steps = LEFT_OUT_STEPS + WHOLE_STEPS if whole else task.steps
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks = [clock, *capture_variants.callbacks_of(variant, task)]
+        fit(task, callbacks, steps + 1, Path(folder), device, None if whole else SMALL_BATCH)
+        returned = perf_counter()
+    gc.collect()
+    return Turn(clock.seconds(), clock.clock_seconds(), returned - clock.end)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A turn of each variant, and one of none on whole batches."""
+
+    whole: Turn
+    turns: dict[str, Turn]
+
+    def added(self, variant: Variant) -> Added:
+        """What a variant has added to a step."""
+        plain = self.whole if variant.depends_on_batch else self.turns[NONE]
+        turn = self.turns[variant.name]
+        return added(variant, turn.seconds, plain.seconds)
+
+    def added_clock(self, variant: Variant) -> Added:
+        """The same on the clock."""
+        plain = self.whole if variant.depends_on_batch else self.turns[NONE]
+        turn = self.turns[variant.name]
+        return added(variant, turn.clock_seconds, plain.clock_seconds)
+
+
+def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.device) -> list[Round]:
+    """All variants in each round, those that depend on the batch, and take long, in the first one only."""
+    done = []
+    for index in range(rounds):
+        first = index % len(some)
+        order = [v for v in [*some[first:], *some[:first]] if index == 0 or not v.depends_on_batch]
+        none = next(variant for variant in some if variant.name == NONE)
+        whole = take_turn(task, none, device, whole=True)
+        done.append(Round(whole, {v.name: take_turn(task, v, device, whole=device.type == "cuda") for v in order}))
+        print(f"  round {index + 1} of {rounds}", flush=True)
+    return done
+
+
+@dataclass(frozen=True)
+class Added:
+    """Seconds beyond a training without a callback."""
+
+    logged: float
+    """A logged step; any step of what logs none."""
+    drawn: float
+    """A heatmap; 0 where none is drawn."""
+    step: float
+    """A step, over the first 10,000 of a run."""
+
+
+def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> Added:
+    """Compare the steps of a variant with those of none."""
+    beyond = np.array(seconds) - statistics.fmean(plain[LEFT_OUT_STEPS:])
+    if not variant.draws:
+        each = float(beyond[LEFT_OUT_STEPS:].mean())
+        return Added(each, 0.0, each)
+    short, long = windows(len(seconds), variant.every_n_steps_in_turn)
+    extra = float(beyond[long].sum() - beyond[short].sum())  # both have one heatmap
+    logged = extra / ((long.stop - long.start - short.stop + short.start) / variant.every_n_steps_in_turn)
+    drawn = float(beyond[short].sum()) - (short.stop - short.start) / variant.every_n_steps_in_turn * logged
+    reports = RUN // variant.every_n_steps
+    return Added(logged, drawn, (reports * logged + reports.bit_length() * drawn) / RUN)
+
+
+def windows(steps: int, every_n_steps: int) -> tuple[slice, slice]:
+    """The steps from the last heatmap but two to the last but one, and from there to the last, which are twice as many."""
+    power = (steps // every_n_steps + 1).bit_length() - 1
+    first, second, third = (every_n_steps * (2**k - 1) for k in (power - 2, power - 1, power))
+    return slice(first, second), slice(second, third)
