@@ -19,18 +19,18 @@ tenth of it; so turns are on batches of 1, and what is added to ``none`` of the 
 ``none`` on the whole batch. (A variant that does depend on the batch has one turn of 6 steps on whole batches.) On CUDA
 the time is that between two events, and all turns are on whole batches.
 
-A turn of the monitor has two windows, each with one heatmap, which comes at the 1st, 2nd, 4th, 8th, ... logged step, and
-the second twice as long: their difference tells what a logged step adds (``logged_ms``), and what is left a heatmap
-(``drawn_ms``). ``added_ms`` is what a step adds over the first 10,000 of a run with as many of both as come there. The
-default cadence has every 4th step of its turn logged, and every 50th of the run; off-steps have a variant of their own.
-Reported are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing looks like.
+The heatmap comes at the 1st, 2nd, 4th, 8th, ... logged step. The steps of a turn from the last but one to the last are
+cut in two: the second half has none, and tells what a logged step adds (``logged_ms``), the first one what a heatmap
+adds. ``added_ms`` is what a step adds over the first 10,000 of a run with as many of both as come there. The default
+cadence has every 4th step of its turn logged, and every 50th of the run; off-steps have a variant of their own. Reported
+are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing looks like.
 ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done there.
 
-Memory and log are measured at every logged step of a training on batches of 1, as neither depends on the batch: the
-growth of resident memory as the slope of a line through the last third of 48 steps, in which no heatmap is drawn, and
-the bytes of all files that were written, by the number of logged steps. Times the logged steps of 10,000 that is the
-size of the log, and not too little, as heatmaps and heads of files, which become rarer, are in it. wandb's own process
-is not in the memory.
+Memory and log are measured at every logged step of a training of four turns' length on batches of 1:
+``memory_bytes`` is the resident memory in the last quarter beyond that of ``none``, ``memory_growth_bytes`` how far it
+lies above the quarter before (medians over steps), and the log the bytes of all files that were written, by the number
+of logged steps. Times the logged steps of 10,000 that is the size of the log, and not too little, as heatmaps and heads
+of files, which become rarer, are in it. wandb's own process is not in the memory.
 
 Alone: counting all gradients once, against reading as many bytes (``Tensor.sum`` of one tensor); and on two gloo ranks,
 counting the slice of a rank against counting all, both ranks at it at the same time, in seconds of the processor.
@@ -79,7 +79,6 @@ from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.histogram import slice_of
 
 ROUNDS = 5
-LONG_STEPS = 48
 GATE_STEPS = 3
 CALLS = 3
 RANKS = 2
@@ -87,17 +86,17 @@ MACHINE = "date device cpu cores threads gpu python torch lightning triton light
 PEERS = {"share_of_add_histogram": ADD_HISTOGRAM, "share_of_wandb_watch": WANDB}
 MEASURED = [
     *"step_ms step_ms_q25 step_ms_q75 added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms".split(),
-    *"logged_ms drawn_ms".split(),
+    "logged_ms",
     *PEERS,
     *"end_seconds log_bytes_per_logged_step log_bytes_in_10000_steps".split(),
-    *"memory_bytes_per_step memory_bytes_in_10000_steps".split(),
+    *"memory_bytes memory_growth_bytes".split(),
     *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
 ]
 COLUMNS = [*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note", *MACHINE]
 SHOWN = [
-    *"model variant step_ms added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms logged_ms drawn_ms".split(),
+    *"model variant step_ms added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms logged_ms".split(),
     *PEERS,
-    *"end_seconds log_bytes_in_10000_steps memory_bytes_in_10000_steps".split(),
+    *"end_seconds log_bytes_in_10000_steps memory_bytes memory_growth_bytes".split(),
     *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
 ]
 ALONE = "counting alone"
@@ -175,7 +174,6 @@ def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     row["end_seconds"] = f"{np.median([one.turns[variant.name].end_seconds for one in mine]):.3g}"
     if variant.draws:
         row["logged_ms"] = f"{1e3 * np.median([one.logged for one in added]):.4g}"
-        row["drawn_ms"] = f"{1e3 * np.median([one.drawn for one in added]):.4g}"
     return row
 
 
@@ -197,19 +195,43 @@ def quartiles(column: str, values: Any) -> Row:
 # --- memory and log ---------------------------------------------------------------------------------------------------
 
 
-def growth(task: Task, variant: Variant, steps: int, device: torch.device) -> Row:
-    """Memory and log of a variant that logs every step, or nothing."""
-    memory = Memory()
+@dataclass(frozen=True)
+class Held:
+    """What a training holds in memory, and leaves on the disk."""
+
+    memory: float
+    """Bytes, in the last quarter."""
+    growth: float
+    """Bytes, since the quarter before."""
+    log: float
+    """Bytes a step."""
+
+
+def hold(task: Task, variant: Variant, device: torch.device) -> Held:
+    """Train for four turns' length, of one that logs every step, or nothing."""
+    memory, steps = Memory(), 4 * task.steps
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [*capture_variants.callbacks_of(variant, task), memory]
         fit(task, callbacks, steps, Path(folder), device, SMALL_BATCH)
-        written = sum(
-            path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink()
-        )
-    last = -(-steps // 3)
-    slope = float(np.polyfit(range(last), memory.bytes[-last:], 1)[0])
-    row: Row = {"memory_bytes_per_step": f"{slope:.4g}", "memory_bytes_in_10000_steps": f"{slope * RUN:.4g}"}
-    return row | (of_log(written / steps, variant) if variant.logs else {})
+        files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
+        written = sum(path.stat().st_size for path in files)
+    before, last = (statistics.median(memory.bytes[k * steps // 4 : (k + 1) * steps // 4]) for k in (2, 3))
+    return Held(last, last - before, written / steps)
+
+
+def of_memory_and_log(task: Task, some: list[Variant], device: torch.device) -> dict[str, Row]:
+    """The columns on memory and log, by variant; for those where they are compared."""
+    compared = [variant for variant in some if variant.name in (NONE, EVERY_STEP, *PEERS.values())]
+    held = {variant.name: hold(task, variant, device) for variant in compared}
+    rows: dict[str, Row] = {}
+    for variant in compared:
+        mine = held[variant.name]
+        beyond, growth = mine.memory - held[NONE].memory, mine.growth
+        rows[variant.name] = {"memory_bytes": f"{beyond:.4g}", "memory_growth_bytes": f"{growth:.4g}"}
+        rows[variant.name] |= of_log(mine.log, variant) if variant.logs else {}
+    for default in (variant for variant in some if variant.name == DEFAULT and EVERY_STEP in held):
+        rows[DEFAULT] = of_log(held[EVERY_STEP].log, default)
+    return rows
 
 
 def of_log(bytes_a_logged_step: float, variant: Variant) -> Row:
@@ -334,7 +356,6 @@ class Options:
 
     scale: float = 1.0
     rounds: int = ROUNDS
-    long_steps: int = LONG_STEPS
     models: list[str] | None = None
     only: list[str] | None = None
 
@@ -367,15 +388,10 @@ def measure(task: Task, options: Options, device: torch.device) -> list[Row]:
     print(f"{task.name}: {len(parameters):,} tensors, {sum(parameters):,} parameters, {task.batch_shape}", flush=True)
     some, left_out = split(task, options.only)
     rows = {variant.name: {"variant": variant.name, "version": variant.version} for variant in some}
-    for variant in some:
-        if variant.name in (NONE, EVERY_STEP, *PEERS.values()):
-            rows[variant.name] |= growth(task, variant, options.long_steps, device)
-        if variant.name == EVERY_STEP and DEFAULT in rows:
-            logged = float(rows[EVERY_STEP]["log_bytes_per_logged_step"])
-            rows[DEFAULT] |= of_log(logged, next(one for one in some if one.name == DEFAULT))
+    of_long = of_memory_and_log(task, some, device)
     rounds = take_rounds(task, some, options.rounds, device)
     for variant in some:
-        rows[variant.name] |= of_rounds(rounds, variant)
+        rows[variant.name] |= of_long.get(variant.name, {}) | of_rounds(rounds, variant)
     against_peers(rows)
     counted = alone(task, options.scale, options.rounds, device)
     return [{**of_model, **row} for row in [*rows.values(), counted, *left_out]]
@@ -406,9 +422,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument(
-        "--long-steps", type=int, default=LONG_STEPS, help=f"for memory and log (default: {LONG_STEPS})"
-    )
-    parser.add_argument(
         "--models",
         nargs="+",
         choices=names,
@@ -427,7 +440,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     described = {**machine(device), "lightning": installed_version("lightning")}
     print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
-    options = Options(args.scale, args.rounds, args.long_steps, args.models, args.only)
+    options = Options(args.scale, args.rounds, args.models, args.only)
     rows: list[Row] = []
     kept = read_csv(output)
     for of_model in run(options, device):

@@ -172,16 +172,17 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
     if not variant.draws:
         each = float(beyond[LEFT_OUT_STEPS:].mean())
         return Added(each, 0.0, each)
-    short, long = windows(len(seconds), variant.every_n_steps_in_turn)
-    extra = float(beyond[long].sum() - beyond[short].sum())  # both have one heatmap
-    logged = extra / ((long.stop - long.start - short.stop + short.start) / variant.every_n_steps_in_turn)
-    drawn = float(beyond[short].sum()) - (short.stop - short.start) / variant.every_n_steps_in_turn * logged
+    every = variant.every_n_steps_in_turn
+    with_heatmap, without = windows(len(seconds), every)
+    logged = every * float(beyond[without].mean())
+    drawn = float(beyond[with_heatmap].sum()) - (with_heatmap.stop - with_heatmap.start) / every * logged
     reports = RUN // variant.every_n_steps
     return Added(logged, drawn, (reports * logged + reports.bit_length() * drawn) / RUN)
 
 
 def windows(steps: int, every_n_steps: int) -> tuple[slice, slice]:
-    """The steps from the last heatmap but two to the last but one, and from there to the last, which are twice as many."""
+    """The first and the second half of the steps from the last heatmap but one to the last."""
     power = (steps // every_n_steps + 1).bit_length() - 1
-    first, second, third = (every_n_steps * (2**k - 1) for k in (power - 2, power - 1, power))
-    return slice(first, second), slice(second, third)
+    first, last = (every_n_steps * (2**k - 1) for k in (power - 1, power))
+    middle = first + every_n_steps * 2 ** (power - 2)
+    return slice(first, middle), slice(middle, last)

@@ -47,7 +47,7 @@ def variant(name: str) -> Variant:
 def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["monitor", "monitor, every step", "add_histogram", "Graphcore's tensor tracker"]
     output = tmp_path / "results.csv"
-    options = "--scale 1e-3 --rounds 1 --long-steps 6 --output".split()
+    options = "--scale 1e-3 --rounds 1 --output".split()
     earlier = [{"model": "CNN", "variant": "another model"}, {"model": "small tensors", "variant": "measured anew"}]
     write_csv(earlier, capture_cost.COLUMNS, output)
     capture_cost.main([*options, str(output), "--models", "small tensors", "--only", *names])
@@ -64,9 +64,8 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
         assert row["tensors"] == "8" and row["batch"] == "128 x 32" and row["torch"] == torch.__version__
         share = float(row["added_ms"]) / float(none["step_ms"])
         assert float(row["added_share"]) == pytest.approx(share, rel=1e-2)
-    of_run = (1e4 * float(ours["logged_ms"]) + 14 * float(ours["drawn_ms"])) / 1e4
-    assert float(ours["added_ms"]) == pytest.approx(of_run, rel=1e-2, abs=1e-3)
-    assert by_hand["drawn_ms"] == "" and none["log_bytes_per_logged_step"] == ""
+    assert float(ours["logged_ms"]) > 0 and by_hand["logged_ms"] == ""
+    assert float(none["memory_bytes"]) == 0 and ours["memory_growth_bytes"] and none["log_bytes_per_logged_step"] == ""
     share = float(ours["added_ms"]) / float(by_hand["added_ms"])
     assert (
         float(ours["share_of_add_histogram"]) == pytest.approx(share, rel=1e-2) and ours["share_of_wandb_watch"] == ""
