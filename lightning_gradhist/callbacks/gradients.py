@@ -103,8 +103,8 @@ def full_batches(trainer: Trainer) -> float:
         and isinstance(loader.batch_size, int)
         and not loader.drop_last
         and math.isfinite(batches)
+        and isinstance(loader.sampler, Sized)  # not so of an IterableDataset, which may have no length
         and batches == len(loader)
-        and isinstance(loader.sampler, Sized)
         and len(loader.sampler) % loader.batch_size > 0
     )
     return batches - 1 if uneven else batches
