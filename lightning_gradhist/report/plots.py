@@ -48,6 +48,8 @@ def pixels(figure: Figure) -> numpy.ndarray:
 def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[str, float] | None = None) -> Figure:
     """Layers by magnitude: one row a name, first on top, darker where more of the layer's values lie.
 
+    One in twenty cells may be beyond the darkest colour: a bias of three values does not make all other layers pale.
+
     A row's values are the densities per decade of that layer, its orange tick is the median, and the dashed line is the
     smallest number that float16 can hold.
 
@@ -75,6 +77,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
         interpolation="nearest",
         extent=(low, high, len(names), 0.0),
         vmin=0.0,
+        vmax=_darkest(density),
     )
     medians = histogram.quantile(0.5)[rows].log10()
     for color, width in (("white", 2.4), (_ORANGE, 1.4)):
@@ -94,7 +97,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     shown = "|gradient|  (orange: median" if eps is None else "sqrt(second moment)  (red: epsilon, orange: median"
     axes.set_xlabel(f"log10 {shown} of the layer)")
     axes.set_title(title, fontsize=10, loc="left", pad=14)
-    figure.colorbar(image, ax=axes, label="share of the layer per decade", fraction=0.04, pad=0.02)
+    figure.colorbar(image, ax=axes, label="share of the layer per decade", extend="max", fraction=0.04, pad=0.02)
     return figure
 
 
@@ -208,6 +211,11 @@ def _legend(axes: Any) -> None:
 
 def _eps_label(when: str, eps: float, search_space: EpsilonRange) -> str:
     return f"{when}: {eps:.3g}, damps {search_space.damped_share(eps):.1%}"
+
+
+def _darkest(density: torch.Tensor) -> float:
+    occupied = density[density > 0].sort().values
+    return float(occupied[int(0.95 * (len(occupied) - 1))])
 
 
 def _density(counts: torch.Tensor, edges: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
