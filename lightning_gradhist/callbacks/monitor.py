@@ -266,8 +266,15 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
-        if self._replicas is not None and (self._restored or self._optimizers != trainer.optimizers):
+        if self._replicas is None:
+            return
+        if self._restored or self._optimizers != trainer.optimizers:
             self._watch(trainer, pl_module, self.state_dict()["optimizers"])
+        for watched, optimizer in zip(self._watched, self._optimizers, strict=False):
+            if any(copies is not None and copies.untouched for copies in (watched.local, watched.part)):
+                self._await_local_gradients(
+                    trainer, watched, optimizer
+                )  # of what has been unfrozen or added since, too
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -510,7 +517,7 @@ class GradientHistogramMonitor(Callback):
 
     def _await_local_gradients(self, trainer: Trainer, watched: Watched, optimizer: Optimizer) -> None:
         """Has gradients of the coming step copied before ranks average them, if it is to be logged."""
-        watched.local = watched.part = None
+        watched.drop_copies()
         parts = self._measures_noise and parts_of_a_step(trainer) > 1
         if watched.steps % self.every_n_steps == 0 and (self.local or parts):
             parameters = optimizer_parameters(trainer.lightning_module, optimizer)

@@ -679,6 +679,25 @@ def test_a_layer_frozen_in_mid_run_is_left_out_from_then_on(tmp_path) -> None:
     assert [event.step for event in histograms("gradient_local_magnitude/body.0.weight")] == [0, 3, 6, 9]
 
 
+class Unfreezes(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.body.requires_grad_(self.current_epoch == 1)
+
+
+def test_a_layer_unfrozen_before_a_logged_step_is_in_its_copies(tmp_path) -> None:
+    local = GradientHistogramMonitor(every_n_steps=2, local=True)
+    averaged = GradientHistogramMonitor(every_n_steps=2)
+    fit(tmp_path, local, averaged, module=Unfreezes, max_epochs=2, limit_train_batches=8, accumulate_grad_batches=2)
+    for tag in ("gradient_magnitude/body.0.weight", "gradient_local_magnitude/body.0.weight"):
+        assert [event.step for event in events(tmp_path).Histograms(tag)] == [4, 6]
+    counts = [logged_counts(tmp_path, f"gradient_{kind}magnitude/all", 4) for kind in ("", "local_")]
+    assert counts[0] == counts[1]
+
+
 def test_a_run_within_a_run_and_a_second_fit_are_each_counted_once(tmp_path) -> None:
     outer, inner = GradientSpy(), GradientSpy()
 
