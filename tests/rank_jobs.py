@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -366,6 +367,11 @@ def out_of_step(folder: Path) -> Any:
         calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8, batch_size=4)
         fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
         found[name] = (calibration.result.gradients, calibration.result.problems)
+    monitor = GradientHistogramMonitor(group_by=lambda name: "ab"[(len(name) + rank) % 2])
+    try:
+        fit(folder / "groups", monitor, max_steps=2, **ddp(ranks))
+    except MisconfigurationException as error:
+        found["groups"] = str(error)
     return found
 
 

@@ -103,8 +103,8 @@ def full_batches(trainer: Trainer) -> float:
         and isinstance(loader.batch_size, int)
         and not loader.drop_last
         and math.isfinite(batches)
+        and isinstance(loader.sampler, Sized)  # not so of an IterableDataset, which may have no length
         and batches == len(loader)
-        and isinstance(loader.sampler, Sized)
         and len(loader.sampler) % loader.batch_size > 0
     )
     return batches - 1 if uneven else batches
@@ -212,6 +212,8 @@ class LocalGradients:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.untouched = True
+        """Whether no backward has come yet, and one is still awaited."""
         self._copies: dict[str, Tensor] = {}
         self._error: Exception | None = None
         self._handles = [
@@ -236,10 +238,12 @@ class LocalGradients:
 
     def remove(self) -> None:
         """Copies nothing any more."""
+        self.untouched = False
         for handle in self._handles:
             handle.remove()
 
     def _copy(self, name: str, parameter: Tensor) -> None:
+        self.untouched = False
         try:
             self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
         except Exception as error:  # within the user's backward, which goes on

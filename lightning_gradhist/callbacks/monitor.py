@@ -129,7 +129,8 @@ class GradientHistogramMonitor(Callback):
 
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
-            matches nothing, and for ``local=True`` where no rank has a gradient of its own (ModelParallelStrategy).
+            matches nothing, for a ``group_by`` that differs between ranks, and for ``local=True`` where no rank has a
+            gradient of its own (ModelParallelStrategy).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -178,6 +179,7 @@ class GradientHistogramMonitor(Callback):
         self.optimizer_state = optimizer_state
         self.name = name
         self._rows = Rows(group_by, include, exclude)
+        self._optimizers: list[Optimizer] = []
         self._watched: list[Watched] = []
         self._states: StateWatch | None = None
         self._restored: list[dict[str, Any]] = []
@@ -189,11 +191,11 @@ class GradientHistogramMonitor(Callback):
         self._saved = 0
         self._records: Writer | None = None
         self._unsaid: list[Exception] = []
-        self._failed = False
+        self._failed = self._has_warned_unseen = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay with the optimizers of this process, and threads in it.
-        return {**self.__dict__, "_handles": [], "_states": None, "_records": None}
+        return {**self.__dict__, "_handles": [], "_optimizers": [], "_states": None, "_records": None}
 
     @property
     def state_key(self) -> str:
@@ -220,7 +222,7 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
-        self._saved, self._failed = 0, False
+        self._saved, self._failed, self._has_warned_unseen = 0, False, False
         self._replicas = shares(trainer)
         if self._replicas is None:
             rank_zero_warn(
@@ -236,28 +238,19 @@ class GradientHistogramMonitor(Callback):
                 " any parameter; use local=False, or strategy='ddp'"
             )
         rows = self._rows.check(pl_module)
+        self._check_group_by(trainer, pl_module)
         if self.group_by is None and rows > _MANY:
             rank_zero_info(
                 f"GradientHistogramMonitor logs {rows} histograms, one a parameter; group_by=1, 2, ... gives one a module"
                 " at that depth, and include= and exclude= choose among the parameters."
             )
-        self._watch(trainer, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
         self._log_dir = self._directory(trainer)
         known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
         self._states = StateWatch(self.bins_per_octave, self._replicas) if self.optimizer_state else None
-        hookless = [type(optimizer).__name__ for optimizer in trainer.optimizers if not _has_step_hooks(optimizer)]
-        if hookless:
-            self._replicas = self._log_dir = None
-            rank_zero_warn(
-                f"GradientHistogramMonitor is off: {hookless[0]} has no step hooks, as it does not call the constructor of"
-                " torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
-            )
+        self._watch(trainer, pl_module, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
+        if self._replicas is None:
             return
-        for index, (watched, optimizer) in enumerate(zip(self._watched, trainer.optimizers, strict=True)):
-            self._handles.append(before_update(optimizer, partial(self._take_step, trainer, pl_module, index)))
-            self._handles.append(optimizer.register_step_post_hook(partial(self._end_step, trainer, pl_module, index)))
-            self._await_local_gradients(trainer, watched, optimizer)
         if self.noise_scale and not self._measures_noise:
             rank_zero_warn(
                 "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
@@ -272,15 +265,20 @@ class GradientHistogramMonitor(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Goes on from a checkpoint that was restored in the middle of the run, as ``LearningRateFinder`` does."""
-        if self._restored and self._replicas is not None:
-            self._watch(trainer, self._restored)
-            for watched, optimizer in zip(self._watched, trainer.optimizers, strict=True):
-                self._await_local_gradients(trainer, watched, optimizer)
+        """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
+        if self._replicas is None:
+            return
+        if self._restored or self._optimizers != trainer.optimizers:
+            self._watch(trainer, pl_module, self.state_dict()["optimizers"])
+        for watched, optimizer in zip(self._watched, self._optimizers, strict=False):
+            if any(copies is not None and copies.untouched for copies in (watched.local, watched.part)):
+                self._await_local_gradients(
+                    trainer, watched, optimizer
+                )  # of what has been unfrozen or added since, too
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
-        index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), None)
+        index = next((i for i, other in enumerate(self._optimizers) if other is optimizer), None)
         if index is None or self._replicas is None:
             return
         watched = self._watched[index]
@@ -331,9 +329,7 @@ class GradientHistogramMonitor(Callback):
                 self._guarded(lambda i=index, last=last: self._draw(trainer, i, *last))  # type: ignore[misc]
         if self._states is not None:
             self._guarded(partial(self._states.close, partial(self._send, trainer)))
-        self._release()
-        self._save_last(trainer, pl_module)
-        self._guarded(self._close)
+        self._finish(trainer, pl_module)
         if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
             rank_zero_info(
                 f"GradientHistogramMonitor measured the noise scale at fewer than {_FEW} steps, too few to calibrate another"
@@ -342,9 +338,19 @@ class GradientHistogramMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
-        self._release()
-        self._save_last(trainer, pl_module)
-        self._guarded(self._close)
+        self._finish(trainer, pl_module)
+
+    def _check_group_by(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuses a function that groups otherwise on another rank, whose counts would be added to other rows."""
+        if trainer.world_size == 1 or not callable(self.group_by):
+            return
+        rows = list(self._rows.of(module, model_shapes(module)).items())
+        same = rows == trainer.strategy.broadcast(rows)
+        if not least_over_ranks(float(same), trainer):
+            raise MisconfigurationException(
+                "group_by gives other groups on other ranks; it must depend on nothing but the parameter's name, not on"
+                " the rank nor on hash(), which differs from process to process"
+            )
 
     def _directory(self, trainer: Trainer) -> Path | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
@@ -355,19 +361,32 @@ class GradientHistogramMonitor(Callback):
             return None  # of several monitors the first writes the record
         return Path(trainer.strategy.broadcast(_run_directory(trainer) if trainer.is_global_zero else ""))
 
-    def _watch(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
-        """Watches the optimizers from these states on, or from their first step."""
-        for watched in self._watched:
-            watched.release()
-        self._watched = [Watched(**state) for state in states[: len(trainer.optimizers)]]
-        self._watched += [Watched() for _ in range(len(trainer.optimizers) - len(self._watched))]
+    def _watch(self, trainer: Trainer, module: LightningModule, states: list[dict[str, Any]]) -> None:
+        """Watches the optimizers that there are now from these states on, or from their first step."""
+        self._release()
         self._restored = []
+        hookless = [type(optimizer).__name__ for optimizer in trainer.optimizers if not _has_step_hooks(optimizer)]
+        if hookless:
+            self._replicas = self._log_dir = None
+            rank_zero_warn(
+                f"GradientHistogramMonitor is off: {hookless[0]} has no step hooks, as it does not call the constructor of"
+                " torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
+            )
+            return
+        self._optimizers = list(trainer.optimizers)
+        self._watched = [Watched(**state) for state in states[: len(self._optimizers)]]
+        self._watched += [Watched() for _ in range(len(self._optimizers) - len(self._watched))]
+        for index, (watched, optimizer) in enumerate(zip(self._watched, self._optimizers, strict=True)):
+            self._handles.append(before_update(optimizer, partial(self._take_step, trainer, module, index)))
+            self._handles.append(optimizer.register_step_post_hook(partial(self._end_step, trainer, module, index)))
+            self._await_local_gradients(trainer, watched, optimizer)
 
     def _take_step(self, trainer: Trainer, module: LightningModule, index: int) -> None:
         """Logs a step that is due, when the optimizer takes it; what is counted after clipping is counted now."""
-        watched, optimizer = self._watched[index], trainer.optimizers[index]
+        watched, optimizer = self._watched[index], self._optimizers[index]
         step, watched.begun = watched.begun, None
         if step is None:
+            self._warn_unseen(watched, optimizer)
             return
         skips = found_inf(optimizer)
         if skips is not None:
@@ -386,6 +405,17 @@ class GradientHistogramMonitor(Callback):
             self._guarded(lambda: self._log(trainer, module, index, histogram))
         if trainer.is_global_zero:
             self._guarded(lambda: self._log_skipped(trainer, index, step.number))
+
+    def _warn_unseen(self, watched: Watched, optimizer: Optimizer) -> None:
+        if (
+            not watched.steps and not self._has_warned_unseen
+        ):  # later ones are LBFGS's evaluations, or of a restored run
+            self._has_warned_unseen = True
+            rank_zero_warn(
+                f"GradientHistogramMonitor does not see the steps of {type(optimizer).__name__}: they go past Lightning, and"
+                " so past on_before_optimizer_step. Step the optimizers that self.optimizers() gives, not those of"
+                " self.optimizers(use_pl_optimizer=False), and pass the closure on in an optimizer_step of your own."
+            )
 
     def _end_step(
         self, trainer: Trainer, module: LightningModule, index: int, optimizer: Optimizer, *_hook: Any
@@ -487,7 +517,7 @@ class GradientHistogramMonitor(Callback):
 
     def _await_local_gradients(self, trainer: Trainer, watched: Watched, optimizer: Optimizer) -> None:
         """Has gradients of the coming step copied before ranks average them, if it is to be logged."""
-        watched.local = watched.part = None
+        watched.drop_copies()
         parts = self._measures_noise and parts_of_a_step(trainer) > 1
         if watched.steps % self.every_n_steps == 0 and (self.local or parts):
             parameters = optimizer_parameters(trainer.lightning_module, optimizer)
@@ -497,7 +527,7 @@ class GradientHistogramMonitor(Callback):
     def _rows_of(self, trainer: Trainer, index: int) -> dict[str, str]:
         """The row of each parameter of an optimizer that is counted."""
         module = trainer.lightning_module
-        rows = [self._rows.of(module, optimizer_parameters(module, optimizer)) for optimizer in trainer.optimizers]
+        rows = [self._rows.of(module, optimizer_parameters(module, optimizer)) for optimizer in self._optimizers]
         return told_apart(rows, index)
 
     def _count(self, trainer: Trainer, index: int, parts: Mapping[str, Tensor] | None) -> MagnitudeHistogram | None:
@@ -560,10 +590,16 @@ class GradientHistogramMonitor(Callback):
     def _suffix(self, index: int) -> str:
         return f"_{index}" if len(self._watched) > 1 else ""
 
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save_last(trainer, module)
+        self._release()
+        self._states = None
+        self._guarded(self._close)
+
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._states = [], None
+        self._handles, self._optimizers = [], []
         for watched in self._watched:
             watched.release()
 
@@ -579,7 +615,7 @@ class GradientHistogramMonitor(Callback):
         shapes, steps = model_shapes(module), trainer.global_step
         self._saved = sum(map(len, self.noise_records))
         copies = [Watched(**watched.state_dict()) for watched in self._watched]  # which training does not change
-        names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        names = [type(optimizer).__name__ for optimizer in self._optimizers]
 
         def save() -> None:
             entries = [watched.record(name) for watched, name in zip(copies, names, strict=True)]

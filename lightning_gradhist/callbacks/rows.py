@@ -103,7 +103,13 @@ def _own_row(name: str) -> str:
 def told_apart(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
     """The rows of one of several optimizers: one that another optimizer has as well ends in the optimizer's index."""
     others = {row for i, other in enumerate(rows) if i != index for row in other.values()}
-    return {name: f"{row}_{index}" if row in others else row for name, row in rows[index].items()}
+    taken = others.union(rows[index].values())
+
+    def own(row: str) -> str:
+        row = f"{row}_{index}"
+        return own(row) if row in taken else row
+
+    return {name: own(row) if row in others else row for name, row in rows[index].items()}
 
 
 def _grouping(group_by: Any) -> Callable[[str], str | None]:

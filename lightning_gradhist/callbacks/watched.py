@@ -91,10 +91,15 @@ class Watched:
     def release(self) -> None:
         """Lets go of what belongs to the model."""
         self.drop_pair()
+        self.drop_copies()
+        self.last_logged = self.begun = None
+
+    def drop_copies(self) -> None:
+        """Copies nothing of the coming step."""
         for copies in (self.local, self.part):
             if copies is not None:
                 copies.remove()
-        self.last_logged = self.begun = self.local = self.part = None
+        self.local = self.part = None
 
     def drop_pair(self) -> None:
         """Measures nothing of the step before."""

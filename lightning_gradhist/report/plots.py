@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _FP16_SMALLEST = 2.0**-24
 _BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9661f", "#8a8f98", "#d4143a"
 _MAX_LABELS = 48
+_MAX_ROWS = 1000  # about as many as a figure has pixels for
 _CELLS_A_DECADE = 8
 _RENDERING = threading.Lock()
 
@@ -48,6 +49,9 @@ def pixels(figure: Figure) -> numpy.ndarray:
 def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[str, float] | None = None) -> Figure:
     """Layers by magnitude: one row a name, first on top, darker where more of the layer's values lie.
 
+    Beyond 1,000 names the largest density of neighbours is shown, so that none is lost between pixels.
+    One in twenty cells may be beyond the darkest colour: a bias of three values does not make all other layers pale.
+
     A row's values are the densities per decade of that layer, its orange tick is the median, and the dashed line is the
     smallest number that float16 can hold.
 
@@ -68,13 +72,15 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
 
     figure = _figure(width=6.2, height=min(max(2.4, 1.3 + 0.2 * len(names)), 11.0))
     axes = figure.add_subplot()
+    rows_each = math.ceil(len(names) / _MAX_ROWS)
     image = axes.imshow(
-        density.numpy(),
+        _largest_of(density, rows_each).numpy(),
         aspect="auto",
         cmap="Blues",
         interpolation="nearest",
-        extent=(low, high, len(names), 0.0),
+        extent=(low, high, math.ceil(len(names) / rows_each) * rows_each, 0.0),
         vmin=0.0,
+        vmax=_darkest(density),
     )
     medians = histogram.quantile(0.5)[rows].log10()
     for color, width in (("white", 2.4), (_ORANGE, 1.4)):
@@ -91,10 +97,11 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     every = math.ceil(len(names) / _MAX_LABELS)
     axes.set_yticks([row + 0.5 for row in range(0, len(names), every)], names[::every], fontsize=8)
     axes.set_xlim(low, high)
+    axes.set_ylim(len(names), 0)
     shown = "|gradient|  (orange: median" if eps is None else "sqrt(second moment)  (red: epsilon, orange: median"
     axes.set_xlabel(f"log10 {shown} of the layer)")
     axes.set_title(title, fontsize=10, loc="left", pad=14)
-    figure.colorbar(image, ax=axes, label="share of the layer per decade", fraction=0.04, pad=0.02)
+    figure.colorbar(image, ax=axes, label="share of the layer per decade", extend="max", fraction=0.04, pad=0.02)
     return figure
 
 
@@ -208,6 +215,16 @@ def _legend(axes: Any) -> None:
 
 def _eps_label(when: str, eps: float, search_space: EpsilonRange) -> str:
     return f"{when}: {eps:.3g}, damps {search_space.damped_share(eps):.1%}"
+
+
+def _largest_of(density: torch.Tensor, rows_each: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(density, (0, 0, 0, -len(density) % rows_each))
+    return padded.unflatten(0, (-1, rows_each)).amax(1)
+
+
+def _darkest(density: torch.Tensor) -> float:
+    occupied = density[density > 0].sort().values
+    return float(occupied[int(0.95 * (len(occupied) - 1))])
 
 
 def _density(counts: torch.Tensor, edges: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:

@@ -519,6 +519,18 @@ def test_a_short_window_of_data_without_a_length_is_not_measured(tmp_path) -> No
     ]  # of four batches, and not of three
 
 
+class WithoutLength(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(dataset())
+
+
+def test_data_without_a_length_of_which_some_batches_are_taken_are_monitored(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path, monitor, data=DataLoader(WithoutLength(), 8), limit_train_batches=6, max_epochs=2)
+    assert made.global_step == 12
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 2, 4, 6, 8, 10]
+
+
 def test_a_fresh_run_starts_a_fresh_record(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=4)
     made = fit(tmp_path / "a", monitor)
@@ -667,6 +679,25 @@ def test_a_layer_frozen_in_mid_run_is_left_out_from_then_on(tmp_path) -> None:
     assert [event.step for event in histograms("gradient_local_magnitude/body.0.weight")] == [0, 3, 6, 9]
 
 
+class Unfreezes(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.body.requires_grad_(self.current_epoch == 1)
+
+
+def test_a_layer_unfrozen_before_a_logged_step_is_in_its_copies(tmp_path) -> None:
+    local = GradientHistogramMonitor(every_n_steps=2, local=True)
+    averaged = GradientHistogramMonitor(every_n_steps=2)
+    fit(tmp_path, local, averaged, module=Unfreezes, max_epochs=2, limit_train_batches=8, accumulate_grad_batches=2)
+    for tag in ("gradient_magnitude/body.0.weight", "gradient_local_magnitude/body.0.weight"):
+        assert [event.step for event in events(tmp_path).Histograms(tag)] == [4, 6]
+    counts = [logged_counts(tmp_path, f"gradient_{kind}magnitude/all", 4) for kind in ("", "local_")]
+    assert counts[0] == counts[1]
+
+
 def test_a_run_within_a_run_and_a_second_fit_are_each_counted_once(tmp_path) -> None:
     outer, inner = GradientSpy(), GradientSpy()
 
@@ -765,6 +796,50 @@ def test_a_run_restored_in_its_middle_goes_on_and_is_monitored(tmp_path, local: 
     tag = f"gradient_{'local_' if local else ''}magnitude/all"
     assert [event.step for event in events(tmp_path).Histograms(tag)] == [0, 4, 8, 12]
     assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+
+
+class NewOptimizers(L.Callback):
+    """Makes optimizers anew at the second epoch, one more than there were if told."""
+
+    def __init__(self, more: bool) -> None:
+        self.more = more
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.strategy.setup_optimizers(trainer)
+            if self.more:
+                trainer.strategy.optimizers = [*trainer.optimizers, torch.optim.SGD(pl_module.two.parameters(), lr=0.1)]
+
+
+class AllInTurn(TwoOptimizers):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.two(self.one(batch[0])).square().mean())
+            optimizer.step()
+
+
+def test_optimizers_made_in_mid_run_are_monitored(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    fit(tmp_path / "anew", monitor, NewOptimizers(more=False), max_epochs=2, limit_train_batches=8)
+    histograms = events(tmp_path / "anew").Histograms("gradient_magnitude/all")
+    assert [event.step for event in histograms] == [0, 4, 8, 12]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+    assert monitor.state_dict()["optimizers"][0]["skipped"] == 0
+    monitor = GradientHistogramMonitor(every_n_steps=4, batch_size=8)
+    fit(tmp_path / "more", monitor, NewOptimizers(more=True), module=AllInTurn(), max_epochs=2, limit_train_batches=8)
+    histograms = events(tmp_path / "more").Histograms("gradient_magnitude/all_2")
+    assert [event.step for event in histograms] == [18, 30]
+
+
+def test_steps_that_it_does_not_see_are_said(tmp_path) -> None:
+    class PastLightning(AllInTurn):
+        def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+            return super().optimizers(use_pl_optimizer=False)
+
+    with pytest.warns(UserWarning, match="does not see the steps of") as caught:
+        fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=PastLightning())
+    assert len([one for one in caught if "does not see" in str(one.message)]) == 1
 
 
 def _raises(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_gradhist.callbacks.rows import Rows, plain_name
+from lightning_gradhist.callbacks.rows import Rows, plain_name, told_apart
 
 
 class Block(nn.Module):
@@ -109,3 +109,8 @@ def test_no_row_has_the_name_of_what_is_over_all_rows() -> None:
     model = Model()
     model.all = nn.Parameter(torch.zeros(1))
     assert rows(model=model)["all"] == "parameter_all"
+
+
+def test_a_row_told_apart_is_no_other_row() -> None:
+    rows = [{"a": "conv", "b": "conv_0"}, {"c": "conv"}]
+    assert [told_apart(rows, index) for index in (0, 1)] == [{"a": "conv_0_0", "b": "conv_0"}, {"c": "conv_1"}]

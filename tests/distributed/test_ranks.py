@@ -180,6 +180,7 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     assert gradients == 14 and any("2 of 16 batches of the probe had another number" in problem for problem in problems)
     gradients, problems = found[0]["no room"]
     assert gradients == 0 and any("no probe: to hold gradients raised OutOfMemory" in problem for problem in problems)
+    assert "group_by gives other groups on other ranks" in found[0]["groups"]
 
 
 def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -> None:

@@ -86,6 +86,24 @@ def test_heatmap_rows_are_densities_with_their_median() -> None:
         assert segment[:, 1].tolist() == pytest.approx([row + 0.15, row + 0.85])
 
 
+def test_heatmap_loses_no_name_between_pixels() -> None:
+    names = [f"w{i}" for i in range(2500)]
+    histogram = MagnitudeHistogram(names)
+    histogram.update({name: torch.full((1,), 1.0 if name == "w1201" else 1e-3) for name in names})
+    axes = drawn(magnitude_heatmap(histogram, "very many"))
+    image = axes.images[0]
+    shown = np.asarray(image.get_array())
+    assert shown[:, -1].nonzero()[0].tolist() == [400]  # of w1200, w1201, w1202
+    assert image.get_extent()[2] == 3 * len(shown) == 2502 and axes.get_ylim() == (2500, 0)
+
+
+def test_heatmap_is_not_pale_for_a_few_equal_values() -> None:
+    layers = {f"layers.{i}.weight": lognormal(-3, 3000, seed=i) for i in range(8)}
+    image = drawn(magnitude_heatmap(counted(layers | {"bias": torch.full((3,), 1e-2)}), "")).images[0]
+    *weights, bias = np.asarray(image.get_array())
+    assert np.max(weights) * 0.7 < image.get_clim()[1] < bias.max() / 2
+
+
 @pytest.mark.parametrize(
     ("number", "labels"), [pytest.param(1, 1, id="1"), pytest.param(48, 48, id="48"), pytest.param(300, 43, id="300")]
 )
