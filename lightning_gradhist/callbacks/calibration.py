@@ -46,8 +46,9 @@ class OptimizerCalibration(Callback):
     the learning rate times its factor, only where its loss is lower with ``confidence`` over independent runs, and lower
     than that of the present epsilon at half, twice and four times the rate: at updates of one size a larger epsilon lowers
     the loss faster at first, and loses later. That is what it knows: the first steps, from these weights, at the
-    optimizer's own rate, before any ratio. It takes about 600 to 900 gradients for each batch of accumulation, and says
-    how many. Where it cannot be made, as under FSDP2, or where a scheduler keeps rates of its own, the report says why, and
+    optimizer's own rate, before any ratio. It takes 500 to 1,000 gradients on each rank, times the accumulation, fewer where
+    the loader has fewer than 120 batches, and says how many; it holds up to nine copies of the parameters, and 20 batches.
+    Where it cannot be made, as under FSDP2, or where a scheduler keeps rates of its own, the report says why, and
     epsilon is chosen as by ``"auto"``.
 
     *Learning rate.* A rate is only ever carried over from one that somebody trusts, times the ratio that a law gives

@@ -144,9 +144,11 @@ def epsilon_search_figure(search: EpsilonSearch) -> Figure:
         if alike:
             axes.plot([], [], marker, color=_BLUE, label=label)
     if search.chosen is not None:
-        axes.plot([], [], "o", color=_ORANGE, label=f"chosen: {search.chosen.candidate.eps:g}")
+        marker = "o" if search.chosen.candidate.equal_rms else "s"
+        axes.plot([], [], marker, color=_ORANGE, label=f"chosen: {search.chosen.candidate.eps:g}")
     elif search.present > 0:
         axes.plot([math.log10(search.present)], [0.0], "o", color=_ORANGE, label="stays")
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("log10 of epsilon")
     axes.set_ylabel(f"loss after {search.steps} steps, minus the present")
     axes.set_title(f"Epsilon in short runs, {search.confidence:.0%} intervals of all together", fontsize=10, loc="left")
