@@ -18,8 +18,8 @@ STEPS, LEAST_STEPS = 16, 4
 """Optimizer steps of a short run: where the data last, and at least."""
 HELD_OUT = 4
 """Batches on each rank that the loss after a short run is measured on."""
-CONTROLS = (0.5, 2.0, 4.0)
-"""Multiples of the learning rate at which the present epsilon is run too."""
+CONTROLS = (0.5, 2.0, 4.0, 8.0)
+"""Multiples of the learning rate at which the present epsilon is run too, where :func:`control_rates` asks for no more."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class EpsilonTrial:
         candidate: what was tried.
         factor: of the learning rate.
         to_present: loss after the runs, minus that of the present epsilon at its rate.
-        to_control: minus that of the present epsilon at the best of the rates of :data:`CONTROLS`.
+        to_control: minus that of the present epsilon at the best of the :func:`control_rates`.
     """
 
     candidate: Candidate
@@ -79,7 +79,7 @@ class EpsilonSearch:
 
     Attributes:
         present: epsilon that the others were compared with.
-        control: the multiple of the learning rate, of :data:`CONTROLS`, at which the present epsilon does best.
+        control: the multiple of the learning rate, of the :func:`control_rates`, at which the present epsilon does best.
         control_to_present: loss at that rate, minus that at the present rate.
         trials: in the order of :func:`candidates`.
         confidence: with which all the intervals together are meant to hold.
@@ -141,8 +141,23 @@ def candidates(present: float, search_space: EpsilonRange, floor: float = 0.0) -
     return (*(Candidate(eps) for eps in tried), *as_auto)
 
 
+def control_rates(gains: Sequence[float]) -> tuple[float, ...]:
+    """Multiples of the learning rate at which the present epsilon is run too: :data:`CONTROLS`, or further up.
+
+    The last but one is no less than what makes the present epsilon descend as fast, to first order, as any candidate at equal
+    update RMS; the last is twice that, since descent along a noisy gradient is partly along its noise.
+
+    Args:
+        gains: descent along the gradient of these candidates' updates, as a multiple of that of the present epsilon's.
+    """
+    *low, high, _ = CONTROLS
+    high = max([high, *(gain for gain in gains if math.isfinite(gain))])
+    return (*low, high, 2 * high)
+
+
 def search_result(
     present: float,
+    rates: Sequence[float],
     tried: Sequence[Candidate],
     factors: Sequence[float],
     losses: Sequence[Sequence[float]],
@@ -158,14 +173,15 @@ def search_result(
     To be better than the present epsilon at its rate is not enough. At updates of one size the loss falls fastest, to first
     order, along the gradient itself, so that at a small rate, or in a short run, the largest epsilon always wins; over a
     whole run it loses. A higher rate then lowers the loss as well. So a candidate has to be better than the present epsilon
-    also at the best of the rates of :data:`CONTROLS`.
+    also at the best of the :func:`control_rates`.
 
     Args:
         present: epsilon that the others are compared with.
+        rates: multiples of the learning rate that it was run at beside.
         tried: candidates.
         factors: of the learning rate, one for each.
-        losses: one row a trajectory: the loss after the run of the present epsilon, at its rate and at those of
-            :data:`CONTROLS`, then of the candidates.
+        losses: one row a trajectory: the loss after the run of the present epsilon, at its rate and at the others,
+            then of the candidates.
         confidence: between 0 and 1.
         cost: ``steps``, ``gradients`` and ``forwards`` of the result.
 
@@ -177,11 +193,11 @@ def search_result(
         raise ValueError(f"only {len(rows)} of {len(losses)} short runs with the present epsilon gave a finite loss")
     t = student_quantile(1 - (1 - confidence) / (2 * len(tried)), len(rows) - 1)
     own, *columns = zip(*rows, strict=True)
-    controls, trials = columns[: len(CONTROLS)], columns[len(CONTROLS) :]
-    best = min(range(len(CONTROLS)), key=lambda i: average(controls[i]))
+    controls, trials = columns[: len(rates)], columns[len(rates) :]
+    best = min(range(len(rates)), key=lambda i: average(controls[i]))
     return EpsilonSearch(
         present=present,
-        control=CONTROLS[best],
+        control=rates[best],
         control_to_present=_difference(controls[best], own, t),
         trials=tuple(
             EpsilonTrial(candidate, factor, _difference(after, own, t), _difference(after, controls[best], t))

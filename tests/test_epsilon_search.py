@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from lightning_gradhist.epsilon import EpsilonRange, epsilon_range, largest_idle
-from lightning_gradhist.epsilon_search import CONTROLS, MOST_DECADES, Candidate, candidates, search_result
+from lightning_gradhist.epsilon_search import (
+    CONTROLS,
+    MOST_DECADES,
+    Candidate,
+    candidates,
+    control_rates,
+    search_result,
+)
 
 
 def space(low: float, high: float) -> EpsilonRange:
@@ -56,13 +63,13 @@ TRIED = (Candidate(1e-6), Candidate(1e-5))
 WOBBLE = (0.01, -0.02, 0.0, 0.015, -0.005, 0.0)
 
 
-def found(*shifts: float, rates: Any = (0.3, 0.2, 0.4), confidence: float = 0.95, noise: float = 1.0) -> Any:
+def found(*shifts: float, rates: Any = (0.3, 0.2, 0.4, 0.5), confidence: float = 0.95, noise: float = 1.0) -> Any:
     """Losses that differ by some shifts: of the present epsilon at other rates, then of the candidates."""
     rows = [
         [base, *(base + s for s in rates), *(base + s + noise * w * (i + 1) for i, s in enumerate(shifts))]
         for base, w in zip((1.0, 3.0, 2.0, 2.5, 1.5, 0.5), WOBBLE, strict=True)
     ]
-    return search_result(1e-8, TRIED, (1.0, 1.2), rows, confidence, steps=16, gradients=1, forwards=2)
+    return search_result(1e-8, CONTROLS, TRIED, (1.0, 1.2), rows, confidence, steps=16, gradients=1, forwards=2)
 
 
 def test_the_interval_is_that_of_pairs() -> None:
@@ -87,9 +94,9 @@ def test_the_interval_is_that_of_pairs() -> None:
         pytest.param((-0.01, 0.0), {}, None, id="within the noise"),
         pytest.param((-0.01, 0.0), {"noise": 0.1}, 1e-6, id="less noise"),
         pytest.param((0.1, 0.2), {}, None, id="worse"),
-        pytest.param((-0.1, -0.2), {"rates": (0.3, -0.5, 0.1)}, None, id="another rate buys more"),
-        pytest.param((-0.1, -0.7), {"rates": (0.3, -0.5, 0.1)}, 1e-5, id="more than another rate"),
-        pytest.param((-0.1, -0.2), {"rates": (math.inf,) * 3}, 1e-5, id="other rates diverge"),
+        pytest.param((-0.1, -0.2), {"rates": (0.3, -0.5, 0.1, 0.1)}, None, id="another rate buys more"),
+        pytest.param((-0.1, -0.7), {"rates": (0.3, -0.5, 0.1, 0.1)}, 1e-5, id="more than another rate"),
+        pytest.param((-0.1, -0.2), {"rates": (math.inf,) * 4}, 1e-5, id="other rates diverge"),
         pytest.param((math.inf, -0.2), {}, 1e-5, id="one diverges"),
         pytest.param((math.nan, math.inf), {}, None, id="all diverge"),
     ],
@@ -105,11 +112,22 @@ def test_none_passes_for_better_that_is_not() -> None:
     wins = 0
     for rows in noise:
         losses = [[a, *[math.inf] * len(CONTROLS), b, c] for a, b, c in rows]
-        wins += search_result(1e-8, TRIED, (1.0, 1.0), losses, steps=1, gradients=1, forwards=1).chosen is not None
+        wins += (
+            search_result(1e-8, CONTROLS, TRIED, (1.0, 1.0), losses, steps=1, gradients=1, forwards=1).chosen
+            is not None
+        )
     assert 0.01 < wins / 1500 < 0.035
 
 
 def test_without_finite_losses_there_is_no_comparison() -> None:
-    rows = [[math.nan, *[1.0] * 5]] * 4 + [[1.0] * 6] * 2
+    rows = [[math.nan, *[1.0] * 6]] * 4 + [[1.0] * 7] * 2
     with pytest.raises(ValueError, match="only 2 of 6 short runs with the present epsilon gave a finite loss"):
-        search_result(1e-8, TRIED, (1.0, 1.0), rows, steps=1, gradients=1, forwards=1)
+        search_result(1e-8, CONTROLS, TRIED, (1.0, 1.0), rows, steps=1, gradients=1, forwards=1)
+
+
+@pytest.mark.parametrize(
+    ("gains", "highest"),
+    [([], 4.0), ([1.2, 2.0], 4.0), ([1.2, 9.0], 9.0), ([math.inf, math.nan, 7.0], 7.0)],
+)
+def test_the_highest_rate_descends_as_fast_as_any_candidate(gains: list[float], highest: float) -> None:
+    assert control_rates(gains) == (0.5, 2.0, highest, 2 * highest)

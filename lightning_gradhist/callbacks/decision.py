@@ -243,7 +243,8 @@ class Decision:
         floor = max(self._epsilon_floor(group) for group in groups)
         start = [max(group["eps"], self._epsilon_floor(group)) for group in groups]
         tried = candidates(start[0], self.search_space, floor)
-        why_none = self._scheduler_obstacle()
+        owner = self._keeper_of_rates()
+        why_none = f"{owner} keeps base rates that cannot be scaled from outside" if owner else None
         if why_none is None and tried:
             raised = [
                 GroupChange(i, "eps", group["eps"], eps)
@@ -330,14 +331,17 @@ class Decision:
         return self._scheduler_obstacle()
 
     def _scheduler_obstacle(self) -> str | None:
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        owners = [type(s).__name__ for s in schedulers if keeps_own_rates(s)]
-        if owners:
+        owner = self._keeper_of_rates()
+        if owner:
             return (
-                f"{owners[0]} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the"
+                f"{owner} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the"
                 " scheduler is made, or pass learning_rate='keep'"
             )
         return None
+
+    def _keeper_of_rates(self) -> str | None:
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return next((type(scheduler).__name__ for scheduler in schedulers if keeps_own_rates(scheduler)), None)
 
     def _greedy_ratio(self, changes: Sequence[GroupChange]) -> RateRatio:
         obstacle = self._scheduler_obstacle()
@@ -429,10 +433,9 @@ def _why_searched(search: EpsilonSearch) -> list[str]:
     cost = f"{search.gradients} gradients and {search.forwards} forward passes"
     if chosen is not None:
         outcome = (
-            f"{chosen.candidate.eps:g} replaces {present}: the loss after {search.steps} steps is lower by"
-            f" {-chosen.to_present.value:.3g} (by {-chosen.to_present.upper:.3g} at least, with {search.confidence:.0%}"
-            f" confidence), and at no other rate that was tried is {present} as good; the learning rate is taken times"
-            f" {chosen.factor:.4g}"
+            f"{chosen.candidate.eps:g} at {chosen.factor:.4g} times the learning rate replaces {present}: its loss after"
+            f" {search.steps} steps is lower by {-chosen.to_present.value:.3g} (by {-chosen.to_present.upper:.3g} at least,"
+            f" with {search.confidence:.0%} confidence), and at no other rate that was tried is {present} as good"
         )
     else:
         by_rate = [trial for trial in search.trials if trial.to_present.upper < 0]
@@ -441,7 +444,7 @@ def _why_searched(search: EpsilonSearch) -> list[str]:
             names = ", ".join(f"{trial.candidate.eps:g}" for trial in by_rate)
             outcome = (
                 f"{present} stays: {names} {'is' if len(by_rate) == 1 else 'are'} better after {search.steps} steps, but not"
-                f" than {present} at {search.control:g} times the learning rate; what another rate buys is not epsilon's"
+                f" than {present} at {search.control:.3g} times the learning rate; what another rate buys is not epsilon's"
             )
     return [
         outcome,

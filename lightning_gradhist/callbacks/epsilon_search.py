@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.gradients import (
+    as_real,
     batch_of_rank,
     clip,
     gradient_for,
@@ -28,16 +29,19 @@ from lightning_gradhist.callbacks.probe import Probe, mean_gradient
 from lightning_gradhist.callbacks.refusal import together
 from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.epsilon_search import (
-    CONTROLS,
     HELD_OUT,
     LEAST_STEPS,
     STEPS,
     TRAJECTORIES,
     Candidate,
     EpsilonSearch,
+    control_rates,
     search_result,
 )
 from lightning_gradhist.report.result import GroupChange
+
+Tried = Callable[["float | None"], tuple[float, float]]
+"""Squared length of the step with an epsilon, None for the present one, and its descent along the gradient."""
 
 
 class ShortRun:
@@ -75,19 +79,19 @@ class ShortRun:
         self._optimizer = _copy(optimizer)
         prepare(self._optimizer.param_groups, changes, factor)
 
-    def steps(self, number: int, lengths: Callable[[Callable[[float | None], float]], None] | None = None) -> None:
+    def steps(self, number: int, look: Callable[[Tried], None] | None = None) -> None:
         """Makes up to so many steps.
 
         Args:
             number: of steps; one whose batches give no finite gradient is left out.
-            lengths: called before each step with what gives the squared length that the step would have with an epsilon,
-                or with the present one.
+            look: called before each step with what gives the squared length that the step would have with an epsilon, or
+                with the present one, and its descent along the gradient.
         """
         for _ in range(number):
             moments = mean_gradient(self._trainer, self._probe, self._trainer.accumulate_grad_batches)
             self.gradients += moments.count
             if moments.count:
-                together(self._trainer, "the optimizer's step", partial(self._step, moments.mean, lengths))
+                together(self._trainer, "the optimizer's step", partial(self._step, moments.mean, look))
 
     def loss(self, batches: int) -> float:
         """The mean over batches and ranks at the present weights; infinite where one is not finite."""
@@ -100,7 +104,7 @@ class ShortRun:
         self.forwards += int(number)
         return total / number if number == batches * self._trainer.world_size else math.inf
 
-    def _step(self, gradients: Mapping[str, Tensor], lengths: Callable[..., None] | None) -> None:
+    def _step(self, gradients: Mapping[str, Tensor], look: Callable[[Tried], None] | None) -> None:
         mine = [p for group in self._optimizer.param_groups for p in group["params"]]
         before = [p.grad for p in mine]
         try:
@@ -109,25 +113,28 @@ class ShortRun:
             for name, p in self._parameters.items():
                 p.grad = gradient_for(p, gradients[name])
             clip(self._trainer, mine)
-            if lengths is not None:
-                lengths(self._squared_length)
+            if look is not None:
+                look(self._tried)
             _step(self._optimizer)
         finally:
             for p, gradient in zip(mine, before, strict=True):
                 p.grad = gradient
 
-    def _squared_length(self, eps: float | None) -> float:
-        """Of the step that a copy of this copy makes, from the same state and for the same gradient."""
+    def _tried(self, eps: float | None) -> tuple[float, float]:
+        """The step that a copy of this copy makes, from the same state and for the same gradient."""
         copied = _copy(self._optimizer)
         for group in copied.param_groups if eps is not None else ():
             group["eps"] = eps
         before = {name: p.detach().clone() for name, p in self._parameters.items()}
         _step(copied)
+        square = descent = 0.0
         with torch.no_grad():
-            squares = [(p - before[name]).norm().double().square() for name, p in self._parameters.items()]
             for name, p in self._parameters.items():
+                step = as_real(before[name] - p).flatten().double()
+                square += float(step @ step)
+                descent += float(step @ as_real(p.grad).flatten().double()) if p.grad is not None else 0.0
                 p.copy_(before[name])
-        return float(torch.stack([square.cpu() for square in squares]).sum())
+        return square, descent
 
 
 class EpsilonSearchProbe:
@@ -201,22 +208,26 @@ class EpsilonSearchProbe:
         reader = Probe(self._trainer, self._module, self._optimizer, rank_batch, tick)
         steps = min(STEPS, (batches // TRAJECTORIES - HELD_OUT) // self._accumulated)
         factors: list[float] = []
-        losses = []
+        rates: Sequence[float] = ()
+        losses: list[list[float]] = []
         for number in range(TRAJECTORIES):
             held = reader.hold(steps * self._accumulated + HELD_OUT)
             if len(held) < LEAST_STEPS * self._accumulated + HELD_OUT:
                 break
             run = partial(self._loss_after, held, number)
-            squares = _Squares([candidate.eps for candidate in tried])
-            losses.append([run(self._changes, 1.0, None if factors else squares.add)])
-            factors = factors or [f if c.equal_rms else 1.0 for c, f in zip(tried, squares.factors(), strict=True)]
-            losses[-1] += [run(self._changes, factor) for factor in CONTROLS]
+            compared = _Compared([candidate.eps for candidate in tried])
+            losses.append([run(self._changes, 1.0, None if factors else compared.add)])
+            if not factors:
+                factors = [f if c.equal_rms else 1.0 for c, f in zip(tried, compared.factors(), strict=True)]
+                gains = compared.gains(factors)
+                rates = control_rates([gain for c, gain in zip(tried, gains, strict=True) if c.equal_rms])
+            losses[-1] += [run(self._changes, rate) for rate in rates]
             for candidate, factor in zip(tried, factors, strict=True):
                 losses[-1].append(run(self._with(candidate.eps), factor) if factor < math.inf else math.inf)
         self.left_out = reader.left_out()
         cost = {"steps": steps, "gradients": self._gradients, "forwards": self._forwards}
         try:
-            self.found = search_result(present, tried, factors, losses, confidence, **cost)
+            self.found = search_result(present, rates, tried, factors, losses, confidence, **cost)
         except ValueError as error:
             self.why_none = str(error)
 
@@ -230,7 +241,7 @@ class EpsilonSearchProbe:
         trajectory: int,
         changes: Sequence[GroupChange],
         factor: float,
-        lengths: Callable[..., None] | None = None,
+        look: Callable[[Tried], None] | None = None,
     ) -> float:
         """The loss on the batches held out, after a run on the others; the weights are as before then."""
         with no_trace(self._trainer, self._module):
@@ -242,28 +253,38 @@ class EpsilonSearchProbe:
                 "to copy the optimizer",
                 lambda: ShortRun(self._trainer, probe, trained, self._optimizer, changes, factor),
             )
-            run.steps((len(held) - HELD_OUT) // self._accumulated, lengths)
+            run.steps((len(held) - HELD_OUT) // self._accumulated, look)
             loss = run.loss(HELD_OUT)
         self._gradients += run.gradients
         self._forwards += run.forwards
         return loss
 
 
-class _Squares:
-    """Sums of the squared lengths of steps: those of the present epsilon, and of each candidate's."""
+class _Compared:
+    """Sums over steps of their squared lengths and descents: those of the present epsilon, and of each candidate's."""
 
     def __init__(self, eps: Sequence[float]) -> None:
         self._eps = (None, *eps)
-        self._sums = [0.0] * len(self._eps)
+        self._sums = [(0.0, 0.0)] * len(self._eps)
 
-    def add(self, squared_length: Callable[[float | None], float]) -> None:
-        self._sums = [total + squared_length(eps) for total, eps in zip(self._sums, self._eps, strict=True)]
+    def add(self, tried: Tried) -> None:
+        found = [tried(eps) for eps in self._eps]
+        self._sums = [(a + c, b + d) for (a, b), (c, d) in zip(self._sums, found, strict=True)]
 
     def factors(self) -> list[float]:
         """Of the learning rates, for updates as large; infinite where an epsilon leaves none, or there are none."""
-        present, *others = self._sums
+        present, *others = (square for square, _ in self._sums)
         usable = [present > 0 and 0 < other < math.inf for other in others]
         return [math.sqrt(present / other) if ok else math.inf for other, ok in zip(others, usable, strict=True)]
+
+    def gains(self, factors: Sequence[float]) -> list[float]:
+        """Of the descents, at these factors; 1 where the present epsilon's steps do not descend."""
+        present, *others = (descent for _, descent in self._sums)
+        return (
+            [other * f / present for other, f in zip(others, factors, strict=True)]
+            if present > 0
+            else [1.0] * len(others)
+        )
 
 
 def _copy(optimizer: Optimizer) -> Optimizer:

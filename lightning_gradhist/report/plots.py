@@ -131,7 +131,7 @@ def epsilon_search_figure(search: EpsilonSearch) -> Figure:
     axes.axhline(0.0, color=_GREY, linewidth=1, label=f"present: {search.present:g}")
     control = search.control_to_present
     if math.isfinite(control.value):
-        label = f"present, rate times {search.control:g}"
+        label = f"present, rate times {search.control:.3g}"
         axes.axhline(control.value, color=_GREY, linestyle="--", linewidth=1, label=label)
     shown = [trial for trial in search.trials if math.isfinite(trial.to_present.value)]
     for equal, marker, label in ((True, "o", "equal update RMS"), (False, "s", "rate as it is")):

@@ -194,7 +194,7 @@ def _search_rows(search: EpsilonSearch) -> list[tuple[str, str]]:
             "epsilon search",
             f"loss after {search.steps} steps, against {present}, {search.trajectories} short runs each",
         ),
-        (f"{present}, rate times {search.control:g}", _compared(search.control_to_present)),
+        (f"{present}, rate times {search.control:.3g}", _compared(search.control_to_present)),
         *(
             (
                 f"eps {t.candidate.eps:g}, rate times {t.factor:.3g}",

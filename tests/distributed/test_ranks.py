@@ -136,7 +136,7 @@ def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     group, result, _ = found[0]["search"]
     search = result.epsilon_search
     assert group["eps"] == search.chosen.candidate.eps < 1e-9
-    assert search.gradients == 16 * search.trajectories * (4 + len(search.trials)) * ranks
+    assert search.gradients == 16 * search.trajectories * (5 + len(search.trials)) * ranks
     assert all(other["search"][1].epsilon_search == search for other in found)
 
 

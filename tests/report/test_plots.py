@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_gradhist.epsilon import epsilon_range
-from lightning_gradhist.epsilon_search import Candidate, EpsilonSearch, search_result
+from lightning_gradhist.epsilon_search import CONTROLS, Candidate, EpsilonSearch, search_result
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.report.plots import (
@@ -239,9 +239,10 @@ def a_search(*losses: float, control: float = 0.1, present: float = 1e-8) -> Eps
     """Losses of 1e-5 and 1e-4 at equal update RMS, and of 1e-6 at the rate as it is, against the present one's."""
     tried = (Candidate(1e-5), Candidate(1e-4), Candidate(1e-6, equal_rms=False))
     rows = [
-        [1.0, 1.5, 1.0 + control, 2.0, *(1.0 + x + w for x in losses)] for w in (0.0, 0.01, -0.01, 0.02, 0.0, -0.02)
+        [1.0, 1.5, 1.0 + control, 2.0, 2.0, *(1.0 + x + w for x in losses)]
+        for w in (0.0, 0.01, -0.01, 0.02, 0.0, -0.02)
     ]
-    return search_result(present, tried, (1.1, 1.4, 1.0), rows, steps=16, gradients=1, forwards=1)
+    return search_result(present, CONTROLS, tried, (1.1, 1.4, 1.0), rows, steps=16, gradients=1, forwards=1)
 
 
 @pytest.mark.parametrize(
