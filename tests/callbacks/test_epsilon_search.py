@@ -256,15 +256,15 @@ class Noisy(L.LightningModule):
         return [optimizer], [LambdaLR(optimizer, lambda step: step / 10)]
 
 
-def of_noise(tmp_path: Any, calibration: OptimizerCalibration, bend: float) -> Any:
+def of_noise(tmp_path: Any, calibration: OptimizerCalibration, noise: float, bend: float) -> Any:
     signs = torch.randn(ENOUGH, 1000, generator=torch.Generator().manual_seed(0)).sign()
-    return fit(tmp_path, calibration, module=Noisy(1e-3, bend), data=DataLoader(TensorDataset(signs), 8), max_steps=1,
+    return fit(tmp_path, calibration, module=Noisy(noise, bend), data=DataLoader(TensorDataset(signs), 8), max_steps=1,
                logger=False)  # fmt: skip
 
 
 def test_an_epsilon_that_damps_noise_is_handed_off_with_its_factor(tmp_path) -> None:
     calibration = search(learning_rate="linear", reference_batch_size=4)
-    made = of_noise(tmp_path, calibration, bend=1e-2)
+    made = of_noise(tmp_path, calibration, noise=0.03, bend=0.03)
     result, group = calibration.result, made.optimizers[0].param_groups[0]
     chosen = result.epsilon_search.chosen
     assert chosen.candidate.equal_rms and group["eps"] == result.epsilon == chosen.candidate.eps > 1e-4
@@ -274,7 +274,7 @@ def test_an_epsilon_that_damps_noise_is_handed_off_with_its_factor(tmp_path) -> 
 
 def test_a_descent_that_a_higher_rate_has_too_is_not_epsilons_merit(tmp_path) -> None:
     calibration = search()
-    of_noise(tmp_path, calibration, bend=0.0)
+    of_noise(tmp_path, calibration, noise=1e-3, bend=0.0)
     found = calibration.result.epsilon_search
     assert found.chosen is None and found.trials[-1].to_present.upper < 0
     assert found.control > 4 and calibration.result.changes == ()
