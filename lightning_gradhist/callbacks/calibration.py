@@ -44,11 +44,11 @@ class OptimizerCalibration(Callback):
     learning rate of each is scaled so that its updates are as large as those of the present epsilon; where that one damps
     more than ``"auto"`` lets it, what ``"auto"`` would set is tried too, at the rate as it is. Another epsilon is set, and
     the learning rate times its factor, only where its loss is lower with ``confidence`` over independent runs, and lower
-    than that of the present epsilon at half the rate and up to eight times, or twice where it descends as fast: at
-    updates of one size a larger epsilon lowers the loss faster at first, and loses later. That is what it knows: the first
-    steps, from these weights, at the optimizer's own rate, before any ratio. It takes 500 to 1,000 gradients on each rank,
-    times the accumulation, fewer where the loader has fewer than 120 batches, and says how many; it holds up to nine copies
-    of the parameters, and 20 batches.
+    than that of the present epsilon at half, twice, four and eight times the rate, and further up where it takes more to
+    descend as fast: at updates of one size a larger epsilon lowers the loss faster at first, and often loses later. That is
+    what it knows: the first steps, from these weights, at the optimizer's own rate, before any ratio. It takes 500 to 1,000
+    gradients on each rank, times the accumulation, fewer where the loader has fewer than 120 batches, and says how many; it
+    holds up to nine copies of the parameters, and 20 batches.
     Where it cannot be made, as under FSDP2, or where a scheduler keeps rates of its own, the report says why, and
     epsilon is chosen as by ``"auto"``.
 
