@@ -121,6 +121,11 @@ def choose_epsilon(current: float, search_space: EpsilonRange) -> float:
     """
     if search_space.damped_share(current) <= IDLE_SHARE:
         return current
+    return largest_idle(search_space)
+
+
+def largest_idle(search_space: EpsilonRange) -> float:
+    """The largest power of ten that halves the step, or more, of at most 2% of all coordinates together."""
     highest = math.floor(math.log10(float(search_space.histogram.quantile(IDLE_SHARE, pooled=True))))
     powers = (float(f"1e{exponent}") for exponent in (highest, highest - 1))  # the first may lie in the quantile's bin
     return next(eps for eps in powers if search_space.damped_share(eps) <= IDLE_SHARE)

@@ -56,9 +56,9 @@ def ratio_estimate(
     t = student_quantile(0.5 + confidence / 2, number - 1)
     error = t * t * (1 / number + 1 / references)
     # The ratios R with (top - R * bottom)^2 <= t^2 var(top - R * bottom): a R^2 - 2 b R + c <= 0.
-    a = bottom * bottom - error * _covariance(signal, signal)
-    b = top * bottom - error * _covariance(noise, signal)
-    c = top * top - error * _covariance(noise, noise)
+    a = bottom * bottom - error * covariance(signal, signal)
+    b = top * bottom - error * covariance(noise, signal)
+    c = top * top - error * covariance(noise, noise)
     root = math.sqrt(max(b * b - a * c, 0.0))
     lower = max((b - root) / a, 0.0) if a and c > 0 else 0.0
     upper = (b + root) / a if a > 0 and bottom > 0 else math.inf
@@ -93,6 +93,7 @@ def average(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _covariance(x: Sequence[float], y: Sequence[float]) -> float:
+def covariance(x: Sequence[float], y: Sequence[float]) -> float:
+    """Unbiased covariance of pairs; needs two."""
     mean_x, mean_y = average(x), average(y)
     return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (len(x) - 1)

@@ -239,6 +239,15 @@ def calibrated(folder: Path) -> Any:
     data = loader(32, samples=32 * 48 * ranks)
     made = fit(folder / "greedy", greedy, module=Net, data=data, max_steps=4, **ddp(ranks))
     found["greedy"] = (_group(made), greedy.result, _parameters(made))
+
+    class Damped(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * 1e-8
+
+    search = OptimizerCalibration(epsilon="search", learning_rate="keep", probe_batches=8)
+    data = loader(16, samples=16 * 20 * 6 * ranks)
+    made = fit(folder / "search", search, module=Damped, data=data, max_steps=2, **ddp(ranks))
+    found["search"] = (_group(made), search.result, _parameters(made))
     return found
 
 

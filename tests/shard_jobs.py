@@ -276,7 +276,7 @@ def calibrated(folder: Path) -> Any:
         return fit(folder / name, *callbacks, module=module, data=loader(4), **options)
 
     for how in ("sharded", "replicated", "noisy"):
-        calibration = OptimizerCalibration(reference_batch_size=ranks, probe_batches=8, apply=False)
+        calibration = OptimizerCalibration(ranks, epsilon="search", probe_batches=8, apply=False)
         spy = ProbeSpy()
         states = [
             final_state(run(f"{how}/{len(callbacks)}", lambda h=how: Whole(h), *callbacks))["weights"]

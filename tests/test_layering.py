@@ -20,7 +20,7 @@ LAYERS = [
     {"_version", "explore", "intervals", "kernels"},
     {"histogram", "noise", "second_moment"},
     {"epsilon", "surge"},
-    {"ratio", "tradeoff"},
+    {"epsilon_search", "ratio", "tradeoff"},
     {"greedy"},
     {"optim", "report"},
     {"callbacks"},

@@ -16,6 +16,7 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.decision import MIN_BATCHES, Decision
 from lightning_gradhist.callbacks.gradients import is_sharded, model_shapes, replicas
 from lightning_gradhist.callbacks.handoff import apply_changes, holds_before
+from lightning_gradhist.epsilon_search import SEARCH
 from lightning_gradhist.greedy import GREEDY
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import sinks
@@ -37,6 +38,19 @@ class OptimizerCalibration(Callback):
     clipping, adaptor E), comes the search space of :func:`lightning_gradhist.epsilon_range`. ``"auto"`` keeps an epsilon
     that damps at most 2% of all coordinates together, and lowers another to the largest power of ten that does. It never
     raises one, but to 1e-7 where torch's optimizer would step in float16, in which 1e-8 is zero.
+
+    ``"search"`` tries: it trains from the initial state with the present epsilon and with the powers of ten of the search
+    space, in short runs that leave no trace (:class:`lightning_gradhist.callbacks.epsilon_search.EpsilonSearchProbe`). The
+    learning rate of each is scaled so that its updates are as large as those of the present epsilon; where that one damps
+    more than ``"auto"`` lets it, what ``"auto"`` would set is tried too, at the rate as it is. Another epsilon is set, and
+    the learning rate times its factor, only where its loss is lower with ``confidence`` over independent runs, and lower
+    than that of the present epsilon at half, twice, four and eight times the rate, and further up where it takes more to
+    descend as fast: at updates of one size a larger epsilon lowers the loss faster at first, and often loses later. That is
+    what it knows: the first steps, from these weights, at the optimizer's own rate, before any ratio. It takes 500 to 1,000
+    gradients on each rank, times the accumulation, fewer where the loader has fewer than 120 batches, and says how many; it
+    holds up to nine copies of the parameters, and 20 batches.
+    Where it cannot be made, as under FSDP2, or where a scheduler keeps rates of its own, the report says why, and
+    epsilon is chosen as by ``"auto"``.
 
     *Learning rate.* A rate is only ever carried over from one that somebody trusts, times the ratio that a law gives
     for the batch sizes: the optimizer's own rate, trusted at ``reference_batch_size`` samples a step, or that of a
@@ -64,7 +78,7 @@ class OptimizerCalibration(Callback):
     Args:
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
         reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model.
-        epsilon: ``"auto"``, ``"keep"``, or a number to be set.
+        epsilon: ``"auto"``, ``"search"``, ``"keep"``, or a number to be set.
         learning_rate: the law: ``"surge"`` or ``"saturating"``, which need a noise scale, or ``"sqrt"``,
             ``"fourth_root"``, ``"linear"`` or ``"keep"``. Or ``"greedy"``, which takes neither reference nor fallback.
         probe_batches: batches of the probe on each rank, at least 4. Half of them go into epsilon and the metric, half
@@ -107,8 +121,10 @@ class OptimizerCalibration(Callback):
             raise MisconfigurationException(
                 "reference and reference_batch_size contradict each other: a record knows its batch size; give one of them"
             )
-        if epsilon not in ("auto", "keep") and not _is_number(epsilon):
-            raise MisconfigurationException(f"epsilon must be 'auto', 'keep' or a number from 0 up, got {epsilon!r}")
+        if epsilon not in ("auto", SEARCH, "keep") and not _is_number(epsilon):
+            raise MisconfigurationException(
+                f"epsilon must be 'auto', 'search', 'keep' or a number from 0 up, got {epsilon!r}"
+            )
         if learning_rate not in (*LAWS, GREEDY):
             raise MisconfigurationException(f"learning_rate must be one of {(*LAWS, GREEDY)}, got {learning_rate!r}")
         if learning_rate == GREEDY and (reference, reference_batch_size, fallback) != (None, None, "keep"):
@@ -239,6 +255,8 @@ def _log(trainer: Trainer, result: CalibrationResult) -> None:
             figures["calibration/epsilon_search_space"] = plots.epsilon_figure(
                 result.epsilon_range, eps if isinstance(eps, float) else None, result.epsilon
             )
+        if drawn and result.epsilon_search is not None:
+            figures["calibration/epsilon_search"] = plots.epsilon_search_figure(result.epsilon_search)
         if drawn and result.effective_batch_size and result.reference_batch_size:
             figures["calibration/learning_rate_over_batch_size"] = plots.learning_rate_figure(result)
         if drawn and result.tradeoff():

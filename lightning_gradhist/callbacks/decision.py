@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks.epsilon_search import EpsilonSearchProbe
 from lightning_gradhist.callbacks.gradients import (
     batch_of_rank,
     clips_by_norm,
@@ -23,6 +24,7 @@ from lightning_gradhist.callbacks.probe import Probe, clip_factor, gradients_a_s
 from lightning_gradhist.callbacks.refusal import together
 from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON, EpsilonRange, choose_epsilon, epsilon_range
+from lightning_gradhist.epsilon_search import SEARCH, EpsilonSearch, candidates
 from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.greedy import GREEDY, GreedyRate
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -80,12 +82,15 @@ class Decision:
         self.search_space: EpsilonRange | None = None
         self.noise: NoiseScale | None = None
         self.greedy: GreedyRate | None = None
+        self.search: EpsilonSearch | None = None
 
     def result(self) -> CalibrationResult:
         """Decides."""
         explore = self._explore_changes()
         if self._needs_probe():
             self._probe()
+        if self.options.epsilon == SEARCH:
+            self._search(explore)
         eps = self._epsilon_changes()
         ratio = self._greedy_ratio((*eps, *explore)) if self.options.learning_rate == GREEDY else self._ratio()
         rates = self._rate_changes(ratio)
@@ -101,13 +106,14 @@ class Decision:
             ratio_interval=(ratio.lower, ratio.upper),
             law=ratio.law,
             greedy=self.greedy,
+            epsilon_search=self.search,
             noise_scale=noise,
             noise_source=source,
             effective_batch_size=self.batch_size,
             reference_batch_size=self._reference_batch_size(),
             changes=(*rates, *eps, *explore),
-            reasons=tuple(self.reasons),
-            problems=tuple(self.problems),
+            reasons=tuple(dict.fromkeys(self.reasons)),  # a second probe says the same again
+            problems=tuple(dict.fromkeys(self.problems)),
             gradients=self.noise.first_half.count + self.noise.measurements if self.noise else 0,
         )
 
@@ -126,7 +132,7 @@ class Decision:
     # --- the probe ----------------------------------------------------------------------------------------------------
 
     def _needs_probe(self) -> bool:
-        wants_epsilon = self.options.epsilon == "auto" and self._has_epsilon()
+        wants_epsilon = self._seeks_epsilon() and self._has_epsilon()
         wants_noise = self.options.learning_rate in NOISE_LAWS and self.options.reference_batch_size is not None
         return wants_epsilon or (wants_noise and self._is_adam_like() and self.batch_size is not None)
 
@@ -215,13 +221,48 @@ class Decision:
         groups = self.optimizer.param_groups
         return self._is_adam_like() and all(isinstance(group.get("eps"), (int, float)) for group in groups)
 
+    def _seeks_epsilon(self) -> bool:
+        return self.options.epsilon in ("auto", SEARCH)
+
     def _epsilon_of(self, group: dict[str, Any]) -> float:
         if not self._has_epsilon():
             return 0.0
-        if self.options.epsilon == "auto":
-            chosen = choose_epsilon(group["eps"], self.search_space) if self.search_space else group["eps"]
-            return max(chosen, self._epsilon_floor(group))
+        if self.search is not None:
+            chosen = self.search.chosen
+            return max(chosen.candidate.eps if chosen else group["eps"], self._epsilon_floor(group))
+        if self._seeks_epsilon():
+            chosen_by_auto = choose_epsilon(group["eps"], self.search_space) if self.search_space else group["eps"]
+            return max(chosen_by_auto, self._epsilon_floor(group))
         return group["eps"] if self.options.epsilon == "keep" else float(self.options.epsilon)
+
+    def _search(self, explore: Sequence[GroupChange]) -> None:
+        """Tries other epsilons in short runs, or says why not; what is not found out is chosen as ``"auto"`` does."""
+        if not self._has_epsilon() or self.search_space is None:
+            return  # which is said already
+        groups = self.optimizer.param_groups
+        floor = max(self._epsilon_floor(group) for group in groups)
+        start = [max(group["eps"], self._epsilon_floor(group)) for group in groups]
+        tried = candidates(start[0], self.search_space, floor)
+        owner = self._keeper_of_rates()
+        why_none = f"{owner} keeps base rates that cannot be scaled from outside" if owner else None
+        if why_none is None and tried:
+            raised = [
+                GroupChange(i, "eps", group["eps"], eps)
+                for i, (group, eps) in enumerate(zip(groups, start, strict=True))
+            ]
+            probe = EpsilonSearchProbe(self.trainer, self.module, (*explore, *raised), self.options.batch_size)
+            probe.run(start[0], tried, self.options.confidence)
+            self.problems.extend(probe.left_out)
+            why_none = probe.why_none
+            assumed = self._epsilon_of(groups[0])
+            self.search = probe.found
+            if self.noise is not None and self._epsilon_of(groups[0]) != assumed:
+                self._probe()  # the noise scale depends on it
+        if why_none is not None:
+            self.problems.append(
+                f"no search for epsilon: {why_none}. It is chosen as epsilon='auto' does, which asks for no search"
+            )
+        self.reasons.extend(_why_searched(self.search) if self.search else ())
 
     def _epsilon_floor(self, group: dict[str, Any]) -> float:
         # torch's own steps in half precision, where a smaller epsilon becomes 0, unless it is fused.
@@ -243,12 +284,13 @@ class Decision:
             after = self._epsilon_of(group)
             if after != group["eps"]:
                 changes.append(GroupChange(index, "eps", group["eps"], after))
-            if after > group["eps"] and self.options.epsilon == "auto":
+            raised = self._epsilon_floor(group) > group["eps"] and after == self._epsilon_floor(group)
+            if raised and self._seeks_epsilon():
                 self.reasons.append(
                     f"eps {group['eps']:g} of group {index} is raised to {after:g}: {type(self.optimizer).__name__} steps"
                     " float16 parameters in float16, which holds nothing below 6e-8 but zero"
                 )
-            elif self.options.epsilon == "auto" and self.search_space is not None:
+            elif self._seeks_epsilon() and self.search is None and self.search_space is not None:
                 self.reasons.append(_why_epsilon(self.search_space, index, group["eps"], after))
         return changes
 
@@ -289,14 +331,17 @@ class Decision:
         return self._scheduler_obstacle()
 
     def _scheduler_obstacle(self) -> str | None:
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        owners = [type(s).__name__ for s in schedulers if keeps_own_rates(s)]
-        if owners:
+        owner = self._keeper_of_rates()
+        if owner:
             return (
-                f"{owners[0]} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the"
+                f"{owner} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the"
                 " scheduler is made, or pass learning_rate='keep'"
             )
         return None
+
+    def _keeper_of_rates(self) -> str | None:
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return next((type(scheduler).__name__ for scheduler in schedulers if keeps_own_rates(scheduler)), None)
 
     def _greedy_ratio(self, changes: Sequence[GroupChange]) -> RateRatio:
         obstacle = self._scheduler_obstacle()
@@ -327,13 +372,19 @@ class Decision:
             return None, None
         return self.noise.adam(self.options.confidence), "probe"
 
+    def _rate_factor(self) -> float:
+        """That of the epsilon search; a greedy rate was found with the epsilon that was chosen, and needs none."""
+        chosen = self.search.chosen if self.search else None
+        return chosen.factor if chosen and self.greedy is None else 1.0
+
     def _rate_changes(self, ratio: RateRatio) -> list[GroupChange]:
         own = [base_rate(group) for group in self.optimizer.param_groups]
         trusted = self._trusted_rates(own, ratio.value) if ratio.law != "keep" else own
+        times = ratio.value * self._rate_factor()
         return [
-            GroupChange(index, "lr", before, rate * ratio.value)
+            GroupChange(index, "lr", before, rate * times)
             for index, (before, rate) in enumerate(zip(own, trusted, strict=True))
-            if before > 0 and not math.isclose(rate * ratio.value, before, rel_tol=1e-12)
+            if before > 0 and not math.isclose(rate * times, before, rel_tol=1e-12)
         ]
 
     def _trusted_rates(self, own: Sequence[float], ratio: float) -> Sequence[float]:
@@ -374,6 +425,31 @@ def _why_epsilon(search_space: EpsilonRange, index: int, before: float, after: f
         f"eps {before:g} of group {index} would halve the step, or more, of {share} of the coordinates; lowered to"
         f" {after:g}, where it does so of {search_space.damped_share(after):.1%}"
     )
+
+
+def _why_searched(search: EpsilonSearch) -> list[str]:
+    chosen, present = search.chosen, f"eps {search.present:g}"
+    runs = f"{search.trajectories} short runs of {search.steps} steps for each"
+    cost = f"{search.gradients} gradients and {search.forwards} forward passes"
+    if chosen is not None:
+        outcome = (
+            f"{chosen.candidate.eps:g} at {chosen.factor:.4g} times the learning rate replaces {present}: its loss after"
+            f" {search.steps} steps is lower by {-chosen.to_present.value:.3g} (by {-chosen.to_present.upper:.3g} at least,"
+            f" with {search.confidence:.0%} confidence), and at no other rate that was tried is {present} as good"
+        )
+    else:
+        by_rate = [trial for trial in search.trials if trial.to_present.upper < 0]
+        outcome = f"{present} stays: none of the others is better with {search.confidence:.0%} confidence"
+        if by_rate:
+            names = ", ".join(f"{trial.candidate.eps:g}" for trial in by_rate)
+            outcome = (
+                f"{present} stays: {names} {'is' if len(by_rate) == 1 else 'are'} better after {search.steps} steps, but not"
+                f" than {present} at {search.control:.3g} times the learning rate; what another rate buys is not epsilon's"
+            )
+    return [
+        outcome,
+        f"the search for epsilon took {cost}, {runs} at the optimizer's own rate; it knows of the first steps alone",
+    ]
 
 
 def _after(changes: Sequence[GroupChange], name: str, otherwise: Any) -> float | None:

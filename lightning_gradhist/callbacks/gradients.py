@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -292,6 +292,19 @@ def loss_scaler(trainer: Trainer) -> Any:
 def clips_by_norm(trainer: Trainer) -> bool:
     """Whether a trainer with a ``gradient_clip_val`` clips the norm, as it does unless told, and not each value."""
     return trainer.gradient_clip_algorithm in (None, "norm")  # else an enumeration, whose members equal their values
+
+
+def clip(trainer: Trainer, parameters: Iterable[Tensor]) -> None:
+    """Clips gradients as the trainer would by itself."""
+    limit = trainer.gradient_clip_val
+    if limit:
+        utils = torch.nn.utils
+        (utils.clip_grad_norm_ if clips_by_norm(trainer) else utils.clip_grad_value_)(parameters, limit)
+
+
+def gradient_for(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A real gradient in the form that the optimizer takes it in."""
+    return (torch.view_as_complex(gradient) if parameter.is_complex() else gradient).to(parameter.dtype)
 
 
 def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:

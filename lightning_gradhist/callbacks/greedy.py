@@ -12,9 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
-from lightning_gradhist.callbacks.gradients import batch_of_rank, clips_by_norm, is_sharded, optimizer_parameters
-from lightning_gradhist.callbacks.handoff import base_rate
-from lightning_gradhist.callbacks.probe import Probe
+from lightning_gradhist.callbacks.gradients import (
+    batch_of_rank,
+    clip,
+    gradient_for,
+    is_sharded,
+    optimizer_parameters,
+)
+from lightning_gradhist.callbacks.handoff import base_rate, prepare
+from lightning_gradhist.callbacks.probe import Probe, mean_gradient
 from lightning_gradhist.callbacks.refusal import together
 from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.greedy import (
@@ -27,7 +33,6 @@ from lightning_gradhist.greedy import (
     fitted_lengths,
     greedy_rate,
 )
-from lightning_gradhist.noise import GradientMoments
 from lightning_gradhist.report.result import GroupChange
 
 
@@ -94,11 +99,7 @@ class OwnSteps:
 
     def _next_step(self) -> dict[str, Tensor] | None:
         """What is subtracted from the weights at a learning rate of one; the same on every rank."""
-        moments = together(self._trainer, "to hold gradients", lambda: GradientMoments(self._probe.parameters))
-        for gradient in self._probe.gradients(self._trainer.accumulate_grad_batches):
-            moments.update(gradient)
-        if self._trainer.world_size > 1:
-            moments.all_reduce()
+        moments = mean_gradient(self._trainer, self._probe, self._trainer.accumulate_grad_batches)
         if moments.count == 0:
             return None
         self.gradients += moments.count
@@ -114,29 +115,14 @@ class OwnSteps:
         stepped = {name: copy_of[id(p)] for name, p in self._parameters.items()}
         before = {name: p.detach().clone() for name, p in stepped.items()}
         for name, p in stepped.items():
-            gradient = gradients[name]
-            p.grad = (torch.view_as_complex(gradient) if p.is_complex() else gradient).to(p.dtype)
-        self._clip(theirs)
-        self._set(copied.param_groups)
+            p.grad = gradient_for(p, gradients[name])
+        clip(self._trainer, theirs)
+        prepare(copied.param_groups, self._changes)
         type(copied).step(copied)  # type: ignore[call-arg] # a scheduler has put its own in the place of optimizer.step
         return {
             name: ((before[name] - p.detach()) / self._rate).to(_at_least_single(self._origin[name]))
             for name, p in stepped.items()
         }
-
-    def _set(self, groups: Sequence[dict[str, Any]]) -> None:
-        for change in self._changes:
-            groups[change.group][change.name] = change.after
-        for group in groups:
-            rate = base_rate(group)  # the present one may be zero, at the start of a warm-up
-            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
-
-    def _clip(self, parameters: Sequence[Tensor]) -> None:
-        limit = self._trainer.gradient_clip_val
-        if limit:
-            utils = torch.nn.utils
-            clip = utils.clip_grad_norm_ if clips_by_norm(self._trainer) else utils.clip_grad_value_
-            clip(parameters, limit)
 
     def _along(self, step: Mapping[str, Tensor], rates: Sequence[float]) -> list[list[float]]:
         """The mean over ranks, of one batch on each; no row where none gave a loss at the weights of the start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -18,6 +19,21 @@ _SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")  # keys of LRScheduler.st
 def base_rate(group: dict[str, Any]) -> float:
     """The learning rate of a group that its schedule is a multiple of: OneCycleLR's maximum, the initial or the only."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def prepare(groups: Sequence[dict[str, Any]], changes: Sequence[GroupChange], factor: float = 1.0) -> None:
+    """Makes changes other than of rates in the groups of a copied optimizer, and sets the present rates to their base.
+
+    Args:
+        groups: of the copy.
+        changes: to be made.
+        factor: of the base rate; the present rate may be zero, at the start of a warm-up.
+    """
+    for change in changes:
+        groups[change.group][change.name] = change.after
+    for group in groups:
+        rate = base_rate(group) * factor
+        group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
 
 
 def keeps_own_rates(scheduler: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -35,8 +35,14 @@ from lightning_gradhist.callbacks.gradients import (
     own_parts,
     shares,
 )
-from lightning_gradhist.callbacks.refusal import ProbeRefusedError, first_reason, free_memory, is_out_of_memory
-from lightning_gradhist.noise import NoiseScale
+from lightning_gradhist.callbacks.refusal import (
+    ProbeRefusedError,
+    first_reason,
+    free_memory,
+    is_out_of_memory,
+    together,
+)
+from lightning_gradhist.noise import GradientMoments, NoiseScale
 
 _T = TypeVar("_T")
 
@@ -109,6 +115,20 @@ def pool(noise: NoiseScale, trainer: Trainer) -> None:
         (noise.all_reduce_shards if is_sharded(trainer) else noise.all_reduce)()
 
 
+def mean_gradient(trainer: Trainer, probe: Probe, number: int) -> GradientMoments:
+    """The mean of the gradients of up to ``number`` batches on each rank, over all ranks; to be called on every rank.
+
+    Raises:
+        ProbeRefusedError: as :meth:`Probe.gradients`, and where a rank has no memory for it.
+    """
+    moments = together(trainer, "to hold gradients", lambda: GradientMoments(probe.parameters))
+    for gradient in probe.gradients(number):
+        moments.update(gradient)
+    if trainer.world_size > 1:
+        moments.all_reduce()
+    return moments
+
+
 class Probe:
     """Gradients of single batches on this rank, neither averaged over ranks nor divided for accumulation.
 
@@ -125,6 +145,7 @@ class Probe:
             ones with another number are passed over.
         tick: called for each batch that was read.
         with_decay: whether a coupled weight decay is part of the gradients.
+        source: batches to be taken in place of the training data's, such as those of :meth:`hold`.
 
     Attributes:
         parameters: names and real parameters, or parts of them, that gradients are given for.
@@ -139,6 +160,7 @@ class Probe:
         batch_size: float | None = None,
         tick: Callable[[], Any] = lambda: None,
         with_decay: bool = True,
+        source: Iterable[Any] | None = None,
     ) -> None:
         self.batches = 0
         self._trainer = trainer
@@ -151,7 +173,7 @@ class Probe:
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
         self._decay = _coupled_decay(optimizer) if with_decay else {}
         self._scale = loss_scale(trainer)
-        self._source = _batches(trainer, module)
+        self._source = _batches(trainer, module) if source is None else iter(source)
         self._left_out = dict.fromkeys(_WHY_LEFT_OUT, 0)
 
     def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
@@ -183,6 +205,10 @@ class Probe:
             ProbeRefusedError: where the training step fails.
         """
         return self._each(number, partial(self._losses_of, places))
+
+    def hold(self, number: int) -> list[Any]:
+        """Reads up to ``number`` batches more, on their device; those of another size than the first are passed over."""
+        return list(self._each(number, lambda batch: (batch, _Outcome.DONE)))
 
     def _each(self, number: int, measure: Callable[[Any], tuple[_T, _Outcome]]) -> Iterator[_T]:
         for _ in range(number):

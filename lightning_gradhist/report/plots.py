@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_gradhist.epsilon import EpsilonRange
+from lightning_gradhist.epsilon_search import EpsilonSearch
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.ratio import careful_ratio
 from lightning_gradhist.report.magnitudes import shown_buckets
@@ -122,6 +123,42 @@ def epsilon_figure(search_space: EpsilonRange, before: float | None, after: floa
     axes.set_xlabel("log10 of the root-mean-square gradient, and of epsilon")
     axes.set_ylabel("share per decade")
     axes.set_title("Epsilon among the gradients that it is added to", fontsize=10, loc="left")
+    _legend(axes)
+    return figure
+
+
+def epsilon_search_figure(search: EpsilonSearch) -> Figure:
+    """Loss after short runs minus that of the present epsilon, with its interval, over epsilon; the chosen one marked.
+
+    The dashed line is the present epsilon at the best other rate, which a better one has to beat too. Runs that diverged
+    are not shown.
+    """
+    figure = _figure(width=6.2, height=4.0)
+    axes = figure.add_subplot()
+    axes.axhline(0.0, color=_GREY, linewidth=1, label=f"present: {search.present:g}")
+    control = search.control_to_present
+    if math.isfinite(control.value):
+        label = f"present, rate times {search.control:.3g}"
+        axes.axhline(control.value, color=_GREY, linestyle="--", linewidth=1, label=label)
+    shown = [trial for trial in search.trials if math.isfinite(trial.to_present.value)]
+    for equal, marker, label in ((True, "o", "equal update RMS"), (False, "s", "rate as it is")):
+        alike = [trial for trial in shown if trial.candidate.equal_rms is equal]
+        for trial in alike:
+            color = _ORANGE if trial is search.chosen else _BLUE
+            found = trial.to_present
+            reach = [[found.value - found.lower], [found.upper - found.value]]
+            axes.errorbar([math.log10(trial.candidate.eps)], [found.value], reach, fmt=marker, color=color, capsize=3)
+        if alike:
+            axes.plot([], [], marker, color=_BLUE, label=label)
+    if search.chosen is not None:
+        marker = "o" if search.chosen.candidate.equal_rms else "s"
+        axes.plot([], [], marker, color=_ORANGE, label=f"chosen: {search.chosen.candidate.eps:g}")
+    elif search.present > 0:
+        axes.plot([math.log10(search.present)], [0.0], "o", color=_ORANGE, label="stays")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("log10 of epsilon")
+    axes.set_ylabel(f"loss after {search.steps} steps, minus the present")
+    axes.set_title(f"Epsilon in short runs, {search.confidence:.0%} intervals of all together", fontsize=10, loc="left")
     _legend(axes)
     return figure
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_gradhist.epsilon import EpsilonRange
+from lightning_gradhist.epsilon_search import Difference, EpsilonSearch
 from lightning_gradhist.greedy import GreedyRate
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff, critical_batch_size
@@ -41,10 +42,12 @@ class CalibrationResult:
         epsilon: epsilon of the first parameter group; None for an optimizer without.
         epsilon_range: the search space, or None where it was not measured.
         learning_rate: base learning rate of the first parameter group.
-        ratio: that rate as a multiple of the reference's; of the optimizer's own where there is none.
+        ratio: that rate as a multiple of the reference's; of the optimizer's own where there is none. Without the factor
+            of an epsilon search.
         ratio_interval: the ratio at the two ends of the interval of the noise scale, or of the greedy rate.
         law: name of the law that gave the ratio, after a refusal that of the fallback; or ``"greedy"``.
         greedy: the rate at which one step from the start lowers the loss most, or None.
+        epsilon_search: the short runs with other epsilons, or None.
         noise_scale: ``B_adam`` in samples with its interval, or None.
         noise_source: ``"record"``, ``"probe"`` or None.
         effective_batch_size: samples of an optimizer step, or None if unknown.
@@ -64,6 +67,7 @@ class CalibrationResult:
     ratio_interval: tuple[float, float] = (1.0, 1.0)
     law: str = "keep"
     greedy: GreedyRate | None = None
+    epsilon_search: EpsilonSearch | None = None
     noise_scale: NoiseEstimate | None = None
     noise_source: str | None = None
     effective_batch_size: float | None = None
@@ -102,6 +106,8 @@ class CalibrationResult:
         if self.epsilon_range is not None:
             found = self.epsilon_range
             rows.append(("epsilon search space", f"{found.lower:g} to {found.upper:g}"))
+        if self.epsilon_search is not None:
+            rows += _search_rows(self.epsilon_search)
         if self.noise_scale is not None:
             noise = self.noise_scale
             interval = f"{_number(noise.lower)} to {_number(noise.upper)}"
@@ -156,6 +162,7 @@ class CalibrationResult:
             "calibration/noise_scale_lower": noise.lower if noise else None,
             "calibration/noise_scale_upper": noise.upper if noise else None,
         }
+        numbers.update(_search_scalars(self.epsilon_search) if self.epsilon_search else {})
         return {tag: value for tag, value in numbers.items() if value is not None and math.isfinite(value)}
 
     def _tradeoff_lines(self) -> list[str]:
@@ -178,6 +185,43 @@ class CalibrationResult:
         for change in self.changes:
             groups.setdefault((change.name, change.before, change.after), []).append(change.group)
         return {key: "(group " + ", ".join(map(str, members)) + ")" for key, members in groups.items()}
+
+
+def _search_rows(search: EpsilonSearch) -> list[tuple[str, str]]:
+    present = f"eps {search.present:g}"
+    return [
+        (
+            "epsilon search",
+            f"loss after {search.steps} steps, against {present}, {search.trajectories} short runs each",
+        ),
+        (f"{present}, rate times {search.control:.3g}", _compared(search.control_to_present)),
+        *(
+            (
+                f"eps {t.candidate.eps:g}, rate times {t.factor:.3g}",
+                _compared(t.to_present) + " *" * (t is search.chosen),
+            )
+            for t in search.trials
+        ),
+    ]
+
+
+def _search_scalars(search: EpsilonSearch) -> dict[str, float | None]:
+    numbers: dict[str, float | None] = {
+        "calibration/epsilon_search/gradients": float(search.gradients),
+        "calibration/epsilon_search/forward_passes": float(search.forwards),
+    }
+    for trial in search.trials:
+        tag = f"calibration/epsilon_search/{trial.candidate.eps:g}" + "_same_rate" * (not trial.candidate.equal_rms)
+        difference = trial.to_present
+        numbers |= {f"{tag}/rate_factor": trial.factor, f"{tag}/loss_difference": difference.value}
+        numbers |= {f"{tag}/loss_difference_{end}": getattr(difference, end) for end in ("lower", "upper")}
+    return numbers
+
+
+def _compared(difference: Difference) -> str:
+    if not math.isfinite(difference.value):
+        return "diverged"
+    return f"{difference.value:+.3g} ({difference.lower:+.3g} to {difference.upper:+.3g})"
 
 
 def _number(value: float | None) -> str:

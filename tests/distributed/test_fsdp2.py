@@ -130,6 +130,7 @@ def test_a_calibration_of_shards_is_invisible_and_the_same_on_all_ranks(run) -> 
             assert seen["left"] and len(seen["parts"]) == result.gradients == (6 if how == "noisy" else 8)
             assert int(result.epsilon_range.histogram.total().sum()) == sum(w.numel() for w in seen["weights"].values())
             assert result.effective_batch_size == 8 * len(found)  # two batches of four, on each rank
+            assert any("no search for epsilon: it moves whole weights" in problem for problem in result.problems)
             assert result.noise_scale == found[0][how][0].noise_scale and result.noise_source == "probe"
     lost = 2 * len(found)
     assert f"{lost} of {8 * len(found)} batches of the probe gave no finite" in " ".join(found[0]["noisy"][0].problems)

@@ -116,12 +116,12 @@ def assert_local_counts(folder: Path, step: int, windows: list[list[dict[str, to
 @pytest.mark.parametrize("ranks", RANKS[:1])
 def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     found = run_ranks(calibrated, ranks, tmp_path)
-    for case in ("probe", "record", "greedy"):
+    for case in ("probe", "record", "greedy", "search"):
         group, result, weights = found[0][case]
         for other in found[1:]:
             assert other[case][0] == group
             torch.testing.assert_close(other[case][2], weights, rtol=0, atol=0)
-        assert result.effective_batch_size == {"probe": 4, "record": 512, "greedy": 32}[case] * ranks
+        assert result.effective_batch_size == {"probe": 4, "record": 512, "greedy": 32, "search": 16}[case] * ranks
     group, result, _ = found[0]["probe"]
     assert group["eps"] == result.epsilon < 1e-1
     assert group["lr"] == pytest.approx(1e-2 * result.ratio) and 1 <= result.ratio <= 2
@@ -133,6 +133,11 @@ def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     group, result, _ = found[0]["greedy"]
     assert group["lr"] == result.greedy.value == pytest.approx(result.learning_rate)
     assert all(other["greedy"][1].greedy == result.greedy for other in found)
+    group, result, _ = found[0]["search"]
+    search = result.epsilon_search
+    assert group["eps"] == search.chosen.candidate.eps < 1e-9
+    assert search.gradients == 16 * search.trajectories * (5 + len(search.trials)) * ranks
+    assert all(other["search"][1].epsilon_search == search for other in found)
 
 
 def test_a_calibration_that_is_not_applied_is_invisible_on_two_ranks(tmp_path) -> None:

@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_gradhist.epsilon import epsilon_range
+from lightning_gradhist.epsilon_search import CONTROLS, Candidate, EpsilonSearch, search_result
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.report.plots import (
     available,
     epsilon_figure,
+    epsilon_search_figure,
     learning_rate_figure,
     magnitude_heatmap,
     tradeoff_figure,
@@ -246,6 +248,41 @@ def test_learning_rate_figure_without_noise_scale() -> None:
 def test_learning_rate_figure_needs_both_sizes(missing: str) -> None:
     with pytest.raises(ValueError, match=missing):
         learning_rate_figure(result(**{missing: None}))
+
+
+# --- the search for epsilon -------------------------------------------------------------------------------------------
+
+
+def a_search(*losses: float, control: float = 0.1, present: float = 1e-8) -> EpsilonSearch:
+    """Losses of 1e-5 and 1e-4 at equal update RMS, and of 1e-6 at the rate as it is, against the present one's."""
+    tried = (Candidate(1e-5), Candidate(1e-4), Candidate(1e-6, equal_rms=False))
+    rows = [
+        [1.0, 1.5, 1.0 + control, 2.0, 2.0, *(1.0 + x + w for x in losses)]
+        for w in (0.0, 0.01, -0.01, 0.02, 0.0, -0.02)
+    ]
+    return search_result(present, CONTROLS, tried, (1.1, 1.4, 1.0), rows, steps=16, gradients=1, forwards=1)
+
+
+@pytest.mark.parametrize(
+    ("search", "last"),
+    [
+        pytest.param(a_search(0.1, 0.3, -0.2), "chosen: 1e-06", id="as-auto"),
+        pytest.param(a_search(0.1, -0.3, -0.2), "chosen: 0.0001", id="equal-rms"),
+        pytest.param(a_search(0.1, 0.3, 0.0), "stays", id="stays"),
+        pytest.param(a_search(-0.1, -0.3, -0.2, control=-0.5), "stays", id="another-rate"),
+        pytest.param(a_search(0.1, math.inf, 0.0, control=math.inf), "stays", id="diverged"),
+    ],
+)
+def test_epsilon_search_figure(search: EpsilonSearch, last: str) -> None:
+    axes = drawn(epsilon_search_figure(search))
+    assert legend(axes)[0] == "present: 1e-08" and last in legend(axes)
+    shown = {(float(bar[0].get_xdata()[0]), float(bar[0].get_ydata()[0])) for bar in axes.containers}
+    finite = [trial for trial in search.trials if math.isfinite(trial.to_present.value)]
+    assert shown == {(math.log10(trial.candidate.eps), trial.to_present.value) for trial in finite}
+
+
+def test_epsilon_search_figure_where_the_present_one_is_zero() -> None:
+    assert legend(drawn(epsilon_search_figure(a_search(0.1, 0.3, 0.0, present=0.0))))[0] == "present: 0"
 
 
 # --- what more GPUs would buy ----------------------------------------------------------------------------------------

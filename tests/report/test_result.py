@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_gradhist.epsilon import epsilon_range
+from lightning_gradhist.epsilon_search import Candidate, Difference, EpsilonSearch, EpsilonTrial
 from lightning_gradhist.intervals import NoiseEstimate
 from lightning_gradhist.report.result import CalibrationResult, GroupChange
 
@@ -62,6 +63,48 @@ def test_rows() -> None:
         ("lr (group 1)", "0.0001 -> 0.00025"),
         ("alpha (group 0)", "auto -> -5"),
     ]
+
+
+SEARCH = EpsilonSearch(
+    present=1e-4,
+    control=2.0,
+    control_to_present=Difference(0.2, 0.1, 0.3),
+    trials=(
+        EpsilonTrial(Candidate(1e-2), 3.21, Difference(math.inf, math.inf, math.inf), Difference(0.0, -1.0, 1.0)),
+        EpsilonTrial(Candidate(1e-6), 0.5, Difference(-0.1, -0.2, 0.01), Difference(-0.3, -0.4, -0.2)),
+        EpsilonTrial(Candidate(1e-6, equal_rms=False), 1.0, Difference(-0.3, -0.4, -0.2), Difference(-0.5, -0.6, -0.4)),
+    ),
+    confidence=0.95,
+    trajectories=6,
+    steps=16,
+    gradients=800,
+    forwards=200,
+)
+
+
+def test_rows_and_scalars_of_a_search() -> None:
+    found = CalibrationResult(applied=True, optimizer="Adam", epsilon_search=SEARCH)
+    assert found.rows()[2:-2] == [
+        ("epsilon search", "loss after 16 steps, against eps 0.0001, 6 short runs each"),
+        ("eps 0.0001, rate times 2", "+0.2 (+0.1 to +0.3)"),
+        ("eps 0.01, rate times 3.21", "diverged"),
+        ("eps 1e-06, rate times 0.5", "-0.1 (-0.2 to +0.01)"),
+        ("eps 1e-06, rate times 1", "-0.3 (-0.4 to -0.2) *"),
+    ]
+    tag = "calibration/epsilon_search"
+    assert {name: value for name, value in found.scalars().items() if name.startswith(tag)} == {
+        f"{tag}/gradients": 800,
+        f"{tag}/forward_passes": 200,
+        f"{tag}/0.01/rate_factor": 3.21,
+        f"{tag}/1e-06/rate_factor": 0.5,
+        f"{tag}/1e-06/loss_difference": -0.1,
+        f"{tag}/1e-06/loss_difference_lower": -0.2,
+        f"{tag}/1e-06/loss_difference_upper": 0.01,
+        f"{tag}/1e-06_same_rate/rate_factor": 1.0,
+        f"{tag}/1e-06_same_rate/loss_difference": -0.3,
+        f"{tag}/1e-06_same_rate/loss_difference_lower": -0.4,
+        f"{tag}/1e-06_same_rate/loss_difference_upper": -0.2,
+    }
 
 
 def test_rows_of_a_result_that_knows_nothing() -> None:
