@@ -45,7 +45,7 @@ class AdaptedRatio:
         >>> noise = NoiseEstimate(value=3000.0, lower=2500.0, upper=3600.0, confidence=0.95, measurements=200)
         >>> ratio = AdaptedRatio("surge", "warmup", 1024, 256, start=1.0, end=2.0, value=1.0)
         >>> round(ratio.after(noise), 3)
-        1.037
+        1.038
     """
 
     law: str

@@ -295,7 +295,6 @@ class NoiseRecord:
                 return _average(windows)
         return windows[0]
 
-
     def recent(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
         """The noise scale of late, in samples: over the last quarter of the measurements, and at least the last eight.
 

@@ -69,12 +69,17 @@ class RateAdapter:
         self.ratio = ratio
         self.confidence = confidence
         self.with_decay = with_decay
-        self._seen = 0
+        self._seen: int | None = None
 
     def follow(self, trainer: Trainer) -> None:
         """Looks whether there is a new measurement, and moves; to be called on every rank."""
         monitor = noise_monitor(trainer)
-        seen, self._seen = self._seen, sum(monitor.noise_measured)
+        if self._seen is None and not monitor.measures_noise:
+            rank_zero_warn(
+                "OptimizerCalibration: adapt moves nothing, as GradientHistogramMonitor measures no noise scale in this run;"
+                " its own warning says why."
+            )
+        seen, self._seen = self._seen or 0, sum(monitor.noise_measured)
         if self._seen > seen and not self.ratio.arrived:
             value = self.ratio.value
             if trainer.is_global_zero:  # a rank without memory for a measurement has not recorded it
