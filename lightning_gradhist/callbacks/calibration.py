@@ -59,10 +59,26 @@ class OptimizerCalibration(Callback):
     how a rate does later. It is refused, and the rate kept, where the loss shows no minimum, where the interval spans a
     factor of two, where the loss falls along the whole range, and under FSDP2.
 
+    *While training.* The noise scale grows, and with it the law's ratio, away from 1. With ``adapt`` the rate follows: at
+    each measurement of the ``GradientHistogramMonitor`` in the same Trainer, the whole schedule is multiplied by the change
+    of :class:`lightning_gradhist.adapt.AdaptedRatio`, which goes half of the way to the law's ratio at the noise scale of the
+    last quarter of the measurements within eight of them, and stays where that is refused. It starts at the ratio of the
+    probe, and remains between 1 and the square root of the ratio of batch sizes. ``"warmup"`` goes one way only, up for
+    larger batches and down for smaller ones, and ends at the ratio that a recorded run gives, or else at the square root;
+    ``"always"`` goes both ways. The factor is logged as ``calibration/adapted_factor``. A measurement then makes the host
+    wait for the device. A resumed run goes on as if it had not been interrupted, but for a pair of steps (see the monitor)
+    that the checkpoint parts; a second ``fit`` begins anew.
+
+    *What else goes with the batch size.* With ``scale_with_batch`` the optimizer's own values, too, are taken as trusted at
+    the reference: of ``"betas"`` the second, the memory of the average of squares, keeps its half-life in samples,
+    ``"weight_decay"`` shrinks the weights as much per sample where it is decoupled and stays where it is added to the
+    gradient, and ``"eps"`` falls with the square root of the batch size
+    (:mod:`lightning_gradhist.batch_scaling` has the formulas).
+
     *Hand-off.* ``eps`` and ``lr``, and for ``ALTO`` and ``AdamE`` ``alpha`` and ``explore_beta`` where left on
     ``"auto"``, are written into every parameter group, ratios between groups kept; the learning rate also into
-    ``initial_lr`` and the schedulers. Once: a resumed run keeps its values. The report goes to the console and the
-    loggers, and stays in :attr:`result`.
+    ``initial_lr`` and the schedulers. Once, but for ``adapt``: a resumed run keeps its values. The report goes
+    to the console and the loggers, and stays in :attr:`result`.
 
     The effective batch size is the per-device batch, times accumulation, times data-parallel ranks. Callbacks that read the
     learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come after this one.
@@ -81,11 +97,16 @@ class OptimizerCalibration(Callback):
             optimization, samples of one optimizer step on one device.
         fallback: the law in place of ``"surge"`` or ``"saturating"`` where that is refused, one of the other four.
         confidence: of the intervals, between 0 and 1.
+        adapt: None for a rate that is set once, ``"warmup"`` or ``"always"`` for one that follows the noise scale. Needs a
+            reference, the law ``"surge"`` or ``"saturating"``, and a ``GradientHistogramMonitor`` that measures noise.
+        scale_with_batch: what else is taken as trusted at the reference and scaled with the batch size: some of ``"betas"``,
+            ``"weight_decay"`` and ``"eps"``, the last with ``epsilon="keep"`` only. Nothing by default.
 
     Raises:
         MisconfigurationException: for an argument out of its range, ``reference`` together with
             ``reference_batch_size``, either of them with ``"greedy"``, and a record that is missing, broken, of another
-            version or of another model.
+            version or of another model; for ``adapt`` and ``scale_with_batch`` without what they need, the former's monitor
+            and the latter's keys in the optimizer's groups.
 
     Example:
         >>> from lightning.pytorch import Trainer
