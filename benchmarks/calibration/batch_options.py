@@ -55,12 +55,12 @@ COLUMNS = [
     "lightning_gradhist",
 ]
 TRANSFERS = {
-    "mlp": ((2, 32), (8, 128), (32, 512), (128, 8), (512, 32)),
+    "mlp": ((8, 128), (32, 512), (128, 8), (512, 32)),
     "gpt": ((16, 256), (256, 16)),
 }
 _EVALUATED = 2048
 _MICRO_BATCHES = 2
-_MEASUREMENTS = 1024
+_MEASUREMENTS = 2048
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,10 @@ class OptimizerCalibration(Callback):
     each measurement of the ``GradientHistogramMonitor`` in the same Trainer, the whole schedule is multiplied by the change
     of :class:`lightning_gradhist.adapt.AdaptedRatio`, which goes half of the way to the law's ratio at the noise scale of the
     last quarter of the measurements within eight of them, and stays where that is refused. It starts at the ratio of the
-    probe, and remains between 1 and the square root of the ratio of batch sizes. ``"warmup"`` goes one way only, up for
-    larger batches and down for smaller ones, and ends at the ratio that a recorded run gives, or else at the square root;
-    ``"always"`` goes both ways. The factor is logged as ``calibration/adapted_factor``. A measurement then makes the host
-    wait for the device. A resumed run goes on as if it had not been interrupted, but for a pair of steps (see the monitor)
+    probe, or of the record where the probe's is refused, and remains between 1 and the square root of the ratio of batch
+    sizes. ``"warmup"`` goes one way only, up for larger batches and down for smaller ones, from no farther than the ratio
+    that a recorded run gives to that, or else to the square root; ``"always"`` goes both ways. The factor is logged as
+    ``calibration/adapted_factor``. A measurement then makes the host wait for the device. A resumed run goes on as if it had not been interrupted, but for a pair of steps (see the monitor)
     that the checkpoint parts; a second ``fit`` begins anew.
 
     *What else goes with the batch size.* With ``scale_with_batch`` the optimizer's own values, too, are taken as trusted at
@@ -215,10 +215,10 @@ class OptimizerCalibration(Callback):
         if result.problems:
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
-            changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
+            # equal by construction, and now for sure
+            changes, self._adapted = trainer.strategy.broadcast((result.changes, decision.adapted))
             apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
             self._report = result.to_text()
-            self._adapted = decision.adapted
             self._adapt()
         self.result = result
         rank_zero_info(result.to_text())

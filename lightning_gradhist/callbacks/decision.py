@@ -280,17 +280,19 @@ class Decision:
 
     def _adapted_ratio(self, ratio: RateRatio, batch_size: float, reference: float) -> RateRatio:
         """Where a rate that follows the noise scale starts; the ratio over a recorded run is where a warm-up ends."""
-        options, end = self.options, None
-        assert options.adapt is not None
-        if self.recorded is not None:
-            end = ratio.value if ratio.law == options.learning_rate else None
-            probed = self.noise.adam(options.confidence) if self.noise else None
-            ratio = choose_ratio(options.learning_rate, batch_size, reference, probed, fallback=options.fallback)
-        start, end = ratio.value, warmup_end(batch_size, reference, end)
-        self.adapted = AdaptedRatio(options.learning_rate, options.adapt, batch_size, reference, start, end, start)
+        law, mode = self.options.learning_rate, self.options.adapt
+        assert mode is not None
+        recorded = None
+        if self.recorded is not None and ratio.law == law:
+            noise = self.noise.adam(self.options.confidence) if self.noise else None
+            probed, recorded = choose_ratio(law, batch_size, reference, noise), ratio
+            farther = abs(math.log(probed.value)) > abs(math.log(recorded.value))
+            ratio = recorded if probed.law != law or (mode == WARMUP and farther) else probed
+        end = warmup_end(batch_size, reference, recorded.value if recorded else None)
+        self.adapted = AdaptedRatio(law, mode, batch_size, reference, ratio.value, end, ratio.value)
         self.reasons.append(
-            f"adapt={options.adapt!r}: from a ratio of {start:.4g} at the start the rate follows the noise scale"
-            + (f", up to the ratio of {end:.4g}" if options.adapt == WARMUP else "")
+            f"adapt={mode!r}: the rate starts at {ratio.value:.4g} times the reference's and follows the noise scale"
+            + (f", as far as {end:.4g} times" if mode == WARMUP else "")
         )
         return ratio
 
