@@ -66,8 +66,9 @@ class OptimizerCalibration(Callback):
     probe, or of the record where the probe's is refused, and remains between 1 and the square root of the ratio of batch
     sizes. ``"warmup"`` goes one way only, up for larger batches and down for smaller ones, from no farther than the ratio
     that a recorded run gives to that, or else to the square root; ``"always"`` goes both ways. The factor is logged as
-    ``calibration/adapted_factor``. A measurement then makes the host wait for the device. A resumed run goes on as if it had not been interrupted, but for a pair of steps (see the monitor)
-    that the checkpoint parts; a second ``fit`` begins anew.
+    ``calibration/adapted_factor``. A measurement then makes the host wait for the device. A resumed run
+    goes on as if it had not been interrupted, but for a pair of steps (see the monitor) that the checkpoint parts; a second
+    ``fit`` begins anew.
 
     *What else goes with the batch size.* With ``scale_with_batch`` the optimizer's own values, too, are taken as trusted at
     the reference: of ``"betas"`` the second, the memory of the average of squares, keeps its half-life in samples,
