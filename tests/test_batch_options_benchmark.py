@@ -43,10 +43,11 @@ def test_differences_are_taken_seed_by_seed() -> None:
     transfer = {"workload": "mlp", "reference_batch_size": 8, "batch_size": 128, "ratio": 1.0, "last_ratio": 2.0}
     losses = {"record": (1.0, 2.0, 3.0), "record, betas": (1.1, 2.3, 3.2)}
     rows = [
-        {**transfer, "arm": arm, "against": "record", "seed": seed, "train_loss": loss}
+        {**transfer, "arm": arm, "against": "record", "seed": seed, "train_loss": loss, "test_loss": 2 * loss}
         for arm, by_seed in losses.items()
         for seed, loss in enumerate(by_seed)
     ]
     (found,) = batch_options.compared(rows)
-    assert (found["arm"], found["difference"], found["standard error"]) == ("record, betas", "+0.2000", "0.0577")
+    assert (found["arm"], found["difference"], found["error"]) == ("record, betas", "+0.2000", "0.0577")
+    assert (found["of the test loss"], found["its error"]) == ("+0.4000", "0.1155")
     assert (found["loss against"], found["rate moved by"], found["seeds"]) == ("2.0000", "2.00", 3)

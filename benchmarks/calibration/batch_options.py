@@ -201,24 +201,25 @@ def recorded(workload: Workload, batch_size: int, learning_rate: float, folder: 
 
 
 def compared(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each option and transfer the mean difference of the final training loss, seed by seed, and its standard error."""
+    """For each option and transfer the mean difference of the final loss, seed by seed, and its standard error."""
     by = {(r["workload"], r["reference_batch_size"], r["batch_size"], r["arm"], r["seed"]): r for r in rows}
-    found: dict[tuple[Any, ...], list[tuple[float, float, float]]] = {}
+    found: dict[tuple[Any, ...], list[tuple[float, ...]]] = {}
     for (*transfer, arm, seed), row in by.items():
         base = by.get((*transfer, row["against"], seed))
         if arm != row["against"] and base is not None:
-            difference = row["train_loss"] - base["train_loss"]
+            train, test = (row[name] - base[name] for name in ("train_loss", "test_loss"))
             found.setdefault((*transfer, arm, row["against"]), []).append(
-                (base["train_loss"], difference, row["last_ratio"] / row["ratio"])
+                (base["train_loss"], train, test, row["last_ratio"] / row["ratio"])
             )
     table = []
     for (workload, reference, batch_size, arm, against), values in found.items():
-        base, difference, moved = (statistics.fmean(column) for column in zip(*values, strict=True))
-        error = statistics.stdev(v[1] for v in values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        base, train, test, moved = (statistics.fmean(column) for column in zip(*values, strict=True))
+        train_error, test_error = (_standard_error([value[column] for value in values]) for column in (1, 2))
         table.append(
             {
                 **{"workload": workload, "from": reference, "to": batch_size, "arm": arm, "against": against},
-                **{"loss against": f"{base:.4f}", "difference": f"{difference:+.4f}", "standard error": f"{error:.4f}"},
+                **{"loss against": f"{base:.4f}", "difference": f"{train:+.4f}", "error": f"{train_error:.4f}"},
+                **{"of the test loss": f"{test:+.4f}", "its error": f"{test_error:.4f}"},
                 **{"rate moved by": f"{moved:.2f}", "seeds": len(values)},
             }
         )
@@ -254,6 +255,10 @@ def main(arguments: list[str] | None = None) -> None:
                     write_csv([{name: r[name] for name in COLUMNS} for r in rows], COLUMNS, options.output)
     found = compared(rows)
     print_table(found, list(found[0]) if found else [])
+
+
+def _standard_error(values: list[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _as_it_is(batch: Any) -> Any:
