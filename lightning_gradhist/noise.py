@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -287,14 +288,28 @@ class NoiseRecord:
             metric: ``"simple"`` or ``"adam"``.
             confidence: of the interval.
         """
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        samples = [s for s in self.samples if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
+        samples = self._known(metric)
         for number in range(max(1, min(_MAX_WINDOWS, len(samples) // _MIN_WINDOW)), 0, -1):
             windows = [_of_window(window, metric, confidence) for window in _cut(samples, number)]
             if all(math.isfinite(window.upper) for window in windows):
                 return _average(windows)
         return windows[0]
+
+    def recent(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
+        """The noise scale of late, in samples: over the last quarter of the measurements, and at least the last eight.
+
+        Args:
+            metric: ``"simple"`` or ``"adam"``.
+            confidence: of the interval, which has no bound while there are fewer than eight measurements.
+        """
+        known = self._known(metric)
+        window = _of_window(known[-max(_MIN_WINDOW, len(known) // 4) :], metric, confidence)
+        return window if window.measurements >= _MIN_WINDOW else replace(window, lower=0.0, upper=math.inf)
+
+    def _known(self, metric: str) -> list[dict[str, Any]]:
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        return [s for s in self.samples if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
 
 
 def _average_sample(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -251,6 +251,45 @@ def calibrated(folder: Path) -> Any:
     return found
 
 
+def adapted(folder: Path) -> Any:
+    """The rate of each step of a run that follows its noise scale; one rank lacks the memory for some measurements."""
+    rank, ranks = _world()
+    rates: list[float] = []
+
+    class Rates(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    whole = monitor.second_moment
+
+    def scarce(*arguments: Any) -> Any:
+        if rank == 1 and len(rates) % 5 == 4:
+            raise torch.OutOfMemoryError("there is none")
+        return whole(*arguments)
+
+    monitor.second_moment = scarce
+    calibration = OptimizerCalibration(
+        reference_batch_size=2, epsilon="keep", confidence=0.5, probe_batches=16, adapt="always"
+    )
+    callbacks = (calibration, GradientHistogramMonitor(every_n_steps=1), Rates())
+    made = fit(folder / "adapted", *callbacks, module=Linear, data=loader(16, samples=1024), logger=False, **ddp(ranks))
+    return rates, calibration.state_dict()["adapted"], _parameters(made)
+
+
+class Linear(L.LightningModule):
+    """Whose noise scale is known well after a few steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
 def _parameters(made: L.Trainer) -> dict[str, Any]:
     # not the buffers: DDP leaves BatchNorm's running averages to each rank
     return {name: p.detach().clone() for name, p in made.lightning_module.named_parameters()}

@@ -17,11 +17,11 @@ import lightning_gradhist
 PACKAGE = Path(lightning_gradhist.__file__).parent
 # Bottom to top. A module may import what stands in its own layer (but for cycles) or below.
 LAYERS = [
-    {"_version", "explore", "intervals", "kernels"},
+    {"_version", "batch_scaling", "explore", "intervals", "kernels"},
     {"histogram", "noise", "second_moment"},
     {"epsilon", "surge"},
     {"epsilon_search", "ratio", "tradeoff"},
-    {"greedy"},
+    {"adapt", "greedy"},
     {"optim", "report"},
     {"callbacks"},
 ]

@@ -572,3 +572,19 @@ def test_a_record_holds_few_measurements_of_the_device() -> None:
         held.append(len(record._waiting))
     assert max(held) == 64 and len(record) == 300
     assert [sample["step"] for sample in record.samples] == list(range(300))
+
+
+def test_the_recent_noise_scale_is_that_of_the_last_quarter() -> None:
+    record = NoiseRecord()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(80):
+        scale = 10.0 if step < 60 else 40.0
+        noisy = 1 + 0.01 * torch.randn(4, generator=generator, dtype=torch.float64)
+        record.add(step, 8, noisy * torch.tensor([scale, 2.0, 2 * scale, 2.0]))
+        if step == 6:
+            assert record.recent().value == pytest.approx(80, rel=0.02) and not record.recent().bounded
+    assert (record.recent().measurements, record.recent("simple").bounded) == (20, True)
+    assert record.recent("simple").value == pytest.approx(160, rel=0.02)
+    assert record.recent("adam").value == pytest.approx(320, rel=0.02)
+    with pytest.raises(ValueError, match="metric must be one of"):
+        record.recent("other")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, Optional, Union
 
+from lightning_gradhist.adapt import AdaptedRatio
+from lightning_gradhist.batch_scaling import WEIGHT_DECAY
 from lightning_gradhist.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -13,9 +17,11 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_gradhist.callbacks.decision import MIN_BATCHES, Decision
+from lightning_gradhist.callbacks.adapt import RateAdapter, check_adapt, noise_monitor
+from lightning_gradhist.callbacks.decision import MIN_BATCHES, Decision, is_adam_like
 from lightning_gradhist.callbacks.gradients import is_sharded, model_shapes, replicas
 from lightning_gradhist.callbacks.handoff import apply_changes, holds_before
+from lightning_gradhist.callbacks.scaling import check_optimizer, check_scaled
 from lightning_gradhist.epsilon_search import SEARCH
 from lightning_gradhist.greedy import GREEDY
 from lightning_gradhist.report import plots
@@ -67,10 +73,27 @@ class OptimizerCalibration(Callback):
     how a rate does later. It is refused, and the rate kept, where the loss shows no minimum, where the interval spans a
     factor of two, where the loss falls along the whole range, and under FSDP2.
 
+    *While training.* The noise scale grows, and with it the law's ratio, away from 1. With ``adapt`` the rate follows: at
+    each measurement of the ``GradientHistogramMonitor`` in the same Trainer, the whole schedule is multiplied by the change
+    of :class:`lightning_gradhist.adapt.AdaptedRatio`, which goes half of the way to the law's ratio at the noise scale of the
+    last quarter of the measurements within eight of them, and stays where that is refused. It starts at the ratio of the
+    probe, or of the record where the probe's is refused, and remains between 1 and the square root of the ratio of batch
+    sizes. ``"warmup"`` goes one way only, up for larger batches and down for smaller ones, from no farther than the ratio
+    that a recorded run gives to that, or else to the square root; ``"always"`` goes both ways. The factor is logged as
+    ``calibration/adapted_factor``. A measurement then makes the host wait for the device. A resumed run
+    goes on as if it had not been interrupted, but for a pair of steps (see the monitor) that the checkpoint parts; a second
+    ``fit`` begins anew.
+
+    *What else goes with the batch size.* With ``scale_with_batch`` the optimizer's own values, too, are taken as trusted at
+    the reference: of ``"betas"`` the second, the memory of the average of squares, keeps its half-life in samples,
+    ``"weight_decay"`` shrinks the weights as much per sample where it is decoupled and stays where it is added to the
+    gradient, and ``"eps"`` falls with the square root of the batch size
+    (:mod:`lightning_gradhist.batch_scaling` has the formulas).
+
     *Hand-off.* ``eps`` and ``lr``, and for ``ALTO`` and ``AdamE`` ``alpha`` and ``explore_beta`` where left on
     ``"auto"``, are written into every parameter group, ratios between groups kept; the learning rate also into
-    ``initial_lr`` and the schedulers. Once: a resumed run keeps its values. The report goes to the console and the
-    loggers, and stays in :attr:`result`.
+    ``initial_lr`` and the schedulers. Once, but for ``adapt``: a resumed run keeps its values. The report goes
+    to the console and the loggers, and stays in :attr:`result`.
 
     The effective batch size is the per-device batch, times accumulation, times data-parallel ranks. Callbacks that read the
     learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come after this one.
@@ -89,11 +112,16 @@ class OptimizerCalibration(Callback):
             optimization, samples of one optimizer step on one device.
         fallback: the law in place of ``"surge"`` or ``"saturating"`` where that is refused, one of the other four.
         confidence: of the intervals, between 0 and 1.
+        adapt: None for a rate that is set once, ``"warmup"`` or ``"always"`` for one that follows the noise scale. Needs a
+            reference, the law ``"surge"`` or ``"saturating"``, and a ``GradientHistogramMonitor`` that measures noise.
+        scale_with_batch: what else is taken as trusted at the reference and scaled with the batch size: some of ``"betas"``,
+            ``"weight_decay"`` and ``"eps"``, the last with ``epsilon="keep"`` only. Nothing by default.
 
     Raises:
         MisconfigurationException: for an argument out of its range, ``reference`` together with
             ``reference_batch_size``, either of them with ``"greedy"``, and a record that is missing, broken, of another
-            version or of another model.
+            version or of another model; for ``adapt`` and ``scale_with_batch`` without what they need, the former's monitor
+            and the latter's keys in the optimizer's groups.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -113,6 +141,8 @@ class OptimizerCalibration(Callback):
         batch_size: Optional[int] = None,  # noqa: UP045
         fallback: str = "keep",
         confidence: float = 0.95,
+        adapt: Optional[str] = None,  # noqa: UP045
+        scale_with_batch: Optional[Sequence[str]] = None,  # noqa: UP045
     ) -> None:
         for name, size in (("reference_batch_size", reference_batch_size), ("batch_size", batch_size)):
             if size is not None and not size > 0:
@@ -138,6 +168,9 @@ class OptimizerCalibration(Callback):
             raise MisconfigurationException(f"probe_batches must be at least {MIN_BATCHES}, got {probe_batches!r}")
         if not 0 < confidence < 1:
             raise MisconfigurationException(f"confidence must lie between 0 and 1, got {confidence!r}")
+        has_reference = reference is not None or reference_batch_size is not None
+        check_adapt(adapt, learning_rate, has_reference)
+        check_scaled(scale_with_batch, epsilon, has_reference)
         self.reference_batch_size = reference_batch_size
         self.reference = reference
         self.epsilon = epsilon
@@ -147,35 +180,45 @@ class OptimizerCalibration(Callback):
         self.batch_size = batch_size
         self.fallback = fallback
         self.confidence = confidence
+        self.adapt = adapt
+        self.scale_with_batch = scale_with_batch
         self.result: CalibrationResult | None = None
         self._record: RunRecord | None = None
         self._report: str | None = None
         self._waiting = False
         self._restored = False
+        self._adapted: AdaptedRatio | None = None
+        self._adapter: RateAdapter | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The report; its being there tells a resumed run that the calibration is done."""
-        return {"report": self._report}
+        """The report, whose being there tells a resumed run that the calibration is done, and the rate that moves on."""
+        adapted = self._adapter.ratio if self._adapter else self._adapted
+        return {"report": self._report, "adapted": asdict(adapted) if adapted else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Marks the calibration as done if it was."""
+        """Marks the calibration as done if it was, and takes up the rate that moves on."""
         self._report = state_dict["report"]
+        adapted = state_dict.get("adapted")
+        self._adapted, self._adapter = AdaptedRatio(**adapted) if adapted else None, None
         self._restored = self._report is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds out whether this run is to be calibrated, and reads the record if so."""
         self._waiting = False
+        if self.adapt is not None:
+            noise_monitor(trainer)
         # A checkpoint may come before the first step (accumulation); one that was only validated counts for nothing.
-        resumed = trainer.global_step > 0 or (self._restored and trainer.ckpt_path is not None)
+        from_checkpoint = self._restored and trainer.ckpt_path is not None
         self._restored = False
-        if resumed and self._report is not None:
-            self._go_on(trainer)
+        if (trainer.global_step > 0 or from_checkpoint) and self._report is not None:
+            self._go_on(trainer, from_checkpoint)
             return
-        self.result = self._report = None
+        self.result = self._report = self._adapted = self._adapter = None
         obstacle = _obstacle(trainer)
         if obstacle is not None:
             rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
             return
+        check_optimizer(trainer.optimizers[0], self.scale_with_batch or (), is_adam_like(trainer.optimizers[0]))
         self._record = self._read_record(trainer, pl_module)
         self._waiting = True
 
@@ -184,21 +227,45 @@ class OptimizerCalibration(Callback):
         if not self._waiting:
             return
         self._waiting = False
-        result = Decision(self, trainer, pl_module, self._record).result()
+        decision = Decision(self, trainer, pl_module, self._record)
+        result = decision.result()
         if result.problems:
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
-            changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
+            # equal by construction, and now for sure
+            changes, self._adapted = trainer.strategy.broadcast((result.changes, decision.adapted))
             apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
             self._report = result.to_text()
+            self._adapt()
         self.result = result
         rank_zero_info(result.to_text())
         if trainer.is_global_zero:
             _log(trainer, result)
 
-    def _go_on(self, trainer: Trainer) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the rate where it is to follow the noise scale."""
+        if self._adapter is not None:
+            self._adapter.follow(trainer)
+
+    def _adapt(self) -> None:
+        """Has the rate follow the noise scale from where it is."""
+        if self.adapt is None or self._adapted is None:
+            return
+        ratio = replace(self._adapted, mode=self.adapt)
+        self._adapter = RateAdapter(ratio, self.confidence, WEIGHT_DECAY in (self.scale_with_batch or ()))
+
+    def _go_on(self, trainer: Trainer, from_checkpoint: bool) -> None:
         """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
         rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
+        if self._adapted is not None and not from_checkpoint:
+            self._adapted = replace(self._adapted, value=self._adapted.start)
+        elif self.adapt is not None and self._adapted is None:
+            rank_zero_warn(
+                "OptimizerCalibration: adapt moves nothing, as this run was calibrated to a rate that stays."
+            )
+        self._adapt()
         if self.result is not None and self.result.applied:
             optimizer = trainer.optimizers[0]
             changes = [change for change in self.result.changes if holds_before(optimizer, change)]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
+from lightning_gradhist.adapt import WARMUP, AdaptedRatio, warmup_end
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.epsilon_search import EpsilonSearchProbe
 from lightning_gradhist.callbacks.gradients import (
@@ -22,6 +23,7 @@ from lightning_gradhist.callbacks.greedy import GreedyProbe
 from lightning_gradhist.callbacks.handoff import base_rate, keeps_own_rates
 from lightning_gradhist.callbacks.probe import Probe, clip_factor, gradients_a_step, pool
 from lightning_gradhist.callbacks.refusal import together
+from lightning_gradhist.callbacks.scaling import scaled_changes
 from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON, EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.epsilon_search import SEARCH, EpsilonSearch, candidates
@@ -57,6 +59,8 @@ class Options(Protocol):
     batch_size: int | None
     fallback: str
     confidence: float
+    adapt: str | None
+    scale_with_batch: Sequence[str] | None
 
 
 class Decision:
@@ -83,6 +87,8 @@ class Decision:
         self.noise: NoiseScale | None = None
         self.greedy: GreedyRate | None = None
         self.search: EpsilonSearch | None = None
+        self.adapted: AdaptedRatio | None = None
+        """How the rate goes on from here, None where it stays."""
 
     def result(self) -> CalibrationResult:
         """Decides."""
@@ -94,12 +100,13 @@ class Decision:
         eps = self._epsilon_changes()
         ratio = self._greedy_ratio((*eps, *explore)) if self.options.learning_rate == GREEDY else self._ratio()
         rates = self._rate_changes(ratio)
+        scaled = self._scaled_changes(ratio)
         groups = self.optimizer.param_groups
         noise, source = self._noise()
         return CalibrationResult(
             applied=self.options.apply,
             optimizer=type(self.optimizer).__name__,
-            epsilon=_after(eps, "eps", groups[0].get("eps")),
+            epsilon=_after((*eps, *scaled), "eps", groups[0].get("eps")),
             epsilon_range=self.search_space,
             learning_rate=_after(rates, "lr", base_rate(groups[0])),
             ratio=ratio.value,
@@ -111,7 +118,7 @@ class Decision:
             noise_source=source,
             effective_batch_size=self.batch_size,
             reference_batch_size=self._reference_batch_size(),
-            changes=(*rates, *eps, *explore),
+            changes=(*rates, *eps, *explore, *scaled),
             reasons=tuple(dict.fromkeys(self.reasons)),  # a second probe says the same again
             problems=tuple(dict.fromkeys(self.problems)),
             gradients=self.noise.first_half.count + self.noise.measurements if self.noise else 0,
@@ -134,6 +141,7 @@ class Decision:
     def _needs_probe(self) -> bool:
         wants_epsilon = self._seeks_epsilon() and self._has_epsilon()
         wants_noise = self.options.learning_rate in NOISE_LAWS and self.options.reference_batch_size is not None
+        wants_noise |= self.options.adapt is not None
         return wants_epsilon or (wants_noise and self._is_adam_like() and self.batch_size is not None)
 
     def _probe(self) -> None:
@@ -215,7 +223,7 @@ class Decision:
     # --- epsilon ------------------------------------------------------------------------------------------------------
 
     def _is_adam_like(self) -> bool:
-        return is_a(self.optimizer, *_ADAM_LIKE)
+        return is_adam_like(self.optimizer)
 
     def _has_epsilon(self) -> bool:
         groups = self.optimizer.param_groups
@@ -310,6 +318,24 @@ class Decision:
             law, self.batch_size, reference, noise, from_record=source == "record", fallback=self.options.fallback
         )
         (self.problems if ratio.law != law else self.reasons).extend(ratio.reasons)
+        return ratio if self.options.adapt is None else self._adapted_ratio(ratio, self.batch_size, reference)
+
+    def _adapted_ratio(self, ratio: RateRatio, batch_size: float, reference: float) -> RateRatio:
+        """Where a rate that follows the noise scale starts; the ratio over a recorded run is where a warm-up ends."""
+        law, mode = self.options.learning_rate, self.options.adapt
+        assert mode is not None
+        recorded = None
+        if self.recorded is not None and ratio.law == law:
+            noise = self.noise.adam(self.options.confidence) if self.noise else None
+            probed, recorded = choose_ratio(law, batch_size, reference, noise), ratio
+            farther = abs(math.log(probed.value)) > abs(math.log(recorded.value))
+            ratio = recorded if probed.law != law or (mode == WARMUP and farther) else probed
+        end = warmup_end(batch_size, reference, recorded.value if recorded else None)
+        self.adapted = AdaptedRatio(law, mode, batch_size, reference, ratio.value, end, ratio.value)
+        self.reasons.append(
+            f"adapt={mode!r}: the rate starts at {ratio.value:.4g} times the reference's and follows the noise scale"
+            + (f", as far as {end:.4g} times" if mode == WARMUP else "")
+        )
         return ratio
 
     def _rate_obstacle(self, law: str, reference: float | None) -> str | None:
@@ -404,12 +430,32 @@ class Decision:
         )
         return own
 
+    # --- what else goes with the batch size ---------------------------------------------------------------------------
+
+    def _scaled_changes(self, ratio: RateRatio) -> list[GroupChange]:
+        names, reference = self.options.scale_with_batch, self._reference_batch_size()
+        if not names or reference is None:
+            return []
+        if self.batch_size is None:
+            self._unknown_batch_size("nothing is scaled with it")
+            return []
+        changes, reasons = scaled_changes(
+            self.optimizer, names, self.batch_size / reference, ratio.value, self._epsilon_floor
+        )
+        self.reasons.extend(reasons)
+        return changes
+
     def _unknown_batch_size(self, consequence: str) -> None:
         self.problems.append(
             f"the batch size cannot be read from the training loader, or not under manual optimization, so {consequence};"
             " pass the samples of one micro-batch on one device (under manual optimization, of one step),"
             " OptimizerCalibration(batch_size=...)"
         )
+
+
+def is_adam_like(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step is divided by the root of an average of squares, plus its epsilon."""
+    return is_a(optimizer, *_ADAM_LIKE)
 
 
 def _alpha_of(group: dict[str, Any]) -> str:

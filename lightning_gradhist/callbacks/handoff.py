@@ -49,6 +49,8 @@ def holds_before(optimizer: Optimizer, change: GroupChange) -> bool:
     if change.group >= len(optimizer.param_groups):
         return False
     group = optimizer.param_groups[change.group]
+    if change.name == "beta2":
+        return group["betas"][1] == change.before
     return (base_rate(group) if change.name == "lr" else group.get(change.name)) == change.before
 
 
@@ -58,13 +60,16 @@ def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequ
     Args:
         optimizer: whose ``param_groups`` are written.
         schedulers: all schedulers; those of other optimizers are left alone.
-        changes: ``"lr"`` is in terms of :func:`base_rate`; other names are keys of the group.
+        changes: ``"lr"`` is in terms of :func:`base_rate`, ``"beta2"`` the second of ``betas``; other names are keys of
+            the group.
     """
     groups = optimizer.param_groups
     factors = [1.0] * len(groups)
     for change in changes:
         if change.name == "lr":
             factors[change.group] = change.after / float(change.before)
+        elif change.name == "beta2":
+            groups[change.group]["betas"] = (groups[change.group]["betas"][0], change.after)
         else:
             groups[change.group][change.name] = change.after
     for group, factor in zip(groups, factors, strict=True):

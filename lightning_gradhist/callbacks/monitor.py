@@ -212,6 +212,16 @@ class GradientHistogramMonitor(Callback):
         """The noise measured so far, one record an optimizer."""
         return [watched.noise for watched in self._watched]
 
+    @property
+    def noise_measured(self) -> list[int]:
+        """How often noise was measured in this fit, also where that came to nothing; the same on all ranks."""
+        return [watched.measured for watched in self._watched]
+
+    @property
+    def measures_noise(self) -> bool:
+        """Whether noise is measured in this fit, which is known once all callbacks have seen ``on_train_start``."""
+        return self._replicas is not None and self._measures_noise
+
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
         return {"optimizers": self._restored or [watched.state_dict() for watched in self._watched]}
@@ -478,6 +488,7 @@ class GradientHistogramMonitor(Callback):
         sums = self._measure(trainer, None if first is None else lambda: first.measure(parts or {}))
         if first is not None:
             watched.noise.add(first.step, watched.batch_size, sums)
+        watched.measured += 1
 
     def _measure_part(
         self,
@@ -504,6 +515,7 @@ class GradientHistogramMonitor(Callback):
         if batch_size is not None:
             watched.note(batch_size, optimizer)
             watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
+        watched.measured += 1
 
     def _measure(self, trainer: Trainer, measure: Callable[[], Tensor] | None) -> Tensor:
         """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""

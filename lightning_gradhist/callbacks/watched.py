@@ -66,6 +66,8 @@ class Watched:
         self.learning_rates = learning_rates or []
         """The highest base rate of each group so far: what a schedule, or a warm-up by hand, rises to or falls from."""
         self.batch_size = batch_size
+        self.measured = 0
+        """Times that noise was measured, also in vain; the same on all ranks."""
         self.last_step = -1
         self.last_logged: tuple[HostCopy, int] | None = None
         self.begun: Step | None = None

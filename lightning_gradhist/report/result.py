@@ -21,7 +21,8 @@ class GroupChange:
 
     Attributes:
         group: index of the parameter group.
-        name: key in the group: ``"lr"``, ``"eps"``, ``"alpha"`` or ``"explore_beta"``.
+        name: key in the group, ``"lr"``, ``"eps"``, ``"weight_decay"``, ``"alpha"`` or ``"explore_beta"``; or ``"beta2"``, the
+            second of its ``betas``.
         before: value that the group had.
         after: value that the calibration found.
     """

@@ -366,8 +366,8 @@ def test_one_callback_calibrates_each_new_run(tmp_path) -> None:
 
 def test_state_survives_a_round_trip() -> None:
     calibration = OptimizerCalibration()
-    calibration.load_state_dict({"report": "done"})
-    assert calibration.state_dict() == {"report": "done"}
+    calibration.load_state_dict({"report": "done"})  # of a release in which no rate moved on
+    assert calibration.state_dict() == {"report": "done", "adapted": None}
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -772,6 +772,8 @@ def test_the_command_line_takes_the_callbacks(tmp_path, monkeypatch) -> None:
         "--trainer.callbacks+=lightning_gradhist.OptimizerCalibration",
         "--trainer.callbacks.epsilon=1e-9",
         "--trainer.callbacks.reference_batch_size=128",
+        "--trainer.callbacks.adapt=warmup",
+        "--trainer.callbacks.scale_with_batch=[betas, weight_decay]",
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu",
     ]
@@ -780,3 +782,4 @@ def test_the_command_line_takes_the_callbacks(tmp_path, monkeypatch) -> None:
     assert found["GradientHistogramMonitor"].every_n_steps == 7
     calibration = found["OptimizerCalibration"]
     assert (calibration.epsilon, calibration.reference_batch_size, calibration.apply) == (1e-9, 128, True)
+    assert (calibration.adapt, list(calibration.scale_with_batch)) == ("warmup", ["betas", "weight_decay"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rank_jobs import (
+    adapted,
     apart,
     calibrated,
     exit_codes,
@@ -111,6 +112,13 @@ def assert_local_counts(folder: Path, step: int, windows: list[list[dict[str, to
             assert logged == expected_counts(torch.cat(gradients)), (folder, name, step)
     pooled = torch.cat([gradient for gradients in own.values() for gradient in gradients])
     assert logged_counts(folder, "gradient_local_magnitude/all", step) == expected_counts(pooled)
+
+
+def test_the_rate_that_follows_the_noise_scale_is_the_same_on_all_ranks(tmp_path) -> None:
+    (rates, state, weights), other = run_ranks(adapted, 2, tmp_path)
+    assert len(rates) == 32 and len(set(rates)) > 12
+    assert other[0] == rates and other[1] == state
+    torch.testing.assert_close(other[2], weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("ranks", RANKS[:1])
