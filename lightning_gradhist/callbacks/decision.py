@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_gradhist.adapt import WARMUP, AdaptedRatio, warmup_end
+from lightning_gradhist.batch_scaling import WEIGHT_DECAY
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.epsilon_search import EpsilonSearchProbe
 from lightning_gradhist.callbacks.gradients import (
@@ -23,7 +24,7 @@ from lightning_gradhist.callbacks.greedy import GreedyProbe
 from lightning_gradhist.callbacks.handoff import base_rate, keeps_own_rates
 from lightning_gradhist.callbacks.probe import Probe, clip_factor, gradients_a_step, pool
 from lightning_gradhist.callbacks.refusal import together
-from lightning_gradhist.callbacks.scaling import scaled_changes
+from lightning_gradhist.callbacks.scaling import decay_changes, scaled_changes
 from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON, EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.epsilon_search import SEARCH, EpsilonSearch, candidates
@@ -433,17 +434,20 @@ class Decision:
     # --- what else goes with the batch size ---------------------------------------------------------------------------
 
     def _scaled_changes(self, ratio: RateRatio) -> list[GroupChange]:
-        names, reference = self.options.scale_with_batch, self._reference_batch_size()
-        if not names or reference is None:
-            return []
-        if self.batch_size is None:
+        """Those, and the weight decay that goes with the learning rate of an epsilon that was searched for."""
+        names, reference = self.options.scale_with_batch or (), self._reference_batch_size()
+        factor = self._rate_factor()
+        changes: list[GroupChange] = []
+        if names and self.batch_size is None:
             self._unknown_batch_size("nothing is scaled with it")
-            return []
-        changes, reasons = scaled_changes(
-            self.optimizer, names, self.batch_size / reference, ratio.value, self._epsilon_floor
-        )
-        self.reasons.extend(reasons)
-        return changes
+            names = ()
+        if names and self.batch_size is not None and reference is not None:
+            batch_ratio = self.batch_size / reference
+            changes, reasons = scaled_changes(
+                self.optimizer, names, batch_ratio, ratio.value * factor, self._epsilon_floor
+            )
+            self.reasons.extend(reasons)
+        return changes if WEIGHT_DECAY in names else [*changes, *decay_changes(self.optimizer, factor)]
 
     def _unknown_batch_size(self, consequence: str) -> None:
         self.problems.append(

@@ -27,6 +27,7 @@ from lightning_gradhist.callbacks.handoff import base_rate, prepare
 from lightning_gradhist.callbacks.no_trace import no_trace
 from lightning_gradhist.callbacks.probe import Probe, mean_gradient
 from lightning_gradhist.callbacks.refusal import together
+from lightning_gradhist.callbacks.scaling import decay_changes
 from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.epsilon_search import (
     HELD_OUT,
@@ -148,7 +149,8 @@ class EpsilonSearchProbe:
 
     over the steps ``k`` of the present epsilon's first trajectory, where :math:`\Delta_k(\epsilon)` is the optimizer's
     step with ``eps`` from the present state, for the present gradient: one factor, which a whole run can have, so that
-    the updates are as large. A rescaling at each step would hide what cannot be handed on. The present epsilon is run at
+    the updates are as large. Decoupled weight decay is divided by it, so that weights shrink as before. A rescaling at each
+    step would hide what cannot be handed on. The present epsilon is run at
     other rates too, as :func:`lightning_gradhist.epsilon_search.search_result` says.
 
     The batches of one trajectory are held while it lasts, and up to nine copies of the parameters.
@@ -223,7 +225,8 @@ class EpsilonSearchProbe:
                 rates = control_rates([gain for c, gain in zip(tried, gains, strict=True) if c.equal_rms])
             losses[-1] += [run(self._changes, rate) for rate in rates]
             for candidate, factor in zip(tried, factors, strict=True):
-                losses[-1].append(run(self._with(candidate.eps), factor) if factor < math.inf else math.inf)
+                changes = self._with(candidate.eps, factor)
+                losses[-1].append(run(changes, factor) if factor < math.inf else math.inf)
         self.left_out = reader.left_out()
         cost = {"steps": steps, "gradients": self._gradients, "forwards": self._forwards}
         try:
@@ -231,9 +234,9 @@ class EpsilonSearchProbe:
         except ValueError as error:
             self.why_none = str(error)
 
-    def _with(self, eps: float) -> tuple[GroupChange, ...]:
-        groups = self._optimizer.param_groups
-        return (*self._changes, *(GroupChange(i, "eps", group["eps"], eps) for i, group in enumerate(groups)))
+    def _with(self, eps: float, factor: float) -> tuple[GroupChange, ...]:
+        epsilons = (GroupChange(i, "eps", group["eps"], eps) for i, group in enumerate(self._optimizer.param_groups))
+        return (*self._changes, *epsilons, *decay_changes(self._optimizer, factor))
 
     def _loss_after(
         self,

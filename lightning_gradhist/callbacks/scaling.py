@@ -113,7 +113,7 @@ def decay_changes(optimizer: Optimizer, rate_change: float) -> list[GroupChange]
     return [
         GroupChange(index, "weight_decay", group["weight_decay"], group["weight_decay"] / rate_change)
         for index, group in enumerate(optimizer.param_groups)
-        if group["weight_decay"] and is_decoupled(optimizer, group)
+        if rate_change != 1 and group.get("weight_decay") and is_decoupled(optimizer, group)
     ]
 
 

@@ -252,7 +252,7 @@ class Noisy(L.LightningModule):
         return self.noise * (batch[0] @ self.many).mean() + self.bend * self.many.square().sum() / 2 - self.one.sum()
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=1e-3)
         return [optimizer], [LambdaLR(optimizer, lambda step: step / 10)]
 
 
@@ -270,6 +270,14 @@ def test_an_epsilon_that_damps_noise_is_handed_off_with_its_factor(tmp_path) -> 
     assert chosen.candidate.equal_rms and group["eps"] == result.epsilon == chosen.candidate.eps > 1e-4
     assert chosen.factor > 2 and result.ratio == 2
     assert group["initial_lr"] == pytest.approx(1e-2 * 2 * chosen.factor) == result.learning_rate
+    assert group["weight_decay"] == pytest.approx(1e-3 / chosen.factor)  # so that weights shrink as before
+
+
+def test_a_weight_decay_that_is_scaled_takes_the_factor_too(tmp_path) -> None:
+    calibration = search(learning_rate="linear", reference_batch_size=4, scale_with_batch=["weight_decay"])
+    made = of_noise(tmp_path, calibration, noise=0.03, bend=0.03)
+    group, chosen = made.optimizers[0].param_groups[0], calibration.result.epsilon_search.chosen
+    assert group["weight_decay"] == pytest.approx(1e-3 * 2 / (2 * chosen.factor))
 
 
 def test_a_descent_that_a_higher_rate_has_too_is_not_epsilons_merit(tmp_path) -> None:
