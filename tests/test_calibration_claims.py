@@ -218,9 +218,8 @@ def test_side_grids_are_finished_and_go_on_where_they_were(
     monkeypatch.setattr(side_grids, "train", lambda run, folder: row_of(run, ""))
     side_grids.main(["--grid", "no_momentum", "--output", str(tmp_path)])
     results = grid.read(tmp_path / "no_momentum.csv")
-    assert {run.optimizer for run in results} == {"Adam without momentum"} and {run.seed for run in results} == set(
-        range(5)
-    )
+    assert {run.optimizer for run in results} == {"Adam without momentum"}
+    assert {run.seed for run in results} == set(range(3))
     assert side_grids.next_run("no_momentum", results) is None
     capsys.readouterr()
     side_grids.main(["--grid", "no_momentum", "--output", str(tmp_path)])

@@ -217,4 +217,10 @@ def test_intervals_are_compared_with_ten_times_the_data(tmp_path: Path, monkeypa
     assert len({row["value"] for row in rows}) == len(rows)
     assert len({row["from_ten_times_the_data"] for row in rows}) == 4
     assert all(0 <= row["lower"] <= row["value"] <= row["upper"] for row in rows)
+    assert all(0 <= row["bootstrap_lower"] <= row["value"] <= row["bootstrap_upper"] < 3 * row["upper"] for row in rows)
     assert sum(row["lower"] <= row["from_ten_times_the_data"] <= row["upper"] for row in rows) >= 9
+    page = Page(tmp_path / "out")
+    noise_section.coverage(page, rows)
+    page.write()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.count("| B_adam | bootstrap |") == text.count("| B_simple | Fieller |") == 2

@@ -2,7 +2,7 @@
 
 ``PYTHONPATH=benchmarks:examples python benchmarks/calibration/side_grids.py``; a quarter of an hour on one core. It can be
 stopped at any time and goes on where it was. Each grid has a table of its own, with the columns of ``grid.py``'s; its stages
-are that module's ``rates``, ``refine``, ``seeds`` and ``more_seeds``: rates a factor of sqrt(2) apart, five seeds.
+are that module's ``rates``, ``refine`` and ``seeds``: rates a factor of sqrt(2) apart, three seeds.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from workloads import FASHION_MNIST, WORKLOADS
 
 _MLP = WORKLOADS["mlp"]
 GRIDS = {
-    "surge_small": replace(_MLP, batch_sizes=(1, 2, 3, 4, 6, 8, 12)),
     "surge_large": replace(
         _MLP, batch_sizes=(64, 91, 128, 181, 256, 362, 512, 724, 1024, 1164), samples=46_080, learning_rate=2**-6
     ),
     "no_momentum": replace(_MLP, optimizer="Adam without momentum"),
+    "surge_small": replace(_MLP, batch_sizes=(1, 2, 3, 4, 6, 8, 12)),
 }
-"""By the name of their table. The second makes four times the samples, so that its shortest run has 39 steps."""
-MADE = ("rates", "refine", "seeds", "more_seeds")
+"""By the name of their table. ``surge_large`` makes four times the samples, so that its shortest run has 39 steps."""
+MADE = ("rates", "refine", "seeds")
 
 
 def next_run(name: str, results: Results) -> tuple[str, Run] | None:

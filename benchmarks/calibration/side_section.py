@@ -36,7 +36,7 @@ def surge(page: Page, side: Found, draws: int) -> None:
     seconds = sum(row["seconds"] for evidence in found.values() for row in evidence.results.values())
     page.say(
         f"The paper sees its peak at batch sizes from 1 to 12 and from 64 to 1,164. `mlp` at those ({seconds / 60:.0f} minutes of"
-        " one shared core), rates a factor of sqrt(2) apart, up to five seeds. Of the larger ones a run makes"
+        " one shared core), rates a factor of sqrt(2) apart, three seeds. Of the larger ones a run makes"
         f" {GRIDS['surge_large'].samples:,} samples, {GRIDS['surge_large'].samples // 1164} steps at the largest."
     )
     rows = [rate_row("mlp", size, evidence) for evidence in found.values() for size in evidence.losses]
