@@ -240,9 +240,11 @@ def test_the_page_tells_the_peak_and_what_momentum_does(tmp_path: Path, monkeypa
     side_section.momentum(page, collect(tmp_path), side, 3)
     page.write()
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "- 16 to 256: highest best rate at 256; in 0.0% of the draws" in text
+    assert "- 16 to 256: the highest best rate is that of 256 first, and of 256 last; in 0.0% of the draws" in text
     assert "The best rate goes with the batch size to the power of 0.5" in text
     assert "| beta1 | best rate at 8 | best rate at 32 | best rate at 128 |" in text
-    assert "without momentum, their intervals apart: none." in text
+    assert (
+        "is 1 to 1 times that with it, not 19 times. Laws where it is larger and the intervals are apart: none." in text
+    )
     with (tmp_path / "out" / "tables" / "momentum.csv").open() as file:
         assert [row["ratio"] for row in csv.DictReader(file)] == ["1", "1", "1"]

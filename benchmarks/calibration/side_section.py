@@ -64,11 +64,12 @@ def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> str
     last = evidence.losses[sizes[-1]].curve()
     assert last is not None  # it has a best rate
     rates = np.array(list(evidence.best_rates.values()))
+    first = sizes[int(np.argmax(rates))]
     slope = float(np.polyfit(np.log2(sizes), rates, 1)[0]) if len(sizes) > 1 else math.nan
     cost = float(last.excess(np.array([rates.max()]))[0])
     return (
-        f"- {sizes[0]:,} to {sizes[-1]:,}: highest best rate at {peak:,}; in {percent(share)} of the draws of the seeds a larger"
-        f" batch has a lower one. That rate costs {percent(cost)} of the loss at {sizes[-1]:,}. The best rate goes with the"
+        f"- {sizes[0]:,} to {sizes[-1]:,}: the highest best rate is that of {first:,} first, and of {peak:,} last; in"
+        f" {percent(share)} of the draws of the seeds a batch larger than its last has a lower one. That rate costs {percent(cost)} of the loss at {sizes[-1]:,}. The best rate goes with the"
         f" batch size to the power of {number(slope)} (least squares)."
     )
 
@@ -107,7 +108,11 @@ def momentum(page: Page, found: Found, side: Found, draws: int) -> None:
         },
     )
     apart = [row["law"] for row in rows if row["without"][1] > row["with"][2]]
-    page.say(f"Laws whose noise scale is larger without momentum, their intervals apart: {listed(apart)}.")
+    ratios = [row["ratio"] for row in rows]
+    page.say(
+        f"Without momentum the noise scale is {number(min(ratios))} to {number(max(ratios))} times that with it, not"
+        f" {number(factor)} times. Laws where it is larger and the intervals are apart: {listed(apart)}."
+    )
 
 
 def _noise_rows(grids: Mapping[str, Evidence], draws: int) -> list[Row]:
