@@ -36,8 +36,9 @@ def surge(page: Page, side: Found, draws: int) -> None:
     seconds = sum(row["seconds"] for evidence in found.values() for row in evidence.results.values())
     page.say(
         f"The paper sees its peak at batch sizes from 1 to 12 and from 64 to 1,164. `mlp` at those ({seconds / 60:.0f} minutes of"
-        " one shared core), rates a factor of sqrt(2) apart, three seeds. Of the larger ones a run makes"
-        f" {GRIDS['surge_large'].samples:,} samples, {GRIDS['surge_large'].samples // 1164} steps at the largest."
+        " one shared core), rates a factor of sqrt(2) apart, three seeds. "
+        + "; ".join(_range(evidence) for evidence in found.values())
+        + "."
     )
     rows = [rate_row("mlp", size, evidence) for evidence in found.values() for size in evidence.losses]
     page.table(
@@ -58,6 +59,12 @@ def surge(page: Page, side: Found, draws: int) -> None:
         page.say(_peak(evidence, draws, generator))
 
 
+def _range(evidence: Evidence) -> str:
+    low, *_, high = sizes = evidence.workload.batch_sizes
+    samples = evidence.workload.samples
+    return f"A run from {low:,} to {high:,} has {samples:,} samples, {samples // max(sizes)} steps at the largest"
+
+
 def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> str:
     sizes = list(evidence.best_rates)
     share, peak = falls(evidence.losses, draws, generator)
@@ -69,8 +76,9 @@ def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> str
     cost = float(last.excess(np.array([rates.max()]))[0])
     return (
         f"- {sizes[0]:,} to {sizes[-1]:,}: the highest best rate is that of {first:,} first, and of {peak:,} last; in"
-        f" {percent(share)} of the draws of the seeds a batch larger than its last has a lower one. That rate costs {percent(cost)} of the loss at {sizes[-1]:,}. The best rate goes with the"
-        f" batch size to the power of {number(slope)} (least squares)."
+        f" {percent(share)} of the draws of the seeds a batch larger than its last has a lower one. That rate costs"
+        f" {percent(cost)} of the loss at {sizes[-1]:,}. The best rate goes with the batch size to the power of {number(slope)}"
+        " (least squares)."
     )
 
 
