@@ -163,7 +163,8 @@ def test_the_page_of_a_whole_grid(tmp_path: Path) -> None:
     assert "| mlp | Theorem 5 fit | 1 | 1 | 1 | 1 |" in page
     assert "Optima at the edge of the grid: none." in page
     assert "Without it the shortest run has 64 steps." in page
-    assert page.count("Not measured yet.") == 1  # the coverage, which nothing was measured of
+    # the coverage, Theorem 3's formula, the two side grids and the claims
+    assert page.count("Not measured yet.") == 5
     for figure in ("loss_curves", "transfers", "factors", "noise_scale", "theorem5", "epsilon"):
         assert 2_000 < (tmp_path / "out" / "tables" / f"{figure}.png").stat().st_size < 150_000
 
@@ -216,4 +217,10 @@ def test_intervals_are_compared_with_ten_times_the_data(tmp_path: Path, monkeypa
     assert len({row["value"] for row in rows}) == len(rows)
     assert len({row["from_ten_times_the_data"] for row in rows}) == 4
     assert all(0 <= row["lower"] <= row["value"] <= row["upper"] for row in rows)
+    assert all(0 <= row["bootstrap_lower"] <= row["value"] <= row["bootstrap_upper"] < 3 * row["upper"] for row in rows)
     assert sum(row["lower"] <= row["from_ten_times_the_data"] <= row["upper"] for row in rows) >= 9
+    page = Page(tmp_path / "out")
+    noise_section.coverage(page, rows)
+    page.write()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.count("| B_adam | bootstrap |") == text.count("| B_simple | Fieller |") == 2

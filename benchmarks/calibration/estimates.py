@@ -43,6 +43,15 @@ def median(moments: Moments, metric: str, samples: int) -> float:
     return float(values[order][np.searchsorted(cumulative, cumulative[-1] / 2)])
 
 
+def mean_of_positive(moments: Moments, samples: int) -> float:
+    """The mean of ``value`` over the samples of the run, without the moments that have none: NaN where none has."""
+    values = np.array([m["value"] for m in moments], float)
+    there = ~np.isnan(values)
+    if not there.any():
+        return math.nan
+    return float(np.average(values[there], weights=_weights(moments, samples)[there]))
+
+
 OF_A_RUN: dict[str, Callable[[Moments, str, int], float]] = {
     "start": at_start,
     "after warm-up": warmed_up,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import rows
 from curves import Measured, by_batch_size, noise_runs
-from estimates import METRICS, OF_A_RUN, Moments, samples_to_target, tradeoff_fit
+from estimates import METRICS, OF_A_RUN, Moments, mean_of_positive, samples_to_target, tradeoff_fit
 from grid import Results, middle, read, references
+from rows import Row
 from theorem5 import Needed, common
 from training import Run
 from transfers import Bench
@@ -19,6 +21,8 @@ from workloads import WORKLOADS, Workload
 
 FIT = "Theorem 5 fit"
 MEAN = f"{METRICS['adam']} mean"
+FORMULA = "Theorem 3 formula mean"
+FORMULA_TABLE = "formula.csv"
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class Evidence:
     Attributes:
         workload: whose they are.
         results: its table.
+        formula: what Theorem 3's formula gave at moments of runs, as ``formula.py`` describes it.
     """
 
     workload: Workload
     results: Results
+    formula: Sequence[Row] = ()
 
     @cached_property
     def references(self) -> list[Run]:
@@ -104,6 +110,10 @@ class Evidence:
                     for row, (run, moments) in enumerate(self.noise.get(size, [])):
                         values[row, column] = estimate(moments, metric, run.samples)
                 found[f"{called} {name}"] = values
+        if self.formula:
+            of_size = {size: [row for row in self.formula if row["batch_size"] == size] for size in self.losses}
+            means = [mean_of_positive(moments, self.workload.samples) for moments in of_size.values()]
+            found[FORMULA] = np.array([means])
         return found
 
     def bench(self, losses: Mapping[int, Measured]) -> Bench:
@@ -122,5 +132,9 @@ class Evidence:
 
 def collect(folder: Path) -> dict[str, Evidence]:
     """By name the workloads that have a batch size with a finished run."""
-    found = {name: Evidence(workload, read(folder / f"{name}.csv")) for name, workload in WORKLOADS.items()}
+    formula = rows.read(folder / FORMULA_TABLE)
+    found = {
+        name: Evidence(workload, read(folder / f"{name}.csv"), [row for row in formula if row["workload"] == name])
+        for name, workload in WORKLOADS.items()
+    }
     return {name: evidence for name, evidence in found.items() if evidence.losses}

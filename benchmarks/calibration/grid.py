@@ -131,8 +131,9 @@ def _at(like: Run, k: int, seed: int = 0) -> Run:
 
 
 def references(workload: Workload) -> list[Run]:
-    """A run of Adam at equal samples for each batch size; the rate and the seed do not matter."""
-    return [Run(workload.name, "Adam", size, 1.0, EPS["Adam"], 0, workload.samples) for size in workload.batch_sizes]
+    """A run at equal samples for each batch size, of Adam in the main grid; the rate and the seed do not matter."""
+    name, eps = workload.optimizer, EPS[workload.optimizer]
+    return [Run(workload.name, name, size, 1.0, eps, 0, workload.samples) for size in workload.batch_sizes]
 
 
 def _optima(workload: Workload, results: Results) -> list[tuple[Run, int]]:

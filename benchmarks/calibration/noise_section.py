@@ -9,12 +9,22 @@ import figures
 import numpy as np
 from estimates import is_bounded, median_of
 from evidence import Evidence
-from page import NOT_MEASURED, Page, Row, between, number, percent, text, verdict
+from page import NOT_MEASURED, Columns, Page, Row, between, number, percent, text, verdict
+from probes import DRAWS
 
 Found = Mapping[str, Evidence]
+Group = tuple[str, str, str]
+"""Workload, weights and noise scale."""
 
 HELD = 0.9
 """The goal for the share of intervals that hold the value."""
+ENDS = ("lower", "upper")
+SHARES: Columns = {
+    "covered": ("held", lambda point: f"{percent(point[0])} ({between(point[1:], percent)})"),
+    "of": ("of", text),
+    "unbounded": ("without a bound", percent),
+    "width": ("upper end over lower, median", number),
+}
 
 
 def growth(page: Page, found: Found) -> None:
@@ -86,7 +96,7 @@ def coverage(page: Page, rows: Sequence[Row]) -> None:
     if not rows:
         page.say(NOT_MEASURED)
         return
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[Group, list[Row]] = {}
     for row in rows:
         for workload in (row["workload"], "all"):
             groups.setdefault((workload, row["state"], row["metric"]), []).append(row)
@@ -103,10 +113,7 @@ def coverage(page: Page, rows: Sequence[Row]) -> None:
             "workload": ("workload", text),
             "state": ("weights", text),
             "metric": ("noise scale", text),
-            "covered": ("held", lambda point: f"{percent(point[0])} ({between(point[1:], percent)})"),
-            "of": ("of", text),
-            "unbounded": ("without a bound", percent),
-            "width": ("upper end over lower, median", number),
+            **SHARES,
             "off": ("value over that from ten times the data, median", number),
         },
     )
@@ -116,12 +123,29 @@ def coverage(page: Page, rows: Sequence[Row]) -> None:
         page.say(verdict(f"{row['metric']} {row['state']}: {share} held", row["covered"][0] >= HELD, percent(HELD)))
         if row["covered"][0] < HELD:
             page.bad.append(f"The interval of `{row['metric']}` {row['state']} holds the value in {share}.")
+    if "bootstrap_lower" in rows[0]:
+        _bootstrap(page, {group: own for group, own in groups.items() if group[0] == "all"})
 
 
-def _coverage_row(group: tuple[str, str, str], rows: Sequence[Row]) -> Row:
-    values = np.array(
-        [[float(row[key]) for key in ("value", "lower", "upper", "from_ten_times_the_data")] for row in rows]
+def _bootstrap(page: Page, groups: Mapping[Group, Sequence[Row]]) -> None:
+    """A bootstrap's intervals beside Fieller's, of the same gradients."""
+    page.say(
+        f"These are Fieller's intervals. Beside them the percentile bootstrap's: the gradients of each half drawn again {DRAWS}"
+        " times, the whole measurement made again of each draw."
     )
+    page.table(
+        "coverage_bootstrap",
+        [
+            {"interval": name, **_coverage_row(group, own, columns)}
+            for group, own in sorted(groups.items())
+            for name, columns in (("Fieller", ENDS), ("bootstrap", ("bootstrap_lower", "bootstrap_upper")))
+        ],
+        {"state": ("weights", text), "metric": ("noise scale", text), "interval": ("interval", text), **SHARES},
+    )
+
+
+def _coverage_row(group: Group, rows: Sequence[Row], ends: tuple[str, str] = ENDS) -> Row:
+    values = np.array([[float(row[key]) for key in ("value", *ends, "from_ten_times_the_data")] for row in rows])
     value, lower, upper, truth = values.T
     return {
         **dict(zip(("workload", "state", "metric"), group, strict=True)),

@@ -71,8 +71,8 @@ def _optimizer_row(evidence: Evidence, like: Run) -> Row | None:
         for run, row in evidence.results.items()
         if replace(run, seed=0) == replace(like, learning_rate=best, seed=0)
     ]
-    loss, loss_error = _student([row["train_loss"] for row in at_best])
-    accuracy, accuracy_error = _student([row["test_accuracy"] for row in at_best])
+    loss, loss_error = student([row["train_loss"] for row in at_best])
+    accuracy, accuracy_error = student([row["test_accuracy"] for row in at_best])
     return {
         "workload": like.workload,
         "batch_size": like.batch_size,
@@ -87,7 +87,7 @@ def _optimizer_row(evidence: Evidence, like: Run) -> Row | None:
     }
 
 
-def _student(values: Sequence[float]) -> tuple[float, float]:
+def student(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the width of its 95% interval; NaN of a single value."""
     if len(values) < 2:
         return values[0], math.nan

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from evidence import Evidence
 from page import Row
@@ -27,6 +28,9 @@ EPOCH = 100
 """Gradients at most that the search space of epsilon is taken from."""
 REPEATS, TIMES = 20, 10
 """Measurements whose intervals are compared with a measurement from that many times the data."""
+DRAWS = 100
+"""Draws of a bootstrap interval."""
+METRICS = {"B_simple": NoiseScale.simple, "B_adam": NoiseScale.adam}
 STATES = {"at the start": 0.0, "after a tenth": 0.1}
 """The weights that coverage is measured at, by the share of the samples that they were trained on."""
 
@@ -72,11 +76,12 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
             rate = 2 ** evidence.best_rates[size]
             fit(model, replace(like, learning_rate=rate, samples=int(share * like.samples)), data)
         gradients = _gradients(model, data, workload.noise_batch_size)
-        truth = _measured(model, gradients, workload, size, TIMES * NOISE_GRADIENTS)
+        truth = _measured(itertools.islice(gradients, TIMES * NOISE_GRADIENTS), workload, size, TIMES)
         for repeat in range(REPEATS):
-            noise = _measured(model, gradients, workload, size, NOISE_GRADIENTS)
-            for metric, of in (("B_simple", NoiseScale.simple), ("B_adam", NoiseScale.adam)):
-                estimate = of(noise)
+            own = list(itertools.islice(gradients, NOISE_GRADIENTS))
+            noise, ends = _measured(own, workload, size), bootstrapped(own, workload, size, seed=repeat)
+            for metric, of in METRICS.items():
+                estimate, (lower, upper) = of(noise), ends[metric]
                 rows.append(
                     {
                         "workload": workload.name,
@@ -86,10 +91,28 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
                         "value": estimate.value,
                         "lower": estimate.lower,
                         "upper": estimate.upper,
+                        "bootstrap_lower": lower,
+                        "bootstrap_upper": upper,
                         "from_ten_times_the_data": of(truth).value,
                     }
                 )
     return rows
+
+
+def bootstrapped(
+    gradients: list[dict[str, Tensor]], workload: Workload, size: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """The 95% percentile interval of the noise scale by metric, the gradients of each half drawn again."""
+    generator, half = torch.Generator().manual_seed(seed), len(gradients) // 2
+    flat = [{"all": torch.cat([part.flatten() for part in gradient.values()])} for gradient in gradients]
+    values: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    for _ in range(DRAWS):
+        first, second = torch.randint(half, (2, half), generator=generator).tolist()
+        noise = _measured([flat[i] for i in first] + [flat[half + i] for i in second], workload, size)
+        for metric, of in METRICS.items():
+            values[metric].append(of(noise).value)
+    ends = {metric: np.quantile(of, [0.025, 0.975], method="inverted_cdf") for metric, of in values.items()}
+    return {metric: (float(lower), float(upper)) for metric, (lower, upper) in ends.items()}
 
 
 def _initial(workload: Workload) -> nn.Module:
@@ -105,13 +128,15 @@ def _gradients(model: nn.Module, data: Data, batch_size: int) -> Gradients:
         yield dict(zip(parameters, gradients, strict=True))
 
 
-def _measured(model: nn.Module, gradients: Gradients, workload: Workload, size: int, number: int) -> NoiseScale:
-    noise = NoiseScale(dict(model.named_parameters()), workload.noise_batch_size)
-    for half in range(2):
-        if half:
+def _measured(gradients: Iterable[dict[str, Tensor]], workload: Workload, size: int, times: int = 1) -> NoiseScale:
+    """The noise scale from ``times`` as many gradients as a measurement takes."""
+    coming = iter(gradients)
+    first = next(coming)
+    noise = NoiseScale(first, workload.noise_batch_size)
+    for number, gradient in enumerate(itertools.chain([first], coming)):
+        if number == times * NOISE_GRADIENTS // 2:
             noise.split(EPS["Adam"], size / workload.noise_batch_size)
-        for gradient in itertools.islice(gradients, number // 2):
-            noise.update(gradient)
+        noise.update(gradient)
     return noise
 
 

@@ -73,7 +73,7 @@ def best_rates(page: Page, found: Found, draws: int) -> None:
         " seeds. Seed noise: standard deviation of a single run, over the rates within half an octave. As good: rates whose"
         f" loss, straight between measured rates in logs, is within {percent(PLATEAU - 1)} of the best."
     )
-    rows = [_rate_row(name, size, ev) for name, ev in found.items() for size in ev.losses]
+    rows = [rate_row(name, size, ev) for name, ev in found.items() for size in ev.losses]
     page.table(
         "best_rates",
         rows,
@@ -104,7 +104,7 @@ def best_rates(page: Page, found: Found, draws: int) -> None:
         for name, evidence in found.items():
             losses: dict[int, Measured] = getattr(evidence, of)
             if losses:
-                share, peak = _falls(losses, draws, generator)
+                share, peak = falls(losses, draws, generator)
                 lines.append(
                     f"- {name}: highest best rate at {peak:,}; in {percent(share)} of the draws a larger batch has a lower one."
                 )
@@ -112,7 +112,8 @@ def best_rates(page: Page, found: Found, draws: int) -> None:
         page.say("\n".join(lines) if lines else NOT_MEASURED)
 
 
-def _rate_row(name: str, size: int, evidence: Evidence) -> Row:
+def rate_row(name: str, size: int, evidence: Evidence) -> Row:
+    """The best rate of a batch size, and how sharp it is."""
     losses = evidence.losses[size]
     curve = losses.curve()
     assert curve is not None
@@ -131,7 +132,7 @@ def _rate_row(name: str, size: int, evidence: Evidence) -> Row:
     }
 
 
-def _falls(losses: Mapping[int, Measured], draws: int, generator: np.random.Generator) -> tuple[float, int]:
+def falls(losses: Mapping[int, Measured], draws: int, generator: np.random.Generator) -> tuple[float, int]:
     """The share of draws of the seeds in which a batch larger than that with the highest best rate has a lower one; and that."""
     seeds = max(measured.losses.shape[1] for measured in losses.values())
     falls, peak = [], 0

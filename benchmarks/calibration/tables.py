@@ -1,9 +1,9 @@
 """Draws the tables and figures of the calibration's evidence from what the grids measured: ``make evidence``.
 
-``PYTHONPATH=benchmarks:examples python benchmarks/calibration/tables.py``. It reads the tables of ``grid.py`` as far as
-they have come, and writes the page ``README.md`` beside them, with a folder of tables and figures. What it measures itself
-at fixed weights (``probes.py``) is the search space of epsilon, each time, and the coverage of intervals, which takes
-minutes, so that it is kept in that folder until ``--again``.
+``PYTHONPATH=benchmarks:examples python benchmarks/calibration/tables.py``. It reads the tables of ``grid.py``,
+``formula.py``, ``side_grids.py`` and ``claims.py`` as far as they have come, and writes the page ``README.md`` beside them,
+with a folder of tables and figures. What it measures itself at fixed weights (``probes.py``) is the search space of
+epsilon, each time, and the coverage of intervals, which takes minutes, so that it is kept in that folder until ``--again``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import claims
+import claims_section
 import epsilon_section
+import formula_section
 import noise_section
 import optimizer_section
 import probes
 import rate_section
+import side_section
 import theorem5_section
 import transfer_section
 from evidence import Evidence, collect
@@ -46,15 +50,20 @@ def main(arguments: list[str] | None = None) -> None:
     transfer_section.in_short(page, methods)
     rate_section.runs(page, found)
     rate_section.best_rates(page, found, options.draws)
+    side = side_section.collect(options.results)
+    side_section.surge(page, side, options.draws)
+    side_section.momentum(page, found, side, options.draws)
     transfer_section.transfers(page, found, results, options.draws)
     transfer_section.factors(page, results)
     transfer_section.without_largest(page, found)
     transfer_section.equal_steps(page, found)
     noise_section.growth(page, found)
     noise_section.coverage(page, probed(options, found, "coverage", probes.coverage, options.again))
+    formula_section.formula(page, found, methods)
     theorem5_section.tradeoff(page, found)
     epsilon_section.epsilon(page, found, probed(options, found, "epsilon_range", probes.epsilon_ranges, True))
     optimizer_section.optimizers(page, found)
+    claims_section.claims(page, claims.read(options.results / claims.TABLE))
     page.heading("What turned out badly")
     page.say("\n".join(f"- {sentence}" for sentence in page.bad) or "Nothing that this page looks for.")
     page.heading("How the workloads came about, and what to bear in mind")

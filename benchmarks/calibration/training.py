@@ -25,19 +25,24 @@ _WARM_UP = 0.05
 _MOMENTS = 12
 _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
 
-# Without weight decay. ALTO and Lamb share their moments, as Adam and AdamE do, so that each pair differs by E alone.
+# Without weight decay, but for AdamW's 0.01. ALTO and Lamb share their moments, as Adam and AdamE do, so that each pair
+# differs by E alone.
 # timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
 _LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params, **options: torch.optim.Adam(params, fused=True, **options),
+    "Adam without momentum": lambda params, **options: torch.optim.Adam(
+        params, fused=True, betas=(0.0, 0.999), **options
+    ),
+    "AdamW": lambda params, **options: torch.optim.AdamW(params, fused=True, **options),
     "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **_LARGE_BATCH, **options),
     "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **_LARGE_BATCH, **options),
     "Lamb": lambda params, **options: timm_lamb()(
         params, always_adapt=True, max_grad_norm=None, **_LAYERWISE, **options
     ),
 }
-EPS = {"Adam": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
+EPS = {"Adam": 1e-8, "Adam without momentum": 1e-8, "AdamW": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
 """What each takes if it is told nothing, but for AdamE, which takes Adam's."""
 
 Row = dict[str, Any]
@@ -180,27 +185,35 @@ def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Gener
 
 def fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, float]]]:
     """Trains a model in place; returns ``curve`` and ``noise_scale`` as :func:`train` describes them."""
-    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
-    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
-    order, fresh = (torch.Generator().manual_seed(2 * run.seed + i) for i in range(2))
-    samples_of_step = batches(len(data.train), run.batch_size, order)
+    fresh = torch.Generator().manual_seed(2 * run.seed + 1)
     curve: list[tuple[int, float]] = []
     noise: list[dict[str, float]] = []
     looked_at = moments(run.steps)
-    for step in range(run.steps + 1):
-        if step in looked_at:
-            samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
-            curve.append((samples, loss_now))
-            if step == run.steps or math.isinf(loss_now):
-                break
-            if run.noise:
-                noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
+    for step in stepping(model, run, data):
+        if step not in looked_at:
+            continue
+        samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
+        curve.append((samples, loss_now))
+        if step == run.steps or math.isinf(loss_now):
+            break
+        if run.noise:
+            noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
+    return curve, noise
+
+
+def stepping(model: nn.Module, run: Run, data: Data) -> Iterator[int]:
+    """Trains a model in place; yields the number of steps made, before each of them and at the end."""
+    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
+    samples_of_step = batches(len(data.train), run.batch_size, torch.Generator().manual_seed(2 * run.seed))
+    for step in range(run.steps):
+        yield step
         loss = loss_of(model, data, next(samples_of_step))
         optimizer.zero_grad()
         (loss * run.loss_scale).backward()
         optimizer.step()
         scheduler.step()
-    return curve, noise
+    yield run.steps
 
 
 def loss_of(model: nn.Module, data: Data, indices: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def transfers(page: Page, found: Found, results: Outcomes, draws: int) -> None:
     page.keep("transfers", [_score_row(name, s) for name, own in scores(results).items() for s in own])
     candidates = [m for m in methods if m[2] != BEST or m[1] == ONE]
     shown = [m for rank, m in enumerate(candidates) if rank < SHOWN or m[1] in (NONE, ONE) or m[1:] == (MEAN, AS_IT_IS)]
-    page.show([_summary_row(method, methods[method]) for method in shown], _summary_columns(list(found)))
+    page.show([summary_row(method, methods[method]) for method in shown], summary_columns(list(found)))
     page.say(
         f"Of {len(candidates)} methods the best {SHOWN}, and those without a measured noise scale or with the mean `B_adam` as it"
         " is. Worst: the largest of all transfers. At least: transfers whose excess is a lower bound, over all runs. Below:"
@@ -150,7 +150,7 @@ def transfers(page: Page, found: Found, results: Outcomes, draws: int) -> None:
     page.figure(
         "transfers",
         figures.scores_by_method(
-            [_label(method) for method in drawn],
+            [label(method) for method in drawn],
             {name: [_point(methods[method].scores[name]) for method in drawn] for name in found},
         ),
         "Mean excess loss over all transfers by workload, with its interval; dotted: the goal of 2%.",
@@ -173,7 +173,7 @@ def in_short(page: Page, methods: Mapping[Name, Summary]) -> None:
             continue
         best = methods[group[0]]
         page.say(
-            f"{title}, the best of {len(group)}: **{_label(group[0])}**: mean excess loss {_cell(_mean_point(best))} over all"
+            f"{title}, the best of {len(group)}: **{label(group[0])}**: mean excess loss {_cell(mean_point(best))} over all"
             f" transfers, worst {percent(best.worst)}, {count(best.diverged, 'divergence')}; by workload"
             f" {listed([f'{name} {_cell(_point(score))}' for name, score in best.scores.items()])}."
         )
@@ -301,8 +301,8 @@ def equal_steps(page: Page, found: Found) -> None:
 
 def _again(page: Page, found: Found, losses: str) -> None:
     methods = ranked(carried(found, losses, 0))
-    rows = [_summary_row(m, s) for m, s in methods.items() if m[2] != BEST or m[1] == ONE]
-    page.show([row for row in rows if row["estimate"] in (NONE, ONE, MEAN)], _summary_columns(list(found)))
+    rows = [summary_row(m, s) for m, s in methods.items() if m[2] != BEST or m[1] == ONE]
+    page.show([row for row in rows if row["estimate"] in (NONE, ONE, MEAN)], summary_columns(list(found)))
     page.keep(f"transfers_{losses}", rows)
 
 
@@ -325,13 +325,14 @@ def _score_row(workload: str, score: Score) -> Row:
     }
 
 
-def _summary_row(method: Name, summary: Summary) -> Row:
+def summary_row(method: Name, summary: Summary) -> Row:
+    """How a method does on all workloads."""
     return {
         "law": method[0],
         "estimate": method[1],
         "source": method[2],
         **{name: _point(score) for name, score in summary.scores.items()},
-        "mean": _mean_point(summary),
+        "mean": mean_point(summary),
         "worst": summary.worst,
         "diverged": summary.diverged,
         "bounds": summary.bounds,
@@ -339,7 +340,8 @@ def _summary_row(method: Name, summary: Summary) -> Row:
     }
 
 
-def _summary_columns(names: Sequence[str]) -> Columns:
+def summary_columns(names: Sequence[str]) -> Columns:
+    """Those of :func:`summary_row`, by the names of the workloads."""
     return {
         "law": ("law", text),
         "estimate": ("noise scale", text),
@@ -357,7 +359,8 @@ def _point(score: Score) -> tuple[float, float, float]:
     return float(score.means[0]), *_ends(score.means)
 
 
-def _mean_point(summary: Summary) -> tuple[float, float, float]:
+def mean_point(summary: Summary) -> tuple[float, float, float]:
+    """The mean excess over workloads, with its interval."""
     return float(summary.means[0]), *_ends(summary.means)
 
 
@@ -371,7 +374,8 @@ def _cell(point: tuple[float, float, float]) -> str:
     return f"{mean}%" if math.isnan(point[1]) else f"{mean}% ({low}–{high})"
 
 
-def _label(method: Name) -> str:
+def label(method: Name) -> str:
+    """The name of a method in a sentence."""
     law, estimate, source = method
     if estimate == NONE:
         return law
@@ -379,7 +383,7 @@ def _label(method: Name) -> str:
 
 
 def _labels(methods: Iterable[Name]) -> str:
-    return "; ".join(map(_label, methods)) or "none"
+    return "; ".join(map(label, methods)) or "none"
 
 
 def _drawn(methods: Mapping[Name, Summary]) -> list[Name]:

@@ -54,6 +54,7 @@ class Workload:
         learning_rate: of Adam, where the search for the best one starts at the smallest batch size.
         noise_batch_size: samples of a gradient that the noise scale is measured with.
         targets: losses of which the samples to reach them are recorded, descending.
+        optimizer: whose rates the grid tunes.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Workload:
     learning_rate: float
     noise_batch_size: int
     targets: tuple[float, ...]
+    optimizer: str = "Adam"
 
 
 class GPT(nn.Module):
