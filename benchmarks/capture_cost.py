@@ -26,7 +26,7 @@ cadence has every 4th step of its turn logged, and every 50th of the run; off-st
 are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing looks like.
 ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done there.
 
-Memory and log are measured at every logged step of a training of four turns' length on batches of 1:
+Memory and log are measured at every logged step of a training of two turns' length on batches of 1:
 ``memory_bytes`` is the resident memory in the last quarter beyond that of ``none``, ``memory_growth_bytes`` how far it
 lies above the quarter before (medians over steps), and the log the bytes of all files that were written, by the number
 of logged steps. Times the logged steps of 10,000 that is the size of the log, and not too little, as heatmaps and heads
@@ -208,8 +208,8 @@ class Held:
 
 
 def hold(task: Task, variant: Variant, device: torch.device) -> Held:
-    """Train for four turns' length, of one that logs every step, or nothing."""
-    memory, steps = Memory(), 4 * task.steps
+    """Train for two turns' length, of one that logs every step, or nothing."""
+    memory, steps = Memory(), 2 * task.steps
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [*capture_variants.callbacks_of(variant, task), memory]
         fit(task, callbacks, steps, Path(folder), device, SMALL_BATCH)
