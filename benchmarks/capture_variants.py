@@ -50,13 +50,13 @@ def tasks(scale: float = 1.0) -> list[Task]:
         scale: about the share of the parameters, and of the tensors where there are many; below 1 for a try-out, with
             shorter turns.
     """
-    many, few = (128, 32) if scale == 1 else (16, 16)
+    many, some, few = (128, 32, 16) if scale == 1 else (16, 16, 16)
     width = max(8, 8 * round(64 * scale**0.5 / 8))
     layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
     linears = max(4, round(1000 * scale))
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", many),
-        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 4, "4 x 128 tokens", few),
+        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 4, "4 x 128 tokens", some),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", few),
     ]
 

@@ -337,7 +337,7 @@ def _average(windows: Sequence[NoiseEstimate]) -> NoiseEstimate:
 
 def adam_weight(second_moment: Tensor, eps: float) -> Tensor:
     r"""The metric in which Adam steps, :math:`1 / (\sqrt{\hat v} + \epsilon)`; 0 where :math:`\hat v = 0`."""
-    return torch.where(second_moment > 0, 1 / (second_moment.sqrt() + eps), 0)
+    return second_moment.sqrt().add_(eps).reciprocal_().masked_fill_((second_moment > 0).logical_not_(), 0)
 
 
 def measure_pair(
@@ -355,10 +355,10 @@ def measure_pair(
     """
     terms = []
     for some in batches({name: gradient for name, gradient in first.items() if name in second}):
-        one, two = joined(some).float(), joined(some, second).float()
-        squares, products = (one - two).square() / 2, one * two
-        weight = math.nan if weights is None else joined(some, weights)
-        terms.append(_sums(squares, products, weight * squares, weight * products))
+        for one, two, weight in _pieces(joined(some), joined(some, second), _joined_weights(some, weights)):
+            one, two = one.float(), two.float()
+            squares, products = (one - two).square_().div_(2), one * two
+            terms.append(_sums(squares, products, weight * squares, weight * products))
     return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
 
 
@@ -384,11 +384,11 @@ def measure_part(
         raise ValueError(f"parts must be at least 2, got {parts!r}: of a part that is the whole nothing can be learnt")
     terms = []
     for some in batches(whole):
-        g = joined(some).float()
-        noise = (joined(some, part).float() - g).square() / (parts - 1)
-        signal = g.square() - noise
-        weight = math.nan if weights is None else joined(some, weights)
-        terms.append(_sums(noise, signal, weight * noise, weight * signal))
+        for one, g, weight in _pieces(joined(some, part), joined(some), _joined_weights(some, weights)):
+            one, g = one.float(), g.float()
+            noise = (one - g).square_().div_(parts - 1)
+            signal = g.square().sub_(noise)
+            terms.append(_sums(noise, signal, weight * noise, weight * signal))
     return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
 
 
@@ -418,13 +418,43 @@ def joined(batch: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = N
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, those of small ones side by side."""
+    found: dict[str, Tensor] = {}
+    for batch in batches(tensors):
+        flat = joined(batch) if len(batch) > 1 else joined(batch).clone()
+        parts = flat.split([tensor.numel() for tensor in batch.values()])
+        found |= {name: part.view(batch[name].shape) for name, part in zip(batch, parts, strict=True)}
+    return found
+
+
 def elementwise(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A function of each value; it must return new tensors, of the shape that it gets."""
     found: dict[str, Tensor] = {}
     for batch in batches(tensors):
-        parts = function(joined(batch)).split([tensor.numel() for tensor in batch.values()])
+        parts = _in_pieces(function, joined(batch)).split([tensor.numel() for tensor in batch.values()])
         found |= {name: part.view(batch[name].shape) for name, part in zip(batch, parts, strict=True)}
     return found
+
+
+def _in_pieces(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    (first,), *others = _pieces(values)
+    made = function(first)
+    if not others:
+        return made
+    found = torch.empty(values.shape, dtype=made.dtype, device=made.device)
+    into, *rest = found.split(_BATCH)
+    into.copy_(made)
+    for (piece,), into in zip(others, rest, strict=True):
+        into.copy_(function(piece))
+    return found
+
+
+def _pieces(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors ``[n]`` side by side, on a CPU in pieces that stay in a core's cache with what is computed of them."""
+    if values[0].device.type != "cpu" or values[0].numel() <= _BATCH:
+        return iter([values])
+    return zip(*(tensor.split(_BATCH) for tensor in values), strict=True)
 
 
 def _all_reduced(tensors: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]:
@@ -462,6 +492,13 @@ def _unbiased_reference(mean: Tensor, variance: Tensor, second_moment: Tensor, e
     # dw/dmean = -weight**2 * mean / sqrt(v), factored so that nothing leaves the range of float32
     slope = torch.where(mean.square() > variance, weight * (mean / second_moment.sqrt()), 0)
     return weight * (mean + variance * slope)
+
+
+def _joined_weights(batch: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Tensor:
+    if weights is None:
+        first = next(iter(batch.values()))
+        return torch.full((), math.nan, device=first.device).expand(sum(tensor.numel() for tensor in batch.values()))
+    return joined(batch, weights)
 
 
 def _sums(*tensors: Tensor) -> Tensor:

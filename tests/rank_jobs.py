@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
-from lightning_gradhist.callbacks import decision, gradients, monitor, optimizer_state
+from lightning_gradhist.callbacks import decision, gradients, monitor, noise_watch, optimizer_state
 from lightning_gradhist.noise import GradientMoments
 
 
@@ -260,14 +260,14 @@ def adapted(folder: Path) -> Any:
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             rates.append(optimizer.param_groups[0]["lr"])
 
-    whole = monitor.second_moment
+    whole = noise_watch.metric_weights
 
     def scarce(*arguments: Any) -> Any:
         if rank == 1 and len(rates) % 5 == 4:
             raise torch.OutOfMemoryError("there is none")
         return whole(*arguments)
 
-    monitor.second_moment = scarce
+    noise_watch.metric_weights = scarce
     calibration = OptimizerCalibration(
         reference_batch_size=2, epsilon="keep", confidence=0.5, probe_batches=16, adapt="always"
     )

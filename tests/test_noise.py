@@ -14,7 +14,15 @@ from scipy import stats
 from torch import Tensor
 
 from lightning_gradhist.intervals import NoiseEstimate, ratio_estimate, student_quantile
-from lightning_gradhist.noise import GradientMoments, NoiseRecord, NoiseScale, adam_weight, measure_pair, measure_part
+from lightning_gradhist.noise import (
+    GradientMoments,
+    NoiseRecord,
+    NoiseScale,
+    adam_weight,
+    elementwise,
+    measure_pair,
+    measure_part,
+)
 
 SHAPES = {"weight": (3, 4), "bias": (5,), "scalar": ()}
 
@@ -588,3 +596,28 @@ def test_the_recent_noise_scale_is_that_of_the_last_quarter() -> None:
     assert record.recent("adam").value == pytest.approx(320, rel=0.02)
     with pytest.raises(ValueError, match="metric must be one of"):
         record.recent("other")
+
+
+def test_large_gradients_are_measured_in_pieces_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second, moments = (
+        {"small": torch.randn(10, generator=generator), "large": torch.randn(3000, 2, generator=generator)}
+        for _ in range(3)
+    )
+    weights = {name: moment.abs() for name, moment in moments.items()}
+    whole = [
+        measure_pair(first, second, weights),
+        measure_pair(first, second, None),
+        measure_part(first, second, weights, 4),
+    ]
+    roots = elementwise(torch.sqrt, weights)
+    monkeypatch.setattr("lightning_gradhist.noise._BATCH", 1000)
+    pieces = [
+        measure_pair(first, second, weights),
+        measure_pair(first, second, None),
+        measure_part(first, second, weights, 4),
+    ]
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for name, root in elementwise(torch.sqrt, weights).items():
+        assert torch.equal(root, roots[name])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from lightning_gradhist.callbacks.gradients import (
     effective_batch_size,
     found_inf,
     is_sharded,
-    is_short_step,
     least_over_ranks,
     loss_scaler,
     model_shapes,
@@ -38,17 +37,17 @@ from lightning_gradhist.callbacks.gradients import (
     ready_gradients,
     shares,
 )
+from lightning_gradhist.callbacks.guard import Guard
+from lightning_gradhist.callbacks.noise_watch import NoiseWatch
 from lightning_gradhist.callbacks.optimizer_state import StateWatch
+from lightning_gradhist.callbacks.record_file import RecordFile
 from lightning_gradhist.callbacks.rows import Rows, told_apart
-from lightning_gradhist.callbacks.watched import Step, Watched, epsilons, metric_weights, second_moment
+from lightning_gradhist.callbacks.watched import Step, Watched
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import NoiseRecord, measure_part
+from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
-from lightning_gradhist.report.record import FILE_NAME, RunRecord
-from lightning_gradhist.report.writer import NOT_COUNTED, HostCopy, Once, Outlets, Writer, send_heatmap
-
-T = TypeVar("T")
+from lightning_gradhist.report.writer import NOT_COUNTED, HostCopy, Once, Outlets, send_heatmap
 
 _FEW = 3  # pairs below which there is no interval
 _MANY = 200  # rows beyond which a page of histograms is no longer read
@@ -184,18 +183,17 @@ class GradientHistogramMonitor(Callback):
         self._states: StateWatch | None = None
         self._restored: list[dict[str, Any]] = []
         self._replicas: Replicas | None = None
-        self._measures_noise = False
+        self._noise: NoiseWatch | None = None
         self._handles: list[RemovableHandle] = []
         self._log_dir: Path | None = None
         self._outlets: Outlets | None = None
-        self._saved = 0
-        self._records: Writer | None = None
-        self._unsaid: list[Exception] = []
-        self._failed = self._has_warned_unseen = False
+        self._record: RecordFile | None = None
+        self._guard = Guard()
+        self._has_warned_unseen = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay with the optimizers of this process, and threads in it.
-        return {**self.__dict__, "_handles": [], "_optimizers": [], "_states": None, "_records": None}
+        return {**self.__dict__, "_handles": [], "_optimizers": [], "_states": None, "_record": None}
 
     @property
     def state_key(self) -> str:
@@ -220,7 +218,7 @@ class GradientHistogramMonitor(Callback):
     @property
     def measures_noise(self) -> bool:
         """Whether noise is measured in this fit, which is known once all callbacks have seen ``on_train_start``."""
-        return self._replicas is not None and self._measures_noise
+        return self._replicas is not None and self._noise is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
@@ -232,7 +230,8 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
-        self._saved, self._failed, self._has_warned_unseen = 0, False, False
+        self._guard, self._has_warned_unseen = Guard(), False
+        self._noise = self._record = self._states = None
         self._replicas = shares(trainer)
         if self._replicas is None:
             rank_zero_warn(
@@ -255,13 +254,17 @@ class GradientHistogramMonitor(Callback):
                 " at that depth, and include= and exclude= choose among the parameters."
             )
         self._log_dir = self._directory(trainer)
+        if self._log_dir is not None and trainer.is_global_zero:
+            self._record = RecordFile(self._log_dir, self._guard)
         known = effective_batch_size(trainer, self.batch_size) is not None
-        self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
-        self._states = StateWatch(self.bins_per_octave, self._replicas) if self.optimizer_state else None
+        if self.noise_scale and least_over_ranks(float(known), trainer) > 0:
+            self._noise = NoiseWatch(self._replicas, self.batch_size, self._guard)
+        if self.optimizer_state:
+            self._states = StateWatch(self.bins_per_octave, self._replicas)
         self._watch(trainer, pl_module, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
         if self._replicas is None:
             return
-        if self.noise_scale and not self._measures_noise:
+        if self.noise_scale and self._noise is None:
             rank_zero_warn(
                 "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
                 " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
@@ -282,9 +285,7 @@ class GradientHistogramMonitor(Callback):
             self._watch(trainer, pl_module, self.state_dict()["optimizers"])
         for watched, optimizer in zip(self._watched, self._optimizers, strict=False):
             if any(copies is not None and copies.untouched for copies in (watched.local, watched.part)):
-                self._await_local_gradients(
-                    trainer, watched, optimizer
-                )  # of what has been unfrozen or added since, too
+                self._await_local_gradients(trainer, watched, optimizer)  # of what has been unfrozen since, too
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -300,14 +301,10 @@ class GradientHistogramMonitor(Callback):
         if step.due or watched.in_pair:
             parameters = optimizer_parameters(pl_module, optimizer)
             gradients, parts = self._gradients(trainer, optimizer, parameters)
-            if watched.part is not None:
-                self._measure_part(trainer, watched, optimizer, parameters, gradients)
-            elif watched.in_pair:
-                self._complete_pair(trainer, watched, parts)
-            elif self._measures_noise:  # each gradient is in one pair, so that pairs are independent
-                self._begin_pair(trainer, watched, optimizer, parameters, parts)
+            if self._noise is not None:
+                self._noise.step(trainer, watched, optimizer, parameters, gradients, parts)
             if watched.local is not None:
-                parts = self._tried(partial(watched.local.take, trainer))
+                parts = self._guard.made(partial(watched.local.take, trainer))
             if step.due and self.when == "before_clip":
                 step.histogram = self._count(trainer, index, parts)
         watched.steps += 1
@@ -328,7 +325,7 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record, where there is something new in it."""
-        if sum(map(len, self.noise_records)) != self._saved:
+        if self._record is not None and self._record.saved != sum(map(len, self.noise_records)):
             self._save_record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -336,9 +333,9 @@ class GradientHistogramMonitor(Callback):
         for index, watched in enumerate(self._watched):
             last = watched.last_logged
             if trainer.is_global_zero and last is not None:
-                self._guarded(lambda i=index, last=last: self._draw(trainer, i, *last))  # type: ignore[misc]
+                self._guard.done(lambda i=index, last=last: self._draw(trainer, i, *last))  # type: ignore[misc]
         if self._states is not None:
-            self._guarded(partial(self._states.close, partial(self._send, trainer)))
+            self._guard.done(partial(self._states.close, partial(self._send, trainer)))
         self._finish(trainer, pl_module)
         if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
             rank_zero_info(
@@ -378,6 +375,7 @@ class GradientHistogramMonitor(Callback):
         hookless = [type(optimizer).__name__ for optimizer in trainer.optimizers if not _has_step_hooks(optimizer)]
         if hookless:
             self._replicas = self._log_dir = None
+            self._close_record()
             rank_zero_warn(
                 f"GradientHistogramMonitor is off: {hookless[0]} has no step hooks, as it does not call the constructor of"
                 " torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
@@ -402,7 +400,7 @@ class GradientHistogramMonitor(Callback):
         if skips is not None:
             watched.skipped = watched.skipped + skips
         if step.due and self._states is not None:
-            self._guarded(partial(self._states.begin, module, optimizer, self._rows_of(trainer, index)))
+            self._guard.done(partial(self._states.begin, module, optimizer, self._rows_of(trainer, index)))
         if step.due and self.when == "after_clip":
             parameters = optimizer_parameters(module, optimizer)
             step.histogram = self._count(trainer, index, self._gradients(trainer, optimizer, parameters)[1])
@@ -412,14 +410,13 @@ class GradientHistogramMonitor(Callback):
         if skips is not None and skips:
             watched.drop_pair()
         elif trainer.is_global_zero:
-            self._guarded(lambda: self._log(trainer, module, index, histogram))
+            self._guard.done(lambda: self._log(trainer, module, index, histogram))
         if trainer.is_global_zero:
-            self._guarded(lambda: self._log_skipped(trainer, index, step.number))
+            self._guard.done(lambda: self._log_skipped(trainer, index, step.number))
 
     def _warn_unseen(self, watched: Watched, optimizer: Optimizer) -> None:
-        if (
-            not watched.steps and not self._has_warned_unseen
-        ):  # later ones are LBFGS's evaluations, or of a restored run
+        # Later ones are LBFGS's evaluations, or of a restored run.
+        if not watched.steps and not self._has_warned_unseen:
             self._has_warned_unseen = True
             rank_zero_warn(
                 f"GradientHistogramMonitor does not see the steps of {type(optimizer).__name__}: they go past Lightning, and"
@@ -434,11 +431,11 @@ class GradientHistogramMonitor(Callback):
         states = self._states
         if states is None or not states.begun:
             return
-        end = partial(states.end, module, optimizer, trainer.global_step, self._suffix(index), self._guarded)
-        report = self._tried(end)
+        end = partial(states.end, module, optimizer, trainer.global_step, self._suffix(index), self._guard.done)
+        report = self._guard.made(end)
         if report is not None and trainer.is_global_zero and not found_inf(optimizer):
             watched, send = self._watched[index], partial(self._send, trainer)
-            self._guarded(lambda: states.log(report, send, draws=watched.last_logged is None))
+            self._guard.done(lambda: states.log(report, send, draws=watched.last_logged is None))
 
     def _settle(self, trainer: Trainer, index: int) -> None:
         """A step that was begun and not taken was skipped: it is counted, and neither drawn nor measured."""
@@ -449,7 +446,7 @@ class GradientHistogramMonitor(Callback):
         watched.skipped = watched.skipped + 1
         watched.drop_pair()
         if trainer.is_global_zero and step.due:
-            self._guarded(lambda: self._log_skipped(trainer, index, step.number))
+            self._guard.done(lambda: self._log_skipped(trainer, index, step.number))
 
     def _gradients(
         self, trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
@@ -457,80 +454,15 @@ class GradientHistogramMonitor(Callback):
         """The gradients, and this rank's part of them; None where there is no memory for them."""
         replicas = self._replicas
         assert replicas is not None
-        gradients = self._tried(lambda: ready_gradients(trainer, optimizer, parameters))
+        gradients = self._guard.made(lambda: ready_gradients(trainer, optimizer, parameters))
         if gradients is None:
             return None, None
-        return gradients, self._tried(lambda: own_parts(gradients, parameters, replicas))
-
-    def _begin_pair(
-        self,
-        trainer: Trainer,
-        watched: Watched,
-        optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        parts: Mapping[str, Tensor] | None,
-    ) -> None:
-        assert self._replicas is not None
-        watched.in_pair = True
-        batch_size = effective_batch_size(trainer, self.batch_size)
-        if batch_size is not None and parts and not is_short_step(trainer):
-            replicas = self._replicas
-
-            def hold() -> None:
-                moments = own_parts(second_moment(optimizer, parameters), parameters, replicas)
-                watched.hold(batch_size, optimizer, parts, metric_weights(moments, epsilons(optimizer, parameters)))
-
-            self._guarded(hold)
-
-    def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor] | None) -> None:
-        first = watched.first if parts and not is_short_step(trainer) else None
-        watched.drop_pair()
-        sums = self._measure(trainer, None if first is None else lambda: first.measure(parts or {}))
-        if first is not None:
-            watched.noise.add(first.step, watched.batch_size, sums)
-        watched.measured += 1
-
-    def _measure_part(
-        self,
-        trainer: Trainer,
-        watched: Watched,
-        optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor] | None,
-    ) -> None:
-        """Measures noise within this step: the gradient of one micro-batch of each rank against that of all."""
-        assert self._replicas is not None and watched.part is not None
-        copies, parts = watched.part, parts_of_a_step(trainer)
-        alone = parts == 1  # accumulation may have ended since the copy was ordered
-        batch_size = None if alone or is_short_step(trainer) else effective_batch_size(trainer, self.batch_size)
-        copies.remove()
-        watched.drop_pair()  # begun before accumulation was
-
-        def measure() -> Tensor:
-            part = copies.take(trainer, trainer.accumulate_grad_batches)
-            weights = metric_weights(second_moment(optimizer, parameters), epsilons(optimizer, parameters))
-            return measure_part(part, gradients or {}, weights, parts)
-
-        sums = self._measure(trainer, None if batch_size is None or gradients is None else measure)
-        if batch_size is not None:
-            watched.note(batch_size, optimizer)
-            watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
-        watched.measured += 1
-
-    def _measure(self, trainer: Trainer, measure: Callable[[], Tensor] | None) -> Tensor:
-        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
-        assert self._replicas is not None
-        sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
-        if measure is not None:
-            self._guarded(lambda: sums.copy_(measure()))
-        if self._replicas.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        return sums
+        return gradients, self._guard.made(lambda: own_parts(gradients, parameters, replicas))
 
     def _await_local_gradients(self, trainer: Trainer, watched: Watched, optimizer: Optimizer) -> None:
         """Has gradients of the coming step copied before ranks average them, if it is to be logged."""
         watched.drop_copies()
-        parts = self._measures_noise and parts_of_a_step(trainer) > 1
+        parts = self._noise is not None and parts_of_a_step(trainer) > 1
         if watched.steps % self.every_n_steps == 0 and (self.local or parts):
             parameters = optimizer_parameters(trainer.lightning_module, optimizer)
             watched.local = LocalGradients(parameters) if self.local else None
@@ -552,7 +484,7 @@ class GradientHistogramMonitor(Callback):
         with trainer.lightning_module.device:  # made there, not copied there
             histogram = MagnitudeHistogram(list(dict.fromkeys(rows.values())), self.bins_per_octave)
         mine = {name: part for name, part in (parts or {}).items() if name in rows and part.numel()}
-        counted = parts is not None and self._guarded(lambda: histogram.update(mine, rows))
+        counted = parts is not None and self._guard.done(lambda: histogram.update(mine, rows))
         if not counted:
             histogram.table.fill_(NOT_COUNTED)
         if self._replicas.ranks > 1:  # in place, which needs no memory
@@ -603,10 +535,11 @@ class GradientHistogramMonitor(Callback):
         return f"_{index}" if len(self._watched) > 1 else ""
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        self._save_last(trainer, module)
+        self._save_record(trainer, module)
+        self._close_record()
         self._release()
         self._states = None
-        self._guarded(self._close)
+        self._guard.done(self._close)
 
     def _release(self) -> None:
         for handle in self._handles:
@@ -616,65 +549,13 @@ class GradientHistogramMonitor(Callback):
             watched.release()
 
     def _save_record(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._log_dir is None or not trainer.is_global_zero or not any(map(len, self.noise_records)):
-            return
-        path = self._log_dir / FILE_NAME
-        self._guarded(lambda: self._submit(path, trainer, module))
-        self._tell()
+        if self._record is not None:
+            self._record.save(module, trainer.global_step, self._optimizers, self._watched)
 
-    def _submit(self, path: Path, trainer: Trainer, module: LightningModule) -> None:
-        """Has the record as it is now made and written in a thread, as that takes long after many steps."""
-        shapes, steps = model_shapes(module), trainer.global_step
-        self._saved = sum(map(len, self.noise_records))
-        copies = [Watched(**watched.state_dict()) for watched in self._watched]  # which training does not change
-        names = [type(optimizer).__name__ for optimizer in self._optimizers]
-
-        def save() -> None:
-            entries = [watched.record(name) for watched, name in zip(copies, names, strict=True)]
-            RunRecord(shapes, steps, entries).save(path)
-
-        if self._records is None:
-            self._records = Writer()
-        self._records.submit(lambda: self._unsaid.extend(_raised(save)))
-
-    def _save_last(self, trainer: Trainer, module: LightningModule) -> None:
-        """Writes the record, and waits until it is written."""
-        self._save_record(trainer, module)
-        if self._records is not None:
-            if not self._records.close(Outlets.patience):
-                self._unsaid.append(TimeoutError(f"{FILE_NAME} was not written within {Outlets.patience:g} seconds"))
-            self._records = None
-        self._tell()
-
-    def _tell(self) -> None:
-        while self._unsaid:
-            self._warn(self._unsaid.pop(0))
-
-    def _guarded(self, log: Callable[[], object]) -> bool:
-        """Whether it was done: a full disk or a broken logger costs one warning. No collectives in here."""
-        return self._tried(lambda: (log(),)) is not None
-
-    def _tried(self, make: Callable[[], T]) -> T | None:
-        """What is made, or None: monitoring never stops training."""
-        try:
-            return make()
-        except Exception as error:
-            self._warn(error)
-            return None
-
-    def _warn(self, error: Exception) -> None:
-        """Speaks of the first failure of a fit, and no more."""
-        if not self._failed:
-            rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
-        self._failed = True
-
-
-def _raised(job: Callable[[], None]) -> list[Exception]:
-    try:
-        job()
-    except Exception as error:
-        return [error]
-    return []
+    def _close_record(self) -> None:
+        if self._record is not None:
+            self._record.close()
+        self._record = None
 
 
 def _has_step_hooks(optimizer: Optimizer) -> bool:

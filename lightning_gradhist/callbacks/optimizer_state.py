@@ -15,7 +15,7 @@ from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, opt
 from lightning_gradhist.callbacks.watched import epsilons, has_second_moment, second_moment
 from lightning_gradhist.epsilon import IDLE_SHARE
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import batches, elementwise, joined
+from lightning_gradhist.noise import batches, copies, elementwise, joined
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import distributions
 from lightning_gradhist.report.writer import HostTensor, Once, send_heatmap
@@ -135,7 +135,7 @@ class StateWatch:
         self.begun, self._rows, self._before = True, rows, None
         parameters = optimizer_parameters(module, optimizer)
         stepped = [name for name in rows if parameters[name].grad is not None]
-        self._before = elementwise(torch.clone, self._weights(parameters, stepped))
+        self._before = copies(self._weights(parameters, stepped))
 
     def end(
         self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard

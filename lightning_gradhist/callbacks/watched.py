@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_gradhist.callbacks.gradients import LocalGradients, as_real, local
 from lightning_gradhist.callbacks.handoff import base_rate
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, elementwise, measure_pair
+from lightning_gradhist.noise import METRICS, NoiseRecord, adam_weight, copies, elementwise, measure_pair
 from lightning_gradhist.report.record import OptimizerRecord
 from lightning_gradhist.report.writer import HostCopy
 
@@ -98,9 +99,9 @@ class Watched:
 
     def drop_copies(self) -> None:
         """Copies nothing of the coming step."""
-        for copies in (self.local, self.part):
-            if copies is not None:
-                copies.remove()
+        for awaited in (self.local, self.part):
+            if awaited is not None:
+                awaited.remove()
         self.local = self.part = None
 
     def drop_pair(self) -> None:
@@ -116,7 +117,7 @@ class Watched:
     ) -> None:
         """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
         self.note(batch_size, optimizer)
-        held = elementwise(torch.clone, {name: g for name, g in gradients.items() if g.numel()})
+        held = copies({name: g for name, g in gradients.items() if g.numel()})
         self.first = Held(self.steps, held, None if weights is None else dict(weights))
 
     def note(self, batch_size: int, optimizer: Optimizer) -> None:
@@ -139,32 +140,49 @@ def has_second_moment(state: Mapping[str, Any], parameter: Tensor) -> bool:
 
 def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Adam's bias-corrected second moment by name, of a DTensor this rank's shard; empty where there is none (yet)."""
+    moments, corrections = _moments(optimizer, parameters)
+    divided = torch._foreach_div(list(moments.values()), list(corrections.values())) if moments else []
+    return dict(zip(moments, divided, strict=True))
+
+
+def metric_weights(
+    optimizer: Optimizer,
+    parameters: Mapping[str, Tensor],
+    parts: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> dict[str, Tensor] | None:
+    """Adam's metric by name, from the state of an optimizer; None where it has no second moment (yet).
+
+    Args:
+        optimizer: whose step is asked for.
+        parameters: names and parameters.
+        parts: the parts of tensors that are asked for; of all of them by default.
+    """
+    moments, corrections = _moments(optimizer, parameters)
+    eps = epsilons(optimizer, parameters)
+    alike: dict[tuple[float, float], dict[str, Tensor]] = {}
+    for name, moment in parts(moments).items():
+        alike.setdefault((eps.get(name, 0.0), corrections[name]), {})[name] = moment
+    weights: dict[str, Tensor] = {}
+    for (one, correction), some in alike.items():
+        weights |= elementwise(partial(_weight, eps=one, correction=correction), some)
+    return weights or None
+
+
+def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The second moments, and what each has still to be divided by."""
     decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
     moments: dict[str, Tensor] = {}
-    corrections: list[Any] = []
+    corrections: dict[str, float] = {}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         if has_second_moment(state, parameter) and id(parameter) in decay:
             step = local(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
-            on_host = not isinstance(step, Tensor) or step.device.type == "cpu"
-            moments[name] = as_real(local(state["exp_avg_sq"]))
-            corrections.append(1 - decay[id(parameter)] ** (float(step) if on_host else step))  # without waiting
-    if not moments:
-        return {}
-    if all(isinstance(correction, float) for correction in corrections):
-        return dict(zip(moments, torch._foreach_div(list(moments.values()), corrections), strict=True))
-    return {name: moment / correction for (name, moment), correction in zip(moments.items(), corrections, strict=True)}
-
-
-def metric_weights(moments: Mapping[str, Tensor], eps: Mapping[str, float]) -> dict[str, Tensor] | None:
-    """Adam's metric by name, from :func:`second_moment` and :func:`epsilons`; None where the former is empty."""
-    by_eps: dict[float, dict[str, Tensor]] = {}
-    for name, moment in moments.items():
-        by_eps.setdefault(eps.get(name, 0.0), {})[name] = moment
-    weights: dict[str, Tensor] = {}
-    for one, alike in by_eps.items():
-        weights |= elementwise(partial(_weight, eps=one), alike)
-    return weights or None
+            moments[name], corrections[name] = as_real(local(state["exp_avg_sq"])), 1.0
+            if isinstance(step, Tensor) and step.device.type != "cpu":  # without waiting for the device
+                moments[name] = moments[name] / (1 - decay[id(parameter)] ** step)
+            else:
+                corrections[name] = 1 - decay[id(parameter)] ** float(step)
+    return moments, corrections
 
 
 def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
@@ -174,5 +192,6 @@ def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str
     return {name: eps[id(parameter)] for name, parameter in parameters.items() if id(parameter) in eps}
 
 
-def _weight(second_moment: Tensor, eps: float) -> Tensor:
-    return adam_weight(second_moment.float(), eps)
+def _weight(second_moment: Tensor, eps: float, correction: float) -> Tensor:
+    root = math.sqrt(correction)
+    return adam_weight(second_moment.float(), eps * root).mul_(root)  # the correction, without a pass of its own

@@ -24,7 +24,7 @@ from support import (
 from torch import nn
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor
-from lightning_gradhist.callbacks.watched import epsilons, metric_weights, second_moment
+from lightning_gradhist.callbacks.watched import metric_weights, second_moment
 from lightning_gradhist.report import plots
 
 SMALL = 1e-20  # damps nothing, not even what a bias before BatchNorm has for a gradient
@@ -274,7 +274,7 @@ def test_the_metric_has_the_epsilon_of_each_group() -> None:
     parameters = dict(layer.named_parameters())
     optimizer.param_groups[0]["eps"] = torch.tensor(0.5)
     moments = second_moment(optimizer, parameters)
-    weights = metric_weights(moments, epsilons(optimizer, parameters))
+    weights = metric_weights(optimizer, parameters)
     assert weights is not None
     for name, eps in (("weight", 0.5), ("bias", 1.0)):
         torch.testing.assert_close(weights[name], 1 / (moments[name].sqrt() + eps))

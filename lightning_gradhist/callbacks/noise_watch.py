@@ -1,0 +1,129 @@
+"""The noise of the gradients, measured at the steps of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks.gradients import (
+    Replicas,
+    effective_batch_size,
+    is_short_step,
+    own_parts,
+    parts_of_a_step,
+)
+from lightning_gradhist.callbacks.guard import Guard
+from lightning_gradhist.callbacks.watched import Watched, metric_weights
+from lightning_gradhist.noise import measure_part
+
+
+class NoiseWatch:
+    """Measures noise, without a backward pass of its own.
+
+    Where a step has parts, the micro-batches of accumulation or the ranks of DDP, one of them on each rank is held against
+    the whole step; else the gradients of two successive steps are held against each other, each of them in one pair, so
+    that pairs are independent.
+
+    Args:
+        replicas: how gradients are spread over ranks.
+        batch_size: samples of a micro-batch on one device, where the user gave it.
+        guard: for what may fail.
+    """
+
+    def __init__(self, replicas: Replicas, batch_size: int | None, guard: Guard) -> None:
+        self._replicas = replicas
+        self._batch_size = batch_size
+        self._guard = guard
+
+    def step(
+        self,
+        trainer: Trainer,
+        watched: Watched,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Mapping[str, Tensor] | None,
+        parts: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Measures at one step of an optimizer; to be called on every rank.
+
+        Args:
+            trainer: at ``on_before_optimizer_step``.
+            watched: of the optimizer.
+            optimizer: that is about to step.
+            parameters: names and parameters of the optimizer.
+            gradients: that it will use, or None where they cannot be had on this rank.
+            parts: this rank's parts of them, or None.
+        """
+        if watched.part is not None:
+            self._measure_part(trainer, watched, optimizer, parameters, gradients)
+        elif watched.in_pair:
+            self._complete_pair(trainer, watched, parts)
+        else:
+            self._begin_pair(trainer, watched, optimizer, parameters, parts)
+
+    def _begin_pair(
+        self,
+        trainer: Trainer,
+        watched: Watched,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        parts: Mapping[str, Tensor] | None,
+    ) -> None:
+        watched.in_pair = True
+        batch_size = effective_batch_size(trainer, self._batch_size)
+        if batch_size is not None and parts and not is_short_step(trainer):
+
+            def hold() -> None:
+                own = partial(own_parts, parameters=parameters, replicas=self._replicas)
+                watched.hold(batch_size, optimizer, parts, metric_weights(optimizer, parameters, own))
+
+            self._guard.done(hold)
+
+    def _complete_pair(self, trainer: Trainer, watched: Watched, parts: Mapping[str, Tensor] | None) -> None:
+        first = watched.first if parts and not is_short_step(trainer) else None
+        watched.drop_pair()
+        sums = self._sums(trainer, None if first is None else lambda: first.measure(parts or {}))
+        if first is not None:
+            watched.noise.add(first.step, watched.batch_size, sums)
+        watched.measured += 1
+
+    def _measure_part(
+        self,
+        trainer: Trainer,
+        watched: Watched,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Holds the gradient of one micro-batch of each rank against that of all."""
+        assert watched.part is not None
+        copies, parts = watched.part, parts_of_a_step(trainer)
+        alone = parts == 1  # accumulation may have ended since the copy was ordered
+        batch_size = None if alone or is_short_step(trainer) else effective_batch_size(trainer, self._batch_size)
+        copies.remove()
+        watched.drop_pair()  # begun before accumulation was
+
+        def measure() -> Tensor:
+            part = copies.take(trainer, trainer.accumulate_grad_batches)
+            return measure_part(part, gradients or {}, metric_weights(optimizer, parameters), parts)
+
+        sums = self._sums(trainer, None if batch_size is None or gradients is None else measure)
+        if batch_size is not None:
+            watched.note(batch_size, optimizer)
+            watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
+        watched.measured += 1
+
+    def _sums(self, trainer: Trainer, measure: Callable[[], Tensor] | None) -> Tensor:
+        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
+        sums = torch.full((4,), math.nan, dtype=torch.float64, device=trainer.lightning_module.device)
+        if measure is not None:
+            self._guard.done(lambda: sums.copy_(measure()))
+        if self._replicas.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        return sums
