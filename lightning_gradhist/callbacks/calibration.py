@@ -27,7 +27,7 @@ from lightning_gradhist.greedy import GREEDY
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import sinks
 from lightning_gradhist.report.record import RecordError, RunRecord
-from lightning_gradhist.report.result import CalibrationResult
+from lightning_gradhist.report.result import CalibrationResult, GroupChange
 from lightning_gradhist.surge import LAWS, PLAIN_LAWS
 
 
@@ -191,12 +191,14 @@ class OptimizerCalibration(Callback):
         self._adapter: RateAdapter | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The report, whose being there tells a resumed run that the calibration is done, and the rate that moves on."""
+        """The report, whose being there tells a resumed run that the calibration is done, its changes, and the rate's."""
         adapted = self._adapter.ratio if self._adapter else self._adapted
-        return {"report": self._report, "adapted": asdict(adapted) if adapted else None}
+        self._changes: tuple[GroupChange, ...] = ()
+        changes = [asdict(change) for change in self._changes]
+        return {"report": self._report, "adapted": asdict(adapted) if adapted else None, "changes": changes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Marks the calibration as done if it was, and takes up the rate that moves on."""
+        """Marks the calibration as done if it was, and takes up its changes and the rate that moves on."""
         self._report = state_dict["report"]
         adapted = state_dict.get("adapted")
         self._adapted, self._adapter = AdaptedRatio(**adapted) if adapted else None, None
@@ -206,6 +208,7 @@ class OptimizerCalibration(Callback):
         """Finds out whether this run is to be calibrated, and reads the record if so."""
         self._waiting = False
         if self.adapt is not None:
+        self._changes = tuple(GroupChange(**change) for change in state_dict.get("changes", ()))
             noise_monitor(trainer)
         # A checkpoint may come before the first step (accumulation); one that was only validated counts for nothing.
         from_checkpoint = self._restored and trainer.ckpt_path is not None
@@ -222,6 +225,7 @@ class OptimizerCalibration(Callback):
         self._record = self._read_record(trainer, pl_module)
         self._waiting = True
 
+        self._changes = ()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Calibrates at the first batch, when the module has seen the start of training and of the epoch."""
         if not self._waiting:
@@ -233,8 +237,8 @@ class OptimizerCalibration(Callback):
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
             # equal by construction, and now for sure
-            changes, self._adapted = trainer.strategy.broadcast((result.changes, decision.adapted))
-            apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
+            self._changes, self._adapted = trainer.strategy.broadcast((result.changes, decision.adapted))
+            apply_changes(trainer.optimizers[0], _schedulers(trainer), self._changes)
             self._report = result.to_text()
             self._adapt()
         self.result = result
@@ -266,9 +270,9 @@ class OptimizerCalibration(Callback):
                 "OptimizerCalibration: adapt moves nothing, as this run was calibrated to a rate that stays."
             )
         self._adapt()
-        if self.result is not None and self.result.applied:
+        if not from_checkpoint:
             optimizer = trainer.optimizers[0]
-            changes = [change for change in self.result.changes if holds_before(optimizer, change)]
+            changes = [change for change in self._changes if holds_before(optimizer, change)]
             apply_changes(optimizer, _schedulers(trainer), changes)
 
     def _read_record(self, trainer: Trainer, module: LightningModule) -> RunRecord | None:
