@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_gradhist.epsilon import EpsilonRange, largest_idle
+from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, largest_idle
 from lightning_gradhist.intervals import average, covariance, student_quantile
 
 SEARCH = "search"
@@ -19,7 +19,9 @@ STEPS, LEAST_STEPS = 16, 4
 HELD_OUT = 4
 """Batches on each rank that the loss after a short run is measured on."""
 CONTROLS = (0.5, 2.0, 4.0, 8.0)
-"""Multiples of the learning rate at which the present epsilon is run too, where :func:`control_rates` asks for no more."""
+"""Multiples of the learning rate at which the present epsilon is run too; :func:`control_rates` goes on from there."""
+HIGHEST = 128.0
+"""The highest of these multiples."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def candidates(present: float, search_space: EpsilonRange, floor: float = 0.0) -
         [(1e-06, True), (1e-05, True), (0.001, True), (1e-06, False)]
     """
     idle = largest_idle(search_space)
-    present_is_idle = present <= idle
+    present_is_idle = choose_epsilon(present, search_space) == present
     lowest, highest = (round(math.log10(eps)) for eps in (idle, max(search_space.upper, idle)))
     decades = [float(f"1e{exponent}") for exponent in range(lowest + present_is_idle, highest + 1)]
     tried = [eps for eps in decades if eps != present and eps >= floor]
@@ -142,17 +144,19 @@ def candidates(present: float, search_space: EpsilonRange, floor: float = 0.0) -
 
 
 def control_rates(gains: Sequence[float]) -> tuple[float, ...]:
-    """Multiples of the learning rate at which the present epsilon is run too: :data:`CONTROLS`, or further up.
+    """Multiples of the learning rate at which the present epsilon is run too: :data:`CONTROLS`, and further up by twos.
 
-    The last but one is no less than what makes the present epsilon descend as fast, to first order, as any candidate at equal
-    update RMS; the last is twice that, since descent along a noisy gradient is partly along its noise.
+    The last is at least twice what makes the present epsilon descend as fast, to first order, as any candidate at equal
+    update RMS, since descent along a noisy gradient is partly along its noise; but no more than :data:`HIGHEST`.
 
     Args:
         gains: descent along the gradient of these candidates' updates, as a multiple of that of the present epsilon's.
     """
-    *low, high, _ = CONTROLS
-    high = max([high, *(gain for gain in gains if math.isfinite(gain))])
-    return (*low, high, 2 * high)
+    wanted = min(2 * max((gain for gain in gains if math.isfinite(gain)), default=0.0), HIGHEST)
+    rates = [*CONTROLS]
+    while rates[-1] < wanted:
+        rates.append(2 * rates[-1])
+    return tuple(rates)
 
 
 def search_result(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
-from lightning_gradhist.callbacks import decision, gradients, monitor, noise_watch, optimizer_state
+from lightning_gradhist.callbacks import decision, epsilon_search, gradients, monitor, noise_watch, optimizer_state
 from lightning_gradhist.noise import GradientMoments
 
 
@@ -369,7 +369,24 @@ def short_of_memory(folder: Path) -> Any:
         setattr(owner, attribute, original)
         said = [str(one.message) for one in caught if "could not" in str(one.message)]
         found[name] = said, sum(gradient.count_nonzero() for gradient in spy.seen[8].values())
+    found["search"] = _search_without_memory(folder / "search", rank, ranks)
     return found
+
+
+def _search_without_memory(folder: Path, rank: int, ranks: int) -> list[str]:
+    original = epsilon_search.no_trace
+
+    def fails(*args: Any) -> Any:
+        if rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args)
+
+    epsilon_search.no_trace = fails
+    calibration = OptimizerCalibration(epsilon="search", learning_rate="keep", probe_batches=4)
+    made = fit(folder, calibration, data=loader(2, samples=2 * 48 * ranks), max_steps=2, logger=False, **ddp(ranks))
+    epsilon_search.no_trace = original
+    assert made.global_step == 2
+    return list(calibration.result.problems)
 
 
 def out_of_step(folder: Path) -> Any:

@@ -29,6 +29,7 @@ def space(low: float, high: float) -> EpsilonRange:
         pytest.param(1e-8, 0.0, [1e-5, 1e-4, 1e-3], None, id="idle"),
         pytest.param(0.0, 0.0, [1e-5, 1e-4, 1e-3], None, id="zero"),
         pytest.param(1e-6, 0.0, [1e-5, 1e-4, 1e-3], None, id="the largest that is idle"),
+        pytest.param(1.1e-6, 0.0, [1e-5, 1e-4, 1e-3], None, id="idle, if not as a power of ten"),
         pytest.param(1e-4, 0.0, [1e-6, 1e-5, 1e-3], 1e-6, id="damps"),
         pytest.param(3e-5, 0.0, [1e-6, 1e-5, 1e-4, 1e-3], 1e-6, id="between powers"),
         pytest.param(1.0, 0.0, [1e-6, 1e-5, 1e-4, 1e-3], 1e-6, id="beyond"),
@@ -126,8 +127,16 @@ def test_without_finite_losses_there_is_no_comparison() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gains", "highest"),
-    [([], 4.0), ([1.2, 2.0], 4.0), ([1.2, 9.0], 9.0), ([math.inf, math.nan, 7.0], 7.0)],
+    ("gains", "further"),
+    [
+        ([], ()),
+        ([1.2, 4.0], ()),
+        ([1.2, 9.0], (16.0, 32.0)),
+        ([math.inf, math.nan, 7.0], (16.0,)),
+        ([1e9], (16.0, 32.0, 64.0, 128.0)),
+    ],
 )
-def test_the_highest_rate_descends_as_fast_as_any_candidate(gains: list[float], highest: float) -> None:
-    assert control_rates(gains) == (0.5, 2.0, highest, 2 * highest)
+def test_the_rates_leave_no_gap_up_to_where_the_present_epsilon_descends_as_fast(
+    gains: list[float], further: tuple[float, ...]
+) -> None:
+    assert control_rates(gains) == (*CONTROLS, *further)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_utilities.core.apply_func import apply_to_collection
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers.logger import DummyLogger
@@ -28,6 +30,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "apply_to_collection",
     "is_overridden",
     "is_param_in_hook_signature",
     "isolate_rng",

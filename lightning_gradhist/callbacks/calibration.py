@@ -27,76 +27,84 @@ from lightning_gradhist.greedy import GREEDY
 from lightning_gradhist.report import plots
 from lightning_gradhist.report.loggers import sinks
 from lightning_gradhist.report.record import RecordError, RunRecord
-from lightning_gradhist.report.result import CalibrationResult
+from lightning_gradhist.report.result import CalibrationResult, GroupChange
 from lightning_gradhist.surge import LAWS, PLAIN_LAWS
 
 
 class OptimizerCalibration(Callback):
     r"""Sets epsilon and the learning rate before the first step, and shows why.
 
-    Before the first batch a probe takes ``probe_batches`` batches forward and backward at frozen weights, and leaves no
+    Without arguments it lowers an epsilon that damps the optimizer's steps. Told at which batch size a learning rate is
+    trusted, by ``reference_batch_size`` or by the record of a run (``reference``), it carries that rate over to the batch
+    size of this run: the per-device batch, times accumulation, times data-parallel ranks. The report goes to the console
+    and the loggers, and stays in :attr:`result`.
+
+    *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, and leave no
     trace: parameters, buffers, gradients, optimizer, schedulers, random generators, data order, metrics and the state
     that the module keeps are as if it had not happened (:func:`lightning_gradhist.callbacks.no_trace.no_trace` says what
     cannot be put back). It holds up to five copies of the parameters while it lasts; under FSDP2, of this rank's shards.
     A batch that runs out of memory, is not finite or has another size than the first is left out, and the report says so.
 
-    *Epsilon.* From the probe's :math:`r = \sqrt{E g^2}`, of gradients as large as the optimizer will see them (batch size,
-    clipping, adaptor E), comes the search space of :func:`lightning_gradhist.epsilon_range`. ``"auto"`` keeps an epsilon
-    that damps at most 2% of all coordinates together, and lowers another to the largest power of ten that does. It never
-    raises one, but to 1e-7 where torch's optimizer would step in float16, in which 1e-8 is zero.
+    *Epsilon* matters within the search space of :func:`lightning_gradhist.epsilon_range`, here of :math:`r = \sqrt{E g^2}`
+    for gradients as large as the optimizer will see them (batch size, clipping, adaptor E).
 
-    ``"search"`` tries: it trains from the initial state with the present epsilon and with the powers of ten of the search
-    space, in short runs that leave no trace (:class:`lightning_gradhist.callbacks.epsilon_search.EpsilonSearchProbe`). The
-    learning rate of each is scaled so that its updates are as large as those of the present epsilon; where that one damps
-    more than ``"auto"`` lets it, what ``"auto"`` would set is tried too, at the rate as it is. Another epsilon is set, and
-    the learning rate times its factor, only where its loss is lower with ``confidence`` over independent runs, and lower
-    than that of the present epsilon at half, twice, four and eight times the rate, and further up where it takes more to
-    descend as fast: at updates of one size a larger epsilon lowers the loss faster at first, and often loses later. That is
-    what it knows: the first steps, from these weights, at the optimizer's own rate, before any ratio. It takes 500 to 1,000
-    gradients on each rank, times the accumulation, fewer where the loader has fewer than 120 batches, and says how many; it
-    holds up to nine copies of the parameters, and 20 batches.
-    Where it cannot be made, as under FSDP2, or where a scheduler keeps rates of its own, the report says why, and
-    epsilon is chosen as by ``"auto"``.
+    - ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers another to the largest power
+      of ten that does. It never raises one, but to 1e-7 where torch's optimizer would step in float16, in which 1e-8 is
+      zero.
+    - ``"search"`` trains with the present epsilon and with the powers of ten of the search space, in short runs from the
+      initial state that leave no trace, each at a rate that makes its updates as large as those of the present epsilon.
+      Where that one damps more than ``"auto"`` lets it, what ``"auto"`` would set is tried too, at the rate as it is. The
+      best is set, the learning rate is multiplied by its factor, and decoupled weight decay divided by it, but only where
+      its loss is lower, with ``confidence`` over independent runs, than that of the present epsilon at this rate and at
+      others, from half to eight times it and further up where it takes more to descend as fast: at updates of one size a
+      larger epsilon lowers the loss faster at first, and often loses later. So it knows of the first steps alone, at the
+      optimizer's own rate, before any ratio. It takes 500 to 1,000 gradients on each rank, times the accumulation, fewer
+      where the loader has fewer than 120 batches, and says how many; it holds up to nine copies of the parameters, and 20
+      batches or, with accumulation, the batches of 16 steps and 4 more. Where it cannot be made, as under FSDP2, where a
+      scheduler keeps rates of its own, or where the groups' epsilons differ, the report says why, and epsilon is chosen as
+      by ``"auto"``. :class:`lightning_gradhist.callbacks.epsilon_search.EpsilonSearchProbe` has the formulas.
 
-    *Learning rate.* A rate is only ever carried over from one that somebody trusts, times the ratio that a law gives
-    for the batch sizes: the optimizer's own rate, trusted at ``reference_batch_size`` samples a step, or that of a
-    recorded run (``reference``). ``"surge"`` is :class:`lightning_gradhist.SurgeLaw` and ``"saturating"``
-    :class:`lightning_gradhist.SaturatingLaw`, with the noise scale ``B_adam``: the one over the recorded run, or the
-    probe's, which at the start of a run is far too small, so that the ratio then stays between 1 and the square root
-    of the ratio of batch sizes. What the data do not support is refused: then ``fallback`` is used, and the report
-    says why. A recorded rate is used for the same class of optimizer; another class takes the ratio alone, for its own
-    rate.
+    *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
+    recorded run of the same class of optimizer; another class takes the record's ratio alone, for its own rate. It is
+    multiplied by the ratio that a law gives for the two batch sizes.
 
-    Without a reference, ``"greedy"`` finds an absolute rate: that at which a single step lowers the loss most, by
-    :func:`lightning_gradhist.greedy.greedy_rate`, from the loss at a few lengths of the steps that the optimizer itself would
-    make at the weights of the start. That is the best step and not the best run: the loss of the first step says little of
-    how a rate does later. It is refused, and the rate kept, where the loss shows no minimum, where the interval spans a
-    factor of two, where the loss falls along the whole range, and under FSDP2.
+    - ``"surge"``, :class:`lightning_gradhist.SurgeLaw`, and ``"saturating"``, :class:`lightning_gradhist.SaturatingLaw`, need
+      the noise scale ``B_adam``: the one over the recorded run, or the probe's, which at the start of a run is far too
+      small, so that the ratio then stays between 1 and the square root of the ratio of batch sizes. What the data do not
+      support is refused: then ``fallback`` is used, and the report says why.
+    - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none.
+    - ``"greedy"`` is for those without a reference, and finds the rate at which a single step lowers the loss most, by
+      :func:`lightning_gradhist.greedy.greedy_rate`, from the loss at a few lengths of the steps that the optimizer itself
+      would make. That is the best step and not the best run: the loss of the first step says little of how a rate does
+      later. It is refused, and the rate kept, where the loss shows no minimum, where the interval spans a factor of two,
+      where the loss falls along the whole range, and under FSDP2.
 
-    *While training.* The noise scale grows, and with it the law's ratio, away from 1. With ``adapt`` the rate follows: at
-    each measurement of the ``GradientHistogramMonitor`` in the same Trainer, the whole schedule is multiplied by the change
-    of :class:`lightning_gradhist.adapt.AdaptedRatio`, which goes half of the way to the law's ratio at the noise scale of the
-    last quarter of the measurements within eight of them, and stays where that is refused. It starts at the ratio of the
-    probe, or of the record where the probe's is refused, and remains between 1 and the square root of the ratio of batch
-    sizes. ``"warmup"`` goes one way only, up for larger batches and down for smaller ones, from no farther than the ratio
-    that a recorded run gives to that, or else to the square root; ``"always"`` goes both ways. The factor is logged as
-    ``calibration/adapted_factor``. A measurement then makes the host wait for the device. A resumed run
-    goes on as if it had not been interrupted, but for a pair of steps (see the monitor) that the checkpoint parts; a second
-    ``fit`` begins anew.
+    *While training* the noise scale grows, and with it the law's ratio, away from 1. With ``adapt`` the rate follows: at
+    each measurement of the ``GradientHistogramMonitor`` in the same Trainer, which then makes the host wait for the device,
+    the whole schedule is multiplied by the change of :class:`lightning_gradhist.adapt.AdaptedRatio`. That goes half of the
+    way to the law's ratio, at the noise scale of the last quarter of the measurements, within eight of them, and stays where
+    the law is refused. It starts at the ratio of the probe, or of the record where the probe's is refused, and remains
+    between 1 and the square root of the ratio of batch sizes.
+
+    - ``"warmup"`` goes one way only, up for larger batches and down for smaller ones, as far as the ratio of the recorded
+      run, beyond which it does not start, or else the square root.
+    - ``"always"`` goes both ways.
+
+    The factor is logged as ``calibration/adapted_factor``. A resumed run goes on as if it had not been interrupted, but for
+    a pair of steps (see the monitor) that the checkpoint parts; a second ``fit`` begins anew.
 
     *What else goes with the batch size.* With ``scale_with_batch`` the optimizer's own values, too, are taken as trusted at
-    the reference: of ``"betas"`` the second, the memory of the average of squares, keeps its half-life in samples,
-    ``"weight_decay"`` shrinks the weights as much per sample where it is decoupled and stays where it is added to the
-    gradient, and ``"eps"`` falls with the square root of the batch size
-    (:mod:`lightning_gradhist.batch_scaling` has the formulas).
+    the reference (:mod:`lightning_gradhist.batch_scaling` has the formulas).
 
-    *Hand-off.* ``eps`` and ``lr``, and for ``ALTO`` and ``AdamE`` ``alpha`` and ``explore_beta`` where left on
-    ``"auto"``, are written into every parameter group, ratios between groups kept; the learning rate also into
-    ``initial_lr`` and the schedulers. Once, but for ``adapt``: a resumed run keeps its values. The report goes
-    to the console and the loggers, and stays in :attr:`result`.
+    - ``"betas"``: the second, the memory of the average of squares, keeps its half-life in samples.
+    - ``"weight_decay"`` shrinks the weights as much per sample where it is decoupled, and stays where it is added to the
+      gradient.
+    - ``"eps"`` falls with the square root of the batch size.
 
-    The effective batch size is the per-device batch, times accumulation, times data-parallel ranks. Callbacks that read the
-    learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come after this one.
+    *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and
+    ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
+    and the schedulers. It is done once, but for ``adapt``: a resumed run keeps its values. Callbacks that read the learning
+    rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come after this one.
 
     Args:
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
@@ -185,19 +193,22 @@ class OptimizerCalibration(Callback):
         self.result: CalibrationResult | None = None
         self._record: RunRecord | None = None
         self._report: str | None = None
+        self._changes: tuple[GroupChange, ...] = ()
         self._waiting = False
         self._restored = False
         self._adapted: AdaptedRatio | None = None
         self._adapter: RateAdapter | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The report, whose being there tells a resumed run that the calibration is done, and the rate that moves on."""
+        """The report, whose being there tells a resumed run that the calibration is done, its changes, and the rate's."""
         adapted = self._adapter.ratio if self._adapter else self._adapted
-        return {"report": self._report, "adapted": asdict(adapted) if adapted else None}
+        changes = [asdict(change) for change in self._changes]
+        return {"report": self._report, "adapted": asdict(adapted) if adapted else None, "changes": changes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Marks the calibration as done if it was, and takes up the rate that moves on."""
+        """Marks the calibration as done if it was, and takes up its changes and the rate that moves on."""
         self._report = state_dict["report"]
+        self._changes = tuple(GroupChange(**change) for change in state_dict.get("changes", ()))
         adapted = state_dict.get("adapted")
         self._adapted, self._adapter = AdaptedRatio(**adapted) if adapted else None, None
         self._restored = self._report is not None
@@ -214,6 +225,7 @@ class OptimizerCalibration(Callback):
             self._go_on(trainer, from_checkpoint)
             return
         self.result = self._report = self._adapted = self._adapter = None
+        self._changes = ()
         obstacle = _obstacle(trainer)
         if obstacle is not None:
             rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
@@ -233,8 +245,8 @@ class OptimizerCalibration(Callback):
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
             # equal by construction, and now for sure
-            changes, self._adapted = trainer.strategy.broadcast((result.changes, decision.adapted))
-            apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
+            self._changes, self._adapted = trainer.strategy.broadcast((result.changes, decision.adapted))
+            apply_changes(trainer.optimizers[0], _schedulers(trainer), self._changes)
             self._report = result.to_text()
             self._adapt()
         self.result = result
@@ -266,9 +278,9 @@ class OptimizerCalibration(Callback):
                 "OptimizerCalibration: adapt moves nothing, as this run was calibrated to a rate that stays."
             )
         self._adapt()
-        if self.result is not None and self.result.applied:
+        if not from_checkpoint:
             optimizer = trainer.optimizers[0]
-            changes = [change for change in self.result.changes if holds_before(optimizer, change)]
+            changes = [change for change in self._changes if holds_before(optimizer, change)]
             apply_changes(optimizer, _schedulers(trainer), changes)
 
     def _read_record(self, trainer: Trainer, module: LightningModule) -> RunRecord | None:

@@ -252,8 +252,7 @@ class Decision:
         floor = max(self._epsilon_floor(group) for group in groups)
         start = [max(group["eps"], self._epsilon_floor(group)) for group in groups]
         tried = candidates(start[0], self.search_space, floor)
-        owner = self._keeper_of_rates()
-        why_none = f"{owner} keeps base rates that cannot be scaled from outside" if owner else None
+        why_none = self._why_no_search()
         if why_none is None and tried:
             raised = [
                 GroupChange(i, "eps", group["eps"], eps)
@@ -267,11 +266,24 @@ class Decision:
             self.search = probe.found
             if self.noise is not None and self._epsilon_of(groups[0]) != assumed:
                 self._probe()  # the noise scale depends on it
+        if not tried:
+            self.reasons.append("the search for epsilon found nothing to try: no other power of ten makes a difference")
         if why_none is not None:
             self.problems.append(
                 f"no search for epsilon: {why_none}. It is chosen as epsilon='auto' does, which asks for no search"
             )
         self.reasons.extend(_why_searched(self.search) if self.search else ())
+
+    def _why_no_search(self) -> str | None:
+        owner = self._keeper_of_rates()
+        if owner:
+            return f"{owner} keeps base rates that cannot be scaled from outside"
+        own = dict.fromkeys(f"{group['eps']:g}" for group in self.optimizer.param_groups)
+        return (
+            f"the groups have epsilons of their own ({', '.join(own)}), and it tries one for all"
+            if len(own) > 1
+            else None
+        )
 
     def _epsilon_floor(self, group: dict[str, Any]) -> float:
         # torch's own steps in half precision, where a smaller epsilon becomes 0, unless it is fused.

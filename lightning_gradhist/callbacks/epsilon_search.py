@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from lightning_gradhist.callbacks.handoff import base_rate, prepare
 from lightning_gradhist.callbacks.no_trace import no_trace
 from lightning_gradhist.callbacks.probe import Probe, mean_gradient
 from lightning_gradhist.callbacks.refusal import together
-from lightning_gradhist.callbacks.scaling import decay_changes
+from lightning_gradhist.callbacks.scaling import decay_changes, is_decoupled
 from lightning_gradhist.callbacks.session import run_probe
 from lightning_gradhist.epsilon_search import (
     HELD_OUT,
@@ -122,10 +123,12 @@ class ShortRun:
                 p.grad = gradient
 
     def _tried(self, eps: float | None) -> tuple[float, float]:
-        """The step that a copy of this copy makes, from the same state and for the same gradient."""
+        """The step that a copy of this copy makes, from the same state and for the same gradient, less decoupled decay."""
         copied = _copy(self._optimizer)
-        for group in copied.param_groups if eps is not None else ():
-            group["eps"] = eps
+        for group in copied.param_groups:
+            group["eps"] = group["eps"] if eps is None else eps
+            if group.get("weight_decay") and is_decoupled(copied, group):
+                group["weight_decay"] = 0.0  # it does not go with the rate: see decay_changes
         before = {name: p.detach().clone() for name, p in self._parameters.items()}
         _step(copied)
         square = descent = 0.0
@@ -149,9 +152,9 @@ class EpsilonSearchProbe:
 
     over the steps ``k`` of the present epsilon's first trajectory, where :math:`\Delta_k(\epsilon)` is the optimizer's
     step with ``eps`` from the present state, for the present gradient: one factor, which a whole run can have, so that
-    the updates are as large. Decoupled weight decay is divided by it, so that weights shrink as before. A rescaling at each
-    step would hide what cannot be handed on. The present epsilon is run at
-    other rates too, as :func:`lightning_gradhist.epsilon_search.search_result` says.
+    the updates are as large. A rescaling at each step would hide what cannot be handed on. The present epsilon is run at
+    other rates too, as :func:`lightning_gradhist.epsilon_search.search_result` says. Decoupled weight decay has no part in
+    the steps that are compared, and is divided by the factor of the rate, so that weights shrink alike in all runs.
 
     The batches of one trajectory are held while it lasts, and up to nine copies of the parameters.
 
@@ -223,9 +226,9 @@ class EpsilonSearchProbe:
                 factors = [f if c.equal_rms else 1.0 for c, f in zip(tried, compared.factors(), strict=True)]
                 gains = compared.gains(factors)
                 rates = control_rates([gain for c, gain in zip(tried, gains, strict=True) if c.equal_rms])
-            losses[-1] += [run(self._changes, rate) for rate in rates]
+            losses[-1] += [run(self._at(rate), rate) for rate in rates]
             for candidate, factor in zip(tried, factors, strict=True):
-                changes = self._with(candidate.eps, factor)
+                changes = self._at(factor, candidate.eps)
                 losses[-1].append(run(changes, factor) if factor < math.inf else math.inf)
         self.left_out = reader.left_out()
         cost = {"steps": steps, "gradients": self._gradients, "forwards": self._forwards}
@@ -234,8 +237,10 @@ class EpsilonSearchProbe:
         except ValueError as error:
             self.why_none = str(error)
 
-    def _with(self, eps: float, factor: float) -> tuple[GroupChange, ...]:
-        epsilons = (GroupChange(i, "eps", group["eps"], eps) for i, group in enumerate(self._optimizer.param_groups))
+    def _at(self, factor: float, eps: float | None = None) -> tuple[GroupChange, ...]:
+        """The changes that go with a factor of the learning rate, and with an epsilon other than the present."""
+        groups = enumerate(self._optimizer.param_groups)
+        epsilons = [] if eps is None else [GroupChange(i, "eps", group["eps"], eps) for i, group in groups]
         return (*self._changes, *epsilons, *decay_changes(self._optimizer, factor))
 
     def _loss_after(
@@ -247,7 +252,9 @@ class EpsilonSearchProbe:
         look: Callable[[Tried], None] | None = None,
     ) -> float:
         """The loss on the batches held out, after a run on the others; the weights are as before then."""
-        with no_trace(self._trainer, self._module):
+        with ExitStack() as stack:
+            begin = partial(no_trace, self._trainer, self._module)
+            together(self._trainer, "to copy the weights", lambda: stack.enter_context(begin()))
             _seed(trajectory * self._trainer.world_size + self._trainer.global_rank)
             probe = Probe(self._trainer, self._module, self._optimizer, with_decay=False, source=held)
             trained = {n: p for n, p in optimizer_parameters(self._module, self._optimizer).items() if p.requires_grad}

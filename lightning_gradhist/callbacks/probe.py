@@ -20,6 +20,7 @@ from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
     Trainer,
+    apply_to_collection,
     is_overridden,
     is_param_in_hook_signature,
     isolate_rng,
@@ -405,13 +406,17 @@ def _fresh(loader: Any) -> Any:
 
 
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int) -> Tensor | None:
-    arguments = [batch]
+    arguments = [apply_to_collection(batch, Tensor, _copied, allow_frozen=True)]  # the same batch may come again
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         arguments.append(batch_index)
     with trainer.precision_plugin.train_step_context():
         output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:

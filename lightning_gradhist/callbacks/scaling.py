@@ -21,7 +21,7 @@ from lightning_gradhist.callbacks.gradients import is_a
 from lightning_gradhist.report.result import GroupChange
 
 # Those that say nothing of it in their groups. ALTO and LAMB add the decay to the direction, not to the gradient.
-_DECOUPLED = ("AdamW", "AdamW8bit", "ALTO", "Lamb", "LAMB", "FusedLAMB")
+_DECOUPLED = ("AdamW", "AdamW8bit", "ALTO", "Lamb", "LAMB", "FusedLAMB", "Adafactor", "Muon", "Lion")
 
 
 def check_scaled(names: Sequence[str] | None, epsilon: float | str, has_reference: bool) -> None:
@@ -99,8 +99,8 @@ def scaled_changes(
                 )
             else:
                 reasons.append(
-                    f"weight_decay of group {index} is kept: it is added to the gradient, as part of a loss that is the same"
-                    " at every batch size"
+                    f"weight_decay of group {index} is kept: {type(optimizer).__name__} adds it to the gradient, as far as is"
+                    " known, so that it is part of a loss that is the same at every batch size"
                 )
         if EPS in names:
             after = max(scaled_epsilon(group["eps"], batch_ratio), least_epsilon(group))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import Net, dataset, events, final_state, fit, loader, logged_scalars, trainer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradhist import AdamE, EAdaptor, OptimizerCalibration
@@ -37,7 +37,7 @@ class Scaled(Net):
         return super().training_step(batch, batch_idx) * self.scale
 
 
-ENOUGH = 8 * 20 * TRAJECTORIES
+ENOUGH, FEW = 8 * 20 * TRAJECTORIES, 8 * 8 * TRAJECTORIES
 
 
 def test_an_epsilon_that_damps_all_is_found_out(tmp_path) -> None:
@@ -57,10 +57,9 @@ def test_an_epsilon_that_damps_all_is_found_out(tmp_path) -> None:
     assert "calibration/epsilon_search" in events(tmp_path).Tags()["images"]
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_an_idle_epsilon_stays(tmp_path, scale: float) -> None:
+def test_an_idle_epsilon_stays(tmp_path) -> None:
     calibration = search()
-    module = Scaled(scale, with_eps(1e-8, lr=1e-3))
+    module = Scaled(1e4, with_eps(1e-8, lr=1e-3))
     made = fit(tmp_path, calibration, module=module, data=loader(samples=ENOUGH), max_steps=1, logger=False)
     found = calibration.result.epsilon_search
     assert calibration.result.changes == () and made.optimizers[0].param_groups[0]["eps"] == 1e-8
@@ -70,20 +69,31 @@ def test_an_idle_epsilon_stays(tmp_path, scale: float) -> None:
     assert f"but not than eps 1e-08 at {found.control:.3g} times the learning rate" in calibration.result.to_text()
 
 
+def one_cycle() -> Net:
+    return Net(scheduler=lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=99))
+
+
 def test_nothing_is_left_behind(tmp_path) -> None:
     states = []
     calibration = search(apply=False, learning_rate="surge", reference_batch_size=8)
     for callbacks in ([calibration], []):
-        data = loader(samples=ENOUGH)
-        states.append(final_state(fit(tmp_path, *callbacks, data=data, logger=False, accumulate_grad_batches=2)))
+        options = {
+            "module": one_cycle,
+            "accumulate_grad_batches": 2,
+            "gradient_clip_val": 0.1,
+            "max_steps": 3,
+            "logger": False,
+        }
+        states.append(final_state(fit(tmp_path, *callbacks, data=loader(samples=8 * 72), **options)))
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    assert calibration.result.epsilon_search.steps == 8
+    assert calibration.result.epsilon_search.steps == 4
 
 
 def test_the_batches_of_all_runs_of_a_trajectory_are_the_same_and_those_of_others_are_others(tmp_path) -> None:
     class Spy(Scaled):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             seen.append((float(batch[0].sum()), float(torch.rand(()))))
+            batch[0].mul_(0.5)  # which the next run must not see
             return super().training_step(batch, batch_idx)
 
     seen: list[tuple[float, float]] = []
@@ -127,7 +137,7 @@ def rms(eps: float, gradient: Tensor) -> float:
     ("optimizer", "options", "gradient"),
     [
         pytest.param(with_eps(1e-8), {}, GRADIENT, id="adam"),
-        pytest.param(lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.0), {}, GRADIENT, id="adamw"),
+        pytest.param(lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=10.0), {}, GRADIENT, id="adamw"),
         pytest.param(lambda p: AdamE(p, lr=1e-2, eps=1e-8, alpha=0.0, explore_beta=0.5), {}, GRADIENT, id="adame"),
         pytest.param(lambda p: EAdaptor(torch.optim.Adam(p), 0.0, 0.5), {}, GRADIENT, id="adaptor"),
         pytest.param(with_eps(1e-8, fused=True), {}, GRADIENT, id="fused"),
@@ -144,7 +154,7 @@ def rms(eps: float, gradient: Tensor) -> float:
 def test_the_factor_makes_updates_as_large(tmp_path, optimizer: Any, options: Any, gradient: Tensor) -> None:
     calibration = search()
     module = Linear(optimizer)
-    fit(tmp_path, calibration, module=module, data=loader(samples=ENOUGH), max_steps=1, logger=False, **options)
+    fit(tmp_path, calibration, module=module, data=loader(samples=FEW), max_steps=1, logger=False, **options)
     trials = calibration.result.epsilon_search.trials
     assert len(trials) >= 2
     for trial in trials:
@@ -152,9 +162,24 @@ def test_the_factor_makes_updates_as_large(tmp_path, optimizer: Any, options: An
         assert trial.factor == pytest.approx(expected, rel=1e-3), trial
 
 
+def test_weights_shrink_alike_at_all_rates(tmp_path) -> None:
+    class Spy(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            seen.update((group["lr"], round(group["lr"] * group["weight_decay"], 9)) for group in self.param_groups)
+            return super().step(closure)
+
+    seen: set[tuple[float, float]] = set()
+    calibration = search(apply=False)
+    module = Linear(lambda parameters: Spy(parameters, 1e-2, weight_decay=0.1))
+    fit(tmp_path, calibration, module=module, data=loader(samples=FEW), max_steps=1, logger=False)
+    rates = {rate for rate, shrinks in seen if shrinks}
+    assert len(rates) == 1 + len(CONTROLS) + len(calibration.result.epsilon_search.trials)
+    assert {shrinks for _, shrinks in seen} == {1e-3, 0.0}  # the latter of the steps that are compared
+
+
 class Fails(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.calls >= 8 and not torch.is_grad_enabled():
+        if self.calls >= 4 and not torch.is_grad_enabled():
             raise RuntimeError("needs a graph")
         return super().training_step(batch, batch_idx)
 
@@ -180,6 +205,11 @@ class OwnRates:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def two_epsilons(parameters: Any) -> Any:
+    first, *others = parameters
+    return torch.optim.Adam([{"params": [first], "eps": 0.1}, {"params": others, "eps": 1e-20}])
 
 
 class OwnRatesNet(Net):
@@ -212,6 +242,10 @@ class NeedsAttribute(torch.optim.Adam):
             lambda: Net(with_eps(0.1, lr=0.0)), {}, "no search.*every learning rate of the optimizer is zero", True,
             id="rate of zero",
         ),
+        pytest.param(
+            lambda: Net(two_epsilons), {}, r"no search for epsilon: the groups have epsilons of their own \(0.1, 1e-20\)",
+            True, id="epsilons",
+        ),
         pytest.param(OwnRatesNet, {}, "no search for epsilon: OwnRates keeps base rates", True, id="scheduler"),
         pytest.param(lambda: Fails(with_eps(0.1)), {}, "no search.*needs a graph", True, id="fails"),
         pytest.param(
@@ -224,7 +258,7 @@ class NeedsAttribute(torch.optim.Adam):
 def test_what_cannot_be_tried_is_said_and_epsilon_chosen_as_auto_does(
     tmp_path, module: Any, options: Any, message: str, as_auto: bool
 ) -> None:
-    data = options.pop("data", loader(samples=ENOUGH))
+    data = options.pop("data", loader(samples=FEW))
     calibration = search()
     with pytest.warns(UserWarning, match=message):
         made = fit(tmp_path, calibration, module=module, data=data, logger=False, max_steps=1)
@@ -291,7 +325,7 @@ def test_a_descent_that_a_higher_rate_has_too_is_not_epsilons_merit(tmp_path) ->
 def test_float16_is_compared_from_its_floor_up(tmp_path) -> None:
     calibration = search()
     module = Scaled(1.0, with_eps(1e-8, lr=1e-3))
-    data = loader(samples=ENOUGH)
+    data = loader(samples=FEW)
     made = fit(tmp_path, calibration, module=module, data=data, max_steps=1, logger=False, precision="16-true")
     found = calibration.result.epsilon_search
     assert found.present == 1e-7 and all(trial.candidate.eps >= 1e-7 for trial in found.trials)

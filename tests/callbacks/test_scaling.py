@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support import Batches, Net, fit, loader
+from support import Batches, Net, fit, loader, trainer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_gradhist import ALTO, AdamE, OptimizerCalibration
@@ -52,6 +52,7 @@ def test_the_schedule_of_momentum_leaves_the_second_beta(tmp_path) -> None:
         pytest.param(torch.optim.AdamW, 0.4, id="AdamW"),
         pytest.param(ALTO, 0.4, id="ALTO"),
         pytest.param(AdamE, 0.4, id="AdamE"),
+        pytest.param(torch.optim.Adafactor, 0.4, id="Adafactor"),
         pytest.param(torch.optim.Adam, 0.1, id="Adam"),
         pytest.param(torch.optim.SGD, 0.1, id="SGD"),
     ],
@@ -59,7 +60,7 @@ def test_the_schedule_of_momentum_leaves_the_second_beta(tmp_path) -> None:
 def test_decoupled_weight_decay_goes_with_batch_and_rate(tmp_path, make: Any, after: float) -> None:
     result, group = scaled(tmp_path, ["weight_decay"], lambda p: make(p, lr=1e-2, weight_decay=0.1))
     assert result.ratio == 4 and group["weight_decay"] == pytest.approx(after)
-    assert any("is kept: it is added to the gradient" in reason for reason in result.reasons) == (after == 0.1)
+    assert any("adds it to the gradient" in reason for reason in result.reasons) == (after == 0.1)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,21 @@ def test_all_three_are_in_the_report_and_a_second_fit_has_them(tmp_path) -> None
     again = made.optimizers[0].param_groups[0]
     assert {key: again[key] for key in once} == once
     assert once["betas"] == (0.9, pytest.approx(0.999**16)) and once["eps"] == pytest.approx(2.5e-9)
+
+
+def test_a_second_fit_after_a_resumed_one_has_them_too(tmp_path) -> None:
+    def made() -> Any:
+        return OptimizerCalibration(1, epsilon="keep", learning_rate="sqrt", scale_with_batch=["betas"])
+
+    fit(tmp_path, made(), module=Net, data=loader(16), logger=False).save_checkpoint(tmp_path / "one.ckpt")
+    resumed = trainer(tmp_path, made(), max_epochs=2, logger=False)
+    resumed.fit(Net(), loader(16), ckpt_path=tmp_path / "one.ckpt")
+    group = resumed.optimizers[0].param_groups[0]
+    assert (group["lr"], group["betas"]) == (pytest.approx(4e-2), (0.9, pytest.approx(0.999**16)))
+    resumed.fit_loop.max_epochs = 3
+    resumed.fit(resumed.lightning_module, loader(16))  # Lightning makes the optimizer anew
+    again = resumed.optimizers[0].param_groups[0]
+    assert again is not group and (again["lr"], again["betas"]) == (group["lr"], group["betas"])
 
 
 def test_nothing_is_scaled_where_the_batch_size_is_not_known(tmp_path) -> None:

@@ -218,3 +218,5 @@ def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path
         assert [event.step for event in logged] == [0, 8], case
         if case in ("count", "part"):
             assert logged[-1].histogram_value.num == nonzero  # no rank's part is missing
+    (problem,) = found["search"]
+    assert problem.startswith("no search for epsilon: to copy the weights raised OutOfMemoryError")
