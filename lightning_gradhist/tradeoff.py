@@ -42,8 +42,8 @@ def critical_batch_size(noise: NoiseEstimate) -> NoiseEstimate:
     """The noise scale of Theorem 5, where half of the samples are spent on noise, from ``B_adam`` over a run.
 
     They are not the same quantity: on the three workloads where both could be measured (``benchmarks/calibration``)
-    Theorem 5 fitted with 0.06, 0.1 and 0.5 times the mean ``B_adam``. So the value is 0.15 of it, and the interval goes
-    from 0.06 of the lower end to 0.5 of the upper one.
+    Theorem 5 fitted with 0.06, 0.1 and 0.5 times the mean ``B_adam`` (with more seeds 0.05, 0.09 and 0.4). So the value
+    is 0.15 of it, and the interval goes from 0.06 of the lower end to 0.5 of the upper one.
 
     Args:
         noise: ``B_adam`` over a whole run; one at its start is far too small.
