@@ -237,11 +237,13 @@ class EpsilonSearchProbe:
         except ValueError as error:
             self.why_none = str(error)
 
-    def _at(self, factor: float, eps: float | None = None) -> tuple[GroupChange, ...]:
+    def _at(self, factor: float, eps: float | None = None) -> list[GroupChange]:
         """The changes that go with a factor of the learning rate, and with an epsilon other than the present."""
-        groups = enumerate(self._optimizer.param_groups)
-        epsilons = [] if eps is None else [GroupChange(i, "eps", group["eps"], eps) for i, group in groups]
-        return (*self._changes, *epsilons, *decay_changes(self._optimizer, factor))
+        changes = [*self._changes, *decay_changes(self._optimizer, factor)]
+        if eps is not None:
+            groups = enumerate(self._optimizer.param_groups)
+            changes += [GroupChange(index, "eps", group["eps"], eps) for index, group in groups]
+        return changes
 
     def _loss_after(
         self,

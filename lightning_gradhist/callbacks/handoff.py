@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_gradhist.report.result import GroupChange
 
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # the last two are OneCycleLR's
-_SCHEDULER_RATES = ("base_lrs", "max_lrs", "_last_lr")  # keys of LRScheduler.state_dict()
+_SCHEDULER_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")  # keys of LRScheduler.state_dict()
 
 
 def base_rate(group: dict[str, Any]) -> float:
@@ -94,6 +94,8 @@ def _scaled_state(state: dict[str, Any], factors: Sequence[float]) -> dict[str, 
     for key in _SCHEDULER_RATES:
         if isinstance(state.get(key), list):
             scaled[key] = [rate * factor for rate, factor in zip(state[key], factors, strict=True)]
+    if "eta_min" in state and len(set(factors)) == 1:  # one floor for all groups
+        scaled["eta_min"] = state["eta_min"] * factors[0]
     if "_schedulers" in state:  # SequentialLR and ChainedScheduler
         scaled["_schedulers"] = [_scaled_state(inner, factors) for inner in state["_schedulers"]]
     return scaled

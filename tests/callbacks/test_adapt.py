@@ -89,9 +89,9 @@ def run(folder: Path, *callbacks: L.Callback, module: Any = None, steps: int = S
 SCHEDULERS = {
     "none": None,
     "one cycle": lambda o: schedules.OneCycleLR(o, 1e-2, total_steps=STEPS + 1),
-    "cosine": lambda o: schedules.CosineAnnealingLR(o, STEPS),
+    "cosine": lambda o: schedules.CosineAnnealingLR(o, STEPS, eta_min=1e-3),
     "warm-up": lambda o: schedules.LambdaLR(o, lambda step: min(1.0, (step + 1) / 20)),
-    "plateau": lambda o: schedules.ReduceLROnPlateau(o, factor=0.5, patience=9),
+    "plateau": lambda o: schedules.ReduceLROnPlateau(o, factor=0.5, patience=9, min_lr=2e-3),
     "sequential": lambda o: schedules.SequentialLR(
         o, [schedules.LinearLR(o, 0.1, total_iters=12), schedules.CosineAnnealingLR(o, STEPS)], [12]
     ),
