@@ -366,7 +366,9 @@ def test_one_callback_calibrates_each_new_run(tmp_path) -> None:
 
 def test_state_survives_a_round_trip() -> None:
     calibration = OptimizerCalibration()
-    calibration.load_state_dict({"report": "done"})  # of a release that kept neither the changes nor a rate that moves on
+    calibration.load_state_dict(
+        {"report": "done"}
+    )  # of a release that kept neither the changes nor a rate that moves on
     assert calibration.state_dict() == {"report": "done", "adapted": None, "changes": []}
 
 
