@@ -366,8 +366,10 @@ def test_one_callback_calibrates_each_new_run(tmp_path) -> None:
 
 def test_state_survives_a_round_trip() -> None:
     calibration = OptimizerCalibration()
-    calibration.load_state_dict({"report": "done"})  # of a release in which no rate moved on
-    assert calibration.state_dict() == {"report": "done", "adapted": None}
+    calibration.load_state_dict(
+        {"report": "done"}
+    )  # of a release that kept neither the changes nor a rate that moves on
+    assert calibration.state_dict() == {"report": "done", "adapted": None, "changes": []}
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

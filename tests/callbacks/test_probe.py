@@ -741,4 +741,4 @@ def test_ctrl_c_in_the_middle_ends_the_run_as_it_was_before_the_probe(tmp_path) 
     torch.testing.assert_close(seen.after["weights"], seen.before["weights"], rtol=0, atol=0)
     assert torch.equal(seen.after["rng"], seen.before["rng"])
     assert seen.after["losses"] == [] and not any(isinstance(logger, SilentLogger) for logger in seen.loggers)
-    assert calibration.result is None and calibration.state_dict() == {"report": None}
+    assert calibration.result is None and calibration.state_dict()["report"] is None
