@@ -205,7 +205,7 @@ def variants() -> list[Variant]:
     """All, the one that the others are held against first."""
     return [
         Variant(NONE, _nothing, logs=False),
-        Variant("none, again", _nothing, logs=False),
+        Variant(NONE_AGAIN, _nothing, logs=False),
         _monitor(DEFAULT, DEFAULT_CADENCE),
         _monitor(EVERY_STEP, 1),
         _monitor("monitor, every step, no noise scale", 1, noise_scale=False),
@@ -219,7 +219,8 @@ def variants() -> list[Variant]:
     ]
 
 
-NONE, DEFAULT, EVERY_STEP, OFF_STEPS = "none", "monitor", "monitor, every step", "monitor, off-steps"
+NONE, NONE_AGAIN = "none", "none, again"
+DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
 ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 
