@@ -71,7 +71,7 @@ def choose_ratio(
       levels off; that of ``"saturating"`` does so by itself.
     - Where no signal stands out of the noise, where the interval of the noise scale has no bound above or none but zero
       below, and where its ends give ratios of the full law a factor of two or more apart, the law is refused, and the
-      fallback is used instead.
+      fallback is used instead. At the reference's own batch size nothing is refused: the ratio is 1.
 
     Args:
         law: ``"surge"``, ``"saturating"``, ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or ``"keep"``.
@@ -98,6 +98,8 @@ def choose_ratio(
 
     def refused(why: str) -> RateRatio:
         result = choose_ratio(fallback, batch_size, reference_batch_size)
+        if batch_size == reference_batch_size:  # where every law, whatever the noise, gives 1
+            return replace(result, law=law)
         return replace(result, reasons=(f"{law} law refused: {why}; fallback={fallback!r} is used",))
 
     if noise is None or noise.measurements == 0:

@@ -141,3 +141,12 @@ def test_property_the_value_lies_in_its_interval(
 def test_errors(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("law", ["surge", "saturating"])
+@pytest.mark.parametrize("noise", [None, NoiseEstimate(100.0, 0.0, math.inf, confidence=0.95, measurements=5)])
+def test_at_the_batch_size_of_the_reference_there_is_nothing_to_refuse(law: str, noise: NoiseEstimate | None) -> None:
+    ratio = choose_ratio(law, 256, 256, noise, fallback="linear")
+    assert (ratio.value, ratio.lower, ratio.upper, ratio.law, ratio.reasons) == (1.0, 1.0, 1.0, law, ())
+    with pytest.raises(ValueError, match="positive"):
+        choose_ratio(law, 0, 0, noise)
