@@ -16,16 +16,17 @@ comes before all others. On the CPU it is taken in seconds of the processor, of 
 processes take from the clock does not. The difference on the clock stands beside it. wandb's own process is in neither.
 What watching gradients adds does not depend on the batch, but the noise of a step does, which on a shared machine is a
 tenth of it; so turns are on batches of 1, and what is added to ``none`` of the same round is held against a step of
-``none`` on the whole batch. (A variant that does depend on the batch has one turn of 6 steps on whole batches.) On CUDA
+``none`` on the whole batch. (A variant that does depend on the batch has one turn of 9 steps on whole batches.) On CUDA
 the time is that between two events, and all turns are on whole batches.
 
 The heatmap comes at the 1st, 2nd, 4th, 8th, ... logged step. The steps of a turn from the last but one to the last are
 cut in two: the second half has none, and tells what a logged step adds (``logged_ms``), the first one what a heatmap
-adds. ``added_ms`` is what a step adds over the first 10,000 of a run with as many of both as come there. The default
-cadence has every 4th step of its turn logged, and every 50th of the run; off-steps have a variant of their own. Reported
-are medians over the rounds, with quartiles. ``none, again`` shows what a difference of nothing looks like, and
-``beyond_none_again_ms`` how far the lower quartile of off-steps lies above the upper one of that.
-``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done there.
+adds. Of what draws none the second half of the turn counts. ``added_ms`` is what a step adds over the first 10,000 of a
+run with as many of both as come there. The default cadence has every 4th step of its turn logged, and every 50th of the
+run; off-steps have a variant of their own. Reported are medians over the rounds, with quartiles. ``none, again`` shows
+what a difference of nothing looks like, and ``beyond_none_again_ms`` how far the lower quartile of off-steps lies above
+the upper one of that. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done
+there.
 
 Memory and log are measured at every logged step of a training of two turns' length on batches of 1:
 ``memory_bytes`` is the resident memory in the last quarter beyond that of ``none``, ``memory_growth_bytes`` how far it

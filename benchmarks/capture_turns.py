@@ -170,7 +170,7 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
     """Compare the steps of a variant with those of none."""
     beyond = np.array(seconds) - statistics.fmean(plain[LEFT_OUT_STEPS:])
     if not variant.draws:
-        each = float(beyond[LEFT_OUT_STEPS:].mean())
+        each = float(beyond[len(beyond) // 2 :].mean())  # where the report of the first step is written
         return Added(each, 0.0, each)
     every = variant.every_n_steps_in_turn
     with_heatmap, without = windows(len(seconds), every)
