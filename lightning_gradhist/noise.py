@@ -420,19 +420,19 @@ def joined(batch: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = N
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors, those of small ones side by side."""
-    found: dict[str, Tensor] = {}
-    for batch in batches(tensors):
-        flat = joined(batch) if len(batch) > 1 else joined(batch).clone()
-        parts = flat.split([tensor.numel() for tensor in batch.values()])
-        found |= {name: part.view(batch[name].shape) for name, part in zip(batch, parts, strict=True)}
-    return found
+    return _by_batch(lambda batch: joined(batch) if len(batch) > 1 else joined(batch).clone(), tensors)
 
 
 def elementwise(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A function of each value; it must return new tensors, of the shape that it gets."""
+    return _by_batch(lambda batch: _in_pieces(function, joined(batch)), tensors)
+
+
+def _by_batch(make: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is made of the values of each batch, ``[values]``, in the shapes of its tensors."""
     found: dict[str, Tensor] = {}
     for batch in batches(tensors):
-        parts = _in_pieces(function, joined(batch)).split([tensor.numel() for tensor in batch.values()])
+        parts = make(batch).split([tensor.numel() for tensor in batch.values()])
         found |= {name: part.view(batch[name].shape) for name, part in zip(batch, parts, strict=True)}
     return found
 

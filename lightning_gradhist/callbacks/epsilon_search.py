@@ -23,6 +23,8 @@ from lightning_gradhist.callbacks.gradients import (
     gradient_for,
     is_sharded,
     optimizer_parameters,
+    parameters_of,
+    step_once,
 )
 from lightning_gradhist.callbacks.handoff import base_rate, prepare
 from lightning_gradhist.callbacks.no_trace import no_trace
@@ -107,7 +109,7 @@ class ShortRun:
         return total / number if number == batches * self._trainer.world_size else math.inf
 
     def _step(self, gradients: Mapping[str, Tensor], look: Callable[[Tried], None] | None) -> None:
-        mine = [p for group in self._optimizer.param_groups for p in group["params"]]
+        mine = parameters_of(self._optimizer)
         before = [p.grad for p in mine]
         try:
             for p in mine:
@@ -117,7 +119,7 @@ class ShortRun:
             clip(self._trainer, mine)
             if look is not None:
                 look(self._tried)
-            _step(self._optimizer)
+            step_once(self._optimizer)
         finally:
             for p, gradient in zip(mine, before, strict=True):
                 p.grad = gradient
@@ -130,7 +132,7 @@ class ShortRun:
             if group.get("weight_decay") and is_decoupled(copied, group):
                 group["weight_decay"] = 0.0  # it does not go with the rate: see decay_changes
         before = {name: p.detach().clone() for name, p in self._parameters.items()}
-        _step(copied)
+        step_once(copied)
         square = descent = 0.0
         with torch.no_grad():
             for name, p in self._parameters.items():
@@ -301,12 +303,8 @@ class _Compared:
 
 def _copy(optimizer: Optimizer) -> Optimizer:
     """A copy that steps the same parameters."""
-    same = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    same = {id(p): p for p in parameters_of(optimizer)}
     return copy.deepcopy(optimizer, same)
-
-
-def _step(optimizer: Optimizer) -> None:
-    type(optimizer).step(optimizer)  # type: ignore[call-arg] # a scheduler has put its own in the place of optimizer.step
 
 
 def _seed(seed: int) -> None:

@@ -307,6 +307,16 @@ def gradient_for(parameter: Tensor, gradient: Tensor) -> Tensor:
     return (torch.view_as_complex(gradient) if parameter.is_complex() else gradient).to(parameter.dtype)
 
 
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer, group by group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def step_once(optimizer: Optimizer) -> None:
+    """A step of an optimizer that is a copy: a scheduler has put its own in the place of the original's ``step``."""
+    type(optimizer).step(optimizer)  # type: ignore[call-arg]
+
+
 def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:
     """The ranks that hold the same of a parameter as this one does."""
     if not isinstance(parameter, DTensor):

@@ -18,6 +18,8 @@ from lightning_gradhist.callbacks.gradients import (
     gradient_for,
     is_sharded,
     optimizer_parameters,
+    parameters_of,
+    step_once,
 )
 from lightning_gradhist.callbacks.handoff import base_rate, prepare
 from lightning_gradhist.callbacks.probe import Probe, mean_gradient
@@ -107,7 +109,7 @@ class OwnSteps:
 
     def _step_of(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copied = copy.deepcopy(self._optimizer)
-        mine, theirs = _parameters_of(self._optimizer), _parameters_of(copied)
+        mine, theirs = parameters_of(self._optimizer), parameters_of(copied)
         for p in theirs:
             _widen(p, copied.state.get(p, {}))
             p.grad = None
@@ -118,7 +120,7 @@ class OwnSteps:
             p.grad = gradient_for(p, gradients[name])
         clip(self._trainer, theirs)
         prepare(copied.param_groups, self._changes)
-        type(copied).step(copied)  # type: ignore[call-arg] # a scheduler has put its own in the place of optimizer.step
+        step_once(copied)
         return {
             name: ((before[name] - p.detach()) / self._rate).to(_at_least_single(self._origin[name]))
             for name, p in stepped.items()
@@ -224,10 +226,6 @@ def _rate_of(steps: OwnSteps, number: int, confidence: float) -> GreedyRate:
     rates: Sequence[float] = [share * reach for share in PILOT_SHARES]
     rates = fitted_lengths(find_minimum(rates, steps.changes(pilots, rates)))
     return greedy_rate(rates, steps.changes(number - pilots, rates), confidence)
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:

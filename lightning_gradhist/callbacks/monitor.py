@@ -431,7 +431,7 @@ class GradientHistogramMonitor(Callback):
         states = self._states
         if states is None or not states.begun:
             return
-        end = partial(states.end, module, optimizer, trainer.global_step, self._suffix(index), self._guard.done)
+        end = partial(states.end, module, optimizer, trainer.global_step, self._suffix(index), self._guard)
         report = self._guard.made(end)
         if report is not None and trainer.is_global_zero and not found_inf(optimizer):
             watched, send = self._watched[index], partial(self._send, trainer)

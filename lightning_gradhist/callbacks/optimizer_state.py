@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, rank_zero_warn
 from lightning_gradhist.callbacks.gradients import Replicas, as_real, local, optimizer_parameters, own_parts
+from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.watched import epsilons, has_second_moment, second_moment
 from lightning_gradhist.epsilon import IDLE_SHARE
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -24,7 +25,6 @@ _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
 _MOMENT = "optimizer_second_moment"
 Send = Callable[[Callable[[Sink], None]], None]
-Guard = Callable[[Callable[[], None]], bool]
 
 
 class StateReport:
@@ -146,9 +146,9 @@ class StateWatch:
         names = list(dict.fromkeys(rows.values()))
         eps: dict[str, float] = {}
         table = torch.full((len(names), self._columns), math.nan, dtype=torch.float64, device=module.device)
-        guard(lambda: eps.update(_epsilons(optimizer, parameters)))
+        guard.done(lambda: eps.update(_epsilons(optimizer, parameters)))
         filled = not names or (
-            self._before is not None and guard(partial(self._fill, table, names, optimizer, parameters, rows, eps))
+            self._before is not None and guard.done(partial(self._fill, table, names, optimizer, parameters, rows, eps))
         )
         self._before = None
         if self._replicas.ranks > 1:
