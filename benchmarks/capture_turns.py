@@ -7,8 +7,9 @@ import os
 import statistics
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -108,14 +109,12 @@ class Turn:
     end_seconds: float
 
 
-def take_turn(task: Task, variant: Variant, device: torch.device, whole: bool) -> Turn:
-    """Train once, on whole batches or as far as the variant allows on small ones."""
+def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, batch_size: int | None = None) -> Turn:
+    """Train once, on whole batches if nothing else is said."""
     clock = Clock(device)
-    whole = whole or variant.depends_on_batch
-    steps = LEFT_OUT_STEPS + WHOLE_STEPS if whole else task.steps
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [clock, *capture_variants.callbacks_of(variant, task)]
-        fit(task, callbacks, steps + 1, Path(folder), device, None if whole else SMALL_BATCH)
+        fit(task, callbacks, steps + 1, Path(folder), device, batch_size)
         returned = perf_counter()
     gc.collect()
     return Turn(clock.seconds(), clock.clock_seconds(), returned - clock.end)
@@ -128,28 +127,27 @@ class Round:
     whole: Turn
     turns: dict[str, Turn]
 
-    def added(self, variant: Variant) -> Added:
-        """What a variant has added to a step."""
+    def added(self, variant: Variant, times: Callable[[Turn], list[float]] = attrgetter("seconds")) -> Added:
+        """What a variant has added to a step, by the times of a turn that are given."""
         plain = self.whole if variant.depends_on_batch else self.turns[NONE]
-        turn = self.turns[variant.name]
-        return added(variant, turn.seconds, plain.seconds)
-
-    def added_clock(self, variant: Variant) -> Added:
-        """The same on the clock."""
-        plain = self.whole if variant.depends_on_batch else self.turns[NONE]
-        turn = self.turns[variant.name]
-        return added(variant, turn.clock_seconds, plain.clock_seconds)
+        return added(variant, times(self.turns[variant.name]), times(plain))
 
 
 def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.device) -> list[Round]:
     """All variants in each round, those that depend on the batch, and take long, in the first one only."""
+    few, small = LEFT_OUT_STEPS + WHOLE_STEPS, None if device.type == "cuda" else SMALL_BATCH
+    none = next(variant for variant in some if variant.name == NONE)
+
+    def turn(variant: Variant) -> Turn:
+        if variant.depends_on_batch:
+            return take_turn(task, variant, device, few)
+        return take_turn(task, variant, device, task.steps, small)
+
     done = []
     for index in range(rounds):
         first = index % len(some)
         order = [v for v in [*some[first:], *some[:first]] if index == 0 or not v.depends_on_batch]
-        none = next(variant for variant in some if variant.name == NONE)
-        whole = take_turn(task, none, device, whole=True)
-        done.append(Round(whole, {v.name: take_turn(task, v, device, whole=device.type == "cuda") for v in order}))
+        done.append(Round(take_turn(task, none, device, few), {v.name: turn(v) for v in order}))
         print(f"  round {index + 1} of {rounds}", flush=True)
     return done
 

@@ -240,3 +240,12 @@ def test_work_of_other_threads_counts() -> None:
     worker.join()
     clock.on_train_batch_start()
     assert clock.seconds()[0] > 0.05
+
+
+def test_the_monitor_has_a_whole_turn_also_where_batches_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_turns, "SMALL_BATCH", None)  # as on CUDA
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    some = [variant("none"), variant("monitor")]
+    (one,) = capture_turns.take_rounds(tiny(), some, 1, CPU)
+    assert len(one.turns["monitor"].seconds) == tiny().steps
+    assert np.isfinite(one.added(variant("monitor")).step)

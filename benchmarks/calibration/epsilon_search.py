@@ -28,7 +28,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from greedy import Module
+from greedy import Module, quiet_trainer
 from grid import FOLDER, Table, best, losses, rate
 from measuring import machine
 from torch.utils.data import DataLoader
@@ -74,8 +74,7 @@ def calibrate(run: Run, epsilon: str, folder: Path) -> tuple[CalibrationResult, 
     module = Scaled(workload, run.learning_rate, run.loss_scale)
     loader = DataLoader(workload.load(folder).train, run.batch_size, shuffle=True, drop_last=True)
     calibration = OptimizerCalibration(epsilon=epsilon, learning_rate="keep")
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = L.Trainer(accelerator="cpu", logger=False, max_steps=1, callbacks=[calibration], **quiet)
+    trainer = quiet_trainer(calibration, max_steps=1)
     start = perf_counter()
     trainer.fit(module, loader)
     assert calibration.result is not None

@@ -104,8 +104,8 @@ def measure(workload: Workload, batch_size: int, seed: int, folder: Path) -> lis
         return Module(workload), DataLoader(train, batch_size, shuffle=True, drop_last=True)
 
     greedy = Greedy((0, max(_LEAST_STEPS, workload.samples // batch_size // 10)))
-    _trainer(greedy, max_steps=greedy.steps[-1] + 1).fit(*module_and_loader())
-    tuner = Tuner(_trainer(max_epochs=-1))
+    quiet_trainer(greedy, max_steps=greedy.steps[-1] + 1).fit(*module_and_loader())
+    tuner = Tuner(quiet_trainer(max_epochs=-1))
     finder = tuner.lr_find(*module_and_loader(), update_attr=False)
     suggested = finder.suggestion() if finder is not None else None
     return [
@@ -171,7 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
                         print(_line(row), flush=True)
 
 
-def _trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
+def quiet_trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A Trainer on the CPU that shows and leaves nothing."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return L.Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks), **quiet, **options)
 
