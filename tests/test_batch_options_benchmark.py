@@ -26,8 +26,23 @@ def test_it_runs_and_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(WORKLOADS, "mlp", replace(WORKLOADS["mlp"], samples=1920))
     path = tmp_path / "options.csv"
     arms = ["record", "record, betas", "probe", "probe, always"]
-    batch_options.main(["--workload", "mlp", "--seeds", "1", "--arm", *arms, "--grid", str(tmp_path)]
-                       + ["--folder", str(tmp_path), "--output", str(path)])  # fmt: skip
+    call = [
+        "--workload",
+        "mlp",
+        "--seeds",
+        "1",
+        "--grid",
+        str(tmp_path),
+        "--folder",
+        str(tmp_path),
+        "--output",
+        str(path),
+    ]
+    batch_options.main([*call, "--arm", *arms[:2]])
+    begun = path.read_text(encoding="utf-8")
+    monkeypatch.setattr(batch_options, "best", lambda by_rate: -10)  # a transfer that was begun keeps its rate
+    batch_options.main([*call, "--arm", *arms])
+    assert path.read_text(encoding="utf-8").startswith(begun)
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         rows = {row["arm"]: row for row in reader}

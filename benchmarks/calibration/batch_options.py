@@ -3,7 +3,8 @@
 ``PYTHONPATH=benchmarks:examples python benchmarks/calibration/batch_options.py``. The best rate of Adam at one batch size,
 from ``results/calibration``, is carried to one 16 times larger or smaller by ``OptimizerCalibration`` with its default law
 in a real Trainer, with and without each option. Equal samples, warm-up over 5% of the steps and linear decay, two
-micro-batches a step, one thread. Columns, one row for each run:
+micro-batches a step, one thread. It can be stopped at any time and goes on where it was; a transfer that was begun keeps its
+rate. Columns, one row for each run:
 
 - ``arm``: which option, and ``against``: the arm that it is compared with.
 - ``batch_size``, ``reference_batch_size``, ``learning_rate``: the last is that of the reference.
@@ -27,9 +28,11 @@ from time import perf_counter
 from typing import Any
 
 import lightning as L
+import rows as tables
 import torch
-from grid import FOLDER, Table, best, losses, rate
-from measuring import machine, print_table, write_csv
+from grid import FOLDER, best, losses, rate
+from grid import read as read_grid
+from measuring import machine, print_table
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -240,21 +243,37 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows: list[dict[str, Any]] = []
+    rows = tables.read(options.output)
     for workload in (WORKLOADS[name] for name in options.workload):
-        table = Table(options.grid / f"{workload.name}.csv")
         for sizes in TRANSFERS[workload.name]:
-            top = best(losses(table, Run(workload.name, "Adam", sizes[0], 1.0, EPS["Adam"], 0, workload.samples)))
-            assert top is not None
+            begun = {(r["arm"], r["seed"]): r for r in rows if _transfer(r) == (workload.name, *sizes)}
+            missing = [(arm, seed) for seed in range(options.seeds) for arm in options.arm if (arm, seed) not in begun]
+            if not missing:
+                continue
+            learning_rate = next((r["learning_rate"] for r in begun.values()), None) or _best_rate(
+                workload, sizes[0], options.grid
+            )
             folder = options.folder / f"{workload.name}_{sizes[0]}"
-            record = recorded(workload, sizes[0], rate(top), folder, options.data_dir)
-            for seed in range(options.seeds):
-                for arm in options.arm:
-                    row = measure(workload, sizes, arm, seed, rate(top), record, options.data_dir)
-                    rows.append({**row, **machine(torch.device("cpu"))})
-                    write_csv([{name: r[name] for name in COLUMNS} for r in rows], COLUMNS, options.output)
+            record = recorded(workload, sizes[0], learning_rate, folder, options.data_dir)
+            for arm, seed in missing:
+                row = measure(workload, sizes, arm, seed, learning_rate, record, options.data_dir)
+                rows.append({**row, **machine(torch.device("cpu"))})
+                tables.write(options.output, COLUMNS, rows)
     found = compared(rows)
     print_table(found, list(found[0]) if found else [])
+
+
+def _transfer(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["workload"], row["reference_batch_size"], row["batch_size"]
+
+
+def _best_rate(workload: Workload, batch_size: int, grid: Path) -> float:
+    """That of the grid's runs of Adam at equal samples."""
+    like = Run(workload.name, "Adam", batch_size, 1.0, EPS["Adam"], 0, workload.samples)
+    top = best(losses(read_grid(grid / f"{workload.name}.csv"), like))
+    if top is None:
+        raise SystemExit(f"{grid} has no run of {workload.name} at batch size {batch_size}; make the grid first")
+    return rate(top)
 
 
 def _standard_error(values: list[float]) -> float:
