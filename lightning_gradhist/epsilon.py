@@ -19,11 +19,17 @@ HALF_PRECISION_EPSILON = 1e-7
 
 @dataclass(frozen=True)
 class EpsilonRange:
-    r"""The search space of epsilon, as :func:`epsilon_range` finds it. Epsilon is in the units of the gradient.
+    r"""The search spaces of epsilon, as :func:`epsilon_range` finds them. Epsilon is in the units of the gradient.
+
+    The authors' goes from the lowest end of any tensor to the highest one; the pooled one is that of all coordinates
+    together. A bias before a normalization, whose gradient is rounding noise, widens the former by decades, and the latter
+    not at all.
 
     Attributes:
-        lower: lower end, rounded to a power of ten. An epsilon at or below it is idle.
-        upper: upper end, rounded to a power of ten. Above it Adam is momentum SGD with step ``lr / eps``.
+        lower: lower end of the authors', a power of ten. An epsilon at or below it is idle in every tensor.
+        upper: upper end of the authors', a power of ten. Above it Adam is momentum SGD with step ``lr / eps``.
+        pooled_lower: lower end of the pooled one, a power of ten.
+        pooled_upper: upper end of the pooled one, a power of ten.
         lower_unrounded: smallest of the tensors' lower quantiles.
         upper_unrounded: largest of the tensors' upper quantiles.
         per_name: lower and upper quantile of each tensor that has a value other than zero.
@@ -32,6 +38,8 @@ class EpsilonRange:
 
     lower: float
     upper: float
+    pooled_lower: float
+    pooled_upper: float
     lower_unrounded: float
     upper_unrounded: float
     per_name: dict[str, tuple[float, float]]
@@ -57,8 +65,10 @@ def epsilon_range(
 
     Adam's step is :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, so epsilon damps a coordinate by :math:`r / (r +
     \epsilon)`. Per tensor, zeros are dropped and ``r`` is sorted ascending; the ends are ``r[int(lower * n)]`` and
-    ``r[int(upper * n)]``. The search space goes from the smallest lower end to the largest upper end over all tensors,
-    each rounded to a power of ten, ``10 ** round(log10(.))``.
+    ``r[int(upper * n)]``. The authors' search space goes from the smallest lower end to the largest upper end over all
+    tensors, each rounded to a power of ten, ``10 ** round(log10(.))``. Ours goes between the same quantiles of all
+    coordinates together, exact to one bin, rounded alike. On four workloads it held the best epsilon, too, and was 1 to 4
+    decades wide where the authors' was 2 to 10 (``benchmarks/results/calibration``).
 
     Source: Silva and Rodriguez, "Fine-tuning adaptive stochastic optimizers: determining the optimal hyperparameter
     epsilon via gradient magnitude histogram analysis", Neural Computing and Applications 2024 (arXiv 2311.11532).
@@ -79,6 +89,10 @@ def epsilon_range(
         (1e-06, 0.01)
         >>> round(found.damped_share(1e-4), 2)
         0.5
+        >>> noise = torch.full((2,), 1e-11)  # the gradient of a bias before a normalization
+        >>> found = epsilon_range({"weight": torch.logspace(-6, -2, 1001), "bias": noise})
+        >>> (found.lower, found.upper), (found.pooled_lower, found.pooled_upper)
+        ((1e-11, 0.01), (1e-06, 0.01))
     """
     if not 0.0 <= lower <= upper <= 1.0:
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper <= 1, got {lower!r} and {upper!r}")
@@ -94,9 +108,13 @@ def epsilon_range(
         raise ValueError("rms must hold a value other than zero; every coordinate is zero")
     low = min(pair[0] for pair in per_name.values())
     high = max(pair[1] for pair in per_name.values())
+    pooled = (float(histogram.quantile(q, pooled=True)) for q in (lower, upper))
+    pooled_lower, pooled_upper = map(_power_of_ten, pooled)
     return EpsilonRange(
         lower=_power_of_ten(low),
         upper=_power_of_ten(high),
+        pooled_lower=pooled_lower,
+        pooled_upper=pooled_upper,
         lower_unrounded=low,
         upper_unrounded=high,
         per_name=per_name,

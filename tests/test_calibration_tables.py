@@ -143,10 +143,12 @@ def test_the_page_of_a_whole_grid(tmp_path: Path) -> None:
     write(tmp_path, ["rates", "seeds", "noise", "cover", "epsilon", "optimizers", "steps"])
     (tmp_path / "out" / "tables").mkdir(parents=True)
     with (tmp_path / "out" / "tables" / "epsilon_range.csv").open("w") as file:
-        file.write("workload,batch_size,loss_scale,lower,upper,default,damped_by_default,auto\n")
-        for name in ("mlp", "gpt"):
+        columns = "workload,batch_size,loss_scale,lower,upper,pooled_lower,pooled_upper,default,damped_by_default,auto"
+        file.write(f"{columns}\n")
+        for name, pooled in (("mlp", 1e-5), ("gpt", 1e5)):
             for scale in (1.0, 1e-8, 1e-4, 1e4):
-                file.write(f"{name},32,{scale},{1e-6 * scale},{1e-2 * scale},1e-8,0,{min(1e-8, 1e-6 * scale)}\n")
+                ends = ",".join(str(end * scale) for end in (1e-6, 1e-2, pooled, 100 * pooled))
+                file.write(f"{name},32,{scale},{ends},1e-8,0,{min(1e-8, 1e-6 * scale)}\n")
     tables.main(["--results", str(tmp_path), "--output", str(tmp_path / "out"), "--draws", "3", "--no-probes"])
     page = (tmp_path / "out" / "README.md").read_text()
     by_method = {}
@@ -158,7 +160,9 @@ def test_the_page_of_a_whole_grid(tmp_path: Path) -> None:
         assert float(by_method[name, "keep", "none", "1"]["mean"]) > 0.02
         assert int(by_method[name, "surge", "B_adam mean", "1"]["left_out"]) == 0
     assert "ALTO's test accuracy less Lamb's: +2.00 points" in page
-    assert "- 2 of 2 search spaces hold the best epsilon; the goal, 95%, is met." in page
+    assert "- 2 of 2 search spaces (authors) hold the best epsilon; the goal, 95%, is met." in page
+    assert "- 1 of 2 search spaces (pooled) hold the best epsilon; the goal, 95%, is **not** met." in page
+    assert "Search spaces (pooled) without the best epsilon: gpt." in page
     assert "- `auto` is within the tolerance in 6 of 6 cases; the goal, all, is met." in page
     assert "| mlp | Theorem 5 fit | 1 | 1 | 1 | 1 |" in page
     assert "Optima at the edge of the grid: none." in page
@@ -201,7 +205,9 @@ def test_what_is_measured_at_fixed_weights_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "tables" / "epsilon_range.csv"
     rows = kept(path, "mlp", lambda: epsilon_ranges(evidence, Path()))
     unscaled, by_scale = rows[0], {row["loss_scale"]: row for row in rows}
-    assert unscaled["auto"] == EPS["Adam"] < unscaled["lower"] < unscaled["upper"] < 1
+    assert (
+        unscaled["auto"] == EPS["Adam"] < unscaled["lower"] <= unscaled["pooled_lower"] < unscaled["pooled_upper"] < 1
+    )
     assert by_scale[1e-8]["upper"] == pytest.approx(1e-8 * unscaled["upper"]) and by_scale[1e-8]["auto"] < 1e-8
     again = kept(path, "mlp", list)
     assert [float(row["upper"]) for row in again] == [row["upper"] for row in rows]

@@ -70,6 +70,19 @@ def test_one_bin_off_at_most_for_a_histogram(seed: int, bins_per_octave: int) ->
     assert found.upper_unrounded == max(high for _, high in found.per_name.values())
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("as_histogram", [False, True], ids=["tensors", "histogram"])
+def test_the_pooled_ends_are_those_of_all_coordinates(seed: int, as_histogram: bool) -> None:
+    rms = layers(seed)
+    everything = torch.cat([tensor.flatten() for tensor in rms.values()])
+    low, high, _ = authors_rule({"all": everything})
+    found = epsilon_range(histogram_of(rms) if as_histogram else rms)
+    for pooled, end in ((found.pooled_lower, low), (found.pooled_upper, high)):
+        assert math.log10(pooled) == round(math.log10(pooled))
+        assert abs(math.log10(pooled) - math.log10(end)) <= 0.5 + math.log10(1 + 1 / 8)
+    assert found.lower <= found.pooled_lower <= found.pooled_upper <= found.upper
+
+
 @pytest.mark.parametrize("number", [1, 2, 49, 50, 51, 99, 100, 101, 150, 1000])
 def test_ends_at_every_size(number: int) -> None:
     rms = {"w": torch.arange(number, 0, -1).float()}

@@ -15,6 +15,8 @@ from page import NOT_MEASURED, Page, Row, between, listed, number, percent, text
 from training import EPS
 
 Found = Mapping[str, Evidence]
+SPACES = {"authors": ("lower", "upper"), "pooled": ("pooled_lower", "pooled_upper")}
+"""The kinds of search space, and the columns of their ends."""
 
 
 def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
@@ -23,8 +25,9 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
     spaces = {(row["workload"], float(row["loss_scale"])): row for row in ranges}
     if spaces:
         page.say(
-            "The authors' search space at the initial weights (2% and 98% quantiles of each tensor, smallest and largest, rounded"
-            ' to powers of ten), and what `epsilon="auto"` makes of the default.'
+            "Search spaces at the initial weights, rounded to powers of ten: the authors' (2% and 98% quantiles of each tensor,"
+            " smallest and largest), and the pooled one (those of all coordinates together), which the package goes by. And what"
+            ' `epsilon="auto"` makes of the default.'
         )
         page.show(
             [{k: float(v) if k not in ("workload",) else v for k, v in row.items()} for row in ranges],
@@ -32,8 +35,10 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
                 "workload": ("workload", text),
                 "batch_size": ("batch size", number),
                 "loss_scale": ("loss times", number),
-                "lower": ("lower end", number),
+                "lower": ("authors', lower end", number),
                 "upper": ("upper end", number),
+                "pooled_lower": ("pooled, lower end", number),
+                "pooled_upper": ("upper end", number),
                 "damped_by_default": ("damped by 1e-8", percent),
                 "auto": ("auto", number),
             },
@@ -57,36 +62,41 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
             "best": ("best", number),
             "tolerance": ("tolerance", percent),
             "plateau": ("plateau", text),
-            "space": ("search space", text),
-            "decades": ("decades", number),
-            "best_inside": ("best inside", yes),
-            "held": ("held", yes),
+            "authors": ("authors' search space", text),
+            "authors_decades": ("decades", number),
+            "authors_best_inside": ("best inside", yes),
+            "authors_held": ("held", yes),
+            "pooled": ("pooled search space", text),
+            "pooled_decades": ("decades", number),
+            "pooled_best_inside": ("best inside", yes),
+            "pooled_held": ("held", yes),
             "default_excess": ("1e-8 above the best", percent),
             "auto": ("auto", number),
             "auto_excess": ("auto above the best", percent),
             "auto_harmless": ("auto no worse than 1e-8", yes),
         },
     )
-    held, widths = [row["held"] for row in rows], [row["decades"] for row in rows]
-    page.say(verdict(f"{sum(held)} of {len(held)} search spaces hold the best epsilon", all(held), "95%"))
-    page.say(
-        verdict(
-            f"they are {number(float(np.median(widths)))} decades wide in the median and {number(max(widths))} at worst",
-            float(np.median(widths)) <= 4 and max(widths) <= 8,
-            "4 and 8",
-        )
-    )
-    if not all(held):
-        page.bad.append(
-            f"Search spaces of epsilon without the best one: {listed([r['workload'] for r in rows if not r['held']])}."
-        )
+    for kind in SPACES:
+        _judge(page, rows, kind)
     page.figure(
         "epsilon",
         figures.epsilon({r["workload"]: _epsilon_panel(curves[r["workload"]], r, spaces) for r in rows}),
-        "Final training loss over epsilon, in percent above the best. Shaded: the search space at the start (orange) and the"
-        " noise of the seeds (grey). Dashed: the default.",
+        "Final training loss over epsilon, in percent above the best. Shaded: the pooled search space at the start (orange) and"
+        " the noise of the seeds (grey). Dashed: the default.",
     )
     _scaled(page, found, curves, spaces)
+
+
+def _judge(page: Page, rows: Sequence[Row], kind: str) -> None:
+    """Whether search spaces of one kind hold the best epsilon, and how wide they are, against the goals."""
+    held, widths = [row[f"{kind}_held"] for row in rows], [row[f"{kind}_decades"] for row in rows]
+    middle, widest = float(np.median(widths)), max(widths)
+    page.say(verdict(f"{sum(held)} of {len(held)} search spaces ({kind}) hold the best epsilon", all(held), "95%"))
+    width = f"they are {number(middle)} decades wide in the median and {number(widest)} at worst"
+    page.say(verdict(width, middle <= 4 and widest <= 8, "4 and 8"))
+    if not all(held):
+        without = listed([row["workload"] for row in rows if not row[f"{kind}_held"]])
+        page.bad.append(f"Search spaces ({kind}) without the best epsilon: {without}.")
 
 
 def by_epsilon(evidence: Evidence) -> dict[float, float]:
@@ -122,22 +132,32 @@ def _epsilon_row(evidence: Evidence, curve: Mapping[float, float], space: Row) -
     good = {eps: loss <= (1 + tolerance) * curve[best] for eps, loss in curve.items()}
     below, above = [e for e in curve if e <= best][::-1], [e for e in curve if e >= best]
     plateau = (_end(below, good), _end(above, good))
-    lower, upper, auto = (float(space[key]) for key in ("lower", "upper", "auto"))
-    default = curve[EPS["Adam"]]
+    auto, default = float(space["auto"]), curve[EPS["Adam"]]
+    judged: Row = {}
+    for kind in SPACES:
+        lower, upper = _ends(space, kind)
+        judged |= {
+            kind: between((lower, upper)),
+            f"{kind}_decades": math.log10(upper / lower),
+            f"{kind}_best_inside": lower <= best <= upper,
+            f"{kind}_held": plateau[0] <= upper and lower <= plateau[1],
+        }
     return {
         "workload": evidence.workload.name,
         "best": best,
         "tolerance": tolerance,
         "plateau": between(plateau),
-        "space": between((lower, upper)),
-        "decades": math.log10(upper / lower),
-        "best_inside": lower <= best <= upper,
-        "held": plateau[0] <= upper and lower <= plateau[1],
+        **judged,
         "default_excess": default / curve[best] - 1,
         "auto": auto,
         "auto_excess": _at(curve, auto) / curve[best] - 1,
         "auto_harmless": not _at(curve, auto) > default * (1 if math.isnan(tolerance) else 1 + tolerance),
     }
+
+
+def _ends(space: Row, kind: str) -> tuple[float, float]:
+    lower, upper = SPACES[kind]
+    return float(space[lower]), float(space[upper])
 
 
 def _end(epsilons: Sequence[float], good: Mapping[float, bool]) -> float:
@@ -158,7 +178,7 @@ def _epsilon_panel(
     return (
         np.array(list(curve)),
         losses / losses.min() - 1,
-        (float(space["lower"]), float(space["upper"])),
+        _ends(space, "pooled"),
         row["tolerance"],
     )
 

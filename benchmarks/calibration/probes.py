@@ -38,7 +38,7 @@ Gradients = Iterator[dict[str, Tensor]]
 
 
 def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
-    """The authors' search space at the initial weights, and what ``epsilon="auto"`` makes of 1e-8, by loss scale."""
+    """The search spaces at the initial weights, and what ``epsilon="auto"`` makes of 1e-8, by loss scale."""
     workload, size = evidence.workload, evidence.middle.batch_size
     data, model = workload.load(folder), _initial(workload)
     moment = SecondMoment()
@@ -54,6 +54,8 @@ def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
                 "loss_scale": scale,
                 "lower": space.lower,
                 "upper": space.upper,
+                "pooled_lower": space.pooled_lower,
+                "pooled_upper": space.pooled_upper,
                 "default": EPS["Adam"],
                 "damped_by_default": space.damped_share(EPS["Adam"]),
                 "auto": choose_epsilon(EPS["Adam"], space),

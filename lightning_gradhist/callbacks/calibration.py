@@ -45,13 +45,13 @@ class OptimizerCalibration(Callback):
     cannot be put back). It holds up to five copies of the parameters while it lasts; under FSDP2, of this rank's shards.
     A batch that runs out of memory, is not finite or has another size than the first is left out, and the report says so.
 
-    *Epsilon* matters within the search space of :func:`lightning_gradhist.epsilon_range`, here of :math:`r = \sqrt{E g^2}`
-    for gradients as large as the optimizer will see them (batch size, clipping, adaptor E).
+    *Epsilon* matters within the pooled search space of :func:`lightning_gradhist.epsilon_range`, here of :math:`r =
+    \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch size, clipping, adaptor E).
 
     - ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers another to the largest power
       of ten that does. It never raises one, but to 1e-7 where torch's optimizer would step in float16, in which 1e-8 is
       zero.
-    - ``"search"`` trains with the present epsilon and with the powers of ten of the search space, in short runs from the
+    - ``"search"`` trains with the present epsilon and with the powers of ten of that space, in short runs from the
       initial state that leave no trace, each at a rate that makes its updates as large as those of the present epsilon.
       Where that one damps more than ``"auto"`` lets it, what ``"auto"`` would set is tried too, at the rate as it is. The
       best is set, the learning rate is multiplied by its factor, and decoupled weight decay divided by it, but only where

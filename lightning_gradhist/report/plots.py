@@ -107,15 +107,16 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
 
 
 def epsilon_figure(search_space: EpsilonRange, before: float | None, after: float | None) -> Figure:
-    """Histogram of the root-mean-square gradient, the search space shaded, epsilon before and after marked."""
+    """Histogram of the root-mean-square gradient, the pooled search space shaded, epsilon before and after marked."""
     figure = _figure(width=6.2, height=4.0)
     axes = figure.add_subplot()
     histogram = search_space.histogram.pooled()
     edges, counts = shown_buckets(histogram.edges.log10(), histogram.counts[0])
     density = counts / counts.sum() / edges.diff()
     axes.stairs(density.tolist(), edges.tolist(), color=_BLUE, fill=True, alpha=0.85)
-    axes.axvspan(math.log10(search_space.lower), math.log10(search_space.upper), color=_ORANGE, alpha=0.12,
-                 label=f"search space {search_space.lower:g} to {search_space.upper:g}")  # fmt: skip
+    lower, upper = search_space.pooled_lower, search_space.pooled_upper
+    axes.axvspan(math.log10(lower), math.log10(upper), color=_ORANGE, alpha=0.12,
+                 label=f"search space {lower:g} to {upper:g}")  # fmt: skip
     if before:
         axes.axvline(math.log10(before), color=_GREY, linestyle="--", label=_eps_label("before", before, search_space))
     if after:

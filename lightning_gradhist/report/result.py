@@ -41,7 +41,7 @@ class CalibrationResult:
         applied: whether the values were written into the optimizer.
         optimizer: class of the optimizer.
         epsilon: epsilon of the first parameter group; None for an optimizer without.
-        epsilon_range: the search space, or None where it was not measured.
+        epsilon_range: the search spaces, or None where it was not measured.
         learning_rate: base learning rate of the first parameter group.
         ratio: that rate as a multiple of the reference's; of the optimizer's own where there is none. Without the factor
             of an epsilon search.
@@ -106,7 +106,8 @@ class CalibrationResult:
             rows.append(("samples a step of the reference", _number(self.reference_batch_size)))
         if self.epsilon_range is not None:
             found = self.epsilon_range
-            rows.append(("epsilon search space", f"{found.lower:g} to {found.upper:g}"))
+            pooled = f"{found.pooled_lower:g} to {found.pooled_upper:g}"
+            rows.append(("epsilon search space", f"{pooled} (tensor by tensor {found.lower:g} to {found.upper:g})"))
         if self.epsilon_search is not None:
             rows += _search_rows(self.epsilon_search)
         if self.noise_scale is not None:

@@ -162,13 +162,13 @@ def test_epsilon_figure(before: float | None, after: float | None, entries: int)
     space = epsilon_range({"a": lognormal(-3), "b": lognormal(-5, seed=1)})
     axes = drawn(epsilon_figure(space, before, after))
     texts = legend(axes)
-    assert len(texts) == entries and texts[0] == f"search space {space.lower:g} to {space.upper:g}"
+    assert len(texts) == entries and texts[0] == f"search space {space.pooled_lower:g} to {space.pooled_upper:g}"
     low, high = axes.get_xlim()
     for label, eps in (("before", before), ("after", after)):
         if eps:
             assert low < math.log10(eps) < high
             assert any(text.startswith(f"{label}: {eps:.3g}, damps {space.damped_share(eps):.1%}") for text in texts)
-    assert low < math.log10(space.lower) < math.log10(space.upper) < high
+    assert low < math.log10(space.pooled_lower) < math.log10(space.pooled_upper) < high
     areas = [patch.get_data() for patch in axes.patches if hasattr(patch, "get_data")]
     assert float((areas[0].values * np.diff(areas[0].edges)).sum()) == pytest.approx(1.0, rel=1e-6)
 

@@ -27,7 +27,7 @@ def result(**changes: Any) -> CalibrationResult:
         "applied": True,
         "optimizer": "AdamW",
         "epsilon": 1e-10,
-        "epsilon_range": epsilon_range({"w": torch.logspace(-9, -2, 1001)}),
+        "epsilon_range": epsilon_range({"w": torch.logspace(-9, -2, 1001), "b": torch.full((2,), 1e-12)}),
         "learning_rate": 2.5e-3,
         "ratio": 2.5,
         "ratio_interval": (2.0, 3.0),
@@ -44,13 +44,11 @@ def result(**changes: Any) -> CalibrationResult:
 
 
 def test_rows() -> None:
-    space = result().epsilon_range
-    assert space is not None
     assert result().rows() == [
         ("optimizer", "AdamW"),
         ("samples a step", "2,048"),
         ("samples a step of the reference", "256"),
-        ("epsilon search space", f"{space.lower:g} to {space.upper:g}"),
+        ("epsilon search space", "1e-09 to 0.01 (tensor by tensor 1e-12 to 0.01)"),
         ("noise scale (probe)", "1,234 samples, 95%: 20.1 to unbounded"),
         (
             "what more GPUs would buy",
