@@ -111,10 +111,11 @@ class EpsilonSearch:
 def candidates(present: float, search_space: EpsilonRange, floor: float = 0.0) -> tuple[Candidate, ...]:
     """What is tried beside the present epsilon.
 
-    The powers of ten from the largest that is idle to the upper end of the pooled search space, at most
-    :data:`MOST_DECADES` of them, evenly spread: an epsilon below is the same as the largest that is idle. Where the present
-    one is not idle, also what ``"auto"`` would set, the largest that is, with the learning rate as it is: at updates as
-    small as those of an epsilon that damps all, nothing would train.
+    The powers of ten from the largest that is idle to the upper end of the authors' search space, at most
+    :data:`MOST_DECADES` of them, evenly spread. An epsilon below is the same as the largest that is idle; one above the
+    pooled search space may still be good where a few coordinates carry the signal. Where the present one is not idle, also
+    what ``"auto"`` would set, the largest that is, with the learning rate as it is: at updates as small as those of an
+    epsilon that damps all, nothing would train.
 
     Args:
         present: from 0 up.
@@ -132,7 +133,7 @@ def candidates(present: float, search_space: EpsilonRange, floor: float = 0.0) -
     """
     idle = largest_idle(search_space)
     present_is_idle = choose_epsilon(present, search_space) == present
-    lowest, highest = (round(math.log10(eps)) for eps in (idle, max(search_space.pooled_upper, idle)))
+    lowest, highest = (round(math.log10(eps)) for eps in (idle, max(search_space.upper, idle)))
     decades = [float(f"1e{exponent}") for exponent in range(lowest + present_is_idle, highest + 1)]
     tried = [eps for eps in decades if eps != present and eps >= floor]
     last = len(tried) - 1

@@ -113,7 +113,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints and writes, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["mlp", "gpt"])
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=["mlp", "gpt", "lstm"])
     parser.add_argument("--loss-scale", nargs="+", type=float, default=_LOSS_SCALES)
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--output", type=Path, default=FOLDER.parent / "epsilon_search.csv")

@@ -19,7 +19,7 @@ from lightning_gradhist.callbacks._lightning import (
 )
 from lightning_gradhist.callbacks.adapt import RateAdapter, check_adapt, noise_monitor
 from lightning_gradhist.callbacks.decision import MIN_BATCHES, Decision, is_adam_like
-from lightning_gradhist.callbacks.gradients import is_sharded, model_shapes, replicas
+from lightning_gradhist.callbacks.gradients import effective_batch_size, is_sharded, model_shapes, replicas
 from lightning_gradhist.callbacks.handoff import apply_changes, holds_before
 from lightning_gradhist.callbacks.scaling import check_optimizer, check_scaled
 from lightning_gradhist.epsilon_search import SEARCH
@@ -45,14 +45,15 @@ class OptimizerCalibration(Callback):
     cannot be put back). It holds up to five copies of the parameters while it lasts; under FSDP2, of this rank's shards.
     A batch that runs out of memory, is not finite or has another size than the first is left out, and the report says so.
 
-    *Epsilon* matters within the pooled search space of :func:`lightning_gradhist.epsilon_range`, here of :math:`r =
-    \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch size, clipping, adaptor E).
+    *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
+    some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch
+    size, clipping, adaptor E).
 
     - ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers another to the largest power
       of ten that does. It never raises one, but to 1e-7 where torch's optimizer would step in float16, in which 1e-8 is
       zero.
-    - ``"search"`` trains with the present epsilon and with the powers of ten of that space, in short runs from the
-      initial state that leave no trace, each at a rate that makes its updates as large as those of the present epsilon.
+    - ``"search"`` trains with the present epsilon and with the powers of ten up to the authors' upper end, in short runs from
+      the initial state that leave no trace, each at a rate that makes its updates as large as those of the present one.
       Where that one damps more than ``"auto"`` lets it, what ``"auto"`` would set is tried too, at the rate as it is. The
       best is set, the learning rate is multiplied by its factor, and decoupled weight decay divided by it, but only where
       its loss is lower, with ``confidence`` over independent runs, than that of the present epsilon at this rate and at
@@ -103,8 +104,9 @@ class OptimizerCalibration(Callback):
 
     *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and
     ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
-    and the schedulers. It is done once, but for ``adapt``: a resumed run keeps its values. Callbacks that read the learning
-    rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come after this one.
+    and the schedulers. It is done once, but for ``adapt``: a resumed run keeps its values, and warns where it goes on at
+    another batch size. Callbacks that read the learning rate at the first batch, such as ``LearningRateMonitor``, see the new
+    one if they come after this one.
 
     Args:
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
@@ -118,7 +120,8 @@ class OptimizerCalibration(Callback):
         apply: False to report only; the run then ends in the same bits as without the callback.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
-        fallback: the law in place of ``"surge"`` or ``"saturating"`` where that is refused, one of the other four.
+        fallback: the law in place of ``"surge"`` or ``"saturating"`` where that is refused, one of the other four. With
+            ``adapt`` it is where the rate starts, also beyond the bounds that it then moves into.
         confidence: of the intervals, between 0 and 1.
         adapt: None for a rate that is set once, ``"warmup"`` or ``"always"`` for one that follows the noise scale. Needs a
             reference, the law ``"surge"`` or ``"saturating"``, and a ``GradientHistogramMonitor`` that measures noise.
@@ -194,6 +197,7 @@ class OptimizerCalibration(Callback):
         self._record: RunRecord | None = None
         self._report: str | None = None
         self._changes: tuple[GroupChange, ...] = ()
+        self._calibrated_for: float | None = None
         self._waiting = False
         self._restored = False
         self._adapted: AdaptedRatio | None = None
@@ -203,12 +207,18 @@ class OptimizerCalibration(Callback):
         """The report, whose being there tells a resumed run that the calibration is done, its changes, and the rate's."""
         adapted = self._adapter.ratio if self._adapter else self._adapted
         changes = [asdict(change) for change in self._changes]
-        return {"report": self._report, "adapted": asdict(adapted) if adapted else None, "changes": changes}
+        return {
+            "report": self._report,
+            "adapted": asdict(adapted) if adapted else None,
+            "changes": changes,
+            "batch_size": self._calibrated_for,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Marks the calibration as done if it was, and takes up its changes and the rate that moves on."""
         self._report = state_dict["report"]
         self._changes = tuple(GroupChange(**change) for change in state_dict.get("changes", ()))
+        self._calibrated_for = state_dict.get("batch_size")
         adapted = state_dict.get("adapted")
         self._adapted, self._adapter = AdaptedRatio(**adapted) if adapted else None, None
         self._restored = self._report is not None
@@ -247,7 +257,7 @@ class OptimizerCalibration(Callback):
             # equal by construction, and now for sure
             self._changes, self._adapted = trainer.strategy.broadcast((result.changes, decision.adapted))
             apply_changes(trainer.optimizers[0], _schedulers(trainer), self._changes)
-            self._report = result.to_text()
+            self._report, self._calibrated_for = result.to_text(), result.effective_batch_size
             self._adapt()
         self.result = result
         rank_zero_info(result.to_text())
@@ -271,6 +281,13 @@ class OptimizerCalibration(Callback):
     def _go_on(self, trainer: Trainer, from_checkpoint: bool) -> None:
         """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
         rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
+        before, now = self._calibrated_for, effective_batch_size(trainer, self.batch_size)
+        if before is not None and now is not None and before != now:
+            rank_zero_warn(
+                f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its"
+                " values stay those of before. For the new batch size, load the weights alone into a new run, with"
+                f" reference_batch_size={before:g}."
+            )
         if self._adapted is not None and not from_checkpoint:
             self._adapted = replace(self._adapted, value=self._adapted.start)
         elif self.adapt is not None and self._adapted is None:

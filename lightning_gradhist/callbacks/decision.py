@@ -278,6 +278,8 @@ class Decision:
         owner = self._keeper_of_rates()
         if owner:
             return f"{owner} keeps base rates that cannot be scaled from outside"
+        if is_a(self.optimizer, "RAdam"):
+            return "the first steps of RAdam are without epsilon, and a short run has few others"
         own = dict.fromkeys(f"{group['eps']:g}" for group in self.optimizer.param_groups)
         return (
             f"the groups have epsilons of their own ({', '.join(own)}), and it tries one for all"

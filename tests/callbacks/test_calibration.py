@@ -318,6 +318,15 @@ def test_a_resumed_run_keeps_its_values(tmp_path) -> None:
     assert got["max_lr"] == pytest.approx(0.2) and got["lr"] == pytest.approx(expected["lr"])
 
 
+def test_a_run_resumed_at_another_batch_size_says_that_its_values_stay(tmp_path) -> None:
+    first = fit(tmp_path / "a", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), data=loader(4))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    made = trainer(tmp_path / "b", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), max_epochs=2)
+    with pytest.warns(UserWarning, match="calibrated for 4 samples a step and goes on with 8.*reference_batch_size=4"):
+        made.fit(Net(), loader(8), ckpt_path=tmp_path / "half.ckpt")
+    assert made.optimizers[0].param_groups[0]["lr"] == first.optimizers[0].param_groups[0]["lr"]
+
+
 def test_a_resumed_run_ends_in_the_weights_of_one_that_was_not_interrupted(tmp_path) -> None:
     def run(folder: str, epochs: int, **resumed: Any) -> Any:
         calibration = OptimizerCalibration(reference_batch_size=1, probe_batches=8, confidence=0.5)
@@ -369,7 +378,7 @@ def test_state_survives_a_round_trip() -> None:
     calibration.load_state_dict(
         {"report": "done"}
     )  # of a release that kept neither the changes nor a rate that moves on
-    assert calibration.state_dict() == {"report": "done", "adapted": None, "changes": []}
+    assert calibration.state_dict() == {"report": "done", "adapted": None, "changes": [], "batch_size": None}
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

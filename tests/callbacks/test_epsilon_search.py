@@ -246,6 +246,10 @@ class NeedsAttribute(torch.optim.Adam):
             lambda: Net(two_epsilons), {}, r"no search for epsilon: the groups have epsilons of their own \(0.1, 1e-20\)",
             True, id="epsilons",
         ),
+        pytest.param(
+            lambda: Net(lambda p: torch.optim.RAdam(p, eps=0.1)), {}, "no search.*first steps of RAdam are without epsilon",
+            True, id="radam",
+        ),
         pytest.param(OwnRatesNet, {}, "no search for epsilon: OwnRates keeps base rates", True, id="scheduler"),
         pytest.param(lambda: Fails(with_eps(0.1)), {}, "no search.*needs a graph", True, id="fails"),
         pytest.param(
