@@ -30,7 +30,10 @@ def loss_curves(losses: Mapping[str, Mapping[int, Measured]]) -> Figure:
         axes.set_xscale("log")
         axes.set_ylim(-2, 60)
         axes.set_xlabel("learning rate")
-        axes.legend(title="batch size", fontsize=7, title_fontsize=7, frameon=False)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": len(by_size)}
+        axes.legend(
+            title="batch size", fontsize=7, title_fontsize=7, frameon=False, handlelength=1, columnspacing=1, **below
+        )
     panels[0].set_ylabel("loss above the best (%)")
     return figure
 
