@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 
 def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Run a job on ranks that make up a process group, with one thread each.
+    """Run a job on ranks that make up a process group, to its end.
 
     Args:
         job: A function of a module, since every process imports it.
@@ -24,13 +26,37 @@ def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]
         What the job returned on each rank.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            _on_rank, (job, ranks, Path(folder), arguments), nprocs=ranks, start_method="spawn"
-        )
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+        context = start_ranks(job, ranks, Path(folder), *arguments)
+        while not context.join():
+            pass
+        return returned(ranks, Path(folder))
 
 
-def _on_rank(rank: int, job: Callable[..., Any], ranks: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+def start_ranks(job: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> Any:
+    """Start a job on ranks with one thread each, and return the context of torch that joins them.
+
+    Args:
+        job: As of :func:`run_ranks`.
+        ranks: How many, from 1 up.
+        folder: Where they leave what the job returns, for :func:`returned`.
+        *arguments: What the job is called with.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return torch.multiprocessing.start_processes(
+        _on_rank, (job, ranks, port, folder, arguments), nprocs=ranks, join=False, start_method="spawn"
+    )
+
+
+def returned(ranks: int, folder: Path) -> list[Any]:
+    """Read what a job returned on each rank."""
+    return [torch.load(_file(folder, rank), weights_only=False) for rank in range(ranks)]
+
+
+def _on_rank(
+    rank: int, job: Callable[..., Any], ranks: int, port: int, folder: Path, arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         # as torchrun sets them, so that Lightning starts no processes of its own
@@ -40,14 +66,21 @@ def _on_rank(rank: int, job: Callable[..., Any], ranks: int, folder: Path, argum
         GROUP_RANK="0",
         LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0",
-        TORCHELASTIC_RUN_ID="benchmark",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="ranks",
     )
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    torch.distributed.init_process_group("gloo")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.save(job(*arguments), folder / f"{rank}.pt")
+            torch.save(job(*arguments), _file(folder, rank))
         torch.distributed.barrier()
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.pt"

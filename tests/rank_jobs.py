@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from ranks import returned, start_ranks
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,60 +26,25 @@ from lightning_gradhist.noise import GradientMoments
 
 def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]:
     """Runs a job on gloo ranks in processes of their own, and returns what it returned on each."""
-    context = _started(job, ranks, folder)
+    context = start_ranks(job, ranks, folder, folder)
     deadline = time.monotonic() + 240
     while not context.join(timeout=10):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
             raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return returned(ranks, folder)
 
 
 def exit_codes(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[int | None]:
     """Runs a job on gloo ranks, each to its own end, and returns how they ended; None for one that hangs."""
-    processes = _started(job, ranks, folder).processes
+    processes = start_ranks(job, ranks, folder, folder).processes
     for process in processes:
         process.join(timeout=120)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
     return codes
-
-
-def _started(job: Callable[[Path], Any], ranks: int, folder: Path) -> Any:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return torch.multiprocessing.start_processes(
-        _on_rank, (job, ranks, port, folder), nprocs=ranks, join=False, start_method="spawn"
-    )
-
-
-def _on_rank(rank: int, job: Callable[[Path], Any], ranks: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        # as torchrun sets them, so that Lightning starts no processes of its own
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        GROUP_RANK="0",
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="test",
-    )
-    torch.distributed.init_process_group("gloo")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.save(job(folder), folder / f"rank_{rank}.pt")
-        torch.distributed.barrier()
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def ddp(ranks: int, **options: Any) -> dict[str, Any]:
