@@ -161,6 +161,7 @@ def test_the_page_of_a_whole_grid(tmp_path: Path) -> None:
         assert int(by_method[name, "surge", "B_adam mean", "1"]["left_out"]) == 0
     assert "ALTO's test accuracy less Lamb's: +2.00 points" in page
     assert "- 2 of 2 search spaces (authors) hold the best epsilon; the goal, 95%, is met." in page
+    assert "the widest is 4 times narrower; their claim, twice at worst, holds here." in page
     assert "- 1 of 2 search spaces (pooled) hold the best epsilon; the goal, 95%, is **not** met." in page
     assert "Search spaces (pooled) without the best epsilon: gpt." in page
     assert "- `auto` is within the tolerance in 6 of 6 cases; the goal, all, is met." in page

@@ -59,7 +59,7 @@ class OptimizerCalibration(Callback):
       its loss is lower, with ``confidence`` over independent runs, than that of the present epsilon at this rate and at
       others, from half to eight times it and further up where it takes more to descend as fast: at updates of one size a
       larger epsilon lowers the loss faster at first, and often loses later. So it knows of the first steps alone, at the
-      optimizer's own rate, before any ratio. It takes 500 to 1,000 gradients on each rank, times the accumulation, fewer
+      optimizer's own rate, before any ratio. It takes 600 to 1,400 gradients on each rank, times the accumulation, fewer
       where the loader has fewer than 120 batches, and says how many; it holds up to nine copies of the parameters, and 20
       batches or, with accumulation, the batches of 16 steps and 4 more. Where it cannot be made, as under FSDP2, where a
       scheduler keeps rates of its own, or where the groups' epsilons differ, the report says why, and epsilon is chosen as
