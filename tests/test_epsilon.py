@@ -77,9 +77,10 @@ def test_the_pooled_ends_are_those_of_all_coordinates(seed: int, as_histogram: b
     everything = torch.cat([tensor.flatten() for tensor in rms.values()])
     low, high, _ = authors_rule({"all": everything})
     found = epsilon_range(histogram_of(rms) if as_histogram else rms)
+    slack = math.log10(1 + 1 / 8) if as_histogram else 0.0
     for pooled, end in ((found.pooled_lower, low), (found.pooled_upper, high)):
         assert math.log10(pooled) == round(math.log10(pooled))
-        assert abs(math.log10(pooled) - math.log10(end)) <= 0.5 + math.log10(1 + 1 / 8)
+        assert abs(math.log10(pooled) - math.log10(end)) <= 0.5 + slack
     assert found.lower <= found.pooled_lower <= found.pooled_upper <= found.upper
 
 
@@ -133,6 +134,15 @@ def test_other_quantiles() -> None:
     rms = {"w": torch.arange(1.0, 101.0)}
     assert epsilon_range(rms, lower=0.0, upper=1.0).per_name["w"] == (1.0, 100.0)
     assert epsilon_range(rms, lower=0.5, upper=0.5).per_name["w"] == (51.0, 51.0)
+    for made in (rms, histogram_of(rms)):
+        found = epsilon_range(made, lower=0.0, upper=0.5)
+        assert (found.pooled_lower, found.pooled_upper) == (1.0, 100.0)  # 51 is nearer to 100 than to 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_below_all_bins(dtype: torch.dtype) -> None:
+    found = epsilon_range({"w": torch.full((4,), 1e-40, dtype=dtype)})
+    assert found.lower == found.upper == found.pooled_lower == found.pooled_upper == 1e-40
 
 
 def test_the_result_does_not_move_with_the_callers_histogram() -> None:

@@ -28,7 +28,7 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
     if spaces:
         page.say(
             "Search spaces at the initial weights, rounded to powers of ten: the authors' (2% and 98% quantiles of each tensor,"
-            " smallest and largest), and the pooled one (those of all coordinates together), which the package goes by. And what"
+            " smallest and largest), and the pooled one (those of all coordinates together). And what"
             ' `epsilon="auto"` makes of the default.'
         )
         page.show(
@@ -93,7 +93,9 @@ def _judge(page: Page, rows: Sequence[Row], kind: str) -> None:
     """Whether search spaces of one kind hold the best epsilon, and how wide they are, against the goals."""
     held, widths = [row[f"{kind}_held"] for row in rows], [row[f"{kind}_decades"] for row in rows]
     middle, widest = float(np.median(widths)), max(widths)
-    page.say(verdict(f"{sum(held)} of {len(held)} search spaces ({kind}) hold the best epsilon", all(held), "95%"))
+    said = f"{sum(held)} of {len(held)} search spaces ({kind}) hold an epsilon of the plateau"
+    inside = sum(row[f"{kind}_best_inside"] for row in rows)
+    page.say(verdict(f"{said}, and {inside} the best one itself", all(held), "95%"))
     width = f"they are {number(middle)} decades wide in the median and {number(widest)} at worst"
     page.say(verdict(width, middle <= 4 and widest <= 8, "4 and 8"))
     page.say(
@@ -103,7 +105,7 @@ def _judge(page: Page, rows: Sequence[Row], kind: str) -> None:
     )
     if not all(held):
         without = listed([row["workload"] for row in rows if not row[f"{kind}_held"]])
-        page.bad.append(f"Search spaces ({kind}) without the best epsilon: {without}.")
+        page.bad.append(f"Search spaces ({kind}) without an epsilon of the plateau: {without}.")
 
 
 def by_epsilon(evidence: Evidence) -> dict[float, float]:

@@ -200,6 +200,7 @@ class OptimizerCalibration(Callback):
         self._calibrated_for: float | None = None
         self._waiting = False
         self._restored = False
+        self._goes_on = False
         self._adapted: AdaptedRatio | None = None
         self._adapter: RateAdapter | None = None
 
@@ -234,7 +235,7 @@ class OptimizerCalibration(Callback):
         if (trainer.global_step > 0 or from_checkpoint) and self._report is not None:
             self._go_on(trainer, from_checkpoint)
             return
-        self.result = self._report = self._adapted = self._adapter = None
+        self.result = self._report = self._adapted = self._adapter = self._calibrated_for = None
         self._changes = ()
         obstacle = _obstacle(trainer)
         if obstacle is not None:
@@ -246,6 +247,9 @@ class OptimizerCalibration(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Calibrates at the first batch, when the module has seen the start of training and of the epoch."""
+        if self._goes_on:
+            self._goes_on = False
+            self._look_at_batch_size(trainer)
         if not self._waiting:
             return
         self._waiting = False
@@ -281,13 +285,7 @@ class OptimizerCalibration(Callback):
     def _go_on(self, trainer: Trainer, from_checkpoint: bool) -> None:
         """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
         rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
-        before, now = self._calibrated_for, effective_batch_size(trainer, self.batch_size)
-        if before is not None and now is not None and before != now:
-            rank_zero_warn(
-                f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its"
-                " values stay those of before. For the new batch size, load the weights alone into a new run, with"
-                f" reference_batch_size={before:g}."
-            )
+        self._goes_on = True
         if self._adapted is not None and not from_checkpoint:
             self._adapted = replace(self._adapted, value=self._adapted.start)
         elif self.adapt is not None and self._adapted is None:
@@ -299,6 +297,17 @@ class OptimizerCalibration(Callback):
             optimizer = trainer.optimizers[0]
             changes = [change for change in self._changes if holds_before(optimizer, change)]
             apply_changes(optimizer, _schedulers(trainer), changes)
+
+    def _look_at_batch_size(self, trainer: Trainer) -> None:
+        """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
+        before, now = self._calibrated_for, effective_batch_size(trainer, self.batch_size)
+        if before is None or now is None or before == now or not (self._changes or self._adapter):
+            return
+        rank_zero_warn(
+            f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its values"
+            f" stay{', and adapt moves the rate as' if self._adapter else ' those'} for {before:g}. For the new batch size, load"
+            " the weights alone into a new run, calibrated with the same reference."
+        )
 
     def _read_record(self, trainer: Trainer, module: LightningModule) -> RunRecord | None:
         if self.reference is None:

@@ -279,7 +279,7 @@ class Decision:
         if owner:
             return f"{owner} keeps base rates that cannot be scaled from outside"
         if is_a(self.optimizer, "RAdam"):
-            return "the first steps of RAdam are without epsilon, and a short run has few others"
+            return "RAdam's first steps are without epsilon, so that those of a short run cannot be made equally large"
         own = dict.fromkeys(f"{group['eps']:g}" for group in self.optimizer.param_groups)
         return (
             f"the groups have epsilons of their own ({', '.join(own)}), and it tries one for all"

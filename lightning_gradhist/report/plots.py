@@ -116,7 +116,7 @@ def epsilon_figure(search_space: EpsilonRange, before: float | None, after: floa
     axes.stairs(density.tolist(), edges.tolist(), color=_BLUE, fill=True, alpha=0.85)
     lower, upper = search_space.pooled_lower, search_space.pooled_upper
     axes.axvspan(math.log10(lower), math.log10(upper), color=_ORANGE, alpha=0.12,
-                 label=f"search space {lower:g} to {upper:g}")  # fmt: skip
+                 label=f"pooled search space {lower:g} to {upper:g}")  # fmt: skip
     if before:
         axes.axvline(math.log10(before), color=_GREY, linestyle="--", label=_eps_label("before", before, search_space))
     if after:

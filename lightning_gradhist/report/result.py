@@ -106,8 +106,8 @@ class CalibrationResult:
             rows.append(("samples a step of the reference", _number(self.reference_batch_size)))
         if self.epsilon_range is not None:
             found = self.epsilon_range
-            pooled = f"{found.pooled_lower:g} to {found.pooled_upper:g}"
-            rows.append(("epsilon search space", f"{pooled} (tensor by tensor {found.lower:g} to {found.upper:g})"))
+            rows.append(("epsilon search space, pooled", f"{found.pooled_lower:g} to {found.pooled_upper:g}"))
+            rows.append(("epsilon search space, authors'", f"{found.lower:g} to {found.upper:g}"))
         if self.epsilon_search is not None:
             rows += _search_rows(self.epsilon_search)
         if self.noise_scale is not None:

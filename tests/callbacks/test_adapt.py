@@ -154,13 +154,13 @@ def test_a_warmup_goes_one_way_and_ends_at_the_ratio_of_the_record(tmp_path) -> 
 
 @pytest.mark.parametrize("mode", ["warmup", "always"])
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, mode: str) -> None:
-    def fitted(epochs: int, ckpt: Any = None) -> tuple[L.Trainer, list[Any], dict[str, Any]]:
+    def fitted(epochs: int, ckpt: Any = None, batch_size: int = 16) -> tuple[L.Trainer, list[Any], dict[str, Any]]:
         rates, calibrated = Rates(), calibration(mode)
         L.seed_everything(3, verbose=False)
         callbacks = (calibrated, GradientHistogramMonitor(every_n_steps=1), rates)
         options = {"logger": False, "accumulate_grad_batches": 2}
         made = trainer(tmp_path, *callbacks, max_epochs=epochs, **options)
-        made.fit(Plain(SCHEDULERS["sequential"]), DataLoader(dataset(512), 16), ckpt_path=ckpt)
+        made.fit(Plain(SCHEDULERS["sequential"]), DataLoader(dataset(512), batch_size), ckpt_path=ckpt)
         return made, rates.seen, calibrated.state_dict()["adapted"]
 
     _, whole, state = fitted(4)
@@ -171,6 +171,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, mode: str) -> None:
     _, again, resumed = fitted(4, tmp_path / "half.ckpt")
     assert again == whole[32:]
     assert resumed == state and state["value"] != state["start"]
+    with pytest.warns(UserWarning, match="for 32 samples a step and goes on with 64.*adapt moves the rate as for 32"):
+        fitted(3, tmp_path / "half.ckpt", batch_size=32)
 
 
 def test_a_second_fit_starts_anew(tmp_path) -> None:

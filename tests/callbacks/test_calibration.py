@@ -322,9 +322,29 @@ def test_a_run_resumed_at_another_batch_size_says_that_its_values_stay(tmp_path)
     first = fit(tmp_path / "a", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), data=loader(4))
     first.save_checkpoint(tmp_path / "half.ckpt")
     made = trainer(tmp_path / "b", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), max_epochs=2)
-    with pytest.warns(UserWarning, match="calibrated for 4 samples a step and goes on with 8.*reference_batch_size=4"):
+    with pytest.warns(
+        UserWarning, match="calibrated for 4 samples a step and goes on with 8; its values stay those for 4"
+    ):
         made.fit(Net(), loader(8), ckpt_path=tmp_path / "half.ckpt")
     assert made.optimizers[0].param_groups[0]["lr"] == first.optimizers[0].param_groups[0]["lr"]
+
+
+def test_a_resumed_run_whose_accumulation_a_callback_sets_is_at_the_same_batch_size(tmp_path) -> None:
+    def made(folder: str, epochs: int) -> L.Trainer:
+        calibration = OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt")
+        return trainer(tmp_path / folder, calibration, GradientAccumulationScheduler({0: 4}), max_epochs=epochs)
+
+    first = made("a", 1)
+    first.fit(Net(), loader(4))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    made("b", 2).fit(Net(), loader(4), ckpt_path=tmp_path / "half.ckpt")  # a warning would be an error
+
+
+def test_a_resumed_run_of_which_nothing_was_set_may_change_its_batch_size(tmp_path) -> None:
+    first = fit(tmp_path / "a", OptimizerCalibration(epsilon="keep", learning_rate="keep"), data=loader(4))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    made = trainer(tmp_path / "b", OptimizerCalibration(epsilon="keep", learning_rate="keep"), max_epochs=2)
+    made.fit(Net(), loader(8), ckpt_path=tmp_path / "half.ckpt")  # a warning would be an error
 
 
 def test_a_resumed_run_ends_in_the_weights_of_one_that_was_not_interrupted(tmp_path) -> None:

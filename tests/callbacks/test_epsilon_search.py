@@ -247,7 +247,7 @@ class NeedsAttribute(torch.optim.Adam):
             True, id="epsilons",
         ),
         pytest.param(
-            lambda: Net(lambda p: torch.optim.RAdam(p, eps=0.1)), {}, "no search.*first steps of RAdam are without epsilon",
+            lambda: Net(lambda p: torch.optim.RAdam(p, eps=0.1)), {}, "no search.*RAdam's first steps are without epsilon",
             True, id="radam",
         ),
         pytest.param(OwnRatesNet, {}, "no search for epsilon: OwnRates keeps base rates", True, id="scheduler"),

@@ -162,7 +162,7 @@ def test_epsilon_figure(before: float | None, after: float | None, entries: int)
     space = epsilon_range({"a": lognormal(-3), "b": lognormal(-5, seed=1)})
     axes = drawn(epsilon_figure(space, before, after))
     texts = legend(axes)
-    assert len(texts) == entries and texts[0] == f"search space {space.pooled_lower:g} to {space.pooled_upper:g}"
+    assert len(texts) == entries and texts[0] == f"pooled search space {space.pooled_lower:g} to {space.pooled_upper:g}"
     low, high = axes.get_xlim()
     for label, eps in (("before", before), ("after", after)):
         if eps:
@@ -179,7 +179,7 @@ def test_epsilon_figure_of_one_value() -> None:
     axes = drawn(epsilon_figure(space, 1e-4, 1e-4))
     low, high = axes.get_xlim()
     assert low < -4 < high
-    assert legend(axes)[0] == "search space 0.0001 to 0.0001"
+    assert legend(axes)[0] == "pooled search space 0.0001 to 0.0001"
 
 
 # --- learning rate ---------------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def test_rows() -> None:
         ("optimizer", "AdamW"),
         ("samples a step", "2,048"),
         ("samples a step of the reference", "256"),
-        ("epsilon search space", "1e-09 to 0.01 (tensor by tensor 1e-12 to 0.01)"),
+        ("epsilon search space, pooled", "1e-09 to 0.01"),
+        ("epsilon search space, authors'", "1e-12 to 0.01"),
         ("noise scale (probe)", "1,234 samples, 95%: 20.1 to unbounded"),
         (
             "what more GPUs would buy",
