@@ -117,10 +117,11 @@ def epsilon_figure(search_space: EpsilonRange, before: float | None, after: floa
     lower, upper = search_space.pooled_lower, search_space.pooled_upper
     axes.axvspan(math.log10(lower), math.log10(upper), color=_ORANGE, alpha=0.12,
                  label=f"pooled search space {lower:g} to {upper:g}")  # fmt: skip
-    if before:
+    if before and before != after:
         axes.axvline(math.log10(before), color=_GREY, linestyle="--", label=_eps_label("before", before, search_space))
     if after:
-        axes.axvline(math.log10(after), color=_ORANGE, label=_eps_label("after", after, search_space))
+        when = "kept" if before == after else "after"
+        axes.axvline(math.log10(after), color=_ORANGE, label=_eps_label(when, after, search_space))
     axes.set_xlabel("log10 of the root-mean-square gradient, and of epsilon")
     axes.set_ylabel("share per decade")
     axes.set_title("Epsilon among the gradients that it is added to", fontsize=10, loc="left")

@@ -179,7 +179,10 @@ def test_epsilon_figure_of_one_value() -> None:
     axes = drawn(epsilon_figure(space, 1e-4, 1e-4))
     low, high = axes.get_xlim()
     assert low < -4 < high
-    assert legend(axes)[0] == "pooled search space 0.0001 to 0.0001"
+    assert legend(axes) == [
+        "pooled search space 0.0001 to 0.0001",
+        f"kept: 0.0001, damps {space.damped_share(1e-4):.1%}",
+    ]
 
 
 # --- learning rate ---------------------------------------------------------------------------------------------------
