@@ -30,8 +30,8 @@ def optimizers(page: Page, found: Found) -> None:
         page.say(NOT_MEASURED)
         return
     page.say(
-        "Each at its best rate (lowest final training loss, mean over seeds). Intervals: 95%, Student's t over seeds. Edge: the"
-        " optimum is not interior."
+        "Each at its best rate (lowest final training loss, mean over seeds), at equal samples. Intervals: 95%, Student's t over"
+        " seeds."
     )
     page.table(
         "optimizers",
