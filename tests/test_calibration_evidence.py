@@ -157,6 +157,9 @@ def test_the_grid_is_finished_with_its_optima_interior() -> None:
         assert max(loss for k, loss in by_rate.items() if k > top) > grid.CLEAR * by_rate[top]
         assert {run.seed for run in at_size if run.noise} == {0, 1, 2}
         assert {run.learning_rate for run in at_size if run.noise} == {grid.rate(top)}
+        equal = grid.at_equal_steps(workload, like)
+        at_top = replace(equal, learning_rate=grid.rate(grid.best(grid.losses(table, equal))))
+        assert all(replace(at_top, seed=seed) in table for seed in (0, 1, 2))
         carried = [grid.best(grid.losses(table, replace(like, batch_size=other))) for other in workload.batch_sizes]
         low, high = min(carried), max(carried)  # the rate is kept
         assert min(by_rate) <= low or by_rate[min(by_rate)] >= grid.FAR * by_rate[top]

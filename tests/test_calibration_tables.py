@@ -192,7 +192,7 @@ def test_what_is_missing_and_an_optimum_at_the_edge_are_said(tmp_path: Path) -> 
     rate_section.runs(page, found)
     rate_section.best_rates(page, found, 2)
     transfer_section.in_short(page, transfer_section.ranked(results))
-    transfer_section.equal_steps(page, found)
+    transfer_section.equal_steps(page, found, 0)
     noise_section.growth(page, found)
     epsilon_section.epsilon(page, found, [])
     page.write()

@@ -72,6 +72,12 @@ class Measured:
     rates: np.ndarray
     losses: np.ndarray
 
+    @property
+    def seeds(self) -> int:
+        """How many seeds there are at the best rate; 0 where every rate diverged."""
+        curve = self.curve()
+        return 0 if curve is None else int((~np.isnan(self.losses[self.rates == curve.best_rate])).sum())
+
     def curve(self, weights: np.ndarray | None = None) -> Curve | None:
         """The mean over seeds with weights ``[seeds]``, 1 by default; None where every rate diverged.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import rows
 from curves import Measured, by_batch_size, noise_runs
 from estimates import METRICS, OF_A_RUN, Moments, mean_of_positive, samples_to_target, tradeoff_fit
-from grid import Results, middle, read, references
+from grid import Results, at_equal_steps, middle, read, references
 from rows import Row
 from theorem5 import Needed, common
 from training import Run
@@ -57,8 +57,7 @@ class Evidence:
     @cached_property
     def losses_at_equal_steps(self) -> dict[int, Measured]:
         """Adam's losses at equal steps, by batch size; none until every batch size has some."""
-        steps = self.workload.steps
-        losses = by_batch_size(self.results, [replace(r, samples=steps * r.batch_size) for r in self.references])
+        losses = by_batch_size(self.results, [at_equal_steps(self.workload, like) for like in self.references])
         return losses if len(losses) == len(self.references) else {}
 
     @cached_property
@@ -66,11 +65,6 @@ class Evidence:
         """Log2 of the best rate at equal samples, by batch size."""
         curves = {size: losses.curve() for size, losses in self.losses.items()}
         return {size: curve.best_rate for size, curve in curves.items() if curve is not None}
-
-    def seeds(self, size: int) -> int:
-        """How many seeds there are at the best rate of a batch size."""
-        losses = self.losses[size]
-        return int((~np.isnan(losses.losses[losses.rates == self.best_rates[size]])).sum())
 
     @cached_property
     def noise(self) -> dict[int, list[tuple[Run, Moments]]]:

@@ -19,6 +19,7 @@ Stages, each over all workloads before the next one, at Adam and equal samples w
 - ``optimizers``: ALTO, Lamb (where timm is installed: ``make peers``) and AdamE at the two largest batch sizes: rates as in
   the first stage, and seeds 1 and 2 at the best and a factor of two from it.
 - ``steps``: as ``rates``, at equal steps instead of equal samples.
+- ``steps_seeds``: there seeds 1 and 2 at the best rate and a factor of two from it.
 
 The best rate of a batch size is the one with the lowest final training loss, averaged over the seeds that there are;
 so a stage may want a few runs more once a later one has moved it.
@@ -216,15 +217,30 @@ def optimizers(workload: Workload, results: Results) -> Iterator[Run]:
                 yield from (_at(other, top + step, seed) for seed in (1, 2) for step in (0, -2, 2))
 
 
+def at_equal_steps(workload: Workload, like: Run) -> Run:
+    """A run with the workload's number of steps in place of its number of samples."""
+    return replace(like, samples=workload.steps * like.batch_size)
+
+
 def steps(workload: Workload, results: Results) -> Iterator[Run]:
     """As ``rates``, at equal steps."""
     for like, k in _optima(workload, results):
-        equal = replace(like, samples=workload.steps * like.batch_size)
+        equal = at_equal_steps(workload, like)
         yield from (_at(equal, k) for k in missing(losses(results, equal), k))
 
 
+def steps_seeds(workload: Workload, results: Results) -> Iterator[Run]:
+    """Seeds 1 and 2 within an octave of the optimum at equal steps."""
+    equals = [at_equal_steps(workload, like) for like in references(workload)]
+    optima = ((equal, best(losses(results, equal))) for equal in equals)
+    for equal, k in optima:
+        if k is not None:
+            yield from (_at(equal, k + step, seed) for seed in (1, 2) for step in (0, -2, 2))
+
+
 STAGES: dict[str, Stage] = {
-    stage.__name__: stage for stage in (rates, refine, seeds, noise, cover, more_seeds, epsilon, optimizers, steps)
+    stage.__name__: stage
+    for stage in (rates, refine, seeds, noise, cover, more_seeds, epsilon, optimizers, steps, steps_seeds)
 }
 """In their order."""
 

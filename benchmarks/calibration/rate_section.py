@@ -126,7 +126,7 @@ def rate_row(name: str, size: int, evidence: Evidence) -> Row:
         "as_good_octaves": float(good[-1] - good[0]),
         "loss": float(curve.losses.min()),
         "seed_noise": seed_spread(losses),
-        "seeds": evidence.seeds(size),
+        "seeds": evidence.losses[size].seeds,
         "rates": len(curve.rates),
         "interior": curve.interior,
     }

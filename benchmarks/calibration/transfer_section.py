@@ -138,7 +138,7 @@ def transfers(page: Page, found: Found, results: Outcomes, draws: int) -> None:
         " workloads where the mean is below that of all four plain laws. Pairs without an estimate are left out and counted in"
         " the table."
     )
-    single = [name for name, ev in found.items() if any(ev.seeds(size) < 2 for size in ev.losses)]
+    single = [name for name, ev in found.items() if any(losses.seeds < 2 for losses in ev.losses.values())]
     if single:
         page.say(f"Some best rate has a single seed yet, so that the intervals say little: {listed(single)}.")
     lacking = {name: sum(size not in ev.noise for size in ev.losses) for name, ev in found.items()}
@@ -274,18 +274,18 @@ def factors(page: Page, results: Outcomes) -> None:
         )
 
 
-def without_largest(page: Page, found: Found) -> None:
+def without_largest(page: Page, found: Found, draws: int) -> None:
     """The same without the largest batch sizes, whose runs are short."""
     page.heading("Without the largest batch size", 3)
     steps = [ev.workload.samples // size for ev in found.values() for size in list(ev.losses)[-2:-1]]
     page.say(
         "The runs at the largest batch size of a workload are short, and a low best rate there may come from that. Without it the"
-        f" shortest run has {min(steps)} steps. No intervals."
+        f" shortest run has {min(steps)} steps."
     )
-    _again(page, found, "losses_without_largest")
+    _again(page, found, "losses_without_largest", draws)
 
 
-def equal_steps(page: Page, found: Found) -> None:
+def equal_steps(page: Page, found: Found, draws: int) -> None:
     """The same at equal steps."""
     page.heading("At equal steps", 3)
     equal = {name: evidence for name, evidence in found.items() if evidence.losses_at_equal_steps}
@@ -293,14 +293,19 @@ def equal_steps(page: Page, found: Found) -> None:
         page.say(NOT_MEASURED)
         return
     page.say(
-        "As many steps at every batch size instead of as many samples, one seed; the noise scales are those of the runs at equal"
-        " samples. No intervals."
+        "As many steps at every batch size instead of as many samples, with as many seeds as there are:"
+        f" {', '.join(f'{name} {_fewest_seeds(evidence)}' for name, evidence in equal.items())} at the best rates at least."
+        " The noise scales are those of the runs at equal samples."
     )
-    _again(page, equal, "losses_at_equal_steps")
+    _again(page, equal, "losses_at_equal_steps", draws)
 
 
-def _again(page: Page, found: Found, losses: str) -> None:
-    methods = ranked(carried(found, losses, 0))
+def _fewest_seeds(evidence: Evidence) -> int:
+    return min(losses.seeds for losses in evidence.losses_at_equal_steps.values())
+
+
+def _again(page: Page, found: Found, losses: str, draws: int) -> None:
+    methods = ranked(carried(found, losses, draws))
     rows = [summary_row(m, s) for m, s in methods.items() if m[2] != BEST or m[1] == ONE]
     page.show([row for row in rows if row["estimate"] in (NONE, ONE, MEAN)], summary_columns(list(found)))
     page.keep(f"transfers_{losses}", rows)
