@@ -80,6 +80,7 @@ def main(data_dir: str | None, large_batch: int, epochs: int, every: int) -> Non
             "\nThe large batch took fewer steps over the same data; its learning rate was set from the record, not tuned."
         )
         print("Look at the gradients:  tensorboard --logdir demo_logs")
+    torch.distributed.destroy_process_group()  # else a thread of gloo may still run at exit, and torch then aborts
 
 
 if __name__ == "__main__":

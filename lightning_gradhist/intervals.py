@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+ENOUGH = 10
+"""Measurements along a run from which its noise scale can be told, as a rule."""
+
 
 @dataclass(frozen=True)
 class NoiseEstimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.intervals import ENOUGH, NoiseEstimate
 from lightning_gradhist.surge import NOISE_FACTORS, NOISE_LAWS, scaling_law
 
 MAX_SPREAD = 2.0  # a learning rate that is not known to a factor of two is not worth setting
@@ -100,6 +100,11 @@ def choose_ratio(
         result = choose_ratio(fallback, batch_size, reference_batch_size)
         if batch_size == reference_batch_size:  # where every law, whatever the noise, gives 1
             return replace(result, law=law)
+        if from_record and noise is not None and noise.measurements < ENOUGH:
+            why += (
+                f" (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
+                " every_n_steps of the GradientHistogramMonitor there)"
+            )
         return replace(result, reasons=(f"{law} law refused: {why}; fallback={fallback!r} is used",))
 
     if noise is None or noise.measurements == 0:

@@ -99,6 +99,14 @@ def test_a_poor_interval_is_refused_before_a_probe_is_bounded(
     assert (ratio.law, ratio.value) == ("keep", 1.0) and "too uncertain" in ratio.reasons[0]
 
 
+@pytest.mark.parametrize(("measurements", "said"), [(9, True), (10, False)])
+def test_a_refused_record_of_few_measurements_is_told_to_be_longer(measurements: int, said: bool) -> None:
+    estimate = NoiseEstimate(500.0, 0.0, math.inf, 0.95, measurements)
+    (reason,) = choose_ratio("surge", 4096, 256, estimate, from_record=True).reasons
+    assert (f"the record has {measurements} measurements, and some 10 are wanted" in reason) is said
+    assert "record" not in choose_ratio("surge", 4096, 256, estimate).reasons[0]
+
+
 @pytest.mark.parametrize("law", PLAIN_LAWS)
 def test_other_laws_need_no_noise_scale(law: str) -> None:
     ratio = choose_ratio(law, 1024, 256)

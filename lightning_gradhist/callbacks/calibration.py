@@ -37,7 +37,7 @@ class OptimizerCalibration(Callback):
     Without arguments it lowers an epsilon that damps the optimizer's steps. Told at which batch size a learning rate is
     trusted, by ``reference_batch_size`` or by the record of a run (``reference``), it carries that rate over to the batch
     size of this run: the per-device batch, times accumulation, times data-parallel ranks. The report goes to the console
-    and the loggers, and stays in :attr:`result`.
+    and the loggers, and stays in :attr:`result`, which is None in a run that goes on from a checkpoint.
 
     *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, and leave no
     trace: parameters, buffers, gradients, optimizer, schedulers, random generators, data order, metrics and the state
@@ -305,8 +305,9 @@ class OptimizerCalibration(Callback):
             return
         rank_zero_warn(
             f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its values"
-            f" stay{', and adapt moves the rate as' if self._adapter else ' those'} for {before:g}. For the new batch size, load"
-            " the weights alone into a new run, calibrated with the same reference."
+            f" stay{', and adapt moves the rate as' if self._adapter else ' those'} for {before:g}, and a record of the run will"
+            f" have them as those for {now:g}. For the new batch size, load the weights alone into a new run, with the record"
+            " of this one up to here as reference, or with the reference that this one had."
         )
 
     def _read_record(self, trainer: Trainer, module: LightningModule) -> RunRecord | None:

@@ -269,9 +269,7 @@ class Decision:
         if not tried:
             self.reasons.append("the search for epsilon found nothing to try: no other power of ten makes a difference")
         if why_none is not None:
-            self.problems.append(
-                f"no search for epsilon: {why_none}. It is chosen as epsilon='auto' does, which asks for no search"
-            )
+            self.problems.append(f"no search for epsilon: {why_none}. It is chosen as by epsilon='auto' instead")
         self.reasons.extend(_why_searched(self.search) if self.search else ())
 
     def _why_no_search(self) -> str | None:
@@ -432,7 +430,7 @@ class Decision:
         if self.recorded is None:
             return own
         name, recorded = type(self.optimizer).__name__, self.recorded
-        mine, theirs = (", ".join(f"{rate:.4g}" for rate in rates) for rates in (own, recorded.learning_rates))
+        mine, theirs = (_rates(rates) for rates in (own, recorded.learning_rates))
         if recorded.name == name and len(recorded.learning_rates) == len(own):
             self.reasons.append(
                 f"times {ratio:.4g} of the recorded rate {theirs}, which replaces the {mine} of the optimizer"
@@ -482,13 +480,22 @@ def _alpha_of(group: dict[str, Any]) -> str:
 
 
 def _why_epsilon(search_space: EpsilonRange, index: int, before: float, after: float) -> str:
-    share = f"{search_space.damped_share(before):.1%}"
+    share = _share(search_space.damped_share(before))
     if after == before:
         return f"eps {before:g} of group {index} is kept: it halves the step, or more, of {share} of the coordinates"
     return (
         f"eps {before:g} of group {index} would halve the step, or more, of {share} of the coordinates; lowered to"
-        f" {after:g}, where it does so of {search_space.damped_share(after):.1%}"
+        f" {after:g}, where it does so of {_share(search_space.damped_share(after))}"
     )
+
+
+def _rates(rates: Sequence[float]) -> str:
+    said = [f"{rate:.4g}" for rate in rates]
+    return said[0] if len(set(said)) == 1 else ", ".join(said)
+
+
+def _share(share: float) -> str:
+    return "less than 0.1%" if share < 5e-4 else f"{share:.1%}"
 
 
 def _why_searched(search: EpsilonSearch) -> list[str]:

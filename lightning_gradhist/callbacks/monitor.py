@@ -44,12 +44,12 @@ from lightning_gradhist.callbacks.record_file import RecordFile
 from lightning_gradhist.callbacks.rows import Rows, told_apart
 from lightning_gradhist.callbacks.watched import Step, Watched
 from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.intervals import ENOUGH
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.report.loggers import Sink
 from lightning_gradhist.report.magnitudes import magnitude_report, worst_layers
 from lightning_gradhist.report.writer import NOT_COUNTED, HostCopy, Once, Outlets, send_heatmap
 
-_FEW = 3  # pairs below which there is no interval
 _MANY = 200  # rows beyond which a page of histograms is no longer read
 _ARGUMENTS = ("every_n_steps", "bins_per_octave", "noise_scale", "batch_size", "group_by", "include", "exclude", "when",
               "local", "optimizer_state")  # fmt: skip
@@ -337,10 +337,11 @@ class GradientHistogramMonitor(Callback):
         if self._states is not None:
             self._guard.done(partial(self._states.close, partial(self._send, trainer)))
         self._finish(trainer, pl_module)
-        if self.noise_scale and self._log_dir is not None and any(len(noise) < _FEW for noise in self.noise_records):
+        fewest = min(map(len, self.noise_records), default=0)
+        if self.noise_scale and self._log_dir is not None and fewest < ENOUGH:
             rank_zero_info(
-                f"GradientHistogramMonitor measured the noise scale at fewer than {_FEW} steps, too few to calibrate another"
-                f" run from; lower every_n_steps={self.every_n_steps}."
+                f"GradientHistogramMonitor measured the noise scale at {fewest} steps, and some {ENOUGH} are wanted to calibrate"
+                f" another run from the record of this one; lower every_n_steps={self.every_n_steps}, or train longer."
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

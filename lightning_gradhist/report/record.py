@@ -79,8 +79,12 @@ class RunRecord:
                 f"the record {str(path)!r} does not exist; a run with GradientHistogramMonitor leaves {FILE_NAME} in its"
                 " log directory"
             ) from None
+        except IsADirectoryError:
+            raise RecordError(f"the record {str(path)!r} is a directory; pass the {FILE_NAME} in it") from None
         except (OSError, ValueError) as error:
-            raise RecordError(f"the record {str(path)!r} cannot be read, it may be truncated: {error}") from error
+            raise RecordError(
+                f"the record {str(path)!r} cannot be read, it may be truncated or no {FILE_NAME}: {error}"
+            ) from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise RecordError(

@@ -137,18 +137,18 @@ class CalibrationResult:
         return rows
 
     def to_text(self) -> str:
-        """The report as plain lines, for a console, where the problems have been warned of."""
+        """The report as plain lines, for a console."""
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
         title = "Calibration of the optimizer" + ("" if self.applied else " (apply=False: nothing was changed)")
         lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
-        lines += [f"  - {reason}" for reason in self.reasons]
+        lines += [f"  - {sentence}" for sentence in (*self.problems, *self.reasons)]
         return "\n".join(lines + self._tradeoff_lines())
 
     def to_markdown(self) -> str:
         """The report in Markdown, for a logger."""
         table = "\n".join(f"| {name} | {value} |" for name, value in self.rows())
-        reasons = "\n".join(f"- {reason}" for reason in (*self.problems, *self.reasons))
+        reasons = "\n".join(f"- {sentence}" for sentence in (*self.problems, *self.reasons))
         title = "applied" if self.applied else "not applied (apply=False)"
         return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n{self._tradeoff_markdown()}"
 

@@ -158,7 +158,7 @@ def test_refusals(tmp_path: Path, text: str | None, message: str) -> None:
 
 
 def test_a_folder_is_no_record(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="cannot be read"):
+    with pytest.raises(RecordError, match=r"is a directory; pass the calibration\.json in it"):
         RunRecord.load(tmp_path)
 
 

@@ -121,6 +121,7 @@ def test_text() -> None:
     assert lines[-2:] == ["  - first reason", "  - second reason"]
     columns = {line.index(value) for line, (_, value) in zip(lines[1:], result().rows(), strict=False)}
     assert len(columns) == 1 and len(lines) == 1 + len(result().rows()) + 2
+    assert result(problems=("a refusal",)).to_text().splitlines()[-3:] == ["  - a refusal", *lines[-2:]]
     assert result(applied=False).to_text().startswith("Calibration of the optimizer (apply=False: nothing was changed)")
 
 
