@@ -148,9 +148,9 @@ def test_what_more_gpus_would_buy_in_text() -> None:
         "32768", "65536", "131072",
     ]  # fmt: skip
     assert {len(row) for row in rows} == {len(header)}
-    # (B + Bn) / (B0 + Bn), over B / B0 for the steps, at Bn = 0.15 * 3000, 0.06 * 2300 and 0.5 * 4200
-    assert ("critical batch size", "450 samples, 138 to 2,100") in found.rows()
-    assert rows[0].split()[1:] == ["2.26", "(1.44", "to", "4.54)", "0.283", "(0.18", "to", "0.568)"]
+    # (B + Bn) / (B0 + Bn), over B / B0 for the steps, at Bn = 0.12 * 3000, 0.04 * 2300 and 0.5 * 4200
+    assert ("critical batch size", "360 samples, 92 to 2,100") in found.rows()
+    assert rows[0].split()[1:] == ["2.05", "(1.3", "to", "4.54)", "0.256", "(0.163", "to", "0.568)"]
     assert rows[3].split() == ["2,048", "1", "1"]
 
 
@@ -160,7 +160,7 @@ def test_what_more_gpus_would_buy_in_markdown() -> None:
     )
     assert table[0] == "| samples a step | steps to the same loss | samples to the same loss |"
     assert table[1] == "| --- | --- | --- |" and len(table) == 12
-    assert table[2] == "| 256 | 2.26 (1.44 to 4.54) | 0.283 (0.18 to 0.568) |"
+    assert table[2] == "| 256 | 2.05 (1.3 to 4.54) | 0.256 (0.163 to 0.568) |"
 
 
 @pytest.mark.parametrize(
