@@ -33,7 +33,7 @@ class AdaptedRatio:
     for :math:`f` the end of the ratio's interval that is farther from ``end``.
 
     Attributes:
-        law: ``"surge"`` or ``"saturating"``.
+        law: one of :data:`lightning_gradhist.surge.NOISE_LAWS`.
         mode: ``"warmup"`` or ``"always"``.
         batch_size: samples of an optimizer step.
         reference_batch_size: samples of an optimizer step of the run whose rate is trusted.

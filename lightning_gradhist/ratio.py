@@ -63,21 +63,21 @@ def choose_ratio(
 ) -> RateRatio:
     r"""Applies a law with care: bounds what a probe may do, and refuses what the data do not support.
 
-    Of the laws that need a noise scale, ``"surge"`` and ``"saturating"``:
+    Of the laws that need a noise scale, ``"surge"``, ``"falling_surge"`` and ``"saturating"``:
 
     - From a probe at the start of a run the noise scale is far too small, so the ratio stays between 1 and the square
       root of the ratio of batch sizes. From the record of a run the full law is used.
     - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio of ``"surge"``
-      levels off; that of ``"saturating"`` does so by itself.
+      levels off; that of ``"saturating"`` does so by itself, and that of ``"falling_surge"`` falls on.
     - Where no signal stands out of the noise, where the interval of the noise scale has no bound above or none but zero
       below, and where its ends give ratios of the full law a factor of two or more apart, the law is refused, and the
       fallback is used instead. At the reference's own batch size nothing is refused: the ratio is 1.
 
     Args:
-        law: ``"surge"``, ``"saturating"``, ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or ``"keep"``.
+        law: one of :data:`lightning_gradhist.surge.LAWS`.
         batch_size: samples of an optimizer step.
         reference_batch_size: samples of an optimizer step of the run whose rate is trusted.
-        noise: ``B_adam``; needed for ``"surge"`` and ``"saturating"``.
+        noise: ``B_adam``; needed for :data:`lightning_gradhist.surge.NOISE_LAWS`.
         from_record: whether it was measured over a run rather than at its start.
         fallback: the law that is used on a refusal: one that needs no noise scale.
 

@@ -10,12 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NOISE_LAWS = ("surge", "saturating")
+NOISE_LAWS = ("surge", "saturating", "falling_surge")
+"""The laws that need a noise scale."""
 _EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
 PLAIN_LAWS = tuple(_EXPONENTS)
 """The laws that need no noise scale."""
 LAWS = (*NOISE_LAWS, *PLAIN_LAWS)
-NOISE_FACTORS = {"surge": 1.0, "saturating": 1.0}
+NOISE_FACTORS = dict.fromkeys(NOISE_LAWS, 1.0)
 """Each formula's noise scale as a multiple of the measured ``B_adam``, which is not the same quantity: its metric is
 Adam's, its value an average over a run. 1 takes it as it is measured."""
 
@@ -86,9 +87,8 @@ class SurgeLaw:
         """Best learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
         batch = min(_samples("batch_size", batch_size), self.valid_until)
         reference = min(_samples("reference_batch_size", reference_batch_size), self.valid_until)
-        if math.isinf(self.noise_scale):
-            return math.sqrt(batch / reference)
-        return self._share_of_peak(batch) / self._share_of_peak(reference)
+        noise = self.noise_scale
+        return math.sqrt(batch / reference) * (1.0 if math.isinf(noise) else (noise + reference) / (noise + batch))
 
     def learning_rate(self, batch_size: float) -> float:
         """Best learning rate at ``batch_size`` samples; needs ``max_learning_rate``."""
@@ -216,9 +216,9 @@ def scaling_law(name: str, noise_scale: float = math.inf, valid_until: float = m
     """The law of a name.
 
     Args:
-        name: ``"surge"`` (:class:`SurgeLaw`), ``"saturating"`` (:class:`SaturatingLaw`), or a :class:`PowerLaw`:
-            ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or ``"keep"``.
-        noise_scale: in samples, for ``"surge"`` and ``"saturating"``.
+        name: ``"surge"`` (:class:`SurgeLaw`), ``"falling_surge"`` (the same without a bound), ``"saturating"``
+            (:class:`SaturatingLaw`), or a :class:`PowerLaw`: ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or ``"keep"``.
+        noise_scale: in samples, for the first three.
         valid_until: in samples, for ``"surge"``.
 
     Raises:
@@ -226,6 +226,8 @@ def scaling_law(name: str, noise_scale: float = math.inf, valid_until: float = m
     """
     if name == "surge":
         return SurgeLaw(noise_scale, valid_until=valid_until)
+    if name == "falling_surge":
+        return SurgeLaw(noise_scale)
     if name == "saturating":
         return SaturatingLaw(noise_scale)
     if name not in _EXPONENTS:

@@ -166,6 +166,7 @@ def test_the_page_of_a_whole_grid(tmp_path: Path) -> None:
         "- 1 of 2 search spaces (pooled) hold an epsilon of the plateau, and 0 the best one itself; the goal, 95%, is **not**"
         " met.",
     ]
+    assert "The package's default: **surge with B_adam mean**: mean excess loss" in page
     tuned = "than the 16 decades that the authors find tuned over by trial and error"
     assert f"- the widest is 4 times narrower {tuned}; their claim, twice at worst, holds here." in page
     assert f"- the widest is 8 times narrower {tuned}." in page

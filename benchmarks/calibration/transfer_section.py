@@ -36,6 +36,8 @@ Found = Mapping[str, Evidence]
 Outcomes = Mapping[str, Mapping[Method, Outcome]]
 Name = tuple[str, str, str]
 """Law, estimate and source of the factor."""
+DEFAULT: Name = ("surge", MEAN, AS_IT_IS)
+"""What the package does with the record of a run."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ def transfers(page: Page, found: Found, results: Outcomes, draws: int) -> None:
         " there are, its excess tends to lie above the one measured."
     )
     page.say(
-        "Laws: `keep`, `fourth_root`, `sqrt` and `linear` take no noise scale. `surge` is Theorem 3; `levelled surge` stays where"
-        " it is past Theorem 3's bound, as in the package; `saturating` is `sqrt((1 + Bn/B0) / (1 + Bn/B))`. Factor: `1` takes"
+        "Laws: `keep`, `fourth_root`, `sqrt` and `linear` take no noise scale. `falling_surge` is Theorem 3; `surge` stays where"
+        " it is past Theorem 3's bound, and is the package's default;"
+        " `saturating` is `sqrt((1 + Bn/B0) / (1 + Bn/B))`. Factor: `1` takes"
         " the noise scale as measured; `from the others` multiplies it by the factor that is best on the other workloads;"
         f" `best` by the one that is best on the workload itself, which nobody can know. `{ONE}` is one noise scale for all batch"
         " sizes that is not measured at all: `from the others` it is the null that a measurement must beat, `best` is the oracle."
@@ -171,16 +174,25 @@ def in_short(page: Page, methods: Mapping[Name, Summary]) -> None:
         if not group:
             page.say(f"{title}: {NOT_MEASURED.lower()}")
             continue
-        best = methods[group[0]]
-        page.say(
-            f"{title}, the best of {len(group)}: **{label(group[0])}**: mean excess loss {_cell(mean_point(best))} over all"
-            f" transfers, worst {percent(best.worst)}, {count(best.diverged, 'divergence')}; by workload"
-            f" {listed([f'{name} {_cell(_point(score))}' for name, score in best.scores.items()])}."
-        )
+        page.say(f"{title}, the best of {len(group)}: {_told(group[0], methods[group[0]])}")
     page.say(
         "The best of several is chosen with these workloads in sight: on others it need not be, and will rather be worse."
     )
+    if DEFAULT in methods:
+        page.say(
+            f"The package's default: {_told(DEFAULT, methods[DEFAULT])} It levels off, as Theorem 4 has it. How it compares with"
+            " the one that falls where no run is short, and where all have as many steps, stands"
+            " [here](#without-the-largest-batch-size) and [here](#at-equal-steps)."
+        )
     goals(page, methods)
+
+
+def _told(method: Name, summary: Summary) -> str:
+    return (
+        f"**{label(method)}**: mean excess loss {_cell(mean_point(summary))} over all transfers, worst"
+        f" {percent(summary.worst)}, {count(summary.diverged, 'divergence')}; by workload"
+        f" {listed([f'{name} {_cell(_point(score))}' for name, score in summary.scores.items()])}."
+    )
 
 
 def _cost(page: Page, found: Found) -> None:

@@ -13,8 +13,8 @@ from curves import Curve, Measured
 from lightning_gradhist.surge import PLAIN_LAWS, ScalingLaw, scaling_law
 
 LAWS: dict[str, Callable[[float], ScalingLaw]] = {
-    "surge": partial(scaling_law, "surge"),
-    "levelled surge": lambda scale: scaling_law("surge", scale, valid_until=math.pi / 2 * scale),
+    "falling_surge": partial(scaling_law, "falling_surge"),
+    "surge": lambda scale: scaling_law("surge", scale, valid_until=math.pi / 2 * scale),
     "saturating": partial(scaling_law, "saturating"),
 }
 """The laws that take a noise scale; of the second the rate stays what it is at Theorem 3's bound, as in the package."""

@@ -182,10 +182,13 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
 
         ends = (ratios(first, noise.lower), ratios(first, noise.upper))
         axes.fill_between(batches, *ends, color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
-        axes.plot(batches, ratios(first, noise.value), color=_BLUE, label=f"{first} ({result.noise_source})")
-        for law in NOISE_LAWS:
-            if law != first:
-                axes.plot(batches, ratios(law, noise.value), color=_BLUE, linestyle="--", linewidth=1, label=law)
+        axes.plot(
+            batches, ratios(first, noise.value), color=_BLUE, label=f"{first.replace('_', ' ')} ({result.noise_source})"
+        )
+        others = [law for law in NOISE_LAWS if law != first]
+        for law, dashes in zip(others, ("--", ":"), strict=True):
+            name = law.replace("_", " ")
+            axes.plot(batches, ratios(law, noise.value), color=_BLUE, linestyle=dashes, linewidth=1, label=name)
     for law, style in zip(PLAIN_LAWS, ("--", (0, (3, 1, 1, 1, 1, 1)), ":", "-."), strict=True):
         plain = [scaling_law(law).ratio(b, reference) for b in batches]
         axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=law.replace("_", " "))

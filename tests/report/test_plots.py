@@ -26,6 +26,7 @@ from lightning_gradhist.report.plots import (
     tradeoff_figure,
 )
 from lightning_gradhist.report.result import CalibrationResult
+from lightning_gradhist.surge import NOISE_LAWS
 
 
 def drawn(figure: Figure) -> Any:
@@ -214,6 +215,7 @@ def result(**changes: Any) -> CalibrationResult:
         pytest.param({"effective_batch_size": 256.0, "ratio": 1.0, "ratio_interval": (1.0, 1.0)}, id="same-batch"),
         pytest.param({"effective_batch_size": 16.0, "ratio": 0.3, "ratio_interval": (0.25, 0.5)}, id="smaller-batch"),
         pytest.param({"law": "saturating"}, id="saturating"),
+        pytest.param({"law": "falling_surge"}, id="falling"),
         pytest.param({"law": "linear", "ratio": 8.0, "ratio_interval": (8.0, 8.0)}, id="linear"),
         pytest.param({"effective_batch_size": 1.0, "reference_batch_size": 1.0}, id="one-sample"),
     ],
@@ -223,11 +225,12 @@ def test_learning_rate_figure(changes: dict[str, Any]) -> None:
     axes = drawn(learning_rate_figure(found))
     texts = legend(axes)
     batch, reference = found.effective_batch_size, found.reference_batch_size
-    first, second = ("saturating", "surge") if found.law == "saturating" else ("surge", "saturating")
+    first = found.law if found.law in NOISE_LAWS else "surge"
+    others = [law.replace("_", " ") for law in NOISE_LAWS if law != first]
     assert texts == [
         "95% interval",
-        f"{first} ({found.noise_source})",
-        second,
+        f"{first.replace('_', ' ')} ({found.noise_source})",
+        *others,
         "sqrt",
         "fourth root",
         "linear",
