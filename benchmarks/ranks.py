@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -14,22 +16,30 @@ from typing import Any
 import torch
 
 
-def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = math.inf) -> list[Any]:
     """Run a job on ranks that make up a process group, to its end.
 
     Args:
         job: A function of a module, since every process imports it.
         ranks: How many, from 1 up.
         *arguments: What the job is called with.
+        seconds: How long it may take.
 
     Returns:
         What the job returned on each rank.
+
+    Raises:
+        TimeoutError: Where it takes longer; the processes are killed then.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = start_ranks(job, ranks, Path(folder), *arguments)
-        while not context.join():
-            pass
-        return returned(ranks, Path(folder))
+        deadline = time.monotonic() + seconds
+        while not context.join(timeout=10):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
+        return [torch.load(_file(Path(folder), rank), weights_only=False) for rank in range(ranks)]
 
 
 def start_ranks(job: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> Any:
@@ -38,7 +48,7 @@ def start_ranks(job: Callable[..., Any], ranks: int, folder: Path, *arguments: A
     Args:
         job: As of :func:`run_ranks`.
         ranks: How many, from 1 up.
-        folder: Where they leave what the job returns, for :func:`returned`.
+        folder: Where they leave what the job returns.
         *arguments: What the job is called with.
     """
     with socket.socket() as free:
@@ -47,11 +57,6 @@ def start_ranks(job: Callable[..., Any], ranks: int, folder: Path, *arguments: A
     return torch.multiprocessing.start_processes(
         _on_rank, (job, ranks, port, folder, arguments), nprocs=ranks, join=False, start_method="spawn"
     )
-
-
-def returned(ranks: int, folder: Path) -> list[Any]:
-    """Read what a job returned on each rank."""
-    return [torch.load(_file(folder, rank), weights_only=False) for rank in range(ranks)]
 
 
 def _on_rank(

@@ -353,13 +353,8 @@ def measure_pair(
     Returns:
         float64 ``[4]``: noise and signal with weight 1, then with ``weights``; NaN where there is nothing to measure.
     """
-    terms = []
-    for some in batches({name: gradient for name, gradient in first.items() if name in second}):
-        for one, two, weight in _pieces(joined(some), joined(some, second), _joined_weights(some, weights)):
-            one, two = one.float(), two.float()
-            squares, products = (one - two).square_().div_(2), one * two
-            terms.append(_sums(squares, products, weight * squares, weight * products))
-    return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
+    shared = {name: gradient for name, gradient in first.items() if name in second}
+    return _measured(lambda one, two: ((one - two).square_().div_(2), one * two), shared, second, weights)
 
 
 def measure_part(
@@ -382,12 +377,25 @@ def measure_part(
     """
     if parts < 2:
         raise ValueError(f"parts must be at least 2, got {parts!r}: of a part that is the whole nothing can be learnt")
+
+    def noise_and_signal(g: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+        noise = (one - g).square_().div_(parts - 1)
+        return noise, g.square().sub_(noise)
+
+    return _measured(noise_and_signal, whole, part, weights)
+
+
+def _measured(
+    noise_and_signal: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    gradients: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None,
+) -> Tensor:
+    """Sums over all values of what is made of a gradient and another one, ``[4]`` as of :func:`measure_pair`."""
     terms = []
-    for some in batches(whole):
-        for one, g, weight in _pieces(joined(some, part), joined(some), _joined_weights(some, weights)):
-            one, g = one.float(), g.float()
-            noise = (one - g).square_().div_(parts - 1)
-            signal = g.square().sub_(noise)
+    for some in batches(gradients):
+        for one, other, weight in _pieces(joined(some), joined(some, others), _joined_weights(some, weights)):
+            noise, signal = noise_and_signal(one.float(), other.float())
             terms.append(_sums(noise, signal, weight * noise, weight * signal))
     return _total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
 

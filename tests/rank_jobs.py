@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import ranks as processes
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from ranks import returned, start_ranks
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,23 +25,16 @@ from lightning_gradhist.noise import GradientMoments
 
 def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]:
     """Runs a job on gloo ranks in processes of their own, and returns what it returned on each."""
-    context = start_ranks(job, ranks, folder, folder)
-    deadline = time.monotonic() + 240
-    while not context.join(timeout=10):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
-    return returned(ranks, folder)
+    return processes.run_ranks(job, ranks, folder, seconds=240)
 
 
 def exit_codes(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[int | None]:
     """Runs a job on gloo ranks, each to its own end, and returns how they ended; None for one that hangs."""
-    processes = start_ranks(job, ranks, folder, folder).processes
-    for process in processes:
+    started = processes.start_ranks(job, ranks, folder, folder).processes
+    for process in started:
         process.join(timeout=120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
+    codes = [process.exitcode for process in started]
+    for process in started:
         process.kill()
     return codes
 

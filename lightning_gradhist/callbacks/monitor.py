@@ -38,7 +38,7 @@ from lightning_gradhist.callbacks.gradients import (
     shares,
 )
 from lightning_gradhist.callbacks.guard import Guard
-from lightning_gradhist.callbacks.noise_watch import NoiseWatch
+from lightning_gradhist.callbacks.noise_watch import ComingStep, NoiseWatch
 from lightning_gradhist.callbacks.optimizer_state import StateWatch
 from lightning_gradhist.callbacks.record_file import RecordFile
 from lightning_gradhist.callbacks.rows import Rows, told_apart
@@ -302,7 +302,7 @@ class GradientHistogramMonitor(Callback):
             parameters = optimizer_parameters(pl_module, optimizer)
             gradients, parts = self._gradients(trainer, optimizer, parameters)
             if self._noise is not None:
-                self._noise.step(trainer, watched, optimizer, parameters, gradients, parts)
+                self._noise.step(trainer, ComingStep(watched, optimizer, parameters, gradients, parts))
             if watched.local is not None:
                 parts = self._guard.made(partial(watched.local.take, trainer))
             if step.due and self.when == "before_clip":

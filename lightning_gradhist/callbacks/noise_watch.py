@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,6 +22,25 @@ from lightning_gradhist.callbacks.gradients import (
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.watched import Watched, metric_weights
 from lightning_gradhist.noise import measure_part
+
+
+@dataclass(frozen=True)
+class ComingStep:
+    """A step that an optimizer is about to make.
+
+    Attributes:
+        watched: of the optimizer.
+        optimizer: that is about to step.
+        parameters: names and parameters of the optimizer.
+        gradients: that it will use, or None where they cannot be had on this rank.
+        parts: this rank's parts of them, or None.
+    """
+
+    watched: Watched
+    optimizer: Optimizer
+    parameters: Mapping[str, nn.Parameter]
+    gradients: Mapping[str, Tensor] | None
+    parts: Mapping[str, Tensor] | None
 
 
 class NoiseWatch:
@@ -41,47 +61,24 @@ class NoiseWatch:
         self._batch_size = batch_size
         self._guard = guard
 
-    def step(
-        self,
-        trainer: Trainer,
-        watched: Watched,
-        optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor] | None,
-        parts: Mapping[str, Tensor] | None,
-    ) -> None:
-        """Measures at one step of an optimizer; to be called on every rank.
-
-        Args:
-            trainer: at ``on_before_optimizer_step``.
-            watched: of the optimizer.
-            optimizer: that is about to step.
-            parameters: names and parameters of the optimizer.
-            gradients: that it will use, or None where they cannot be had on this rank.
-            parts: this rank's parts of them, or None.
-        """
-        if watched.part is not None:
-            self._measure_part(trainer, watched, optimizer, parameters, gradients)
-        elif watched.in_pair:
-            self._complete_pair(trainer, watched, parts)
+    def step(self, trainer: Trainer, step: ComingStep) -> None:
+        """Measures at one step of an optimizer, at ``on_before_optimizer_step``; to be called on every rank."""
+        if step.watched.part is not None:
+            self._measure_part(trainer, step)
+        elif step.watched.in_pair:
+            self._complete_pair(trainer, step.watched, step.parts)
         else:
-            self._begin_pair(trainer, watched, optimizer, parameters, parts)
+            self._begin_pair(trainer, step)
 
-    def _begin_pair(
-        self,
-        trainer: Trainer,
-        watched: Watched,
-        optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        parts: Mapping[str, Tensor] | None,
-    ) -> None:
+    def _begin_pair(self, trainer: Trainer, step: ComingStep) -> None:
+        watched, parts = step.watched, step.parts
         watched.in_pair = True
         batch_size = effective_batch_size(trainer, self._batch_size)
         if batch_size is not None and parts and not is_short_step(trainer):
 
             def hold() -> None:
-                own = partial(own_parts, parameters=parameters, replicas=self._replicas)
-                watched.hold(batch_size, optimizer, parts, metric_weights(optimizer, parameters, own))
+                own = partial(own_parts, parameters=step.parameters, replicas=self._replicas)
+                watched.hold(batch_size, step.optimizer, parts, metric_weights(step.optimizer, step.parameters, own))
 
             self._guard.done(hold)
 
@@ -93,15 +90,9 @@ class NoiseWatch:
             watched.noise.add(first.step, watched.batch_size, sums)
         watched.measured += 1
 
-    def _measure_part(
-        self,
-        trainer: Trainer,
-        watched: Watched,
-        optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor] | None,
-    ) -> None:
+    def _measure_part(self, trainer: Trainer, step: ComingStep) -> None:
         """Holds the gradient of one micro-batch of each rank against that of all."""
+        watched, gradients = step.watched, step.gradients
         assert watched.part is not None
         copies, parts = watched.part, parts_of_a_step(trainer)
         alone = parts == 1  # accumulation may have ended since the copy was ordered
@@ -111,11 +102,11 @@ class NoiseWatch:
 
         def measure() -> Tensor:
             part = copies.take(trainer, trainer.accumulate_grad_batches)
-            return measure_part(part, gradients or {}, metric_weights(optimizer, parameters), parts)
+            return measure_part(part, gradients or {}, metric_weights(step.optimizer, step.parameters), parts)
 
         sums = self._sums(trainer, None if batch_size is None or gradients is None else measure)
         if batch_size is not None:
-            watched.note(batch_size, optimizer)
+            watched.note(batch_size, step.optimizer)
             watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
         watched.measured += 1
 

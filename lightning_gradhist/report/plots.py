@@ -182,16 +182,13 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
 
         ends = (ratios(first, noise.lower), ratios(first, noise.upper))
         axes.fill_between(batches, *ends, color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
-        axes.plot(
-            batches, ratios(first, noise.value), color=_BLUE, label=f"{first.replace('_', ' ')} ({result.noise_source})"
-        )
+        axes.plot(batches, ratios(first, noise.value), color=_BLUE, label=f"{_words(first)} ({result.noise_source})")
         others = [law for law in NOISE_LAWS if law != first]
         for law, dashes in zip(others, ("--", ":"), strict=True):
-            name = law.replace("_", " ")
-            axes.plot(batches, ratios(law, noise.value), color=_BLUE, linestyle=dashes, linewidth=1, label=name)
+            axes.plot(batches, ratios(law, noise.value), color=_BLUE, linestyle=dashes, linewidth=1, label=_words(law))
     for law, style in zip(PLAIN_LAWS, ("--", (0, (3, 1, 1, 1, 1, 1)), ":", "-."), strict=True):
         plain = [scaling_law(law).ratio(b, reference) for b in batches]
-        axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=law.replace("_", " "))
+        axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=_words(law))
     axes.plot([reference], [1.0], "o", color=_GREY, label=f"reference {reference:g}")
     axes.plot([batch], [result.ratio], "o", color=_ORANGE, label=f"now {batch:g}: times {result.ratio:.3g}")
     _log2(axes)
@@ -253,6 +250,10 @@ def _log2(axes: Any) -> None:
 def _legend(axes: Any) -> None:
     axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _eps_label(when: str, eps: float, search_space: EpsilonRange) -> str:
