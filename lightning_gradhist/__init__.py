@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradhist._version import __version__
-from lightning_gradhist.epsilon import EpsilonRange, epsilon_range
+from lightning_gradhist.epsilon import EpsilonRange, SecondMoment, epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.learning_rate import SurgeLaw
 from lightning_gradhist.noise import NoiseScale
+from lightning_gradhist.noise.interval import NoiseEstimate
 from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, no_decay_groups
-from lightning_gradhist.second_moment import SecondMoment
-from lightning_gradhist.surge import SaturatingLaw, SurgeLaw
 from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ __all__ = [
     "NoiseEstimate",
     "NoiseScale",
     "OptimizerCalibration",
-    "SaturatingLaw",
     "SecondMoment",
     "SurgeLaw",
     "__version__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import ModuleType
@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_gradhist import kernels
 
+BINS_PER_OCTAVE = 8
+"""Bins to a factor of two, a power of two: a bin is at most 1/8 of its magnitude wide."""
 _MANTISSA_BITS = 23
 _EXPONENTS = 256
+COLUMNS = (_EXPONENTS - 2) * BINS_PER_OCTAVE + 3
+"""Columns of a table of counts: zeros, bins, infinities, NaN."""
 _CPU_CHUNK = 2**17  # stays in a core's cache: ten times faster than one pass over 20 million values
 _CPU_SMALL = 2**15  # up to here a tensor takes less time with others than alone
 _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
@@ -57,14 +60,13 @@ class Bins:
         return (self.counts.double() @ ((low.square() + low * high + high.square()) / 3)).sqrt()
 
 
-class MagnitudeHistogram(Metric):
+class MagnitudeHistogram:
     r"""Counts of :math:`|x|` on log-spaced bins, one row of bins a name.
 
-    The bin of a value is its float32 exponent and its top ``k = log2(bins_per_octave)`` mantissa bits, that is
-    ``(bits(x) & 0x7fffffff) >> (23 - k)``. Every power of two is split into ``bins_per_octave`` bins of equal width, so
-    a bin is ``1 / (2 * bins_per_octave)`` to ``1 / bins_per_octave`` of its magnitude wide. The same value falls into
-    the same bin on every device and rank, so that counts add exactly, and a loss scale of ``2**n`` moves every count by
-    ``n * bins_per_octave`` bins.
+    The bin of a value is its float32 exponent and its top 3 mantissa bits, ``(bits(x) & 0x7fffffff) >> 20``. So every
+    power of two is split into 8 bins of equal width, and a bin is 1/16 to 1/8 of its magnitude wide. The same value
+    falls into the same bin on every device and rank, so that counts add exactly, and a loss scale of ``2**n`` moves every
+    count by ``8 * n`` bins.
 
     float16, bfloat16 and float8 values are converted to float32, which is exact. float64 values are truncated to their
     bin, not rounded. Zeros and magnitudes below ``2**-126`` (subnormal in float32) are counted in :attr:`zeros`,
@@ -73,14 +75,14 @@ class MagnitudeHistogram(Metric):
 
     Args:
         names: the names of the rows; they must differ.
-        bins_per_octave: a power of two from 1 to 128.
-        **kwargs: as for :class:`torchmetrics.Metric`.
+        device: of the counts; the host by default.
+
+    Attributes:
+        names: list of the names.
+        table: all counts, int64 ``[len(names), 2035]``: zeros, bins, infinities, NaN. Adding tables merges histograms.
 
     Raises:
-        ValueError: for repeated names, or another ``bins_per_octave``.
-
-    Merging is addition (:meth:`merge_state`), and the sync across ranks is one all-reduce of one int64 tensor of shape
-    ``[len(names), 254 * bins_per_octave + 3]``.
+        ValueError: for repeated names.
 
     Example:
         >>> import torch
@@ -92,30 +94,25 @@ class MagnitudeHistogram(Metric):
         [0.08, -24.92]
     """
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
-    table: Tensor
-
-    def __init__(self, names: Sequence[str], bins_per_octave: int = 8, **kwargs: Any) -> None:
-        names = list(names)
-        if len(set(names)) != len(names):
-            repeated = sorted({name for name in names if names.count(name) > 1})
+    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.names = list(names)
+        self._row_of = {name: row for row, name in enumerate(self.names)}
+        if len(self._row_of) != len(self.names):
+            repeated = sorted({name for name in self.names if self.names.count(name) > 1})
             raise ValueError(f"names must differ, got {repeated} more than once")
-        if bins_per_octave not in {2**k for k in range(8)}:
-            raise ValueError(f"bins_per_octave must be a power of two from 1 to 128, got {bins_per_octave!r}")
-        super().__init__(**kwargs)
-        self.names = names
-        self.bins_per_octave = bins_per_octave
-        self._rows = {name: row for row, name in enumerate(names)}
-        # One state holds all counts (zeros, bins, infs, nans), so that one collective is enough. Its default is empty, as
-        # torchmetrics keeps a copy of it, which would take longer than many a count.
-        self.add_state("table", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
-        self._empty()
+        self.table = torch.zeros(len(self.names), COLUMNS, dtype=torch.int64, device=device)
+
+    @classmethod
+    def from_table(cls, names: Sequence[str], table: Tensor) -> MagnitudeHistogram:
+        """The histogram of a :attr:`table` with these names; the table is not copied."""
+        histogram = cls(())
+        histogram.names, histogram.table = list(names), table
+        histogram._row_of = {name: row for row, name in enumerate(histogram.names)}
+        return histogram
 
     @property
     def counts(self) -> Tensor:
-        """Counts of the finite values from ``2**-126`` up, int64 ``[len(names), bins]``."""
+        """Counts of the finite values from ``2**-126`` up, int64 ``[len(names), 2032]``."""
         return self.table[:, 1:-2]
 
     @property
@@ -135,18 +132,13 @@ class MagnitudeHistogram(Metric):
 
     @property
     def edges(self) -> Tensor:
-        """Edges of the bins, exact in float64 ``[bins + 1]``; a bin holds its lower edge."""
+        """Edges of the bins, exact in float64 ``[2033]``; a bin holds its lower edge."""
         exponents = torch.arange(1, _EXPONENTS, dtype=torch.float64) - 127
-        mantissas = torch.arange(self.bins_per_octave, dtype=torch.float64) / self.bins_per_octave
+        mantissas = torch.arange(BINS_PER_OCTAVE, dtype=torch.float64) / BINS_PER_OCTAVE
         edges = torch.exp2(exponents)[:, None] * (1 + mantissas)
-        return edges.flatten()[: (_EXPONENTS - 2) * self.bins_per_octave + 1].to(self.table.device)
+        return edges.flatten()[: COLUMNS - 2].to(self.table.device)
 
-    def reset(self) -> None:
-        """Forgets all counts."""
-        super().reset()
-        self._empty()
-
-    def update(self, values: Mapping[str, Tensor], groups: Mapping[str, str] | None = None) -> None:
+    def update(self, values: Mapping[str, Tensor], rows: Mapping[str, str] | None = None) -> None:
         """Counts the magnitudes of floating-point tensors of any shape, layout and device.
 
         On CUDA, with Triton, those of one dtype of float32, bfloat16 and float16 are counted in one launch. The host does
@@ -154,7 +146,7 @@ class MagnitudeHistogram(Metric):
 
         Args:
             values: from a name of :attr:`names` to a tensor. Names may be missing.
-            groups: from each name in ``values`` to the one of :attr:`names` under which its tensor is counted, where that
+            rows: from each name in ``values`` to the one of :attr:`names` under which its tensor is counted, where that
                 is another one; several may be counted under one.
 
         Raises:
@@ -163,64 +155,48 @@ class MagnitudeHistogram(Metric):
         """
         alike: dict[Any, tuple[list[int], list[Tensor]]] = {}
         for name, tensor in values.items():
-            row = self._rows.get(name if groups is None else groups[name])
+            row = self._row_of.get(name if rows is None else rows[name])
             if row is None:
                 raise ValueError(f"name {name!r} is not one of the histogram's names: {self.names}")
-            _refuse_other_than_real(tensor)
-            rows, tensors = alike.setdefault((tensor.device, tensor.dtype, tensor.layout), ([], []))
-            rows.append(row)
+            if not tensor.is_floating_point():
+                raise TypeError(f"magnitudes are counted of real floating-point tensors, got {tensor.dtype}")
+            indices, tensors = alike.setdefault((tensor.device, tensor.dtype, tensor.layout), ([], []))
+            indices.append(row)
             tensors.append(tensor)
-        for (device, *_), (rows, tensors) in alike.items():
+        for (device, *_), (indices, tensors) in alike.items():
             if device == self.table.device:
-                _add(self.table, rows, tensors)
+                _add(self.table, indices, tensors)
             else:
-                table = torch.zeros(len(rows), self.table.shape[1], dtype=torch.int64, device=device)
-                _add(table, range(len(rows)), tensors)
-                self.table.index_add_(0, torch.tensor(rows, device=self.table.device), table.to(self.table.device))
+                table = torch.zeros(len(indices), COLUMNS, dtype=torch.int64, device=device)
+                _add(table, range(len(indices)), tensors)
+                self.table.index_add_(0, torch.tensor(indices, device=self.table.device), table.to(self.table.device))
 
-    def compute(self) -> dict[str, Tensor]:
-        """Copies of the counts by kind: ``counts``, ``zeros``, ``infs`` and ``nans``."""
-        kinds = {"counts": self.counts, "zeros": self.zeros, "infs": self.infs, "nans": self.nans}
-        return {kind: counts.clone() for kind, counts in kinds.items()}
+    def reset(self) -> None:
+        """Forgets all counts."""
+        self.table.zero_()
 
-    def sync(self, dist_sync_fn: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Adds the counts of all ranks in one all-reduce; to be called on every rank."""
-        super().sync(dist_sync_fn or _all_reduce, *args, **kwargs)
+    def all_reduce(self, group: Any = None) -> None:
+        """Adds the counts of all ranks in one all-reduce of :attr:`table`; to be called on every rank."""
+        torch.distributed.all_reduce(self.table, group=group)
 
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the counts of another histogram with the same names and bins, or of its state ``{"table": ...}``."""
-        if isinstance(incoming_state, MagnitudeHistogram):
-            fits = (self.names, self.bins_per_octave) == (incoming_state.names, incoming_state.bins_per_octave)
-        else:  # a table of another shape would be broadcast
-            fits = not isinstance(incoming_state, dict) or incoming_state["table"].shape == self.table.shape
-        if not fits:
-            raise ValueError("incoming_state must have the same names and bins_per_octave to be merged")
-        super().merge_state(incoming_state)
+    def merge(self, other: MagnitudeHistogram) -> None:
+        """Adds the counts of another histogram with the same names.
+
+        Raises:
+            ValueError: for other names.
+        """
+        if self.names != other.names:
+            raise ValueError(f"other must have the same names to be merged: {self.names}, got {other.names}")
+        self.table += other.table.to(self.table.device)
+
+    def to(self, device: torch.device | str) -> MagnitudeHistogram:
+        """The histogram on a device; itself where it is there already."""
+        table = self.table.to(device)
+        return self if table is self.table else self.from_table(self.names, table)
 
     def pooled(self) -> MagnitudeHistogram:
         """The histogram of all names together, under the one name ``all``."""
-        pooled = MagnitudeHistogram(["all"], self.bins_per_octave).to(self.table.device)
-        pooled.table = self.table.sum(0, keepdim=True)
-        return pooled
-
-    def grouped(self, groups: Mapping[str, str]) -> MagnitudeHistogram:
-        """The histogram whose rows are groups of the rows of this one, added up.
-
-        Args:
-            groups: from each of :attr:`names` to the name of its group. Groups come in the order of their first name.
-
-        Example:
-            >>> histogram = MagnitudeHistogram(["a.weight", "b.weight", "a.bias"])
-            >>> histogram.update({"a.weight": torch.ones(4), "a.bias": torch.ones(2), "b.weight": torch.ones(5)})
-            >>> grouped = histogram.grouped({"a.weight": "a", "a.bias": "a", "b.weight": "b"})
-            >>> grouped.names, grouped.total().tolist()
-            (['a', 'b'], [6, 5])
-        """
-        names = list(dict.fromkeys(groups[name] for name in self.names))
-        grouped = MagnitudeHistogram(names, self.bins_per_octave).to(self.table.device)
-        rows = torch.tensor([grouped._rows[groups[name]] for name in self.names], dtype=torch.int64)
-        grouped.table = grouped.table.index_add(0, rows.to(self.table.device), self.table)
-        return grouped
+        return self.from_table(["all"], self.table.sum(0, keepdim=True))
 
     def total(self) -> Tensor:
         """Number of values counted, int64 ``[len(names)]``."""
@@ -237,6 +213,9 @@ class MagnitudeHistogram(Metric):
 
         Returns:
             float64 ``[len(names)]``, or 0-d if pooled; NaN where nothing was counted.
+
+        Raises:
+            ValueError: for a ``q`` out of its range.
         """
         if not 0.0 <= q <= 1.0:
             raise ValueError(f"q must lie in [0, 1], got {q!r}")
@@ -256,7 +235,8 @@ class MagnitudeHistogram(Metric):
     def norm(self) -> Tensor:
         """Euclidean norm of the values in :attr:`counts`, float64 ``[len(names)]``, taking them as uniform in a bin.
 
-        The error of one value is at most half a bin, and that of many values far less.
+        The error of one value is at most half a bin, and that of many values far less. Values that are not finite are
+        left out.
         """
         return self._bins.norm()
 
@@ -265,37 +245,24 @@ class MagnitudeHistogram(Metric):
 
         Of 254 octaves few are in use, so that this is much less to look at. Without any count it is one bin.
         """
-        together = self.counts.sum(0, keepdim=True)
-        there = together[0].nonzero()[:, 0].tolist() or [0]
+        pooled = self.counts.sum(0, keepdim=True)
+        there = pooled[0].nonzero()[:, 0].tolist() or [0]
         first, end = there[0], there[-1] + 1
-        return Bins(self.edges[first : end + 1], torch.cat([self.counts[:, first:end], together[:, first:end]]))
+        return Bins(self.edges[first : end + 1], torch.cat([self.counts[:, first:end], pooled[:, first:end]]))
 
     @property
     def _bins(self) -> Bins:
         return Bins(self.edges, self.counts)
-
-    def _empty(self) -> None:
-        shape = len(self.names), (_EXPONENTS - 2) * self.bins_per_octave + 3
-        self.table = torch.zeros(shape, dtype=torch.int64, device=self.table.device)
-
-
-def count_magnitudes(tensor: Tensor, bins_per_octave: int) -> Tensor:
-    """One row of :attr:`MagnitudeHistogram.table` for a tensor: int64 ``[254 * bins_per_octave + 3]`` on its device."""
-    _refuse_other_than_real(tensor)
-    table = torch.zeros(1, (_EXPONENTS - 2) * bins_per_octave + 3, dtype=torch.int64, device=tensor.device)
-    add_magnitudes(table, [0], [tensor])
-    return table[0]
 
 
 def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
     """Adds the counts of tensors to rows of a table, without a kernel.
 
     Args:
-        table: ``[names, 254 * bins_per_octave + 3]`` in int64, contiguous, on the device of the tensors.
+        table: ``[names, 2035]`` in int64, contiguous, on the device of the tensors.
         rows: a row for each tensor.
         tensors: real floating-point tensors of one dtype and device, of any shape and layout.
     """
-    bins_per_octave = table.shape[1] // (_EXPONENTS - 2)
     small: list[tuple[int, Tensor]] = []
     for row, tensor in zip(rows, tensors, strict=True):
         values, implicit_zeros = flat_values(tensor)
@@ -303,14 +270,14 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
             table[row, 0] += implicit_zeros
         if table.device.type != "cpu":  # bincount would wait for the device to learn the largest index
             for chunk in values.split(_DEVICE_CHUNK):
-                _scatter(table[row], _columns(chunk, bins_per_octave))
+                _scatter(table[row], _columns(chunk))
         elif values.numel() > _CPU_SMALL:
-            _add_large(table[row], values, bins_per_octave)
+            _add_large(table[row], values)
         else:
             small.append((row, values))
     ends = accumulate(values.numel() for _, values in small)
     for _, batch in groupby(zip(ends, small, strict=True), key=lambda pair: pair[0] // _CPU_CHUNK):
-        _add_small(table, [pair for _, pair in batch], bins_per_octave)
+        _add_small(table, [pair for _, pair in batch])
 
 
 def flat_values(tensor: Tensor) -> tuple[Tensor, int]:
@@ -328,30 +295,6 @@ def flat_values(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.permute(by_stride).reshape(-1), 0
 
 
-def slice_of(
-    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], rank: int, ranks: int
-) -> Iterator[tuple[str, Tensor]]:
-    """The part of a rank when all values, one after another, are cut into ``ranks`` equal parts.
-
-    Args:
-        tensors: the dense tensors that are there, the same on every rank.
-        sizes: names and numbers of values of all tensors in order, those that are not there included.
-        rank: from 0 to ``ranks - 1``.
-        ranks: number of parts.
-
-    Yields:
-        names and flat pieces; over all ranks each value occurs once.
-    """
-    total = sum(sizes.values())
-    first, last = rank * total // ranks, (rank + 1) * total // ranks
-    start = 0
-    for name, size in sizes.items():
-        low, high = max(first - start, 0), min(last - start, size)
-        start += size
-        if name in tensors and low < high:
-            yield name, flat_values(tensors[name])[0][low:high]
-
-
 @functools.cache
 def _kernel(device: torch.device) -> ModuleType | None:
     """What counts on a device in place of :func:`add_magnitudes`; tried once, as a kernel needs more than Triton."""
@@ -360,7 +303,7 @@ def _kernel(device: torch.device) -> ModuleType | None:
     try:
         from lightning_gradhist.kernels import histogram
 
-        table = torch.zeros(1, _EXPONENTS - 2 + 3, dtype=torch.int64, device=device)
+        table = torch.zeros(1, COLUMNS, dtype=torch.int64, device=device)
         histogram.add_magnitudes(table, [0], [torch.ones(1, device=device)])
     except Exception as error:
         warnings.warn(f"histograms are counted without their Triton kernel, which failed: {error!r}", stacklevel=2)
@@ -376,26 +319,26 @@ def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
         add_magnitudes(table, rows, tensors)
 
 
-def _add_large(row: Tensor, values: Tensor, bins_per_octave: int) -> None:
+def _add_large(row: Tensor, values: Tensor) -> None:
     """Count the bits as they are, and put zeros, infinities and NaN into their columns afterwards."""
-    raw = torch.zeros(_EXPONENTS * bins_per_octave, dtype=torch.int64)
-    beyond = (_EXPONENTS - 1) * bins_per_octave
+    raw = torch.zeros(_EXPONENTS * BINS_PER_OCTAVE, dtype=torch.int64)
+    beyond = (_EXPONENTS - 1) * BINS_PER_OCTAVE
     for chunk in values.chunk(max(1, round(values.numel() / _CPU_CHUNK))):
-        counts = torch.bincount(_bin_index(chunk, bins_per_octave), minlength=raw.numel())
+        counts = torch.bincount(_bin_index(chunk), minlength=raw.numel())
         raw += counts
         if counts[beyond:].any():  # infinities and NaN share an exponent; most chunks have neither
             nans = chunk.isnan().sum()
             row[-1] += nans
             row[-2] -= nans
-    row[0] += raw[:bins_per_octave].sum()
-    row[1:-2] += raw[bins_per_octave:beyond]
+    row[0] += raw[:BINS_PER_OCTAVE].sum()
+    row[1:-2] += raw[BINS_PER_OCTAVE:beyond]
     row[-2] += raw[beyond:].sum()
 
 
-def _add_small(table: Tensor, batch: Sequence[tuple[int, Tensor]], bins_per_octave: int) -> None:
+def _add_small(table: Tensor, batch: Sequence[tuple[int, Tensor]]) -> None:
     """Count several tensors in one go, without an array of counts that has most of its bins empty."""
     rows, tensors = zip(*batch, strict=True)
-    columns = _columns(torch.cat(tensors), bins_per_octave)
+    columns = _columns(torch.cat(tensors))
     starts = torch.tensor(rows) * table.shape[1]
     sizes = torch.tensor([tensor.numel() for tensor in tensors])
     _scatter(table.view(-1), starts.repeat_interleave(sizes, output_size=columns.numel()).add_(columns))
@@ -405,29 +348,17 @@ def _scatter(counts: Tensor, index: Tensor) -> None:
     counts.scatter_add_(0, index.long(), counts.new_ones(1).expand(index.numel()))
 
 
-def _columns(values: Tensor, bins_per_octave: int) -> Tensor:
+def _columns(values: Tensor) -> Tensor:
     """The column of the table that each value is counted in."""
-    columns = _bin_index(values, bins_per_octave).sub_(bins_per_octave - 1).clamp_(min=0)
-    return columns.masked_fill_(values.isnan(), (_EXPONENTS - 2) * bins_per_octave + 2)
+    columns = _bin_index(values).sub_(BINS_PER_OCTAVE - 1).clamp_(min=0)
+    return columns.masked_fill_(values.isnan(), (_EXPONENTS - 2) * BINS_PER_OCTAVE + 2)
 
 
-def _bin_index(values: Tensor, bins_per_octave: int) -> Tensor:
-    shift = _MANTISSA_BITS - bins_per_octave.bit_length() + 1
+def _bin_index(values: Tensor) -> Tensor:
+    shift = _MANTISSA_BITS - BINS_PER_OCTAVE.bit_length() + 1
     if values.dtype != torch.float64:
         bits = values.to(torch.float32).view(torch.int32)
         return (bits & 0x7FFFFFFF).bitwise_right_shift_(shift)
     bits = values.contiguous().view(torch.int64) & 0x7FFFFFFFFFFFFFFF
-    index = bits.bitwise_right_shift_(shift + 52 - _MANTISSA_BITS).sub_((1023 - 127) * bins_per_octave)
-    return index.clamp_(0, (_EXPONENTS - 1) * bins_per_octave)
-
-
-def _refuse_other_than_real(tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"magnitudes are counted of real floating-point tensors, got {tensor.dtype}")
-
-
-def _all_reduce(table: Tensor, group: Any = None) -> list[Tensor]:
-    # torchmetrics sums what this returns; the sum over ranks is already done.
-    total = table.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return [total]
+    index = bits.bitwise_right_shift_(shift + 52 - _MANTISSA_BITS).sub_((1023 - 127) * BINS_PER_OCTAVE)
+    return index.clamp_(0, (_EXPONENTS - 1) * BINS_PER_OCTAVE)

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
-from lightning_gradhist.callbacks import decision, epsilon_search, gradients, monitor, noise_watch, optimizer_state
+from lightning_gradhist.callbacks import gradients
+from lightning_gradhist.callbacks.calibration import evidence
+from lightning_gradhist.callbacks.monitor import monitor, optimizer_state
+from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
 
@@ -54,16 +57,15 @@ def numbers(folder: Path) -> Any:
     names = ["a", "b"]
     histogram = MagnitudeHistogram(names)
     histogram.update({"a": whole[rank]} if rank else {"a": whole[rank], "b": whole[rank, :7]})
-    local = histogram.table.clone()
+    metric = MagnitudeHistogramMetric(names)
+    metric.update({"a": whole[rank]} if rank else {"a": whole[rank], "b": whole[rank, :7]})
     calls: list[int] = []
     original = torch.distributed.all_reduce
     torch.distributed.all_reduce = lambda tensor, *a, **k: (calls.append(tensor.numel()), original(tensor, *a, **k))[1]
     try:
-        histogram.sync()
+        histogram.all_reduce()
     finally:
         torch.distributed.all_reduce = original
-    synced = histogram.table.clone()
-    histogram.unsync()
 
     gradients = torch.randn(ranks, 6, 50, generator=torch.Generator().manual_seed(1)) + 3
     mine = gradients[rank, : 6 - rank]  # not equally many on every rank
@@ -81,9 +83,8 @@ def numbers(folder: Path) -> Any:
     return {
         "whole": whole,
         "calls": calls,
-        "local": local,
-        "after_unsync": histogram.table.clone(),
-        "synced": synced,
+        "reduced": histogram.table,
+        "of_metric": metric.compute().table,
         "gradients": [gradients[r, : 6 - r] for r in range(ranks)],
         "moments": (moments.count, moments.mean["w"], moments.variance()["w"]),
         "noise": (noise.simple(), noise.adam(), noise.measurements),
@@ -152,7 +153,7 @@ def monitored(folder: Path) -> Any:
         options, strategy = cases[name]
         spy, state = GradientSpy(), StateSpy()
         monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=name in ("unused", "channels_last"))
-        before_averaging = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, local=True)
+        before_averaging = GradientHistogramMonitor(every_n_steps=2, noise_scale=False, when="local")
         options["module"] = own_gradients(options["module"])
         made = fit(
             folder / name, monitor, before_averaging, spy, state, data=loader(4), **options, **ddp(ranks, **strategy)
@@ -186,64 +187,12 @@ def calibrated(folder: Path) -> Any:
         max_epochs=2,
         **ddp(ranks),
     )
-    record = OptimizerCalibration(reference=str(folder / "run" / "calibration.json"), probe_batches=4, confidence=0.5)
+    record = OptimizerCalibration(reference=str(folder / "run" / "calibration.json"), probe_batches=4)
     data = loader(512, samples=512 * 4 * ranks)
     made = fit(folder / "record", record, module=lambda: Net(ALTO), data=data, **ddp(ranks))
     found["record"] = (_group(made), record.result, _parameters(made))
 
-    greedy = OptimizerCalibration(learning_rate="greedy", epsilon="keep", probe_batches=48)
-    data = loader(32, samples=32 * 48 * ranks)
-    made = fit(folder / "greedy", greedy, module=Net, data=data, max_steps=4, **ddp(ranks))
-    found["greedy"] = (_group(made), greedy.result, _parameters(made))
-
-    class Damped(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return super().training_step(batch, batch_idx) * 1e-8
-
-    search = OptimizerCalibration(epsilon="search", learning_rate="keep", probe_batches=8)
-    data = loader(16, samples=16 * 20 * 6 * ranks)
-    made = fit(folder / "search", search, module=Damped, data=data, max_steps=2, **ddp(ranks))
-    found["search"] = (_group(made), search.result, _parameters(made))
     return found
-
-
-def adapted(folder: Path) -> Any:
-    """The rate of each step of a run that follows its noise scale; one rank lacks the memory for some measurements."""
-    rank, ranks = _world()
-    rates: list[float] = []
-
-    class Rates(L.Callback):
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            rates.append(optimizer.param_groups[0]["lr"])
-
-    whole = noise_watch.metric_weights
-
-    def scarce(*arguments: Any) -> Any:
-        if rank == 1 and len(rates) % 5 == 4:
-            raise torch.OutOfMemoryError("there is none")
-        return whole(*arguments)
-
-    noise_watch.metric_weights = scarce
-    calibration = OptimizerCalibration(
-        reference_batch_size=2, epsilon="keep", confidence=0.5, probe_batches=16, adapt="always"
-    )
-    callbacks = (calibration, GradientHistogramMonitor(every_n_steps=1), Rates())
-    made = fit(folder / "adapted", *callbacks, module=Linear, data=loader(16, samples=1024), logger=False, **ddp(ranks))
-    return rates, calibration.state_dict()["adapted"], _parameters(made)
-
-
-class Linear(L.LightningModule):
-    """Whose noise scale is known well after a few steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 3)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
 def _parameters(made: L.Trainer) -> dict[str, Any]:
@@ -307,7 +256,7 @@ def short_of_memory(folder: Path) -> Any:
     for name, owner, attribute, options in (
         ("count", MagnitudeHistogram, "update", {}),
         ("part", monitor, "own_parts", {}),
-        ("copy", gradients, "local_gradient", {"local": True}),
+        ("copy", gradients, "local_gradient", {"when": "local"}),
         ("state", optimizer_state, "_sums", {"optimizer_state": True}),
     ):
         spy, original = GradientSpy(), getattr(owner, attribute)
@@ -325,24 +274,7 @@ def short_of_memory(folder: Path) -> Any:
         setattr(owner, attribute, original)
         said = [str(one.message) for one in caught if "could not" in str(one.message)]
         found[name] = said, sum(gradient.count_nonzero() for gradient in spy.seen[8].values())
-    found["search"] = _search_without_memory(folder / "search", rank, ranks)
     return found
-
-
-def _search_without_memory(folder: Path, rank: int, ranks: int) -> list[str]:
-    original = epsilon_search.no_trace
-
-    def fails(*args: Any) -> Any:
-        if rank == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(*args)
-
-    epsilon_search.no_trace = fails
-    calibration = OptimizerCalibration(epsilon="search", learning_rate="keep", probe_batches=4)
-    made = fit(folder, calibration, data=loader(2, samples=2 * 48 * ranks), max_steps=2, logger=False, **ddp(ranks))
-    epsilon_search.no_trace = original
-    assert made.global_step == 2
-    return list(calibration.result.problems)
 
 
 def out_of_step(folder: Path) -> Any:
@@ -384,7 +316,7 @@ def out_of_step(folder: Path) -> Any:
         ("no room", Net, loader(4), {}),
     ):
         if name == "no room" and rank == 0:
-            decision.NoiseScale = NoRoom
+            evidence.NoiseScale = NoRoom
         calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8, batch_size=4)
         fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
         found[name] = (calibration.result.gradients, calibration.result.problems)

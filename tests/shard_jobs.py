@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks.gradients import local_gradient
-from lightning_gradhist.callbacks.no_trace import no_trace
-from lightning_gradhist.callbacks.probe import Probe, pool
+from lightning_gradhist.callbacks.probe.probe import Probe, pool
+from lightning_gradhist.callbacks.probe.restore import no_trace
 from lightning_gradhist.optim._sharding import local
 
 OPTIMIZERS: dict[str, Any] = {
@@ -199,7 +199,7 @@ def monitored(folder: Path) -> Any:
         fit(folder / name, *callbacks, module=lambda r=replicated: Sharded(r), data=loader(4), **options)
         found[name] = (spy.gradients, spy.moments, monitor.noise_records[0].samples, spy.shards, state.seen)
     try:
-        local, strategy = GradientHistogramMonitor(local=True), ModelParallelStrategy(ranks, 1)
+        local, strategy = GradientHistogramMonitor(when="local"), ModelParallelStrategy(ranks, 1)
         fit(folder / "local", local, module=lambda: Sharded(False), data=loader(4), devices=ranks, strategy=strategy)
     except MisconfigurationException as error:
         found["local"] = str(error)
@@ -276,7 +276,7 @@ def calibrated(folder: Path) -> Any:
         return fit(folder / name, *callbacks, module=module, data=loader(4), **options)
 
     for how in ("sharded", "replicated", "noisy"):
-        calibration = OptimizerCalibration(ranks, epsilon="search", probe_batches=8, apply=False)
+        calibration = OptimizerCalibration(ranks, probe_batches=8, apply=False)
         spy = ProbeSpy()
         states = [
             final_state(run(f"{how}/{len(callbacks)}", lambda h=how: Whole(h), *callbacks))["weights"]
@@ -285,7 +285,7 @@ def calibrated(folder: Path) -> Any:
         states = [{n: v.full_tensor() if isinstance(v, DTensor) else v for n, v in state.items()} for state in states]
         seen = {name: getattr(spy, name) for name in ("weights", "batches", "parts", "noise", "left")}
         found[how] = (calibration.result, states, seen)
-    partly = OptimizerCalibration(learning_rate="greedy")
+    partly = OptimizerCalibration(learning_rate="keep")
     run("partly", lambda: Sharded(False), partly)
     found["partly"] = partly.result.problems
     return found

@@ -25,7 +25,7 @@ from training import EPS, Run
 from transfers import AS_IT_IS, BEST, FACTORS, FROM_OTHERS, LAWS, NONE, Bench, interval, outcomes, scores
 from workloads import WORKLOADS
 
-from lightning_gradhist.surge import scaling_law
+from lightning_gradhist.learning_rate import scaling_law
 
 SIZES = (8, 32, 128)
 MACHINE = dict.fromkeys(grid.MACHINE, "known")

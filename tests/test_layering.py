@@ -17,12 +17,10 @@ import lightning_gradhist
 PACKAGE = Path(lightning_gradhist.__file__).parent
 # Bottom to top. A module may import what stands in its own layer (but for cycles) or below.
 LAYERS = [
-    {"_version", "batch_scaling", "explore", "intervals", "kernels"},
-    {"histogram", "noise", "second_moment"},
-    {"epsilon", "surge"},
-    {"epsilon_search", "ratio", "tradeoff"},
-    {"adapt", "greedy"},
-    {"optim", "report"},
+    {"_version", "adaptor", "kernels", "tensors"},
+    {"histogram", "noise"},
+    {"epsilon", "learning_rate", "metric", "tradeoff"},
+    {"logging", "optim"},
     {"callbacks"},
 ]
 RESULTS = {"EpsilonRange", "NoiseEstimate"}  # only ever returned: the example is that of what returns them
@@ -103,10 +101,11 @@ def test_optimizers_and_callbacks_meet_in_param_groups_only(module: str) -> None
 
 
 @pytest.mark.parametrize("module", list(MODULES))
-def test_one_module_imports_lightning(module: str) -> None:
+def test_one_module_imports_lightning_and_one_torchmetrics(module: str) -> None:
     hosts = {"lightning", "pytorch_lightning", "lightning_fabric"}
     imported = {name.split(".")[0] for name in imports(module)} & hosts
     assert not imported or module == "lightning_gradhist.callbacks._lightning"
+    assert "torchmetrics" not in imports(module) or module == "lightning_gradhist.metric"
 
 
 @pytest.mark.parametrize("module", list(MODULES))
@@ -170,9 +169,9 @@ BLOCKED = """
         steps.step()
         assert bool((weight < 1).all())
 
-    from lightning_gradhist.report import plots, loggers, record, result
+    from lightning_gradhist.logging import figures, report, sinks
 
-    assert not plots.available()
+    assert not figures.available()
     for name in ("GradientHistogramMonitor", "OptimizerCalibration"):
         try:
             getattr(lg, name)
@@ -195,8 +194,8 @@ def test_without_lightning_triton_matplotlib_and_wandb() -> None:
     assert run(BLOCKED) == "whole"
 
 
-def test_importing_the_package_does_not_import_lightning() -> None:
-    code = "import sys, lightning_gradhist; print({'lightning', 'pytorch_lightning', 'wandb'} & set(sys.modules))"
+def test_importing_the_package_imports_neither_lightning_nor_torchmetrics() -> None:
+    code = "import sys, lightning_gradhist; print({'lightning', 'pytorch_lightning', 'torchmetrics', 'wandb'} & set(sys.modules))"
     assert run(code) == "set()"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_gradhist.intervals import NoiseEstimate
+from lightning_gradhist.noise.interval import NoiseEstimate
 from lightning_gradhist.tradeoff import FACTORS, batch_size_tradeoff, critical_batch_size
 
 NOISE = NoiseEstimate(1000.0, 700.0, 1500.0, 0.95, 100)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
-from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
+from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice, resolve_explore
 from lightning_gradhist.optim._backends import Backend, backend_of
 from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype

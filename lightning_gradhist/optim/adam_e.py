@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_gradhist.explore import AUTO
+from lightning_gradhist.adaptor import AUTO
 from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
 from lightning_gradhist.optim._formulas import (
     STATE,

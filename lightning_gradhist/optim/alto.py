@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from lightning_gradhist.explore import AUTO
+from lightning_gradhist.adaptor import AUTO
 from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
 from lightning_gradhist.optim._formulas import (
     STATE,

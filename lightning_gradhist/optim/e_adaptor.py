@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from lightning_gradhist.explore import AUTO, check_explore, explore_choice, resolve_explore
+from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice, resolve_explore
 from lightning_gradhist.optim._base import set_batch_size
 from lightning_gradhist.optim._formulas import mixed_gradients, move_average
 from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype

@@ -1,0 +1,284 @@
+"""The calibration: epsilon and learning rate, set before the first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any, Literal, Optional, Union
+
+from lightning_gradhist.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_gradhist.callbacks.batch_size import effective_batch_size
+from lightning_gradhist.callbacks.calibration.decide import decide
+from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
+from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before
+from lightning_gradhist.callbacks.parameters import model_shapes
+from lightning_gradhist.callbacks.strategies import is_known
+from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS
+from lightning_gradhist.logging import figures
+from lightning_gradhist.logging.report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.sinks import sinks
+from lightning_gradhist.noise.record import RecordError, RunRecord
+
+
+class _Phase(Enum):
+    """Where a calibration is, from one hook to the next."""
+
+    IDLE = "nothing is to be done"
+    LOADED = "a checkpoint was loaded of a run that had been calibrated"
+    WAITING = "the first batch is to be calibrated"
+    RESUMED = "the first batch shows whether the run goes on at its batch size"
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """What a run was calibrated to, which its checkpoints hold.
+
+    Attributes:
+        report: as text; None where nothing was applied.
+        changes: of the optimizer's groups.
+        batch_size: samples of an optimizer step that they are for.
+    """
+
+    report: str | None = None
+    changes: tuple[GroupChange, ...] = ()
+    batch_size: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"report": self.report, "changes": [asdict(c) for c in self.changes], "batch_size": self.batch_size}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
+        """Reads a state, also one of an older version, which may lack keys and have others."""
+        changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
+        return cls(state["report"], changes, state.get("batch_size"))
+
+
+class OptimizerCalibration(Callback):
+    r"""Sets epsilon and the learning rate before the first step, and shows why.
+
+    Without arguments it lowers an epsilon that damps the optimizer's steps. Told at which batch size a learning rate is
+    trusted, by ``reference_batch_size`` or by the record of a run (``reference``), it carries that rate over to the batch
+    size of this run: the per-device batch, times accumulation, times data-parallel ranks. The report goes to the console
+    and the loggers, and stays in :attr:`result`, which is None in a run that goes on from a checkpoint.
+
+    *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, and leave no
+    trace: parameters, buffers, gradients, optimizer, schedulers, random generators, data order, metrics and the state
+    that the module keeps are as if it had not happened (:func:`lightning_gradhist.callbacks.probe.restore.no_trace` says
+    what cannot be put back). It holds up to five copies of the parameters while it lasts; under FSDP2, of this rank's
+    shards. A batch that runs out of memory, is not finite or has another size than the first is left out, and the report
+    says so.
+
+    *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
+    some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch
+    size, clipping, adaptor E). ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers
+    another to the largest power of ten that does. It never raises one, but to 1e-7 where torch's optimizer would step in
+    float16, in which 1e-8 is zero.
+
+    *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
+    recorded run of the same class of optimizer; another class takes the record's ratio alone, for its own rate. It is
+    multiplied by the ratio that a law gives for the two batch sizes.
+
+    - ``"surge"``, :class:`lightning_gradhist.SurgeLaw`, needs the noise scale ``B_adam``: the one over the recorded run, or
+      the probe's, which at the start of a run is far too small, so that the ratio then stays between 1 and the square
+      root of the ratio of batch sizes. Past its bound it levels off, as Theorem 4 has it. What the data do not support is
+      refused: then ``fallback`` is used, and the report says why.
+    - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none.
+
+    *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and
+    ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
+    and the schedulers. It is done once: a resumed run keeps its values, and warns where it goes on at another batch size.
+    Callbacks that read the learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come
+    after this one.
+
+    Args:
+        reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
+        reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model.
+        epsilon: ``"auto"``, ``"keep"``, or a number to be set.
+        learning_rate: the law: ``"surge"``, which needs a noise scale, or ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or
+            ``"keep"``.
+        probe_batches: batches of the probe on each rank, at least 4. Half of them go into epsilon and the metric, half
+            into the noise scale.
+        apply: False to report only; the run then ends in the same bits as without the callback.
+        batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
+            optimization, samples of one optimizer step on one device.
+        fallback: the law in place of ``"surge"`` where that is refused: one of the other four.
+
+    Attributes:
+        result: what was found, with the report; None before, and in a run that goes on from a checkpoint.
+
+    Raises:
+        MisconfigurationException: for an argument out of its range, ``reference`` together with
+            ``reference_batch_size``, and a record that is missing, broken, of another version or of another model.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_gradhist import OptimizerCalibration
+        >>> calibration = OptimizerCalibration(reference_batch_size=256)
+        >>> trainer = Trainer(callbacks=[calibration], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        reference_batch_size: Optional[int] = None,  # noqa: UP045 - LightningCLI on Python 3.10 reads the plain types
+        reference: Optional[str] = None,  # noqa: UP045
+        epsilon: Union[float, Literal["auto", "keep"]] = "auto",  # noqa: UP007
+        learning_rate: Literal["surge", "sqrt", "fourth_root", "linear", "keep"] = "surge",
+        probe_batches: int = 32,
+        apply: bool = True,
+        batch_size: Optional[int] = None,  # noqa: UP045
+        fallback: Literal["sqrt", "fourth_root", "linear", "keep"] = "keep",
+    ) -> None:
+        for name, size in (("reference_batch_size", reference_batch_size), ("batch_size", batch_size)):
+            if size is not None and not size > 0:
+                raise MisconfigurationException(f"{name} must be a positive number of samples, got {size!r}")
+        if reference is not None and reference_batch_size is not None:
+            raise MisconfigurationException(
+                "reference and reference_batch_size contradict each other: a record knows its batch size; give one of them"
+            )
+        if epsilon not in ("auto", "keep") and not _is_number(epsilon):
+            raise MisconfigurationException(f"epsilon must be 'auto', 'keep' or a number from 0 up, got {epsilon!r}")
+        if learning_rate not in LAWS:
+            raise MisconfigurationException(f"learning_rate must be one of {LAWS}, got {learning_rate!r}")
+        if fallback not in PLAIN_LAWS:
+            raise MisconfigurationException(f"fallback must be one of {PLAIN_LAWS}, got {fallback!r}")
+        if probe_batches < MIN_BATCHES:
+            raise MisconfigurationException(f"probe_batches must be at least {MIN_BATCHES}, got {probe_batches!r}")
+        self.reference_batch_size = reference_batch_size
+        self.reference = reference
+        self.epsilon = epsilon
+        self.learning_rate = learning_rate
+        self.probe_batches = probe_batches
+        self.apply = apply
+        self.batch_size = batch_size
+        self.fallback = fallback
+        self.result: CalibrationResult | None = None
+        self._record: RunRecord | None = None
+        self._applied = _Applied()
+        self._phase = _Phase.IDLE
+
+    def state_dict(self) -> dict[str, Any]:
+        """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
+        return self._applied.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Marks the calibration as done if it was, and takes up its changes."""
+        self._applied = _Applied.from_state_dict(state_dict)
+        self._phase = _Phase.LOADED if self._applied.report is not None else _Phase.IDLE
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds out whether this run is to be calibrated, and reads the record if so."""
+        # A checkpoint may come before the first step (accumulation); one that was only validated counts for nothing.
+        from_checkpoint = self._phase is _Phase.LOADED and trainer.ckpt_path is not None
+        self._phase = _Phase.IDLE
+        if (trainer.global_step > 0 or from_checkpoint) and self._applied.report is not None:
+            self._go_on(trainer, from_checkpoint)
+            return
+        self.result, self._applied = None, _Applied()
+        obstacle = _obstacle(trainer)
+        if obstacle is not None:
+            rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
+            return
+        self._record = self._read_record(trainer, pl_module)
+        self._phase = _Phase.WAITING
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Calibrates at the first batch, when the module has seen the start of training and of the epoch."""
+        phase, self._phase = self._phase, _Phase.IDLE
+        if phase is _Phase.RESUMED:
+            self._look_at_batch_size(trainer)
+        elif phase is _Phase.WAITING:
+            self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
+        result = decide(self, gather(self, trainer, module, self._record))
+        if result.problems:
+            rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
+        if self.apply:
+            changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
+            apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
+            self._applied = _Applied(result.to_text(), changes, result.effective_batch_size)
+        self.result = result
+        rank_zero_info(result.to_text())
+        if trainer.is_global_zero:
+            _log(trainer, result)
+
+    def _go_on(self, trainer: Trainer, from_checkpoint: bool) -> None:
+        """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
+        rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
+        self._phase = _Phase.RESUMED
+        if not from_checkpoint:
+            optimizer = trainer.optimizers[0]
+            changes = [change for change in self._applied.changes if holds_before(optimizer, change)]
+            apply_changes(optimizer, _schedulers(trainer), changes)
+
+    def _look_at_batch_size(self, trainer: Trainer) -> None:
+        """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
+        before, now = self._applied.batch_size, effective_batch_size(trainer, self.batch_size)
+        if before is None or now is None or before == now or not self._applied.changes:
+            return
+        rank_zero_warn(
+            f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its values"
+            f" stay those for {before:g}, and a record of the run will have them as those for {now:g}. For the new batch"
+            " size, load the weights alone into a new run, with the record of this one up to here as reference, or with the"
+            " reference that this one had."
+        )
+
+    def _read_record(self, trainer: Trainer, module: LightningModule) -> RunRecord | None:
+        if self.reference is None:
+            return None
+        outcome: Any = trainer.strategy.broadcast(_load(self.reference) if trainer.is_global_zero else None)
+        try:
+            if isinstance(outcome, RecordError):
+                raise outcome
+            outcome.check_model(model_shapes(module))
+        except RecordError as error:
+            raise MisconfigurationException(f"reference: {error}") from None
+        return outcome
+
+
+def _obstacle(trainer: Trainer) -> str | None:
+    if len(trainer.optimizers) != 1:
+        return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
+    if not is_known(trainer):
+        return f"{type(trainer.strategy).__name__} is not supported, only one device, DDP and ModelParallelStrategy (FSDP2) are"
+    if trainer.global_step > 0:
+        return (
+            f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"
+            " made before the first step"
+        )
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _load(path: str) -> RunRecord | RecordError:
+    try:
+        return RunRecord.load(path)
+    except RecordError as error:
+        return error
+
+
+def _schedulers(trainer: Trainer) -> list[Any]:
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def _log(trainer: Trainer, result: CalibrationResult) -> None:
+    try:
+        drawn = figures.of_calibration(result) if figures.available() and trainer.loggers else {}
+        for sink in sinks(trainer.loggers):
+            sink.text("calibration/report", result.to_markdown(), trainer.global_step)
+            sink.scalars(result.scalars(), trainer.global_step)
+            for tag, figure in drawn.items():
+                sink.figure(tag, figure, trainer.global_step)
+    except Exception as error:  # the values are set; a logger must not undo that
+        rank_zero_warn(f"OptimizerCalibration could not log its report, training goes on: {error!r}")

@@ -1,0 +1,168 @@
+"""What a calibration decides from its evidence; nothing here knows a Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_gradhist.adaptor import AUTO, explore_choice
+from lightning_gradhist.callbacks.calibration import explain
+from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options
+from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
+from lightning_gradhist.logging.report import CalibrationResult, GroupChange
+from lightning_gradhist.noise import NoiseEstimate
+
+_KEPT = RateRatio(1.0, 1.0, 1.0, "keep")
+
+
+@dataclass
+class Decision:
+    """One of the decisions: what is to be changed, why, and what could not be done."""
+
+    changes: list[GroupChange] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def decide(options: Options, evidence: Evidence) -> CalibrationResult:
+    """Decides on adaptor E's two numbers, on epsilon and on the learning rate.
+
+    Args:
+        options: what the user asked for.
+        evidence: what is known.
+    """
+    probe = evidence.probe
+    clipping = [explain.clipped(*probe.clipping)] if probe.clipping else []
+    explore, eps = choose_explore(evidence), decide_epsilon(options, evidence)
+    ratio, rate = decide_rate(options, evidence)
+    noise, source = known_noise(options, evidence)
+    first = evidence.groups[0]
+    return CalibrationResult(
+        applied=options.apply,
+        optimizer=evidence.optimizer,
+        epsilon=_after(eps.changes, first.eps),
+        epsilon_range=probe.search_space,
+        learning_rate=_after(rate.changes, first.lr),
+        ratio=ratio.value,
+        ratio_interval=(ratio.lower, ratio.upper),
+        law=ratio.law,
+        noise_scale=noise,
+        noise_source=source,
+        effective_batch_size=evidence.batch_size,
+        reference_batch_size=_reference(options, evidence),
+        changes=(*rate.changes, *eps.changes, *explore.changes),
+        reasons=(*clipping, *eps.reasons, *rate.reasons),
+        problems=tuple(dict.fromkeys((*explore.problems, *probe.problems, *eps.problems, *rate.problems))),
+        gradients=probe.gradients,
+    )
+
+
+def choose_explore(evidence: Evidence) -> Decision:
+    """Adaptor E's two numbers, where they were left on ``"auto"``."""
+    waiting = [(index, group.alpha) for index, group in enumerate(evidence.groups) if group.alpha is not None]
+    if waiting and evidence.batch_size is None:
+        return Decision(problems=[_no_batch_size("alpha and explore_beta stay on their choice for small batches")])
+    alpha, explore_beta = explore_choice(evidence.batch_size)
+    changes = [GroupChange(index, key, AUTO, alpha) for index, key in waiting]
+    return Decision(changes + [GroupChange(index, "explore_beta", AUTO, explore_beta) for index, _ in waiting])
+
+
+def decide_epsilon(options: Options, evidence: Evidence) -> Decision:
+    """The epsilon of each group."""
+    decision = Decision()
+    if options.epsilon == "keep":
+        return decision
+    if not evidence.has_epsilon:
+        decision.problems.append(explain.no_epsilon(evidence.optimizer))
+        return decision
+    space = evidence.probe.search_space
+    for index, group in enumerate(evidence.groups):
+        before, after = group.eps, group.chosen_eps(options.epsilon, space)
+        assert before is not None
+        if after != before:
+            decision.changes.append(GroupChange(index, "eps", before, after))
+        if options.epsilon != "auto":
+            continue
+        if before < group.least_eps == after:
+            decision.reasons.append(explain.epsilon_raised(evidence.optimizer, index, before, after))
+        elif space is not None:
+            decision.reasons.append(explain.epsilon_chosen(space, index, before, after))
+    return decision
+
+
+def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decision]:
+    """The ratio of learning rates, and the learning rate of each group."""
+    decision = Decision()
+    reference, batch_size = _reference(options, evidence), evidence.batch_size
+    obstacle = _rate_obstacle(options, evidence)
+    if obstacle is not None:
+        decision.problems.append(obstacle)
+    if options.learning_rate == "keep" or obstacle is not None or batch_size is None or reference is None:
+        return _KEPT, decision
+    noise, source = known_noise(options, evidence)
+    ratio = choose_ratio(
+        options.learning_rate,
+        batch_size,
+        reference,
+        noise,
+        from_record=source == "record",
+        fallback=options.fallback,
+    )
+    (decision.problems if ratio.law != options.learning_rate else decision.reasons).extend(ratio.reasons)
+    own = [group.lr for group in evidence.groups]
+    trusted, reason = _trusted_rates(evidence, own, ratio) if ratio.law != "keep" else (own, None)
+    decision.reasons.extend([reason] if reason else [])
+    decision.changes.extend(
+        GroupChange(index, "lr", before, rate * ratio.value)
+        for index, (before, rate) in enumerate(zip(own, trusted, strict=True))
+        if before > 0 and not math.isclose(rate * ratio.value, before, rel_tol=1e-12)
+    )
+    return ratio, decision
+
+
+def known_noise(options: Options, evidence: Evidence) -> tuple[NoiseEstimate | None, str | None]:
+    """``B_adam`` and where it is from, ``"record"`` or ``"probe"``; None where there is none."""
+    if evidence.recorded is not None and options.learning_rate != "keep":
+        return evidence.recorded.noise.get("adam"), "record"
+    return evidence.probe.noise, "probe" if evidence.probe.noise is not None else None
+
+
+def _reference(options: Options, evidence: Evidence) -> float | None:
+    return evidence.recorded.batch_size if evidence.recorded else options.reference_batch_size
+
+
+def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
+    """What keeps a rate from being carried over, or None."""
+    law = options.learning_rate
+    if law == "keep":
+        return None
+    if _reference(options, evidence) is None:
+        return explain.no_reference(law)
+    if evidence.batch_size is None:
+        return _no_batch_size("the learning rate is kept")
+    if law == SURGE and not evidence.adaptive:
+        return explain.not_adaptive(law, evidence.optimizer)
+    return explain.own_rates(evidence.scheduler) if evidence.scheduler else None
+
+
+def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -> tuple[Sequence[float], str | None]:
+    """The rates that are trusted at the reference, and a sentence on where they are from."""
+    recorded = evidence.recorded
+    if recorded is None:
+        return own, None
+    if recorded.name == evidence.optimizer and len(recorded.learning_rates) == len(own):
+        return recorded.learning_rates, explain.recorded_rate(ratio.value, recorded.learning_rates, own)
+    why = f"is of {recorded.name}" if recorded.name != evidence.optimizer else "has other parameter groups"
+    return own, explain.ratio_only(why, evidence.optimizer, own, recorded.batch_size)
+
+
+def _no_batch_size(consequence: str) -> str:
+    return explain.NO_BATCH_SIZE.format(consequence=consequence)
+
+
+def _after(changes: Sequence[GroupChange], otherwise: Any) -> float | None:
+    """The value of the first group after changes of one hyper-parameter."""
+    found = next((change.after for change in changes if change.group == 0), otherwise)
+    return None if found is None else float(found)

@@ -1,0 +1,243 @@
+"""What a calibration knows before it decides: asked of the Trainer, the optimizer, a record and a probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+
+from lightning_gradhist.adaptor import AUTO, explore_choice, resolve_explore, variance_factor
+from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks.batch_size import batch_of_rank, effective_batch_size, gradients_a_step
+from lightning_gradhist.callbacks.calibration import explain
+from lightning_gradhist.callbacks.calibration.handoff import base_rate, keeps_own_rates
+from lightning_gradhist.callbacks.gradients import clips_by_norm
+from lightning_gradhist.callbacks.optimizers import least_epsilon, rule_of
+from lightning_gradhist.callbacks.probe.outcome import on_every_rank
+from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
+from lightning_gradhist.callbacks.probe.run import run_probe
+from lightning_gradhist.callbacks.strategies import is_sharded
+from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.learning_rate import SURGE
+from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord, RunRecord
+
+MIN_BATCHES = 4
+"""The fewest batches of a probe: two for a variance, two to measure against."""
+
+
+class Options(Protocol):
+    """What the user of :class:`lightning_gradhist.OptimizerCalibration` asked for."""
+
+    @property
+    def reference_batch_size(self) -> int | None: ...  # noqa: D102
+    @property
+    def epsilon(self) -> float | str: ...  # noqa: D102
+    @property
+    def learning_rate(self) -> str: ...  # noqa: D102
+    @property
+    def probe_batches(self) -> int: ...  # noqa: D102
+    @property
+    def apply(self) -> bool: ...  # noqa: D102
+    @property
+    def batch_size(self) -> int | None: ...  # noqa: D102
+    @property
+    def fallback(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """What a calibration asks of a parameter group.
+
+    Attributes:
+        lr: the rate that its schedule is a multiple of.
+        eps: its epsilon; None where that is no number.
+        least_eps: the smallest epsilon that it can hold.
+        alpha: key of adaptor E's alpha; None where its two numbers are not to be chosen.
+    """
+
+    lr: float
+    eps: float | None
+    least_eps: float
+    alpha: str | None
+
+    def chosen_eps(self, epsilon: float | str, search_space: EpsilonRange | None) -> float:
+        """The epsilon that an option asks for, from a search space where there is one; 0 of a group without."""
+        if self.eps is None:
+            return 0.0
+        if epsilon == "keep":
+            return self.eps
+        if epsilon != "auto":
+            return float(epsilon)
+        return max(choose_epsilon(self.eps, search_space) if search_space else self.eps, self.least_eps)
+
+
+@dataclass
+class ProbeFindings:
+    """What a probe has found, as far as it came.
+
+    Attributes:
+        search_space: of epsilon.
+        noise: ``B_adam`` in samples.
+        gradients: number of gradients behind them, over all ranks.
+        clipping: the norm that gradients are clipped to, and the factor that this makes.
+        problems: a sentence for each thing that could not be done.
+    """
+
+    search_space: EpsilonRange | None = None
+    noise: NoiseEstimate | None = None
+    gradients: int = 0
+    clipping: tuple[float, float] | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a calibration is decided from.
+
+    Attributes:
+        optimizer: class of the optimizer.
+        adaptive: whether its step is divided by the root of an average of squares, plus its epsilon.
+        groups: its parameter groups.
+        batch_size: samples of an optimizer step; None if unknown.
+        recorded: of an earlier run, or None.
+        scheduler: class of a scheduler that keeps rates of its own, or None.
+        probe: what the probe has found; nothing where there was none.
+    """
+
+    optimizer: str
+    adaptive: bool
+    groups: Sequence[ParamGroup]
+    batch_size: float | None
+    recorded: OptimizerRecord | None = None
+    scheduler: str | None = None
+    probe: ProbeFindings = field(default_factory=ProbeFindings)
+
+    @property
+    def has_epsilon(self) -> bool:
+        """Whether every group has an epsilon of Adam's kind."""
+        return self.adaptive and all(group.eps is not None for group in self.groups)
+
+
+def gather(options: Options, trainer: Trainer, module: LightningModule, record: RunRecord | None) -> Evidence:
+    """Gathers all there is, with a probe where one is needed; to be called on every rank, at the first batch.
+
+    Args:
+        options: what the user asked for.
+        trainer: at its first batch.
+        module: at its first batch.
+        record: of an earlier run, or None.
+    """
+    optimizer: Optimizer = trainer.optimizers[0]
+    adaptive = rule_of(optimizer).adaptive
+    evidence = Evidence(
+        optimizer=type(optimizer).__name__,
+        adaptive=adaptive,
+        groups=[_param_group(optimizer, group, adaptive) for group in optimizer.param_groups],
+        batch_size=effective_batch_size(trainer, options.batch_size),
+        recorded=record.optimizers[0] if record else None,
+        scheduler=_keeper_of_rates(trainer),
+    )
+    if needs_probe(options, evidence):
+        measurement = _Measurement(options, trainer, module, evidence)
+        why_none = run_probe(trainer, module, options.probe_batches, MIN_BATCHES, measurement.measure)
+        if why_none is not None:
+            evidence.probe.problems.append(explain.no_probe(why_none))
+    return evidence
+
+
+def needs_probe(options: Options, evidence: Evidence) -> bool:
+    """Whether anything that is asked for cannot be decided without a probe."""
+    wants_epsilon = options.epsilon == "auto" and evidence.has_epsilon
+    wants_noise = options.learning_rate == SURGE and options.reference_batch_size is not None
+    return wants_epsilon or (wants_noise and evidence.adaptive and evidence.batch_size is not None)
+
+
+class _Measurement:
+    """The two halves of a probe: the search space of epsilon, then the noise scale in the metric that it gives."""
+
+    def __init__(self, options: Options, trainer: Trainer, module: LightningModule, evidence: Evidence) -> None:
+        self._options, self._trainer, self._module, self._evidence = options, trainer, module, evidence
+        self._found = evidence.probe
+        self._micro_batches = gradients_a_step(trainer)
+
+    def measure(self, planned: int, tick: Callable[[], Any]) -> None:
+        """Reads up to ``planned`` batches on each rank."""
+        trainer, optimizer = self._trainer, self._trainer.optimizers[0]
+        probe = Probe(trainer, self._module, optimizer, batch_of_rank(trainer, self._options.batch_size), tick)
+        samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
+        noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
+        first = (planned + 1) // 2
+        for gradient in probe.gradients(first):
+            noise.update(gradient)
+        pool(noise, trainer)
+        if noise.first_half.count < 2:
+            self._found.problems.append(explain.no_gradients(noise.first_half.count, probe.batches))
+            self._found.problems.extend(probe.left_out())
+            return
+        batch_ratio = self._batch_ratio(optimizer.param_groups[0])
+        clipping = self._find_search_space(noise, probe, batch_ratio)
+        eps = self._evidence.groups[0].chosen_eps(self._options.epsilon, self._found.search_space) / clipping
+        on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio))
+        for gradient in probe.gradients(planned - first):
+            noise.update(gradient)
+        pool(noise, trainer)
+        self._found.noise = noise.adam() if self._evidence.batch_size is not None else None
+        self._found.gradients = noise.first_half.count + noise.measurements
+        if probe.batches < self._options.probe_batches:
+            self._found.problems.append(explain.few_batches(self._options.probe_batches, probe.batches))
+        self._found.problems.extend(probe.left_out())
+
+    def _find_search_space(self, noise: NoiseScale, probe: Probe, batch_ratio: float) -> float:
+        """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
+        second_moment = noise.first_half.second_moment(batch_ratio)
+        rms = {name: v.sqrt() for name, v in second_moment.items()}
+        factor, limit = 1.0, self._trainer.gradient_clip_val
+        if limit and clips_by_norm(self._trainer):
+            square = math.fsum(float(v.sum()) for v in second_moment.values())
+            factor = clip_factor(probe.over_shards(square), limit)
+            rms = {name: r * factor for name, r in rms.items()}
+            self._found.clipping = (limit, factor)
+        elif limit:
+            rms = {name: r.clamp(max=limit) for name, r in rms.items()}
+        histogram = MagnitudeHistogram(list(rms), self._module.device)
+        histogram.update(rms)
+        if is_sharded(self._trainer):
+            histogram.all_reduce()  # the other ranks have counted other coordinates
+        try:
+            self._found.search_space = epsilon_range(histogram.to("cpu"))
+        except ValueError as error:
+            self._found.problems.append(f"no epsilon range: {error}")
+        return factor
+
+    def _batch_ratio(self, group: dict[str, Any]) -> float:
+        # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.
+        if "explore_beta" not in group:
+            return self._micro_batches
+        alpha, explore_beta = group[_alpha_key(group)], group["explore_beta"]
+        waiting = explore_beta == AUTO and self._evidence.batch_size is not None
+        chosen = explore_choice(self._evidence.batch_size) if waiting else resolve_explore(alpha, explore_beta)
+        return self._micro_batches / variance_factor(*chosen)
+
+
+def _param_group(optimizer: Optimizer, group: dict[str, Any], adaptive: bool) -> ParamGroup:
+    eps = group.get("eps")
+    return ParamGroup(
+        lr=base_rate(group),
+        eps=eps if adaptive and isinstance(eps, (int, float)) else None,
+        least_eps=least_epsilon(optimizer, group),
+        alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
+    )
+
+
+def _alpha_key(group: dict[str, Any]) -> str:
+    """Adaptor E's key in a group where the inner optimizer may have an alpha of its own, as RMSprop has."""
+    return "explore_alpha" if "explore_alpha" in group else "alpha"
+
+
+def _keeper_of_rates(trainer: Trainer) -> str | None:
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return next((type(scheduler).__name__ for scheduler in schedulers if keeps_own_rates(scheduler)), None)

@@ -1,0 +1,109 @@
+"""The sentences of a calibration: what was decided and why, and what could not be done, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_gradhist.epsilon import EpsilonRange
+
+NO_BATCH_SIZE = (
+    "the batch size cannot be read from the training loader, or not under manual optimization, so {consequence}; pass the"
+    " samples of one micro-batch on one device (under manual optimization, of one step), OptimizerCalibration(batch_size=...)"
+)
+
+
+def no_probe(why: str) -> str:
+    """There is no probe."""
+    return f"no probe: {why}. What needs one is left as it is (epsilon='keep' asks for none)"
+
+
+def no_gradients(found: int, batches: int) -> str:
+    """The probe got fewer than two gradients."""
+    return (
+        f"the probe got {found} finite gradients from {batches} batches a rank: the loss or its gradient is not finite, or no"
+        " parameter has a gradient; look at the first batches with Trainer(detect_anomaly=True)"
+    )
+
+
+def few_batches(wanted: int, found: int) -> str:
+    """The loader has fewer batches than the probe was to take."""
+    return (
+        f"probe_batches={wanted}, but the loader has {found} full batches, which were used; pass probe_batches={found}"
+    )
+
+
+def clipped(limit: float, factor: float) -> str:
+    """Gradients reach the optimizer clipped."""
+    return f"gradients are clipped to a norm of {limit:g}: taken times {factor:.3g}"
+
+
+def no_epsilon(optimizer: str) -> str:
+    """The optimizer's epsilon is not known to be Adam's."""
+    return f"{optimizer} is not known to have an epsilon of Adam's kind, so none is set; pass epsilon='keep'"
+
+
+def epsilon_raised(optimizer: str, group: int, before: float, after: float) -> str:
+    """Float16 does not hold the epsilon."""
+    return (
+        f"eps {before:g} of group {group} is raised to {after:g}: {optimizer} steps float16 parameters in float16, which"
+        " holds nothing below 6e-8 but zero"
+    )
+
+
+def epsilon_chosen(search_space: EpsilonRange, group: int, before: float, after: float) -> str:
+    """The epsilon is kept or lowered."""
+    share = _share(search_space.damped_share(before))
+    if after == before:
+        return f"eps {before:g} of group {group} is kept: it halves the step, or more, of {share} of the coordinates"
+    return (
+        f"eps {before:g} of group {group} would halve the step, or more, of {share} of the coordinates; lowered to"
+        f" {after:g}, where it does so of {_share(search_space.damped_share(after))}"
+    )
+
+
+def no_reference(law: str) -> str:
+    """Nobody said at which batch size a rate is trusted."""
+    return (
+        f"learning_rate={law!r} needs a rate that is trusted, so the rate is kept; pass reference_batch_size=... or"
+        " reference='.../calibration.json', or learning_rate='keep'"
+    )
+
+
+def not_adaptive(law: str, optimizer: str) -> str:
+    """The law is for optimizers of another kind."""
+    return (
+        f"the {law} law is for optimizers like Adam, and {optimizer} is not known to be one, so the rate is kept; pass"
+        " learning_rate='linear', 'sqrt' or 'keep'"
+    )
+
+
+def own_rates(scheduler: str) -> str:
+    """A scheduler would not follow a changed rate."""
+    return (
+        f"{scheduler} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the scheduler is"
+        " made, or pass learning_rate='keep'"
+    )
+
+
+def recorded_rate(ratio: float, recorded: Sequence[float], own: Sequence[float]) -> str:
+    """The record's rate replaces the optimizer's."""
+    return (
+        f"times {ratio:.4g} of the recorded rate {_rates(recorded)}, which replaces the {_rates(own)} of the optimizer"
+    )
+
+
+def ratio_only(why: str, optimizer: str, own: Sequence[float], batch_size: float) -> str:
+    """The record's ratio is taken, for the optimizer's own rate."""
+    return (
+        f"the record {why}, so only the ratio is used: {optimizer}'s own rate {_rates(own)} is taken as right for"
+        f" {batch_size:g} samples a step"
+    )
+
+
+def _rates(rates: Sequence[float]) -> str:
+    said = [f"{rate:.4g}" for rate in rates]
+    return said[0] if len(set(said)) == 1 else ", ".join(said)
+
+
+def _share(share: float) -> str:
+    return "less than 0.1%" if share < 5e-4 else f"{share:.1%}"

@@ -1,0 +1,162 @@
+"""Which parameters are counted, and in which row of the histogram."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lightning_gradhist.callbacks._lightning import MisconfigurationException, rank_zero_warn
+from lightning_gradhist.callbacks.parameters import plain_name
+
+_NAMED = 12
+_POOLED = re.compile(r"all(_\d+)?")  # names of what is over all rows
+
+
+class Rows:
+    """Gives each parameter the name of its row, or leaves it out.
+
+    Args:
+        group_by: as for ``GradientHistogramMonitor``.
+        include: as there.
+        exclude: as there.
+
+    Raises:
+        MisconfigurationException: for an argument that is none of these, or no regular expression.
+    """
+
+    def __init__(
+        self, group_by: int | str | Callable[[str], str | None] | None, include: str | None, exclude: str | None
+    ) -> None:
+        filters = {"include": include, "exclude": exclude}
+        self._filters = {name: None if x is None else _compiled(name, x) for name, x in filters.items()}
+        self._group_of = _grouping(group_by)
+        self._groups: dict[str, str | None] = {}
+        self._has_warned = False
+
+    def of(self, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+        """The rows of those parameters that are counted, by name; one for which there is no group has its own."""
+        layers = _layers(module) if any(self._filters.values()) else {}
+        return {name: self._group(name) or _own_row(name) for name in names if self._is_counted(name, layers)}
+
+    def check(self, module: nn.Module) -> int:
+        """Refuses filters that match no parameter of the module, or leave none; else counts the rows that are trained.
+
+        A parameter that is frozen now counts for a match, as it may be trained later.
+
+        Raises:
+            MisconfigurationException: naming what there is.
+        """
+        layers = _layers(module)
+        trained = {plain_name(name): p.requires_grad for name, p in module.named_parameters()}
+        names = list(trained)
+        classes = sorted({layers[_layer_of(name)][0] for name in names if layers[_layer_of(name)]})
+        there = f"The parameters are {_listed(names)}; the layers {_listed(classes)}."
+        for argument, pattern in self._filters.items():
+            if pattern is not None and not any(_matches(pattern, name, layers) for name in names):
+                raise MisconfigurationException(
+                    f"{argument}={pattern.pattern!r} matches no parameter's name and no layer's class. {there}"
+                )
+        rows = self.of(module, names)
+        if names and not rows:
+            raise MisconfigurationException(f"include and exclude together leave no parameter. {there}")
+        taken = sorted(row for row in set(rows.values()) if _POOLED.fullmatch(row))
+        if taken:
+            raise MisconfigurationException(
+                f"group_by gives the group {taken[0]!r}, which is the name of what is over all groups; give it another one"
+            )
+        return len({row for name, row in rows.items() if trained[name]})
+
+    def _group(self, name: str) -> str | None:
+        """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
+        if name not in self._groups:
+            try:
+                self._groups[name] = self._group_of(name)
+            except Exception as error:
+                self._groups[name] = None
+                if not self._has_warned:
+                    rank_zero_warn(f"group_by raises for {name!r}, which has a row of its own now: {error!r}")
+                self._has_warned = True
+        return self._groups[name]
+
+    def _is_counted(self, name: str, layers: Mapping[str, list[str]]) -> bool:
+        include, exclude = self._filters.values()
+        if include is not None and not _matches(include, name, layers):
+            return False
+        return exclude is None or not _matches(exclude, name, layers)
+
+
+def _own_row(name: str) -> str:
+    return f"parameter_{name}" if _POOLED.fullmatch(name) else name
+
+
+def told_apart(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
+    """The rows of one of several optimizers: one that another optimizer has as well ends in the optimizer's index."""
+    others = {row for i, other in enumerate(rows) if i != index for row in other.values()}
+    taken = others.union(rows[index].values())
+
+    def own(row: str) -> str:
+        row = f"{row}_{index}"
+        return own(row) if row in taken else row
+
+    return {name: own(row) if row in others else row for name, row in rows[index].items()}
+
+
+def _grouping(group_by: Any) -> Callable[[str], str | None]:
+    """The function from the name of a parameter to that of its group, or to nothing; one that can be pickled."""
+    if isinstance(group_by, int) and not isinstance(group_by, bool) and group_by >= 1:
+        return partial(_module_path, depth=group_by)
+    if isinstance(group_by, str):
+        return partial(_first_group, pattern=_compiled("group_by", group_by))
+    if group_by is None or callable(group_by):
+        return group_by or _no_group
+    raise MisconfigurationException(
+        "group_by must be None, a depth of the module path from 1 up, a regular expression, or a function of a"
+        f" parameter's name, got {group_by!r}"
+    )
+
+
+def _no_group(name: str) -> None:
+    return None
+
+
+def _module_path(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:-1][:depth])
+
+
+def _first_group(name: str, pattern: re.Pattern[str]) -> str | None:
+    match = pattern.search(name)
+    return match[1 if pattern.groups else 0] if match else None
+
+
+def _compiled(argument: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise MisconfigurationException(f"{argument} must be a regular expression, got {pattern!r}: {error}") from None
+
+
+def _layers(module: nn.Module) -> dict[str, list[str]]:
+    """By the prefix of its parameters' names, the names of a layer's class and its bases below ``nn.Module``."""
+    return {
+        plain_name(f"{name}." if name else ""): [
+            cls.__name__ for cls in type(layer).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module
+        ]
+        for name, layer in module.named_modules()
+    }
+
+
+def _layer_of(name: str) -> str:
+    return name[: name.rfind(".") + 1]
+
+
+def _matches(pattern: re.Pattern[str], name: str, layers: Mapping[str, list[str]]) -> bool:
+    return bool(pattern.search(name)) or any(map(pattern.fullmatch, layers.get(_layer_of(name), ())))
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

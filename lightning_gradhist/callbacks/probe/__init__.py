@@ -1,0 +1,1 @@
+"""The probe: gradients at frozen weights, after which everything is as if it had not happened."""

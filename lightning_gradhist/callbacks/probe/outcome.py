@@ -1,0 +1,83 @@
+"""How a probe goes: what the ranks agree on, and what ends it but not the training, on every rank or on none."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks.strategies import least_over_ranks
+
+_T = TypeVar("_T")
+_MESSAGES = ("out of memory", "can't allocate memory", "cudnn_status_not_supported")  # the last is cuDNN's for the same
+
+
+class Outcome(IntEnum):
+    """How a batch went on this rank. The ranks agree on the worst, so that all call the same collectives."""
+
+    DONE = 0
+    NOT_FINITE = 1
+    OUT_OF_MEMORY = 2
+    ODD_SIZE = 3
+    OVERFLOW = 4
+    NO_BATCH = 5
+    FAILED = 6
+
+
+WHY_LEFT_OUT = {
+    Outcome.NOT_FINITE: "gave no finite gradient",
+    Outcome.OUT_OF_MEMORY: "ran out of memory (a smaller batch, or a model without the probe's copies, may fit)",
+    Outcome.ODD_SIZE: "had another number of samples than the others, on one rank at least",
+}
+
+
+class ProbeRefusedError(RuntimeError):
+    """The probe cannot be made; the message says why, and the way out. Raised on every rank or on none."""
+
+
+def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
+    """Does something on every rank; where it fails on one, it has failed on all.
+
+    Args:
+        trainer: whose ranks; all of them call this.
+        what: the action in a few words, for the message.
+        action: to be done; it calls no collective.
+
+    Raises:
+        ProbeRefusedError: with the reason of the first rank that has one.
+    """
+    result: Any = None
+    reason = None
+    try:
+        result = action()
+    except Exception as error:
+        reason = f"{what} raised {error!r}"
+    if least_over_ranks(float(reason is None), trainer) < 1:
+        free_memory()
+        raise ProbeRefusedError(first_reason(trainer, reason))
+    return result
+
+
+def first_reason(trainer: Trainer, reason: str | None) -> str:
+    """The reason of the first rank that has one; to be called on every rank."""
+    reasons = [reason] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(reasons, reason)
+    return next(reason for reason in reasons if reason is not None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, has no room left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in _MESSAGES)
+
+
+def free_memory() -> None:
+    """Gives back what nobody holds any more, after an error that held the whole graph of a batch."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used

@@ -1,0 +1,304 @@
+"""The probe: gradients at frozen weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_gradhist.callbacks._lightning import (
+    CombinedLoader,
+    LightningModule,
+    Trainer,
+    apply_to_collection,
+    is_overridden,
+    is_param_in_hook_signature,
+)
+from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
+from lightning_gradhist.callbacks.optimizers import coupled_decay
+from lightning_gradhist.callbacks.parameters import optimizer_parameters
+from lightning_gradhist.callbacks.probe.outcome import (
+    WHY_LEFT_OUT,
+    Outcome,
+    ProbeRefusedError,
+    first_reason,
+    free_memory,
+    is_out_of_memory,
+)
+from lightning_gradhist.callbacks.strategies import is_sharded, local, own_parts, replicas
+from lightning_gradhist.noise import NoiseScale
+from lightning_gradhist.tensors import as_real
+
+
+def pool(noise: NoiseScale, trainer: Trainer) -> None:
+    """Puts together what the ranks have measured, at the end of each half; to be called on every rank."""
+    if trainer.world_size > 1:
+        (noise.all_reduce_shards if is_sharded(trainer) else noise.all_reduce)()
+
+
+class Probe:
+    """Gradients of single batches on this rank, neither averaged over ranks nor divided for accumulation.
+
+    To be used within :func:`no_trace`. Each is the gradient of the optimizer's objective, a coupled weight decay
+    included, dense and real. The ranks go in step: each reads a batch, or none does. Where parameters are sharded (FSDP2,
+    tensor parallelism), a gradient is the mean over the ranks' batches, and each rank is given another part of it; what
+    then fails within a pass ends the run, as in training, since the other ranks wait within the model.
+
+    Args:
+        trainer: whose training data and precision are used.
+        module: whose ``training_step`` is called. Neither a DDP wrapper nor an override of ``backward`` has a part in it.
+        optimizer: whose parameters are asked for.
+        batch_size: samples of a batch on this rank, where known. If the first batch can be counted and has as many, later
+            ones with another number are passed over.
+        tick: called for each batch that was read.
+
+    Attributes:
+        parameters: names and real parameters, or parts of them, that gradients are given for.
+        batches: number of batches that were read.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: Optimizer,
+        batch_size: float | None = None,
+        tick: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.batches = 0
+        self._trainer = trainer
+        self._module = module
+        self._batch_size = batch_size
+        self._tick = tick
+        self._parameters = {n: p for n, p in optimizer_parameters(module, optimizer).items() if p.requires_grad}
+        self._replicas = replicas(trainer) if is_sharded(trainer) else None
+        self._module_parameters = list(module.parameters())  # now: within a pass, FSDP2 shows others in their place
+        self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
+        self._decay = coupled_decay(optimizer)
+        self._scale = loss_scale(trainer)
+        self._source = _batches(trainer, module)
+        self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
+
+    def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
+        """Reads up to ``number`` batches more.
+
+        Yields:
+            names and gradients, None for a parameter that the batch did not use. A batch is passed over if it has no
+            loss, or a gradient that is not finite, or another size than the first, or runs out of memory; under 16-mixed
+            the loss scale is lowered first, as the scaler would.
+
+        Raises:
+            ProbeRefusedError: where the training step fails, or cannot be differentiated without the hooks of the
+                parameters.
+        """
+        for _ in range(number):
+            batch, outcome, error = self._next()
+            worst = self._worst(outcome)
+            if worst is Outcome.FAILED:
+                self._refuse(error)
+            if worst is Outcome.NO_BATCH:
+                return
+            gradient: Mapping[str, Tensor | None] = {}
+            if worst is Outcome.DONE:
+                gradient, worst = self._of_batch(batch)
+            self.batches += 1
+            self._tick()
+            if worst is Outcome.DONE:
+                yield gradient
+            else:
+                self._left_out[worst] += 1
+
+    def left_out(self) -> list[str]:
+        """What became of the batches that gave no gradient, over all ranks; to be called on every rank."""
+        counts = torch.tensor([*self._left_out.values()], device=self._module.device)
+        if self._trainer.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        of = self.batches * self._trainer.world_size
+        found = zip(counts.tolist(), WHY_LEFT_OUT.values(), strict=True)
+        return [f"{count} of {of} batches of the probe {why}, and were left out" for count, why in found if count]
+
+    def over_shards(self, total: float) -> float:
+        """The sum over ranks that hold different parts of a gradient, else the number itself; for every rank."""
+        if self._replicas is None:
+            return total
+        summed = torch.tensor(total, dtype=torch.float64, device=self._module.device)
+        torch.distributed.all_reduce(summed)
+        return float(summed)
+
+    def _next(self) -> tuple[Any, Outcome, Exception | None]:
+        try:
+            batch = next(self._source, None)
+        except Exception as error:  # of a dataset, or of what puts samples together
+            return None, Outcome.FAILED, error
+        if batch is None:
+            return None, Outcome.NO_BATCH, None
+        samples = _samples(batch)
+        if self.batches == 0 and samples != self._batch_size:
+            self._batch_size = None  # what can be counted in a batch is not its samples
+        odd = self._batch_size is not None and samples != self._batch_size
+        return batch, Outcome.ODD_SIZE if odd else Outcome.DONE, None
+
+    def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
+        while True:
+            gradient, outcome, error = self._tried(batch)
+            worst = self._worst(outcome)
+            if worst is Outcome.FAILED:
+                self._refuse(error)
+            if worst is not Outcome.OVERFLOW:
+                return gradient, outcome if self._replicas is None else worst  # of a sharded one, each has a part
+            self._scale /= 2
+
+    def _tried(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome, Exception | None]:
+        try:
+            return (*self._passed(batch), None)
+        except Exception as error:
+            if self._replicas is not None:
+                raise  # the others wait within the model's own collectives, as they would in training
+            if not is_out_of_memory(error):
+                return {}, Outcome.FAILED, error
+        free_memory()  # here, where the error that held the graph is gone
+        return {}, Outcome.OUT_OF_MEMORY, None
+
+    def _passed(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
+        """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
+        loss = _loss(self._trainer, self._module, batch, self.batches)
+        loss = loss if loss is not None and loss.requires_grad else None
+        missing = Outcome.NOT_FINITE if loss is None else Outcome.DONE
+        if self._replicas is not None:
+            missing = self._worst(missing)  # a backward pass is a collective
+        if loss is None or missing is not Outcome.DONE:
+            return {}, Outcome.NOT_FINITE
+        gradients = self._whole(loss) if self._replicas is None else self._sharded(loss)
+        if _all_finite(gradients):
+            return gradients, Outcome.DONE
+        overflow = self._scale > 1.0 and bool(loss.isfinite().all())
+        return {}, Outcome.OVERFLOW if overflow else Outcome.NOT_FINITE
+
+    def _whole(self, loss: Tensor) -> dict[str, Tensor | None]:
+        # Not loss.backward(): it runs the hooks of DDP's reducer, and with static_graph=True that counts calls and would
+        # no longer average the gradients of training. It runs the users' hooks too, which may step an optimizer.
+        if _has_reentrant_checkpoint(loss):  # autograd.grad would find nothing behind it, and say nothing
+            raise ProbeRefusedError(
+                "activation checkpointing with use_reentrant=True can only be differentiated by backward(), which runs the"
+                " hooks of the parameters; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        found = torch.autograd.grad(loss * self._scale, list(self._parameters.values()), allow_unused=True)
+        return {
+            name: None if g is None else self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
+            for (name, p), g in zip(self._parameters.items(), found, strict=True)
+        }
+
+    def _sharded(self, loss: Tensor) -> Mapping[str, Tensor | None]:
+        """By backward(), in which FSDP2 averages over ranks; autograd knows nothing of the shards."""
+        before = [p.grad for p in self._module_parameters]
+        for p in self._module_parameters:
+            p.grad = None
+        try:
+            (loss * self._scale).backward()  # type: ignore[no-untyped-call]
+            there = {n: p for n, p in self._parameters.items() if p.grad is not None}
+            return self._own({name: self._finished(local_gradient(p), p) for name, p in there.items()})
+        finally:
+            for p, gradient in zip(self._module_parameters, before, strict=True):
+                p.grad = gradient
+
+    def _finished(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+        unscaled = gradient if self._scale == 1.0 else gradient / self._scale
+        decay = self._decay.get(id(parameter), 0.0)
+        return unscaled.add(_real(parameter), alpha=decay) if decay else unscaled
+
+    def _own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank answers for: all of them, or where parameters are sharded each value on one rank alone."""
+        return tensors if self._replicas is None else own_parts(tensors, self._parameters, self._replicas)
+
+    def _refuse(self, error: Exception | None) -> NoReturn:
+        """Says why it failed, on the first rank on which it did."""
+        reason = None if error is None else f"the training data, training_step or its gradient raised {error!r}"
+        own = str(error) if isinstance(error, ProbeRefusedError) else reason
+        raise ProbeRefusedError(first_reason(self._trainer, own)) from error
+
+    def _worst(self, outcome: Outcome) -> Outcome:
+        if self._trainer.world_size == 1:
+            return outcome
+        worst = torch.tensor(int(outcome), device=self._module.device)
+        torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
+        return Outcome(int(worst))
+
+
+def _real(parameter: nn.Parameter) -> Tensor:
+    return as_real(local(parameter.detach()))
+
+
+def _samples(batch: Any) -> int | None:
+    """The length that all tensors of a batch have in common, or None; to tell it, nothing may be guessed."""
+    sizes: set[int] = set()
+    waiting = [batch]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            sizes.add(part.size(0) if part.ndim else 1)
+        elif isinstance(part, (Mapping, list, tuple)):
+            waiting.extend(part.values() if isinstance(part, Mapping) else part)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]:
+    loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+    loaders.flattened = [_fresh(loader) for loader in loaders.flattened]
+    datamodule = getattr(trainer, "datamodule", None)
+    overridden = datamodule is not None and is_overridden("on_before_batch_transfer", datamodule)
+    hooks: Any = datamodule if overridden else module
+    for batch, _, _ in loaders:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = hooks.on_before_batch_transfer(batch, 0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _fresh(loader: Any) -> Any:
+    loader = copy.copy(loader)
+    if isinstance(loader, DataLoader):
+        # Persistent workers hang on this private attribute; the copy starts its own, and training keeps its.
+        loader._iterator = None
+    return loader
+
+
+def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int) -> Tensor | None:
+    arguments = [apply_to_collection(batch, Tensor, _copied, allow_frozen=True)]  # the same batch may come again
+    if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+        arguments.append(batch_index)
+    with trainer.precision_plugin.train_step_context():
+        output = module.training_step(*arguments)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":  # torch.utils.checkpoint's name for it; there is no public one
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
+    finite = [gradient.isfinite().all() for gradient in gradients.values() if gradient is not None]
+    return bool(finite) and bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
+
+
+def clip_factor(square: float, max_norm: float) -> float:
+    """By how much clipping to a norm scales a gradient of this expected squared length, at most 1."""
+    return min(1.0, max_norm / math.sqrt(square)) if square > 0 else 1.0

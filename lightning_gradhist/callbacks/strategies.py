@@ -1,0 +1,141 @@
+"""Which rank holds what of a tensor, under which strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.histogram import flat_values
+from lightning_gradhist.tensors import as_real
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How a whole tensor lies on the ranks: every one of ``ranks`` holds all of it, and this is ``rank``."""
+
+    rank: int
+    ranks: int
+
+
+def is_a(thing: object, *names: str) -> bool:
+    """Whether a class of one of these names is among a thing's own; by name, as Lightning's classes are there twice."""
+    return not {cls.__name__ for cls in type(thing).__mro__}.isdisjoint(names)
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the strategy is one under which parameters are DTensors: FSDP2, tensor parallelism."""
+    return is_a(trainer.strategy, "ModelParallelStrategy")
+
+
+def is_known(trainer: Trainer) -> bool:
+    """Whether the strategy is one of which it is known how it spreads gradients over ranks."""
+    return is_sharded(trainer) or replicas(trainer) is not None
+
+
+def replicas(trainer: Trainer) -> Replicas | None:
+    """How a tensor that is not a DTensor lies on the ranks: each of them holds all of it.
+
+    None where nobody knows: with other strategies, and where a DTensor's mesh leaves out ranks, which may hold others.
+    """
+    strategy: Any = trainer.strategy
+    if is_sharded(trainer):
+        sharded = [p for p in trainer.lightning_module.parameters() if isinstance(p, DTensor)]
+        whole = all(p.device_mesh.size() == trainer.world_size for p in sharded)
+        return Replicas(trainer.global_rank, trainer.world_size) if whole else None
+    if is_a(strategy, "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy"):
+        return Replicas(strategy.global_rank, strategy.world_size)
+    return Replicas(0, 1) if is_a(strategy, "SingleDeviceStrategy") else None
+
+
+def least_over_ranks(value: float, trainer: Trainer) -> float:
+    """The smallest of the ranks' values; to be called on every rank."""
+    if trainer.world_size == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.float64, device=trainer.lightning_module.device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return float(least)
+
+
+def parts_of_a_step(trainer: Trainer) -> int:
+    """Micro-batches of a step over all ranks, where this rank's gradient of the first of them can be told; else 1."""
+    if not trainer.lightning_module.automatic_optimization or is_sharded(trainer):
+        return 1
+    return trainer.accumulate_grad_batches * trainer.world_size
+
+
+def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], replicas: Replicas) -> dict[str, Tensor]:
+    """What this rank answers for, so that over all ranks each value of each tensor occurs once.
+
+    Args:
+        tensors: as this rank holds them, laid out as the parameters are; names may be missing, on all ranks the same.
+        parameters: in the order of all ranks.
+        replicas: of a tensor that is not a DTensor.
+
+    Returns:
+        A flat piece of each tensor, which may be empty, in the order of the parameter's memory: where ``n`` ranks hold the
+        same, as whole tensors or as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such
+        tensors together.
+    """
+    own = {name: as_real(local(parameter.detach())) for name, parameter in parameters.items()}
+    flat = {name: _flat(tensor, own[name]) for name, tensor in tensors.items()}
+    by_holders: dict[Replicas, dict[str, int]] = {}
+    for name, parameter in parameters.items():
+        by_holders.setdefault(_holders(parameter, replicas), {})[name] = own[name].numel()
+    shared = {holders: sizes for holders, sizes in by_holders.items() if holders.ranks > 1}
+    pieces = {name: tensor[:0] for sizes in shared.values() for name, tensor in flat.items() if name in sizes}
+    for holders, sizes in shared.items():
+        pieces |= slice_of(flat, sizes, holders.rank, holders.ranks)
+    return flat | pieces
+
+
+def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:
+    """The ranks that hold the same of a parameter as this one does."""
+    if not isinstance(parameter, DTensor):
+        return replicas
+    mesh, rank, ranks = parameter.device_mesh, 0, 1
+    for dim, (placement, position) in enumerate(zip(parameter.placements, mesh.get_coordinate() or (), strict=False)):
+        if placement.is_replicate():
+            rank, ranks = rank * mesh.size(dim) + position, ranks * mesh.size(dim)
+    return Replicas(rank, ranks)
+
+
+def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+    # One order for gradient and second moment; no copy where they lie in memory as the parameter does (channels_last).
+    if like.is_contiguous():
+        return tensor.reshape(-1)
+    return tensor.permute(sorted(range(like.dim()), key=like.stride, reverse=True)).reshape(-1)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def slice_of(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], rank: int, ranks: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The part of a rank when all values, one after another, are cut into ``ranks`` equal parts.
+
+    Args:
+        tensors: the dense tensors that are there, the same on every rank.
+        sizes: names and numbers of values of all tensors in order, those that are not there included.
+        rank: from 0 to ``ranks - 1``.
+        ranks: number of parts.
+
+    Yields:
+        names and flat pieces; over all ranks each value occurs once.
+    """
+    total = sum(sizes.values())
+    first, last = rank * total // ranks, (rank + 1) * total // ranks
+    start = 0
+    for name, size in sizes.items():
+        low, high = max(first - start, 0), min(last - start, size)
+        start += size
+        if name in tensors and low < high:
+            yield name, flat_values(tensors[name])[0][low:high]

@@ -1,0 +1,254 @@
+"""Learning rate from batch size: the surge law and its plain peers, and how far a rate is carried."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
+
+from lightning_gradhist.noise.interval import ENOUGH, NoiseEstimate
+
+SURGE = "surge"
+"""The law that needs a noise scale."""
+Law = Literal["surge", "sqrt", "fourth_root", "linear", "keep"]
+PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]
+LAWS: tuple[Law, ...] = get_args(Law)
+PLAIN_LAWS: tuple[PlainLaw, ...] = get_args(PlainLaw)
+"""The laws that need no noise scale."""
+BOUND = math.pi / 2
+"""Theorem 3 holds up to this multiple of the noise scale, over all coordinates together; from there the rate is constant."""
+MAX_SPREAD = 2.0
+"""A learning rate that is not known to this factor is not worth setting."""
+_EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
+
+
+class ScalingLaw(Protocol):
+    """How the best learning rate changes with the batch size."""
+
+    def ratio(self, batch_size: float, reference_batch_size: float) -> float:
+        """Best learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """``ratio = (batch_size / reference_batch_size) ** exponent``.
+
+    Args:
+        exponent: 0.5 for the square-root law, 0.25 for the fourth root, 1 for the linear law, 0 to keep the rate.
+    """
+
+    exponent: float
+
+    def ratio(self, batch_size: float, reference_batch_size: float) -> float:
+        """Learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
+        return (
+            _samples("batch_size", batch_size) / _samples("reference_batch_size", reference_batch_size)
+        ) ** self.exponent
+
+
+@dataclass(frozen=True)
+class SurgeLaw:
+    r"""The surge law: the best rate of Adam-like optimizers rises to a peak at the noise scale, then falls.
+
+    .. math:: \eta(B) = \eta_{max} \Big/ \tfrac12\left(\sqrt{B_n / B} + \sqrt{B / B_n}\right)
+
+    Li et al., "Surge Phenomenon in Optimal Learning Rate and Batch Size Scaling", NeurIPS 2024 (arXiv 2405.14578),
+    Theorem 3, which holds for :math:`B \ll \pi\sigma^2 / (2\mu^2)`; for much larger batches the rate is constant (Theorem
+    4). So beyond ``valid_until`` the ratio stays what it is there.
+
+    Args:
+        noise_scale: :math:`B_n` in samples, positive; infinite gives the square-root law, which has no peak.
+        max_learning_rate: :math:`\eta_{max}`, as the optimizer takes it; only the absolute form needs it.
+        valid_until: batch size in samples up to which Theorem 3 is used; no bound by default.
+
+    Raises:
+        ValueError: for a value that is not positive, and for a ``max_learning_rate`` at an infinite ``noise_scale``.
+
+    Example:
+        >>> law = SurgeLaw(noise_scale=1000, max_learning_rate=0.01)
+        >>> law.learning_rate(1000), round(law.ratio(1024, 64), 2)
+        (0.01, 2.1)
+    """
+
+    noise_scale: float
+    max_learning_rate: float | None = None
+    valid_until: float = math.inf
+
+    def __post_init__(self) -> None:
+        _samples("noise_scale", self.noise_scale, infinite=True)
+        _samples("valid_until", self.valid_until, infinite=True)
+        if self.max_learning_rate is None:
+            return
+        if not 0 < self.max_learning_rate < math.inf:
+            raise ValueError(f"max_learning_rate must be positive, got {self.max_learning_rate!r}")
+        if math.isinf(self.noise_scale):
+            raise ValueError("max_learning_rate is the peak at noise_scale, which must then be finite; use ratio()")
+
+    def ratio(self, batch_size: float, reference_batch_size: float) -> float:
+        """Best learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
+        batch = min(_samples("batch_size", batch_size), self.valid_until)
+        reference = min(_samples("reference_batch_size", reference_batch_size), self.valid_until)
+        noise = self.noise_scale
+        return math.sqrt(batch / reference) * (1.0 if math.isinf(noise) else (noise + reference) / (noise + batch))
+
+    def learning_rate(self, batch_size: float) -> float:
+        """Best learning rate at ``batch_size`` samples; needs ``max_learning_rate``."""
+        if self.max_learning_rate is None:
+            raise ValueError("max_learning_rate is needed for an absolute rate; without it use ratio()")
+        root = math.sqrt(self.noise_scale / min(_samples("batch_size", batch_size), self.valid_until))
+        return self.max_learning_rate * 2 / (root + 1 / root)
+
+
+@dataclass(frozen=True)
+class RateRatio:
+    """A ratio of learning rates, its interval, and what to know about it.
+
+    Attributes:
+        value: learning rate as a multiple of the reference's.
+        lower: smallest ratio at the noise scale and the two ends of its interval.
+        upper: largest of the three.
+        law: name of the law that it comes from.
+        reasons: sentences, in the order in which the decisions were made.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    law: str
+    reasons: tuple[str, ...] = ()
+
+
+def plain_law(name: str) -> PowerLaw:
+    """The law of a name that needs no noise scale: ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or ``"keep"``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _EXPONENTS:
+        raise ValueError(f"the name of a law must be one of {LAWS}, got {name!r}")
+    return PowerLaw(_EXPONENTS[name])
+
+
+def surge_ratio(noise_scale: float, batch_size: float, reference_batch_size: float, from_record: bool) -> float:
+    """The ratio of the surge law, within the bounds that :func:`choose_ratio` states.
+
+    Args:
+        noise_scale: ``B_adam`` as it is measured, in samples, from 0 up.
+        batch_size: in samples.
+        reference_batch_size: in samples.
+        from_record: whether it was measured over a run rather than at its start.
+    """
+    if noise_scale <= 0:  # no noise: nothing is gained by a larger batch
+        return 1.0
+    ratio = SurgeLaw(noise_scale, valid_until=BOUND * noise_scale).ratio(batch_size, reference_batch_size)
+    if from_record:
+        return ratio
+    low, high = sorted((1.0, math.sqrt(batch_size / reference_batch_size)))
+    return min(max(ratio, low), high)
+
+
+def choose_ratio(
+    law: str,
+    batch_size: float,
+    reference_batch_size: float,
+    noise: NoiseEstimate | None = None,
+    *,
+    from_record: bool = False,
+    fallback: str = "keep",
+) -> RateRatio:
+    r"""Applies a law with care: bounds what a probe may do, and refuses what the data do not support.
+
+    Of the surge law, which needs a noise scale:
+
+    - From a probe at the start of a run the noise scale is far too small, so the ratio stays between 1 and the square
+      root of the ratio of batch sizes. From the record of a run the full law is used.
+    - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio levels off.
+    - Where no signal stands out of the noise, where the interval of the noise scale has no bound above or none but zero
+      below, and where its ends give ratios of the full law a factor of two or more apart, the law is refused, and the
+      fallback is used instead. At the reference's own batch size nothing is refused: the ratio is 1.
+
+    Args:
+        law: one of :data:`LAWS`.
+        batch_size: samples of an optimizer step.
+        reference_batch_size: samples of an optimizer step of the run whose rate is trusted.
+        noise: ``B_adam``; needed for ``"surge"``.
+        from_record: whether it was measured over a run rather than at its start.
+        fallback: the law that is used on a refusal: one of :data:`PLAIN_LAWS`.
+
+    Raises:
+        ValueError: for another law or fallback, and for a batch size that is not positive.
+
+    Example:
+        >>> noise = NoiseEstimate(value=3000.0, lower=2500.0, upper=3600.0, confidence=0.95, measurements=200)
+        >>> ratio = choose_ratio("surge", 1024, 256, noise, from_record=True)
+        >>> round(ratio.lower, 2), round(ratio.value, 2), round(ratio.upper, 2)
+        (1.56, 1.62, 1.67)
+    """
+    if fallback == SURGE:
+        raise ValueError(
+            f"fallback is used where the surge law is refused, so it must be another than {SURGE!r}: {PLAIN_LAWS}"
+        )
+    if law != SURGE:
+        value = plain_law(law).ratio(batch_size, reference_batch_size)
+        return RateRatio(value, value, value, law)
+    plain = choose_ratio(fallback, batch_size, reference_batch_size)
+    why = _why_refused(batch_size, reference_batch_size, noise, from_record)
+    if why is not None and batch_size == reference_batch_size:  # where every law, whatever the noise, gives 1
+        return replace(plain, law=law)
+    if why is not None or noise is None:
+        return replace(plain, reasons=(f"surge law refused: {why}; fallback={fallback!r} is used",))
+    value, *ends = (
+        surge_ratio(scale, batch_size, reference_batch_size, from_record)
+        for scale in (noise.value, noise.lower, noise.upper)
+    )
+    reasons = [_origin(from_record)]
+    if batch_size > BOUND * noise.value:
+        reasons.append(
+            f"{batch_size:g} samples are beyond the bound of the law, {BOUND * noise.value:.3g}: the rate levels off"
+        )
+    return RateRatio(value, min(value, *ends), max(value, *ends), law, tuple(reasons))
+
+
+def _why_refused(
+    batch_size: float, reference_batch_size: float, noise: NoiseEstimate | None, from_record: bool
+) -> str | None:
+    """What keeps the surge law from these batch sizes and this noise scale, or None."""
+    why = None
+    if noise is None or noise.measurements == 0:
+        why = "there is no noise scale"
+    elif not math.isfinite(noise.value):
+        why = "no signal stands out of the noise of the gradients"
+    else:
+        scales = (noise.value, noise.lower, noise.upper)
+        full = [surge_ratio(scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
+        if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= MAX_SPREAD * min(full):
+            why = (
+                f"the noise scale is too uncertain ({noise.lower:.3g} to {_bounded(noise.upper)} samples): the rate could be"
+                f" multiplied by {min(full):.3g} or by {max(full):.3g}"
+            )
+    if why is not None and from_record and noise is not None and noise.measurements < ENOUGH:
+        why += (
+            f" (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
+            " every_n_steps of the GradientHistogramMonitor there)"
+        )
+    return why
+
+
+def _origin(from_record: bool) -> str:
+    if from_record:
+        return "surge law with the noise scale of a recorded run"
+    return (
+        "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
+        " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
+    )
+
+
+def _bounded(value: float) -> str:
+    return "unbounded" if math.isinf(value) else f"{value:.3g}"
+
+
+def _samples(name: str, value: float, infinite: bool = False) -> float:
+    if not value > 0 or (math.isinf(value) and not infinite):
+        raise ValueError(f"{name} must be a positive number of samples, got {value!r}")
+    return value

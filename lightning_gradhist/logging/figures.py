@@ -1,0 +1,248 @@
+"""The figures. They need matplotlib, which is optional: ``pip install "lightning-gradhist[plots]"``."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_gradhist.epsilon import EpsilonRange
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_law, surge_ratio
+from lightning_gradhist.logging.charts import shown_buckets
+from lightning_gradhist.logging.report import CalibrationResult
+from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
+
+if TYPE_CHECKING:
+    import numpy
+    from matplotlib.figure import Figure
+
+_FP16_SMALLEST = 2.0**-24
+_BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9661f", "#8a8f98", "#d4143a"
+_MAX_LABELS = 48
+_MAX_ROWS = 1000  # about as many as a figure has pixels for
+_CELLS_A_DECADE = 8
+_RENDERING = threading.Lock()
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def pixels(figure: Figure) -> numpy.ndarray:
+    """A figure as uint8 ``[height, width, 3]``; it may be asked for in several threads at once."""
+    import numpy
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with _RENDERING:  # drawing changes a figure, and several loggers show the same one
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[str, float] | None = None) -> Figure:
+    """Layers by magnitude: one row a name, first on top, darker where more of the layer's values lie.
+
+    Beyond 1,000 names the largest density of neighbours is shown, so that none is lost between pixels.
+    One in twenty cells may be beyond the darkest colour: a bias of three values does not make all other layers pale.
+
+    A row's values are the densities per decade of that layer, its orange tick is the median, and the dashed line is the
+    smallest number that float16 can hold.
+
+    Args:
+        histogram: of gradients; or, with ``eps``, of roots of second moments.
+        title: of the figure.
+        eps: the epsilon that is added to the values, by name; names may be missing. It is the dashed line then.
+    """
+    rows = histogram.counts.any(1).nonzero()[:, 0].tolist()
+    names = [histogram.names[row] for row in rows]
+    edges = histogram.edges.log10()
+    pooled = histogram.counts.sum(0)
+    low, high = (float(edge) for edge in shown_buckets(edges, pooled)[0][[0, -1]])
+    lines = [math.log10(eps[name]) if eps and eps.get(name) else math.nan for name in names]
+    low, high = min([low, *(x - 0.2 for x in lines)]), max([high, *(x + 0.2 for x in lines)])  # NaN compares as False
+    cells = torch.linspace(low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64)
+    density = _density(histogram.counts[rows], edges, cells)
+
+    figure = _figure(width=6.2, height=min(max(2.4, 1.3 + 0.2 * len(names)), 11.0))
+    axes = figure.add_subplot()
+    rows_each = math.ceil(len(names) / _MAX_ROWS)
+    image = axes.imshow(
+        _largest_of(density, rows_each).numpy(),
+        aspect="auto",
+        cmap="Blues",
+        interpolation="nearest",
+        extent=(low, high, math.ceil(len(names) / rows_each) * rows_each, 0.0),
+        vmin=0.0,
+        vmax=_darkest(density),
+    )
+    medians = histogram.quantile(0.5)[rows].log10()
+    for color, width in (("white", 2.4), (_ORANGE, 1.4)):
+        ticks = torch.arange(len(names))
+        axes.vlines(medians.tolist(), (ticks + 0.15).tolist(), (ticks + 0.85).tolist(), color=color, linewidth=width)
+    if eps is not None:
+        tops, bottoms = range(len(names)), range(1, len(names) + 1)
+        axes.vlines(lines, tops, bottoms, color="white", linewidth=2.4)
+        axes.vlines(lines, tops, bottoms, color=_RED, linestyle="--", linewidth=1.4)
+    elif low < math.log10(_FP16_SMALLEST) < high:
+        axes.axvline(math.log10(_FP16_SMALLEST), color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate("float16 min", (math.log10(_FP16_SMALLEST), 0), xytext=(3, 3), textcoords="offset points",
+                      color=_GREY, fontsize=8)  # fmt: skip
+    every = math.ceil(len(names) / _MAX_LABELS)
+    axes.set_yticks([row + 0.5 for row in range(0, len(names), every)], names[::every], fontsize=8)
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(names), 0)
+    shown = "|gradient|  (orange: median" if eps is None else "sqrt(second moment)  (red: epsilon, orange: median"
+    axes.set_xlabel(f"log10 {shown} of the layer)")
+    axes.set_title(title, fontsize=10, loc="left", pad=14)
+    figure.colorbar(image, ax=axes, label="share of the layer per decade", extend="max", fraction=0.04, pad=0.02)
+    return figure
+
+
+def of_calibration(result: CalibrationResult) -> dict[str, Figure]:
+    """The figures of a calibration by tag: those for which it has found what they show."""
+    figures: dict[str, Figure] = {}
+    if result.epsilon_range is not None:
+        before = next((c.before for c in result.changes if (c.group, c.name) == (0, "eps")), result.epsilon)
+        figures["calibration/epsilon_search_space"] = epsilon_figure(
+            result.epsilon_range, before if isinstance(before, float) else None, result.epsilon
+        )
+    if result.effective_batch_size and result.reference_batch_size:
+        figures["calibration/learning_rate_over_batch_size"] = learning_rate_figure(result)
+    if result.tradeoff():
+        figures["calibration/steps_and_samples_over_batch_size"] = tradeoff_figure(result)
+    return figures
+
+
+def epsilon_figure(search_space: EpsilonRange, before: float | None, after: float | None) -> Figure:
+    """Histogram of the root-mean-square gradient, the pooled search space shaded, epsilon before and after marked."""
+    figure = _figure(width=6.2, height=4.0)
+    axes = figure.add_subplot()
+    histogram = search_space.histogram.pooled()
+    edges, counts = shown_buckets(histogram.edges.log10(), histogram.counts[0])
+    density = counts / counts.sum() / edges.diff()
+    axes.stairs(density.tolist(), edges.tolist(), color=_BLUE, fill=True, alpha=0.85)
+    lower, upper = search_space.pooled_lower, search_space.pooled_upper
+    axes.axvspan(math.log10(lower), math.log10(upper), color=_ORANGE, alpha=0.12,
+                 label=f"pooled search space {lower:g} to {upper:g}")  # fmt: skip
+    if before and before != after:
+        axes.axvline(math.log10(before), color=_GREY, linestyle="--", label=_eps_label("before", before, search_space))
+    if after:
+        when = "kept" if before == after else "after"
+        axes.axvline(math.log10(after), color=_ORANGE, label=_eps_label(when, after, search_space))
+    axes.set_xlabel("log10 of the root-mean-square gradient, and of epsilon")
+    axes.set_ylabel("share per decade")
+    axes.set_title("Epsilon among the gradients that it is added to", fontsize=10, loc="left")
+    _legend(axes)
+    return figure
+
+
+def learning_rate_figure(result: CalibrationResult) -> Figure:
+    """The law over batch size with its band, the reference, the present batch size and the alternatives."""
+    batch, reference, noise = result.effective_batch_size, result.reference_batch_size, result.noise_scale
+    if batch is None or reference is None:
+        raise ValueError("the figure needs result.effective_batch_size and result.reference_batch_size")
+    figure = _figure(width=6.2, height=4.0)
+    axes = figure.add_subplot()
+    low, high = sorted((batch, reference))
+    batches = torch.logspace(math.log2(low / 4), math.log2(high * 4), 129, base=2, dtype=torch.float64).tolist()
+    if noise is not None:
+
+        def ratios(scale: float) -> list[float]:
+            return [surge_ratio(scale, b, reference, result.noise_source == "record") for b in batches]
+
+        ends = (ratios(noise.lower), ratios(noise.upper))
+        axes.fill_between(batches, *ends, color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
+        axes.plot(batches, ratios(noise.value), color=_BLUE, label=f"{SURGE} ({result.noise_source})")
+    for law, style in zip(PLAIN_LAWS, ("--", (0, (3, 1, 1, 1, 1, 1)), ":", "-."), strict=True):
+        plain = [plain_law(law).ratio(b, reference) for b in batches]
+        axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=law.replace("_", " "))
+    axes.plot([reference], [1.0], "o", color=_GREY, label=f"reference {reference:g}")
+    axes.plot([batch], [result.ratio], "o", color=_ORANGE, label=f"now {batch:g}: times {result.ratio:.3g}")
+    _log2(axes)
+    tallest = 2 * max(result.ratio_interval[1], math.sqrt(max(batch / reference, 1.0)))
+    axes.set_ylim(min(result.ratio_interval[0], math.sqrt(min(batch / reference, 1.0))) / 2, tallest)
+    axes.set_xlabel("samples of an optimizer step")
+    axes.set_ylabel("learning rate / reference")
+    axes.set_title("Learning rate over batch size", fontsize=10, loc="left")
+    _legend(axes)
+    return figure
+
+
+def tradeoff_figure(result: CalibrationResult) -> Figure:
+    """Steps and samples to the same loss over batch size, as multiples of now, with their bands.
+
+    Raises:
+        ValueError: where :meth:`CalibrationResult.tradeoff` is empty.
+    """
+    noise, batch = result.noise_scale, result.effective_batch_size
+    ends = [row.factor for row in result.tradeoff()]
+    if noise is None or batch is None or not ends:
+        raise ValueError(
+            "the figure needs the noise scale of a recorded run, with a bounded interval: result.tradeoff()"
+        )
+    factors = torch.logspace(math.log2(ends[0]), math.log2(ends[-1]), 129, base=2, dtype=torch.float64).tolist()
+    critical = critical_batch_size(noise)
+    rows = batch_size_tradeoff(critical, batch, factors)
+    figure = _figure(width=6.2, height=4.0)
+    axes = figure.add_subplot()
+    batches = [row.batch_size for row in rows]
+    for name, color in (("steps", _BLUE), ("samples", _ORANGE)):
+        bands = [getattr(row, name) for row in rows]
+        axes.fill_between(batches, [b.lower for b in bands], [b.upper for b in bands], color=color, alpha=0.15)
+        axes.plot(batches, [b.value for b in bands], color=color, label=f"{name} to the same loss")
+    axes.plot([batch], [1.0], "o", color=_GREY, label=f"now {batch:g}")
+    axes.axvspan(critical.lower, critical.upper, color=_GREY, alpha=0.12, label="critical batch size")
+    axes.set_xlim(batches[0], batches[-1])
+    axes.set_xlabel("samples of an optimizer step")
+    axes.set_ylabel("multiple of now")
+    axes.set_title("What more GPUs would buy", fontsize=10, loc="left")
+    _log2(axes)
+    _legend(axes)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no window, safe in any thread
+
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _log2(axes: Any) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _eps_label(when: str, eps: float, search_space: EpsilonRange) -> str:
+    return f"{when}: {eps:.3g}, damps {search_space.damped_share(eps):.1%}"
+
+
+def _largest_of(density: torch.Tensor, rows_each: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(density, (0, 0, 0, -len(density) % rows_each))
+    return padded.unflatten(0, (-1, rows_each)).amax(1)
+
+
+def _darkest(density: torch.Tensor) -> float:
+    occupied = density[density > 0].sort().values
+    return float(occupied[int(0.95 * (len(occupied) - 1))])
+
+
+def _density(counts: torch.Tensor, edges: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    # The cumulative share, interpolated at the cells' edges: bins and cells need not coincide.
+    cumulative = torch.nn.functional.pad(counts.cumsum(1).double(), (1, 0)) / counts.sum(1, keepdim=True)
+    position = torch.searchsorted(edges, cells).clamp_(1, edges.numel() - 1)
+    inside = (cells - edges[position - 1]) / (edges[position] - edges[position - 1])
+    at_cells = torch.lerp(cumulative[:, position - 1], cumulative[:, position], inside)
+    return at_cells.diff(dim=1) / cells.diff()

@@ -1,0 +1,198 @@
+"""The result of a calibration, and how it reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_gradhist.epsilon import EpsilonRange
+from lightning_gradhist.noise.interval import NoiseEstimate
+from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff, critical_batch_size
+
+_TRADEOFF = "what more GPUs would buy"
+_TRADEOFF_HEADER = ("samples a step", "steps to the same loss", "samples to the same loss")
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """One hyper-parameter of one parameter group, before and after.
+
+    Attributes:
+        group: index of the parameter group.
+        name: key in the group: ``"lr"``, ``"eps"``, ``"alpha"`` (``"explore_alpha"``) or ``"explore_beta"``.
+        before: value that the group had.
+        after: value that the calibration found.
+    """
+
+    group: int
+    name: str
+    before: float | str
+    after: float
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What a calibration found, and what it made of it.
+
+    Attributes:
+        applied: whether the values were written into the optimizer.
+        optimizer: class of the optimizer.
+        epsilon: epsilon of the first parameter group; None for an optimizer without.
+        epsilon_range: the search spaces, or None where it was not measured.
+        learning_rate: base learning rate of the first parameter group.
+        ratio: that rate as a multiple of the reference's; of the optimizer's own where there is none.
+        ratio_interval: the ratio at the two ends of the interval of the noise scale.
+        law: name of the law that gave the ratio, after a refusal that of the fallback.
+        noise_scale: ``B_adam`` in samples with its interval, or None.
+        noise_source: ``"record"``, ``"probe"`` or None.
+        effective_batch_size: samples of an optimizer step, or None if unknown.
+        reference_batch_size: that of the run whose rate is carried over, or None.
+        changes: what differs from before, group by group.
+        reasons: one sentence for each decision that a user may wonder about.
+        problems: one sentence for each thing that could not be done, with the way out; they are also warned of.
+        gradients: number of gradients that the probe used, over all ranks.
+    """
+
+    applied: bool
+    optimizer: str
+    epsilon: float | None = None
+    epsilon_range: EpsilonRange | None = None
+    learning_rate: float | None = None
+    ratio: float = 1.0
+    ratio_interval: tuple[float, float] = (1.0, 1.0)
+    law: str = "keep"
+    noise_scale: NoiseEstimate | None = None
+    noise_source: str | None = None
+    effective_batch_size: float | None = None
+    reference_batch_size: float | None = None
+    changes: tuple[GroupChange, ...] = ()
+    reasons: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    gradients: int = 0
+
+    def tradeoff(self) -> tuple[TradeoffRow, ...]:
+        """The steps and the samples that the run would need at 1/8 to 64 times its batch size, relative to now.
+
+        Empty where no noise scale of a recorded run, with a bounded interval, is there to tell.
+        """
+        if self._why_no_tradeoff() is not None or self.noise_scale is None or self.effective_batch_size is None:
+            return ()
+        return batch_size_tradeoff(critical_batch_size(self.noise_scale), self.effective_batch_size)
+
+    def _why_no_tradeoff(self) -> str | None:
+        if self.noise_scale is None or self.effective_batch_size is None:
+            return "it takes a noise scale and the batch size"
+        if self.noise_source != "record":
+            return (
+                "the noise scale of a probe at the start of a run is far too small for it; record a run with"
+                " GradientHistogramMonitor"
+            )
+        if not self.noise_scale.bounded:
+            return "the interval of the noise scale has no bound; record a longer run"
+        return None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What was found, as names and values."""
+        rows = [("optimizer", self.optimizer), ("samples a step", _number(self.effective_batch_size))]
+        if self.reference_batch_size is not None:
+            rows.append(("samples a step of the reference", _number(self.reference_batch_size)))
+        if self.epsilon_range is not None:
+            found = self.epsilon_range
+            rows.append(("epsilon search space, pooled", f"{found.pooled_lower:g} to {found.pooled_upper:g}"))
+            rows.append(("epsilon search space, authors'", f"{found.lower:g} to {found.upper:g}"))
+        if self.noise_scale is not None:
+            noise = self.noise_scale
+            interval = f"{_number(noise.lower)} to {_number(noise.upper)}"
+            rows.append(
+                (
+                    f"noise scale ({self.noise_source})",
+                    f"{_number(noise.value)} samples, {noise.confidence:.0%}: {interval}",
+                )
+            )
+            if self._why_no_tradeoff() is not None:
+                rows.append((_TRADEOFF, f"not known: {self._why_no_tradeoff()}"))
+            else:
+                critical = critical_batch_size(noise)
+                spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
+                rows.append(("critical batch size", f"{_number(critical.value)} samples, {spread}"))
+        rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
+        for (name, before, after), groups in self._by_change().items():
+            rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))
+        if not self.changes:
+            rows.append(("changes", "none"))
+        return rows
+
+    def to_text(self) -> str:
+        """The report as plain lines, for a console."""
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        title = "Calibration of the optimizer" + ("" if self.applied else " (apply=False: nothing was changed)")
+        lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+        lines += [f"  - {sentence}" for sentence in (*self.problems, *self.reasons)]
+        return "\n".join(lines + self._tradeoff_lines())
+
+    def to_markdown(self) -> str:
+        """The report in Markdown, for a logger."""
+        table = "\n".join(f"| {name} | {value} |" for name, value in self.rows())
+        reasons = "\n".join(f"- {sentence}" for sentence in (*self.problems, *self.reasons))
+        title = "applied" if self.applied else "not applied (apply=False)"
+        return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n{self._tradeoff_markdown()}"
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers of the report by tag; what is not known or not finite is left out."""
+        noise = self.noise_scale
+        numbers = {
+            "calibration/effective_batch_size": self.effective_batch_size,
+            "calibration/epsilon": self.epsilon,
+            "calibration/learning_rate": self.learning_rate,
+            "calibration/learning_rate_ratio": self.ratio,
+            "calibration/noise_scale": noise.value if noise else None,
+            "calibration/noise_scale_lower": noise.lower if noise else None,
+            "calibration/noise_scale_upper": noise.upper if noise else None,
+        }
+        return {tag: value for tag, value in numbers.items() if value is not None and math.isfinite(value)}
+
+    def _tradeoff_lines(self) -> list[str]:
+        rows = [_tradeoff_cells(row) for row in self.tradeoff()]
+        if not rows:
+            return []
+        widths = [max(map(len, column)) for column in zip(_TRADEOFF_HEADER, *rows, strict=True)]
+        table = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (_TRADEOFF_HEADER, *rows)]
+        return [f"  {_TRADEOFF}, as multiples of now", *(f"    {line}" for line in table)]
+
+    def _tradeoff_markdown(self) -> str:
+        rows = [_tradeoff_cells(row) for row in self.tradeoff()]
+        if not rows:
+            return ""
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (_TRADEOFF_HEADER, ("---", "---", "---"), *rows))
+        return f"\n**{_TRADEOFF}**, as multiples of now\n\n{table}\n"
+
+    def _by_change(self) -> dict[tuple[str, float | str, float], str]:
+        groups: dict[tuple[str, float | str, float], list[int]] = {}
+        for change in self.changes:
+            groups.setdefault((change.name, change.before, change.after), []).append(change.group)
+        return {key: "(group " + ", ".join(map(str, members)) + ")" for key, members in groups.items()}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return "unbounded" if math.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _tradeoff_cells(row: TradeoffRow) -> tuple[str, str, str]:
+    return _number(row.batch_size), _band(row.steps), _band(row.samples)
+
+
+def _band(band: Band) -> str:
+    if band.lower == band.upper:
+        return f"{band.value:.3g}"
+    return f"{band.value:.3g} ({band.lower:.3g} to {band.upper:.3g})"
+
+
+def _value(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _spread(interval: tuple[float, float]) -> str:
+    return "" if interval[0] == interval[1] else f"; {interval[0]:.3g} to {interval[1]:.3g}"

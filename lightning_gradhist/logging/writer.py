@@ -1,0 +1,250 @@
+"""Reporting off the training thread, and never in its way."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.logging import figures
+from lightning_gradhist.logging.sinks import Sink, sink_of
+
+T = TypeVar("T")
+
+NOT_COUNTED = -(2**48)
+"""In every place of a table of counts of a rank that could not count: below zero also with 10,000 ranks' counts added."""
+
+
+class Once(Generic[T]):
+    """A value that is made once, by whoever asks for it first, in whichever thread."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: list[T] = []
+        self._lock = threading.Lock()
+
+    def __call__(self) -> T:
+        """The value."""
+        with self._lock:
+            if not self._made:
+                self._made.append(self._make())
+            return self._made[0]
+
+
+class HostTensor:
+    """A tensor on the host; called, it gives the tensor, waiting for a copy from a GPU that is under way.
+
+    The training thread only starts the copy. The tensor must not be changed afterwards.
+
+    Args:
+        tensor: on any device.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._tensor = tensor.cpu()
+
+    def __call__(self) -> Tensor:
+        """The tensor on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tensor": self(), "_copied": None}
+
+
+class HostCopy:
+    """A histogram on the host; called, it gives the histogram, as :class:`HostTensor` does a tensor.
+
+    It raises RuntimeError instead where a rank's counts are :data:`NOT_COUNTED`, which nobody knows before.
+
+    Args:
+        histogram: on any device.
+    """
+
+    def __init__(self, histogram: MagnitudeHistogram) -> None:
+        self._table = HostTensor(histogram.table)
+        self._names = histogram.names
+
+    def __call__(self) -> MagnitudeHistogram:
+        """The histogram on the host."""
+        table = self._table()
+        if table.numel() and table[0, 0] < 0:
+            raise RuntimeError("a rank could not count its part of the gradients, so that the step is left out")
+        return MagnitudeHistogram.from_table(self._names, table)
+
+
+class Writer:
+    """Runs jobs one after another in a daemon thread, which starts with the first.
+
+    :attr:`room` jobs may wait. Where there is no room, :meth:`submit` waits for it, so that who submits faster than the
+    jobs run is slowed down and loses nothing; after :attr:`patience` seconds without room the job is dropped, and as long
+    as there is none, later jobs are dropped without waiting.
+    """
+
+    room = 8
+    patience = 10.0
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._full = False
+        self._closed = False
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(self.room)
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Has a job run after those before it. It must not raise."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="gradhist-writer", daemon=True)
+            self._thread.start()
+        try:
+            self._jobs.put(job, timeout=0 if self._full else self.patience)
+            self._full = False
+        except queue.Full:
+            self._full = True
+            self.dropped += 1
+
+    def drain(self, timeout: float) -> bool:
+        """Waits until all jobs have run, at most ``timeout`` seconds, and says whether they have."""
+        with self._jobs.all_tasks_done:  # as Queue.join(), which has no timeout
+            return self._jobs.all_tasks_done.wait_for(lambda: not self._jobs.unfinished_tasks, timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Drains, and ends the thread; jobs that have not begun in time are dropped. Says whether all jobs have run."""
+        finished = self.drain(timeout)
+        self._closed = True
+        with suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+                self.dropped += 1
+        self._jobs.put(None)  # wakes the thread, which finds that it is closed
+        return finished
+
+    def _run(self) -> None:
+        while not self._closed:
+            job = self._jobs.get()
+            if job is not None:
+                job()
+            self._jobs.task_done()
+
+
+def send_heatmap(
+    send: Callable[[Callable[[Sink], None]], None],
+    tag: str,
+    step: int,
+    title: str,
+    histogram: Callable[[], MagnitudeHistogram],
+    eps: Mapping[str, float] | None = None,
+) -> None:
+    """Has loggers that show figures show a heatmap, where matplotlib is installed and there is something to draw.
+
+    Args:
+        send: gives each logger's sink to a job.
+        tag: of the figure.
+        step: of the figure.
+        title: of the figure.
+        histogram: gives what is drawn; called in the loggers' threads.
+        eps: as for :func:`lightning_gradhist.logging.figures.magnitude_heatmap`.
+    """
+    figure = Once(lambda: figures.magnitude_heatmap(histogram(), title, eps))
+
+    def show(sink: Sink) -> None:
+        if figures.available() and sink.shows_figures and histogram().counts.any():
+            sink.figure(tag, figure(), step)
+
+    send(show)
+
+
+class Outlets:
+    """The loggers of a Trainer together: each gets what is reported, whatever happens to the others.
+
+    A sink that may run in the background has a :class:`Writer` of its own, so that one that hangs holds up neither the
+    training nor the other sinks. What a sink raises is warned of once, in the thread that calls the methods; it is tried
+    again with the next report.
+
+    Args:
+        loggers: loggers, or instances of ``SummaryWriter``.
+        warn: is given a sentence, to be preceded by the name of the reporter.
+    """
+
+    patience = 30.0
+    """Seconds that :meth:`close` waits for all sinks together."""
+
+    def __init__(self, loggers: Iterable[Any], warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._outlets = [_Outlet(logger) for logger in loggers]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # threads and open files stay in their process: a copy is None, to be made anew
+
+    def send(self, job: Callable[[Sink], None]) -> None:
+        """Has each sink given to a job."""
+        for outlet in self._outlets:
+            outlet.send(job)
+        self._tell()
+
+    def close(self) -> None:
+        """Waits until all jobs have run, and drops those that have not begun in time."""
+        end = time.monotonic() + self.patience
+        for outlet in self._outlets:
+            outlet.close(max(0.0, end - time.monotonic()))
+        self._tell()
+
+    def _tell(self) -> None:
+        for outlet in self._outlets:
+            while outlet.problems:
+                self._warn(outlet.problems.pop(0))
+
+
+class _Outlet:
+    """A logger, its sink and writer, and what there is to warn of."""
+
+    def __init__(self, logger: Any) -> None:
+        self.problems: list[str] = []
+        self._name = type(logger).__name__
+        self._failed = self._behind = False
+        self._sink: Sink | None = None
+        self._attempt(lambda: setattr(self, "_sink", sink_of(logger)))
+        self._writer = Writer() if self._sink is not None and self._sink.background else None
+
+    def send(self, job: Callable[[Sink], None]) -> None:
+        sink = self._sink
+        if sink is None:
+            return
+        if self._writer is None:
+            self._attempt(lambda: job(sink))
+            return
+        self._writer.submit(lambda: self._attempt(lambda: job(sink)))
+        if self._writer.dropped and not self._behind:
+            self._behind = True
+            self.problems.append(f"leaves out what {self._name} has no time for, and does not wait for it any longer")
+
+    def close(self, timeout: float) -> None:
+        if self._writer is None:
+            return
+        if not self._writer.close(timeout):
+            self.problems.append(f"has waited for {self._name} at the end, in vain: its last reports may be missing")
+        if self._writer.dropped:
+            self.problems.append(f"has left out {self._writer.dropped} reports that {self._name} had no time for")
+
+    def _attempt(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:
+            if not self._failed:
+                self.problems.append(f"could not log, training goes on: {self._name}: {error!r}")
+            self._failed = True

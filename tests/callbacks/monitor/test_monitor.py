@@ -1,0 +1,986 @@
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support import (
+    Batches,
+    GradientSpy,
+    Net,
+    TwoOptimizers,
+    dataset,
+    events,
+    expected_counts,
+    final_state,
+    fit,
+    loader,
+    logged_counts,
+    logged_scalars,
+    trainer,
+)
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.callbacks import gradients
+from lightning_gradhist.callbacks.monitor import monitor as monitor_module
+from lightning_gradhist.callbacks.monitor import optimizer_state
+from lightning_gradhist.callbacks.strategies import Replicas, own_parts, replicas
+from lightning_gradhist.noise import NoiseRecord
+from lightning_gradhist.noise.record import RunRecord
+
+
+def assert_counts(folder, spy: GradientSpy, every: int, steps: list[int]) -> None:
+    for step in steps:
+        gradients = spy.seen[step]
+        for name, gradient in gradients.items():
+            if gradient.any():
+                assert logged_counts(folder, f"gradient_magnitude/{name}", step) == expected_counts(gradient), (
+                    name,
+                    step,
+                )
+        pooled = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        assert logged_counts(folder, "gradient_magnitude/all", step) == expected_counts(pooled)
+    assert [event.step for event in events(folder).Histograms("gradient_magnitude/all")] == steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"accumulate_grad_batches": 3}, id="accumulation with a short last window"),
+        pytest.param({"gradient_clip_val": 1e-3}, id="clipping"),
+        pytest.param({"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param({"precision": "bf16-true"}, id="bf16-true"),
+    ],
+)
+def test_counts_are_those_of_the_gradient_before_clipping(tmp_path, options: dict[str, Any]) -> None:
+    spy = GradientSpy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_clip_val.*")
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=3), spy, **options)
+    assert len(spy.seen) == made.global_step
+    assert_counts(tmp_path, spy, 3, list(range(0, made.global_step, 3)))
+
+
+class _ScaleSpy(L.Callback):
+    """The gradients as they are, divided by the scale of the moment if the optimizer has to do that itself."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
+        scale = trainer.precision_plugin.scaler.get_scale() if scaled else 1.0
+        self.seen.append({n: p.grad.clone() / scale for n, p in pl_module.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("fused", [pytest.param(False, id="unscaled by Lightning"), pytest.param(True, id="fused")])
+def test_a_loss_scale_is_taken_off(tmp_path, fused: bool) -> None:
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-2, fused=fused)
+
+    assert getattr(optimizer([nn.Parameter(torch.zeros(1))]), "_step_supports_amp_scaling", False) == fused
+    spy = _ScaleSpy()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    made = fit(
+        tmp_path,
+        GradientHistogramMonitor(every_n_steps=4),
+        spy,
+        module=Net(optimizer),
+        plugins=[precision],
+        max_steps=9,
+    )
+    assert made.global_step == 9
+    assert_counts(tmp_path, spy, 4, [0, 4, 8])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fused", [pytest.param(False, id="by the scaler"), pytest.param(True, id="by the optimizer")])
+def test_a_skipped_step_is_counted_apart(tmp_path, fused: bool) -> None:
+    spy, monitor = _ScaleSpy(), GradientHistogramMonitor(every_n_steps=1)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3))
+    made = fit(
+        tmp_path,
+        monitor,
+        spy,
+        module=lambda: Net(lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused)),
+        plugins=[precision],
+    )
+    taken = [all(g.isfinite().all() for g in gradients.values()) for gradients in spy.seen]
+    assert 3 < sum(taken) < len(taken) - 3
+    found = events(tmp_path)
+    assert [e.step for e in found.Histograms("gradient_magnitude/all")] == [i for i, took in enumerate(taken) if took]
+    skipped = [event.value for event in found.Scalars("gradient_skipped_steps")]
+    assert skipped == [float(i + 1 - sum(taken[: i + 1])) for i in range(len(taken))]
+    assert monitor.state_dict()["optimizers"][0]["skipped"] == skipped[-1]
+    samples = monitor.noise_records[0].samples
+    assert samples and all(taken[sample["step"]] for sample in samples)
+    assert all((sample["noise_simple"] is not None) == taken[sample["step"] + 1] for sample in samples)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    made = trainer(tmp_path / "more", monitor, max_epochs=2, plugins=[precision])
+    made.fit(Net(lambda p: torch.optim.AdamW(p, fused=fused)), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert events(tmp_path / "more").Scalars("gradient_skipped_steps")[0].value >= skipped[-1]
+
+
+class Recorder(torch.optim.AdamW):
+    """Keeps the gradients that it steps by."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, lr=1e-2, **options)
+        self.seen: list[list[torch.Tensor]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        self.seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        super().step()
+        return loss
+
+
+class ByHand(TwoOptimizers):
+    """Two optimizers, one of whose gradients are clipped."""
+
+    def configure_optimizers(self) -> Any:
+        return Recorder(self.one.parameters()), Recorder(self.two.parameters())
+
+    def manual_backward(self, loss: Any) -> None:
+        super().manual_backward(loss)
+        self.clip_gradients(self.optimizers()[0], gradient_clip_val=1e-2, gradient_clip_algorithm="value")
+
+
+class OwnClipping(Net):
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+        for p in self.head.parameters():
+            p.grad.mul_(0.37)
+
+
+def _fp16() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        pytest.param(lambda: Net(Recorder), {"gradient_clip_val": 1e-2}, id="norm"),
+        pytest.param(
+            lambda: Net(Recorder),
+            {"gradient_clip_val": 1e-2, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 3},
+            id="value, with accumulation",
+        ),
+        pytest.param(lambda: Net(Recorder), {"gradient_clip_val": 1e-2, "plugins": _fp16}, id="16-mixed"),
+        pytest.param(
+            lambda: Net(lambda p: Recorder(p, maximize=True, foreach=True)), {"precision": "bf16-mixed"}, id="maximize"
+        ),
+        pytest.param(lambda: OwnClipping(Recorder), {}, id="the module's own"),
+        pytest.param(ByHand, {}, id="manual, two optimizers"),
+    ],
+)
+def test_counts_after_clipping_are_those_of_what_the_optimizer_uses(tmp_path, module: Any, options: Any) -> None:
+    options = {name: [value()] if callable(value) else value for name, value in options.items()}
+    before = GradientHistogramMonitor(every_n_steps=4, noise_scale=False)
+    after = GradientHistogramMonitor(every_n_steps=4, noise_scale=False, when="after_clip")
+    made = fit(tmp_path, before, after, module=module, **options)
+    several = len(made.optimizers) > 1
+    for index, optimizer in enumerate(made.optimizers):
+        tag = f"all_{index}" if several else "all"
+        seen = [torch.cat([gradient.flatten() for gradient in gradients]) for gradients in optimizer.seen[::4]]
+        logged = [e.step for e in events(tmp_path).Histograms(f"gradient_clipped_magnitude/{tag}")]
+        assert len(logged) == len(seen) > 0
+        for step, gradient in zip(logged, seen, strict=True):
+            assert logged_counts(tmp_path, f"gradient_clipped_magnitude/{tag}", step) == expected_counts(gradient)
+    tag = "all_0" if several else "all"
+    clipped = logged_counts(tmp_path, f"gradient_clipped_magnitude/{tag}", 0)
+    unclipped = logged_counts(tmp_path, f"gradient_magnitude/{tag}", 0)
+    assert (clipped == unclipped) == (several or "precision" in options)  # clipped before, or not at all
+
+
+def test_training_is_the_same_with_and_without(tmp_path) -> None:
+    without = final_state(fit(tmp_path / "a"))
+    with_monitor = final_state(fit(tmp_path / "b", GradientHistogramMonitor(every_n_steps=1)))
+    assert without["losses"] == with_monitor["losses"]
+    torch.testing.assert_close(without["weights"], with_monitor["weights"], rtol=0, atol=0)
+    assert torch.equal(without["rng"], with_monitor["rng"])
+
+
+class Partial(Net):
+    """One frozen layer, and one that no step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+        self.body[0].requires_grad_(False)
+
+
+def test_frozen_and_unused_layers_are_left_out(tmp_path) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=5), module=Partial())
+    tags = events(tmp_path).Tags()["histograms"]
+    assert "gradient_magnitude/head.weight" in tags
+    assert not [tag for tag in tags if "unused" in tag or "body.0" in tag]
+
+
+def test_groups_add_up_and_filters_leave_out(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=8, noise_scale=False, group_by=1, exclude="BatchNorm1d|head.bias")
+    fit(tmp_path, monitor, spy)
+    tags = events(tmp_path).Tags()["histograms"]
+    assert tags == [f"gradient_magnitude/{name}" for name in ("body", "head", "all")]
+    for step in (0, 8):
+        body, head = (
+            torch.cat([spy.seen[step][name].flatten() for name in names])
+            for names in (("body.0.weight", "body.0.bias"), ("head.weight",))
+        )
+        for name, gradient in (("body", body), ("head", head), ("all", torch.cat([body, head]))):
+            assert logged_counts(tmp_path, f"gradient_magnitude/{name}", step) == expected_counts(gradient)
+
+
+def test_an_optimizer_of_which_nothing_is_counted_logs_nothing(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4, include="one", batch_size=8)
+    fit(tmp_path, monitor, module=TwoOptimizers)
+    tags = events(tmp_path).Tags()
+    assert {tag.partition("/")[2] for tag in tags["histograms"]} == {"one.weight", "one.bias", "all_0"}
+    assert not [tag for tag in tags["scalars"] if "two" in tag or "all_1" in tag]
+    assert [len(record) for record in monitor.noise_records] == [4, 2]  # measured of all
+
+
+def test_a_filter_that_matches_nothing_stops_the_run_at_its_start(tmp_path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match="exclude='Conv2d' matches no.*body.0.weight.*BatchNorm1d, Linear"
+    ):
+        fit(tmp_path, GradientHistogramMonitor(exclude="Conv2d"))
+
+
+def test_many_histograms_are_pointed_out(tmp_path, caplog) -> None:
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.many = nn.ParameterList(torch.zeros(1) for _ in range(200))
+
+    for monitor in (GradientHistogramMonitor(), GradientHistogramMonitor(group_by=1)):
+        with caplog.at_level("INFO"):
+            fit(tmp_path, monitor, module=Wide, max_steps=1, logger=DummyLogger())
+    assert [r.message for r in caplog.records if "GradientHistogramMonitor logs 206 histograms" in r.message]
+    assert len([r for r in caplog.records if "group_by=1" in r.message]) == 1
+
+
+def test_two_optimizers_are_told_apart(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=4, batch_size=8)
+    fit(tmp_path, monitor, spy, module=TwoOptimizers())
+    histograms = events(tmp_path).Histograms
+    assert len(histograms("gradient_magnitude/one.weight")) == 4  # 16 steps
+    assert len(histograms("gradient_magnitude/two.weight")) == 2  # 8 steps
+    first = histograms("gradient_magnitude/two.weight")[0]
+    assert first.histogram_value.num == spy.seen[1]["two.weight"].numel()
+    tags = events(tmp_path).Tags()
+    assert {"gradient_magnitude/all_0", "gradient_magnitude/all_1"} < set(tags["histograms"])
+    assert tags["images"] == ["gradient_magnitude_by_layer_0", "gradient_magnitude_by_layer_1"]
+    record = RunRecord.load(tmp_path / "calibration.json")
+    assert [entry.name for entry in record.optimizers] == ["AdamW", "SGD"]
+    assert record.optimizers[0].noise["adam"].measurements == 3  # the first pair came before there was a second moment
+    assert record.optimizers[1].noise["adam"].measurements == 0  # SGD has none
+    assert record.optimizers[1].noise["simple"].measurements == 2
+
+
+def test_noise_is_measured_from_successive_gradients(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    fit(tmp_path, monitor, spy, data=loader(batch_size=16))
+    samples = monitor.noise_records[0].samples
+    assert [sample["step"] for sample in samples] == [0, 4]
+    for sample in samples:
+        one, two = (torch.cat([g.flatten() for g in spy.seen[sample["step"] + i].values()]).double() for i in (0, 1))
+        assert sample["batch_size"] == 16
+        assert sample["noise_simple"] == pytest.approx(float((one - two).square().sum()) / 2, rel=1e-5)
+        assert sample["signal_simple"] == pytest.approx(float(one @ two), rel=1e-4, abs=1e-6)
+
+
+def test_noise_is_measured_within_a_step_of_several_micro_batches(tmp_path) -> None:
+    class Micro(L.Callback):
+        """The accumulated gradient after each micro-batch, and Adam's metric before each step."""
+
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+            self.weights: list[torch.Tensor] = []
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            self.seen.append(torch.cat([p.grad.flatten().double() for p in pl_module.parameters()]))
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            state = [optimizer.state[p] for p in pl_module.parameters()]
+            if all(state):
+                moments = [(s["exp_avg_sq"] / (1 - 0.999 ** float(s["step"]))).flatten().double() for s in state]
+                self.weights.append(1 / (torch.cat(moments).sqrt() + 1e-8))
+
+    micro, monitor = Micro(), GradientHistogramMonitor(every_n_steps=2)
+    fit(tmp_path, monitor, micro, data=loader(8, samples=96), accumulate_grad_batches=3)
+    samples = monitor.noise_records[0].samples
+    assert [(sample["step"], sample["batch_size"]) for sample in samples] == [(0, 24), (2, 24)]
+    for sample in samples:
+        first, whole = (micro.seen[3 * sample["step"] + i] for i in (0, 2))
+        noise = (3 * first - whole).square() / 2
+        assert sample["noise_simple"] == pytest.approx(float(noise.sum()), rel=1e-5)
+        assert sample["signal_simple"] == pytest.approx(float((whole.square() - noise).sum()), rel=1e-4)
+    weight, noise_adam = micro.weights[1], samples[1]["noise_adam"]
+    assert samples[0]["noise_adam"] is None  # there was no second moment
+    assert noise_adam == pytest.approx(float((weight * noise).sum()), rel=1e-4)
+
+
+def test_the_record_knows_the_run(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=2)
+    schedule = {"scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, total_steps=40)}
+    made = fit(tmp_path, monitor, module=Net(**schedule), max_epochs=2, accumulate_grad_batches=2)
+    record = RunRecord.load(tmp_path / "calibration.json")
+    assert record.steps == made.global_step == 16
+    assert record.model == {name: list(p.shape) for name, p in made.lightning_module.named_parameters()}
+    (entry,) = record.optimizers
+    assert (entry.name, entry.batch_size, entry.learning_rates) == ("AdamW", 16, [pytest.approx(0.03)])
+    assert entry.noise["simple"].measurements == len(entry.samples) == 8
+
+
+def test_resume_goes_on_where_it_was(tmp_path) -> None:
+    whole = GradientHistogramMonitor(every_n_steps=3)
+    fit(tmp_path / "whole", whole, max_epochs=2)
+
+    first = GradientHistogramMonitor(every_n_steps=3)
+    made = fit(tmp_path / "first", first, max_epochs=1)
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    torch.load(tmp_path / "half.ckpt", weights_only=True)  # nothing in it that needs trust
+
+    second = GradientHistogramMonitor(every_n_steps=3)
+    made = trainer(tmp_path / "second", second, max_epochs=2)
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert [e.step for e in events(tmp_path / "second").Histograms("gradient_magnitude/all")] == [18, 21, 24, 27, 30]
+    steps = [sample["step"] for sample in second.noise_records[0].samples]
+    assert steps == [0, 3, 6, 9, 12, 18, 21, 24, 27, 30]  # the pair of steps 15 and 16 spans the checkpoint
+    assert [sample["step"] for sample in whole.noise_records[0].samples] == [*steps[:5], 15, *steps[5:]]
+
+
+def test_state_survives_a_round_trip() -> None:
+    monitor = GradientHistogramMonitor()
+    watched = {"steps": 9, "logged": 2, "samples": [{"step": 0}], "learning_rates": [0.1], "batch_size": 8}
+    watched["skipped"] = 3
+    state = {"optimizers": [watched]}
+    monitor.load_state_dict(state)
+    assert monitor.state_dict() == state
+
+
+def test_instances_have_keys_of_their_own() -> None:
+    options: list[dict[str, Any]] = [
+        {},
+        {"every_n_steps": 2},
+        {"group_by": 1},
+        {"group_by": "1"},
+        {"group_by": str.upper},
+    ]
+    options += [
+        {"include": "a"},
+        {"exclude": "a"},
+        {"when": "after_clip"},
+        {"when": "local"},
+        {"optimizer_state": True},
+    ]
+    keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
+    assert len(set(keys)) == len(keys)
+    two = [GradientHistogramMonitor(group_by=lambda name: name[:4], name=name) for name in ("first", "second")]
+    assert two[0].state_key != two[1].state_key and GradientHistogramMonitor(name=None).state_key == keys[0]
+    assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
+
+
+def test_the_heatmap_comes_at_doubling_distances_and_at_the_end(tmp_path) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), max_steps=11)
+    images = events(tmp_path).Images("gradient_magnitude_by_layer")
+    assert [image.step for image in images] == [0, 1, 3, 7, 10]
+
+
+def test_no_tag_is_used_for_two_kinds_of_data(tmp_path) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=4))
+    tags = events(tmp_path).Tags()
+    names = [name for kind in ("scalars", "histograms", "images", "tensors") for name in tags[kind]]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"every_n_steps": 0}, "every_n_steps must be an integer from 1 up, got 0", id="zero"),
+        pytest.param({"every_n_steps": -5}, "every_n_steps must be .* got -5", id="negative"),
+        pytest.param({"every_n_steps": 2.5}, "every_n_steps must be .* got 2.5", id="fraction"),
+        pytest.param({"batch_size": 0}, "batch_size must be a positive", id="batch size"),
+        pytest.param({"group_by": 0}, "group_by must be None, a depth .* got 0", id="depth"),
+        pytest.param({"when": "later"}, "when must be one of .* got 'later'", id="when"),
+        pytest.param({"group_by": True}, "group_by must be None, a depth .* got True", id="flag"),
+        pytest.param({"group_by": "("}, "group_by must be a regular expression, got '\\('", id="group"),
+        pytest.param({"include": "*"}, "include must be a regular expression, got '\\*'", id="include"),
+        pytest.param({"exclude": 3}, "exclude must be a regular expression, got 3", id="exclude"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        GradientHistogramMonitor(**options)
+
+
+def test_without_a_logger_it_warns_once_and_keeps_the_record(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="has no logger to write histograms to; use Trainer") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), logger=False)
+    assert len([w for w in caught if "GradientHistogramMonitor" in str(w.message)]) == 1
+    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples
+
+
+def test_fast_dev_run_writes_nothing(tmp_path) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), fast_dev_run=3)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:
+    batches = Batches(8)
+    with pytest.warns(UserWarning, match=r"GradientHistogramMonitor\(batch_size=\.\.\.\)"):
+        fit(tmp_path / "a", GradientHistogramMonitor(every_n_steps=1), data=batches)
+    assert not (tmp_path / "a" / "calibration.json").exists()
+    fit(tmp_path / "b", GradientHistogramMonitor(every_n_steps=1, batch_size=8), data=batches)
+    assert RunRecord.load(tmp_path / "b" / "calibration.json").optimizers[0].batch_size == 8
+
+
+def test_a_logger_that_fails_costs_one_warning(tmp_path) -> None:
+    class Broken(CSVLogger):
+        def log_metrics(self, metrics: Any, step: Any = None) -> None:
+            if any(name.startswith("gradient_") for name in metrics):
+                raise OSError(28, "No space left on device")
+            super().log_metrics(metrics, step)
+
+    with pytest.warns(UserWarning, match="could not log, training goes on.*No space left") as caught:
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), logger=Broken(tmp_path), max_steps=6)
+    assert made.global_step == 6
+    assert len([w for w in caught if "could not log" in str(w.message)]) == 1
+
+
+def test_other_loggers_get_the_scalars(tmp_path) -> None:
+    made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), logger=CSVLogger(tmp_path))
+    header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+    assert "gradient_median/head.weight" in header and "gradient_zero_share/all" in header
+    assert made.global_step == 16
+
+
+def test_an_interrupted_run_leaves_its_record(tmp_path) -> None:
+    class Interrupt(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 9:
+                raise ZeroDivisionError("boom")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=2), Interrupt())
+    assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 4
+
+
+def test_every_step_of_lbfgs_is_one_step(tmp_path) -> None:
+    module = Net(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=5))
+    made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=1, noise_scale=False), module=module, max_steps=4)
+    assert made.global_step == 4
+    assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 1, 2, 3]
+
+
+def test_the_recorded_rate_is_the_highest(tmp_path) -> None:
+    class Falling(Net):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
+
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=Falling)
+    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].learning_rates == [1e-2]
+
+
+def test_a_step_with_fewer_samples_is_not_measured(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path / "a", monitor, data=loader(8, samples=60), max_epochs=2)  # seven full batches, and one of four
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 2, 4, 8, 10, 12]
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path / "b", monitor, data=loader(8, samples=56), accumulate_grad_batches=2)  # a last window of one batch
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 1, 2]
+
+
+def test_a_short_window_of_data_without_a_length_is_not_measured(tmp_path) -> None:
+    class Unsized(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter([dataset(56)[index] for index in range(56)])
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, monitor, data=DataLoader(Unsized(), 8), accumulate_grad_batches=4, max_epochs=2)
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [
+        0,
+        2,
+    ]  # of four batches, and not of three
+
+
+class WithoutLength(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(dataset())
+
+
+def test_data_without_a_length_of_which_some_batches_are_taken_are_monitored(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path, monitor, data=DataLoader(WithoutLength(), 8), limit_train_batches=6, max_epochs=2)
+    assert made.global_step == 12
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 2, 4, 6, 8, 10]
+
+
+def test_a_fresh_run_starts_a_fresh_record(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    made = fit(tmp_path / "a", monitor)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    made = trainer(tmp_path / "b", monitor, max_epochs=2)
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert len(monitor.noise_records[0].samples) == 8
+    fit(tmp_path / "c", monitor)
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+
+
+def test_nothing_of_the_model_is_held_after_training(tmp_path) -> None:
+    class Interrupt(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 5:
+                raise ZeroDivisionError("boom")
+
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, monitor, Interrupt())
+    assert [(watched.first, watched.last_logged) for watched in monitor._watched] == [(None, None)]
+    assert not monitor._handles
+
+
+def test_a_record_is_bounded() -> None:
+    record = NoiseRecord(most=64)
+    for step in range(1000):
+        record.add(step, 8, torch.tensor([1.0 + step, 2.0, math.nan, 3.0], dtype=torch.float64))
+    samples = record.samples
+    assert 32 <= len(samples) <= 64 and samples[0]["step"] == 0
+    assert [sample["step"] for sample in samples] == sorted(sample["step"] for sample in samples)
+    assert samples[0]["noise_adam"] is None and {sample["signal_adam"] for sample in samples} == {3.0}
+
+
+def test_of_several_monitors_the_first_writes_the_record(tmp_path) -> None:
+    first, second = GradientHistogramMonitor(every_n_steps=2), GradientHistogramMonitor(every_n_steps=4, batch_size=8)
+    fit(tmp_path, first, second)
+    assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == len(
+        first.noise_records[0].samples
+    )
+
+
+class Remote(DummyLogger):
+    """A logger that has no directory of its own for a run."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        super().__init__()
+        self.folder, self.of_run = folder, version
+
+    log_dir = None
+    name = property(lambda self: "runs")
+    version = property(lambda self: self.of_run)
+    save_dir = property(lambda self: str(self.folder))
+
+
+def test_a_logger_without_a_directory_of_its_own_gets_one_for_each_run(tmp_path) -> None:
+    for version in ("one", "two"):
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), logger=Remote(tmp_path, version))
+    assert [(tmp_path / "runs" / version / "calibration.json").exists() for version in ("one", "two")] == [True, True]
+
+
+def test_barebones_leaves_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=1)
+    L.Trainer(barebones=True, accelerator="cpu", max_steps=3, callbacks=[monitor]).fit(BoringModel())
+    assert len(monitor.noise_records[0]) == 1
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_group_added_in_mid_run_is_seen(tmp_path) -> None:
+    class Growing(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.late = nn.Linear(8, 3)
+                self.trainer.optimizers[0].add_param_group({"params": list(self.late.parameters())})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss + nn.functional.cross_entropy(self.late(batch[0]), batch[1]) if self.current_epoch else loss
+
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=8), module=Growing, max_epochs=2)
+    assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/late.weight")] == [16, 24]
+
+
+def test_sparse_gradients_and_tied_weights(tmp_path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.SGD(p, lr=1e-2))
+            self.one = nn.Embedding(4, 16, sparse=True)
+            self.two = self.one
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + self.two(batch[1]).square().mean()
+
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), module=Tied)
+    found = events(tmp_path)
+    assert "gradient_magnitude/two.weight" not in found.Tags()["histograms"]
+    counted = found.Histograms("gradient_magnitude/one.weight")[0].histogram_value.num
+    zero_share = found.Scalars("gradient_zero_share/one.weight")[0].value
+    assert counted == pytest.approx(64 * (1 - zero_share)) and zero_share >= 0.25  # the row that no label asks for
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        pytest.param(Net, {"accumulate_grad_batches": 3, "plugins": _fp16}, id="16-mixed, with accumulation"),
+        pytest.param(TwoOptimizers, {}, id="manual, two optimizers"),
+    ],
+)
+def test_on_one_device_local_gradients_are_the_gradients(tmp_path, module: Any, options: Any) -> None:
+    options = {name: [value()] if callable(value) else value for name, value in options.items()}
+    monitors = [
+        GradientHistogramMonitor(every_n_steps=2, noise_scale=False, when=when) for when in ("before_clip", "local")
+    ]
+    made = fit(tmp_path, *monitors, module=module, limit_train_batches=9, **options)
+    found = events(tmp_path)
+    for tag in ["all"] if len(made.optimizers) == 1 else ["all_0", "all_1"]:
+        usual, local = (found.Histograms(f"gradient{kind}_magnitude/{tag}") for kind in ("", "_local"))
+        assert len(usual) >= 2
+        assert [(e.step, e.histogram_value) for e in usual] == [(e.step, e.histogram_value) for e in local]
+    assert not any(p._post_accumulate_grad_hooks for p in made.lightning_module.parameters())
+
+
+class Compiled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+def test_compiled_layers_have_the_names_of_the_layers(tmp_path) -> None:
+    spy = GradientSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=8)
+    fit(tmp_path, monitor, spy, module=Compiled)
+    spy.seen = [{name.replace("_orig_mod.", ""): g for name, g in seen.items()} for seen in spy.seen]
+    assert_counts(tmp_path, spy, 8, [0, 8])
+    assert "body.0.weight" in RunRecord.load(tmp_path / "calibration.json").model
+
+
+def test_a_layer_frozen_in_mid_run_is_left_out_from_then_on(tmp_path) -> None:
+    class Freezing(Net):
+        def on_train_epoch_start(self) -> None:
+            self.head.requires_grad_(self.current_epoch == 0)
+
+    monitor = GradientHistogramMonitor(every_n_steps=3, when="local")
+    fit(tmp_path, monitor, module=Freezing, max_epochs=2, limit_train_batches=6)
+    histograms = events(tmp_path).Histograms
+    assert [event.step for event in histograms("gradient_local_magnitude/head.weight")] == [0, 3]
+    assert [event.step for event in histograms("gradient_local_magnitude/body.0.weight")] == [0, 3, 6, 9]
+
+
+class Unfreezes(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.body.requires_grad_(self.current_epoch == 1)
+
+
+def test_a_layer_unfrozen_before_a_logged_step_is_in_its_copies(tmp_path) -> None:
+    local = GradientHistogramMonitor(every_n_steps=2, when="local")
+    averaged = GradientHistogramMonitor(every_n_steps=2)
+    fit(tmp_path, local, averaged, module=Unfreezes, max_epochs=2, limit_train_batches=8, accumulate_grad_batches=2)
+    for tag in ("gradient_magnitude/body.0.weight", "gradient_local_magnitude/body.0.weight"):
+        assert [event.step for event in events(tmp_path).Histograms(tag)] == [4, 6]
+    counts = [logged_counts(tmp_path, f"gradient_{kind}magnitude/all", 4) for kind in ("", "local_")]
+    assert counts[0] == counts[1]
+
+
+def test_a_run_within_a_run_and_a_second_fit_are_each_counted_once(tmp_path) -> None:
+    outer, inner = GradientSpy(), GradientSpy()
+
+    class Nested(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 5:
+                fit(tmp_path / "inner", GradientHistogramMonitor(every_n_steps=4), inner, max_steps=5)
+
+    made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), outer, Nested(), limit_train_batches=6)
+    made.fit_loop.max_epochs = 2
+    made.fit(made.lightning_module, loader())
+    assert_counts(tmp_path, outer, 4, [0, 4, 8])
+    assert_counts(tmp_path / "inner", inner, 4, [0, 4])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_resumed_within_an_epoch_goes_on_with_its_steps(tmp_path) -> None:
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "seven.ckpt")
+
+    fit(tmp_path / "first", GradientHistogramMonitor(every_n_steps=3), Saving(), max_steps=8)
+    monitor = GradientHistogramMonitor(every_n_steps=3)
+    made = trainer(tmp_path / "second", monitor)
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "seven.ckpt")
+    assert made.global_step == 16
+    assert [e.step for e in events(tmp_path / "second").Histograms("gradient_magnitude/all")] == [9, 12, 15]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [
+        0,
+        3,
+        9,
+        12,
+    ]  # 6 and 7 span the checkpoint
+
+
+def test_parts_of_all_ranks_lie_in_one_order() -> None:
+    parameters = {"a": torch.zeros(3), "b": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}
+    one = {name: torch.randn(p.shape) for name, p in parameters.items()}
+    other = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in one.items()}
+    other["b"] = other["b"].to(memory_format=torch.channels_last)
+    for tensors in (one, other):
+        parts = [own_parts(tensors, parameters, Replicas(rank, 5)) for rank in range(5)]
+        joined = torch.cat([part["b"] for part in parts])
+        assert torch.equal(joined, one["b"].permute(0, 2, 3, 1).reshape(-1))
+        assert torch.equal(torch.cat([part["a"] for part in parts]), one["a"])
+        assert {sum(piece.numel() for piece in part.values()) for part in parts} <= {24, 25}
+        assert parts[4]["a"].numel() == 0
+
+
+def test_strategies_that_cut_gradients_up_are_refused_by_name(tmp_path) -> None:
+    like_deepspeed = type("DeepSpeedStrategy", (DDPStrategy,), {})(process_group_backend="gloo")
+    with pytest.warns(UserWarning, match="is off.*DeepSpeedStrategy.*use one of them.*fully_shard") as caught:
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), strategy=like_deepspeed, max_steps=2)
+    assert made.global_step == 2 and "histograms" not in [k for k, v in events(tmp_path).Tags().items() if v]
+    assert len([w for w in caught if "GradientHistogramMonitor" in str(w.message)]) == 1
+    assert replicas(SimpleNamespace(strategy=FSDPStrategy())) is None  # needs a GPU to run
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the parser's own, about itself
+@pytest.mark.parametrize("group_by", [2, r"layers\.(\d+)"])
+def test_the_command_line_takes_the_arguments(group_by: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(GradientHistogramMonitor, "monitor")
+    words = [
+        f"--monitor.group_by={group_by}",
+        "--monitor.include=Linear",
+        "--monitor.exclude=bias",
+        "--monitor.when=local",
+        "--monitor.optimizer_state=true",
+    ]
+    monitor = parser.instantiate_classes(parser.parse_args(words)).monitor
+    assert (monitor.group_by, monitor.include, monitor.exclude, monitor.when) == (group_by, "Linear", "bias", "local")
+    assert monitor.optimizer_state is True
+
+
+@pytest.mark.parametrize("local", [pytest.param(False, id="averaged"), pytest.param(True, id="local")])
+def test_a_run_restored_in_its_middle_goes_on_and_is_monitored(tmp_path, local: bool) -> None:
+    class Tuned(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, lr=self.lr))
+            self.lr = 1e-3
+
+    class InMidRun(LearningRateFinder):
+        def on_fit_start(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    monitor = GradientHistogramMonitor(every_n_steps=4, when="local" if local else "before_clip")
+    finder = InMidRun(num_training_steps=10)
+    made = fit(tmp_path, monitor, finder, module=Tuned, max_epochs=2, limit_train_batches=8)
+    assert made.global_step == 16
+    tag = f"gradient_{'local_' if local else ''}magnitude/all"
+    assert [event.step for event in events(tmp_path).Histograms(tag)] == [0, 4, 8, 12]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+
+
+class NewOptimizers(L.Callback):
+    """Makes optimizers anew at the second epoch, one more than there were if told."""
+
+    def __init__(self, more: bool) -> None:
+        self.more = more
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            trainer.strategy.setup_optimizers(trainer)
+            if self.more:
+                trainer.strategy.optimizers = [*trainer.optimizers, torch.optim.SGD(pl_module.two.parameters(), lr=0.1)]
+
+
+class AllInTurn(TwoOptimizers):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.two(self.one(batch[0])).square().mean())
+            optimizer.step()
+
+
+def test_optimizers_made_in_mid_run_are_monitored(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    fit(tmp_path / "anew", monitor, NewOptimizers(more=False), max_epochs=2, limit_train_batches=8)
+    histograms = events(tmp_path / "anew").Histograms("gradient_magnitude/all")
+    assert [event.step for event in histograms] == [0, 4, 8, 12]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+    assert monitor.state_dict()["optimizers"][0]["skipped"] == 0
+    monitor = GradientHistogramMonitor(every_n_steps=4, batch_size=8)
+    fit(tmp_path / "more", monitor, NewOptimizers(more=True), module=AllInTurn(), max_epochs=2, limit_train_batches=8)
+    histograms = events(tmp_path / "more").Histograms("gradient_magnitude/all_2")
+    assert [event.step for event in histograms] == [18, 30]
+
+
+def test_steps_that_it_does_not_see_are_said(tmp_path) -> None:
+    class PastLightning(AllInTurn):
+        def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+            return super().optimizers(use_pl_optimizer=False)
+
+    with pytest.warns(UserWarning, match="does not see the steps of") as caught:
+        fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=PastLightning())
+    assert len([one for one in caught if "does not see" in str(one.message)]) == 1
+
+
+def _raises(*args: Any, **kwargs: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "options"),
+    [
+        pytest.param(gradients, "local_gradient", {}, id="gradients"),
+        pytest.param(monitor_module, "own_parts", {}, id="parts"),
+        pytest.param(monitor_module, "ready_gradients", {"when": "after_clip"}, id="after clipping"),
+        pytest.param(gradients, "local_gradient", {"when": "local"}, id="local copies"),
+        pytest.param(optimizer_state, "damping_epsilons", {"optimizer_state": True}, id="state"),
+        pytest.param(optimizer_state, "StateReport", {"optimizer_state": True}, id="report"),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_fails_costs_one_warning_and_not_the_run(
+    tmp_path, monkeypatch, owner: Any, attribute: str, options: dict[str, Any], accumulate: int
+) -> None:
+    monkeypatch.setattr(owner, attribute, _raises)
+    monitor = GradientHistogramMonitor(every_n_steps=1, **options)
+    with pytest.warns(UserWarning, match="could not log, training goes on.*OutOfMemory") as caught:
+        made = fit(tmp_path, monitor, accumulate_grad_batches=accumulate, limit_train_batches=6)
+    assert made.global_step == 6 // accumulate
+    assert len([one for one in caught if "GradientHistogramMonitor" in str(one.message)]) == 1
+
+
+def test_a_group_function_that_raises_costs_one_warning(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="group_by raises for 'body.0.weight'.*OutOfMemory") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=4, group_by=_raises), limit_train_batches=5)
+    assert len([one for one in caught if "group_by" in str(one.message)]) == 1
+    assert len(events(tmp_path).Histograms("gradient_magnitude/head.weight")) == 2
+
+
+def test_a_row_that_two_optimizers_have_is_told_apart(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4, group_by="one|two|weight", optimizer_state=True, batch_size=8)
+    fit(tmp_path / "apart", monitor, module=TwoOptimizers())
+    tags = events(tmp_path / "apart").Tags()["histograms"]
+    assert {"gradient_magnitude/one", "gradient_magnitude/two"} < set(tags)  # no other optimizer has them
+    monitor = GradientHistogramMonitor(every_n_steps=4, group_by=lambda name: "net", optimizer_state=True, batch_size=8)
+    fit(tmp_path / "shared", monitor, module=TwoOptimizers())
+    histograms = events(tmp_path / "shared").Histograms
+    for index in (0, 1):
+        mine, pooled = (histograms(f"gradient_magnitude/{name}_{index}") for name in ("net", "all"))
+        assert [event.step for event in mine] == [event.step for event in pooled]
+        assert mine[0].histogram_value.num == pooled[0].histogram_value.num
+        assert logged_scalars(tmp_path / "shared", f"optimizer_update_ratio/net_{index}")
+    assert "gradient_magnitude/net" not in events(tmp_path / "shared").Tags()["histograms"]
+
+
+class StepInGroup(torch.optim.Optimizer):
+    """The steps in the group, as fused optimizers of other packages have them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                state["exp_avg_sq"] = p.grad.square().lerp_(state.get("exp_avg_sq", torch.zeros_like(p)), 0.999)
+                p.addcdiv_(p.grad, state["exp_avg_sq"].sqrt() + group["eps"], value=-group["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_optimizer_with_another_state_than_adam_has_simple_noise(tmp_path, accumulate: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=True)
+    fit(tmp_path, monitor, module=Net(StepInGroup), accumulate_grad_batches=accumulate)  # a warning is an error
+    samples = monitor.noise_records[0].samples
+    assert len(samples) >= 4 and all(sample["noise_simple"] is not None for sample in samples)
+    assert all(sample["noise_adam"] is None for sample in samples)
+    assert logged_scalars(tmp_path, "optimizer_update_ratio/all")
+
+
+@pytest.mark.parametrize("schedule", [{0: 4, 1: 1}, {0: 1, 1: 4}])
+def test_accumulation_may_change_between_epochs(tmp_path, schedule: dict[int, int]) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path, monitor, GradientAccumulationScheduler(schedule), max_epochs=2)  # a warning is an error
+    assert made.global_step == 20
+    assert any(sample["batch_size"] == 32 for sample in monitor.noise_records[0].samples)
+
+
+def test_every_fit_may_warn_anew(tmp_path, monkeypatch) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    monkeypatch.setattr(monitor_module, "own_parts", _raises)
+    for folder in ("first", "second"):
+        with pytest.warns(UserWarning, match="could not log, training goes on.*OutOfMemory"):
+            fit(tmp_path / folder, monitor, max_steps=2)
+
+
+def test_an_optimizer_without_step_hooks_turns_it_off(tmp_path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+            self.defaults = inner.defaults
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.inner.zero_grad(set_to_none)
+
+    with pytest.warns(UserWarning, match="is off: Wrapper has no step hooks"):
+        module = Net(lambda p: Wrapper(torch.optim.AdamW(p)))
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), module=module)
+    assert made.global_step == 16 and not events(tmp_path).Tags()["histograms"]
+
+
+def test_the_record_is_written_at_the_end_of_an_epoch_that_has_something_new(tmp_path, monkeypatch) -> None:
+    saved = []
+    save = RunRecord.save
+    monkeypatch.setattr(RunRecord, "save", lambda record, path: (saved.append(record.steps), save(record, path)))
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=10), limit_train_batches=1, max_epochs=30)
+    assert saved == [2, 10, 12, 22, 30]  # 10 is the second logged step
+    assert RunRecord.load(tmp_path / "calibration.json").steps == 30
+
+
+def test_training_does_not_wait_for_the_record_and_is_told_what_it_raised(tmp_path, monkeypatch) -> None:
+    threads: list[str] = []
+
+    def save(record: RunRecord, path: Path) -> None:
+        threads.append(threading.current_thread().name)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "save", save)
+    with pytest.warns(UserWarning, match="could not log, training goes on.*No space left") as caught:
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=2), max_epochs=2)
+    assert made.global_step == 32 and len(threads) > 3
+    assert threading.main_thread().name not in threads
+    assert len([one for one in caught if "could not log" in str(one.message)]) == 1

@@ -1,0 +1,744 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import weakref
+from collections import Counter, deque
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
+from support import Net, dataset, events, final_state, fit, loader
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, RandomSampler, Sampler
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+from lightning_gradhist.callbacks.gradients import loss_scale
+from lightning_gradhist.callbacks.probe.probe import Probe
+from lightning_gradhist.callbacks.probe.restore import SilentLogger, no_trace
+
+
+def silent(**options: Any) -> OptimizerCalibration:
+    return OptimizerCalibration(**{"learning_rate": "keep", "probe_batches": 8, "apply": False, **options})
+
+
+class Stateful(Net):
+    """A training step that keeps state in every usual way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(8), persistent=False)
+        self.outputs: dict[str, list[int]] = {"sizes": []}
+        self.names: set[str] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.seen += len(batch[0])
+        self.replaced = self.replaced + batch[0].mean(0)
+        self.outputs = {"sizes": [*self.outputs["sizes"], len(batch[0])]}
+        self.names.add(f"batch {batch_idx}")
+        self.latest = float(loss.detach())
+        self.logger.experiment.add_scalar("by_hand", self.latest, self.calls)
+        assert torch.rand(()) >= 0
+        return {"loss": loss * (1 + 0 * torch.rand(())), "other": 1}
+
+    def on_train_start(self) -> None:
+        assert not hasattr(self, "latest")
+        assert (self.calls, self.losses, self.names, self.outputs) == (0, [], set(), {"sizes": []})
+
+
+class Frozen(dict):  # type: ignore[type-arg]
+    """As configurations of models are kept."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("frozen")
+
+    clear = __setitem__ = update  # type: ignore[assignment]
+
+
+class Epochs(Sampler):  # type: ignore[type-arg]
+    """Another order in each epoch, by a number that it counts itself, and a generator of Python."""
+
+    def __init__(self) -> None:
+        self.epoch, self.random = 0, random.Random(5)
+
+    def __len__(self) -> int:
+        return 64
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter(sorted(order, key=lambda index: (index % 4, self.random.random())))
+
+
+class Drawing(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Draws from generators of its own."""
+
+    def __init__(self) -> None:
+        self.torch_generator, self.numpy_generator = torch.Generator().manual_seed(2), np.random.default_rng(2)
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = dataset(32)[index]
+        return inputs + torch.rand(8, generator=self.torch_generator) + self.numpy_generator.random(), label
+
+
+class Nested(Net):
+    """State where a training step may hide it: nested, in tensors, in weights, and one metric under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nested: dict[str, Any] = {"losses": [], "deep": {"seen": {0}}, "queue": deque([1, 2], maxlen=3)}
+        self.average = torch.zeros(8)
+        self.in_place = torch.zeros(8)
+        self.array = np.zeros(8)
+        self.constant = torch.zeros(1).expand(8)
+        self.table = np.broadcast_to(np.zeros(1), (8,))
+        self.count: Counter[str] = Counter()
+        self.pair = ([0], torch.zeros(1))
+        self.adjacency = torch.eye(3).to_sparse()
+        self.frozen = Frozen(a=1)
+        self.torch_generator = torch.Generator().manual_seed(1)
+        self.numpy_generator, self.python_generator = np.random.default_rng(1), random.Random(1)
+        self.plain_metrics = {"again": self.accuracy, "apart": MulticlassAccuracy(3)}
+        self.register_buffer("wide", torch.ones(1, 1).expand(4, 4))
+        self.register_buffer("late", None)
+        self.parameters_again = list(self.parameters())
+        self.teacher = nn.Linear(8, 16).requires_grad_(False)
+        self.embedding = nn.Embedding(4, 16, max_norm=0.5)
+        self.also_accuracy = self.accuracy
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.nested["losses"].append(float(loss.detach()))
+        self.nested["deep"]["seen"].add(batch_idx)
+        self.nested["queue"].append(batch_idx)
+        self.average = 0.9 * self.average + batch[0].mean(0)
+        self.in_place += batch[0].mean(0)
+        self.array += 1
+        self.count["steps"] += 1
+        self.pair[0].append(batch_idx)
+        self.pair[1].add_(1)
+        draws = (
+            torch.rand((), generator=self.torch_generator).item(),
+            self.numpy_generator.random(),
+            self.python_generator.random(),
+        )
+        self.losses.append(sum(draws) + len(self.pair[0]) + float(self.pair[1]))
+        for metric in self.plain_metrics.values():
+            metric.update(torch.eye(3)[batch[1]], batch[1])
+        self.losses.append(float(self.plain_metrics["apart"].update_count))
+        if self.late is None:
+            self.late = batch[0].mean(0)
+            self.register_buffer("later", self.late + 1)
+            self.more = nn.Linear(1, 1)
+        self.losses.append(float(self.late.sum() + self.later.sum()))
+        assert os.path.isdir(os.path.dirname(os.path.join(self.logger.log_dir, "x")))
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.body[0].parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+        self.log("also_accuracy", self.also_accuracy)
+        return loss + self.embedding(batch[1]).square().mean()
+
+    def on_train_epoch_start(self) -> None:
+        self.started = True
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        state = (self.average, self.in_place, torch.from_numpy(self.array))
+        self.losses.append(self.count["steps"])
+        self.losses.append(float(torch.stack([value.double().sum() for value in state]).sum()))
+        self.losses.append(sum(self.nested["losses"]) + len(self.nested["deep"]["seen"]) + sum(self.nested["queue"]))
+
+
+class NeedsTheHooks(Net):
+    """A training step that needs what the hooks before it set up."""
+
+    def on_train_start(self) -> None:
+        self.weight = 1.0
+
+    def on_train_epoch_start(self) -> None:
+        self.outputs: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.outputs.append(batch_idx)
+        return self.weight * super().training_step(batch, batch_idx)
+
+
+def _batch_sampler() -> DataLoader:
+    sampler = RandomSampler(dataset(64), generator=torch.Generator().manual_seed(3))
+    return DataLoader(dataset(64), batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Draws random numbers for each sample, in the worker or in the main process."""
+
+    def __init__(self) -> None:
+        self.data = dataset(64)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = self.data[index]
+        return inputs + 0.1 * torch.randn(8), label
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Samples without a length, from where it stands: as resumable data sets keep their place."""
+
+    def __init__(self, samples: int = 96) -> None:
+        self.data, self.place, self.history = dataset(samples), 0, {"read": []}
+        self.rounds = 0
+
+    def __iter__(self) -> Any:
+        self.rounds += 1
+        while self.place < len(self.data):
+            self.place += 1
+            self.history["read"].append(self.place)
+            inputs, label = self.data[self.place - 1]
+            yield inputs + self.rounds, label
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place, "read": self.history["read"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place, self.history["read"] = state["place"], state["read"]
+
+
+class KeepsItsPlace(DataLoader):  # type: ignore[type-arg]
+    """A loader with a state, which Lightning puts into checkpoints."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.read = 0
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            self.read += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.read = state["read"]
+
+
+def _fp16() -> Any:
+    return [L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**14))]
+
+
+class Average:
+    """A moving average as packages for it keep one: in an object of its own, with a state to save and load."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.shadow = [p.detach().clone() for p in module.parameters()]
+        self.updates = 0
+
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        for mine, p in zip(self.shadow, module.parameters(), strict=True):
+            mine.lerp_(p.detach() + 1, 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.shadow, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shadow, self.updates = state["shadow"], state["updates"]
+
+
+class Meddles(Net):
+    """A training step that averages weights, reads and counts steps, and reaches for optimizer, schedule and trainer."""
+
+    def __init__(self) -> None:
+        super().__init__(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.9))
+        self.average = Average(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.average.update(self)
+        self.losses.append(self.average.updates + sum(float(shadow.sum()) for shadow in self.average.shadow))
+        group = self.optimizers().param_groups[0]
+        group["calls"] = group.get("calls", 0) + 1
+        group["lr"] = 1e-2 / (1 + group["calls"] + self.trainer.global_step)
+        self.lr_schedulers().last_epoch += 1
+        self.trainer.should_stop |= batch_idx == 7
+        return loss * (1 + self.trainer.global_step)
+
+
+class Quiet(Net):
+    """What the compiler takes as a whole, which Lightning's own logging is not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+
+
+class Compiled(Net):
+    """Its layers are compiled, and the rest is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.compile(backend="aot_eager")
+
+
+def _own_generator() -> DataLoader:
+    sampler = RandomSampler(dataset(64), generator=torch.Generator().manual_seed(3))
+    return DataLoader(dataset(64), 8, sampler=sampler, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "options"),
+    [
+        pytest.param(Net, loader, {}, id="BatchNorm, dropout, shuffling, metric"),
+        pytest.param(Stateful, loader, {}, id="state in the module"),
+        pytest.param(lambda: Net(scheduler=lambda o: OneCycleLR(o, 0.1, total_steps=32)), loader, {}, id="scheduler"),
+        pytest.param(Net, loader, {"accumulate_grad_batches": 3}, id="accumulation"),
+        pytest.param(Net, loader, {"precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(Net, _own_generator, {}, id="generators of loader and sampler"),
+        pytest.param(Net, lambda: DataLoader(Augmented(), 8, shuffle=True), {}, id="augmentation"),
+        pytest.param(
+            Net,
+            lambda: DataLoader(Augmented(), 8, shuffle=True, num_workers=2, persistent_workers=True),
+            {},
+            id="persistent workers",
+        ),
+        pytest.param(lambda: Net(ALTO), loader, {}, id="ALTO"),
+        pytest.param(Nested, loader, {}, id="nested state, tensors, a teacher, max_norm, a metric twice"),
+        pytest.param(NeedsTheHooks, loader, {}, id="hooks of the module"),
+        pytest.param(Net, lambda: DataLoader(dataset(64), 8, sampler=Epochs()), {}, id="a sampler that counts epochs"),
+        pytest.param(
+            Net, lambda: DataLoader(ConcatDataset([Drawing(), Drawing()]), 8), {}, id="generators of datasets"
+        ),
+        pytest.param(Net, _batch_sampler, {}, id="generator of a sampler within a batch sampler"),
+        pytest.param(Net, lambda: DataLoader(Stream(), 8), {}, id="an iterable data set that keeps its place"),
+        pytest.param(
+            Net,
+            lambda: KeepsItsPlace(Stream(48), 4, num_workers=1),
+            {},
+            id="a stateful loader, iterable data in workers",
+        ),
+        pytest.param(
+            Net,
+            loader,
+            {"plugins": _fp16, "callbacks": lambda: [EMAWeightAveraging(decay=0.9)]},
+            id="16-mixed, EMA of the weights",
+        ),
+        pytest.param(Meddles, loader, {}, id="EMA in an object; optimizer, schedule, trainer, global_step"),
+        pytest.param(lambda: torch.compile(Quiet(), backend="eager"), loader, {}, id="compiled"),
+        pytest.param(Compiled, loader, {"plugins": _fp16}, id="compiled layers, 16-mixed"),
+    ],
+)
+def test_with_apply_false_the_run_is_the_same_to_the_bit(tmp_path, module, data, options) -> None:
+    calibration = silent()
+    runs = []
+    for folder, callbacks in (("a", [calibration]), ("b", [])):
+        fresh = {name: value() if callable(value) else value for name, value in options.items()}
+        callbacks = [*callbacks, *fresh.pop("callbacks", [])]
+        runs.append(fit(tmp_path / folder, *callbacks, module=module, data=data(), max_epochs=2, **fresh))
+    with_probe, without = runs
+    assert calibration.result is not None and calibration.result.gradients == 8
+    expected, got = final_state(without), final_state(with_probe)
+    assert got["losses"] == expected["losses"] and got["calls"] == expected["calls"]
+    assert got["logged"] == expected["logged"]
+    torch.testing.assert_close(got["weights"], expected["weights"], rtol=0, atol=0)
+    for one, other in zip(got["optimizer"], expected["optimizer"], strict=True):
+        assert one["param_groups"] == other["param_groups"]
+        torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=0)
+    assert torch.equal(got["rng"], expected["rng"])
+    assert with_probe.global_step == without.global_step
+    assert loss_scale(with_probe) == loss_scale(without)
+    assert _states(with_probe) == _states(without)
+
+
+def _states(made: L.Trainer) -> list[Any]:
+    schedulers = [config.scheduler for config in made.lr_scheduler_configs]
+    things = (made.train_dataloader, made.train_dataloader.dataset, *schedulers)
+    return [thing.state_dict() for thing in things if hasattr(thing, "state_dict")]
+
+
+class Look(L.Callback):
+    """Probes by hand, and keeps the gradients."""
+
+    def __init__(self, limit: int = 4) -> None:
+        self.limit = limit
+        self.gradients: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with no_trace(trainer, pl_module):
+            for gradients in Probe(trainer, pl_module, trainer.optimizers[0]).gradients(self.limit):
+                self.gradients.append({n: None if g is None else g.clone() for n, g in gradients.items()})
+
+
+class Linear(L.LightningModule):
+    """The gradient of a linear least-squares fit has a closed form."""
+
+    def __init__(self, optimizer: Any = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 1, bias=False)
+        self.optimizer = optimizer or (lambda p: torch.optim.SGD(p, lr=0.1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.layer(batch[0])[:, 0] - batch[1]).square().mean() / 2
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+def closed_form(weight: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return ((inputs @ weight.T)[:, 0] - labels) @ inputs / len(labels)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "decay"),
+    [
+        pytest.param(lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.3), 0.3, id="SGD: coupled"),
+        pytest.param(lambda p: torch.optim.RMSprop(p, 0.1, weight_decay=0.3), 0.3, id="RMSprop: coupled"),
+        pytest.param(lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.3), 0.3, id="Adam: coupled"),
+        pytest.param(lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.3), 0.0, id="AdamW: decoupled"),
+        pytest.param(lambda p: ALTO(p, 0.1, weight_decay=0.3), 0.0, id="ALTO: after the division"),
+    ],
+)
+def test_a_gradient_is_that_of_the_optimizers_objective(tmp_path, optimizer, decay) -> None:
+    look = Look()
+    data = DataLoader(dataset(64), 8)
+    module = Linear(optimizer)
+    weight = module.layer.weight.detach().clone()
+    fit(tmp_path, look, module=module, data=data, accumulate_grad_batches=2)
+    assert len(look.gradients) == 4
+    for (inputs, labels), found in zip(data, look.gradients, strict=False):
+        expected = closed_form(weight, inputs, labels) + decay * weight[0]
+        torch.testing.assert_close(found["layer.weight"][0], expected)
+
+
+def test_hooks_of_the_batch_transfer_run(tmp_path) -> None:
+    class Shifted(Linear):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] + 1, batch[1]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] * 2, batch[1]
+
+    look = Look(limit=1)
+    data = DataLoader(dataset(64), 8)
+    module = Shifted()
+    weight = module.layer.weight.detach().clone()
+    fit(tmp_path, look, module=module, data=data)
+    inputs, labels = next(iter(data))
+    torch.testing.assert_close(look.gradients[0]["layer.weight"][0], closed_form(weight, 2 * (inputs + 1), labels))
+
+
+def test_gradients_that_were_there_stay(tmp_path) -> None:
+    class Check(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            mine = torch.ones_like(pl_module.layer.weight)
+            pl_module.layer.weight.grad = mine
+            with no_trace(trainer, pl_module):
+                assert len(list(Probe(trainer, pl_module, trainer.optimizers[0]).gradients(3))) == 3
+            assert pl_module.layer.weight.grad is mine, "a probe does not touch gradients"
+            assert torch.equal(mine, torch.ones_like(mine))
+
+    fit(tmp_path, Check(), module=Linear())
+
+
+def _step_in_backward(parameter: nn.Parameter) -> None:
+    parameter.data.sub_(0.01 * parameter.grad)
+
+
+def test_hooks_of_the_parameters_do_not_run(tmp_path) -> None:
+    class StepsInBackward(Net):
+        def on_fit_start(self) -> None:
+            for parameter in self.parameters():
+                parameter.register_post_accumulate_grad_hook(_step_in_backward)
+
+    states = [
+        final_state(fit(tmp_path / str(len(callbacks)), *callbacks, module=StepsInBackward))
+        for callbacks in ([], [silent()])
+    ]
+    torch.testing.assert_close(states[0]["weights"], states[1]["weights"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(tmp_path, reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            inputs = batch[0].requires_grad_()
+            hidden = torch.utils.checkpoint.checkpoint(self.body, inputs, use_reentrant=reentrant)
+            return nn.functional.cross_entropy(self.head(hidden), batch[1])
+
+    calibration = silent()
+    with pytest.warns(UserWarning, match="no probe: activation checkpointing") if reentrant else nullcontext():
+        fit(tmp_path, calibration, module=Checkpointed)
+    assert calibration.result.gradients == (0 if reentrant else 8)
+
+
+def test_an_error_in_the_middle_leaves_no_trace_either(tmp_path) -> None:
+    class Failing(Stateful):
+        fail = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            if self.fail and batch_idx == 2:
+                raise RuntimeError("in the middle")
+            return output
+
+    class Check(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            before, loggers = final_state(trainer), trainer.loggers
+            with pytest.raises(RuntimeError, match="in the middle"), no_trace(trainer, pl_module):
+                list(Probe(trainer, pl_module, trainer.optimizers[0]).gradients(8))
+            after = final_state(trainer)
+            torch.testing.assert_close(after["weights"], before["weights"], rtol=0, atol=0)
+            assert (after["losses"], after["calls"]) == ([], 0)
+            assert torch.equal(after["rng"], before["rng"])
+            assert trainer.loggers == loggers and "log" not in vars(pl_module)
+            assert all(parameter.grad is None for parameter in pl_module.parameters())
+            pl_module.fail = False
+
+    fit(tmp_path, Check(), module=Failing())
+
+
+def test_a_loss_scale_that_overflows_is_lowered_for_the_probe_alone(tmp_path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    look = Look(limit=4)
+    plain = Look(limit=4)
+    precision = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+
+    class Scale(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            assert scaler.get_scale() == 2.0**40
+
+    fit(tmp_path / "a", look, Scale(), module=Linear, plugins=[precision], max_steps=1)
+    fit(tmp_path / "b", plain, module=Linear, max_steps=1)
+    assert len(look.gradients) == 4
+    for scaled, expected in zip(look.gradients, plain.gradients, strict=True):
+        torch.testing.assert_close(scaled, expected, rtol=0.1, atol=3e-3)
+
+
+def test_learning_rate_monitor_and_the_progress_of_the_loops_are_untouched(tmp_path) -> None:
+    made = fit(tmp_path, silent(), LearningRateMonitor(), max_epochs=2, log_every_n_steps=1)
+    assert made.global_step == 32 and made.current_epoch == 2
+    assert made.fit_loop.epoch_loop.batch_progress.total.ready == 32
+
+
+def test_a_training_step_that_fails_in_the_probe_is_no_end_of_training(tmp_path) -> None:
+    class Failing(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if isinstance(self.trainer.loggers[0], SilentLogger):  # in the probe alone
+                raise KeyError("table")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match=r"no probe: .* training_step or its gradient raised KeyError\('table'\)"):
+        made = fit(tmp_path, silent(), module=Failing, max_steps=3)
+    assert made.global_step == 3
+
+
+def test_a_short_last_batch_is_not_used(tmp_path) -> None:
+    calibration = silent()
+    with pytest.warns(UserWarning, match="the loader has 7 full batches"):
+        fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
+    assert calibration.result.gradients == 7
+
+
+def test_complex_parameters_count_as_pairs_of_real_ones(tmp_path) -> None:
+    class Complex(Linear):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, 0.1))
+            self.phase = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + (batch[0] * self.phase).sum().abs()
+
+    look, calibration = Look(limit=2), silent()
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, look, calibration, monitor, module=Complex, max_steps=3)
+    assert look.gradients[0]["phase"].shape == (8, 2)
+    assert "phase" in calibration.result.epsilon_range.per_name
+    logged = events(tmp_path).Histograms("gradient_magnitude/phase")
+    assert [event.histogram_value.num for event in logged] == [16, 16, 16]
+
+
+def test_lazy_parameters_are_refused(tmp_path) -> None:
+    class Lazy(Linear):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, 0.1))
+            self.layer = nn.LazyLinear(1, bias=False)
+
+    with pytest.warns(UserWarning, match="no probe: the model has lazy parameters"):
+        fit(tmp_path, silent(), module=Lazy, max_steps=2)
+
+
+def test_data_that_fail_in_the_probe_are_refused(tmp_path) -> None:
+    class Once(Drawing):
+        def __getitem__(self, index: int) -> Any:
+            if isinstance(module.trainer.loggers[0], SilentLogger):
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    module = Net()
+    with pytest.warns(UserWarning, match="no probe: the training data, training_step or its gradient raised OSError"):
+        made = fit(tmp_path, silent(), module=module, data=DataLoader(Once(), 4))
+    assert made.global_step == 8
+
+
+def _out_of_memory(kind: str) -> Exception:
+    if kind == "host":
+        return RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory")
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+class Heavy(Net):
+    """Some batches, in the probe alone, find no memory."""
+
+    def __init__(self, kind: str, every: int) -> None:
+        super().__init__()
+        self.kind, self.every = kind, every
+        HELD.clear()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if isinstance(self.trainer.loggers[0], SilentLogger):
+            assert not any(graph() for graph in HELD), "the graph of a batch that failed is still there"
+            if batch_idx % self.every == 0:
+                HELD.append(weakref.ref(loss))
+                raise _out_of_memory(self.kind)
+        return loss
+
+
+HELD: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    ("kind", "every", "used", "message"),
+    [
+        pytest.param("device", 4, 6, r"2 of 8 batches of the probe ran out of memory .*, and were left out", id="some"),
+        pytest.param("host", 1, 0, r"4 of 4 batches of the probe ran out of memory", id="all"),
+    ],
+)
+def test_batches_that_run_out_of_memory_are_left_out(tmp_path, kind: str, every: int, used: int, message: str) -> None:
+    calibration = silent()
+    with pytest.warns(UserWarning, match=message):
+        made = fit(tmp_path, calibration, module=Heavy(kind, every), max_steps=2)
+    assert calibration.result.gradients == used and made.global_step == 2
+
+
+@pytest.mark.parametrize("where", ["calibration.evidence.NoiseScale", "probe.run.no_trace"])
+def test_no_memory_for_the_probes_own_copies_is_a_refusal(tmp_path, monkeypatch, where: str) -> None:
+    def full(*args: Any) -> Any:
+        raise _out_of_memory("device")
+
+    monkeypatch.setattr(f"lightning_gradhist.callbacks.{where}", full)
+    calibration = silent()
+    with pytest.warns(UserWarning, match="no probe: .*out of memory"):
+        made = fit(tmp_path, calibration, max_steps=2)
+    assert calibration.result.gradients == 0 and made.global_step == 2
+
+
+class Short(IterableDataset):  # type: ignore[type-arg]
+    """Batches of eight, but one; nobody but the batches tells."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+
+    def __iter__(self) -> Any:
+        inputs, labels = dataset(8).tensors
+        return ({"x": inputs[:size], "y": [labels[:size]]} for size in self.sizes)
+
+
+class Dictionaries(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch["x"], batch["y"][0]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "used"),
+    [
+        pytest.param([8] * 7 + [5], 8, 7, id="a short last one"),
+        pytest.param([8, 8, 3, 8, 8, 8, 8, 8], 8, 7, id="a short one in between"),
+        pytest.param([8] * 7 + [5], 16, 8, id="not samples, or not these, so not to be judged by"),
+    ],
+)
+def test_a_batch_of_another_size_is_not_used(tmp_path, sizes: list[int], batch_size: int, used: int) -> None:
+    calibration = silent(batch_size=batch_size)
+    data = DataLoader(Short(sizes), batch_size=None)
+    said = pytest.warns(UserWarning, match="1 of 8 batches of the probe had another number of samples than the others")
+    with said if used < 8 else nullcontext():
+        fit(tmp_path, calibration, module=Dictionaries, data=data)
+    assert calibration.result.gradients == used
+
+
+class ByHand(Sampler):  # type: ignore[type-arg]
+    """Batches of eight, the last one short; it says its size, and not that."""
+
+    batch_size = 8
+
+    def __iter__(self) -> Any:
+        return iter(torch.arange(60).split(8))
+
+    def __len__(self) -> int:
+        return 8
+
+
+def test_a_short_batch_of_a_users_batch_sampler_is_noticed(tmp_path) -> None:
+    calibration = silent()
+    data = DataLoader(dataset(60), batch_sampler=ByHand())
+    with pytest.warns(UserWarning, match="1 of 8 batches of the probe had another number of samples"):
+        fit(tmp_path, calibration, data=data)
+    assert calibration.result.gradients == 7
+
+
+def test_data_that_hold_an_iterator_are_refused(tmp_path) -> None:
+    class Once(IterableDataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            self.samples = iter(dataset(64))
+
+        def __iter__(self) -> Any:
+            return self.samples
+
+    with pytest.warns(UserWarning, match=r"no probe: the training data holds an iterator \(Once.samples\)"):
+        made = fit(tmp_path, silent(batch_size=8), data=DataLoader(Once(), 8))
+    assert made.global_step == 8
+
+
+class Interrupted(L.Callback):
+    """What Lightning's handling of Ctrl-C finds."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.before = final_state(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.exception, self.after, self.loggers = exception, final_state(trainer), trainer.loggers
+
+
+def test_ctrl_c_in_the_middle_ends_the_run_as_it_was_before_the_probe(tmp_path) -> None:
+    class Stopped(Stateful):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.head.weight.add_(1)
+                signal.raise_signal(signal.SIGINT)
+            return output
+
+    seen, calibration, module = Interrupted(), OptimizerCalibration(learning_rate="keep"), Stopped()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(SystemExit):
+            fit(tmp_path, seen, calibration, module=module)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert isinstance(seen.exception, KeyboardInterrupt) and module.trainer.interrupted
+    torch.testing.assert_close(seen.after["weights"], seen.before["weights"], rtol=0, atol=0)
+    assert torch.equal(seen.after["rng"], seen.before["rng"])
+    assert seen.after["losses"] == [] and not any(isinstance(logger, SilentLogger) for logger in seen.loggers)
+    assert calibration.result is None and calibration.state_dict()["report"] is None

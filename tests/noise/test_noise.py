@@ -1,0 +1,601 @@
+"""Gradient moments, noise scale and its interval, against closed forms and brute force."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lightning_gradhist.noise import GradientMoments, NoiseRecord, NoiseScale
+from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate, student_quantile
+from lightning_gradhist.noise.step import adam_weight, measure_pair, measure_part
+from lightning_gradhist.tensors import elementwise
+
+SHAPES = {"weight": (3, 4), "bias": (5,), "scalar": ()}
+
+
+def gradients(number: int, seed: int = 0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {name: mean + torch.randn(shape, generator=generator, dtype=dtype) for name, shape in SHAPES.items()}
+        for _ in range(number)
+    ]
+
+
+def like(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
+
+
+def moments_of(batch: list[dict], dtype: torch.dtype = torch.float32) -> GradientMoments:
+    moments = GradientMoments(like(dtype))
+    for gradient in batch:
+        moments.update(gradient)
+    return moments
+
+
+def two_pass(batch: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    stacked = np.stack([gradient[name].double().numpy() for gradient in batch])
+    return stacked.mean(0), stacked.var(0, ddof=1)
+
+
+def assert_moments(moments: GradientMoments, batch: list[dict], rel: float) -> None:
+    assert moments.count == len(batch)
+    for name in SHAPES:
+        mean, variance = two_pass(batch, name)
+        np.testing.assert_allclose(moments.mean[name].double().numpy(), mean, rtol=rel, atol=rel)
+        np.testing.assert_allclose(moments.variance()[name].double().numpy(), variance, rtol=rel)
+
+
+# --- moments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "rel"),
+    [
+        pytest.param(torch.float32, 0.0, 1e-5, id="float32"),
+        pytest.param(torch.float64, 0.0, 1e-12, id="float64"),
+        pytest.param(torch.float64, 1e6, 1e-9, id="float64-mean-far-above-std"),
+        pytest.param(torch.float32, 1e3, 2e-3, id="float32-mean-far-above-std"),  # E g^2 - (E g)^2 would lose it all
+        pytest.param(torch.bfloat16, 0.0, 1e-5, id="bfloat16-gradients"),
+    ],
+)
+def test_moments_are_those_of_two_passes(dtype: torch.dtype, mean: float, rel: float) -> None:
+    wide = dtype if dtype != torch.bfloat16 else torch.float32
+    batch = [{k: g.to(dtype) for k, g in one.items()} for one in gradients(40, mean=mean, dtype=wide)]
+    moments = moments_of(batch, dtype)
+    assert all(m.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for m in moments.mean.values())
+    assert_moments(moments, batch, rel)
+
+
+def test_none_and_missing_are_zero_gradients() -> None:
+    batch = gradients(6)
+    sparse: list[dict[str, Tensor | None]] = [dict(one) for one in batch]
+    sparse[1]["bias"] = None
+    del sparse[4]["weight"]
+    batch[1]["bias"], batch[4]["weight"] = torch.zeros(5), torch.zeros(3, 4)
+    moments = GradientMoments(like())
+    for gradient in sparse:
+        moments.update(gradient)
+    assert_moments(moments, batch, 1e-5)
+
+
+def test_the_gradients_are_neither_kept_nor_changed() -> None:
+    gradient = {name: torch.ones(shape, requires_grad=True) for name, shape in SHAPES.items()}
+    moments = moments_of([gradient])
+    assert all(torch.equal(g, torch.ones_like(g)) for g in gradient.values())
+    assert not any(m.requires_grad for m in moments.mean.values())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0)], ids=str)
+def test_moments_merge_in_any_order(order: tuple[int, ...]) -> None:
+    batch = gradients(17, mean=3.0)
+    parts = [batch[:1], batch[1:6], batch[6:]]
+    first, *rest = [moments_of(parts[i]) for i in order]
+    first.merge(GradientMoments(like()))
+    for other in rest:
+        first.merge(other)
+    assert_moments(first, batch, 2e-5)
+    empty = GradientMoments(like())
+    empty.merge(GradientMoments(like()))
+    assert empty.count == 0
+    empty.merge(first)
+    assert_moments(empty, batch, 2e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 8.0, 64.0])
+def test_second_moment_is_unbiased_where_there_is_signal(ratio: float) -> None:
+    number, coordinates, sigma = 16, 100_000, 2.0
+    generator = torch.Generator().manual_seed(0)
+    mu = 3.0
+    moments = GradientMoments({"w": torch.zeros(coordinates)})
+    for _ in range(number):
+        moments.update({"w": mu + sigma * torch.randn(coordinates, generator=generator)})
+    found = moments.second_moment(ratio)["w"].double()
+    assert abs(float(found.mean()) - (mu**2 + sigma**2 / ratio)) < 5 * float(found.std()) / math.sqrt(coordinates)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 64.0])
+def test_second_moment_without_signal(ratio: float) -> None:
+    # mu^2 is estimated as at least zero, which costs E[max(chi^2_1 - 1, 0)] = 2 phi(1) = 0.484 of sigma^2 / n.
+    number, coordinates = 64, 60_000
+    generator = torch.Generator().manual_seed(1)
+    moments = GradientMoments({"w": torch.zeros(coordinates)})
+    for _ in range(number):
+        moments.update({"w": torch.randn(coordinates, generator=generator)})
+    found = moments.second_moment(ratio)["w"]
+    assert (found >= moments.variance()["w"] / ratio).all()
+    assert float(found.double().mean()) == pytest.approx(1 / ratio + 2 * stats.norm.pdf(1) / number, rel=0.01)
+
+
+def test_adam_weight() -> None:
+    second_moment = torch.tensor([0.0, 4.0, 1e-30])
+    assert adam_weight(second_moment, 0.0).tolist() == pytest.approx([0.0, 0.5, 1e15])
+    assert adam_weight(second_moment, 2.0).tolist() == pytest.approx([0.0, 0.25, 0.5])
+
+
+# --- noise scale -----------------------------------------------------------------------------------------------------
+
+BATCH = 8.0
+
+
+class Synthetic:
+    """Gradients with known mean and variance: independent coordinates, or a few factors that all of them share."""
+
+    def __init__(self, kind: str, coordinates: int = 300, signal: float = 0.5, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kind, self.coordinates = kind, coordinates
+        self.mu = signal * self.normal(coordinates)
+        self.sigma = 0.5 + 2 * torch.rand(coordinates, generator=self.generator)
+        self.factors = self.normal(3, coordinates)
+        if kind == "isotropic":
+            self.sigma = torch.ones(coordinates)
+        if kind == "factors":
+            self.sigma = (self.factors.square().sum(0) + 0.01).sqrt()
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def __call__(self, number: int) -> list[dict[str, Tensor]]:
+        noise = self.normal(number, self.coordinates)
+        if self.kind == "factors":
+            noise = self.normal(number, 3) @ self.factors + 0.1 * noise
+        else:
+            noise = noise * self.sigma
+        cut = self.coordinates // 3
+        return [{"a": g[:cut], "b": g[cut:]} for g in self.mu + noise]
+
+    def like(self) -> dict[str, Tensor]:
+        cut = self.coordinates // 3
+        return {"a": torch.zeros(cut), "b": torch.zeros(self.coordinates - cut)}
+
+    def truth(self, weight: Tensor | float = 1.0) -> float:
+        mu, sigma = self.mu.double(), self.sigma.double()
+        return BATCH * float((weight * sigma**2).sum() / (weight * mu**2).sum())
+
+    def exact_weight(self, eps: float, ratio: float) -> Tensor:
+        return 1 / ((self.mu.double() ** 2 + self.sigma.double() ** 2 / ratio).sqrt() + eps)
+
+    def measure(self, first: int, second: int, eps: float = 1e-8, ratio: float = 1.0) -> NoiseScale:
+        noise = NoiseScale(self.like(), BATCH)
+        for gradient in self(first):
+            noise.update(gradient)
+        noise.split(eps, ratio)
+        for gradient in self(second):
+            noise.update(gradient)
+        return noise
+
+
+def measured_weight(noise: NoiseScale) -> Tensor:
+    assert noise._weights is not None
+    return torch.cat([noise._weights["a"], noise._weights["b"]]).double()
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "scaled"])
+@pytest.mark.parametrize(("eps", "ratio"), [(1e-8, 1.0), (0.3, 4.0), (1e3, 1.0)], ids=["adam", "eps", "sgd"])
+def test_converges_to_the_closed_form(kind: str, eps: float, ratio: float) -> None:
+    synthetic = Synthetic(kind, coordinates=3000)
+    noise = synthetic.measure(200, 60, eps, ratio)
+    assert noise.measurements == noise.simple().measurements == 60
+    assert noise.simple().value == pytest.approx(synthetic.truth(), rel=0.02)
+    assert noise.adam().value == pytest.approx(synthetic.truth(synthetic.exact_weight(eps, ratio)), rel=0.02)
+    assert noise.adam().lower < noise.adam().value < noise.adam().upper
+
+
+COVERAGE = [
+    pytest.param("isotropic", 8, 0.5, 1.0, id="isotropic-8"),
+    pytest.param("isotropic", 16, 0.2, 1.0, id="isotropic-16-weak-signal"),
+    pytest.param("isotropic", 16, 2.0, 1.0, id="isotropic-16-strong-signal"),
+    pytest.param("scaled", 16, 0.5, 1.0, id="scaled-16"),
+    pytest.param("scaled", 16, 0.5, 16.0, id="scaled-16-larger-batch"),
+    pytest.param("factors", 8, 2.0, 1.0, id="factors-8"),
+    pytest.param("factors", 16, 0.5, 1.0, id="factors-16"),
+    pytest.param("factors", 16, 2.0, 16.0, id="factors-16-larger-batch"),
+]
+
+
+@pytest.mark.parametrize(("kind", "number", "signal", "ratio"), COVERAGE)
+def test_the_interval_covers(kind: str, number: int, signal: float, ratio: float) -> None:
+    """In 300 probes the 95% interval holds the truth; for ``B_adam`` that in the metric of the first half."""
+    synthetic, repetitions = Synthetic(kind, signal=signal), 300
+    simple = adam = 0
+    for _ in range(repetitions):
+        noise = synthetic.measure(number, number, ratio=ratio)
+        for_simple, for_adam = noise.simple(), noise.adam()
+        simple += for_simple.lower <= synthetic.truth() <= for_simple.upper
+        adam += for_adam.lower <= synthetic.truth(measured_weight(noise)) <= for_adam.upper
+    assert 0.90 <= simple / repetitions <= 1.0, simple / repetitions
+    assert 0.90 <= adam / repetitions <= 1.0, adam / repetitions
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_adams_metric_does_not_bias_the_signal(ratio: float) -> None:
+    # The metric and the mean come from the same gradients. Over 20,000 independent coordinates the interval is narrow
+    # enough to show it: without Stein's correction B_adam is 4% too large at ratio 1, and 19% at ratio 16.
+    synthetic = Synthetic("isotropic", coordinates=20_000)
+    biases, covered = [], 0
+    for _ in range(20):
+        noise = synthetic.measure(16, 16, ratio=ratio)
+        estimate, truth = noise.adam(), synthetic.truth(measured_weight(noise))
+        biases.append(estimate.value / truth)
+        covered += estimate.lower <= truth <= estimate.upper
+    assert np.mean(biases) == pytest.approx(1.0, abs=0.01)
+    assert covered >= 17
+
+
+def test_no_signal_is_an_infinite_noise_scale() -> None:
+    synthetic = Synthetic("isotropic", signal=0.0, coordinates=2000)
+    for _ in range(20):
+        noise = synthetic.measure(8, 8)
+        for estimate in (noise.simple(), noise.adam()):
+            if estimate.upper == math.inf:
+                assert estimate.lower >= 0.0 and estimate.value >= estimate.lower
+    uppers = [synthetic.measure(8, 8).simple().upper for _ in range(40)]
+    assert sum(map(math.isinf, uppers)) >= 36
+    assert any(synthetic.measure(8, 8).simple().value == math.inf for _ in range(20))
+
+
+def test_no_noise_is_a_noise_scale_of_zero() -> None:
+    noise = NoiseScale({"w": torch.zeros(3)}, 4)
+    for half in range(2):
+        for _ in range(4):
+            noise.update({"w": torch.tensor([1.0, 2.0, 0.0])})
+        if half == 0:
+            noise.split(eps=0.0)
+    assert noise.simple() == NoiseEstimate(0.0, 0.0, 0.0, 0.95, 4) == noise.adam()
+
+
+def test_merging_equals_one_process() -> None:
+    synthetic = Synthetic("scaled")
+    first, second = synthetic(12), synthetic(10)
+    alone, one, other = (NoiseScale(synthetic.like(), BATCH) for _ in range(3))
+    for i, gradient in enumerate(first):
+        alone.update(gradient)
+        (one if i % 3 else other).update(gradient)
+    one.merge(other)
+    assert one.first_half.count == 12
+    for noise in (alone, one):
+        noise.split(eps=1e-3, batch_ratio=2.0)
+        for gradient in second:
+            noise.update(gradient)
+    for merged, single in ((one.simple(), alone.simple()), (one.adam(), alone.adam())):
+        assert (merged.value, merged.lower, merged.upper) == pytest.approx(
+            (single.value, single.lower, single.upper), rel=1e-4
+        )
+
+
+def test_merging_second_halves_adds_measurements() -> None:
+    synthetic = Synthetic("scaled", coordinates=2000)
+    one, other = synthetic.measure(8, 8), synthetic.measure(8, 8)
+    apart = [one.simple(), other.simple()]
+    one.merge(other)
+    together = one.simple()
+    assert together.measurements == 16
+    assert min(e.value for e in apart) <= together.value <= max(e.value for e in apart)
+    assert together.upper - together.lower < min(e.upper - e.lower for e in apart)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(lambda: NoiseScale({}, 0), ValueError, "positive number of samples, got 0", id="batch"),
+        pytest.param(lambda: NoiseScale({}, math.nan), ValueError, "got nan", id="batch-nan"),
+        pytest.param(lambda: NoiseScale(like(), 1).split(0.0), RuntimeError, "needs two gradients", id="none-yet"),
+        pytest.param(lambda: Synthetic("scaled").measure(2, 2).split(0.0), RuntimeError, "called once", id="twice"),
+        pytest.param(lambda: NoiseScale(like(), 1).merge(NoiseScale(like(), 2)), ValueError, "batch_size", id="merge"),
+        pytest.param(
+            lambda: NoiseScale(Synthetic("scaled").like(), BATCH).merge(Synthetic("scaled").measure(2, 2)),
+            ValueError,
+            "in the same half",
+            id="merge-halves",
+        ),
+        pytest.param(lambda: NoiseRecord().estimate("lion"), ValueError, "got 'lion'", id="metric"),
+    ],
+)
+def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- Fieller's interval and Student's t ------------------------------------------------------------------------------
+
+
+def fieller_set(noise: np.ndarray, signal: np.ndarray, references: float) -> np.ndarray:
+    """Brute force: the ratios from a fine scan at which ``mean(noise - R * signal)`` passes a t test."""
+    ratios = np.concatenate([[0.0], np.logspace(-4, 6, 200_001)])
+    number = len(noise)
+    t = stats.t.ppf(0.975, number - 1)
+    residual = noise.mean() - ratios * signal.mean()
+    covariance = np.cov(noise, signal)
+    variance = covariance[0, 0] - 2 * ratios * covariance[0, 1] + ratios**2 * covariance[1, 1]
+    return ratios[residual**2 <= t**2 * variance * (1 / number + 1 / references)]
+
+
+@pytest.mark.parametrize(
+    ("signal_mean", "noise_mean", "kind"),
+    [
+        pytest.param(5.0, 3.0, "bounded", id="clear"),
+        pytest.param(1.2, 30.0, "bounded", id="clear-enough"),
+        pytest.param(0.3, 30.0, "unbounded", id="signal-near-zero"),
+        pytest.param(5.0, 0.1, "from-zero", id="noise-near-zero"),
+        pytest.param(0.1, 0.1, "everything", id="both-near-zero"),
+    ],
+)
+@pytest.mark.parametrize("references", [math.inf, 12.0])
+@pytest.mark.parametrize("correlation", [-0.8, 0.0, 0.8])
+def test_fieller_against_a_scan(
+    signal_mean: float, noise_mean: float, kind: str, references: float, correlation: float
+) -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(2, 12))
+    x, y = (x - x.mean()) / x.std(ddof=1), (y - y.mean()) / y.std(ddof=1)
+    noise, signal = noise_mean + x, signal_mean + correlation * x + math.sqrt(1 - correlation**2) * y
+    found = ratio_estimate(noise.tolist(), signal.tolist(), scale=1.0, confidence=0.95, references=references)
+    scan = fieller_set(noise, signal, references)
+    assert found.value == pytest.approx(noise_mean / signal_mean)
+    assert found.lower <= found.value <= found.upper
+    assert found.lower == pytest.approx(scan[0], rel=1e-3, abs=1e-3)
+    assert found.lower == 0.0 or kind in ("bounded", "unbounded")
+    if kind in ("unbounded", "everything"):
+        assert found.upper == math.inf and scan[-1] == 1e6
+    else:
+        assert found.upper == pytest.approx(scan[-1], rel=1e-3)
+
+
+def test_ratio_scales() -> None:
+    noise, signal = [3.0, 4.0, 5.0, 4.5], [1.0, 1.1, 0.9, 1.05]
+    one = ratio_estimate(noise, signal, scale=1.0, confidence=0.9)
+    ten = ratio_estimate(noise, signal, scale=10.0, confidence=0.9)
+    assert (ten.value, ten.lower, ten.upper) == pytest.approx((10 * one.value, 10 * one.lower, 10 * one.upper))
+    assert one.confidence == 0.9 and one.measurements == 4
+
+
+@pytest.mark.parametrize(
+    ("noise", "signal", "estimate"),
+    [
+        pytest.param([], [], NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 0), id="none"),
+        pytest.param([2.0], [1.0], NoiseEstimate(2.0, 0.0, math.inf, 0.95, 1), id="one"),
+        pytest.param([2.0, 4.0], [1.0, 2.0], NoiseEstimate(2.0, 0.0, math.inf, 0.95, 2), id="two"),
+        pytest.param([2.0, 4.0], [-1.0, 0.5], NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 2), id="no-signal"),
+        pytest.param([2.0] * 3, [1.0] * 3, NoiseEstimate(2.0, 2.0, 2.0, 0.95, 3), id="constant"),
+        pytest.param([0.0] * 3, [0.0] * 3, NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 3), id="zero"),
+        pytest.param([2.0] * 3, [-1.0] * 3, NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 3), id="negative-signal"),
+        pytest.param([2.0, math.inf], [1.0, math.nan], NoiseEstimate(2.0, 0.0, math.inf, 0.95, 1), id="not-finite"),
+        pytest.param(
+            [math.inf, math.inf], [math.inf, -math.inf], NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 0), id="infinite"
+        ),
+    ],
+)
+def test_ratio_of_few(noise: list[float], signal: list[float], estimate: NoiseEstimate) -> None:
+    assert ratio_estimate(noise, signal, scale=1.0, confidence=0.95) == estimate
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 31), 50, 99, 100, 1000])
+def test_student_quantile(degrees: int) -> None:
+    for probability in (0.025, 0.5, 0.75, 0.9, 0.975, 0.995, 0.9995):
+        exact = stats.t.ppf(probability, degrees)
+        assert student_quantile(probability, degrees) == pytest.approx(exact, rel=1e-6, abs=1e-9)
+
+
+# --- the record of a run ---------------------------------------------------------------------------------------------
+
+
+def run(scales: list[float], batch_sizes: list[float] | None = None, error: float = 0.02, seed: int = 0) -> NoiseRecord:
+    """One pair a scale: signal 1, noise ``scale / batch_size``, both with some error."""
+    rng = np.random.default_rng(seed)
+    record = NoiseRecord()
+    for step, scale in enumerate(scales):
+        batch = batch_sizes[step] if batch_sizes else 16.0
+        a, b, c, d = 1 + error * rng.normal(size=4)
+        record.add(step, batch, torch.tensor([a * scale / batch, b, c * 2 * scale / batch, d], dtype=torch.float64))
+    return record
+
+
+def test_a_constant_noise_scale() -> None:
+    record = run([100.0] * 64)
+    simple, adam = record.estimate("simple"), record.estimate("adam")
+    assert simple.lower < 100 < simple.upper and adam.lower < 200 < adam.upper
+    assert simple.value == pytest.approx(100, rel=0.02) and adam.measurements == 64
+    assert record.estimate("adam", confidence=0.5).upper < adam.upper
+
+
+def test_a_growing_noise_scale_is_averaged_over_the_run() -> None:
+    # The ratio of sums would weigh late and early alike in the sum only; the windows give the mean over time.
+    scales = np.linspace(10, 1000, 80)
+    found = run(scales.tolist()).estimate("simple")
+    assert found.value == pytest.approx(scales.mean(), rel=0.03)
+    assert found.lower < scales.mean() < found.upper
+
+
+def test_a_signal_that_shrinks_is_averaged_as_ratios() -> None:
+    # Noise 1 throughout, signal from 1 down to 1/8 in eight windows: ratios 1, 2, ..., 8.
+    record = NoiseRecord()
+    rng = np.random.default_rng(0)
+    for step in range(80):
+        noise, signal = (1 + 0.01 * rng.normal(size=2)) / [1, 1 + step // 10]
+        record.add(step, 1.0, torch.tensor([noise, signal, noise, signal], dtype=torch.float64))
+    assert record.estimate().value == pytest.approx(4.5, rel=0.01)
+
+
+def test_a_batch_size_that_changes_does_no_harm() -> None:
+    found = run([100.0] * 40, batch_sizes=[8.0] * 20 + [64.0] * 20).estimate("simple")
+    assert found.value == pytest.approx(100, rel=0.02)
+
+
+def test_fewer_windows_where_one_has_no_signal() -> None:
+    record = run([100.0] * 64)
+    for sample in record.samples[:8]:
+        sample["signal_adam"] *= -1.0
+    found = record.estimate("adam")
+    assert math.isfinite(found.upper) and found.value == pytest.approx(200 * 64 / 48, rel=0.2)
+    assert record.estimate("simple").value == pytest.approx(100, rel=0.02)
+
+
+def test_samples_that_are_not_finite_are_left_out() -> None:
+    record = run([100.0] * 30)
+    record.add(30, 16.0, torch.tensor([1.0, 1.0, math.nan, math.nan], dtype=torch.float64))
+    record.add(31, 16.0, torch.tensor([math.inf, 1.0, 1.0, -math.inf], dtype=torch.float64))
+    assert record.samples[30] == {
+        "step": 30,
+        "batch_size": 16.0,
+        "noise_simple": 1.0,
+        "signal_simple": 1.0,
+        "noise_adam": None,
+        "signal_adam": None,
+    }
+    assert record.estimate("simple").measurements == 31 and record.estimate("adam").measurements == 30
+
+
+def test_an_empty_record() -> None:
+    for record in (NoiseRecord(), NoiseRecord([{"noise_adam": None, "signal_adam": None, "batch_size": 1, "step": 0}])):
+        assert record.estimate() == NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 0)
+
+
+def test_samples_go_through_json() -> None:
+    record = run([50.0] * 20)
+    record.add(20, 16, torch.full((4,), math.nan))
+    again = NoiseRecord(json.loads(json.dumps(record.samples, allow_nan=False)))
+    assert again.samples == record.samples and again.estimate() == record.estimate()
+    again.add(21, 16, torch.ones(4))
+    assert len(record.samples) == 21  # the samples that it was made of are copied
+
+
+@pytest.mark.parametrize("pairs", [40, 160])
+def test_the_interval_of_a_record_covers(pairs: int) -> None:
+    """Pairs of real gradients, noise shared by all coordinates, metric as an optimizer would have it."""
+    synthetic = Synthetic("factors", signal=1.0)
+    weight = synthetic.exact_weight(1e-8, 1.0).float()
+    weights = {"a": weight[:100], "b": weight[100:]}
+    truths = {"simple": synthetic.truth(), "adam": synthetic.truth(weight.double())}
+    repetitions, covered = 100, {"simple": 0, "adam": 0}
+    for _ in range(repetitions):
+        record, batch = NoiseRecord(), synthetic(2 * pairs)
+        for i in range(pairs):
+            record.add(i, BATCH, measure_pair(batch[2 * i], batch[2 * i + 1], weights))
+        for metric, truth in truths.items():
+            found = record.estimate(metric)
+            covered[metric] += found.lower <= truth <= found.upper
+    assert all(number >= 0.90 * repetitions for number in covered.values()), covered
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_measure_pair() -> None:
+    first, second = gradients(2)
+    weights = {name: torch.rand(shape) for name, shape in SHAPES.items()}
+    expected = np.zeros(4)
+    for name in SHAPES:
+        one, two, w = (x[name].double().numpy() for x in (first, second, weights))
+        noise, signal = (one - two) ** 2 / 2, one * two
+        expected += [noise.sum(), signal.sum(), (w * noise).sum(), (w * signal).sum()]
+    found = measure_pair(first, second, weights)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+
+
+def test_measure_pair_leaves_out_what_only_one_has() -> None:
+    first, second = gradients(2)
+    alone = measure_pair({"bias": first["bias"]}, {"bias": second["bias"]}, {"bias": torch.ones(5)})
+    with_others = {"bias": second["bias"], "new": torch.ones(3)}
+    assert torch.equal(measure_pair(first, with_others, {"bias": torch.ones(5)}), alone)
+    assert alone[:2].equal(alone[2:])
+    unweighted = measure_pair(first, second, {"bias": torch.ones(5)})  # a name without weight has weight zero
+    assert unweighted[2:].equal(alone[2:]) and not unweighted[:2].equal(alone[:2])
+
+
+def test_measure_pair_without_weights_or_gradients() -> None:
+    first, second = gradients(2)
+    found = measure_pair(first, second, None)
+    assert found[:2].isfinite().all() and found[2:].isnan().all()
+    assert measure_pair({}, second, None).isnan().all()
+    half = measure_pair({"x": torch.tensor([300.0]).half()}, {"x": torch.tensor([300.0]).half()}, None)
+    assert half[:2].tolist() == [0.0, 90_000.0]  # which float16 could not hold
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_part_and_the_whole_tell_noise_and_signal_without_bias(parts: int) -> None:
+    """Over many steps at fixed weights: the means are tr(Sigma) / B and |G|^2 within five standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    mean, deviation, weight = torch.linspace(-1, 1, 20), torch.linspace(0.5, 3, 20), torch.linspace(0.1, 2, 20)
+    found = []
+    for _ in range(2000):
+        of_parts = mean + deviation * torch.randn(parts, 20, generator=generator)
+        part, whole = {"w": of_parts[0]}, {"w": of_parts.mean(0)}
+        found.append(measure_part(part, whole, {"w": weight}, parts))
+    measured = torch.stack(found)
+    variance = deviation.double().square() / parts
+    expected = [variance.sum(), mean.double().square().sum()]
+    expected += [(weight * variance).sum(), (weight * mean.double().square()).sum()]
+    error = measured.std(0) / len(found) ** 0.5
+    assert ((measured.mean(0) - torch.stack(expected)).abs() < 5 * error).all()
+
+
+def test_a_part_without_a_gradient_is_zero_there_and_a_single_part_tells_nothing() -> None:
+    whole = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
+    got = measure_part({"a": torch.tensor([0.0, 4.0])}, whole, None, 3)
+    assert got[:2].tolist() == [(1 + 4 + 9) / 2, 14 - 7] and got[2:].isnan().all()
+    assert measure_part({}, {}, None, 2).isnan().all()
+    with pytest.raises(ValueError, match="parts must be at least 2, got 1"):
+        measure_part(whole, whole, None, 1)
+
+
+def test_a_record_holds_few_measurements_of_the_device() -> None:
+    record = NoiseRecord()
+    held = []
+    for step in range(300):
+        record.add(step, 8, torch.ones(4, dtype=torch.float64))
+        held.append(len(record._waiting))
+    assert max(held) == 64 and len(record) == 300
+    assert [sample["step"] for sample in record.samples] == list(range(300))
+
+
+def test_large_gradients_are_measured_in_pieces_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second, moments = (
+        {"small": torch.randn(10, generator=generator), "large": torch.randn(3000, 2, generator=generator)}
+        for _ in range(3)
+    )
+    weights = {name: moment.abs() for name, moment in moments.items()}
+    whole = [
+        measure_pair(first, second, weights),
+        measure_pair(first, second, None),
+        measure_part(first, second, weights, 4),
+    ]
+    roots = elementwise(torch.sqrt, weights)
+    monkeypatch.setattr("lightning_gradhist.tensors._BATCH", 1000)
+    pieces = [
+        measure_pair(first, second, weights),
+        measure_pair(first, second, None),
+        measure_part(first, second, weights, 4),
+    ]
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for name, root in elementwise(torch.sqrt, weights).items():
+        assert torch.equal(root, roots[name])

@@ -1,0 +1,180 @@
+"""The record of a run: whole or not at all, and refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_gradhist.noise import NoiseRecord
+from lightning_gradhist.noise.interval import NoiseEstimate
+from lightning_gradhist.noise.record import FILE_NAME, SCHEMA_VERSION, OptimizerRecord, RecordError, RunRecord
+
+
+def record() -> RunRecord:
+    samples = NoiseRecord()
+    samples.add(0, 64, torch.tensor([1.5, 0.25, math.nan, math.inf], dtype=torch.float64))
+    samples.add(50, 64, torch.tensor([1e-30, 1 / 3, 2.0, -1e30], dtype=torch.float64))
+    noise = {
+        "simple": NoiseEstimate(316.25, 200.0, math.inf, 0.95, 12),
+        "adam": NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 0),
+    }
+    adam = OptimizerRecord("AdamW", [1e-3, 0.1 + 0.2], 64, noise, samples.samples)
+    return RunRecord(
+        {"layer.weight": [3, 4], "layer.bias": [3], "scale é": []}, 1234, [adam, replace(adam, name="SGD")]
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / FILE_NAME
+    record().save(path)
+    assert RunRecord.load(path) == record() == RunRecord.load(str(path))
+    assert os.listdir(path.parent) == [FILE_NAME]
+
+
+def test_an_empty_record(tmp_path: Path) -> None:
+    RunRecord({}, 0, []).save(tmp_path / FILE_NAME)
+    with pytest.raises(RecordError, match="holds no optimizer with a batch size"):
+        RunRecord.load(tmp_path / FILE_NAME)
+
+
+def test_the_file_is_strict_json(tmp_path: Path) -> None:
+    def refuse(token: str) -> Any:
+        raise AssertionError(f"{token} is no JSON")
+
+    record().save(tmp_path / FILE_NAME)
+    content = json.loads((tmp_path / FILE_NAME).read_text(encoding="utf-8"), parse_constant=refuse)
+    assert content["schema_version"] == SCHEMA_VERSION
+    assert content["optimizers"][0]["noise"]["simple"]["upper"] is None
+    assert content["optimizers"][0]["samples"][0]["noise_adam"] is None
+
+
+def no_space(*args: Any, **kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def half_written(self: Path, text: str, encoding: str) -> None:
+    with open(self, "w", encoding=encoding) as file:
+        file.write(text[: len(text) // 2])
+    no_space()
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "stand_in"),
+    [
+        pytest.param(os, "replace", no_space, id="on-replacing"),
+        pytest.param(Path, "write_text", half_written, id="half-way"),
+        pytest.param(json, "dumps", no_space, id="before-writing"),
+    ],
+)
+def test_an_error_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, stand_in: Any
+) -> None:
+    path = tmp_path / FILE_NAME
+    record().save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(target, name, stand_in)
+    with pytest.raises(OSError, match="No space"):
+        replace(record(), steps=9999).save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [FILE_NAME]
+
+
+def test_what_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    record().save(path)
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        replace(record(), steps=torch.tensor(3)).save(path)  # type: ignore[arg-type]
+    assert RunRecord.load(path) == record() and os.listdir(tmp_path) == [FILE_NAME]
+
+
+def test_truncated_at_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    record().save(path)
+    whole = path.read_bytes()
+    assert whole.endswith(b"}\n")
+    for length in [*range(0, len(whole) - 2, 7), len(whole) - 2]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(RecordError, match=r"cannot be read, it may be truncated"):
+            RunRecord.load(path)
+
+
+def edited(**changes: Any) -> str:
+    content = {"schema_version": SCHEMA_VERSION, "model": {"w": [1]}, "steps": 3, "optimizers": []}
+    return json.dumps({key: value for key, value in {**content, **changes}.items() if value is not ...})
+
+
+ESTIMATE = {"value": 1, "lower": 0, "upper": None, "confidence": 0.95, "measurements": 4}
+OPTIMIZER = {"name": "Adam", "learning_rates": [0.1], "batch_size": 8, "noise": {"adam": ESTIMATE}, "samples": []}
+
+
+def test_the_smallest_legal_record(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text(edited(optimizers=[OPTIMIZER]))
+    (found,) = RunRecord.load(tmp_path / FILE_NAME).optimizers
+    assert found.noise["adam"] == NoiseEstimate(1.0, 0.0, math.inf, 0.95, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param(None, "does not exist; a run with GradientHistogramMonitor leaves calibration.json", id="missing"),
+        pytest.param("", "cannot be read, it may be truncated", id="empty"),
+        pytest.param("\udcff", "cannot be read", id="not-utf-8"),
+        pytest.param("[1, 2]", "schema version None, and this release reads 1; record the run again", id="list"),
+        pytest.param("3", "schema version None", id="number"),
+        pytest.param("{}", "schema version None", id="no-version"),
+        pytest.param(edited(schema_version=2), "schema version 2, and this release reads 1", id="later-version"),
+        pytest.param(edited(schema_version="1"), "schema version '1'", id="version-as-text"),
+        pytest.param(edited(model=...), "is not whole: KeyError.'model'", id="no-model"),
+        pytest.param(edited(model=[1]), "is not whole", id="model-is-a-list"),
+        pytest.param(edited(model={"w": 3}), "is not whole", id="shape-is-a-number"),
+        pytest.param(edited(steps="many"), "is not whole: ValueError", id="steps"),
+        pytest.param(edited(optimizers=None), "is not whole", id="no-optimizers"),
+        pytest.param(edited(optimizers=[3]), "is not whole", id="optimizer-is-a-number"),
+        pytest.param(edited(optimizers=[{**OPTIMIZER, "more": 1}]), "is not whole", id="unknown-key"),
+        pytest.param(edited(optimizers=[{**OPTIMIZER, "batch_size": "many"}]), "is not whole", id="batch-size"),
+        pytest.param(edited(optimizers=[{**OPTIMIZER, "learning_rates": [None]}]), "is not whole", id="rate"),
+        pytest.param(edited(optimizers=[{**OPTIMIZER, "noise": {"adam": {}}}]), "is not whole", id="empty-noise"),
+        pytest.param(
+            edited(optimizers=[{**OPTIMIZER, "noise": {"adam": {**ESTIMATE, "value": "large"}}}]),
+            "is not whole",
+            id="noise-as-text",
+        ),
+    ],
+)
+def test_refusals(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / FILE_NAME
+    if text is not None:
+        path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    with pytest.raises(RecordError, match=message) as caught:
+        RunRecord.load(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_folder_is_no_record(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"is a directory; pass the calibration\.json in it"):
+        RunRecord.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        pytest.param({"w": [3, 4]}, r"'b' has shape \[3\] in the record and None", id="fewer"),
+        pytest.param({"w": [3, 4], "b": [4]}, r"'b' has shape \[3\] in the record and \[4\]", id="shape"),
+        pytest.param({"w": [3, 4], "b": [3], "c": []}, r"'c' has shape None in the record and \[\]", id="more"),
+        pytest.param({}, "record is of another model", id="empty"),
+    ],
+)
+def test_another_model_is_refused(model: dict[str, list[int]], message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        RunRecord({"w": [3, 4], "b": [3]}, 1, []).check_model(model)
+
+
+def test_the_same_model_is_not() -> None:
+    RunRecord({"w": [3, 4], "b": [3]}, 1, []).check_model({"b": [3], "w": [3, 4]})
