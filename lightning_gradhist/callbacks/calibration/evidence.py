@@ -18,6 +18,7 @@ from lightning_gradhist.callbacks.gradients import clips_by_norm
 from lightning_gradhist.callbacks.optimizers import least_epsilon, rule_of
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
+from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_sharded
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
@@ -142,7 +143,7 @@ def gather(options: Options, trainer: Trainer, module: LightningModule, record: 
         scheduler=_keeper_of_rates(trainer),
     )
     if needs_probe(options, evidence):
-        measurement = _Measurement(options, trainer, module, evidence)
+        measurement = _Measurement(options, trainer, evidence)
         why_none = run_probe(trainer, module, options.probe_batches, MIN_BATCHES, measurement.measure)
         if why_none is not None:
             evidence.probe.problems.append(explain.no_probe(why_none))
@@ -159,15 +160,15 @@ def needs_probe(options: Options, evidence: Evidence) -> bool:
 class _Measurement:
     """The two halves of a probe: the search space of epsilon, then the noise scale in the metric that it gives."""
 
-    def __init__(self, options: Options, trainer: Trainer, module: LightningModule, evidence: Evidence) -> None:
-        self._options, self._trainer, self._module, self._evidence = options, trainer, module, evidence
+    def __init__(self, options: Options, trainer: Trainer, evidence: Evidence) -> None:
+        self._options, self._trainer, self._evidence = options, trainer, evidence
         self._found = evidence.probe
         self._micro_batches = gradients_a_step(trainer)
 
-    def measure(self, planned: int, tick: Callable[[], Any]) -> None:
+    def measure(self, apart: Apart, planned: int, tick: Callable[[], Any]) -> None:
         """Reads up to ``planned`` batches on each rank."""
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
-        probe = Probe(trainer, self._module, optimizer, batch_of_rank(trainer, self._options.batch_size), tick)
+        probe = Probe(apart, batch_of_rank(trainer, self._options.batch_size), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
         first = (planned + 1) // 2
@@ -203,7 +204,7 @@ class _Measurement:
             self._found.clipping = (limit, factor)
         elif limit:
             rms = {name: r.clamp(max=limit) for name, r in rms.items()}
-        histogram = MagnitudeHistogram(list(rms), self._module.device)
+        histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
         histogram.update(rms)
         if is_sharded(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
