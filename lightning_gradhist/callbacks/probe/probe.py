@@ -75,7 +75,8 @@ class Probe:
         optimizer: Optimizer = trainer.optimizers[0]
         self._batch_size = batch_size
         self._tick = tick
-        self._parameters = {n: p for n, p in optimizer_parameters(module, optimizer).items() if p.requires_grad}
+        known = optimizer_parameters(module, optimizer)
+        self._parameters = {name: p for name, p in known.items() if p.requires_grad and not p.is_meta}
         self._replicas = replicas(trainer) if is_sharded(trainer) else None
         self._module_parameters = list(module.parameters())  # now: within a pass, FSDP2 shows others in their place
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})

@@ -162,11 +162,16 @@ class OddTensors(Small):
 
     def set_up(self) -> None:
         self.register_buffer("complex_half", torch.ones(2, dtype=torch.complex32))
-        self.register_buffer("meta", torch.ones(2, device="meta"))
         self.register_buffer("quantized", torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8))
         self.nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
         self.sparse = torch.eye(3).to_sparse()
-        self.unused = nn.Linear(2, 2, device="meta")
+
+    def configure_optimizers(self) -> Any:
+        self.unused = nn.Linear(2, 2, device="meta")  # now, as Lightning has moved the others to the device
+        return super().configure_optimizers()
+
+    def on_train_end(self) -> None:
+        del self.unused
 
     def touch(self, batch: Any, batch_idx: int) -> Any:
         self.nested = self.nested * 2
