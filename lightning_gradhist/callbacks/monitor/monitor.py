@@ -27,7 +27,7 @@ from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.record import RecordFile, run_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.strategies import is_sharded, least_over_ranks, replicas
+from lightning_gradhist.callbacks.strategies import RankSum, is_sharded, least_over_ranks, replicas
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
@@ -172,13 +172,15 @@ class GradientHistogramMonitor(Callback):
                 " any parameter; use when='before_clip', or strategy='ddp'"
             )
         self._rows.check_start(trainer, pl_module)
-        self._fit = Fit(trainer, pl_module, spread, Guard())
-        self._log_dir = self._directory(trainer)
+        self._fit = fit = Fit(trainer, pl_module, spread, Guard(), RankSum(spread, pl_module.device))
+        self._log_dir = self._directory(fit)
         if self._log_dir is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._log_dir, self._fit.guard)
-        known = effective_batch_size(trainer, self.batch_size) is not None
+            self._record = RecordFile(self._log_dir, fit.guard)
+        known = False
+        with fit.guard.attempt("tell the batch size"):
+            known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
-        self._watch(self._fit, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
+        self._watch(fit, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
         if self._fit is not None:
             self._warn_of_lacks(trainer)
 
@@ -230,12 +232,17 @@ class GradientHistogramMonitor(Callback):
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._finish()
 
-    def _directory(self, trainer: Trainer) -> Path | None:
+    def _directory(self, fit: Fit) -> Path | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
+        trainer, path = fit.trainer, ""
         monitors = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
         if getattr(trainer, "fast_dev_run", False) or trainer.barebones or (monitors and monitors[0] is not self):
             return None  # of several monitors the first writes the record
-        return Path(trainer.strategy.broadcast(run_directory(trainer) if trainer.is_global_zero else ""))
+        if trainer.is_global_zero:
+            with fit.guard.attempt("find the logger's directory"):
+                path = run_directory(trainer)
+        path = trainer.strategy.broadcast(path)
+        return Path(path) if path else None
 
     def _watch(self, fit: Fit, states: Sequence[dict[str, Any]]) -> None:
         """Watches the optimizers that there are now from these states on, or from their first step."""

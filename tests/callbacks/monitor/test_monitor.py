@@ -600,6 +600,17 @@ def test_a_logger_without_a_directory_of_its_own_gets_one_for_each_run(tmp_path)
     assert [(tmp_path / "runs" / version / "calibration.json").exists() for version in ("one", "two")] == [True, True]
 
 
+def test_a_logger_that_cannot_tell_its_directory_costs_the_record_alone(tmp_path) -> None:
+    class Offline(Remote):
+        @property
+        def log_dir(self) -> Any:
+            raise ConnectionError("no server")
+
+    with pytest.warns(UserWarning, match="could not find the logger's directory, training goes on.*no server"):
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), logger=Offline(tmp_path, "one"))
+    assert made.global_step == 16 and not list(tmp_path.rglob("calibration.json"))
+
+
 def test_barebones_leaves_nothing(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=1)
@@ -859,7 +870,7 @@ def _raises(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("owner", "attribute", "options"),
     [
-        pytest.param(gradients, "local_gradient", {}, id="gradients"),
+        pytest.param(gradients, "_dense", {}, id="gradients"),
         pytest.param(observer, "own_parts", {}, id="parts"),
         pytest.param(observer, "ready_gradients", {"when": "after_clip"}, id="after clipping"),
         pytest.param(gradients, "local_gradient", {"when": "local"}, id="local copies"),
