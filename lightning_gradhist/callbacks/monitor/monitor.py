@@ -31,8 +31,6 @@ from lightning_gradhist.callbacks.strategies import RankSum, is_sharded, least_o
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
-_ARGUMENTS = ("every_n_steps", "group_by", "include", "exclude", "when", "optimizer_state", "noise_scale", "batch_size")
-
 
 class GradientHistogramMonitor(Callback):
     r"""Logs histograms of the gradient magnitudes of every layer, and records the noise scale of the run.
@@ -59,8 +57,8 @@ class GradientHistogramMonitor(Callback):
         noise_scale: whether to measure the noise scale.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
-        name: tells this monitor from another one in the same Trainer whose arguments look the same, as those of two that
-            group by a ``lambda`` each do. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
+        name: tells this monitor from another one in the same Trainer that counts the same rows ``when`` this one does, or
+            groups by a ``lambda``, too. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
 
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
@@ -138,10 +136,11 @@ class GradientHistogramMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """Differs between instances with different arguments, so that several can be in one Trainer."""
-        values = {name: getattr(self, name) for name in _ARGUMENTS}
-        if callable(self.group_by):  # whose repr has an address in memory, another one in every process
-            values["group_by"] = getattr(self.group_by, "__qualname__", type(self.group_by).__qualname__)
+        """Differs between instances that count other rows, at another moment or under another :attr:`name`."""
+        group_by = self.group_by
+        if callable(group_by):  # whose repr has an address in memory, another one in every process
+            group_by = getattr(group_by, "__qualname__", type(group_by).__qualname__)
+        values = {"group_by": group_by, "include": self.include, "exclude": self.exclude, "when": self.when}
         if self.name is not None:
             values["name"] = self.name
         return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in values.items())}]"
@@ -155,9 +154,25 @@ class GradientHistogramMonitor(Callback):
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
         return {"optimizers": self._restored or [progress.state_dict() for progress in self._progress]}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes up the state of the monitor most like this one, where its arguments, and so its key, were others."""
+        states = checkpoint.get("callbacks", {})
+        present = {one.state_key for one in _monitors(trainer)}
+        others = [key for key in states if str(key).startswith(f"{type(self).__qualname__}[") and key not in present]
+        if self.state_key not in states and others:
+            self.load_state_dict(states[max(others, key=partial(_likeness, self.state_key))])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state up; it is given to the optimizers when training goes on, also in the middle of a run."""
-        self._restored = list(state_dict["optimizers"])
+        try:
+            states = list(state_dict["optimizers"])
+            self._restored = [Progress.from_state_dict(state).state_dict() for state in states]
+        except Exception as error:  # whatever it is, it must not stop the run
+            self._restored, self._progress = [], []
+            rank_zero_warn(
+                f"GradientHistogramMonitor cannot read its state in the checkpoint, and begins anew: {error!r}. The noise that"
+                " was measured before is missing in this run's record."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
@@ -235,8 +250,11 @@ class GradientHistogramMonitor(Callback):
     def _directory(self, fit: Fit) -> Path | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
         trainer, path = fit.trainer, ""
-        monitors = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
-        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or (monitors and monitors[0] is not self):
+        if (
+            getattr(trainer, "fast_dev_run", False)
+            or trainer.barebones
+            or self is not next(iter(_monitors(trainer)), self)
+        ):
             return None  # of several monitors the first writes the record
         if trainer.is_global_zero:
             with fit.guard.attempt("find the logger's directory"):
@@ -317,6 +335,16 @@ def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> N
         raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
     if when not in get_args(When):
         raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
+
+
+def _likeness(key: str, other: str) -> int:
+    """How many arguments are the same in two keys, less those that differ."""
+    mine = key.rstrip("]").partition("[")[2].split(",")
+    return sum((part in other) - (part not in other and part.partition("=")[0] + "=" in other) for part in mine)
+
+
+def _monitors(trainer: Trainer) -> list[GradientHistogramMonitor]:
+    return [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
 
 
 def _warn_of_strategy(trainer: Trainer) -> None:
