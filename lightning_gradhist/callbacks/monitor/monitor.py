@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -126,13 +127,14 @@ class GradientHistogramMonitor(Callback):
         self._restored: list[dict[str, Any]] = []
         self._measures_noise = False
         self._log_dir: Path | None = None
+        self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
         self._record: RecordFile | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay with the optimizers of this process, and threads in it.
-        return {**self.__dict__, "_fit": None, "_optimizers": [], "_record": None}
+        return {**self.__dict__, "_module": None, "_fit": None, "_optimizers": [], "_record": None}
 
     @property
     def state_key(self) -> str:
@@ -195,7 +197,10 @@ class GradientHistogramMonitor(Callback):
         with fit.guard.attempt("tell the batch size"):
             known = effective_batch_size(trainer, self.batch_size) is not None
         self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
-        self._watch(fit, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
+        is_same_model = self._module is not None and self._module() is pl_module
+        self._module = weakref.ref(pl_module)
+        goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
+        self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
         if self._fit is not None:
             self._warn_of_lacks(trainer)
 
@@ -272,7 +277,8 @@ class GradientHistogramMonitor(Callback):
             self._turn_off(hookless[0])
             return
         self._progress = [Progress.from_state_dict(state) for state in states[: len(optimizers)]]
-        self._progress += [Progress() for _ in range(len(optimizers) - len(self._progress))]
+        seen = fit.trainer.global_step if len(optimizers) == 1 else 0  # so that a resumed run logs the same steps
+        self._progress += [Progress(seen) for _ in range(len(optimizers) - len(self._progress))]
         for index, (optimizer, progress) in enumerate(zip(optimizers, self._progress, strict=True)):
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)

@@ -787,6 +787,28 @@ def test_a_run_resumed_within_an_epoch_goes_on_with_its_steps(tmp_path) -> None:
     ]  # 6 and 7 span the checkpoint
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_resumed_without_a_state_logs_multiples(tmp_path) -> None:
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "seven.ckpt")
+
+    fit(tmp_path / "first", Saving(), max_steps=8)
+    made = trainer(tmp_path / "second", GradientHistogramMonitor(every_n_steps=3))
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "seven.ckpt")
+    assert [e.step for e in events(tmp_path / "second").Histograms("gradient_magnitude/all")] == [9, 12, 15]
+
+
+def test_another_model_begins_another_record(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    made = fit(tmp_path, monitor)
+    for module, measured in ((made.lightning_module, [0, 4, 8, 12, 16, 20, 24, 28]), (Net(), [32, 36, 40, 44])):
+        made.fit_loop.max_epochs += 1
+        made.fit(module, loader())
+        assert [sample["step"] for sample in monitor.noise_records[0].samples] == measured
+
+
 def test_parts_of_all_ranks_lie_in_one_order() -> None:
     parameters = {"a": torch.zeros(3), "b": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}
     one = {name: torch.randn(p.shape) for name, p in parameters.items()}
