@@ -258,6 +258,7 @@ def short_of_memory(folder: Path) -> Any:
         ("part", observer, "own_parts", {}),
         ("copy", gradients, "local_gradient", {"when": "local"}),
         ("state", optimizer_state, "_sums", {"optimizer_state": True}),
+        ("table", MagnitudeHistogram, "__init__", {"optimizer_state": True}),
     ):
         spy, original = GradientSpy(), getattr(owner, attribute)
 

@@ -140,10 +140,9 @@ class NoiseMonitor(StepObserver):
 
     def _sums(self, measure: Callable[[], Tensor] | None) -> Tensor:
         """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
-        sums = torch.full((4,), math.nan, dtype=torch.float64, device=self._fit.module.device)
+        sums = None
         if measure is not None:
             with self._fit.guard.attempt("measure noise"):
-                sums.copy_(measure())
-        if self._fit.replicas.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        return sums
+                sums = measure().to(self._fit.module.device)
+        self._fit.sums.add_up(sums, 4, math.nan)
+        return torch.full((4,), math.nan) if sums is None else sums
