@@ -15,7 +15,8 @@ from lightning_gradhist.callbacks.batch_size import batch_of_rank, effective_bat
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import base_rate, keeps_own_rates
 from lightning_gradhist.callbacks.gradients import clips_by_norm
-from lightning_gradhist.callbacks.optimizers import least_epsilon, rule_of
+from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of
+from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.run import run_probe
@@ -163,12 +164,14 @@ class _Measurement:
         self._options, self._trainer, self._module, self._evidence = options, trainer, module, evidence
         self._found = evidence.probe
         self._micro_batches = gradients_a_step(trainer)
+        self._centered: set[str] = set()
 
     def measure(self, planned: int, tick: Callable[[], Any]) -> None:
         """Reads up to ``planned`` batches on each rank."""
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
         probe = Probe(trainer, self._module, optimizer, batch_of_rank(trainer, self._options.batch_size), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
+        self._centered = centered(optimizer, optimizer_parameters(self._module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
         first = (planned + 1) // 2
         for gradient in probe.gradients(first):
@@ -181,7 +184,7 @@ class _Measurement:
         batch_ratio = self._batch_ratio(optimizer.param_groups[0])
         clipping = self._find_search_space(noise, probe, batch_ratio)
         eps = self._evidence.groups[0].chosen_eps(self._options.epsilon, self._found.search_space) / clipping
-        on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio))
+        on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio, self._centered))
         for gradient in probe.gradients(planned - first):
             noise.update(gradient)
         pool(noise, trainer)
@@ -193,16 +196,17 @@ class _Measurement:
 
     def _find_search_space(self, noise: NoiseScale, probe: Probe, batch_ratio: float) -> float:
         """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
-        second_moment = noise.first_half.second_moment(batch_ratio)
-        rms = {name: v.sqrt() for name, v in second_moment.items()}
-        factor, limit = 1.0, self._trainer.gradient_clip_val
-        if limit and clips_by_norm(self._trainer):
-            square = math.fsum(float(v.sum()) for v in second_moment.values())
-            factor = clip_factor(probe.over_shards(square), limit)
-            rms = {name: r * factor for name, r in rms.items()}
-            self._found.clipping = (limit, factor)
-        elif limit:
+        rms = {name: v.sqrt() for name, v in noise.first_half.second_moment(batch_ratio, self._centered).items()}
+        limit, by_norm = self._trainer.gradient_clip_val, clips_by_norm(self._trainer)
+        if limit and not by_norm:
             rms = {name: r.clamp(max=limit) for name, r in rms.items()}
+        factor, norms = 1.0, [limit if by_norm else None, own_clip_norm(self._trainer.optimizers[0])]
+        if any(norms):
+            square = math.fsum(float(v.sum()) for v in noise.first_half.second_moment(batch_ratio).values())
+            norm = min(filter(None, norms))
+            factor = clip_factor(probe.over_shards(square), norm)
+            rms = {name: r * factor for name, r in rms.items()}
+            self._found.clipping = (norm, factor)
         histogram = MagnitudeHistogram(list(rms), self._module.device)
         histogram.update(rms)
         if is_sharded(self._trainer):
