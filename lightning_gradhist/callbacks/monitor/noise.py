@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.batch_size import effective_batch_size, is_short_step
+from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.monitor.watched import Watched
 from lightning_gradhist.callbacks.optimizers import metric_weights
@@ -73,8 +74,9 @@ class NoiseWatch:
         if batch_size is not None and parts and not is_short_step(trainer):
 
             def hold() -> None:
+                rates = _rates(trainer, step.optimizer)
                 own = partial(own_parts, parameters=step.parameters, replicas=self._replicas)
-                watched.hold(batch_size, step.optimizer, parts, metric_weights(step.optimizer, step.parameters, own))
+                watched.hold(batch_size, rates, parts, metric_weights(step.optimizer, step.parameters, own))
 
             self._guard.done(hold)
 
@@ -101,7 +103,7 @@ class NoiseWatch:
 
         sums = self._sums(trainer, None if batch_size is None or gradients is None else measure)
         if batch_size is not None:
-            watched.note(batch_size, step.optimizer)
+            watched.note(batch_size, _rates(trainer, step.optimizer))
             watched.noise.add(watched.steps, batch_size, sums / self._replicas.ranks)
 
     def _sums(self, trainer: Trainer, measure: Callable[[], Tensor] | None) -> Tensor:
@@ -112,3 +114,7 @@ class NoiseWatch:
         if self._replicas.ranks > 1:
             torch.distributed.all_reduce(sums)
         return sums
+
+
+def _rates(trainer: Trainer, optimizer: Optimizer) -> list[float | None]:
+    return base_rates(optimizer, [config.scheduler for config in trainer.lr_scheduler_configs])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks.calibration.handoff import base_rate
 from lightning_gradhist.callbacks.gradients import LocalGradients
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.writer import HostCopy
@@ -110,19 +108,19 @@ class Watched:
     def hold(
         self,
         batch_size: int,
-        optimizer: Optimizer,
+        rates: Sequence[float | None],
         gradients: Mapping[str, Tensor],
         weights: Mapping[str, Tensor] | None,
     ) -> None:
         """Keeps this step's gradient for the next one, with the metric of before, which depends on neither."""
-        self.note(batch_size, optimizer)
+        self.note(batch_size, rates)
         held = copies({name: g for name, g in gradients.items() if g.numel()})
         self.first = Held(self.steps, held, None if weights is None else dict(weights))
 
-    def note(self, batch_size: int, optimizer: Optimizer) -> None:
+    def note(self, batch_size: int, rates: Sequence[float | None]) -> None:
         """Takes down what a record says of the steps that were measured."""
-        rates = [base_rate(group) for group in optimizer.param_groups]
-        self.learning_rates = [max(pair) for pair in zip_longest(rates, self.learning_rates, fillvalue=0.0)]
+        known = [rate for rate in rates if rate is not None]  # an optimizer may make its own
+        self.learning_rates = [max(pair) for pair in zip_longest(known, self.learning_rates, fillvalue=0.0)]
         self.batch_size = batch_size
 
     def record(self, name: str) -> OptimizerRecord:
