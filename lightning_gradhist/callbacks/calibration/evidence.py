@@ -179,7 +179,7 @@ class _Measurement:
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
         probe = Probe(trainer, self._module, optimizer, batch_of_rank(trainer, self._options.batch_size), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
-        self._centered = centered(optimizer, optimizer_parameters(self._module, optimizer))
+        self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
         first = (planned + 1) // 2
         for gradient in probe.gradients(first):
