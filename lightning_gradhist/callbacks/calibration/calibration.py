@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 from enum import Enum
+from types import NoneType
 from typing import Any, Literal, Optional, Union
 
 from lightning_gradhist.callbacks._lightning import (
@@ -57,9 +58,18 @@ class _Applied:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
-        """Reads a state, also one of an older version, which may lack keys and have others."""
+        """Reads a state, also one of an older version, which may lack keys and have others.
+
+        Raises:
+            Exception: for anything else.
+        """
         changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
-        return cls(state["report"], changes, state.get("batch_size"))
+        found = cls(state["report"], changes, state.get("batch_size"))
+        numbers = [found.batch_size or 0.0, *(change.after for change in changes)]
+        groups = [change.group for change in changes]
+        if not (isinstance(found.report, (str, NoneType)) and all(map(_is_number, map(abs, (*numbers, *groups))))):
+            raise TypeError(f"a text, numbers and groups are wanted, got {state!r}")
+        return found
 
 
 class OptimizerCalibration(Callback):
@@ -175,7 +185,11 @@ class OptimizerCalibration(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Marks the calibration as done if it was, and takes up its changes."""
-        self._applied = _Applied.from_state_dict(state_dict)
+        try:
+            self._applied = _Applied.from_state_dict(state_dict)
+        except Exception as error:
+            rank_zero_warn(f"OptimizerCalibration begins anew: its state in the checkpoint cannot be read ({error!r}).")
+            self._applied = _Applied()
         self._phase = _Phase.LOADED if self._applied.report is not None else _Phase.IDLE
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

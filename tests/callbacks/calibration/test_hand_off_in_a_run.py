@@ -120,3 +120,32 @@ def test_a_group_that_comes_later_in_a_resumed_run_does_too(tmp_path) -> None:
     )
     trainer.fit(module(), loader(), ckpt_path=tmp_path / "half.ckpt")
     assert [group["eps"] for group in trainer.optimizers[0].param_groups] == [calibration.result.epsilon] * 2
+
+
+GOOD = {
+    "report": "done",
+    "changes": [{"group": 0, "name": "eps", "before": 1e-1, "after": 1e-3}],
+    "batch_size": 8.0,
+    "of a later version": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({"changes": []}, id="no report"),
+        pytest.param({**GOOD, "report": 3}, id="a number for a report"),
+        pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "reason": "x"}]}, id="one more key"),
+        pytest.param({**GOOD, "changes": [{"group": 0}]}, id="one key less"),
+        pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "after": "auto"}]}, id="text for a number"),
+        pytest.param({**GOOD, "changes": 7}, id="a number for a list"),
+        pytest.param({**GOOD, "batch_size": "many"}, id="text for a batch size"),
+    ],
+)
+def test_a_state_that_cannot_be_read_begins_anew(state: dict[str, Any]) -> None:
+    calibration = OptimizerCalibration()
+    with pytest.warns(UserWarning, match="begins anew: its state in the checkpoint cannot be read"):
+        calibration.load_state_dict(state)
+    assert calibration.state_dict() == OptimizerCalibration().state_dict()
+    calibration.load_state_dict(GOOD)
+    assert calibration.state_dict()["changes"] == GOOD["changes"]
