@@ -199,10 +199,10 @@ def _why_refused(
         scales = (noise.value, noise.lower, noise.upper)
         full = [surge_ratio(scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
         if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= MAX_SPREAD * min(full):
-            why = (
-                f"the noise scale is too uncertain ({noise.lower:.3g} to {_bounded(noise.upper)} samples): the rate could be"
-                f" multiplied by {min(full):.3g} or by {max(full):.3g}"
-            )
+            samples = f"{noise.lower:.3g} " + (f"to {noise.upper:.3g} samples" if noise.bounded else "samples or more")
+            least, most = f"{min(full):.3g}", f"{max(full):.3g}"
+            why = f"the noise scale is too uncertain ({samples})"
+            why += f": the rate could be multiplied by {least} or by {most}" if least != most else ""
     if why is not None and from_record and noise is not None and noise.measurements < ENOUGH:
         why += (
             f" (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
@@ -218,10 +218,6 @@ def _origin(from_record: bool) -> str:
         "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
         " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
     )
-
-
-def _bounded(value: float) -> str:
-    return "unbounded" if math.isinf(value) else f"{value:.3g}"
 
 
 def _samples(name: str, value: float, infinite: bool = False) -> float:

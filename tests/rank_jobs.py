@@ -195,6 +195,21 @@ def calibrated(folder: Path) -> Any:
     return found
 
 
+def zero(folder: Path) -> Any:
+    """An AdamW whose state ZeRO spreads over the ranks: what each steps with, and the noise in Adam's metric."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch's own torch.jit.script
+
+    def spread(parameters: Any) -> Any:
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2, eps=1e-1)
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+    _, ranks = _world()
+    made = fit(folder, calibration, monitor, module=lambda: Net(spread), data=loader(4), **ddp(ranks))
+    (record,) = monitor.noise_records
+    return made.optimizers[0].optim.param_groups[0]["eps"], calibration.result, record.estimate("adam")
+
+
 def _parameters(made: L.Trainer) -> dict[str, Any]:
     # not the buffers: DDP leaves BatchNorm's running averages to each rank
     return {name: p.detach().clone() for name, p in made.lightning_module.named_parameters()}
