@@ -20,6 +20,7 @@ from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
+from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_sharded
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
@@ -151,7 +152,7 @@ def gather(options: Options, trainer: Trainer, module: LightningModule, record: 
         stray=partial(stray_schedule, optimizer, horizons),
     )
     if needs_probe(options, evidence):
-        measurement = _Measurement(options, trainer, module, evidence)
+        measurement = _Measurement(options, trainer, evidence)
         why_none = run_probe(trainer, module, options.probe_batches, MIN_BATCHES, measurement.measure)
         if why_none is not None:
             evidence.probe.problems.append(explain.no_probe(why_none))
@@ -168,16 +169,16 @@ def needs_probe(options: Options, evidence: Evidence) -> bool:
 class _Measurement:
     """The two halves of a probe: the search space of epsilon, then the noise scale in the metric that it gives."""
 
-    def __init__(self, options: Options, trainer: Trainer, module: LightningModule, evidence: Evidence) -> None:
-        self._options, self._trainer, self._module, self._evidence = options, trainer, module, evidence
+    def __init__(self, options: Options, trainer: Trainer, evidence: Evidence) -> None:
+        self._options, self._trainer, self._evidence = options, trainer, evidence
         self._found = evidence.probe
         self._micro_batches = gradients_a_step(trainer)
         self._centered: set[str] = set()
 
-    def measure(self, planned: int, tick: Callable[[], Any]) -> None:
+    def measure(self, apart: Apart, planned: int, tick: Callable[[], Any]) -> None:
         """Reads up to ``planned`` batches on each rank."""
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
-        probe = Probe(trainer, self._module, optimizer, batch_of_rank(trainer, self._options.batch_size), tick)
+        probe = Probe(apart, batch_of_rank(trainer, self._options.batch_size), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
@@ -216,7 +217,7 @@ class _Measurement:
             factor = clip_factor(probe.over_shards(square), norm)
             rms = {name: r * factor for name, r in rms.items()}
             self._found.clipping = (norm, factor)
-        histogram = MagnitudeHistogram(list(rms), self._module.device)
+        histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
         histogram.update(rms)
         if is_sharded(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
