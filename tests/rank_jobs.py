@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import warnings
@@ -193,6 +194,20 @@ def calibrated(folder: Path) -> Any:
     found["record"] = (_group(made), record.result, _parameters(made))
 
     return found
+
+
+def hostile_record(folder: Path) -> Any:
+    """A record with a number that no run has: what each rank is told."""
+    rank, ranks = _world()
+    path = folder / "hostile.json"
+    if rank == 0:
+        shapes = {name: list(p.shape) for name, p in Net().named_parameters()}
+        entry = {"name": "AdamW", "learning_rates": [-0.01], "batch_size": 8, "noise": {}, "samples": []}
+        path.write_text(json.dumps({"schema_version": 1, "model": shapes, "steps": 5, "optimizers": [entry]}))
+    try:
+        fit(folder, OptimizerCalibration(reference=str(path)), data=loader(4), **ddp(ranks))
+    except MisconfigurationException as error:
+        return str(error)
 
 
 def _parameters(made: L.Trainer) -> dict[str, Any]:
