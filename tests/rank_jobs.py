@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
 from lightning_gradhist.callbacks.calibration import evidence
-from lightning_gradhist.callbacks.monitor import monitor, optimizer_state
+from lightning_gradhist.callbacks.monitor import observer, optimizer_state
 from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
@@ -270,7 +270,7 @@ def short_of_memory(folder: Path) -> Any:
     found = {}
     for name, owner, attribute, options in (
         ("count", MagnitudeHistogram, "update", {}),
-        ("part", monitor, "own_parts", {}),
+        ("part", observer, "own_parts", {}),
         ("copy", gradients, "local_gradient", {"when": "local"}),
         ("state", optimizer_state, "_sums", {"optimizer_state": True}),
     ):

@@ -39,24 +39,29 @@ def local_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 class LocalGradients:
-    """Copies of what backward leaves on this rank, before DDP averages it, until :meth:`take`.
+    """Copies of what backward leaves on this rank, before DDP averages it, until :meth:`take` or :meth:`close`.
 
     A backward replaces the copies of the one before it, so that with accumulation the last holds the whole step's.
+
+    Args:
+        parameters: names and parameters; those that are trained are copied.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.untouched = True
-        """Whether no backward has come yet, and one is still awaited."""
         self._copies: dict[str, Tensor] = {}
         self._error: Exception | None = None
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
-            for name, parameter in parameters.items()
-            if parameter.requires_grad
-        ]
+        self._handles: dict[str, RemovableHandle] = {}
+        self._is_open = True
+        self.extend(parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # hooks stay with the parameters of this process: a copy is None
+
+    def extend(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Copies those that are trained by now, too."""
+        for name, parameter in parameters.items() if self._is_open else ():
+            if parameter.requires_grad and name not in self._handles:
+                self._handles[name] = parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
 
     def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
         """The gradients, unscaled, divided by a number; nothing is copied any more.
@@ -64,19 +69,18 @@ class LocalGradients:
         Raises:
             Exception: what a copy has raised, as for want of memory.
         """
-        self.remove()
+        self.close()
         if self._error is not None:
             raise self._error
         return _divided(self._copies, loss_scale(trainer) / times)
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Copies nothing any more."""
-        self.untouched = False
-        for handle in self._handles:
+        self._is_open = False
+        for handle in self._handles.values():
             handle.remove()
 
     def _copy(self, name: str, parameter: Tensor) -> None:
-        self.untouched = False
         try:
             self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
         except Exception as error:  # within the user's backward, which goes on

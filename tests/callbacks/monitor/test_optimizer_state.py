@@ -241,7 +241,7 @@ def test_a_rank_that_cannot_copy_its_weights_logs_nothing_and_says_so(tmp_path, 
         raise torch.OutOfMemoryError("no room for a copy")
 
     monkeypatch.setattr("lightning_gradhist.callbacks.monitor.optimizer_state.own_parts", full)
-    with pytest.warns(UserWarning, match="could not log, training goes on.*no room for a copy"):
+    with pytest.warns(UserWarning, match="could not copy the weights, training goes on.*no room for a copy"):
         made = fit(tmp_path, monitor(1), max_steps=3)
     assert made.global_step == 3
     assert not [tag for tag in events(tmp_path).Tags()["scalars"] if tag.startswith("optimizer_")]
