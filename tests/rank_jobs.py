@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import warnings
@@ -208,6 +209,20 @@ def zero(folder: Path) -> Any:
     made = fit(folder, calibration, monitor, module=lambda: Net(spread), data=loader(4), **ddp(ranks))
     (record,) = monitor.noise_records
     return made.optimizers[0].optim.param_groups[0]["eps"], calibration.result, record.estimate("adam")
+
+
+def hostile_record(folder: Path) -> Any:
+    """A record with a number that no run has: what each rank is told."""
+    rank, ranks = _world()
+    path = folder / "hostile.json"
+    if rank == 0:
+        shapes = {name: list(p.shape) for name, p in Net().named_parameters()}
+        entry = {"name": "AdamW", "learning_rates": [-0.01], "batch_size": 8, "noise": {}, "samples": []}
+        path.write_text(json.dumps({"schema_version": 1, "model": shapes, "steps": 5, "optimizers": [entry]}))
+    try:
+        fit(folder, OptimizerCalibration(reference=str(path)), data=loader(4), **ddp(ranks))
+    except MisconfigurationException as error:
+        return str(error)
 
 
 def _parameters(made: L.Trainer) -> dict[str, Any]:

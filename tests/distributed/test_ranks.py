@@ -10,6 +10,7 @@ from rank_jobs import (
     apart,
     calibrated,
     exit_codes,
+    hostile_record,
     invisible,
     killed,
     monitored,
@@ -131,6 +132,11 @@ def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     assert result.noise_source == "record" and result.reference_batch_size == 4 * ranks
     assert group["lr"] == pytest.approx(1e-2 * result.ratio)
     assert (group["alpha"], group["explore_beta"]) == (-5.0, 0.99)  # 1,024 samples and more
+
+
+def test_a_hostile_record_ends_all_ranks_with_the_same_message(tmp_path) -> None:
+    one, other = run_ranks(hostile_record, 2, tmp_path)
+    assert one == other and "learning_rates must be from 0 to 1e+15, got -0.01" in one
 
 
 def test_a_calibration_that_is_not_applied_is_invisible_on_two_ranks(tmp_path) -> None:

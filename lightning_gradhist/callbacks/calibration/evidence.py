@@ -26,7 +26,7 @@ from lightning_gradhist.callbacks.strategies import is_sharded
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE
-from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord, RunRecord
+from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 
 MIN_BATCHES = 4
 """The fewest batches of a probe: two for a variance, two to measure against."""
@@ -127,14 +127,14 @@ class Evidence:
         return self.adaptive and all(group.eps is not None for group in self.groups)
 
 
-def gather(options: Options, trainer: Trainer, module: LightningModule, record: RunRecord | None) -> Evidence:
+def gather(options: Options, trainer: Trainer, module: LightningModule, recorded: OptimizerRecord | None) -> Evidence:
     """Gathers all there is, with a probe where one is needed; to be called on every rank, at the first batch.
 
     Args:
         options: what the user asked for.
         trainer: at its first batch.
         module: at its first batch.
-        record: of an earlier run, or None.
+        recorded: of an earlier run, or None.
     """
     optimizer: Optimizer = trainer.optimizers[0]
     adaptive = rule_of(optimizer).adaptive
@@ -148,7 +148,7 @@ def gather(options: Options, trainer: Trainer, module: LightningModule, record: 
             for group, rate in zip(optimizer.param_groups, rates, strict=True)
         ],
         batch_size=effective_batch_size(trainer, options.batch_size),
-        recorded=record.optimizers[0] if record else None,
+        recorded=recorded,
         stray=partial(stray_schedule, optimizer, horizons),
     )
     if needs_probe(options, evidence):
