@@ -80,12 +80,16 @@ class OptimizerCalibration(Callback):
     size of this run: the per-device batch, times accumulation, times data-parallel ranks. The report goes to the console
     and the loggers, and stays in :attr:`result`, which is None in a run that goes on from a checkpoint.
 
-    *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, and leave no
-    trace: parameters, buffers, gradients, optimizer, schedulers, random generators, data order, metrics and the state
-    that the module keeps are as if it had not happened (:func:`lightning_gradhist.callbacks.probe.restore.no_trace` says
-    what cannot be put back). It holds up to five copies of the parameters while it lasts; under FSDP2, of this rank's
-    shards. A batch that runs out of memory, is not finite or has another size than the first is left out, and the report
-    says so.
+    *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, on copies: of the
+    module with all that it holds, of optimizers, schedulers, callbacks, loaders, samplers and datasets, and of what the
+    user's own functions, classes and modules keep in variables; loggers are silent, and the random generators of torch,
+    numpy and Python are put back. So the run goes on as if there had been no probe. What cannot be copied, as a generator
+    or an open file, ends the probe where it is used, and the report says its path. Tensors and arrays of the data of more
+    than 1 MiB are read in place, and the probe ends where one is written into. Out of reach are files that
+    ``training_step`` writes, and other processes. The copies take the memory of the parameters and buffers once, and what
+    is measured several times that of the parameters. Under FSDP2 the parameters themselves are used, and put back; all
+    else is copied. A batch that runs out of memory, is not finite or has another size than the first is left out, and the
+    report says so.
 
     *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
     some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch

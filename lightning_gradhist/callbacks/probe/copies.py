@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError
-from lightning_gradhist.callbacks.probe.silence import SilentLogger, experiment, is_logger, is_writer, silent_experiment
+from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
+from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_logger, is_writer, silent_experiment
 from lightning_gradhist.callbacks.strategies import is_a
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
@@ -39,6 +39,11 @@ LARGE = 2**20
 """Bytes above which a tensor or array of the data is lent, to be read only."""
 ALL_SMALL = 2**26
 """Bytes of the data's smaller ones that are copied; the others are lent, too."""
+
+
+_WRITTEN = (
+    "{} is written into when data are read, and too large to be copied; let workers read: DataLoader(num_workers=1)"
+)
 
 
 class Missing:
@@ -97,17 +102,22 @@ class Copier:
         self.put(original, copied)
         return copied, lambda: vars(copied).update(self._attributes(vars(original)))
 
-    def copy(self, value: Any, name: str = "") -> Any:
+    def copy(self, value: Any, name: Any = "") -> Any:
         """The copy of an object: always the same one.
 
         Args:
             value: the object.
-            name: that of the object, as the messages have it, or what is written behind its owner's.
+            name: as the messages have it: a word, what is written behind its owner's, or an index in a tuple.
         """
-        if type(value) in _ATOMS:
+        kind = type(value)
+        if kind in _ATOMS:
             return value
         if id(value) in self._copies:
             return self._copies[id(value)]
+        if kind in (dict, list, set) and _ATOMS.issuperset(map(type, value.values() if kind is dict else value)):
+            copied = value.copy()  # first, as there may be millions
+            self.put(value, copied)
+            return copied
         self._path.append(name)
         manner = self._of_data, self._in_worker
         self._of_data |= len(self._path) == 1
@@ -118,6 +128,8 @@ class Copier:
                 self._of_data = True
             made = self._copied(value)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             made = self._not_copied(value, error)
         finally:
             self._path.pop()
@@ -125,28 +137,39 @@ class Copier:
         self.put(value, made)
         return made
 
+    @functools.cached_property
+    def _guard(self) -> _Unwritable | None:
+        return _Unwritable(self._lent) if self._lent else None
+
     @contextmanager
     def reading(self) -> Generator[None, None, None]:
         """Within it, nothing can be written into what is lent."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            with _Unwritable(self._lent) if self._lent else nullcontext():
-                yield
+            try:
+                with self._guard or nullcontext():
+                    yield
+            except ValueError as error:
+                if self._lent and "read-only" in str(error):  # so numpy has it
+                    raise ProbeRefusedError(
+                        _WRITTEN.format(" or ".join(path for _, _, path in self._lent[:3]))
+                    ) from error
+                raise
 
     def _copied(self, value: Any) -> Any:
         kind = type(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value)
         if isinstance(value, (type, enum.Enum, types.BuiltinFunctionType, *_LOCKS)) or _is_of(value, _NOT_COPIED):
             owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
             return value if owner is None else self._method(value, owner)
         if is_logger(value):
-            self.put(experiment(value), silent_experiment())
+            self.put(vars(value).get("_experiment"), silent_experiment())  # to ask for it by name may make it
             return SilentLogger(value)
         if is_writer(value):
             return silent_experiment()
         if isinstance(value, _BEYOND_THIS_PROCESS):
             raise TypeError("it is shared between processes")
-        if isinstance(value, Tensor):
-            return self._tensor(value)
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
@@ -157,7 +180,7 @@ class Copier:
             return value
         if isinstance(value, weakref.ref) and kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
-        if getattr(value, "__self__", None) is not None and callable(value) and hasattr(value, "__name__"):
+        if isinstance(value, (types.MethodType, types.MethodWrapperType)):
             return self._method(value, value.__self__)
         if kind in (list, tuple, set, frozenset):
             return self._items(value)
@@ -172,11 +195,11 @@ class Copier:
         return self._reduced(value)
 
     def _not_copied(self, value: Any, error: Exception) -> Any:
-        beyond = isinstance(value, _BEYOND_THIS_PROCESS) or hasattr(value, "fileno") or is_a(value, "SynchronizedBase")
-        if self._in_worker and not beyond:
+        beyond = isinstance(value, (Tensor, *_BEYOND_THIS_PROCESS)) or hasattr(value, "fileno")
+        if self._in_worker and not beyond and not is_a(value, "SynchronizedBase"):
             return value
         if isinstance(value, tuple):  # one whose class wants other arguments than its items
-            items = [self.copy(item, f"[{i}]") for i, item in enumerate(tuple.__iter__(value))]
+            items = [self.copy(item, (i,)) for i, item in enumerate(tuple.__iter__(value))]
             if all(one is other for one, other in zip(items, tuple.__iter__(value), strict=True)):
                 return value
         generator = isinstance(value, types.GeneratorType)
@@ -184,14 +207,20 @@ class Copier:
         why = "" if generator else f" ({type(error).__name__}: {error})"
         way_out = "" if self._in_worker else ", or let workers read the data: DataLoader(num_workers=1)"
         return Missing(
-            f"{''.join(self._path)} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
+            f"{self._where()} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
             f" training; make it where it is used, as in __iter__{way_out}"
         )
 
+    def _where(self) -> str:
+        """The path to what is being copied; indices and keys are in tuples."""
+        return "".join(name if isinstance(name, str) else f"[{name[0]!r:.40}]" for name in self._path)
+
     def _tensor(self, tensor: Tensor) -> Tensor:
         if self._of_data and not self._has_room(tensor.nbytes if tensor.layout == torch.strided else 0):
+            if self._in_worker and tensor.is_shared():
+                raise TypeError("it is shared between processes, and large")
             storage = tensor.untyped_storage()
-            self._lent.append((storage.data_ptr(), storage.nbytes(), "".join(self._path)))
+            self._lent.append((storage.data_ptr(), storage.nbytes(), self._where()))
             return tensor
         try:
             copied: Tensor = (tensor if tensor.is_leaf else tensor.detach()).__deepcopy__(self._copies)
@@ -210,18 +239,21 @@ class Copier:
             copied = array.copy()
             self.put(array, copied)
             for index, item in np.ndenumerate(array):
-                copied[index] = self.copy(item, f"[{index}]")
+                copied[index] = self.copy(item, (index,))
             return copied
         if not array.flags.writeable:
             return array
         if isinstance(array, np.memmap) or (self._of_data and not self._has_room(array.nbytes)):
+            if self._in_worker and not isinstance(array, np.memmap):
+                return array
             view = array.view()
-            self._lent.append((array.__array_interface__["data"][0], array.nbytes, "".join(self._path)))
+            self._lent.append((array.__array_interface__["data"][0], array.nbytes, self._where()))
             view.flags.writeable = False
             return view
         return array.copy()
 
     def _has_room(self, size: int) -> bool:
+        size = max(size, 4096)  # many small ones take their time
         fits = size <= LARGE and self._small + size <= ALL_SMALL
         self._small += size if fits else 0
         return fits
@@ -238,21 +270,21 @@ class Copier:
 
     def _items(self, value: Any) -> Any:
         kind = type(value)
-        if set(map(type, value)) <= _ATOMS:
-            return value.copy() if kind in (list, set) else value
+        if _ATOMS.issuperset(map(type, value)):
+            return value
         if kind is list:
             copied: list[Any] = []
             self.put(value, copied)
-            copied.extend([self.copy(item, f"[{i}]") for i, item in enumerate(value)])
+            copied.extend([self.copy(item, (i,)) for i, item in enumerate(value)])
             return copied
-        made = kind([self.copy(item, f"[{i}]") for i, item in enumerate(value)])
+        made = kind([self.copy(item, (i,)) for i, item in enumerate(value)])
         # A tuple may hold what holds it, and be copied by now.
         return self._copies.get(id(value), made)
 
     def _dictionary(self, value: dict[Any, Any]) -> dict[Any, Any]:
         copied: dict[Any, Any] = {}
         self.put(value, copied)
-        copied.update({self.copy(key, "<key>"): self.copy(item, f"[{key!r:.40}]") for key, item in value.items()})
+        copied.update({self.copy(key, "<key>"): self.copy(item, (key,)) for key, item in value.items()})
         return copied
 
     def _attributes(self, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -296,13 +328,13 @@ class Copier:
         if items is not None:
             add = functools.partial(list.append, copied) if isinstance(copied, list) else copied.append
             for i, item in enumerate(items):
-                add(self.copy(item, f"[{i}]"))
+                add(self.copy(item, (i,)))
         if pairs is not None:
             base: Any = (
                 OrderedDict if isinstance(copied, OrderedDict) else dict if isinstance(copied, dict) else type(copied)
             )
             for key, item in pairs:
-                base.__setitem__(copied, self.copy(key, "<key>"), self.copy(item, f"[{key!r:.40}]"))
+                base.__setitem__(copied, self.copy(key, "<key>"), self.copy(item, (key,)))
         return copied
 
     def _set_state(self, copied: Any, state: Any) -> None:

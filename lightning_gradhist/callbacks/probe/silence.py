@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from lightning_gradhist.callbacks._lightning import DummyLogger
 from lightning_gradhist.callbacks.strategies import is_a
 
-_WRITERS = ("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "litlogger")
+_PACKAGES = ("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "litlogger")
+_WRITERS = ("FileWriter", "Run", "BaseExperiment", "CometExperiment", "Experiment", "MlflowClient", "Task", "Logger")
 
 
 class SilentLogger(DummyLogger):
@@ -36,14 +36,8 @@ def is_logger(value: Any) -> bool:
 
 def is_writer(value: Any) -> bool:
     """Whether it is what a logger writes with: an experiment, a run, a ``SummaryWriter``."""
-    return is_a(value, "SummaryWriter") or (type(value).__module__ or "").partition(".")[0] in _WRITERS
-
-
-def experiment(logger: Any) -> Any:
-    """What a logger writes with, or None."""
-    with suppress(Exception):
-        return logger.experiment
-    return None
+    of_package = (type(value).__module__ or "").partition(".")[0] in _PACKAGES
+    return is_a(value, "SummaryWriter") or (of_package and is_a(value, *_WRITERS))
 
 
 def silent_experiment() -> Any:
