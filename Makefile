@@ -52,19 +52,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Without their dependencies, but for those named: timm and BackPACK want torchvision, which they do not need here.
-# wandb and what it imports; cockpit and what it imports, pkg_resources among it, which newer setuptools lack.
-PEERS := timm==1.0.31 pytorch_optimizer==4.1.0
-PEERS += wandb==0.31.0 annotated-types==0.8.0 certifi==2026.10.18 charset-normalizer==3.5.2 click==8.5.1
-PEERS += googleapis-common-protos==1.76.0 opentelemetry-api==1.45.2 opentelemetry-exporter-otlp-proto-common==1.45.2
-PEERS += opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-proto==1.45.2 opentelemetry-sdk==1.45.2
-PEERS += opentelemetry-semantic-conventions==0.66b2 platformdirs==4.14.5 pydantic==2.14.3 pydantic-core==2.50.4
-PEERS += requests==2.34.2 typing-inspection==0.4.5 urllib3==2.8.0 xxhash==4.1.0
-PEERS += cockpit-for-pytorch==1.0.2 backpack-for-pytorch==1.7.1 einops==0.8.2 unfoldNd==0.2.3 json-tricks==3.17.3
-PEERS += pandas==3.1.1 seaborn==0.13.2 setuptools==80.10.2
-
-$(VENV)/.peers: $(READY) Makefile
-	$(BIN)/python -m pip install --quiet --no-deps $(PEERS)
+# Without their dependencies: requirements-peers.txt names those that they need.
+$(VENV)/.peers: $(READY) benchmarks/requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/requirements-peers.txt
 	touch $@
 
 peers: $(VENV)/.peers
@@ -85,10 +75,7 @@ evidence: $(READY)
 	$(CALIBRATION)/tables.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 evidence-full: $(VENV)/.peers
-	$(CALIBRATION)/grid.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-	$(CALIBRATION)/formula.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-	$(CALIBRATION)/side_grids.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-	$(CALIBRATION)/claims.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+	$(CALIBRATION)/drive.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:

@@ -1,32 +1,7 @@
 """Bytes that the monitor all-reduces, logs and keeps: a model, its prediction for 70 B parameters, and its check.
 
-``make bench-scale``, or ``python benchmarks/capture_scale.py``. All is counted in bytes and no time is taken, so that
-the numbers do not depend on the machine.
-
-The model. ``T`` tensors are watched with ``b`` bins an octave, on ``W`` ranks, and ``L`` of the optimizer's steps are
-logged:
-
-- *Counted*: the table of a logged step is int64 ``[T, 254 b + 3]``, on every rank, whatever the number of parameters.
-- *All-reduced*: that table, once a logged step, 32 bytes for each measurement of the noise scale, 8 at the start, and
-  nothing on one rank. With a ring, a rank sends and receives ``2 (W - 1) / W`` of it.
-- *Logged* in TensorBoard, by rank zero alone, at a logged step: one event for the histograms of all tensors
-  and the pooled one, with 16 bytes for each bucket that is shown (512 at most), and one event for all their scalars. The
-  sizes are those of the records of an event file; the tags are asked of ``magnitude_report``, so that nothing is left out. Beside
-  these there are the heatmaps and the tables of the worst layers, at the 1st, 2nd, 4th, 8th, ... logged step, and the
-  head of the file.
-- *Kept* in the checkpoint and in ``calibration.json``: four numbers and a learning rate for each group, and six numbers
-  for each measurement of the noise scale, of which there are 4,096 at most: one a logged step under DDP, else one for
-  each pair of a logged step and the next one.
-- *Held* for the noise scale: under DDP a gradient during a logged step, 4 bytes in fp32 for each parameter; else a
-  gradient and a second moment from a logged step to the next one, 8 bytes for each parameter that the rank has. At no
-  other time, and not at all with ``noise_scale=False``.
-
-For FSDP2 the model takes each rank to count its own shard, and the table to hold all tensors on every rank.
-
-The check. A small network is trained in one process, and under DDP on 2, 4 and 8 gloo ranks. The bytes that are
-all-reduced are counted in each rank around ``torch.distributed.all_reduce``, those that are logged in the event file,
-record by record, and the numbers that are kept in the monitor's state. The number of buckets, which the data decide, is
-read from the event file for the prediction.
+``make bench-scale``, or ``python benchmarks/capture_scale.py``; the model is told in ``benchmarks/README.md``. All is
+counted in bytes and no time is taken, so that the numbers do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -42,10 +17,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from capture_turns import trainer
 from lightning.pytorch.strategies import DDPStrategy
-from measuring import installed_version, machine, write_csv
 from ranks import run_ranks
+from reporting import CPU, RESULTS, Row, machine, print_table, write_csv
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
@@ -53,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
-from lightning_gradhist.report.magnitudes import magnitude_report
+from lightning_gradhist.histogram import COLUMNS as BINS
+from lightning_gradhist.logging.charts import magnitude_report
 
 WORD = 8  # int64, and a number in a checkpoint
 MOST_BUCKETS = 512
@@ -61,32 +37,34 @@ MOST_MEASUREMENTS = 4096
 NUMBERS_A_MEASUREMENT = 6
 RANKS = (1, 2, 4, 8)
 MEASURED = "all_reduced logged_histograms logged_scalars kept".split()
-MACHINE = "date device cpu cores threads python torch lightning tensorboard lightning_gradhist".split()
 COLUMNS = [
-    *"case ranks tensors parameters bins_per_octave steps every_n_steps logged_steps buckets".split(),
+    *"case ranks tensors parameters steps every_n_steps logged_steps buckets".split(),
     *(f"{what}_bytes{suffix}" for what in MEASURED for suffix in ("", "_measured")),
     *"ring_bytes_a_rank held_bytes_a_rank logged_other_bytes_measured".split(),
-    *MACHINE,
+    *"date device cpu cores threads python torch lightning tensorboard lightning_gradhist".split(),
 ]
-Row = dict[str, Any]
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
+_FRAME = 16  # around an event: its length in 8 bytes, and a checksum of either in 4
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the bytes depend on."""
+    """What the bytes depend on.
+
+    Attributes:
+        names: of the tensors.
+        parameters: how many.
+        ranks: how many.
+        steps: of the optimizer.
+        every_n_steps: from one logged step to the next.
+        sharded: whether a rank has its share of the parameters, as under FSDP2, or all of them, as under DDP.
+    """
 
     names: list[str]
-    """Of the tensors."""
     parameters: int
     ranks: int
     steps: int
     every_n_steps: int = 50
-    bins_per_octave: int = 8
     sharded: bool = False
-    """Whether a rank has its share of the parameters, as under FSDP2, or all of them, as under DDP."""
 
     @property
     def logged_steps(self) -> range:
@@ -113,14 +91,9 @@ class Setup:
         return len(self.logged_steps) + self.measurements + 1 if self.ranks > 1 else 0
 
     @property
-    def table_bytes(self) -> int:
-        """Bytes of the counts of a logged step."""
-        return len(self.names) * (254 * self.bins_per_octave + 3) * WORD
-
-    @property
     def all_reduced_bytes(self) -> int:
         """Bytes that each rank gives to ``all_reduce`` in the whole run."""
-        counts = len(self.logged_steps) * self.table_bytes
+        counts = len(self.logged_steps) * len(self.names) * BINS * WORD
         return counts + WORD * (4 * self.measurements + 1) if self.ranks > 1 else 0
 
     @property
@@ -144,15 +117,27 @@ class Setup:
         Args:
             buckets: how many are shown of a histogram, by its tag and the step.
         """
-        counted = MagnitudeHistogram(self.names, self.bins_per_octave)
-        counted.table[:, 1 + 127 * self.bins_per_octave] = 1  # so that every name has something to be logged
+        counted = MagnitudeHistogram(self.names)
+        counted.table[:, BINS // 2] = 1  # so that every name has something to be logged
         report = magnitude_report(counted, "gradient")
-        steps = self.logged_steps
+        histograms = sum(
+            event_bytes((histogram_bytes(len(tag.encode()), buckets(tag, step)) for tag in report.histograms), step)
+            for step in self.logged_steps
+        )
+        scalars = [scalar_bytes(len(tag.encode())) for tag in report.scalars]
         return {
-            "logged_histograms": sum(
-                event_bytes((histogram_bytes(t, buckets(t, s)) for t in report.histograms), s) for s in steps
-            ),
-            "logged_scalars": sum(event_bytes(map(scalar_bytes, report.scalars), s) for s in steps),
+            "logged_histograms": histograms,
+            "logged_scalars": sum(event_bytes(scalars, step) for step in self.logged_steps),
+        }
+
+    def predicted(self, buckets: Callable[[str, int], int]) -> Row:
+        """The columns that the model fills."""
+        names = "ranks parameters steps every_n_steps all_reduced_bytes kept_bytes ring_bytes_a_rank held_bytes_a_rank"
+        return {
+            **{name: getattr(self, name) for name in names.split()},
+            "tensors": len(self.names),
+            "logged_steps": len(self.logged_steps),
+            **{f"{what}_bytes": number for what, number in self.logged_bytes(buckets).items()},
         }
 
 
@@ -162,25 +147,17 @@ def event_bytes(values: Iterable[int], step: int) -> int:
     return _FRAME + Event(wall_time=1.0, step=step).ByteSize() + _field_bytes(summary)
 
 
-def histogram_bytes(tag: str, buckets: int) -> int:
-    """Bytes of a histogram: five doubles, and two for each bucket."""
-    return _histogram_bytes(len(tag.encode()), buckets)
-
-
-def scalar_bytes(tag: str) -> int:
-    """Bytes of a scalar: a float32."""
-    return _scalar_bytes(len(tag.encode()))
-
-
 @functools.cache
-def _histogram_bytes(tag_bytes: int, buckets: int) -> int:
+def histogram_bytes(tag_bytes: int, buckets: int) -> int:
+    """Bytes of a histogram: its tag, five doubles, and two for each bucket."""
     ones = [1.0] * buckets
     histogram = HistogramProto(min=1, max=1, num=1, sum=1, sum_squares=1, bucket_limit=ones, bucket=ones)
     return Summary.Value(tag="a" * tag_bytes, histo=histogram).ByteSize()
 
 
 @functools.cache
-def _scalar_bytes(tag_bytes: int) -> int:
+def scalar_bytes(tag_bytes: int) -> int:
+    """Bytes of a scalar: its tag, and a float32."""
     return Summary.Value(tag="a" * tag_bytes, simple_value=1.0).ByteSize()
 
 
@@ -189,14 +166,8 @@ def _field_bytes(size: int) -> int:
     return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
-_FRAME = 16  # around an event: its length in 8 bytes, and a checksum of either in 4
-
-
-# --- the check --------------------------------------------------------------------------------------------------------
-
-
 class Small(L.LightningModule):
-    """Six layers of 64: 12 tensors."""
+    """Six layers of 64: 12 tensors, under AdamW."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,26 +178,20 @@ class Small(L.LightningModule):
         return self.layers(batch[0]).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, which has a second moment."""
+        """AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one rank has seen."""
-
-    all_reduced_bytes: int
-    all_reduce_calls: int
-    kept_bytes: int
-
-
-def train(folder: Path, steps: int, every_n_steps: int, bins_per_octave: int) -> Measured:
-    """Train on this rank without the monitor and with it, and count the bytes that it adds to those all-reduced."""
-    monitor = GradientHistogramMonitor(every_n_steps, bins_per_octave)
+def train(folder: Path, steps: int, every_n_steps: int) -> dict[str, int]:
+    """Train on this rank without the monitor and with it; what it adds to the bytes all-reduced and to the state."""
+    monitor = GradientHistogramMonitor(every_n_steps)
     of_lightning = all_reduced(folder / "without", steps, [])  # which asks all ranks whether to stop
     sent = all_reduced(folder / "with", steps, [monitor])
-    bytes_sent, calls = sum(sent) - sum(of_lightning), len(sent) - len(of_lightning)
-    return Measured(bytes_sent, calls, WORD * numbers_in(monitor.state_dict()))
+    return {
+        "all_reduced": sum(sent) - sum(of_lightning),
+        "calls": len(sent) - len(of_lightning),
+        "kept": WORD * numbers_in(monitor.state_dict()),
+    }
 
 
 def all_reduced(folder: Path, steps: int, callbacks: list[L.Callback]) -> list[int]:
@@ -243,22 +208,12 @@ def all_reduced(folder: Path, steps: int, callbacks: list[L.Callback]) -> list[i
         sent.append(tensor.numel() * tensor.element_size())
         return all_reduce(tensor, *arguments, **options)
 
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=TensorBoardLogger(folder, name="", version=""),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    strategy = DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(4 * ranks * steps, 64))
     torch.distributed.all_reduce = counting
     try:
-        trainer.fit(Small(), DataLoader(data, 4))
+        trainer(folder, callbacks, devices=ranks, strategy=strategy, max_steps=steps).fit(Small(), DataLoader(data, 4))
     finally:
         torch.distributed.all_reduce = all_reduce
     return sent
@@ -275,7 +230,7 @@ def numbers_in(state: Any) -> int:
 
 @dataclass
 class Logged:
-    """What is in an event file: bytes, and the buckets of each histogram by tag and step."""
+    """What is in an event file: bytes by kind, and the buckets of each histogram by tag and step."""
 
     histograms: int = 0
     scalars: int = 0
@@ -301,30 +256,28 @@ def read_events(folder: Path) -> Logged:
     return logged
 
 
-def check(ranks: int, steps: int = 5, every_n_steps: int = 2, bins_per_octave: int = 8) -> Row:
+def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
     """Measure on gloo ranks, or in this process for one, and put the prediction beside it.
 
     Raises:
         AssertionError: where they differ.
     """
-    module = Small()
-    names = [name for name, _ in module.named_parameters()]
-    parameters = sum(p.numel() for p in module.parameters())
-    setup = Setup(names, parameters, ranks, steps, every_n_steps, bins_per_octave)
+    sizes = {name: p.numel() for name, p in Small().named_parameters()}
+    setup = Setup(list(sizes), sum(sizes.values()), ranks, steps, every_n_steps)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (Path(folder), steps, every_n_steps, bins_per_octave)
+        arguments = (Path(folder), steps, every_n_steps)
         measured = run_ranks(train, ranks, *arguments) if ranks > 1 else [train(*arguments)]
         logged = read_events(Path(folder) / "with")
     shown = logged.buckets
-    predicted = predict(setup, lambda tag, step: shown[tag, step])
+    predicted = setup.predicted(lambda tag, step: shown[tag, step])
     found = {
-        "all_reduced": {one.all_reduced_bytes for one in measured},
+        "all_reduced": {one["all_reduced"] for one in measured},
         "logged_histograms": {logged.histograms},
         "logged_scalars": {logged.scalars},
-        "kept": {one.kept_bytes for one in measured},
+        "kept": {one["kept"] for one in measured},
     }
     compare(found, predicted, ranks)
-    calls = {one.all_reduce_calls for one in measured}
+    calls = {one["calls"] for one in measured}
     assert calls == {setup.all_reduces}, f"{sorted(calls)} all-reduces on {ranks} ranks"
     return {
         "case": "measured",
@@ -342,64 +295,29 @@ def compare(found: Mapping[str, set[int]], predicted: Row, ranks: int) -> None:
         assert values == {expected}, f"{what} on {ranks} ranks: measured {sorted(values)} bytes, predicted {expected}"
 
 
-def predict(setup: Setup, buckets: Callable[[str, int], int]) -> Row:
-    """The columns that the model fills."""
-    return {
-        "ranks": setup.ranks,
-        "tensors": len(setup.names),
-        "parameters": setup.parameters,
-        "bins_per_octave": setup.bins_per_octave,
-        "steps": setup.steps,
-        "every_n_steps": setup.every_n_steps,
-        "logged_steps": len(setup.logged_steps),
-        "all_reduced_bytes": setup.all_reduced_bytes,
-        **{f"{what}_bytes": number for what, number in setup.logged_bytes(buckets).items()},
-        "kept_bytes": setup.kept_bytes,
-        "ring_bytes_a_rank": setup.ring_bytes_a_rank,
-        "held_bytes_a_rank": setup.held_bytes_a_rank,
-    }
-
-
-# --- 70 B parameters --------------------------------------------------------------------------------------------------
-
-
 def llama_shapes() -> dict[str, tuple[int, ...]]:
     """The 723 tensors of a decoder like Llama 3's of 70 B: 80 layers of width 8,192, and 8 key-value heads of 128."""
     width, keys, hidden, vocabulary = 8192, 1024, 28672, 128256
     layer = {
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (hidden, width),
-        "mlp.up_proj": (hidden, width),
+        **dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), (width, width)),
+        **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (keys, width)),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (hidden, width)),
         "mlp.down_proj": (width, hidden),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
+        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (width,)),
     }
     layers = {f"model.layers.{i}.{name}.weight": shape for i in range(80) for name, shape in layer.items()}
-    ends = {
-        "model.embed_tokens.weight": (vocabulary, width),
-        "model.norm.weight": (width,),
-        "lm_head.weight": (vocabulary, width),
-    }
-    return {**layers, **ends}
+    ends = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, width))
+    return {**layers, **ends, "model.norm.weight": (width,)}
 
 
 def large_rows(ranks: int = 1024, steps: int = 10_000) -> list[Row]:
-    """The model of 70 B under FSDP2, at several cadences, widths of the bins, and numbers of buckets that are shown."""
+    """The model of 70 B under FSDP2, at several cadences and numbers of buckets that are shown."""
     shapes = llama_shapes()
     parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     rows = []
-    for every, bins, buckets in [
-        (50, 8, MOST_BUCKETS),
-        (50, 8, 128),
-        (1, 8, 128),
-        (50, 1, 64),
-        (50, 128, MOST_BUCKETS),
-    ]:
-        setup = Setup(list(shapes), parameters, ranks, steps, every, bins, sharded=True)
-        rows.append({"case": "model", **predict(setup, lambda _tag, _step, n=buckets: n), "buckets": buckets})
+    for every, buckets in [(50, MOST_BUCKETS), (50, 128), (1, 128)]:
+        setup = Setup(list(shapes), parameters, ranks, steps, every, sharded=True)
+        rows.append({"case": "model", **setup.predicted(lambda _tag, _step, n=buckets: n), "buckets": buckets})
     return rows
 
 
@@ -408,36 +326,30 @@ def print_large(rows: list[Row], latency: float, bandwidth: float) -> None:
     first = rows[0]
     print(
         f"model: {first['parameters'] / 1e9:.1f} B parameters in {first['tensors']} tensors (80 layers, like Llama 3's"
-        f" 70 B) on {first['ranks']:,} ranks under FSDP2, {first['steps']:,} steps"
+        f" 70 B) on {first['ranks']:,} ranks under FSDP2, {first['steps']:,} steps; bytes of a logged step (all-reduced;"
+        " by a rank in a ring; logged), in all (logged; kept), and held on a rank for a step"
     )
-    table = [
-        ["every", "bins an", "buckets a", "all-reduced", "ring, a rank", "logged", "logged", "kept", "held, a rank"],
-        [
-            "",
-            "octave",
-            "histogram",
-            "a logged step",
-            "a logged step",
-            "a logged step",
-            "in all",
-            "in all",
-            "for a step",
-        ],
-    ]
+    table = []
     for row in rows:
-        logged, times = row["logged_histograms_bytes"] + row["logged_scalars_bytes"], row["logged_steps"]
-        sizes = [row["all_reduced_bytes"] / times, row["ring_bytes_a_rank"] / times, logged / times, logged]
-        sizes += [row["kept_bytes"], row["held_bytes_a_rank"]]
-        table.append([*(str(row[name]) for name in ("every_n_steps", "bins_per_octave", "buckets")), *map(size, sizes)])
-    for line in table:
-        print("  " + "".join(cell.ljust(15) for cell in line).rstrip())
+        times, logged = row["logged_steps"], row["logged_histograms_bytes"] + row["logged_scalars_bytes"]
+        sizes = {
+            "all-reduced": row["all_reduced_bytes"] / times,
+            "in a ring": row["ring_bytes_a_rank"] / times,
+            "logged": logged / times,
+            "logged in all": logged,
+            "kept": row["kept_bytes"],
+            "held": row["held_bytes_a_rank"],
+        }
+        cadence = {"every": row["every_n_steps"], "buckets": row["buckets"]}
+        table.append({**cadence, **{name: size(number) for name, number in sizes.items()}})
+    print_table(table, list(table[0]))
     hops, moved = 2 * (first["ranks"] - 1), first["ring_bytes_a_rank"] / first["logged_steps"]
     seconds = hops * latency + moved / bandwidth
     print(
-        f"  arithmetic, not a measurement: a ring all-reduce at {first['bins_per_octave']} bins an octave takes {hops:,} hops"
-        f" x {latency * 1e6:g} us + {size(moved)} / {bandwidth / 1e9:g} GB/s = {seconds * 1e3:.1f} ms, or"
-        f" {seconds * 1e3 / first['every_n_steps']:.2f} ms a step at every {first['every_n_steps']}, assuming that latency"
-        " of a hop and bandwidth of a rank, and nothing else on the network"
+        f"  arithmetic, not a measurement: a ring all-reduce takes {hops:,} hops x {latency * 1e6:g} us + {size(moved)} /"
+        f" {bandwidth / 1e9:g} GB/s = {seconds * 1e3:.1f} ms, or {seconds * 1e3 / first['every_n_steps']:.2f} ms a step at"
+        f" every {first['every_n_steps']}, assuming that latency of a hop and bandwidth of a rank, and nothing else on the"
+        " network"
     )
 
 
@@ -447,9 +359,6 @@ def size(number: float) -> str:
     return f"{number / scale:.3g} {unit}"
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the check, and print the model's table."""
     parser = argparse.ArgumentParser(description="Bytes that the monitor all-reduces, logs and keeps.")
@@ -457,9 +366,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5, help="of the measured runs, every second logged (default: 5)")
     parser.add_argument("--latency", type=float, default=10e-6, help="of a hop in seconds, assumed (default: 10e-6)")
     parser.add_argument("--bandwidth", type=float, default=25e9, help="of a rank in bytes/s, assumed (default: 25e9)")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/capture_scale_cpu.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS / "capture_scale_cpu.csv")
     args = parser.parse_args(arguments)
-    output = args.output or Path(__file__).parent / "results" / "capture_scale_cpu.csv"
 
     rows: list[Row] = []
     for ranks in args.ranks:
@@ -468,10 +376,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{ranks} ranks: measured bytes equal the predicted ones: {shown}", flush=True)
     large = large_rows()
     print_large(large, args.latency, args.bandwidth)
-    versions = {name: installed_version(name) for name in ("lightning", "tensorboard")}
-    known = {**machine(torch.device("cpu")), **versions}
-    described = {name: known[name] for name in MACHINE}
-    write_csv([{**row, **described} for row in [*rows, *large]], COLUMNS, output)
+    described = machine(CPU, "lightning", "tensorboard")
+    write_csv(args.output, COLUMNS, [{**row, **described} for row in [*rows, *large]])
 
 
 if __name__ == "__main__":

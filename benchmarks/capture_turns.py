@@ -14,7 +14,6 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
-import capture_variants
 import lightning as L
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ SMALL_BATCH = 1
 
 
 class Clock(L.Callback):
-    """What the steps take, on the clock and of the processor or the device."""
+    """What the steps take, on the clock and of the processor or the device, without waiting for the latter."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,22 +36,17 @@ class Clock(L.Callback):
         self.end = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Take the times, without waiting for the device."""
+        """Take the times."""
         self.clock.append(perf_counter())
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.work.append(event)
+            self.work.append(torch.cuda.Event(enable_timing=True))
+            self.work[-1].record()
         else:
             self.work.append(process_time())
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Take the time of the last one."""
         self.end = perf_counter()
-
-    def clock_seconds(self) -> list[float]:
-        """Of each step but the last."""
-        return np.diff(self.clock).tolist()
 
     def seconds(self) -> list[float]:
         """Of the processor or the device, of each step but the last."""
@@ -73,6 +67,13 @@ class Memory(L.Callback):
         self.bytes.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
 
 
+def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+    """A Trainer with a TensorBoard logger that shows nothing and keeps no checkpoints."""
+    quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    logger = TensorBoardLogger(folder, name="", version="")
+    return L.Trainer(callbacks=callbacks, logger=logger, **{"accelerator": "cpu", "devices": 1, **quiet, **options})
+
+
 def fit(
     task: Task,
     callbacks: list[L.Callback],
@@ -83,28 +84,18 @@ def fit(
 ) -> Training:
     """Train for a number of steps in one epoch."""
     module, loader = made(task, steps, batch_size)
-    trainer = L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        max_epochs=1,
-        callbacks=callbacks,
-        logger=TensorBoardLogger(folder, name="", version=""),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
-        trainer.fit(module, loader)
+        accelerator = "gpu" if device.type == "cuda" else "cpu"
+        trainer(folder, callbacks, accelerator=accelerator, max_epochs=1).fit(module, loader)
     return module
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the steps of one training have taken."""
+    """What the steps of one training have taken: seconds of the processor or the device, and on the clock."""
 
     seconds: list[float]
-    """Of the processor or the device, by step."""
     clock_seconds: list[float]
     end_seconds: float
 
@@ -113,11 +104,10 @@ def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, ba
     """Train once, on whole batches if nothing else is said."""
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = [clock, *capture_variants.callbacks_of(variant, task)]
-        fit(task, callbacks, steps + 1, Path(folder), device, batch_size)
+        fit(task, [clock, *variant.callbacks(task)], steps + 1, Path(folder), device, batch_size)
         returned = perf_counter()
     gc.collect()
-    return Turn(clock.seconds(), clock.clock_seconds(), returned - clock.end)
+    return Turn(clock.seconds(), np.diff(clock.clock).tolist(), returned - clock.end)
 
 
 @dataclass(frozen=True)
@@ -154,14 +144,17 @@ def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.
 
 @dataclass(frozen=True)
 class Added:
-    """Seconds beyond a training without a callback."""
+    """Seconds beyond a training without a callback.
+
+    Attributes:
+        logged: a logged step; any step of what logs none.
+        drawn: a heatmap; 0 where none is drawn.
+        step: a step, over the first 10,000 of a run.
+    """
 
     logged: float
-    """A logged step; any step of what logs none."""
     drawn: float
-    """A heatmap; 0 where none is drawn."""
     step: float
-    """A step, over the first 10,000 of a run."""
 
 
 def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> Added:

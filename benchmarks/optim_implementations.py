@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -33,6 +32,10 @@ _TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2)}
 """Relative and absolute; ten steps at this rate move a parameter by some 0.3."""
 
 
+Make = Callable[[list[Parameter], float], Any]
+"""Builds an optimizer from parameters and learning rate; raises :class:`LeftOut` where it cannot be built."""
+
+
 class LeftOut(Exception):
     """An implementation cannot be built here; the message says why."""
 
@@ -41,12 +44,9 @@ class LeftOut(Exception):
 class Traffic:
     """How often a step must at least read or write memory for each parameter."""
 
-    in_its_dtype: int
-    """The parameter, its gradient, and what state has their dtype."""
-    in_fp32: int
-    """State in fp32, whatever the dtype of the parameter."""
-    fixed_bytes: int = 0
-    """Bytes, not accesses, that do not depend on the dtype: those of a copy."""
+    in_its_dtype: int  # the parameter, its gradient, and what state has their dtype
+    in_fp32: int  # state in fp32, whatever the dtype of the parameter
+    fixed_bytes: int = 0  # not accesses, and for any dtype: those of a copy
 
     def bytes_per_parameter(self, dtype: torch.dtype) -> int:
         """Bytes that a step moves at least, for a parameter of ``dtype``."""
@@ -62,28 +62,33 @@ LAYERWISE_E, AUTHORS_ALTO = Traffic(4, 8), Traffic(4 + 8, 0)
 
 @dataclass(frozen=True)
 class Implementation:
-    """One row of the benchmark."""
+    """One row of the benchmark.
+
+    Attributes:
+        name: in the table.
+        distribution: where it comes from, as pip names it.
+        traffic: of a step.
+        make: builds it.
+        layerwise: which reference ours must agree with; None for the others'.
+        checked_in: the dtype that it is checked in; None for that of the run.
+    """
 
     name: str
     distribution: str
-    """Where it comes from, as pip names it."""
     traffic: Traffic
-    make: Callable[[list[Parameter], float], Any]
-    """Builds it from parameters and learning rate; raises :class:`LeftOut` where it cannot be built."""
+    make: Make
     layerwise: bool | None = None
-    """Which reference ours must agree with; None for the others'."""
     checked_in: torch.dtype | None = None
-    """The dtype that it is checked in; None for that of the run."""
 
 
 def implementations() -> list[Implementation]:
     """List all that are compared, whether they can be built here or not."""
     ours, authors = "lightning-gradhist", "e-optimizer-adaptor"
     return [
-        Implementation("AdamW", "torch", ADAMW, _adamw),
-        Implementation("AdamW foreach", "torch", ADAMW, partial(_adamw, foreach=True)),
-        Implementation("AdamW fused", "torch", ADAMW, partial(_adamw, fused=True)),
-        Implementation("timm Lamb", "timm", LAMB, _timm_lamb),
+        Implementation("AdamW", "torch", ADAMW, adamw),
+        Implementation("AdamW foreach", "torch", ADAMW, partial(adamw, foreach=True)),
+        Implementation("AdamW fused", "torch", ADAMW, partial(adamw, fused=True)),
+        Implementation("timm Lamb", "timm", LAMB, lambda params, lr: timm_lamb()(params, lr, **COMMON)),
         Implementation("pytorch_optimizer Lamb", "pytorch_optimizer", LAMB, _pytorch_optimizer_lamb),
         Implementation("authors' ALTO", authors, AUTHORS_ALTO, _authors_alto),
         Implementation("authors' E(AdamW)", authors, AUTHORS_E, _authors_e),
@@ -96,63 +101,53 @@ def implementations() -> list[Implementation]:
     ]
 
 
-def _adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
+def adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Torch's AdamW with the common settings."""
     return torch.optim.AdamW(params, lr, **COMMON, **options)
 
 
 def _ours(cls: Any, params: list[Parameter], lr: float, **options: bool) -> torch.optim.Optimizer:
-    unknown = options.keys() - inspect.signature(cls).parameters.keys()
-    if unknown:
-        raise LeftOut(f"{cls.__name__} of this version has no argument {', '.join(sorted(unknown))}")
     return cls(params, lr, **COMMON, **EXPLORE, **options)
 
 
 def _e_adaptor(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return EAdaptor(_adamw(params, lr), **EXPLORE)
+    return EAdaptor(adamw(params, lr), **EXPLORE)
 
 
 def _authors_alto(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    cls = _module("ALTO", "e-optimizer-adaptor").ALTO
-    return cls(params, lr, **{**COMMON, "betas": (EXPLORE_BETA, *BETAS)}, alp=ALPHA)
+    make = _module("ALTO", "e-optimizer-adaptor").ALTO
+    return make(params, lr, **{**COMMON, "betas": (EXPLORE_BETA, *BETAS)}, alp=ALPHA)
 
 
 def _authors_e(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    cls = _module("E", "e-optimizer-adaptor").E
-    return cls(_adamw(params, lr), alpha=ALPHA, beta=EXPLORE_BETA)
+    return _module("E", "e-optimizer-adaptor").E(adamw(params, lr), alpha=ALPHA, beta=EXPLORE_BETA)
 
 
 def _pytorch_optimizer_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
     return _module("pytorch_optimizer", "pytorch_optimizer").Lamb(params, lr, **COMMON)
 
 
-def _timm_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return timm_lamb()(params, lr, **COMMON)
-
-
 def timm_lamb() -> Any:
     """The class of timm's Lamb; raises :class:`LeftOut` where timm is not installed."""
     # timm's optimizers are loaded as a package of their own: "import timm" would want torchvision
-    found = importlib.util.find_spec("timm")
-    if found is None or not found.submodule_search_locations:
-        raise _not_installed("timm")
     if "timm_optim" not in sys.modules:
         package = types.ModuleType("timm_optim")
-        package.__path__ = [str(Path(found.submodule_search_locations[0]) / "optim")]
+        package.__path__ = [str(Path(folder) / "optim") for folder in _found("timm", "timm")]
         sys.modules["timm_optim"] = package
     return importlib.import_module("timm_optim.lamb").Lamb
 
 
 def _module(name: str, distribution: str) -> Any:
-    if importlib.util.find_spec(name) is None:
-        raise _not_installed(distribution)
+    _found(name, distribution)
     return importlib.import_module(name)
 
 
-def _not_installed(distribution: str) -> LeftOut:
-    return LeftOut(f"{distribution} is not installed: run 'make peers'")
-
-
-# --- the gate ---------------------------------------------------------------------------------------------------------
+def _found(name: str, distribution: str) -> list[str]:
+    """The folders of a package."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise LeftOut(f"{distribution} is not installed: run 'make peers'")
+    return list(spec.submodule_search_locations or ())
 
 
 def reference(theta: Tensor, grads: list[Tensor], lr: float, dtype: torch.dtype, *, layerwise: bool) -> Tensor:
@@ -197,26 +192,21 @@ def check(implementation: Implementation, device: torch.device, dtype: torch.dty
         LeftOut: If it cannot be built here.
         AssertionError: If it fails.
     """
-    dtype = implementation.checked_in or dtype
+    name, layerwise, dtype = implementation.name, implementation.layerwise, implementation.checked_in or dtype
     starts, grads = _problem(dtype)
-    got = _run(implementation, starts, grads, device, dtype)
-    for start, of_tensor, value in zip(starts, zip(*grads, strict=True), got, strict=True):
-        if implementation.layerwise is None:
-            moved = bool(value.isfinite().all()) and not torch.equal(value, start)
-            assert moved, f"{implementation.name} leaves parameters that are not finite, or have not moved"
-        else:
-            want = reference(start, list(of_tensor), _LR, dtype, layerwise=implementation.layerwise)
-            _assert_close(implementation.name, "the float64 reference", value, want, dtype)
-    if implementation.layerwise is False:
-        _check_without_e(implementation, device)
-
-
-def _check_without_e(implementation: Implementation, device: torch.device) -> None:
-    starts, grads = _problem(torch.float32)
-    got = _run(implementation, starts, grads, device, torch.float32, alpha=0.0)
-    adamw = next(peer for peer in implementations() if peer.name == "AdamW")
-    for value, want in zip(got, _run(adamw, starts, grads, device, torch.float32), strict=True):
-        _assert_close(f"{implementation.name} at alpha=0", "torch's AdamW", value, want, torch.float32)
+    got = _run(implementation.make, starts, grads, device, dtype)
+    if layerwise is None:
+        moved = all(bool(g.isfinite().all()) and not torch.equal(g, s) for g, s in zip(got, starts, strict=True))
+        assert moved, f"{name} leaves parameters that are not finite, or have not moved"
+        return
+    by_tensor = zip(starts, map(list, zip(*grads, strict=True)), strict=True)
+    want = [reference(start, of_tensor, _LR, dtype, layerwise=layerwise) for start, of_tensor in by_tensor]
+    _assert_close(name, "the float64 reference", got, want, dtype)
+    if not layerwise:
+        starts, grads = _problem(torch.float32)
+        got = _run(implementation.make, starts, grads, device, torch.float32, alpha=0.0)
+        plain = _run(adamw, starts, grads, device, torch.float32)
+        _assert_close(f"{name} at alpha=0", "torch's AdamW", got, plain, torch.float32)
 
 
 def _problem(dtype: torch.dtype) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -230,7 +220,7 @@ def _problem(dtype: torch.dtype) -> tuple[list[Tensor], list[list[Tensor]]]:
 
 
 def _run(
-    implementation: Implementation,
+    make: Make,
     starts: list[Tensor],
     grads: list[list[Tensor]],
     device: torch.device,
@@ -238,7 +228,7 @@ def _run(
     **settings: float,
 ) -> list[Tensor]:
     params = [Parameter(start.to(device, dtype)) for start in starts]
-    optimizer = implementation.make(params, _LR)
+    optimizer = make(params, _LR)
     for group in optimizer.param_groups:
         group.update(settings)
     for of_step in grads:
@@ -248,7 +238,8 @@ def _run(
     return [param.detach().cpu().double() for param in params]
 
 
-def _assert_close(name: str, other: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+def _assert_close(name: str, other: str, got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
     rtol, atol = _TOLERANCES[dtype]
-    message = f"{name} differs from {other} by up to {(got - want).abs().max():.1e}, shape {tuple(got.shape)}"
-    assert torch.allclose(got, want, rtol, atol), message
+    for mine, theirs in zip(got, want, strict=True):
+        message = f"{name} differs from {other} by up to {(mine - theirs).abs().max():.1e}, shape {tuple(mine.shape)}"
+        assert torch.allclose(mine, theirs, rtol, atol), message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 
-def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = math.inf) -> list[Any]:
+def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 240) -> list[Any]:
     """Run a job on ranks that make up a process group, to its end.
 
     Args:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from grid import CLEAR, FAR, Results, half_octaves, setting
+from grid import FAR
+from runs import CLEAR, Results, alike, half_octaves
 from training import Run
 from workloads import Workload
 
@@ -74,9 +75,14 @@ class Measured:
 
     @property
     def seeds(self) -> int:
-        """How many seeds there are at the best rate; 0 where every rate diverged."""
+        """How many seeds there are at the best rate."""
+        return int((~np.isnan(self.losses[self.rates == self.mean().best_rate])).sum())
+
+    def mean(self) -> Curve:
+        """The mean over seeds, at a batch size that has a rate which did not diverge."""
         curve = self.curve()
-        return 0 if curve is None else int((~np.isnan(self.losses[self.rates == curve.best_rate])).sum())
+        assert curve is not None
+        return curve
 
     def curve(self, weights: np.ndarray | None = None) -> Curve | None:
         """The mean over seeds with weights ``[seeds]``, 1 by default; None where every rate diverged.
@@ -94,10 +100,9 @@ class Measured:
 def measured(results: Results, like: Run) -> Measured | None:
     """The runs that differ from one in rate and seed only; None where there are none."""
     found: dict[int, dict[int, float]] = {}
-    for run, row in results.items():
-        if setting(run) == setting(like):
-            at_rate = found.setdefault(half_octaves(run.learning_rate), {})
-            at_rate[run.seed] = math.inf if row["diverged"] else row["train_loss"]
+    for run, row in alike(results, like).items():
+        at_rate = found.setdefault(half_octaves(run.learning_rate), {})
+        at_rate[run.seed] = math.inf if row["diverged"] else row["train_loss"]
     if not found:
         return None
     seeds = 1 + max(seed for at_rate in found.values() for seed in at_rate)
@@ -116,9 +121,7 @@ def seed_spread(losses: Measured) -> float:
 
     NaN where none of them has two seeds.
     """
-    curve = losses.curve()
-    assert curve is not None
-    near = losses.losses[np.abs(losses.rates - curve.best_rate) <= 0.5]
+    near = losses.losses[np.abs(losses.rates - losses.mean().best_rate) <= 0.5]
     of_rates = [np.log(at_rate[np.isfinite(at_rate)]) for at_rate in near]
     variances = [logs.var(ddof=1) for logs in of_rates if len(logs) > 1]
     return math.sqrt(sum(variances) / len(variances)) if variances else math.nan

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from optim_implementations import timm_lamb
+from reporting import Row
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,22 +31,19 @@ _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
 # timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
 _LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
+_NO_MOMENTUM: dict[str, Any] = {"betas": (0.0, 0.999)}
+_UNCLIPPED: dict[str, Any] = {"always_adapt": True, "max_grad_norm": None}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params, **options: torch.optim.Adam(params, fused=True, **options),
-    "Adam without momentum": lambda params, **options: torch.optim.Adam(
-        params, fused=True, betas=(0.0, 0.999), **options
-    ),
+    "Adam without momentum": lambda params, **options: torch.optim.Adam(params, fused=True, **_NO_MOMENTUM, **options),
     "AdamW": lambda params, **options: torch.optim.AdamW(params, fused=True, **options),
     "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **_LARGE_BATCH, **options),
     "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **_LARGE_BATCH, **options),
-    "Lamb": lambda params, **options: timm_lamb()(
-        params, always_adapt=True, max_grad_norm=None, **_LAYERWISE, **options
-    ),
+    "Lamb": lambda params, **options: timm_lamb()(params, **_UNCLIPPED, **_LAYERWISE, **options),
 }
 EPS = {"Adam": 1e-8, "Adam without momentum": 1e-8, "AdamW": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
 """What each takes if it is told nothing, but for AdamE, which takes Adam's."""
 
-Row = dict[str, Any]
 Curve = Sequence[tuple[int, float]]
 
 
@@ -100,12 +98,8 @@ def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
         for each moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (forward and backward
         passes that it took, each of the workload's ``noise_batch_size``).
     """
-    torch.set_num_threads(1)
-    data, start = _data(run.workload, folder), perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        model = WORKLOADS[run.workload].make_model()
-        curve, noise = fit(model, run, data)
+    data, start = data_of(run.workload, folder), perf_counter()
+    model, curve, noise = trained(run, data)
     train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
     test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
     return {
@@ -121,6 +115,15 @@ def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
         "noise_scale": noise,
         "noise_passes": NOISE_GRADIENTS * len(noise),
     }
+
+
+def trained(run: Run, data: Data) -> tuple[nn.Module, Curve, list[dict[str, float]]]:
+    """A model from the seed of a run, trained on one thread, with what :func:`fit` returns."""
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = WORKLOADS[run.workload].make_model()
+        return model, *fit(model, run, data)
 
 
 def evaluate(model: nn.Module, tensors: Sequence[Tensor], samples: int) -> tuple[float, float]:
@@ -169,12 +172,10 @@ def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Gener
     batch_size = WORKLOADS[run.workload].noise_batch_size
     parameters = dict(model.named_parameters())
     noise = NoiseScale(parameters, batch_size)
-    samples = batches(len(data.train), batch_size, generator)
-    for number, indices in zip(range(NOISE_GRADIENTS), samples, strict=False):
-        if number == NOISE_GRADIENTS // 2:
+    for index, gradients in zip(range(NOISE_GRADIENTS), gradients_of(model, data, batch_size, generator), strict=False):
+        if index == NOISE_GRADIENTS // 2:
             noise.split(run.eps, run.batch_size / batch_size)
-        gradients = torch.autograd.grad(loss_of(model, data, indices) * run.loss_scale, list(parameters.values()))
-        noise.update(dict(zip(parameters, gradients, strict=True)))
+        noise.update({name: gradient * run.loss_scale for name, gradient in gradients.items()})
     estimates = {"simple": noise.simple(), "adam": noise.adam()}
     return {
         name + end: value
@@ -185,41 +186,43 @@ def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Gener
 
 def fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, float]]]:
     """Trains a model in place; returns ``curve`` and ``noise_scale`` as :func:`train` describes them."""
+    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
+    samples_of_step = batches(len(data.train), run.batch_size, torch.Generator().manual_seed(2 * run.seed))
     fresh = torch.Generator().manual_seed(2 * run.seed + 1)
     curve: list[tuple[int, float]] = []
     noise: list[dict[str, float]] = []
     looked_at = moments(run.steps)
-    for step in stepping(model, run, data):
-        if step not in looked_at:
-            continue
-        samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
-        curve.append((samples, loss_now))
-        if step == run.steps or math.isinf(loss_now):
-            break
-        if run.noise:
-            noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
-    return curve, noise
-
-
-def stepping(model: nn.Module, run: Run, data: Data) -> Iterator[int]:
-    """Trains a model in place; yields the number of steps made, before each of them and at the end."""
-    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
-    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
-    samples_of_step = batches(len(data.train), run.batch_size, torch.Generator().manual_seed(2 * run.seed))
-    for step in range(run.steps):
-        yield step
+    for step in range(run.steps + 1):
+        if step in looked_at:
+            samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
+            curve.append((samples, loss_now))
+            if step == run.steps or math.isinf(loss_now):
+                break
+            if run.noise:
+                noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
         loss = loss_of(model, data, next(samples_of_step))
         optimizer.zero_grad()
         (loss * run.loss_scale).backward()
         optimizer.step()
         scheduler.step()
-    yield run.steps
+    return curve, noise
 
 
 def loss_of(model: nn.Module, data: Data, indices: Tensor) -> Tensor:
     """Mean cross-entropy of some of the training samples."""
     inputs, classes = (tensor[indices] for tensor in data.train.tensors)
     return functional.cross_entropy(model(inputs).flatten(0, -2), classes.flatten())
+
+
+def gradients_of(
+    model: nn.Module, data: Data, batch_size: int, generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of the mean loss by name of the parameter, each over samples of its own."""
+    parameters = dict(model.named_parameters())
+    for indices in batches(len(data.train), batch_size, generator):
+        gradients = torch.autograd.grad(loss_of(model, data, indices), list(parameters.values()))
+        yield dict(zip(parameters, gradients, strict=True))
 
 
 def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -231,5 +234,6 @@ def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[
 
 
 @cache
-def _data(workload: str, folder: Path) -> Data:
+def data_of(workload: str, folder: Path) -> Data:
+    """Its data, read once."""
     return WORKLOADS[workload].load(folder)

@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from curves import Curve, Measured
 
-from lightning_gradhist.surge import PLAIN_LAWS, ScalingLaw, scaling_law
+from lightning_gradhist.learning_rate import BOUND, PLAIN_LAWS, SurgeLaw, plain_law
 
-LAWS: dict[str, Callable[[float], ScalingLaw]] = {
-    "falling_surge": partial(scaling_law, "falling_surge"),
-    "surge": lambda scale: scaling_law("surge", scale, valid_until=math.pi / 2 * scale),
-    "saturating": partial(scaling_law, "saturating"),
+Ratio = Callable[[float, float], float]
+"""The rate at a batch size as a multiple of that at another one."""
+
+
+def saturating(noise_scale: float) -> Ratio:
+    """The rate goes with ``(1 + noise_scale / B) ** -0.5``: it rises like the square root, then levels off."""
+    return lambda batch, known: (batch / known * ((known + noise_scale) / (batch + noise_scale))) ** 0.5
+
+
+LAWS: dict[str, Callable[[float], Ratio]] = {
+    "falling_surge": lambda scale: SurgeLaw(scale).ratio,
+    "surge": lambda scale: SurgeLaw(scale, valid_until=BOUND * scale).ratio,
+    "saturating": saturating,
 }
-"""The laws that take a noise scale; of the second the rate stays what it is at Theorem 3's bound, as in the package."""
+"""The laws that take a noise scale; the second levels off at Theorem 3's bound, as in the package."""
 NONE, ONE = "none", "one for all"
 """Estimates: none at all, and one noise scale for every batch size and workload, which nobody measures."""
 AS_IT_IS, FROM_OTHERS, BEST = "1", "from the others", "best"
@@ -26,6 +34,11 @@ FACTORS = 2.0 ** np.arange(-8, 8.25, 0.25)
 SCALES = 2.0 ** np.arange(0, 20.25, 0.25)
 """Factors of an estimate that are tried, and noise scales in samples for :data:`ONE`."""
 _LOW, _HIGH, _STEPS_AN_OCTAVE = -12, 40, 4
+
+Method = tuple[str, str]
+"""Law and estimate."""
+Name = tuple[str, str, str]
+"""Law, estimate and source of the factor."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +73,6 @@ class Outcome:
     bounds: np.ndarray
 
 
-Method = tuple[str, str]
-
-
 def outcomes(bench: Bench, draws: int, generator: np.random.Generator) -> dict[Method, Outcome]:
     """Every law with every estimate.
 
@@ -71,17 +81,17 @@ def outcomes(bench: Bench, draws: int, generator: np.random.Generator) -> dict[M
     """
     seeds = max(losses.losses.shape[1] for losses in bench.losses.values())
     runs = max((noise.shape[0] for noise in bench.noise.values()), default=1)
-    curves = [_curves(bench, None)]
+    curves = [drawn_curves(bench.losses, None)]
     drawn = [np.arange(runs)]
     for _ in range(draws):
-        curves.append(_curves(bench, np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)))
+        curves.append(drawn_curves(bench.losses, drawn_seeds(seeds, generator)))
         drawn.append(generator.integers(runs, size=runs))
     sizes = list(bench.losses)
     rows = np.ones((1, len(sizes)))
-    found = {
-        (law, NONE): _outcome(_log_ratios(partial(scaling_law, law), sizes, rows[None]), curves, drawn)
-        for law in PLAIN_LAWS
-    }
+    found = {}
+    for law in PLAIN_LAWS:
+        ratios = _log_ratios(lambda _scale, law=law: plain_law(law).ratio, sizes, rows[None])
+        found[law, NONE] = _outcome(ratios, curves, drawn, np.ones(1))
     for law, make in LAWS.items():
         for estimate, scales in {**bench.noise, ONE: rows}.items():
             factors = SCALES if estimate == ONE else FACTORS
@@ -90,18 +100,19 @@ def outcomes(bench: Bench, draws: int, generator: np.random.Generator) -> dict[M
     return found
 
 
-def _curves(bench: Bench, weights: np.ndarray | None) -> list[Curve]:
-    """Of every batch size; the plain one where all rates with a weight diverged."""
-    found = []
-    for losses in bench.losses.values():
-        own = None if weights is None else weights[: losses.losses.shape[1]]
-        curve = losses.curve(own) or losses.curve()
-        assert curve is not None
-        found.append(curve)
-    return found
+def drawn_seeds(seeds: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each seed comes in a draw with repetition, ``[seeds]``."""
+    return np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
 
 
-def _log_ratios(make: Callable[[float], ScalingLaw], sizes: list[int], scales: np.ndarray) -> np.ndarray:
+def drawn_curves(losses: Mapping[int, Measured], weights: np.ndarray | None) -> list[Curve]:
+    """Of every batch size, the seeds weighted; the plain one where all rates with a weight diverged."""
+    return [
+        own.curve(None if weights is None else weights[: own.losses.shape[1]]) or own.mean() for own in losses.values()
+    ]
+
+
+def _log_ratios(make: Callable[[float], Ratio], sizes: list[int], scales: np.ndarray) -> np.ndarray:
     """Log2 of the ratio of rates from each batch size to each other.
 
     Args:
@@ -118,15 +129,12 @@ def _log_ratios(make: Callable[[float], ScalingLaw], sizes: list[int], scales: n
     ratios = np.empty((*scales.shape, len(sizes)))
     for i, origin in enumerate(sizes):
         for j, target in enumerate(sizes):
-            exact = [math.log2(law.ratio(target, origin)) for law in laws]
-            ratios[..., i, j] = np.interp(at[..., i], known, exact)
+            ratios[..., i, j] = np.interp(at[..., i], known, [math.log2(ratio(target, origin)) for ratio in laws])
     ratios[np.isnan(scales)] = np.nan
     return ratios
 
 
-def _outcome(
-    ratios: np.ndarray, curves: list[list[Curve]], drawn: list[np.ndarray], factors: np.ndarray | None = None
-) -> Outcome:
+def _outcome(ratios: np.ndarray, curves: list[list[Curve]], drawn: list[np.ndarray], factors: np.ndarray) -> Outcome:
     """Of log2 ratios ``[factors, runs, n, n]``, on curves and with runs as measured and as drawn."""
     means = [
         _mean(_carried(ratios[:, runs] if ratios.shape[1] > 1 else ratios, at, Curve.excess))
@@ -135,7 +143,7 @@ def _outcome(
     excess, diverged, bounds = (
         _carried(ratios, curves[0], of) for of in (Curve.excess, Curve.diverges, Curve.is_bound)
     )
-    return Outcome(np.ones(1) if factors is None else factors, np.array(means), excess, diverged == 1, bounds == 1)
+    return Outcome(factors, np.array(means), excess, diverged == 1, bounds == 1)
 
 
 def _carried(ratios: np.ndarray, curves: list[Curve], of: Callable[[Curve, np.ndarray], np.ndarray]) -> np.ndarray:
@@ -152,23 +160,15 @@ def _mean(excess: np.ndarray) -> np.ndarray:
     return np.where(there, flat, 0.0).sum(1) / np.where(there.any(1), there.sum(1), np.nan)
 
 
-# --- factors ----------------------------------------------------------------------------------------------------------
+def best_factors(*outcomes: Outcome) -> np.ndarray:
+    """Index of the factor with the lowest mean excess, over several workloads where there are, ``[1 + draws]``."""
+    return np.argmin(sum(outcome.means for outcome in outcomes), 1)
 
 
-def best_factors(outcome: Outcome) -> np.ndarray:
-    """Index of the factor with the lowest mean excess, ``[1 + draws]``."""
-    return np.argmin(outcome.means, 1)
-
-
-def chosen_on(others: list[Outcome]) -> np.ndarray:
-    """Index of the factor with the lowest mean excess over several workloads, ``[1 + draws]``."""
-    return np.argmin(sum(outcome.means for outcome in others), 1)
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """From the 2.5% to the 97.5% quantile."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+def with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """A value ``[0]``, and the ends of the 95% interval of what was drawn ``[1:]``; NaN where nothing was."""
+    low, high = np.quantile(values[1:], [0.025, 0.975]) if len(values) > 1 else (math.nan, math.nan)
+    return float(values[0]), float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,7 @@ class Score:
     """How a law with an estimate and a source of its factor does on one workload.
 
     Attributes:
-        law: its name.
-        estimate: name of the estimate of the noise scale.
-        source: where the factor comes from: :data:`AS_IT_IS`, :data:`FROM_OTHERS` or :data:`BEST`.
+        method: law, estimate of the noise scale and source of the factor.
         factor: what the estimate is multiplied by.
         means: mean excess over all transfers, ``[1 + draws]``: as measured, then drawn again.
         worst: largest excess as measured.
@@ -188,9 +186,7 @@ class Score:
         left_out: number of pairs of batch sizes without an estimate, over all those runs.
     """
 
-    law: str
-    estimate: str
-    source: str
+    method: Name
     factor: float
     means: np.ndarray
     worst: float
@@ -199,11 +195,6 @@ class Score:
     transfers: int
     left_out: int
 
-    @property
-    def method(self) -> tuple[str, str, str]:
-        """Law, estimate and source of the factor."""
-        return self.law, self.estimate, self.source
-
 
 def scores(found: Mapping[str, Mapping[Method, Outcome]]) -> dict[str, list[Score]]:
     """Every law, estimate and source of the factor on every workload where it can be had, by name of the workload."""
@@ -211,30 +202,28 @@ def scores(found: Mapping[str, Mapping[Method, Outcome]]) -> dict[str, list[Scor
 
 
 def _scores(found: Mapping[str, Mapping[Method, Outcome]], name: str, method: Method) -> list[Score]:
-    outcome = found[name][method]
-    if np.isnan(outcome.excess).all():
+    usable = {n: own[method] for n, own in found.items() if method in own and not np.isnan(own[method].excess).all()}
+    if name not in usable:
         return []
-    others = [own[method] for other, own in found.items() if other != name and method in own]
-    others = [other for other in others if not np.isnan(other.excess).all()]
+    outcome = usable.pop(name)
     one = np.full(len(outcome.means), int(np.argmin(np.abs(np.log(outcome.factors)))))
-    chosen = {BEST: best_factors(outcome)}
     if method[1] == NONE:
-        chosen = {AS_IT_IS: one}
-    elif method[1] != ONE:
+        return [_score((*method, AS_IT_IS), outcome, one)]
+    chosen = {BEST: best_factors(outcome)}
+    if method[1] != ONE:
         chosen[AS_IT_IS] = one
-    if others and method[1] != NONE:
-        chosen[FROM_OTHERS] = chosen_on(others)
-    return [_score(method, source, outcome, indices) for source, indices in chosen.items()]
+    if usable:
+        chosen[FROM_OTHERS] = best_factors(*usable.values())
+    return [_score((*method, source), outcome, indices) for source, indices in chosen.items()]
 
 
-def _score(method: Method, source: str, outcome: Outcome, indices: np.ndarray) -> Score:
+def _score(method: Name, outcome: Outcome, indices: np.ndarray) -> Score:
     at = indices[0]
     excess = outcome.excess[at]
     pairs = excess.size - excess.shape[0] * excess.shape[1]
     transfers = int((~np.isnan(excess)).sum())
     return Score(
-        *method,
-        source=source,
+        method,
         factor=float(outcome.factors[at]),
         means=np.take_along_axis(outcome.means, indices[:, None], 1)[:, 0],
         worst=float(np.nanmax(excess)),
