@@ -11,32 +11,18 @@ import logging
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from time import process_time
 from typing import Any
 
-import capture_variants
+import capture_variants as cases
 import lightning as L
 import numpy as np
 import torch
 from capture_turns import LEFT_OUT_STEPS, SMALL_BATCH, Memory, Round, fit, take_rounds
-from capture_variants import (
-    ADD_HISTOGRAM,
-    DEFAULT,
-    EVERY_STEP,
-    NONE,
-    NONE_AGAIN,
-    OFF_STEPS,
-    RUN,
-    WANDB,
-    Task,
-    Variant,
-    made,
-)
+from capture_variants import Task, Variant, made
 from measuring import seconds_per_call
-from optim_implementations import LeftOut
+from optim_implementations import built
 from ranks import run_ranks
 from reporting import CPU, RESULTS, Row, Target, machine, print_table, print_verdicts, read_csv, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,8 +35,7 @@ from lightning_gradhist.callbacks.strategies import slice_of
 ROUNDS = 5
 GATE_STEPS = 3
 CALLS = 3
-RANKS = 2
-PEERS = {"share_of_add_histogram": ADD_HISTOGRAM, "share_of_wandb_watch": WANDB}
+PEERS = {"share_of_add_histogram": cases.ADD_HISTOGRAM, "share_of_wandb_watch": cases.WANDB}
 MEASURED = [
     *"step_ms step_ms_q25 step_ms_q75 added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms".split(),
     *("logged_ms", "beyond_none_again_ms", *PEERS),
@@ -117,11 +102,11 @@ def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     """The columns that come from the turns of a variant."""
     mine = [one for one in rounds if variant.name in one.turns]
     plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in mine])
-    if variant.name == NONE:
+    if variant.name == cases.NONE:
         return {"rounds": len(mine), **quartiles("step_ms", plain)}
     added = [one.added(variant) for one in mine]
     milliseconds = 1e3 * np.array([one.step for one in added])
-    clock = [one.added(variant, attrgetter("clock_seconds")).step for one in mine]
+    clock = [one.added(variant, "clock_seconds").step for one in mine]
     row = {
         "rounds": len(mine),
         **quartiles("added_ms", milliseconds),
@@ -137,9 +122,9 @@ def against_peers(rows: dict[str, Row]) -> None:
     for name, row in rows.items():
         if name.startswith("monitor"):
             row |= {col: row["added_ms"] / rows[peer]["added_ms"] for col, peer in PEERS.items() if peer in rows}
-    if OFF_STEPS in rows and NONE_AGAIN in rows:
-        beyond = rows[OFF_STEPS]["added_ms_q25"] - rows[NONE_AGAIN]["added_ms_q75"]
-        rows[OFF_STEPS]["beyond_none_again_ms"] = beyond
+    if cases.OFF_STEPS in rows and cases.NONE_AGAIN in rows:
+        beyond = rows[cases.OFF_STEPS]["added_ms_q25"] - rows[cases.NONE_AGAIN]["added_ms_q75"]
+        rows[cases.OFF_STEPS]["beyond_none_again_ms"] = beyond
 
 
 def quartiles(column: str, values: np.ndarray) -> Row:
@@ -148,44 +133,32 @@ def quartiles(column: str, values: np.ndarray) -> Row:
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a training holds in memory in its last quarter and since the quarter before, and logs a step, in bytes."""
-
-    memory: float
-    growth: float
-    log: float
-
-
-def hold(task: Task, variant: Variant, device: torch.device) -> Held:
-    """Train for two turns' length, of one that logs every step, or nothing."""
+def hold(task: Task, variant: Variant, device: torch.device) -> tuple[float, float, float]:
+    """Bytes of memory in the last quarter of a training of two turns' length, since the quarter before, and of a step's log."""
     memory, steps = Memory(), 2 * task.steps
     with tempfile.TemporaryDirectory() as folder:
         fit(task, [*variant.callbacks(task), memory], steps, Path(folder), device, SMALL_BATCH)
         files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
         written = sum(path.stat().st_size for path in files)
     before, last = (statistics.median(memory.bytes[k * steps // 4 : (k + 1) * steps // 4]) for k in (2, 3))
-    return Held(last, last - before, written / steps)
+    return last, last - before, written / steps
 
 
 def of_memory_and_log(task: Task, some: list[Variant], device: torch.device) -> dict[str, Row]:
     """The columns on memory and log, by variant; for those where they are compared."""
-    compared = [variant for variant in some if variant.name in (NONE, EVERY_STEP, *PEERS.values())]
+    compared = [variant for variant in some if variant.name in (cases.NONE, cases.EVERY_STEP, *PEERS.values())]
     held = {variant.name: hold(task, variant, device) for variant in compared}
     rows: dict[str, Row] = {}
-    for variant in compared:
-        mine = held[variant.name]
-        rows[variant.name] = {"memory_bytes": mine.memory - held[NONE].memory, "memory_growth_bytes": mine.growth}
-        rows[variant.name] |= of_log(mine.log, variant) if variant.logs else {}
-    for default in (variant for variant in some if variant.name == DEFAULT and EVERY_STEP in held):
-        rows[DEFAULT] = of_log(held[EVERY_STEP].log, default)
+    for variant in some:
+        if variant.name in held:
+            memory, growth, _ = held[variant.name]
+            rows[variant.name] = {"memory_bytes": memory - held[cases.NONE][0], "memory_growth_bytes": growth}
+        logs = held.get(cases.EVERY_STEP if variant.name == cases.DEFAULT else variant.name)
+        if logs and variant.logs:
+            in_all = logs[2] * cases.RUN / variant.every_n_steps
+            log = {"log_bytes_per_logged_step": round(logs[2]), "log_bytes_in_10000_steps": in_all}
+            rows[variant.name] = rows.get(variant.name, {}) | log
     return rows
-
-
-def of_log(bytes_a_logged_step: float, variant: Variant) -> Row:
-    """The columns on the size of the log."""
-    in_all = bytes_a_logged_step * RUN / variant.every_n_steps
-    return {"log_bytes_per_logged_step": round(bytes_a_logged_step), "log_bytes_in_10000_steps": in_all}
 
 
 def gradients_of(task: Task, device: torch.device) -> dict[str, Tensor]:
@@ -208,7 +181,7 @@ def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> fl
 
 def slice_share(name: str, scale: float, rounds: int) -> float:
     """On a rank: time of counting its slice over the time of counting all, with the other ranks at the same."""
-    gradients = gradients_of(next(task for task in capture_variants.tasks(scale) if task.name == name), CPU)
+    gradients = gradients_of(next(task for task in cases.tasks(scale) if task.name == name), CPU)
     histogram = MagnitudeHistogram(list(gradients))
     sizes = {key: gradient.numel() for key, gradient in gradients.items()}
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -234,16 +207,16 @@ def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
     share = share_of_read_bandwidth(task, rounds, device)
     row: Row = {"variant": ALONE, "rounds": rounds, "share_of_read_bandwidth": share}
     if device.type == "cpu":
-        row["work_of_one_rank_in_two"] = max(run_ranks(slice_share, RANKS, task.name, scale, rounds))
+        row["work_of_one_rank_in_two"] = max(run_ranks(slice_share, 2, task.name, scale, rounds))
     return row
 
 
 TARGETS = [
-    Target({"variant": DEFAULT}, "added_share", 0.01, 0.005),
-    Target({"variant": EVERY_STEP}, "added_share", 0.15, 0.03),
-    Target({"variant": EVERY_STEP}, "share_of_add_histogram", 0.2, 0.05),
-    Target({"variant": EVERY_STEP}, "share_of_wandb_watch", 0.2, 0.05),
-    Target({"variant": OFF_STEPS}, "beyond_none_again_ms", 0, 0),
+    Target({"variant": cases.DEFAULT}, "added_share", 0.01, 0.005),
+    Target({"variant": cases.EVERY_STEP}, "added_share", 0.15, 0.03),
+    Target({"variant": cases.EVERY_STEP}, "share_of_add_histogram", 0.2, 0.05),
+    Target({"variant": cases.EVERY_STEP}, "share_of_wandb_watch", 0.2, 0.05),
+    Target({"variant": cases.OFF_STEPS}, "beyond_none_again_ms", 0, 0),
     Target({"variant": ALONE}, "share_of_read_bandwidth", None, 0.8, at_least=True),
     Target({"variant": ALONE}, "work_of_one_rank_in_two", 0.55, None),
 ]
@@ -251,18 +224,9 @@ TARGETS = [
 
 def split(task: Task, only: list[str] | None) -> tuple[list[Variant], list[Row]]:
     """The variants that can be made, and a row with the reason for each that cannot."""
-    good: list[Variant] = []
-    left_out: list[Row] = []
-    for variant in capture_variants.variants():
-        if only is None or variant.name in (NONE, *only):
-            try:
-                variant.callbacks(task)
-            except LeftOut as reason:
-                print(f"  left out: {variant.name} ({reason})")
-                left_out.append({"variant": variant.name, "note": f"left out: {reason}"})
-            else:
-                good.append(variant)
-    return good, left_out
+    wanted = [variant for variant in cases.variants() if only is None or variant.name in (cases.NONE, *only)]
+    good, reasons = built(wanted, lambda variant: variant.callbacks(task))
+    return good, [{"variant": name, "note": note} for name, note in reasons.items()]
 
 
 def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[Row]:
@@ -284,7 +248,7 @@ def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[
 def run(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
     """Check everything, then measure; the rows of the CSV, but for the machine, of one model after another."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    tasks = [task for task in capture_variants.tasks(args.scale) if task.name in args.models]
+    tasks = [task for task in cases.tasks(args.scale) if task.name in args.models]
     for task in tasks:
         check(task, device)
         print(f"correct: {task.name}: logged counts are numpy's, weights are those without a monitor", flush=True)
@@ -297,8 +261,8 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
-    names = [task.name for task in capture_variants.tasks()]
-    variants = [variant.name for variant in capture_variants.variants()]
+    names = [task.name for task in cases.tasks()]
+    variants = [variant.name for variant in cases.variants()]
     kept, beside = f"{', '.join(names)}; the rows of others that the output has are kept", "; ".join(variants[1:])
     parser = argparse.ArgumentParser(description="What it costs to watch gradients while Lightning trains.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -7,12 +7,10 @@ import os
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -21,8 +19,7 @@ from capture_variants import NONE, RUN, Task, Training, Variant, made
 from lightning.pytorch.loggers import TensorBoardLogger
 
 LEFT_OUT_STEPS = 3
-WHOLE_STEPS = 6
-"""Timed steps of a turn with whole batches."""
+WHOLE_STEPS = 6  # timed steps of a turn with whole batches
 SMALL_BATCH = 1
 
 
@@ -84,15 +81,14 @@ def fit(
 ) -> Training:
     """Train for a number of steps in one epoch."""
     module, loader = made(task, steps, batch_size)
+    made_for = trainer(folder, callbacks, accelerator="gpu" if device.type == "cuda" else "cpu", max_epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
-        accelerator = "gpu" if device.type == "cuda" else "cpu"
-        trainer(folder, callbacks, accelerator=accelerator, max_epochs=1).fit(module, loader)
+        made_for.fit(module, loader)
     return module
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What the steps of one training have taken: seconds of the processor or the device, and on the clock."""
 
     seconds: list[float]
@@ -110,17 +106,16 @@ def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, ba
     return Turn(clock.seconds(), np.diff(clock.clock).tolist(), returned - clock.end)
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """A turn of each variant, and one of none on whole batches."""
 
     whole: Turn
     turns: dict[str, Turn]
 
-    def added(self, variant: Variant, times: Callable[[Turn], list[float]] = attrgetter("seconds")) -> Added:
-        """What a variant has added to a step, by the times of a turn that are given."""
+    def added(self, variant: Variant, times: str = "seconds") -> Added:
+        """What a variant has added to a step, by the times of a turn that are named."""
         plain = self.whole if variant.depends_on_batch else self.turns[NONE]
-        return added(variant, times(self.turns[variant.name]), times(plain))
+        return added(variant, getattr(self.turns[variant.name], times), getattr(plain, times))
 
 
 def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.device) -> list[Round]:
@@ -142,19 +137,12 @@ def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.
     return done
 
 
-@dataclass(frozen=True)
-class Added:
-    """Seconds beyond a training without a callback.
+class Added(NamedTuple):
+    """Seconds beyond a training without a callback."""
 
-    Attributes:
-        logged: a logged step; any step of what logs none.
-        drawn: a heatmap; 0 where none is drawn.
-        step: a step, over the first 10,000 of a run.
-    """
-
-    logged: float
-    drawn: float
-    step: float
+    logged: float  # a logged step; any step of what logs none
+    drawn: float  # a heatmap; 0 where none is drawn
+    step: float  # a step, over the first 10,000 of a run
 
 
 def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> Added:
@@ -164,16 +152,11 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
         each = float(beyond[len(beyond) // 2 :].mean())  # where the report of the first step is written
         return Added(each, 0.0, each)
     every = variant.every_n_steps_in_turn
-    with_heatmap, without = windows(len(seconds), every)
-    logged = every * float(beyond[without].mean())
-    drawn = float(beyond[with_heatmap].sum()) - (with_heatmap.stop - with_heatmap.start) / every * logged
+    # the first and the second half of the steps from the last heatmap but one to the last
+    power = (len(seconds) // every + 1).bit_length() - 1
+    first, last = (every * (2**k - 1) for k in (power - 1, power))
+    middle = first + every * 2 ** (power - 2)
+    logged = every * float(beyond[middle:last].mean())
+    drawn = float(beyond[first:middle].sum()) - (middle - first) / every * logged
     reports = RUN // variant.every_n_steps
     return Added(logged, drawn, (reports * logged + reports.bit_length() * drawn) / RUN)
-
-
-def windows(steps: int, every_n_steps: int) -> tuple[slice, slice]:
-    """The first and the second half of the steps from the last heatmap but one to the last."""
-    power = (steps // every_n_steps + 1).bit_length() - 1
-    first, last = (every_n_steps * (2**k - 1) for k in (power - 1, power))
-    middle = first + every_n_steps * 2 ** (power - 2)
-    return slice(first, middle), slice(middle, last)

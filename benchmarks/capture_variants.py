@@ -19,8 +19,7 @@ from lightning_gradhist import GradientHistogramMonitor
 
 DEFAULT_CADENCE, CADENCE_IN_TURN = 50, 4
 TRANSFORMER = "transformer"
-RUN = 10_000
-"""The steps of the run that an added time a step is given for."""
+RUN = 10_000  # steps of the run that an added time a step is given for
 NONE, NONE_AGAIN = "none", "none, again"
 DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
 ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
@@ -28,41 +27,27 @@ ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 @dataclass(frozen=True)
 class Task:
-    """A model and a batch for it.
-
-    Attributes:
-        name: of the model.
-        network: makes it.
-        batch: makes inputs and labels of that many samples.
-        batch_size: of a whole batch.
-        batch_shape: of a whole batch, for the reader.
-        steps: of a turn.
-    """
+    """A model and a batch for it."""
 
     name: str
     network: Callable[[], nn.Module]
-    batch: Callable[[int], tuple[Tensor, Tensor]]
+    batch: Callable[[int], tuple[Tensor, Tensor]]  # makes inputs and labels of that many samples
     batch_size: int
-    batch_shape: str
-    steps: int
+    batch_shape: str  # for the reader
+    steps: int  # of a turn
 
 
 def tasks(scale: float = 1.0) -> list[Task]:
-    """The three models.
-
-    Args:
-        scale: about the share of the parameters, and of the tensors where there are many; below 1 for a try-out, with
-            shorter turns.
-    """
+    """The three models; below a scale of 1, for a try-out, with about that share of the parameters, and shorter turns."""
     many, some, few = (128, 32, 16) if scale == 1 else (16, 16, 16)
     width = max(8, 8 * round(64 * scale**0.5 / 8))
     layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
     linears = max(4, round(1000 * scale))
-    images = partial(_noise, 3, 32, 32)
+    images, vectors = partial(_noise, (3, 32, 32)), partial(_noise, (32,))
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", many),
         Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(_text, words), 4, "4 x 128 tokens", some),
-        Task("small tensors", partial(small_tensors, linears), partial(_noise, 32), 128, "128 x 32", few),
+        Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", few),
     ]
 
 
@@ -71,9 +56,7 @@ def cnn(width: int = 64) -> nn.Module:
     channels = [3, width, 2 * width, 2 * width, 4 * width, 4 * width]
     layers: list[nn.Module] = []
     for index, (ins, outs) in enumerate(zip(channels, channels[1:], strict=False)):
-        layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.ReLU()]
-        if index in (0, 1, 3):
-            layers.append(nn.MaxPool2d(2))
+        layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.ReLU(), *[nn.MaxPool2d(2)] * (index in (0, 1, 3))]
     return nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4 * width, 10))
 
 
@@ -112,9 +95,8 @@ def small_tensors(linears: int = 1000) -> nn.Module:
     return nn.Sequential(*(_Residual(32) for _ in range(linears - 1)), nn.Linear(32, 10))
 
 
-def _noise(*shape: int) -> tuple[Tensor, Tensor]:
-    *shape_of_one, samples = shape
-    return torch.randn(samples, *shape_of_one), torch.randint(10, (samples,))
+def _noise(shape: tuple[int, ...], samples: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, *shape), torch.randint(10, (samples,))
 
 
 def _text(words: int, samples: int) -> tuple[Tensor, Tensor]:
@@ -167,27 +149,16 @@ def _as_it_is(batch: Any) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """A training with callbacks, or with none.
-
-    Attributes:
-        name: in the table.
-        callbacks: makes them; raises LeftOut where they cannot be.
-        every_n_steps: from one logged step of a run to the next.
-        every_n_steps_in_turn: the same in a turn.
-        draws: whether there is a heatmap at the 1st, 2nd, 4th, 8th, ... logged step.
-        logs: whether anything is logged.
-        depends_on_batch: whether what it takes does; most take as long for a batch of one sample.
-        distribution: of a peer; ours and torch's have columns of their own.
-    """
+    """A training with callbacks, or with none."""
 
     name: str
-    callbacks: Callable[[Task], list[L.Callback]]
-    every_n_steps: int = 1
+    callbacks: Callable[[Task], list[L.Callback]]  # raises LeftOut where they cannot be
+    every_n_steps: int = 1  # from one logged step of a run to the next
     every_n_steps_in_turn: int = 1
-    draws: bool = False
+    draws: bool = False  # a heatmap at the 1st, 2nd, 4th, 8th, ... logged step
     logs: bool = True
-    depends_on_batch: bool = False
-    distribution: str = ""
+    depends_on_batch: bool = False  # what it takes; most take as long for a batch of one sample
+    distribution: str = ""  # of a peer; ours and torch's versions have columns of their own
 
     @property
     def version(self) -> str:
@@ -239,13 +210,12 @@ class _AddHistogram(L.Callback):
 class _WandbWatch(L.Callback):
     """``wandb.watch`` of the gradients at every step, into a run that is offline."""
 
-    def __init__(self, wandb: Any) -> None:
-        self.wandb = wandb
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        import wandb
+
         # without what wandb says and measures about the machine
-        quiet = self.wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
-        self.run = self.wandb.init(mode="offline", dir=trainer.logger.log_dir, settings=quiet)
+        quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
+        self.run = wandb.init(mode="offline", dir=trainer.logger.log_dir, settings=quiet)
         self.run.watch(pl_module, log="gradients", log_freq=1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -258,23 +228,24 @@ class _WandbWatch(L.Callback):
 
 def _wandb(task: Task) -> list[L.Callback]:
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError as error:
         raise LeftOut(f"wandb: {error}") from None
-    return [_WandbWatch(wandb)]
+    return [_WandbWatch()]
 
 
 class _CockpitHistogram(L.Callback):
     """Cockpit's histogram over the elements of all samples' gradients, at every step."""
 
-    def __init__(self, extend: Any, cockpit: Any, quantity: Any) -> None:
-        self.extend, self.make, self.quantity = extend, cockpit, quantity
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self.extend(pl_module.network)
-        pl_module.loss_function = self.extend(pl_module.loss_function)
+        from backpack import extend
+        from cockpit import Cockpit
+        from cockpit.quantities import GradHist1d
+
+        extend(pl_module.network)
+        pl_module.loss_function = extend(pl_module.loss_function)
         pl_module.loss_function.register_forward_hook(self._keep)
-        self.cockpit = self.make(pl_module.network.parameters(), [self.quantity(lambda step: True)])
+        self.cockpit = Cockpit(pl_module.network.parameters(), [GradHist1d(lambda step: True)])
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         # cockpit's context stands around ``backward`` in a training loop of one's own; it wants each sample's loss
@@ -294,11 +265,9 @@ def _cockpit(task: Task) -> list[L.Callback]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
-            from backpack import extend
-            from cockpit import Cockpit
-            from cockpit.quantities import GradHist1d
+            import cockpit.quantities  # noqa: F401
     except ImportError as error:
         raise LeftOut(f"cockpit: {error}") from None
     if task.name == TRANSFORMER:
         raise LeftOut("BackPACK, which it needs, gives no gradients of single samples for attention and its like")
-    return [_CockpitHistogram(extend, Cockpit, GradHist1d)]
+    return [_CockpitHistogram()]

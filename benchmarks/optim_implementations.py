@@ -6,11 +6,11 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,24 +24,36 @@ COMMON: dict[str, Any] = {"betas": BETAS, "eps": 1e-6, "weight_decay": 0.01}
 """The authors' ALTO is layer-wise with a weight decay only, so that all have one."""
 EXPLORE: dict[str, Any] = {"alpha": ALPHA, "explore_beta": EXPLORE_BETA}
 
-_STEPS = 10
-_LR = 0.05
+_STEPS, _LR, _SPREAD = 10, 0.05, 0.1
 _SHAPES = [(3, 5), (), (1,), (17,), (129, 65), (70_001,)]
-_SPREAD = 0.1
 _TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2)}
 """Relative and absolute; ten steps at this rate move a parameter by some 0.3."""
 
 
+T = TypeVar("T", bound=Any)
 Make = Callable[[list[Parameter], float], Any]
 """Builds an optimizer from parameters and learning rate; raises :class:`LeftOut` where it cannot be built."""
 
 
 class LeftOut(Exception):
-    """An implementation cannot be built here; the message says why."""
+    """Something cannot be built here; the message says why."""
 
 
-@dataclass(frozen=True)
-class Traffic:
+def built(wanted: Sequence[T], build: Callable[[T], object]) -> tuple[list[T], dict[str, str]]:
+    """Those that can be built, and by name of the others a note with the reason, which is also printed."""
+    good, notes = [], {}
+    for one in wanted:
+        try:
+            build(one)
+        except LeftOut as reason:
+            notes[one.name] = f"left out: {reason}"
+            print(f"left out: {one.name} ({reason})")
+        else:
+            good.append(one)
+    return good, notes
+
+
+class Traffic(NamedTuple):
     """How often a step must at least read or write memory for each parameter."""
 
     in_its_dtype: int  # the parameter, its gradient, and what state has their dtype
@@ -62,23 +74,14 @@ LAYERWISE_E, AUTHORS_ALTO = Traffic(4, 8), Traffic(4 + 8, 0)
 
 @dataclass(frozen=True)
 class Implementation:
-    """One row of the benchmark.
-
-    Attributes:
-        name: in the table.
-        distribution: where it comes from, as pip names it.
-        traffic: of a step.
-        make: builds it.
-        layerwise: which reference ours must agree with; None for the others'.
-        checked_in: the dtype that it is checked in; None for that of the run.
-    """
+    """One row of the benchmark."""
 
     name: str
-    distribution: str
+    distribution: str  # where it comes from, as pip names it
     traffic: Traffic
     make: Make
-    layerwise: bool | None = None
-    checked_in: torch.dtype | None = None
+    layerwise: bool | None = None  # which reference ours must agree with; None for the others'
+    checked_in: torch.dtype | None = None  # None for the dtype of the run
 
 
 def implementations() -> list[Implementation]:
@@ -159,9 +162,6 @@ def reference(theta: Tensor, grads: list[Tensor], lr: float, dtype: torch.dtype,
         lr: Learning rate.
         dtype: What the parameter is rounded to after each step.
         layerwise: ALTO, which scales the update by the trust ratio and decays within it.
-
-    Returns:
-        The parameter after all steps, in float64.
     """
     (beta1, beta2), eps, decay = COMMON["betas"], COMMON["eps"], COMMON["weight_decay"]
     e = m = v = torch.zeros_like(theta)
@@ -182,11 +182,6 @@ def check(implementation: Implementation, device: torch.device, dtype: torch.dty
 
     Ours must agree with :func:`reference`, and AdamE at ``alpha=0`` with torch's AdamW. The others must only
     leave finite parameters that have moved.
-
-    Args:
-        implementation: What is checked.
-        device: Where.
-        dtype: Of the parameters and gradients, unless it is always checked in another one.
 
     Raises:
         LeftOut: If it cannot be built here.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from measuring import extra_peak_bytes, prime_the_heap, seconds_per_call
-from optim_implementations import Implementation, LeftOut, Traffic, check, implementations
+from optim_implementations import Implementation, Traffic, built, check, implementations
 from reporting import RESULTS, Row, Target, installed_version, machine, print_table, print_verdicts, write_csv
 from torch import Tensor
 from torch.nn import Parameter
@@ -215,19 +215,10 @@ TARGETS = [
 
 def passed(device: torch.device, dtype: torch.dtype, only: list[str] | None) -> tuple[list[Implementation], list[Row]]:
     """Check all that are asked for: those that passed, and a row with a note for each that cannot be built."""
-    good: list[Implementation] = []
-    left_out: list[Row] = []
-    for implementation in implementations():
-        if only is None or implementation.name in only:
-            try:
-                check(implementation, device, dtype)
-            except LeftOut as reason:
-                print(f"left out: {implementation.name} ({reason})")
-                left_out.append({"implementation": implementation.name, "note": f"left out: {reason}"})
-            else:
-                good.append(implementation)
+    wanted = [implementation for implementation in implementations() if only is None or implementation.name in only]
+    good, reasons = built(wanted, lambda implementation: check(implementation, device, dtype))
     print(f"correct: {', '.join(implementation.name for implementation in good)}", flush=True)
-    return good, left_out
+    return good, [{"implementation": name, "note": note} for name, note in reasons.items()]
 
 
 def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: int, only: list[str] | None) -> list[Row]:

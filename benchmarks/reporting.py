@@ -8,10 +8,9 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,16 +22,13 @@ Row = dict[str, Any]
 
 
 def machine(device: torch.device = CPU, *distributions: str) -> dict[str, str]:
-    """Describe the machine and the software, without names of hosts, users or folders.
-
-    Args:
-        device: where the work is done.
-        *distributions: whose versions are wanted beside Python's, torch's and ours.
-    """
+    """Describe the machine and the software, without names of hosts, users or folders; and versions of distributions."""
+    file = Path("/proc/cpuinfo")
+    info = file.read_text().splitlines() if file.exists() else []
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "device": device.type,
-        "cpu": _cpu_name(),
+        "cpu": next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor()),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
@@ -49,14 +45,6 @@ def installed_version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -77,14 +65,7 @@ def _value(cell: str) -> Any:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row], digits: int | None = 4) -> None:
-    """Write a whole table beside the old one, and put it in its place; the cell of a column that a row lacks is empty.
-
-    Args:
-        path: of the file, in a folder that is made where it is missing.
-        columns: that are written, in their order.
-        rows: of which other keys are left out.
-        digits: significant digits of floats; None for all of them.
-    """
+    """Write columns of rows beside the old table and put it in its place; floats with that many significant digits, or all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     with beside.open("w", encoding="utf-8", newline="") as file:
@@ -106,17 +87,8 @@ def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the cells of a column should be.
-
-    Attributes:
-        where: what the rows are known by, by column.
-        column: that is judged.
-        cpu: the limit on a CPU; None where there is none.
-        cuda: the limit on a GPU.
-        at_least: whether more is better.
-    """
+class Target(NamedTuple):
+    """What the cells of a column should be, in the rows that hold some values; None where there is no limit on a device."""
 
     where: Mapping[str, str]
     column: str
@@ -124,29 +96,20 @@ class Target:
     cuda: float | None
     at_least: bool = False
 
-    def verdicts(self, rows: Sequence[Row], device: str, measured_on: str, command: str) -> list[str]:
-        """Compare with what was measured, a line a row; nothing where there is no target for ``device``."""
-        limit = getattr(self, device)
-        if limit is None:
-            return []
-        wanted = f"{self.column} {'>=' if self.at_least else '<='} {limit:g}"
-        if device != measured_on:
-            return [f"{', '.join(self.where.values())}  {wanted}: not measured: {command} --device {device}"]
-        mine = [row for row in rows if row.items() >= self.where.items()] or [dict(self.where)]
-        names = (", ".join(dict.fromkeys([*filter(None, [row.get("model")]), *self.where.values()])) for row in mine)
-        return [f"{name}  {wanted}: {self._found(row, limit)}" for name, row in zip(names, mine, strict=True)]
-
-    def _found(self, row: Row, limit: float) -> str:
-        value = row.get(self.column, "")
-        if value == "":
-            return f"not measured: {row.get('note') or 'the row or that of its peer is missing'}"
-        met = value >= limit if self.at_least else value <= limit
-        return f"{value:.4g}, {'met' if met else 'NOT MET'}"
+    def found(self, row: Row, limit: float) -> str:
+        """What a row has, and whether that meets a limit."""
+        value = row.get(self.column)
+        if value is None:
+            return f"not measured: {row.get('note') or 'the row of its peer is missing'}"
+        return f"{value:.4g}, {'met' if (value >= limit if self.at_least else value <= limit) else 'NOT MET'}"
 
 
 def print_verdicts(targets: Sequence[Target], rows: Sequence[Row], measured_on: str, script: str) -> None:
-    """Print how far the targets of both devices are met."""
+    """Print how far the targets of both devices are met, a line a row."""
     for device in ("cpu", "cuda"):
-        for target in targets:
-            for line in target.verdicts(rows, device, measured_on, f"python benchmarks/{script}"):
-                print(f"  {device:4}  {line}")
+        for target in (target for target in targets if getattr(target, device) is not None):
+            limit, sign = getattr(target, device), ">=" if target.at_least else "<="
+            mine = [row for row in rows if row.items() >= target.where.items()] if device == measured_on else []
+            for row in mine or [{**target.where, "note": f"python benchmarks/{script} --device {device}"}]:
+                name = ", ".join(dict.fromkeys(filter(None, [row.get("model"), *target.where.values()])))
+                print(f"  {device:4}  {name}  {target.column} {sign} {limit:g}: {target.found(row, limit)}")
