@@ -24,7 +24,7 @@ from capture_variants import Task, Variant, made
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import CPU, RESULTS, Row, Target, machine, print_table, print_verdicts, read_csv, write_csv
+from reporting import CPU, RESULTS, Row, machine, print_table, print_verdicts, read_csv, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -211,17 +211,6 @@ def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
     return row
 
 
-TARGETS = [
-    Target({"variant": cases.DEFAULT}, "added_share", 0.01, 0.005),
-    Target({"variant": cases.EVERY_STEP}, "added_share", 0.15, 0.03),
-    Target({"variant": cases.EVERY_STEP}, "share_of_add_histogram", 0.2, 0.05),
-    Target({"variant": cases.EVERY_STEP}, "share_of_wandb_watch", 0.2, 0.05),
-    Target({"variant": cases.OFF_STEPS}, "beyond_none_again_ms", 0, 0),
-    Target({"variant": ALONE}, "share_of_read_bandwidth", None, 0.8, at_least=True),
-    Target({"variant": ALONE}, "work_of_one_rank_in_two", 0.55, None),
-]
-
-
 def split(task: Task, only: list[str] | None) -> tuple[list[Variant], list[Row]]:
     """The variants that can be made, and a row with the reason for each that cannot."""
     wanted = [variant for variant in cases.variants() if only is None or variant.name in (cases.NONE, *only)]
@@ -289,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_csv(output, COLUMNS, [*others, *rows])  # after each model: it takes long
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
-    print_verdicts(TARGETS, rows, args.device, "capture_cost.py")
+    print_verdicts("capture_cost", rows, "variant", args.device)
 
 
 if __name__ == "__main__":

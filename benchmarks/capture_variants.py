@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from optim_implementations import LeftOut
+from optim_implementations import LeftOut, peer
 from reporting import installed_version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -63,7 +62,7 @@ def cnn(width: int = 64) -> nn.Module:
 class Decoder(nn.Module):
     """A causal transformer with tied embeddings: 25.1 M parameters in 76 tensors with 6 layers of 512, 12,000 words."""
 
-    def __init__(self, layers: int = 6, width: int = 512, words: int = 12_000) -> None:
+    def __init__(self, layers: int, width: int, words: int) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(128, width))
         sizes = (width, max(1, width // 64), 4 * width, 0.0, "gelu")
@@ -181,7 +180,7 @@ def variants() -> list[Variant]:
         _monitor("monitor, every step, group_by=1", 1, group_by=1),
         Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)], logs=False),
         Variant(ADD_HISTOGRAM, lambda task: [_AddHistogram()]),
-        Variant(WANDB, _wandb, distribution="wandb"),
+        Variant(WANDB, lambda task: [_WandbWatch(peer("wandb", "wandb"))], distribution="wandb"),
         Variant("cockpit, GradHist1d", _cockpit, depends_on_batch=True, distribution="cockpit-for-pytorch"),
         Variant("Composer's OptimizerMonitor", partial(_left_out, composer), distribution="mosaicml"),
         Variant("Graphcore's tensor tracker", partial(_left_out, graphcore)),
@@ -210,12 +209,13 @@ class _AddHistogram(L.Callback):
 class _WandbWatch(L.Callback):
     """``wandb.watch`` of the gradients at every step, into a run that is offline."""
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        import wandb
+    def __init__(self, wandb: Any) -> None:
+        self.wandb = wandb
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # without what wandb says and measures about the machine
-        quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
-        self.run = wandb.init(mode="offline", dir=trainer.logger.log_dir, settings=quiet)
+        quiet = self.wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
+        self.run = self.wandb.init(mode="offline", dir=trainer.logger.log_dir, settings=quiet)
         self.run.watch(pl_module, log="gradients", log_freq=1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -226,26 +226,17 @@ class _WandbWatch(L.Callback):
         self.run.finish()
 
 
-def _wandb(task: Task) -> list[L.Callback]:
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise LeftOut(f"wandb: {error}") from None
-    return [_WandbWatch()]
-
-
 class _CockpitHistogram(L.Callback):
     """Cockpit's histogram over the elements of all samples' gradients, at every step."""
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        from backpack import extend
-        from cockpit import Cockpit
-        from cockpit.quantities import GradHist1d
+    def __init__(self, backpack: Any, cockpit: Any, quantities: Any) -> None:
+        self.extend, self.make, self.quantity = backpack.extend, cockpit.Cockpit, quantities.GradHist1d
 
-        extend(pl_module.network)
-        pl_module.loss_function = extend(pl_module.loss_function)
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.extend(pl_module.network)
+        pl_module.loss_function = self.extend(pl_module.loss_function)
         pl_module.loss_function.register_forward_hook(self._keep)
-        self.cockpit = Cockpit(pl_module.network.parameters(), [GradHist1d(lambda step: True)])
+        self.cockpit = self.make(pl_module.network.parameters(), [self.quantity(lambda step: True)])
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         # cockpit's context stands around ``backward`` in a training loop of one's own; it wants each sample's loss
@@ -262,12 +253,7 @@ class _CockpitHistogram(L.Callback):
 
 
 def _cockpit(task: Task) -> list[L.Callback]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
-            import cockpit.quantities  # noqa: F401
-    except ImportError as error:
-        raise LeftOut(f"cockpit: {error}") from None
+    modules = [peer(name, "cockpit-for-pytorch") for name in ("backpack", "cockpit", "cockpit.quantities")]
     if task.name == TRANSFORMER:
         raise LeftOut("BackPACK, which it needs, gives no gradients of single samples for attention and its like")
-    return [_CockpitHistogram()]
+    return [_CockpitHistogram(*modules)]

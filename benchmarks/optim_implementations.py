@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ ALPHA, EXPLORE_BETA = -5.0, 0.99
 COMMON: dict[str, Any] = {"betas": BETAS, "eps": 1e-6, "weight_decay": 0.01}
 """The authors' ALTO is layer-wise with a weight decay only, so that all have one."""
 EXPLORE: dict[str, Any] = {"alpha": ALPHA, "explore_beta": EXPLORE_BETA}
-
 _STEPS, _LR, _SPREAD = 10, 0.05, 0.1
 _SHAPES = [(3, 5), (), (1,), (17,), (129, 65), (70_001,)]
 _TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2)}
 """Relative and absolute; ten steps at this rate move a parameter by some 0.3."""
-
+# How often a step must at least read or write memory for each parameter: the parameter, its gradient and what state has
+# their dtype; state in fp32. 28, 36, 40 and 48 bytes in fp32. The layer-wise ones read parameter, m and v again for the update.
+ADAMW = (3 + 4, 0)
+ADAM_E, EADAPTOR, AUTHORS_E = (3, 6), (3 + 4, 2), (3 + 6, 0)
+LAMB = (4 + 6, 0)
+LAYERWISE_E, AUTHORS_ALTO = (4, 8), (4 + 8, 0)
 
 T = TypeVar("T", bound=Any)
 Make = Callable[[list[Parameter], float], Any]
@@ -53,23 +58,24 @@ def built(wanted: Sequence[T], build: Callable[[T], object]) -> tuple[list[T], d
     return good, notes
 
 
-class Traffic(NamedTuple):
-    """How often a step must at least read or write memory for each parameter."""
-
-    in_its_dtype: int  # the parameter, its gradient, and what state has their dtype
-    in_fp32: int  # state in fp32, whatever the dtype of the parameter
-    fixed_bytes: int = 0  # not accesses, and for any dtype: those of a copy
-
-    def bytes_per_parameter(self, dtype: torch.dtype) -> int:
-        """Bytes that a step moves at least, for a parameter of ``dtype``."""
-        return self.in_its_dtype * dtype.itemsize + self.in_fp32 * torch.float32.itemsize + self.fixed_bytes
+def peer(name: str, distribution: str) -> Any:
+    """A module of a peer."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise LeftOut(f"{distribution}: {error}; 'make peers' installs the peers") from None
 
 
-# 28, 36, 40 and 48 bytes in fp32. The layer-wise ones read parameter, m and v again for the update.
-ADAMW = Traffic(3 + 4, 0)
-ADAM_E, EADAPTOR, AUTHORS_E = Traffic(3, 6), Traffic(3 + 4, 2), Traffic(3 + 6, 0)
-LAMB = Traffic(4 + 6, 0)
-LAYERWISE_E, AUTHORS_ALTO = Traffic(4, 8), Traffic(4 + 8, 0)
+def timm_lamb() -> Any:
+    """The class of timm's Lamb."""
+    # timm's optimizers are loaded as a package of their own: "import timm" would want torchvision
+    found = importlib.util.find_spec("timm")
+    package = types.ModuleType("timm_optim")
+    package.__path__ = [str(Path(folder) / "optim") for folder in (found and found.submodule_search_locations) or ()]
+    sys.modules.setdefault("timm_optim", package)
+    return peer("timm_optim.lamb", "timm").Lamb
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,15 @@ class Implementation:
 
     name: str
     distribution: str  # where it comes from, as pip names it
-    traffic: Traffic
+    accesses: tuple[int, int]
     make: Make
     layerwise: bool | None = None  # which reference ours must agree with; None for the others'
     checked_in: torch.dtype | None = None  # None for the dtype of the run
+    fixed_bytes: int = 0  # for any dtype: those of a copy
+
+    def bytes_per_parameter(self, dtype: torch.dtype) -> int:
+        """Bytes that a step moves at least, for a parameter of ``dtype``."""
+        return self.accesses[0] * dtype.itemsize + self.accesses[1] * torch.float32.itemsize + self.fixed_bytes
 
 
 def implementations() -> list[Implementation]:
@@ -118,50 +129,22 @@ def _e_adaptor(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
 
 
 def _authors_alto(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    make = _module("ALTO", "e-optimizer-adaptor").ALTO
-    return make(params, lr, **{**COMMON, "betas": (EXPLORE_BETA, *BETAS)}, alp=ALPHA)
+    betas = {"betas": (EXPLORE_BETA, *BETAS)}
+    return peer("ALTO", "e-optimizer-adaptor").ALTO(params, lr, **COMMON | betas, alp=ALPHA)
 
 
 def _authors_e(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return _module("E", "e-optimizer-adaptor").E(adamw(params, lr), alpha=ALPHA, beta=EXPLORE_BETA)
+    return peer("E", "e-optimizer-adaptor").E(adamw(params, lr), alpha=ALPHA, beta=EXPLORE_BETA)
 
 
 def _pytorch_optimizer_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return _module("pytorch_optimizer", "pytorch_optimizer").Lamb(params, lr, **COMMON)
-
-
-def timm_lamb() -> Any:
-    """The class of timm's Lamb; raises :class:`LeftOut` where timm is not installed."""
-    # timm's optimizers are loaded as a package of their own: "import timm" would want torchvision
-    if "timm_optim" not in sys.modules:
-        package = types.ModuleType("timm_optim")
-        package.__path__ = [str(Path(folder) / "optim") for folder in _found("timm", "timm")]
-        sys.modules["timm_optim"] = package
-    return importlib.import_module("timm_optim.lamb").Lamb
-
-
-def _module(name: str, distribution: str) -> Any:
-    _found(name, distribution)
-    return importlib.import_module(name)
-
-
-def _found(name: str, distribution: str) -> list[str]:
-    """The folders of a package."""
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise LeftOut(f"{distribution} is not installed: run 'make peers'")
-    return list(spec.submodule_search_locations or ())
+    return peer("pytorch_optimizer", "pytorch_optimizer").Lamb(params, lr, **COMMON)
 
 
 def reference(theta: Tensor, grads: list[Tensor], lr: float, dtype: torch.dtype, *, layerwise: bool) -> Tensor:
-    """Compute AdamE, or the layer-wise ALTO, in float64 from the formula in their docstrings.
+    """Compute AdamE, or the layer-wise ALTO with its trust ratio, in float64 from the formula in their docstrings.
 
-    Args:
-        theta: The parameter at the beginning, in float64.
-        grads: Its gradient at each step, in float64.
-        lr: Learning rate.
-        dtype: What the parameter is rounded to after each step.
-        layerwise: ALTO, which scales the update by the trust ratio and decays within it.
+    Parameter and gradients are in float64; after each step the parameter is rounded to ``dtype``.
     """
     (beta1, beta2), eps, decay = COMMON["betas"], COMMON["eps"], COMMON["weight_decay"]
     e = m = v = torch.zeros_like(theta)
@@ -189,7 +172,7 @@ def check(implementation: Implementation, device: torch.device, dtype: torch.dty
     """
     name, layerwise, dtype = implementation.name, implementation.layerwise, implementation.checked_in or dtype
     starts, grads = _problem(dtype)
-    got = _run(implementation.make, starts, grads, device, dtype)
+    got = _run(implementation.make, device, dtype)
     if layerwise is None:
         moved = all(bool(g.isfinite().all()) and not torch.equal(g, s) for g, s in zip(got, starts, strict=True))
         assert moved, f"{name} leaves parameters that are not finite, or have not moved"
@@ -198,30 +181,21 @@ def check(implementation: Implementation, device: torch.device, dtype: torch.dty
     want = [reference(start, of_tensor, _LR, dtype, layerwise=layerwise) for start, of_tensor in by_tensor]
     _assert_close(name, "the float64 reference", got, want, dtype)
     if not layerwise:
-        starts, grads = _problem(torch.float32)
-        got = _run(implementation.make, starts, grads, device, torch.float32, alpha=0.0)
-        plain = _run(adamw, starts, grads, device, torch.float32)
-        _assert_close(f"{name} at alpha=0", "torch's AdamW", got, plain, torch.float32)
+        got, want = _run(implementation.make, device, torch.float32, alpha=0.0), _run(adamw, device, torch.float32)
+        _assert_close(f"{name} at alpha=0", "torch's AdamW", got, want, torch.float32)
 
 
 def _problem(dtype: torch.dtype) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Parameters and, for each step, gradients: float64 values that ``dtype`` can hold."""
     generator = torch.Generator().manual_seed(0)
+    drawn = [
+        [torch.randn(shape, generator=generator).to(dtype).double() for shape in _SHAPES] for _ in range(1 + _STEPS)
+    ]
+    return drawn[0], [[_SPREAD * grad for grad in of_step] for of_step in drawn[1:]]
 
-    def draw() -> list[Tensor]:
-        return [torch.randn(shape, generator=generator).to(dtype).double() for shape in _SHAPES]
 
-    return draw(), [[_SPREAD * grad for grad in draw()] for _ in range(_STEPS)]
-
-
-def _run(
-    make: Make,
-    starts: list[Tensor],
-    grads: list[list[Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
-    **settings: float,
-) -> list[Tensor]:
+def _run(make: Make, device: torch.device, dtype: torch.dtype, **settings: float) -> list[Tensor]:
+    starts, grads = _problem(dtype)
     params = [Parameter(start.to(device, dtype)) for start in starts]
     optimizer = make(params, _LR)
     for group in optimizer.param_groups:
@@ -234,7 +208,6 @@ def _run(
 
 
 def _assert_close(name: str, other: str, got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
-    rtol, atol = _TOLERANCES[dtype]
     for mine, theirs in zip(got, want, strict=True):
         message = f"{name} differs from {other} by up to {(mine - theirs).abs().max():.1e}, shape {tuple(mine.shape)}"
-        assert torch.allclose(mine, theirs, rtol, atol), message
+        assert torch.allclose(mine, theirs, *_TOLERANCES[dtype]), message

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from measuring import extra_peak_bytes, prime_the_heap, seconds_per_call
-from optim_implementations import Implementation, Traffic, built, check, implementations
-from reporting import RESULTS, Row, Target, installed_version, machine, print_table, print_verdicts, write_csv
+from optim_implementations import Implementation, built, check, implementations
+from reporting import RESULTS, Row, installed_version, machine, print_table, print_verdicts, write_csv
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -107,7 +107,7 @@ class Copy:
 def copies(bytes_per_parameter: set[int]) -> list[Implementation]:
     """One copy for each floor."""
     return [
-        Implementation(f"copy {floor}", "torch", Traffic(0, 0, floor), partial(Copy, bytes_per_parameter=floor))
+        Implementation(f"copy {floor}", "torch", (0, 0), partial(Copy, bytes_per_parameter=floor), fixed_bytes=floor)
         for floor in sorted(bytes_per_parameter)
     ]
 
@@ -169,7 +169,7 @@ def measure_model(model: Model, contestants: list[Implementation], repeats: int)
 def timing(contestant: Implementation, dtype: torch.dtype, seconds: dict[str, list[float]]) -> Row:
     """What the rounds tell of one implementation."""
     mine, distribution = seconds[contestant.name], contestant.distribution
-    floor = contestant.traffic.bytes_per_parameter(dtype)
+    floor = contestant.bytes_per_parameter(dtype)
     has_column = distribution in ("torch", "lightning-gradhist")
     return {
         "implementation": contestant.name,
@@ -192,27 +192,6 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
     return quantile([mine / theirs for mine, theirs in zip(seconds, baseline, strict=True)], 0.5)
 
 
-def _target(model: str, name: str, column: str, cpu: float | None, cuda: float) -> Target:
-    at_least = column == "share_of_copy_bandwidth"
-    return Target({"model": model, "implementation": name}, column, cpu, cuda, at_least)
-
-
-OURS = ("AdamE", "AdamE fused", "ALTO", "ALTO fused")
-TARGETS = [
-    _target(TRANSFORMER, "ALTO", "ratio_to_authors_alto", 0.6, 0.15),
-    _target(TRANSFORMER, "ALTO fused", "ratio_to_authors_alto", 0.3, 0.15),
-    _target(TRANSFORMER, "AdamE", "ratio_to_adamw", 1.0, 1.35),
-    _target(TRANSFORMER, "AdamE fused", "ratio_to_adamw_fused", 1.6, 1.35),
-    _target(TRANSFORMER, "ALTO fused", "ratio_to_adamw_fused", 2.2, 1.75),
-    _target(TRANSFORMER, "AdamE fused", "share_of_copy_bandwidth", None, 0.9),
-    _target(TRANSFORMER, "ALTO fused", "share_of_copy_bandwidth", None, 0.9),
-    _target(SMALL, "AdamE fused", "ratio_to_adamw_fused", 1.5, 1.3),
-    _target(SMALL, "ALTO fused", "ratio_to_adamw_fused", 1.5, 1.3),
-    *(_target(TRANSFORMER, name, "state_bytes_per_parameter", 12, 12) for name in OURS),
-    *(_target(TRANSFORMER, name, "extra_peak_share", 0.05, 0.02) for name in OURS),
-]
-
-
 def passed(device: torch.device, dtype: torch.dtype, only: list[str] | None) -> tuple[list[Implementation], list[Row]]:
     """Check all that are asked for: those that passed, and a row with a note for each that cannot be built."""
     wanted = [implementation for implementation in implementations() if only is None or implementation.name in only]
@@ -224,7 +203,7 @@ def passed(device: torch.device, dtype: torch.dtype, only: list[str] | None) -> 
 def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: int, only: list[str] | None) -> list[Row]:
     """Check and measure everything, and return the rows of the CSV but for the machine."""
     good, left_out = passed(device, dtype, only)
-    contestants = [*copies({one.traffic.bytes_per_parameter(dtype) for one in good}), *good]
+    contestants = [*copies({one.bytes_per_parameter(dtype) for one in good}), *good]
     rows: list[Row] = []
     gc.freeze()  # a collection between two turns then does not go through all that is imported
     for model in models(parameters, device, dtype):
@@ -253,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")
-        print_verdicts(TARGETS, rows, args.device, "optim_step.py")
+        print_verdicts("optim_step", rows, "implementation", args.device)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import lightning_gradhist
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, TARGETS = (Path(__file__).parent / name for name in ("results", "targets.csv"))
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 
@@ -87,29 +87,29 @@ def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-class Target(NamedTuple):
-    """What the cells of a column should be, in the rows that hold some values; None where there is no limit on a device."""
+def print_verdicts(benchmark: str, rows: Sequence[Row], names: str, measured_on: str) -> None:
+    """Print how far the targets of ``targets.csv`` are met on both devices, a line a row.
 
-    where: Mapping[str, str]
-    column: str
-    cpu: float | None
-    cuda: float | None
-    at_least: bool = False
-
-    def found(self, row: Row, limit: float) -> str:
-        """What a row has, and whether that meets a limit."""
-        value = row.get(self.column)
-        if value is None:
-            return f"not measured: {row.get('note') or 'the row of its peer is missing'}"
-        return f"{value:.4g}, {'met' if (value >= limit if self.at_least else value <= limit) else 'NOT MET'}"
-
-
-def print_verdicts(targets: Sequence[Target], rows: Sequence[Row], measured_on: str, script: str) -> None:
-    """Print how far the targets of both devices are met, a line a row."""
+    Args:
+        benchmark: whose targets and rows they are.
+        rows: what was measured.
+        names: the column that has the target's name; a target without a model is for all of them.
+        measured_on: the device.
+    """
+    targets = [target for target in read_csv(TARGETS) if target["benchmark"] == benchmark]
     for device in ("cpu", "cuda"):
-        for target in (target for target in targets if getattr(target, device) is not None):
-            limit, sign = getattr(target, device), ">=" if target.at_least else "<="
-            mine = [row for row in rows if row.items() >= target.where.items()] if device == measured_on else []
-            for row in mine or [{**target.where, "note": f"python benchmarks/{script} --device {device}"}]:
-                name = ", ".join(dict.fromkeys(filter(None, [row.get("model"), *target.where.values()])))
-                print(f"  {device:4}  {name}  {target.column} {sign} {limit:g}: {target.found(row, limit)}")
+        for target in (target for target in targets if target[device] != ""):
+            mine = [row for row in rows if row[names] == target["name"] and target["model"] in ("", row["model"])]
+            sign = ">=" if target["at_least"] else "<="
+            missing = {**target, "note": f"python benchmarks/{benchmark}.py --device {device}"}
+            for row in (mine if device == measured_on else []) or [missing]:
+                name = ", ".join(filter(None, (row["model"], target["name"])))
+                wanted = f"{target['column']} {sign} {target[device]:g}"
+                print(f"  {device:4}  {name}  {wanted}: {_judged(row, target, device)}")
+
+
+def _judged(row: Row, target: Row, device: str) -> str:
+    value, limit = row.get(target["column"]), target[device]
+    if value is None:
+        return f"not measured: {row.get('note') or 'the row of its peer is missing'}"
+    return f"{value:.4g}, {'met' if (value >= limit if target['at_least'] else value <= limit) else 'NOT MET'}"

@@ -6,7 +6,7 @@ lost. One driver at a time may write to a table.
 
 Columns of a table, one row a run: in those of the grids ``stage``, in which it was first wanted; the fields of
 ``training.Run``; the results, as ``training.train`` describes them, where ``curve``, ``samples_to_target`` and
-``noise_scale`` are JSON (with ``Infinity``), or those of ``claims.result``; and the machine.
+``noise_scale`` are JSON (with ``Infinity``), or those of ``training.train_for_claim``; and the machine.
 """
 
 from __future__ import annotations
@@ -21,25 +21,21 @@ from collections.abc import Collection, Iterable, Mapping
 from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
-import claims
-from grid import SIDE, SIDE_STAGES, STAGES
+import grid
+from grid import CLAIMS_COLUMNS, COLUMNS, FOLDER, SIDE, SIDE_STAGES, STAGES, Results, Table
 from reporting import CPU, Row, machine
-from runs import FIELDS, FOLDER, MACHINE, Results, Table
-from training import Run, train
+from training import Run, train, train_for_claim
 from workloads import FASHION_MNIST, WORKLOADS
 
 CLAIMS = "claims"
 NAMES = [*WORKLOADS, *SIDE, CLAIMS]
 """Of the tables."""
-MEASURED = "steps train_loss test_loss test_accuracy diverged seconds noise_passes".split()
-COLUMNS = ["stage", *FIELDS, *MEASURED, "curve", "samples_to_target", "noise_scale", *MACHINE]
-CLAIMS_COLUMNS = [*FIELDS, *claims.RESULTS, *MACHINE]
 
 
 def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
     """The runs of a stage that a table is to have, as far as is known by now."""
     if name == CLAIMS:
-        return claims.wanted(claims.available(), results) if stage == CLAIMS else ()
+        return grid.wanted(grid.available(), results) if stage == CLAIMS else ()
     if stage == CLAIMS or (name in SIDE and stage not in SIDE_STAGES):
         return ()
     return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)
@@ -81,7 +77,7 @@ def make_runs(pool: Pool, options: argparse.Namespace) -> None:
             if found is None:
                 break
             stage, name, run = found
-            make = claims.result if name == CLAIMS else train
+            make = train_for_claim if name == CLAIMS else train
             running[run] = (stage, name, pool.apply_async(make, (run, options.data_dir)))
         if not running:
             return

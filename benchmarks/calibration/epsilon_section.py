@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import figures
 import numpy as np
-from curves import seed_spread
-from evidence import Evidence
+from evidence import Evidence, seed_spread
+from grid import Results
 from page import Page, listed, number, verdict
 from reporting import Row
-from runs import Results
 from training import EPS
 
 Found = Mapping[str, Evidence]

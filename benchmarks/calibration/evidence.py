@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curves import Measured, by_batch_size, noise_runs
-from grid import SIDE, at_equal_steps, middle, references
-from runs import Results, half_octaves, read
+from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, half_octaves, middle, read, references
 from training import Run
-from transfers import Bench
 from workloads import WORKLOADS, Workload
 
+CAP = FAR - 1
+"""An excess loss is counted up to here: beyond it the grid is not meant to know more."""
 WARM = 0.05
 """The first moment after this share of the samples is the one after warm-up."""
 METRICS = {"simple": "B_simple", "adam": "B_adam"}
@@ -26,45 +25,135 @@ Moments = Sequence[Mapping[str, Any]]
 """What a run measured of the noise scale, one after another."""
 
 
-def at_start(moments: Moments, metric: str, samples: int) -> float:
-    """The value at the initial weights."""
-    return float(moments[0][metric])
+@dataclass(frozen=True)
+class Curve:
+    """Loss over learning rate at one batch size: straight between measured rates, both in logs."""
+
+    rates: np.ndarray  # log2 of the learning rates, ascending, [n]
+    losses: np.ndarray  # mean over seeds, [n]; infinite where a run diverged. One is finite
+
+    @property
+    def best_rate(self) -> float:
+        """Log2 of the rate with the lowest loss."""
+        return float(self.rates[np.argmin(self.losses)])
+
+    @property
+    def interior(self) -> bool:
+        """Whether the loss is 5% above the best on both sides."""
+        high, best = self.losses > CLEAR * self.losses.min(), int(np.argmin(self.losses))
+        return bool(high[:best].any() and high[best + 1 :].any())
+
+    def excess(self, rates: np.ndarray) -> np.ndarray:
+        """Loss over that of the best rate, less 1, at log2 rates of any shape; at most :data:`CAP`, there where it diverges.
+
+        Beyond the rates that were measured it is that of the last one, and so a lower bound.
+        """
+        finite = np.isfinite(self.losses)
+        logs = np.log(self.losses[finite] / self.losses.min())
+        excess = np.minimum(np.expm1(np.interp(rates, self.rates[finite], logs)), CAP)
+        return np.where(self.diverges(rates), CAP, excess)
+
+    def diverges(self, rates: np.ndarray) -> np.ndarray:
+        """Whether the measured rate next to each of the log2 rates diverged."""
+        middles = (self.rates[1:] + self.rates[:-1]) / 2
+        return np.isinf(self.losses)[np.searchsorted(middles, rates)]
+
+    def is_bound(self, rates: np.ndarray) -> np.ndarray:
+        """Whether the excess at each of the log2 rates is only known to be at least as high as :meth:`excess` says."""
+        return (rates < self.rates[0]) | (rates > self.rates[-1]) | (self.excess(rates) >= CAP)
 
 
-def warmed_up(moments: Moments, metric: str, samples: int) -> float:
-    """The first value after 5% of the samples."""
-    return next((float(m[metric]) for m in moments if m["samples"] >= WARM * samples), math.nan)
+@dataclass(frozen=True)
+class Measured:
+    """Final losses at one batch size."""
+
+    rates: np.ndarray  # log2 of the learning rates, ascending, [n]
+    losses: np.ndarray  # [n, seeds]; infinite where the run diverged, NaN where there is none
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds there are at the best rate."""
+        return int((~np.isnan(self.losses[self.rates == self.mean().best_rate])).sum())
+
+    def mean(self) -> Curve:
+        """The mean over seeds, at a batch size that has a rate which did not diverge."""
+        curve = self.curve()
+        assert curve is not None
+        return curve
+
+    def curve(self, weights: np.ndarray | None = None) -> Curve | None:
+        """The mean over seeds with weights ``[seeds]``, 1 by default; None where every rate diverged.
+
+        A rate of whose runs none has a weight keeps the plain mean of those that it has.
+        """
+        there = ~np.isnan(self.losses)
+        weight = np.where(there, 1.0 if weights is None else weights, 0.0)
+        weight = np.where(weight.any(1, keepdims=True), weight, there)
+        means = (np.where(weight > 0, self.losses, 0.0) * weight).sum(1) / weight.sum(1)
+        return Curve(self.rates, means) if np.isfinite(means).any() else None
 
 
-def mean(moments: Moments, metric: str, samples: int) -> float:
-    """The mean over the samples of the run, without the moments whose interval has no bound: NaN where none has."""
-    bounded = np.array([is_bounded(m, metric) for m in moments])
-    weights = _weights(moments, samples)[bounded]
-    values = np.array([m[metric] for m in moments])[bounded]
-    return float((weights * values).sum() / weights.sum()) if bounded.any() else math.nan
+def measured(results: Results, like: Run) -> Measured | None:
+    """The runs that differ from one in rate and seed only; None where there are none."""
+    found: dict[int, dict[int, float]] = {}
+    for run, row in alike(results, like).items():
+        at_rate = found.setdefault(half_octaves(run.learning_rate), {})
+        at_rate[run.seed] = math.inf if row["diverged"] else row["train_loss"]
+    if not found:
+        return None
+    seeds = 1 + max(seed for at_rate in found.values() for seed in at_rate)
+    losses = [[found[k].get(seed, math.nan) for seed in range(seeds)] for k in sorted(found)]
+    return Measured(np.array(sorted(found)) / 2, np.array(losses))
 
 
-def median(moments: Moments, metric: str, samples: int) -> float:
-    """The median over the samples of the run, of all moments."""
-    values = np.array([m[metric] for m in moments])
-    order = np.argsort(values)
-    cumulative = _weights(moments, samples)[order].cumsum()
-    return float(values[order][np.searchsorted(cumulative, cumulative[-1] / 2)])
+def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Measured]:
+    """The losses at each batch size that has a rate which did not diverge."""
+    found = {like.batch_size: measured(results, like) for like in references}
+    return {size: losses for size, losses in found.items() if losses is not None and losses.curve() is not None}
 
 
-OF_A_RUN: dict[str, Callable[[Moments, str, int], float]] = {
-    "start": at_start,
-    "after warm-up": warmed_up,
-    "mean": mean,
-    "median": median,
-}
-"""One noise scale out of the many that a run measured."""
+def seed_spread(losses: Measured) -> float:
+    """Standard deviation of the log loss over seeds: root mean square over the rates within half an octave of the best.
+
+    NaN where none of them has two seeds.
+    """
+    near = losses.losses[np.abs(losses.rates - losses.mean().best_rate) <= 0.5]
+    of_rates = [np.log(at_rate[np.isfinite(at_rate)]) for at_rate in near]
+    variances = [logs.var(ddof=1) for logs in of_rates if len(logs) > 1]
+    return math.sqrt(sum(variances) / len(variances)) if variances else math.nan
 
 
-def _weights(moments: Moments, samples: int) -> np.ndarray:
-    """Samples that each moment stands for: those nearer to it than to its neighbours."""
-    at = np.array([float(m["samples"]) for m in moments])
-    return np.diff(np.concatenate([at[:1], (at[1:] + at[:-1]) / 2, [samples]]))
+def noise_runs(results: Results, workload: Workload, best: Mapping[int, float]) -> dict[int, list[tuple[Run, Any]]]:
+    """The runs along which the noise scale was measured, by batch size, in the order of their seeds.
+
+    They are those at the rate nearest to the ``best``, which is in log2.
+    """
+    found: dict[int, list[tuple[Run, Any]]] = {}
+    for size in best:
+        of_size = [run for run in results if run.noise and run.batch_size == size and run.samples == workload.samples]
+        away = {run: abs(math.log2(run.learning_rate) - best[size]) for run in of_size}
+        nearest = [run for run in of_size if away[run] == min(away.values())]
+        if nearest:
+            found[size] = [(run, results[run]["noise_scale"]) for run in sorted(nearest, key=lambda run: run.seed)]
+    return found
+
+
+def of_a_run(moments: Moments, metric: str, samples: int) -> dict[str, float]:
+    """One noise scale out of the many that a run of so many samples measured, by name; NaN where there is none.
+
+    The mean and the median are over samples: each moment stands for those that are nearer to it than to its neighbours.
+    The mean is without the moments whose interval has no bound.
+    """
+    at, values = (np.array([float(m[key]) for m in moments]) for key in ("samples", metric))
+    weights = np.diff(np.concatenate([at[:1], (at[1:] + at[:-1]) / 2, [samples]]))
+    bounded, order = np.array([is_bounded(m, metric) for m in moments]), np.argsort(values)
+    share = weights[order].cumsum() / weights.sum()
+    return {
+        "start": float(values[0]),
+        "after warm-up": next((float(v) for a, v in zip(at, values, strict=True) if a >= WARM * samples), math.nan),
+        "mean": float(np.average(values[bounded], weights=weights[bounded])) if bounded.any() else math.nan,
+        "median": float(values[order][np.searchsorted(share, 0.5)]),
+    }
 
 
 def is_bounded(moment: Mapping[str, Any], metric: str) -> bool:
@@ -101,8 +190,7 @@ def samples_to_target(results: Results, references: Collection[Run]) -> dict[flo
 def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
     """Theorem 5's line ``1/S = -B_noise / E + 1/S_min`` through the samples ``E`` and steps ``S = E / B``, least squares.
 
-    Returns:
-        the noise scale in samples and ``S_min``; NaN where there are fewer than three sizes or the line rises.
+    The noise scale in samples and ``S_min``; NaN where there are fewer than three sizes or the line rises.
     """
     if len(samples) < 3:
         return math.nan, math.nan
@@ -113,12 +201,7 @@ def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The runs of one workload, and what follows from them at once.
-
-    Attributes:
-        workload: whose they are.
-        results: its table.
-    """
+    """The runs of one workload, and what follows from them at once."""
 
     workload: Workload
     results: Results
@@ -183,24 +266,21 @@ class Evidence:
     @cached_property
     def estimates(self) -> dict[str, np.ndarray]:
         """Noise scales by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
-        found = {}
-        runs = max(map(len, self.noise.values()), default=0)
-        for metric, called in METRICS.items() if runs else ():
-            for name, estimate in OF_A_RUN.items():
-                values = np.full((runs, len(self.losses)), math.nan)
-                for column, size in enumerate(self.losses):
-                    for row, (run, moments) in enumerate(self.noise.get(size, [])):
-                        values[row, column] = estimate(moments, metric, run.samples)
-                found[f"{called} {name}"] = values
+        found: dict[str, np.ndarray] = {}
+        shape = (max(map(len, self.noise.values()), default=0), len(self.losses))
+        for metric, called in METRICS.items():
+            for column, size in enumerate(self.losses):
+                for row, (run, moments) in enumerate(self.noise.get(size, [])):
+                    for name, value in of_a_run(moments, metric, run.samples).items():
+                        found.setdefault(f"{called} {name}", np.full(shape, math.nan))[row, column] = value
         return found
 
-    def bench(self, losses: Mapping[int, Measured]) -> Bench:
-        """What transfers need: losses, and the noise scales that the runs at equal samples gave."""
-        columns = [list(self.losses).index(size) for size in losses]
-        noise = {name: values[:, columns] for name, values in self.estimates.items()}
-        if not math.isnan(self.fitted_noise):
-            noise[FIT] = np.full((1, len(losses)), self.fitted_noise)
-        return Bench(losses, noise)
+    def noise_scales(self, sizes: Collection[int]) -> dict[str, np.ndarray]:
+        """The estimates at some of the batch sizes, and that of Theorem 5's fit."""
+        columns = [list(self.losses).index(size) for size in sizes]
+        found = {name: values[:, columns] for name, values in self.estimates.items()}
+        fit = {} if math.isnan(self.fitted_noise) else {FIT: np.full((1, len(sizes)), self.fitted_noise)}
+        return found | fit
 
 
 def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from claims import SETTINGS, Setting, errors, wanted
-from curves import measured
-from evidence import Evidence
+from evidence import Evidence, measured
+from grid import SETTINGS, Results, Setting, alike, best, half_octaves, losses, missing, wanted
 from page import Page, listed, verdict
 from reporting import Row
-from runs import Results, alike, best, half_octaves, missing
 from training import EPS, Run
 
 from lightning_gradhist.noise.interval import student_quantile
@@ -57,8 +55,8 @@ def optimizers(page: Page, found: Mapping[str, Evidence]) -> None:
 
 
 def _row(evidence: Evidence, like: Run) -> Row | None:
-    losses = measured(evidence.results, like)
-    curve = None if losses is None else losses.curve()
+    found = measured(evidence.results, like)
+    curve = None if found is None else found.curve()
     if curve is None:
         return None
     at_best = [row for run, row in alike(evidence.results, like).items() if run.learning_rate == 2**curve.best_rate]
@@ -109,7 +107,7 @@ def at_best(setting: Setting, results: Results) -> dict[str, dict[int, Row]]:
     found = {}
     for name in setting.optimizers:
         like = setting.run(name)
-        top = best(errors(results, like))
+        top = best(losses(results, like, "validation_error"))
         own = {run.seed: row for run, row in alike(results, like).items() if half_octaves(run.learning_rate) == top}
         if own:
             found[name] = dict(sorted(own.items()))
@@ -120,7 +118,7 @@ def _claim_rows(setting: Setting, found: Mapping[str, Mapping[int, Row]], result
     rows = []
     for name, by_seed in found.items():
         like = setting.run(name)
-        known = errors(results, like)
+        known = losses(results, like, "validation_error")
         accuracies = [row["test_accuracy"] for row in by_seed.values()]
         rows.append(
             {

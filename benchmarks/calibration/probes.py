@@ -16,7 +16,7 @@ import torch
 from evidence import Evidence
 from reporting import Row, read_csv, write_csv
 from torch import Tensor, nn
-from training import EPS, NOISE_GRADIENTS, data_of, fit, gradients_of
+from training import EPS, NOISE_GRADIENTS, data_of, fit, gradients_of, noise_scale
 from workloads import Workload
 
 from lightning_gradhist import NoiseScale, SecondMoment, epsilon_range
@@ -111,26 +111,11 @@ def _initial(workload: Workload) -> nn.Module:
 
 def _measured(gradients: Iterable[Gradients], workload: Workload, size: int, times: int = 1) -> NoiseScale:
     """The noise scale from ``times`` as many gradients as a measurement takes."""
-    coming = iter(gradients)
-    first = next(coming)
-    noise = NoiseScale(first, workload.noise_batch_size)
-    for number, gradient in enumerate(itertools.chain([first], coming)):
-        if number == times * NOISE_GRADIENTS // 2:
-            noise.split(EPS["Adam"], size / workload.noise_batch_size)
-        noise.update(gradient)
-    return noise
+    return noise_scale(gradients, workload.noise_batch_size, EPS["Adam"], size, times * NOISE_GRADIENTS)
 
 
 def kept(path: Path, found: Mapping[str, Evidence], measure: Measure, folder: Path, again: bool = False) -> list[Row]:
-    """The rows of a table; a workload that it lacks is measured and added, and all are where it is asked for ``again``.
-
-    Args:
-        path: of the table.
-        found: the workloads.
-        measure: measures one.
-        folder: of Fashion-MNIST.
-        again: whether what there is does not count.
-    """
+    """The rows of a table; a workload that it lacks is measured and added, and all are where it is asked for ``again``."""
     rows = [] if again else read_csv(path)
     torch.set_num_threads(1)
     for evidence in (ev for name, ev in found.items() if name not in {row["workload"] for row in rows}):

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 
 import figures
 import numpy as np
-from curves import Measured, seed_spread
-from evidence import Evidence
+from evidence import Evidence, Measured, seed_spread
 from grid import STAGES
 from page import Page, listed, number, percent
 from reporting import Row
-from transfers import LAWS, ONE, Bench, best_factors, drawn_curves, drawn_seeds, outcomes, with_interval
+from transfers import LAWS, ONE, best_factors, drawn_curves, drawn_seeds, outcomes, with_interval
 
 Found = Mapping[str, Evidence]
 PLATEAU = 1.02
@@ -166,5 +165,5 @@ def momentum(page: Page, found: Found, side: Found, draws: int) -> None:
 
 def _noise_scales(evidence: Evidence, draws: int) -> list[tuple[float, float, float]]:
     """The best one of each law, for all batch sizes, with its interval over the seeds."""
-    found = outcomes(Bench(evidence.losses, {}), draws, np.random.default_rng(0))
+    found = outcomes(evidence.losses, {}, draws, np.random.default_rng(0))
     return [with_interval(found[law, ONE].factors[best_factors(found[law, ONE])]) for law in LAWS]

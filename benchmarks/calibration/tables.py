@@ -16,11 +16,10 @@ import noise_section
 import optimizer_section
 import probes
 import rate_section
-import theorem5
 import transfer_section
 from evidence import collect
+from grid import FOLDER, read
 from page import Page
-from runs import FOLDER, read
 from workloads import FASHION_MNIST
 
 HERE = Path(__file__).parent
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     page, draws = Page(options.output), options.draws
     tables, measure = options.output / "tables", (options.data_dir, options.again)
     results = transfer_section.carried(found, "losses", draws)
-    transfer_section.in_short(page, transfer_section.ranked(results))
+    transfer_section.in_short(page, transfer_section.ranked(results), list(found))
     rate_section.runs(page, found)
     rate_section.best_rates(page, found, draws)
     rate_section.surge(page, side, draws)
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     transfer_section.equal_steps(page, found, draws)
     noise_section.growth(page, found)
     noise_section.coverage(page, probes.kept(tables / "coverage.csv", found, probes.coverage, *measure))
-    theorem5.tradeoff(page, found)
+    noise_section.tradeoff(page, found)
     ranges = probes.kept(tables / "epsilon_range.csv", found, probes.epsilon_ranges, *measure)
     epsilon_section.epsilon(page, found, ranges)
     optimizer_section.optimizers(page, found)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from curves import Curve, Measured
+from evidence import Curve, Measured
+from reporting import Row
 
 from lightning_gradhist.learning_rate import BOUND, PLAIN_LAWS, SurgeLaw, plain_law
 
@@ -37,63 +38,47 @@ _LOW, _HIGH, _STEPS_AN_OCTAVE = -12, 40, 4
 
 Method = tuple[str, str]
 """Law and estimate."""
-Name = tuple[str, str, str]
-"""Law, estimate and source of the factor."""
+Noise = Mapping[str, np.ndarray]
+"""Noise scales in samples by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What transfers on one workload need.
+class Outcome(NamedTuple):
+    """Excess losses of one law with one estimate on one workload."""
 
-    Attributes:
-        losses: by batch size, ascending.
-        noise: by name of the estimate its values in samples, ``[runs, batch sizes]``; NaN where there is none.
-    """
-
-    losses: Mapping[int, Measured]
-    noise: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Excess losses of one law with one estimate on one workload.
-
-    Attributes:
-        factors: of the estimate that were tried, ``[factors]``.
-        means: over all transfers, ``[1 + draws, factors]``: as measured, then with the seeds drawn again.
-        excess: as measured, ``[factors, runs, from, to]``; NaN from a size to itself and where the estimate lacks.
-        diverged: of the same shape.
-        bounds: of the same shape: where the excess is a lower bound.
-    """
-
-    factors: np.ndarray
-    means: np.ndarray
-    excess: np.ndarray
+    factors: np.ndarray  # of the estimate that were tried, [factors]
+    means: np.ndarray  # over all transfers, [1 + draws, factors]: as measured, then with the seeds drawn again
+    excess: np.ndarray  # as measured, [factors, runs, from, to]; NaN from a size to itself and where the estimate lacks
     diverged: np.ndarray
-    bounds: np.ndarray
+    bounds: np.ndarray  # where the excess is a lower bound
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is an estimate for any transfer."""
+        return not np.isnan(self.excess).all()
 
 
-def outcomes(bench: Bench, draws: int, generator: np.random.Generator) -> dict[Method, Outcome]:
-    """Every law with every estimate.
+def outcomes(
+    losses: Mapping[int, Measured], noise: Noise, draws: int, generator: np.random.Generator
+) -> dict[Method, Outcome]:
+    """Every law with every estimate, of the losses by batch size.
 
     In a draw the seeds are drawn again, with repetition; the losses are averaged over them and the best rate of each
     batch size is chosen again. Of the runs that measured the noise scale, too, as many are drawn.
     """
-    seeds = max(losses.losses.shape[1] for losses in bench.losses.values())
-    runs = max((noise.shape[0] for noise in bench.noise.values()), default=1)
-    curves = [drawn_curves(bench.losses, None)]
-    drawn = [np.arange(runs)]
+    seeds = max(of_size.losses.shape[1] for of_size in losses.values())
+    runs = max((values.shape[0] for values in noise.values()), default=1)
+    curves, drawn = [drawn_curves(losses, None)], [np.arange(runs)]
     for _ in range(draws):
-        curves.append(drawn_curves(bench.losses, drawn_seeds(seeds, generator)))
+        curves.append(drawn_curves(losses, drawn_seeds(seeds, generator)))
         drawn.append(generator.integers(runs, size=runs))
-    sizes = list(bench.losses)
+    sizes = list(losses)
     rows = np.ones((1, len(sizes)))
     found = {}
     for law in PLAIN_LAWS:
         ratios = _log_ratios(lambda _scale, law=law: plain_law(law).ratio, sizes, rows[None])
         found[law, NONE] = _outcome(ratios, curves, drawn, np.ones(1))
     for law, make in LAWS.items():
-        for estimate, scales in {**bench.noise, ONE: rows}.items():
+        for estimate, scales in {**noise, ONE: rows}.items():
             factors = SCALES if estimate == ONE else FACTORS
             ratios = _log_ratios(make, sizes, factors[:, None, None] * scales)
             found[law, estimate] = _outcome(ratios, curves, drawn, factors)
@@ -107,21 +92,14 @@ def drawn_seeds(seeds: int, generator: np.random.Generator) -> np.ndarray:
 
 def drawn_curves(losses: Mapping[int, Measured], weights: np.ndarray | None) -> list[Curve]:
     """Of every batch size, the seeds weighted; the plain one where all rates with a weight diverged."""
-    return [
-        own.curve(None if weights is None else weights[: own.losses.shape[1]]) or own.mean() for own in losses.values()
-    ]
+    return [m.curve(None if weights is None else weights[: m.losses.shape[1]]) or m.mean() for m in losses.values()]
 
 
 def _log_ratios(make: Callable[[float], Ratio], sizes: list[int], scales: np.ndarray) -> np.ndarray:
-    """Log2 of the ratio of rates from each batch size to each other.
+    """Log2 of a law's ratio of rates from each batch size to each other, ``[..., n, n]``.
 
-    Args:
-        make: the law of a noise scale.
-        sizes: batch sizes, ``[n]``.
-        scales: noise scales measured at each of them, ``[..., n]``; infinite is the limit of the law, NaN is NaN.
-
-    Returns:
-        ``[..., n, n]``, exact at quarter octaves of the noise scale and straight between.
+    The noise scales ``[..., n]`` are those measured at each size; infinite is the limit of the law, NaN is NaN. Ratios
+    are exact at quarter octaves of the noise scale and straight between.
     """
     known = np.arange(_LOW * _STEPS_AN_OCTAVE, _HIGH * _STEPS_AN_OCTAVE + 1) / _STEPS_AN_OCTAVE
     laws = [make(scale) for scale in 2.0**known]
@@ -171,64 +149,39 @@ def with_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values[0]), float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Score:
-    """How a law with an estimate and a source of its factor does on one workload.
+def scores(found: Mapping[str, Mapping[Method, Outcome]], name: str) -> list[Row]:
+    """How every law with every estimate and source of its factor does on a workload, where it can be had.
 
-    Attributes:
-        method: law, estimate of the noise scale and source of the factor.
-        factor: what the estimate is multiplied by.
-        means: mean excess over all transfers, ``[1 + draws]``: as measured, then drawn again.
-        worst: largest excess as measured.
-        diverged: number of transfers that diverge.
-        bounds: number of transfers whose excess is a lower bound.
-        transfers: number of all, over all runs that measured a noise scale.
-        left_out: number of pairs of batch sizes without an estimate, over all those runs.
+    ``means`` is the mean excess over all transfers, ``[1 + draws]``; ``transfers`` are over all runs that measured a noise
+    scale, and ``left_out`` the pairs of batch sizes without an estimate.
     """
-
-    method: Name
-    factor: float
-    means: np.ndarray
-    worst: float
-    diverged: int
-    bounds: int
-    transfers: int
-    left_out: int
+    rows = []
+    for method, outcome in found[name].items():
+        if outcome.usable:
+            others = [own[method] for n, own in found.items() if n != name and method in own and own[method].usable]
+            rows += [_score(method, source, outcome, at) for source, at in _chosen(method, outcome, others).items()]
+    return rows
 
 
-def scores(found: Mapping[str, Mapping[Method, Outcome]]) -> dict[str, list[Score]]:
-    """Every law, estimate and source of the factor on every workload where it can be had, by name of the workload."""
-    return {name: [score for method in own for score in _scores(found, name, method)] for name, own in found.items()}
-
-
-def _scores(found: Mapping[str, Mapping[Method, Outcome]], name: str, method: Method) -> list[Score]:
-    usable = {n: own[method] for n, own in found.items() if method in own and not np.isnan(own[method].excess).all()}
-    if name not in usable:
-        return []
-    outcome = usable.pop(name)
+def _chosen(method: Method, outcome: Outcome, others: list[Outcome]) -> dict[str, np.ndarray]:
+    """Index of the factor by its source, ``[1 + draws]``."""
     one = np.full(len(outcome.means), int(np.argmin(np.abs(np.log(outcome.factors)))))
     if method[1] == NONE:
-        return [_score((*method, AS_IT_IS), outcome, one)]
-    chosen = {BEST: best_factors(outcome)}
-    if method[1] != ONE:
-        chosen[AS_IT_IS] = one
-    if usable:
-        chosen[FROM_OTHERS] = best_factors(*usable.values())
-    return [_score((*method, source), outcome, indices) for source, indices in chosen.items()]
+        return {AS_IT_IS: one}
+    chosen = {BEST: best_factors(outcome)} | ({} if method[1] == ONE else {AS_IT_IS: one})
+    return chosen | ({FROM_OTHERS: best_factors(*others)} if others else {})
 
 
-def _score(method: Name, outcome: Outcome, indices: np.ndarray) -> Score:
+def _score(method: Method, source: str, outcome: Outcome, indices: np.ndarray) -> Row:
     at = indices[0]
     excess = outcome.excess[at]
-    pairs = excess.size - excess.shape[0] * excess.shape[1]
     transfers = int((~np.isnan(excess)).sum())
-    return Score(
-        method,
-        factor=float(outcome.factors[at]),
-        means=np.take_along_axis(outcome.means, indices[:, None], 1)[:, 0],
-        worst=float(np.nanmax(excess)),
-        diverged=int(outcome.diverged[at].sum()),
-        bounds=int(outcome.bounds[at].sum()),
-        transfers=transfers,
-        left_out=pairs - transfers,
-    )
+    return {
+        **{"law": method[0], "estimate": method[1], "source": source, "factor": float(outcome.factors[at])},
+        "means": np.take_along_axis(outcome.means, indices[:, None], 1)[:, 0],
+        "worst": float(np.nanmax(excess)),
+        "diverged": int(outcome.diverged[at].sum()),
+        "at_least": int(outcome.bounds[at].sum()),
+        "transfers": transfers,
+        "left_out": excess.size - excess.shape[0] * excess.shape[1] - transfers,
+    }

@@ -134,9 +134,9 @@ def test_what_cannot_be_built_is_named_with_the_reason(
     ],
 )
 def test_byte_floors(name: str, fp32: int, bf16: int) -> None:
-    traffic = next(one.traffic for one in optim_implementations.implementations() if one.name == name)
-    assert traffic.bytes_per_parameter(torch.float32) == fp32
-    assert traffic.bytes_per_parameter(torch.bfloat16) == bf16
+    found = next(one for one in optim_implementations.implementations() if one.name == name)
+    assert found.bytes_per_parameter(torch.float32) == fp32
+    assert found.bytes_per_parameter(torch.bfloat16) == bf16
 
 
 @pytest.mark.parametrize("floor", [14, 28, 48])
@@ -144,7 +144,7 @@ def test_a_copy_moves_the_bytes_of_its_name(floor: int) -> None:
     [copy] = optim_step.copies({floor})
     copied = copy.make([torch.nn.Parameter(torch.empty(1000))], 0.0)
     assert copied.source.nbytes + copied.target.nbytes == 1000 * floor
-    assert copy.traffic.bytes_per_parameter(torch.bfloat16) == floor
+    assert copy.bytes_per_parameter(torch.bfloat16) == floor
 
 
 def test_full_size_models() -> None:
