@@ -75,7 +75,7 @@ evidence: $(READY)
 	$(CALIBRATION)/tables.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 evidence-full: $(VENV)/.peers
-	$(CALIBRATION)/drive.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
+	$(CALIBRATION)/grid.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:

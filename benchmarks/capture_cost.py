@@ -8,26 +8,30 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import process_time
-from typing import Any
+from time import perf_counter, process_time
+from typing import Any, NamedTuple
 
 import capture_variants as cases
 import lightning as L
 import numpy as np
 import torch
-from capture_turns import LEFT_OUT_STEPS, SMALL_BATCH, Memory, Round, fit, take_rounds
-from capture_variants import Task, Variant, made
+from capture_variants import Task, Training, Variant, made
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import CPU, RESULTS, Row, machine, print_table, print_verdicts, read_csv, write_csv
+from reporting import CPU, RESULTS, Row, machine, print_table, print_verdicts, quartiles, read_csv, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.callbacks.strategies import slice_of
@@ -35,6 +39,9 @@ from lightning_gradhist.callbacks.strategies import slice_of
 ROUNDS = 5
 GATE_STEPS = 3
 CALLS = 3
+LEFT_OUT_STEPS = 3
+WHOLE_STEPS = 6  # timed steps of a turn with whole batches
+SMALL_BATCH = 1
 PEERS = {"share_of_add_histogram": cases.ADD_HISTOGRAM, "share_of_wandb_watch": cases.WANDB}
 MEASURED = [
     *"step_ms step_ms_q25 step_ms_q75 added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms".split(),
@@ -52,15 +59,122 @@ SHOWN = ["model", "variant", *(column for column in MEASURED if column not in HI
 ALONE = "counting alone"
 
 
-class Gradients(L.Callback):
-    """The gradients of each step, on the host."""
+class Clock(L.Callback):
+    """What the steps take, on the clock and of the processor or the device, without waiting for the latter."""
 
-    def __init__(self) -> None:
-        self.steps: list[dict[str, np.ndarray]] = []
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.clock: list[float] = []
+        self.work: list[Any] = []
+        self.end = 0.0
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Copy them."""
-        self.steps.append({name: p.grad.cpu().clone().numpy() for name, p in pl_module.named_parameters()})
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Take the times."""
+        self.clock.append(perf_counter())
+        if self.device.type == "cuda":
+            self.work.append(torch.cuda.Event(enable_timing=True))
+            self.work[-1].record()
+        else:
+            self.work.append(process_time())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Take the time of the last one."""
+        self.end = perf_counter()
+
+    def seconds(self) -> list[float]:
+        """Of the processor or the device, of each step but the last."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [begin.elapsed_time(end) / 1e3 for begin, end in zip(self.work, self.work[1:], strict=False)]
+        return np.diff(self.work).tolist()
+
+
+def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+    """A Trainer with a TensorBoard logger that shows nothing and keeps no checkpoints."""
+    quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    logger = TensorBoardLogger(folder, name="", version="")
+    return L.Trainer(callbacks=callbacks, logger=logger, **{"accelerator": "cpu", "devices": 1, **quiet, **options})
+
+
+def fit(data: tuple[Training, DataLoader], callbacks: list[L.Callback], folder: Path, device: torch.device) -> Training:
+    """Train a module for an epoch of a loader."""
+    made_for = trainer(folder, callbacks, accelerator="gpu" if device.type == "cuda" else "cpu", max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
+        made_for.fit(*data)
+    return data[0]
+
+
+class Turn(NamedTuple):
+    """What the steps of one training have taken: seconds of the processor or the device, and on the clock."""
+
+    seconds: list[float]
+    clock_seconds: list[float]
+    end_seconds: float
+
+
+def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, batch_size: int | None = None) -> Turn:
+    """Train once, on whole batches if nothing else is said."""
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(made(task, steps + 1, batch_size), [clock, *variant.callbacks(task)], Path(folder), device)
+        returned = perf_counter()
+    gc.collect()
+    return Turn(clock.seconds(), np.diff(clock.clock).tolist(), returned - clock.end)
+
+
+class Round(NamedTuple):
+    """A turn of each variant, and one of none on whole batches."""
+
+    whole: Turn
+    turns: dict[str, Turn]
+
+    def added(self, variant: Variant, times: str = "seconds") -> Added:
+        """What a variant has added to a step, by the times of a turn that are named."""
+        plain = self.whole if variant.depends_on_batch else self.turns[cases.NONE]
+        return added(variant, getattr(self.turns[variant.name], times), getattr(plain, times))
+
+
+def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.device) -> list[Round]:
+    """All variants in each round, those that depend on the batch, and take long, in the first one only."""
+    few, small = LEFT_OUT_STEPS + WHOLE_STEPS, None if device.type == "cuda" else SMALL_BATCH
+    none = next(variant for variant in some if variant.name == cases.NONE)
+
+    def turn(variant: Variant) -> Turn:
+        return take_turn(task, variant, device, *((few,) if variant.depends_on_batch else (task.steps, small)))
+
+    done = []
+    for index in range(rounds):
+        first = index % len(some)
+        order = [v for v in [*some[first:], *some[:first]] if index == 0 or not v.depends_on_batch]
+        done.append(Round(take_turn(task, none, device, few), {v.name: turn(v) for v in order}))
+        print(f"  round {index + 1} of {rounds}", flush=True)
+    return done
+
+
+class Added(NamedTuple):
+    """Seconds beyond a training without a callback."""
+
+    logged: float  # a logged step; any step of what logs none
+    drawn: float  # a heatmap; 0 where none is drawn
+    step: float  # a step, over the first 10,000 of a run
+
+
+def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> Added:
+    """Compare the steps of a variant with those of none."""
+    beyond = np.array(seconds) - statistics.fmean(plain[LEFT_OUT_STEPS:])
+    if not variant.draws:
+        each = float(beyond[len(beyond) // 2 :].mean())  # where the report of the first step is written
+        return Added(each, 0.0, each)
+    every = variant.every_n_steps_in_turn
+    # the first and the second half of the steps from the last heatmap but one to the last
+    power = (len(seconds) // every + 1).bit_length() - 1
+    first, last = (every * (2**k - 1) for k in (power - 1, power))
+    middle = first + every * 2 ** (power - 2)
+    logged = every * float(beyond[middle:last].mean())
+    drawn = float(beyond[first:middle].sum()) - (middle - first) / every * logged
+    reports = cases.RUN // variant.every_n_steps
+    return Added(logged, drawn, (reports * logged + reports.bit_length() * drawn) / cases.RUN)
 
 
 def check(task: Task, device: torch.device) -> None:
@@ -69,16 +183,21 @@ def check(task: Task, device: torch.device) -> None:
     Raises:
         AssertionError: where they differ.
     """
-    gradients, monitor = Gradients(), GradientHistogramMonitor(every_n_steps=1)
+    steps: list[dict[str, np.ndarray]] = []
+
+    def keep(trainer: Any, module: Any, optimizer: Any) -> None:
+        steps.append({name: p.grad.cpu().clone().numpy() for name, p in module.named_parameters()})
+
+    callbacks = [GradientHistogramMonitor(every_n_steps=1), LambdaCallback(on_before_optimizer_step=keep)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain = fit(task, [], GATE_STEPS, folder / "plain", device)
-        watched = fit(task, [monitor, gradients], GATE_STEPS, folder / "watched", device)
+        plain = fit(made(task, GATE_STEPS), [], folder / "plain", device)
+        watched = fit(made(task, GATE_STEPS), callbacks, folder / "watched", device)
         events = EventAccumulator(str(folder / "watched"), {"histograms": 0}).Reload()
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, watched.state_dict()[name]), f"{task.name}: the monitor has changed {name}"
-    assert len(gradients.steps) == GATE_STEPS
-    for step, of_step in enumerate(gradients.steps):
+    assert len(steps) == GATE_STEPS
+    for step, of_step in enumerate(steps):
         of_step["all"] = np.concatenate([gradient.ravel() for gradient in of_step.values()])
         for name, gradient in of_step.items():
             if np.abs(gradient).max() >= np.finfo(np.float32).tiny:
@@ -127,20 +246,18 @@ def against_peers(rows: dict[str, Row]) -> None:
         rows[cases.OFF_STEPS]["beyond_none_again_ms"] = beyond
 
 
-def quartiles(column: str, values: np.ndarray) -> Row:
-    """A median, and the quartiles beside it."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
-
-
 def hold(task: Task, variant: Variant, device: torch.device) -> tuple[float, float, float]:
     """Bytes of memory in the last quarter of a training of two turns' length, since the quarter before, and of a step's log."""
-    memory, steps = Memory(), 2 * task.steps
+    page, steps = os.sysconf("SC_PAGE_SIZE"), 2 * task.steps
+    resident: list[int] = []  # as Linux tells it
+    memory = LambdaCallback(
+        on_train_batch_end=lambda *_: resident.append(page * int(Path("/proc/self/statm").read_text().split()[1]))
+    )
     with tempfile.TemporaryDirectory() as folder:
-        fit(task, [*variant.callbacks(task), memory], steps, Path(folder), device, SMALL_BATCH)
+        fit(made(task, steps, SMALL_BATCH), [*variant.callbacks(task), memory], Path(folder), device)
         files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
         written = sum(path.stat().st_size for path in files)
-    before, last = (statistics.median(memory.bytes[k * steps // 4 : (k + 1) * steps // 4]) for k in (2, 3))
+    before, last = (statistics.median(resident[k * steps // 4 : (k + 1) * steps // 4]) for k in (2, 3))
     return last, last - before, written / steps
 
 

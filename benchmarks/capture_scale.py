@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from capture_turns import trainer
+from capture_cost import trainer
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import run_ranks
 from reporting import CPU, RESULTS, Row, machine, print_table, write_csv
@@ -50,15 +50,9 @@ Buckets = Callable[[str, int], int]
 def predicted(
     sizes: Mapping[str, int], ranks: int, steps: int, every_n_steps: int, buckets: Buckets, sharded: bool = False
 ) -> Row:
-    """The model: bytes of a whole run, with one optimizer of one group and gradients in fp32.
+    """The model: bytes of a whole run, with one optimizer of one group, gradients in fp32, and tensors by name.
 
-    Args:
-        sizes: of the tensors, by name.
-        ranks: how many.
-        steps: of the optimizer.
-        every_n_steps: from one logged step to the next.
-        buckets: that are shown.
-        sharded: whether a rank has its share of the parameters, as under FSDP2, or all of them, as under DDP.
+    Where it is ``sharded``, a rank has its share of the parameters, as under FSDP2, else all of them, as under DDP.
     """
     logged, parameters = range(0, steps, every_n_steps), sum(sizes.values())
     within_steps = (
@@ -77,12 +71,11 @@ def predicted(
         "ring_bytes_a_rank": 2 * (ranks - 1) * reduced // ranks,
         "kept_bytes": WORD * (5 + NUMBERS_A_MEASUREMENT * min(measurements, MOST_MEASUREMENTS)),
         "held_bytes_a_rank": (4 if within_steps else 8) * parameters // (ranks if sharded else 1),
-        **logged_bytes(list(sizes), logged, buckets),
+        **_logged_bytes(list(sizes), logged, buckets),
     }
 
 
-def logged_bytes(names: Sequence[str], steps: Sequence[int], buckets: Buckets) -> Row:
-    """Bytes of the events of the whole run, histograms and scalars apart."""
+def _logged_bytes(names: Sequence[str], steps: Sequence[int], buckets: Buckets) -> Row:
     counted = MagnitudeHistogram(names)
     counted.table[:, BINS // 2] = 1  # so that every name has something to be logged
     report = magnitude_report(counted, "gradient")

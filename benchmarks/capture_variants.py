@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from optim_implementations import LeftOut, peer
 from reporting import installed_version
 from torch import Tensor, nn
@@ -179,7 +180,7 @@ def variants() -> list[Variant]:
         _monitor("monitor, every step, no noise scale", 1, noise_scale=False),
         _monitor("monitor, every step, group_by=1", 1, group_by=1),
         Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)], logs=False),
-        Variant(ADD_HISTOGRAM, lambda task: [_AddHistogram()]),
+        Variant(ADD_HISTOGRAM, lambda task: [LambdaCallback(on_before_optimizer_step=_add_histogram)]),
         Variant(WANDB, lambda task: [_WandbWatch(peer("wandb", "wandb"))], distribution="wandb"),
         Variant("cockpit, GradHist1d", _cockpit, depends_on_batch=True, distribution="cockpit-for-pytorch"),
         Variant("Composer's OptimizerMonitor", partial(_left_out, composer), distribution="mosaicml"),
@@ -198,12 +199,10 @@ def _monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
     )
 
 
-class _AddHistogram(L.Callback):
+def _add_histogram(trainer: Any, module: Any, optimizer: Any) -> None:
     """What one writes by hand: each gradient into TensorBoard, at every step."""
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        for name, parameter in pl_module.named_parameters():
-            trainer.logger.experiment.add_histogram(f"gradients/{name}", parameter.grad, trainer.global_step)
+    for name, parameter in module.named_parameters():
+        trainer.logger.experiment.add_histogram(f"gradients/{name}", parameter.grad, trainer.global_step)
 
 
 class _WandbWatch(L.Callback):

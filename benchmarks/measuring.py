@@ -12,26 +12,16 @@ _MARK = "measured step"
 
 
 def prime_the_heap() -> None:
-    """Let go of 28 MB once, as any training does: from then on the allocator keeps memory of that size for its next use.
-
-    Without it, which implementation has to ask the system for its temporary tensors depends on which came before it.
-    """
+    """Let go of 28 MB once, as any training does: from then on the allocator keeps memory of that size for its next use."""
+    # without it, which implementation has to ask the system for its temporary tensors depends on which came before it
     torch.empty(28 * 2**18)
 
 
 def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Time calls that follow one another without a pause.
+    """Time calls that follow one another without a pause, warmed up by the caller: the mean.
 
     On CUDA between two events, with nothing in the queue before: a call takes as long as the slower of host and
     device. There is no flush of the L2 cache, as there is none between the steps of a training run.
-
-    Args:
-        function: What is timed; warmed up by the caller.
-        calls: How often it is called.
-        device: Where its work is done.
-
-    Returns:
-        Seconds per call, the mean over ``calls``.
     """
     if device.type == "cpu":
         start = perf_counter()
@@ -49,19 +39,12 @@ def seconds_per_call(function: Callable[[], object], calls: int, device: torch.d
 
 
 def extra_peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Measure by how much the tensors in memory grow, at most, during a call.
+    """Measure by how many bytes the tensors in memory grow, at most, during a call that makes no lasting ones.
 
     On CUDA from ``torch.cuda.max_memory_allocated``. On CPU from the allocations and releases that torch's profiler
     records, added up in order of time from the beginning of the call. The profiler does not see the release of
     memory that was allocated before it started; a call before the measured one, also under the profiler, makes
     up for it where state is replaced at each step.
-
-    Args:
-        function: What is measured; its lasting allocations have been made by an earlier call.
-        device: Where its tensors are.
-
-    Returns:
-        Bytes, >= 0, above those at the beginning of the call.
     """
     if device.type == "cpu":
         return _extra_peak_bytes_on_cpu(function)

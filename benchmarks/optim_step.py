@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from typing import Any
 import torch
 from measuring import extra_peak_bytes, prime_the_heap, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
-from reporting import RESULTS, Row, installed_version, machine, print_table, print_verdicts, write_csv
+from reporting import RESULTS, Row, installed_version, machine, print_table, print_verdicts, quartiles, write_csv
 from torch import Tensor
 from torch.nn import Parameter
 
-LR = 1e-4
+LR, WARM_UP = 1e-4, 2
 GRADIENT = 1e-5  # a norm of 0.1 at 100 M parameters
-WARM_UP = 2
 STEPS = {"cpu": 2, "cuda": 20}
 BASELINES = {
     "ratio_to_adamw": "AdamW",
@@ -39,7 +39,6 @@ SHOWN = [
     *("model", "implementation", "seconds", *BASELINES),
     *"share_of_copy_bandwidth state_bytes_per_parameter extra_peak_share first_steps_seconds".split(),
 ]
-TRANSFORMER, SMALL = "transformer", "small tensors"
 
 
 class Model:
@@ -81,12 +80,6 @@ def transformer_shapes(parameters: float) -> list[tuple[int, ...]]:
 def small_shapes(parameters: float) -> list[tuple[int, ...]]:
     """10,000 vectors of 32, 64, ..., 1,024 elements in turn at 100 M parameters, in proportion at fewer."""
     return [(32 << index % 6,) for index in range(max(6, round(parameters / 10_000)))]
-
-
-def models(parameters: float, device: torch.device, dtype: torch.dtype) -> Iterator[Model]:
-    """Make both models, one after another."""
-    yield Model(TRANSFORMER, transformer_shapes(parameters), device, dtype)
-    yield Model(SMALL, small_shapes(parameters), device, dtype)
 
 
 class Copy:
@@ -144,8 +137,7 @@ def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
     """Call, and give back the memory that the call has held."""
     result = measure(*arguments)
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return result
 
 
@@ -175,21 +167,16 @@ def timing(contestant: Implementation, dtype: torch.dtype, seconds: dict[str, li
         "implementation": contestant.name,
         "version": "" if has_column else f"{distribution} {installed_version(distribution)}",
         "rounds": len(mine),
-        **{f"seconds{name}": quantile(mine, q) for name, q in (("_q25", 0.25), ("", 0.5), ("_q75", 0.75))},
+        **quartiles("seconds", mine),
         **{column: ratio(mine, seconds[peer]) for column, peer in BASELINES.items() if peer in seconds},
         "floor_bytes_per_parameter": floor,
         "share_of_copy_bandwidth": ratio(seconds[f"copy {floor}"], mine),
     }
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    """The quantile, interpolated."""
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
-
-
 def ratio(seconds: list[float], baseline: list[float]) -> float:
     """The median over the rounds of the ratio within each."""
-    return quantile([mine / theirs for mine, theirs in zip(seconds, baseline, strict=True)], 0.5)
+    return statistics.median(mine / theirs for mine, theirs in zip(seconds, baseline, strict=True))
 
 
 def passed(device: torch.device, dtype: torch.dtype, only: list[str] | None) -> tuple[list[Implementation], list[Row]]:
@@ -206,7 +193,8 @@ def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: in
     contestants = [*copies({one.bytes_per_parameter(dtype) for one in good}), *good]
     rows: list[Row] = []
     gc.freeze()  # a collection between two turns then does not go through all that is imported
-    for model in models(parameters, device, dtype):
+    for name, shapes in (("transformer", transformer_shapes), ("small tensors", small_shapes)):
+        model = Model(name, shapes(parameters), device, dtype)
         rows += measure_model(model, contestants, repeats)
         rows += [{**model.columns(), **noted} for noted in left_out]
     gc.unfreeze()

@@ -16,16 +16,7 @@ import torch
 
 
 def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 240) -> list[Any]:
-    """Run a job on ranks that make up a process group, to its end.
-
-    Args:
-        job: A function of a module, since every process imports it.
-        ranks: How many, from 1 up.
-        *arguments: What the job is called with.
-        seconds: How long it may take.
-
-    Returns:
-        What the job returned on each rank.
+    """Run a job, a function of a module with its arguments, on ranks that make up a process group; what it returned on each.
 
     Raises:
         TimeoutError: Where it takes longer; the processes are killed then.
@@ -42,14 +33,7 @@ def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: flo
 
 
 def start_ranks(job: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> Any:
-    """Start a job on ranks with one thread each, and return the context of torch that joins them.
-
-    Args:
-        job: As of :func:`run_ranks`.
-        ranks: How many, from 1 up.
-        folder: Where they leave what the job returns.
-        *arguments: What the job is called with.
-    """
+    """Start a job on ranks with one thread each, which leave in a folder what it returns; torch's context that joins them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,17 +46,14 @@ def _on_rank(
     rank: int, job: Callable[..., Any], ranks: int, port: int, folder: Path, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        # as torchrun sets them, so that Lightning starts no processes of its own
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        GROUP_RANK="0",
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="ranks",
-    )
+    # as torchrun sets them, so that Lightning starts no processes of its own
+    os.environ |= {
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "ranks",
+    }
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")
     try:
         with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import lightning_gradhist
@@ -79,6 +80,12 @@ def _rounded(value: Any, digits: int | None) -> Any:
     return f"{value:.{digits}g}" if digits and isinstance(value, float) else value
 
 
+def quartiles(column: str, values: Sequence[float]) -> Row:
+    """A median, and the quartiles beside it."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
+
+
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Print some columns of rows, one below the other."""
     lines = [list(columns), *([str(_rounded(row.get(name, ""), 4)) for name in columns] for row in rows)]
@@ -88,13 +95,9 @@ def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 
 def print_verdicts(benchmark: str, rows: Sequence[Row], names: str, measured_on: str) -> None:
-    """Print how far the targets of ``targets.csv`` are met on both devices, a line a row.
+    """Print how far the targets of ``targets.csv`` are met on both devices, a line a row; without a model they are for all.
 
-    Args:
-        benchmark: whose targets and rows they are.
-        rows: what was measured.
-        names: the column that has the target's name; a target without a model is for all of them.
-        measured_on: the device.
+    The column ``names`` of the rows has the target's name.
     """
     targets = [target for target in read_csv(TARGETS) if target["benchmark"] == benchmark]
     for device in ("cpu", "cuda"):

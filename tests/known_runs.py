@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from runs import FIELDS, MACHINE
+from grid import FIELDS, MACHINE
 from training import Run
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -172,19 +172,17 @@ def samples_to_target(results: Results, references: Collection[Run]) -> dict[flo
 
     They are averaged over seeds; a rate with a run that does not reach the target does not count.
     """
-    found: dict[float, dict[int, dict[int, list[float]]]] = {}
-    settings = {(like.optimizer, like.eps, like.samples, like.loss_scale, like.batch_size) for like in references}
-    for run, row in results.items():
-        if run.noise or (run.optimizer, run.eps, run.samples, run.loss_scale, run.batch_size) not in settings:
-            continue
-        for target, samples in row["samples_to_target"]:
-            by_rate = found.setdefault(target, {}).setdefault(run.batch_size, {})
-            by_rate.setdefault(half_octaves(run.learning_rate), []).append(math.inf if samples is None else samples)
-    fewest = {
-        target: {size: min(sum(s) / len(s) for s in by_rate.values()) for size, by_rate in sorted(by_size.items())}
-        for target, by_size in sorted(found.items())
-    }
-    return {t: {size: s for size, s in by_size.items() if math.isfinite(s)} for t, by_size in fewest.items()}
+    found: dict[float, dict[int, float]] = {}
+    for like in references:
+        of_size: dict[tuple[float, int], list[float]] = defaultdict(list)
+        for run, row in alike(results, like).items():
+            for target, samples in row["samples_to_target"]:
+                of_size[target, half_octaves(run.learning_rate)].append(math.inf if samples is None else samples)
+        for (target, _), samples in of_size.items():
+            by_size, mean = found.setdefault(target, {}), sum(samples) / len(samples)
+            if mean < by_size.get(like.batch_size, math.inf):
+                by_size[like.batch_size] = mean
+    return dict(sorted(found.items()))
 
 
 def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
@@ -199,72 +197,31 @@ def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
     return (float(-slope), float(1 / intercept)) if slope < 0 < intercept else (math.nan, math.nan)
 
 
-@dataclass(frozen=True)
 class Evidence:
-    """The runs of one workload, and what follows from them at once."""
+    """The runs of one workload, and what follows from them at once. Best rates are in log2, noise scales in samples."""
 
-    workload: Workload
-    results: Results
+    def __init__(self, workload: Workload, results: Results) -> None:
+        self.workload, self.results = workload, results
+        # a run of Adam at equal samples for each batch size, and that at the middle one
+        self.references = references(workload)
+        self.middle = next(run for run in self.references if run.batch_size == middle(workload))
+        # Adam's losses by batch size; at equal steps none until every batch size has some
+        self.losses = by_batch_size(results, self.references)
+        self.losses_without_largest = dict(list(self.losses.items())[:-1])
+        equal = by_batch_size(results, [at_equal_steps(workload, like) for like in self.references])
+        self.losses_at_equal_steps = equal if len(equal) == len(self.references) else {}
+        self.best_rates = {size: losses.mean().best_rate for size, losses in self.losses.items()}
+        # the runs that measured the noise scale, by batch size
+        self.noise = noise_runs(results, workload, self.best_rates)
+        self.estimates = self._estimates()
+        # samples to each target by batch size, to those that all reach as arrays; and Theorem 5's noise scales
+        self.needed = samples_to_target(results, self.references)
+        self.common = {t: np.array(list(of.values())) for t, of in self.needed.items() if list(of) == list(self.losses)}
+        self.fits = {target: tradeoff_fit(by_size)[0] for target, by_size in self.needed.items()}
+        fits = [math.log(self.fits[target]) for target in self.common if not math.isnan(self.fits[target])]
+        self.fitted_noise = math.exp(sum(fits) / len(fits)) if fits else math.nan
 
-    @cached_property
-    def references(self) -> list[Run]:
-        """A run of Adam at equal samples for each batch size."""
-        return references(self.workload)
-
-    @property
-    def middle(self) -> Run:
-        """The run at equal samples at the middle batch size."""
-        return next(run for run in self.references if run.batch_size == middle(self.workload))
-
-    @cached_property
-    def losses(self) -> dict[int, Measured]:
-        """Adam's losses at equal samples, by batch size."""
-        return by_batch_size(self.results, self.references)
-
-    @property
-    def losses_without_largest(self) -> dict[int, Measured]:
-        """Adam's losses at equal samples, but for the largest batch size."""
-        return dict(list(self.losses.items())[:-1])
-
-    @cached_property
-    def losses_at_equal_steps(self) -> dict[int, Measured]:
-        """Adam's losses at equal steps, by batch size; none until every batch size has some."""
-        losses = by_batch_size(self.results, [at_equal_steps(self.workload, like) for like in self.references])
-        return losses if len(losses) == len(self.references) else {}
-
-    @cached_property
-    def best_rates(self) -> dict[int, float]:
-        """Log2 of the best rate at equal samples, by batch size."""
-        return {size: losses.mean().best_rate for size, losses in self.losses.items()}
-
-    @cached_property
-    def noise(self) -> dict[int, list[tuple[Run, Moments]]]:
-        """The runs that measured the noise scale, by batch size."""
-        return noise_runs(self.results, self.workload, self.best_rates)
-
-    @cached_property
-    def needed(self) -> dict[float, dict[int, float]]:
-        """Samples to each target by batch size."""
-        return samples_to_target(self.results, self.references)
-
-    @cached_property
-    def common(self) -> dict[float, np.ndarray]:
-        """Samples at each batch size to the targets that all of them reach."""
-        return {t: np.array(list(of.values())) for t, of in self.needed.items() if list(of) == list(self.losses)}
-
-    @cached_property
-    def fits(self) -> dict[float, float]:
-        """Theorem 5's noise scale by target; NaN where the line has the wrong slope."""
-        return {target: tradeoff_fit(by_size)[0] for target, by_size in self.needed.items()}
-
-    @cached_property
-    def fitted_noise(self) -> float:
-        """The geometric mean of the fits to the targets that all batch sizes reach; NaN of none."""
-        fits = [math.log(self.fits[t]) for t in self.common if not math.isnan(self.fits[t])]
-        return math.exp(sum(fits) / len(fits)) if fits else math.nan
-
-    @cached_property
-    def estimates(self) -> dict[str, np.ndarray]:
+    def _estimates(self) -> dict[str, np.ndarray]:
         """Noise scales by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
         found: dict[str, np.ndarray] = {}
         shape = (max(map(len, self.noise.values()), default=0), len(self.losses))

@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from evidence import CAP, Measured
+from evidence import CAP, MEAN, Evidence, Measured, median_of
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#1f5fa8", "#d9661f", "#3d8f5a", "#8a4fa3", "#8a8f98"
 _WORKLOADS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
-
-Moments = Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]
-"""What each run measured of the noise scale, by batch size."""
 
 
 def loss_curves(losses: Mapping[str, Mapping[int, Measured]]) -> Figure:
@@ -76,11 +73,12 @@ def scores_by_method(labels: Sequence[str], means: Mapping[str, Sequence[tuple[f
     return figure
 
 
-def growth(runs: Mapping[str, Moments]) -> Figure:
+def growth(found: Mapping[str, Evidence]) -> Figure:
     """The noise scale along runs: at the middle batch size its median over seeds and the span of their intervals."""
-    figure, panels = _panels(list(runs))
+    figure, panels = _panels(list(found))
     everything: list[float] = []
-    for axes, by_size in zip(panels, runs.values(), strict=True):
+    for axes, evidence in zip(panels, found.values(), strict=True):
+        by_size = {size: [moments for _, moments in runs] for size, runs in evidence.noise.items()}
         middle = sorted(by_size)[len(by_size) // 2]
         for metric, name, color in (("simple", "B_simple", _ORANGE), ("adam", "B_adam", _BLUE)):
             for size, of_size in sorted(by_size.items()):
@@ -109,21 +107,19 @@ def _over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[
     return np.array([m["samples"] for m in runs[0][:shortest]], float), np.median(values, 0)
 
 
-def tradeoff(
-    needed: Mapping[str, tuple[float, list[int], np.ndarray]], fits: Mapping[str, float], measured: Mapping[str, float]
-) -> Figure:
-    """Samples over steps to a loss; Theorem 5 with the fitted noise scale and with the mean ``B_adam`` of the runs.
-
-    ``needed`` has by workload a target, the batch sizes, and the samples at each of them; a noise scale may be NaN.
-    """
-    figure, panels = _panels([f"{name}, to a loss of {target:g}" for name, (target, _, _) in needed.items()])
-    for axes, (name, (_, sizes, samples)) in zip(panels, needed.items(), strict=True):
+def tradeoff(found: Mapping[str, Evidence]) -> Figure:
+    """Samples over steps to the lowest loss that all reach; Theorem 5 with the fitted noise scale and the mean ``B_adam``."""
+    targets = {name: min(evidence.common) for name, evidence in found.items()}
+    figure, panels = _panels([f"{name}, to a loss of {target:g}" for name, target in targets.items()])
+    for axes, evidence, target in zip(panels, found.values(), targets.values(), strict=True):
+        sizes, samples = list(evidence.losses), evidence.common[target]
+        fit, mean = evidence.fits[target], median_of(evidence.estimates.get(MEAN, np.array([math.nan])))
         steps = samples / np.array(sizes)
         axes.plot(steps, samples, "o", color="black", markersize=5, label="measured")
         for size, x, y in zip(sizes, steps, samples, strict=True):
             axes.annotate(f"{size:,}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
         dense = np.geomspace(sizes[0], sizes[-1], 60)
-        for noise, color, label in ((fits[name], _GREY, "fit"), (measured[name], _BLUE, "mean B_adam")):
+        for noise, color, label in ((fit, _GREY, "fit"), (mean, _BLUE, "mean B_adam")):
             if not math.isnan(noise):
                 # through the geometric mean of what was measured: the minima are free, the shape is not
                 fewest = np.exp(np.mean(np.log(samples / (np.array(sizes) + noise))))
@@ -141,13 +137,16 @@ def tradeoff(
     return figure
 
 
-def epsilon(found: Mapping[str, tuple[np.ndarray, np.ndarray, tuple[float, float], float]]) -> Figure:
-    """Excess of the loss over epsilon: by workload the epsilons, the excess, the search space, and the tolerance."""
-    figure, panels = _panels(list(found))
-    for axes, (eps, excess, space, tolerance) in zip(panels, found.values(), strict=True):
-        axes.axvspan(*space, color=_ORANGE, alpha=0.15, linewidth=0, label="search space")
-        axes.axhspan(0, 100 * tolerance, color=_GREY, alpha=0.2, linewidth=0, label="noise of the seeds")
-        axes.plot(eps, 100 * np.minimum(excess, CAP), ".-", color=_BLUE)
+def epsilon(
+    curves: Mapping[str, Mapping[float, float]], spaces: Mapping[str, Sequence[float]], tolerances: Mapping[str, float]
+) -> Figure:
+    """Excess of the loss over epsilon, with the search space and the tolerance."""
+    figure, panels = _panels(list(curves))
+    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
+        excess = np.array(list(curve.values())) / min(curve.values()) - 1
+        axes.axvspan(*spaces[name], color=_ORANGE, alpha=0.15, linewidth=0, label="search space")
+        axes.axhspan(0, 100 * tolerances[name], color=_GREY, alpha=0.2, linewidth=0, label="noise of the seeds")
+        axes.plot(list(curve), 100 * np.minimum(excess, CAP), ".-", color=_BLUE)
         axes.axvline(1e-8, color=_GREY, linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.set_ylim(-1, 30)

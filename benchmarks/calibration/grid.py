@@ -1,32 +1,32 @@
-"""The runs of the calibration's evidence: their tables, and which are wanted, stage by stage. ``drive.py`` makes them.
+"""The runs of the calibration's evidence: which are wanted, stage by stage, their tables, and what makes them.
 
-Each stage is finished over all workloads before the next one. Runs are of Adam at equal samples where nothing else is
-said. The best rate of a batch size is the one with the lowest final training loss, averaged over the seeds that there
-are; so a stage may want a few runs more once a later one has moved it. Learning rates are counted in half octaves:
-``rate(k) = 2 ** (k / 2)``.
-
-Beside the main grid ``SIDE`` has small ones, in tables of their own and only of the stages ``rates``, ``refine`` and
-``seeds``: the batch sizes of the surge law's paper, and Adam without momentum. And ``CLAIMS`` has ALTO against Lamb, AdamW
-and AdamE at large batches: every optimizer makes the same number of steps, its rates are a factor of two apart until the
-validation error of seed 0 is 5% above the best on both sides, and the rate with the lowest mean error gets five seeds,
-should they make another rate the best, that one, too.
+``make evidence-full``, or ``PYTHONPATH=benchmarks:examples python benchmarks/calibration/grid.py``. It can be stopped at
+any time (SIGSTOP and SIGCONT, SIGTERM) and goes on where it was: a run that is in its table is not made again, and only
+runs in progress are lost. One process at a time may write to a table. Runs are of Adam at equal samples where nothing else
+is said. Learning rates are counted in half octaves: ``rate(k) = 2 ** (k / 2)``. ``benchmarks/README.md`` says more.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
+import multiprocessing
+import signal
+import sys
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from optim_implementations import LeftOut, timm_lamb
-from reporting import RESULTS, Row, read_csv
-from training import EPS, Run
-from workloads import WORKLOADS, Workload
+from reporting import CPU, RESULTS, Row, machine, read_csv
+from training import EPS, Run, train, train_for_claim
+from workloads import FASHION_MNIST, WORKLOADS, Workload
 
 from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_law
 
@@ -265,8 +265,8 @@ STAGES: dict[str, Stage] = {
 }
 """In their order."""
 SIDE_STAGES = ("rates", "refine", "seeds")
-
-
+CLAIMS = "claims"  # the stage and the table of ALTO against the others
+NAMES = [*WORKLOADS, *SIDE, CLAIMS]  # of the tables
 SEEDS = 5
 
 
@@ -297,12 +297,13 @@ SETTINGS = (
 
 def available() -> tuple[Setting, ...]:
     """The settings, without Lamb where timm is not installed."""
-    without = [replace(s, optimizers=tuple(name for name in s.optimizers if name != "Lamb")) for s in SETTINGS]
-    return SETTINGS if has_lamb() else tuple(without)
+    if has_lamb():
+        return SETTINGS
+    return tuple(s._replace(optimizers=tuple(name for name in s.optimizers if name != "Lamb")) for s in SETTINGS)
 
 
-def wanted(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
-    """The runs that are not there yet, as far as is known by now."""
+def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
+    """The runs with their rates tuned that are not there yet, as far as is known by now."""
     for setting in settings:
         for name in setting.optimizers:
             like = setting.run(name)
@@ -311,3 +312,84 @@ def wanted(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
             if not runs and (top := best(known)) is not None:
                 runs = [replace(like, learning_rate=rate(top), seed=seed) for seed in range(SEEDS)]
             yield from (run for run in runs if run not in results)
+
+
+def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
+    """The runs of a stage that a table is to have, as far as is known by now."""
+    if name == CLAIMS:
+        return claims(available(), results) if stage == CLAIMS else ()
+    if stage == CLAIMS or (name in SIDE and stage not in SIDE_STAGES):
+        return ()
+    return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)
+
+
+def next_run(
+    names: Collection[str], stages: Collection[str], tables: Mapping[str, Results], running: Collection[Run]
+) -> tuple[str, str, Run] | None:
+    """The stage, the table and the run that is wanted most, of those tables and stages.
+
+    A table waits for its runs of a stage before it goes on to the next one, since that depends on them; another one
+    takes its place meanwhile.
+    """
+    waiting = set()
+    for stage in (stage for stage in (*STAGES, CLAIMS) if stage in stages):
+        for name in (name for name in names if name not in waiting):
+            for run in wanted(stage, name, tables[name]):
+                if run in running:
+                    waiting.add(name)
+                elif run not in tables[name]:
+                    return stage, name, run
+    return None
+
+
+def make_runs(pool: Pool, options: argparse.Namespace) -> None:
+    """Gives the pool run after run, and writes each row as it comes, until nothing is wanted or the time is over."""
+    tables = {n: Table(options.output / f"{n}.csv", CLAIMS_COLUMNS if n == CLAIMS else COLUMNS) for n in options.table}
+    end, described = time.monotonic() + 60 * options.minutes, machine(CPU, "timm")
+    running: dict[Run, tuple[str, str, AsyncResult[Row]]] = {}
+    while True:
+        while len(running) < options.workers and time.monotonic() < end:
+            found = next_run(options.table, options.stage, tables, running)
+            if found is None:
+                break
+            stage, name, run = found
+            make = train_for_claim if name == CLAIMS else train
+            running[run] = (stage, name, pool.apply_async(make, (run, options.data_dir)))
+        if not running:
+            return
+        while not (ready := [run for run, (_, _, result) in running.items() if result.ready()]):
+            time.sleep(0.02)
+        done = ready[0]
+        stage, name, result = running.pop(done)
+        row = {**result.get(), **described, "stage": stage}
+        tables[name].add(row)
+        print(
+            f"{time.strftime('%H:%M:%S')} {name:11} {stage:10} {done.optimizer:5} batch {done.batch_size:<5} rate"
+            f" {done.learning_rate:<9.3g} eps {done.eps:<5g} seed {done.seed}: loss {row['train_loss']:<8.4g} accuracy"
+            f" {row['test_accuracy']:.3f} {'diverged ' * row['diverged']}{row['seconds']:.1f} s",
+            flush=True,
+        )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, CLAIMS], default=[*STAGES, CLAIMS])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun after that")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Makes the runs that are wanted, in processes of one thread each."""
+    options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the workers are stopped, too
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        make_runs(pool, options)
+
+
+if __name__ == "__main__":
+    main()

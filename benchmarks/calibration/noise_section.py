@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import figures
 import numpy as np
 from evidence import FIT, MEAN, Evidence, is_bounded, median_of
-from page import Page, listed, number, percent, verdict
+from page import Page, listed, number, percent
 from reporting import Row
 from transfers import AS_IT_IS, BEST, FACTORS, FROM_OTHERS
 
@@ -33,8 +33,7 @@ def growth(page: Page, found: Mapping[str, Evidence]) -> None:
         lowest=number(min(grown)),
         highest=number(max(grown)),
     )
-    moments = {name: {size: [m for _, m in of] for size, of in ev.noise.items()} for name, ev in measured.items()}
-    page.draw("noise_scale", figures.growth(moments))
+    page.draw("noise_scale", figures.growth(measured))
     worst = max(rows, key=lambda row: row["unbounded"])
     if worst["unbounded"]:
         page.bad.append(
@@ -67,12 +66,12 @@ def coverage(page: Page, rows: Sequence[Row]) -> None:
             groups.setdefault((workload, row["state"], row["metric"]), []).append(row)
     ordered = sorted(groups.items(), key=lambda group: (group[0][0] == "all", group[0]))
     table = page.keep("coverage_summary", [_coverage_row(group, own, "Fieller") for group, own in ordered])
-    verdicts = []
-    for row in (row for row in table if row["workload"] == "all"):
-        share = row["covered"][0]
-        verdicts.append(verdict(f"{row['metric']} {row['state']}: {percent(share)} held", share >= HELD, percent(HELD)))
-        if share < HELD:
-            page.bad.append(f"The interval of `{row['metric']}` {row['state']} holds the value in {percent(share)}.")
+    whole = [row for row in table if row["workload"] == "all"]
+    short = [row for row in whole if row["covered"][0] < HELD]
+    for row in short:
+        page.bad.append(
+            f"The interval of `{row['metric']}` {row['state']} holds the value in {percent(row['covered'][0])}."
+        )
     beside = [
         {"interval": name, **_coverage_row(group, own, name)}
         for group, own in ordered
@@ -82,7 +81,7 @@ def coverage(page: Page, rows: Sequence[Row]) -> None:
     page.fill(
         "coverage",
         coverage_summary=table,
-        verdicts="\n".join(verdicts),
+        met=len(whole) - len(short),
         coverage_bootstrap=page.keep("coverage_bootstrap", beside),
     )
 
@@ -110,18 +109,10 @@ def _share(number: int, of: int) -> tuple[float, float, float]:
 
 
 def errors(noise: np.ndarray, samples: Mapping[float, np.ndarray], sizes: Sequence[int]) -> np.ndarray:
-    """Log2 of predicted over measured samples, from each size to each other.
+    """Log2 of predicted over measured samples, from each size to each other, ``[..., targets, n, n]``; NaN on the diagonal.
 
-    Theorem 5 predicts the ratio ``(B + B_noise) / (B_0 + B_noise)``. Steps have the same errors, as a step is always of
-    the same size.
-
-    Args:
-        noise: in samples, ``[..., n]``, at each batch size that is known.
-        samples: at each batch size, by target.
-        sizes: batch sizes, ``[n]``.
-
-    Returns:
-        ``[..., targets, n, n]``, NaN on the diagonal.
+    Theorem 5 predicts the ratio ``(B + B_noise) / (B_0 + B_noise)``, the noise ``[..., n]`` being known at each size ``B_0``.
+    Steps have the same errors, as a step is always of the same size.
     """
     batch, known = np.array(sizes, float), noise[..., None]
     predicted = np.log2((batch + known) / (batch[:, None] + known))
@@ -135,17 +126,11 @@ def tradeoff(page: Page, found: Mapping[str, Evidence]) -> None:
     reached = {name: evidence for name, evidence in found.items() if evidence.common}
     if not reached:
         return
-    needed = [
-        {
-            "workload": name,
-            "target": target,
-            "samples": "; ".join(f"{size:,}: {number(samples)}" for size, samples in by_size.items()),
-            "fit": evidence.fits[target],
-        }
-        for name, evidence in found.items()
-        for target, by_size in sorted(evidence.needed.items(), reverse=True)
-        if by_size
-    ]
+    needed = []
+    for name, evidence in found.items():
+        for target, by_size in ((target, of) for target, of in sorted(evidence.needed.items(), reverse=True) if of):
+            samples = "; ".join(f"{size:,}: {number(samples)}" for size, samples in by_size.items())
+            needed.append({"workload": name, "target": target, "samples": samples, "fit": evidence.fits[target]})
     predicted = page.keep("theorem5", [row for name in reached for row in _predictions(name, reached)])
     page.fill(
         "theorem5",
@@ -159,13 +144,7 @@ def tradeoff(page: Page, found: Mapping[str, Evidence]) -> None:
         page.bad.append(
             f"Theorem 5 with the {MEAN} as it is predicts no better than the same samples: {listed(useless)}."
         )
-    lowest = {name: min(evidence.common) for name, evidence in reached.items()}
-    figure = figures.tradeoff(
-        {name: (lowest[name], list(ev.losses), ev.common[lowest[name]]) for name, ev in reached.items()},
-        {name: ev.fits[lowest[name]] for name, ev in reached.items()},
-        {name: median_of(ev.estimates.get(MEAN, np.array([math.nan]))) for name, ev in reached.items()},
-    )
-    page.draw("theorem5", figure)
+    page.draw("theorem5", figures.tradeoff(reached))
 
 
 def _predictions(name: str, reached: Mapping[str, Evidence]) -> list[Row]:
@@ -195,11 +174,5 @@ def _prediction(own: Evidence, estimate: str, values: np.ndarray, source: str, f
     found = np.abs(errors(factor * values, own.common, list(own.losses)))
     known = found[~np.isnan(found)]
     typical, worst = (2.0 ** float(of) for of in (known.mean(), known.max())) if known.size else (math.nan, math.nan)
-    return {
-        "workload": own.workload.name,
-        "estimate": estimate,
-        "source": source,
-        "factor": factor,
-        "typical": typical,
-        "worst": worst,
-    }
+    method = {"workload": own.workload.name, "estimate": estimate, "source": source, "factor": factor}
+    return {**method, "typical": typical, "worst": worst}

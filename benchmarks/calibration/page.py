@@ -21,16 +21,11 @@ _COLUMN = re.compile(r"(?P<key>[^%=]+)(?P<percent>%*)(?:=(?P<heading>.+))?")
 
 
 class Page:
-    """Sections to be filled; tables go to CSV files, too, figures to PNG files.
-
-    Args:
-        folder: of the page; tables and figures go to its folder ``tables``.
-    """
+    """Sections to be filled, in a folder, with tables as CSV files and figures as PNG files in its folder ``tables``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bad: list[str] = []
-        """Sentences on what turned out badly, from all sections."""
+        self.bad: list[str] = []  # sentences on what turned out badly, from all sections
         self._filled: dict[str, Row] = {}
         (folder / "tables").mkdir(parents=True, exist_ok=True)
 
@@ -71,12 +66,7 @@ def _shown(value: Any, columns: Sequence[str]) -> str:
 
 
 def cell(value: Any, decimals: int = 0) -> str:
-    """A value as the page shows it, with its interval where it is of three numbers.
-
-    Args:
-        value: text, truth, a number, or a number and the ends of its interval.
-        decimals: of a share in percent; 0 for a number that is none.
-    """
+    """Text, truth, a number, or one and the ends of its interval as the page shows it; with decimals it is a share in percent."""
     if isinstance(value, tuple):
         middle, low, high = value
         ends = f"{cell(low, decimals)} to {cell(high, decimals)}".replace("%", "")
@@ -103,11 +93,6 @@ def percent(value: float) -> str:
 def listed(names: Sequence[str], by: str = ", ") -> str:
     """Names in a sentence."""
     return by.join(names) if names else "none"
-
-
-def verdict(what: str, met: bool, goal: str) -> str:
-    """Whether a goal is met."""
-    return f"- {what}; the goal, {goal}, is {'met' if met else '**not** met'}."
 
 
 def _flat(row: Row) -> Row:

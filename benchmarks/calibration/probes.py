@@ -7,7 +7,7 @@ asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from evidence import Evidence
 from reporting import Row, read_csv, write_csv
 from torch import Tensor, nn
-from training import EPS, NOISE_GRADIENTS, data_of, fit, gradients_of, noise_scale
+from training import EPS, NOISE_GRADIENTS, Run, data_of, fit, gradients_of, noise_scale
 from workloads import Workload
 
 from lightning_gradhist import NoiseScale, SecondMoment, epsilon_range
@@ -34,7 +34,6 @@ STATES = {"at the start": 0.0, "after a tenth": 0.1}
 """The weights that coverage is measured at, by the share of the samples that they were trained on."""
 
 Measure = Callable[[Evidence, Path], list[Row]]
-Gradients = Mapping[str, Tensor]
 
 
 def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
@@ -64,19 +63,18 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
 
     The weights are the initial ones and those after a tenth of the samples at the middle batch size and its best rate.
     """
-    workload, like = evidence.workload, evidence.middle
-    data, size = data_of(workload.name, folder), like.batch_size
-    rows = []
+    workload, run = evidence.workload, evidence.middle
+    data, rows = data_of(workload.name, folder), []
     for state, share in STATES.items():
         model = _initial(workload)
         if share:
-            rate = 2 ** evidence.best_rates[size]
-            fit(model, replace(like, learning_rate=rate, samples=int(share * like.samples)), data)
+            rate = 2 ** evidence.best_rates[run.batch_size]
+            fit(model, replace(run, learning_rate=rate, samples=int(share * run.samples)), data)
         fresh = gradients_of(model, data, workload.noise_batch_size, torch.Generator().manual_seed(1))
-        truth = _measured(itertools.islice(fresh, TIMES * NOISE_GRADIENTS), workload, size, TIMES)
+        truth = noise_scale(fresh, run, TIMES * NOISE_GRADIENTS)
         for repeat in range(REPEATS):
             own = list(itertools.islice(fresh, NOISE_GRADIENTS))
-            noise, ends = _measured(own, workload, size), bootstrapped(own, workload, size, seed=repeat)
+            noise, ends = noise_scale(iter(own), run), bootstrapped(own, run, seed=repeat)
             for metric, of in METRICS.items():
                 estimate = of(noise)
                 rows.append(
@@ -90,14 +88,14 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
     return rows
 
 
-def bootstrapped(gradients: list[Gradients], workload: Workload, size: int, seed: int) -> dict[str, list[float]]:
+def bootstrapped(gradients: list[Mapping[str, Tensor]], run: Run, seed: int) -> dict[str, list[float]]:
     """The ends of the 95% percentile interval of the noise scale by metric, the gradients of each half drawn again."""
     generator, half = torch.Generator().manual_seed(seed), len(gradients) // 2
     flat = [{"all": torch.cat([part.flatten() for part in gradient.values()])} for gradient in gradients]
     values: dict[str, list[float]] = {metric: [] for metric in METRICS}
     for _ in range(DRAWS):
         first, second = torch.randint(half, (2, half), generator=generator).tolist()
-        noise = _measured([flat[i] for i in first] + [flat[half + i] for i in second], workload, size)
+        noise = noise_scale(iter([flat[i] for i in first] + [flat[half + i] for i in second]), run)
         for metric, of in METRICS.items():
             values[metric].append(of(noise).value)
     return {metric: np.quantile(of, [0.025, 0.975], method="inverted_cdf").tolist() for metric, of in values.items()}
@@ -107,11 +105,6 @@ def _initial(workload: Workload) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return workload.make_model()
-
-
-def _measured(gradients: Iterable[Gradients], workload: Workload, size: int, times: int = 1) -> NoiseScale:
-    """The noise scale from ``times`` as many gradients as a measurement takes."""
-    return noise_scale(gradients, workload.noise_batch_size, EPS["Adam"], size, times * NOISE_GRADIENTS)
 
 
 def kept(path: Path, found: Mapping[str, Evidence], measure: Measure, folder: Path, again: bool = False) -> list[Row]:

@@ -10,7 +10,7 @@ import figures
 import numpy as np
 from evidence import Evidence, Measured, seed_spread
 from grid import STAGES
-from page import Page, listed, number, percent
+from page import Page, listed, number
 from reporting import Row
 from transfers import LAWS, ONE, best_factors, drawn_curves, drawn_seeds, outcomes, with_interval
 
@@ -58,22 +58,14 @@ def best_rates(page: Page, found: Found, draws: int) -> None:
     edge = [f"{row['workload']} at {row['batch_size']:,}" for row in rows if not row["interior"]]
     if edge:
         page.bad.append(f"The optimum is at the edge of what was measured: {listed(edge)}.")
-    generator = np.random.default_rng(0)
-    falling = {
-        steps: _falling({name: losses for name, ev in found.items() if (losses := getattr(ev, of))}, draws, generator)
-        for steps, of in (("falls", "losses"), ("falls_at_equal_steps", "losses_at_equal_steps"))
-    }
-    page.fill("best_rates", best_rates=page.keep("best_rates", rows), edge=listed(edge), **falling)
+    generator, peaks = np.random.default_rng(0), []
+    for of, steps in (("losses", "samples"), ("losses_at_equal_steps", "steps")):
+        for name, losses in ((name, getattr(evidence, of)) for name, evidence in found.items()):
+            if losses:
+                share, peak = falls(losses, draws, generator)
+                peaks.append({"workload": name, "equal": steps, "peak": peak, "lower": share})
+    page.fill("best_rates", best_rates=page.keep("best_rates", rows), edge=listed(edge), peaks=peaks)
     page.draw("loss_curves", figures.loss_curves({name: evidence.losses for name, evidence in found.items()}))
-
-
-def _falling(found: Mapping[str, Mapping[int, Measured]], draws: int, generator: np.random.Generator) -> str:
-    lines = []
-    for name, losses in found.items():
-        share, peak = falls(losses, draws, generator)
-        told = f"in {percent(share)} of the draws a larger batch has a lower one"
-        lines.append(f"- {name}: highest best rate at {peak:,}; {told}.")
-    return "\n".join(lines) or "Not measured yet."
 
 
 def rate_row(name: str, size: int, evidence: Evidence) -> Row:
@@ -83,15 +75,10 @@ def rate_row(name: str, size: int, evidence: Evidence) -> Row:
     dense = np.linspace(curve.rates[0], curve.rates[-1], 1001)
     good = dense[curve.excess(dense) <= PLATEAU - 1]
     return {
-        "workload": name,
-        "batch_size": size,
-        "rate": 2**curve.best_rate,
-        "as_good_octaves": float(good[-1] - good[0]),
-        "loss": float(curve.losses.min()),
-        "seed_noise": seed_spread(losses),
-        "seeds": losses.seeds,
-        "rates": len(curve.rates),
-        "interior": curve.interior,
+        **{"workload": name, "batch_size": size, "rate": 2**curve.best_rate},
+        **{"as_good_octaves": float(good[-1] - good[0]), "loss": float(curve.losses.min())},
+        **{"seed_noise": seed_spread(losses), "seeds": losses.seeds},
+        **{"rates": len(curve.rates), "interior": curve.interior},
     }
 
 
@@ -111,32 +98,25 @@ def surge(page: Page, side: Found, draws: int) -> None:
         return
     generator = np.random.default_rng(0)
     rows = [rate_row("mlp", size, evidence) for evidence in found for size in evidence.losses]
+    seconds = sum(row["seconds"] for evidence in found for row in evidence.results.values())
     page.fill(
         "surge",
-        minutes=f"{sum(row['seconds'] for evidence in found for row in evidence.results.values()) / 60:.0f}",
-        ranges=listed([_range(evidence) for evidence in found], "; "),
+        minutes=f"{seconds / 60:.0f}",
         surge_sizes=page.keep("surge_sizes", rows),
-        peaks="\n".join(_peak(evidence, draws, generator) for evidence in found),
+        peaks=[_peak(evidence, draws, generator) for evidence in found],
     )
 
 
-def _range(evidence: Evidence) -> str:
-    low, *_, high = sizes = evidence.workload.batch_sizes
-    samples = evidence.workload.samples
-    return f"A run from {low:,} to {high:,} has {samples:,} samples, {samples // max(sizes)} steps at the largest"
-
-
-def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> str:
+def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> Row:
     sizes, rates = list(evidence.best_rates), np.array(list(evidence.best_rates.values()))
     share, peak = falls(evidence.losses, draws, generator)
-    slope = float(np.polyfit(np.log2(sizes), rates, 1)[0]) if len(sizes) > 1 else math.nan
-    cost = float(evidence.losses[sizes[-1]].mean().excess(np.array([rates.max()]))[0])
-    return (
-        f"- {sizes[0]:,} to {sizes[-1]:,}: the highest best rate is that of {sizes[int(np.argmax(rates))]:,} first, and of"
-        f" {peak:,} last; in {percent(share)} of the draws of the seeds a batch larger than its last has a lower one. That rate"
-        f" costs {percent(cost)} of the loss at {sizes[-1]:,}. The best rate goes with the batch size to the power of"
-        f" {number(slope)} (least squares)."
-    )
+    samples = evidence.workload.samples
+    return {
+        **{"sizes": f"{sizes[0]:,} to {sizes[-1]:,}", "samples": samples, "steps": samples // sizes[-1]},
+        **{"first": sizes[int(np.argmax(rates))], "last": peak, "lower": share},
+        "cost": float(evidence.losses[sizes[-1]].mean().excess(np.array([rates.max()]))[0]),
+        "power": float(np.polyfit(np.log2(sizes), rates, 1)[0]) if len(sizes) > 1 else math.nan,
+    }
 
 
 def momentum(page: Page, found: Found, side: Found, draws: int) -> None:

@@ -1,6 +1,6 @@
 """Draws the tables and figures of the calibration's evidence from what the grids measured: ``make evidence``.
 
-``PYTHONPATH=benchmarks:examples python benchmarks/calibration/tables.py``. It reads the tables of ``drive.py`` as far as
+``PYTHONPATH=benchmarks:examples python benchmarks/calibration/tables.py``. It reads the tables of ``grid.py`` as far as
 they have come, and writes the page ``README.md`` beside them, with a folder of tables and figures. What it measures itself
 at fixed weights (``probes.py``), the search space of epsilon and the coverage of intervals, is kept in that folder until
 ``--again``.
@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import epsilon_section
 import noise_section
 import optimizer_section
 import probes
 import rate_section
-import transfer_section
+import transfers
 from evidence import collect
 from grid import FOLDER, read
 from page import Page
@@ -27,27 +26,33 @@ HERE = Path(__file__).parent
 
 def main(arguments: list[str] | None = None) -> None:
     """Writes the page, its tables and its figures."""
-    options = parse(arguments)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the tables of grid.py")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the page")
+    parser.add_argument("--draws", type=int, default=200, help="draws of the seeds for the intervals")
+    parser.add_argument("--again", action="store_true", help="measure the search spaces and the coverage again")
+    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
+    options = parser.parse_args(arguments)
     found, side = collect(options.results), collect(options.results, side=True)
     if not found:
-        raise SystemExit(f"--results must be a folder with the tables of drive.py, got {options.results}; run it first")
+        raise SystemExit(f"--results must be a folder with the tables of grid.py, got {options.results}; run it first")
     page, draws = Page(options.output), options.draws
     tables, measure = options.output / "tables", (options.data_dir, options.again)
-    results = transfer_section.carried(found, "losses", draws)
-    transfer_section.in_short(page, transfer_section.ranked(results), list(found))
+    results = transfers.carried(found, "losses", draws)
+    transfers.in_short(page, transfers.ranked(results), list(found))
     rate_section.runs(page, found)
     rate_section.best_rates(page, found, draws)
     rate_section.surge(page, side, draws)
     rate_section.momentum(page, found, side, draws)
-    transfer_section.transfers(page, found, results, draws)
-    transfer_section.factors(page, results)
-    transfer_section.without_largest(page, found, draws)
-    transfer_section.equal_steps(page, found, draws)
+    transfers.carrying(page, found, results, draws)
+    transfers.factors(page, results)
+    transfers.without_largest(page, found, draws)
+    transfers.equal_steps(page, found, draws)
     noise_section.growth(page, found)
     noise_section.coverage(page, probes.kept(tables / "coverage.csv", found, probes.coverage, *measure))
     noise_section.tradeoff(page, found)
     ranges = probes.kept(tables / "epsilon_range.csv", found, probes.epsilon_ranges, *measure)
-    epsilon_section.epsilon(page, found, ranges)
+    optimizer_section.epsilon(page, found, ranges)
     optimizer_section.optimizers(page, found)
     optimizer_section.claims(page, read(options.results / "claims.csv"))
     page.fill(
@@ -56,17 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("left_out", "choices"):
         page.fill(name, text=(HERE / f"{name}.md").read_text(encoding="utf-8").strip())
     page.write()
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the tables of drive.py")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the page")
-    parser.add_argument("--draws", type=int, default=200, help="draws of the seeds for the intervals")
-    parser.add_argument("--again", action="store_true", help="measure the search spaces and the coverage again")
-    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

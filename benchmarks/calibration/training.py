@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -23,10 +23,8 @@ from lightning_gradhist import ALTO, AdamE, NoiseScale
 
 NOISE_GRADIENTS = 32
 """Independent gradients of one measurement of the noise scale, half of them in each of its halves."""
-_WARM_UP = 0.05
-_MOMENTS = 12
+_WARM_UP, _MOMENTS = 0.05, 12
 _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
-
 # Without weight decay, but for AdamW's 0.01. ALTO and Lamb share their moments, as Adam and AdamE do, so that each pair
 # differs by E alone.
 # timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
@@ -84,47 +82,33 @@ def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
         for each moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (forward and backward
         passes that it took, each of the workload's ``noise_batch_size``).
     """
-    data, start = data_of(run.workload, folder), perf_counter()
-    model, curve, noise = trained(run, data)
+    model, data, row = _trained(run, folder)
     test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
-    return {
-        **_result(run, model, data, curve),
-        "test_loss": test_loss,
-        "test_accuracy": accuracy,
-        "seconds": perf_counter() - start,
-        "curve": curve,
-        "samples_to_target": [(t, samples_to(t, curve)) for t in WORKLOADS[run.workload].targets],
-        "noise_scale": noise,
-        "noise_passes": NOISE_GRADIENTS * len(noise),
-    }
+    return {**row, "test_loss": test_loss, "test_accuracy": accuracy}
 
 
 def train_for_claim(run: Run, folder: Path = FASHION_MNIST) -> Row:
     """As :func:`train`, the accuracy on the first half of the test data, ``validation_error`` on the second."""
-    data, start = data_of(run.workload, folder), perf_counter()
-    model, curve, _ = trained(run, data)
+    model, data, row = _trained(run, folder)
     half = len(data.test) // 2
-    (_, accuracy), (_, validated) = (
-        evaluate(model, [tensor[part] for tensor in data.test.tensors], half)
-        for part in (slice(half), slice(half, None))
-    )
-    result = _result(run, model, data, curve)
-    return {**result, "validation_error": 1 - validated, "test_accuracy": accuracy, "seconds": perf_counter() - start}
+    parts = ([tensor[part] for tensor in data.test.tensors] for part in (slice(half), slice(half, None)))
+    accuracy, validated = (evaluate(model, part, half)[1] for part in parts)
+    return {**row, "validation_error": 1 - validated, "test_accuracy": accuracy}
 
 
-def _result(run: Run, model: nn.Module, data: Data, curve: Curve) -> Row:
-    train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
-    diverged = int(not train_loss <= curve[0][1])
-    return {**asdict(run), "steps": run.steps, "train_loss": train_loss, "diverged": diverged}
-
-
-def trained(run: Run, data: Data) -> tuple[nn.Module, Curve, list[dict[str, float]]]:
-    """A model from the seed of a run, trained on one thread, with what :func:`fit` returns."""
+def _trained(run: Run, folder: Path) -> tuple[nn.Module, Data, Row]:
     torch.set_num_threads(1)
+    data, start = data_of(run.workload, folder), perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = WORKLOADS[run.workload].make_model()
-        return model, *fit(model, run, data)
+        curve, noise = fit(model, run, data)
+    train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
+    row = {"steps": run.steps, "train_loss": train_loss, "diverged": int(not train_loss <= curve[0][1])}
+    reached = [(target, samples_to(target, curve)) for target in WORKLOADS[run.workload].targets]
+    measured = {"noise_scale": noise, "noise_passes": NOISE_GRADIENTS * len(noise)}
+    along = {"seconds": perf_counter() - start, "curve": curve, "samples_to_target": reached}
+    return model, data, {**asdict(run), **row, **along, **measured}
 
 
 def evaluate(model: nn.Module, tensors: Sequence[Tensor], samples: int) -> tuple[float, float]:
@@ -165,36 +149,24 @@ def schedule(step: int, steps: int) -> float:
 def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Generator) -> dict[str, float]:
     """The noise scale at the present weights, from fresh gradients of independent samples.
 
-    The metric of ``B_adam`` is that of a batch of the run's size, and of its epsilon. ``simple`` and ``adam`` are in
-    samples, each with ``_lower`` and ``_upper``, the ends of its 95% interval.
+    ``simple`` and ``adam`` are in samples, each with ``_lower`` and ``_upper``, the ends of its 95% interval.
     """
+    fresh = gradients_of(model, data, WORKLOADS[run.workload].noise_batch_size, generator)
+    noise, found = noise_scale(fresh, run), {}
+    for name, of in (("simple", noise.simple()), ("adam", noise.adam())):
+        found |= {name: of.value, f"{name}_lower": of.lower, f"{name}_upper": of.upper}
+    return found
+
+
+def noise_scale(gradients: Iterator[Mapping[str, Tensor]], run: Run, number: int = NOISE_GRADIENTS) -> NoiseScale:
+    """The noise scale from the next gradients, with the metric of a batch of the run's size, and of its epsilon."""
     batch_size = WORKLOADS[run.workload].noise_batch_size
-    fresh = itertools.islice(gradients_of(model, data, batch_size, generator), NOISE_GRADIENTS)
-    scaled = ({name: gradient * run.loss_scale for name, gradient in gradients.items()} for gradients in fresh)
-    noise = noise_scale(scaled, batch_size, run.eps, run.batch_size)
-    estimates = {"simple": noise.simple(), "adam": noise.adam()}
-    return {
-        name + end: value
-        for name, of in estimates.items()
-        for end, value in (("", of.value), ("_lower", of.lower), ("_upper", of.upper))
-    }
-
-
-def noise_scale(
-    gradients: Iterable[Mapping[str, Tensor]],
-    batch_size: int,
-    eps: float,
-    of_batch_size: int,
-    number: int = NOISE_GRADIENTS,
-) -> NoiseScale:
-    """The noise scale from a number of gradients over ``batch_size`` samples, for a batch of another size."""
-    coming = iter(gradients)
-    first = next(coming)
-    noise = NoiseScale(first, batch_size)
-    for index, gradient in enumerate(itertools.chain([first], coming)):
+    for index, gradient in enumerate(itertools.islice(gradients, number)):
+        if index == 0:
+            noise = NoiseScale(gradient, batch_size)
         if index == number // 2:
-            noise.split(eps, of_batch_size / batch_size)
-        noise.update(gradient)
+            noise.split(run.eps, run.batch_size / batch_size)
+        noise.update({name: values * run.loss_scale for name, values in gradient.items()})
     return noise
 
 

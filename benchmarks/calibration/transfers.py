@@ -1,14 +1,20 @@
-"""What it costs to carry the best learning rate of one batch size to another, by law and estimate of the noise scale."""
+"""What it costs to carry the best learning rate of one batch size to another, by law and estimate of the noise scale.
+
+The arithmetic comes first, then the sections of the page.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import figures
 import numpy as np
-from evidence import Curve, Measured
+from evidence import FIT, MEAN, Curve, Evidence, Measured
+from page import Page, cell, listed, number, percent
 from reporting import Row
+from training import NOISE_GRADIENTS
 
 from lightning_gradhist.learning_rate import BOUND, PLAIN_LAWS, SurgeLaw, plain_law
 
@@ -36,6 +42,12 @@ SCALES = 2.0 ** np.arange(0, 20.25, 0.25)
 """Factors of an estimate that are tried, and noise scales in samples for :data:`ONE`."""
 _LOW, _HIGH, _STEPS_AN_OCTAVE = -12, 40, 4
 
+GOAL_MEAN, GOAL_WORST = 0.02, 0.10
+SHOWN = 8
+DEFAULT = ("surge", MEAN, AS_IT_IS)
+"""What the package does with the record of a run."""
+
+
 Method = tuple[str, str]
 """Law and estimate."""
 Noise = Mapping[str, np.ndarray]
@@ -55,6 +67,10 @@ class Outcome(NamedTuple):
     def usable(self) -> bool:
         """Whether there is an estimate for any transfer."""
         return not np.isnan(self.excess).all()
+
+
+Found = Mapping[str, Evidence]
+Outcomes = Mapping[str, Mapping[Method, Outcome]]
 
 
 def outcomes(
@@ -173,15 +189,165 @@ def _chosen(method: Method, outcome: Outcome, others: list[Outcome]) -> dict[str
 
 
 def _score(method: Method, source: str, outcome: Outcome, indices: np.ndarray) -> Row:
-    at = indices[0]
+    at, means = indices[0], np.take_along_axis(outcome.means, indices[:, None], 1)[:, 0]
     excess = outcome.excess[at]
     transfers = int((~np.isnan(excess)).sum())
     return {
         **{"law": method[0], "estimate": method[1], "source": source, "factor": float(outcome.factors[at])},
-        "means": np.take_along_axis(outcome.means, indices[:, None], 1)[:, 0],
-        "worst": float(np.nanmax(excess)),
-        "diverged": int(outcome.diverged[at].sum()),
-        "at_least": int(outcome.bounds[at].sum()),
-        "transfers": transfers,
-        "left_out": excess.size - excess.shape[0] * excess.shape[1] - transfers,
+        **{"means": means, "mean": with_interval(means), "worst": float(np.nanmax(excess))},
+        **{"diverged": int(outcome.diverged[at].sum()), "at_least": int(outcome.bounds[at].sum())},
+        **{"transfers": transfers, "left_out": excess.size - excess.shape[0] * excess.shape[1] - transfers},
     }
+
+
+def carried(found: Found, losses: str, draws: int) -> Outcomes:
+    """All transfers on every workload, of the losses that an attribute of the evidence has."""
+    generator = np.random.default_rng(0)
+    of_each = {name: getattr(evidence, losses) for name, evidence in found.items()}
+    return {name: outcomes(own, found[name].noise_scales(own), draws, generator) for name, own in of_each.items()}
+
+
+def ranked(results: Outcomes) -> list[Row]:
+    """How the methods that can be had on every workload do there and on average, the lowest mean excess first."""
+    found = {name: {_method(row): row for row in scores(results, name)} for name in results}
+    plain = {n: min(row["means"][0] for row in of.values() if row["estimate"] == NONE) for n, of in found.items()}
+    rows = []
+    for method in set.intersection(*map(set, found.values())):
+        own = {name: of[method] for name, of in found.items()}
+        sums = {key: sum(row[key] for row in own.values()) for key in ("diverged", "at_least")}
+        rows.append(
+            {
+                **dict(zip(("law", "estimate", "source"), method, strict=True)),
+                **{name: row["mean"] for name, row in own.items()},
+                "mean": with_interval(np.mean([row["means"] for row in own.values()], 0)),
+                "worst": max(row["worst"] for row in own.values()),
+                **{"diverged": sums["diverged"], "bounds": sums["at_least"]},
+                "beaten": sum(row["means"][0] < plain[name] for name, row in own.items()),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["mean"][0], _method(row)))
+
+
+def _method(row: Row) -> tuple[str, str, str]:
+    return row["law"], row["estimate"], row["source"]
+
+
+def label(row: Row) -> str:
+    """The name of a method in a sentence."""
+    law, estimate, source = _method(row)
+    sources = {AS_IT_IS: "", FROM_OTHERS: " (factor of the others)", BEST: " (oracle)"}
+    return law if estimate == NONE else f"{law} with {estimate}{sources[source]}"
+
+
+def in_short(page: Page, methods: Sequence[Row], names: Sequence[str]) -> None:
+    """The best methods, and which meet the goals, of those that need no run at the batch size they carry a rate to."""
+    honest = [row for row in methods if row["source"] != BEST and row["estimate"] != FIT]
+    below = [row for row in honest if row["mean"][0] <= GOAL_MEAN and row["beaten"] == len(names)]
+    safe = [row for row in honest if row["worst"] <= GOAL_WORST and not row["diverged"]]
+    both = [row for row in below if row in safe]
+    if not both:
+        page.bad.append("No law with any estimate meets the goals for the mean and for the worst transfer together.")
+
+    def told(rows: Sequence[Row], which: str = "") -> str:
+        if not rows:
+            return "not measured yet."
+        by_workload = listed([f"{name} {cell(rows[0][name], 1)}" for name in names])
+        return (
+            f"{which}**{label(rows[0])}**: mean excess loss {cell(rows[0]['mean'], 1)} over all transfers, worst"
+            f" {percent(rows[0]['worst'])}, {rows[0]['diverged']} divergences; by workload {by_workload}."
+        )
+
+    groups = {
+        "measured": [row for row in honest if row["estimate"] not in (NONE, ONE)],
+        "never_measured": [row for row in honest if row["estimate"] == ONE],
+        "without": [row for row in honest if row["estimate"] == NONE],
+    }
+    page.fill(
+        "in_short",
+        **{name: told(group, f"the best of {len(group)}: ") for name, group in groups.items()},
+        default=told([row for row in methods if _method(row) == DEFAULT]),
+        **{name: listed([*map(label, of)], "; ") for name, of in (("below", below), ("safe", safe), ("both", both))},
+    )
+
+
+def carrying(page: Page, found: Found, results: Outcomes, draws: int) -> None:
+    """What it costs to carry a rate."""
+    rows = [{"workload": name, **row} for name in results for row in scores(results, name)]
+    page.keep("transfers", [{key: value for key, value in row.items() if key != "means"} for row in rows])
+    methods = ranked(results)
+    candidates = _candidates(methods)
+    always = [row for row in candidates if row["estimate"] in (NONE, ONE) or _method(row)[1:] == (MEAN, AS_IT_IS)]
+    page.fill(
+        "transfers",
+        draws=draws,
+        best=[row for row in candidates if row in always or row in candidates[:SHOWN]],
+        candidates=len(candidates),
+        shown=SHOWN,
+        cost=[_cost(name, evidence) for name, evidence in found.items()],
+    )
+    wanted = ((MEAN, AS_IT_IS), (MEAN, FROM_OTHERS), (ONE, FROM_OTHERS), (ONE, BEST), (FIT, AS_IT_IS))
+    drawn = [row for row in methods if row["estimate"] == NONE or _method(row)[1:] in wanted]
+    points = {name: [row[name] for row in drawn] for name in found}
+    page.draw("transfers", figures.scores_by_method([label(row) for row in drawn], points))
+
+
+def _candidates(methods: Sequence[Row]) -> list[Row]:
+    return [row for row in methods if row["source"] != BEST or row["estimate"] == ONE]
+
+
+def _cost(name: str, evidence: Evidence) -> Row:
+    """What tuning costs against a measurement of the noise scale."""
+    tuning = sum(row["stage"] in ("rates", "refine") for row in evidence.results.values())
+    share = NOISE_GRADIENTS * evidence.workload.noise_batch_size / evidence.workload.samples
+    return {"workload": name, "runs": tuning / len(evidence.losses), "passes": NOISE_GRADIENTS, "share": share}
+
+
+def factors(page: Page, results: Outcomes) -> None:
+    """Whether one factor links an estimate to the noise scale of a law on every workload."""
+    linked: dict[Method, dict[str, Outcome]] = {}
+    for method in next(iter(results.values())):
+        own = {name: of[method] for name, of in results.items() if method in of and of[method].usable}
+        if method[1] != NONE and len(own) == len(results):
+            linked[method] = own
+    if (next(iter(LAWS)), MEAN) not in linked:
+        return
+    rows = page.keep("factors", [_factor_row(*method, own) for method, own in linked.items()])
+    apart = [f"{row['law']} with {MEAN}" for row in rows if row["overlap"] == "none" and row["estimate"] == MEAN]
+    if apart:
+        page.bad.append(f"No one factor lies in the intervals of all workloads: {listed(apart)}.")
+    shown = [row for row in rows if row["estimate"] == ONE or row["estimate"].endswith(" mean")]
+    page.fill("factors", lowest=number(FACTORS[0]), highest=number(FACTORS[-1]), factors=shown)
+    of_mean = {law: {name: (of.factors, of.means) for name, of in linked[law, MEAN].items()} for law in LAWS}
+    page.draw("factors", figures.excess_by_factor(of_mean, MEAN))
+
+
+def _factor_row(law: str, estimate: str, own: Mapping[str, Outcome]) -> Row:
+    best = {name: with_interval(outcome.factors[best_factors(outcome)]) for name, outcome in own.items()}
+    low, high = max(point[1] for point in best.values()), min(point[2] for point in best.values())
+    one = int(best_factors(*own.values())[0])
+    return {
+        **{"law": law, "estimate": estimate, **best},
+        "overlap": f"{number(low)} to {number(high)}" if low <= high else "none",
+        "one": float(next(iter(own.values())).factors[one]),
+        "mean": float(np.mean([outcome.means[0, one] for outcome in own.values()])),
+    }
+
+
+def without_largest(page: Page, found: Found, draws: int) -> None:
+    """The same without the largest batch sizes, whose runs are short."""
+    steps = min(evidence.workload.samples // list(evidence.losses)[-2] for evidence in found.values())
+    page.fill("without_largest", steps=steps, transfers=_again(page, found, "losses_without_largest", draws))
+
+
+def equal_steps(page: Page, found: Found, draws: int) -> None:
+    """The same at equal steps."""
+    equal = {name: evidence for name, evidence in found.items() if evidence.losses_at_equal_steps}
+    if equal:
+        fewest = {name: min(of.seeds for of in ev.losses_at_equal_steps.values()) for name, ev in equal.items()}
+        rows = _again(page, equal, "losses_at_equal_steps", draws)
+        page.fill("at_equal_steps", seeds=listed([f"{name} {n}" for name, n in fewest.items()]), transfers=rows)
+
+
+def _again(page: Page, found: Found, losses: str, draws: int) -> list[Row]:
+    rows = page.keep(f"transfers_{losses}", _candidates(ranked(carried(found, losses, draws))))
+    return [row for row in rows if row["estimate"] in (NONE, ONE, MEAN)]

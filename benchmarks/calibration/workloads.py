@@ -1,9 +1,6 @@
 """Four real workloads that two CPU cores bear. A sample is one image or one sequence.
 
-They are small, so that hundreds of runs of each can be made in an hour or two: the language models have 0.11 M and 0.12 M
-parameters and see 32 characters at a time. The batch sizes of a workload are a factor of four apart and span a factor of
-256. A run at equal samples is at most one pass over the data. On one core of an AMD EPYC, shared, a sample took 0.23 ms
-(``cnn``), 0.4 to 0.9 ms (``gpt``) and 0.2 to 0.6 ms (``lstm``), more at the smallest batches; a step of ``mlp`` took 0.3 ms.
+The batch sizes of a workload are a factor of four apart. A run at equal samples is at most one pass over the data.
 """
 
 from __future__ import annotations
@@ -22,13 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package ``dataset-fashion-mnist`` puts its four files."""
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts its four files
 CONTEXT = 32
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = len(CHARACTERS) + 1  # and one for all others
-_TEXT_BYTES = 4_000_000
-_TEST_SEQUENCES = 2048
+_TEXT_BYTES, _TEST_SEQUENCES = 4_000_000, 2048
 _COPIES, _NOISE = 16, 0.5  # the noise's standard deviation, where white is 1
 
 
@@ -136,10 +131,7 @@ def _images(folder: Path) -> Data:
 
 
 def _digits(folder: Path) -> Data:
-    """Scikit-learn's digits, 16 copies of each under noise of their own.
-
-    Without it the loss goes to zero, and a share of it says nothing.
-    """
+    """Scikit-learn's digits, 16 copies of each under noise, without which the loss goes to zero and a share says nothing."""
     data, generator = Digits(1), torch.Generator().manual_seed(0)
     return Data(_noisy(data.train, generator), _noisy(data.val, generator))
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import capture_cost
 import capture_scale
-import capture_turns
 import capture_variants
 import numpy as np
 import pytest
@@ -142,17 +141,15 @@ def test_logged_steps_and_heatmaps_are_told_apart_and_weigh_as_often_as_they_com
         seconds[step] += 0.5 + 4 * draws
         seconds[step + 1] += 0.25  # its writing reaches into the next one
     seconds[0] = 1e6
-    found = capture_turns.added(one, seconds[:-1], [1e6, 1e6, 1e6, *[1.0] * 20])
+    found = capture_cost.added(one, seconds[:-1], [1e6, 1e6, 1e6, *[1.0] * 20])
     assert found.logged == pytest.approx(0.75) and found.drawn == pytest.approx(4)
     draws = sum(number & (number - 1) == 0 for number in range(1, reports + 1))
     assert found.step == pytest.approx((0.75 * reports + 4 * draws) / 10_000)
 
 
 def test_what_draws_nothing_adds_the_mean_of_its_later_half() -> None:
-    found = capture_turns.added(
-        variant("monitor, off-steps"), [9.0, 9.0, 9.0, 3.0, 5.0, 4.0], [7.0, 7.0, 7.0, 1.0, 1.0]
-    )
-    assert found == capture_turns.Added(3.0, 0.0, 3.0)
+    found = capture_cost.added(variant("monitor, off-steps"), [9.0, 9.0, 9.0, 3.0, 5.0, 4.0], [7.0, 7.0, 7.0, 1.0, 1.0])
+    assert found == capture_cost.Added(3.0, 0.0, 3.0)
 
 
 def test_what_cannot_be_is_named_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +218,7 @@ def test_what_depends_on_the_batch_has_one_turn_and_is_compared_with_none_on_who
     none = variant("none")
     slow = replace(none, name="slow", depends_on_batch=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rounds = capture_turns.take_rounds(replace(tiny(), steps=8), [none, slow], 2, CPU)
+    rounds = capture_cost.take_rounds(replace(tiny(), steps=8), [none, slow], 2, CPU)
     assert [sorted(one.turns) for one in rounds] == [["none", "slow"], ["none"]]
     row = capture_cost.of_rounds(rounds, slow)
     first = np.mean(rounds[0].turns["slow"].seconds[4:]) - np.mean(rounds[0].whole.seconds[3:])
@@ -229,7 +226,7 @@ def test_what_depends_on_the_batch_has_one_turn_and_is_compared_with_none_on_who
 
 
 def test_work_of_other_threads_counts() -> None:
-    clock = capture_turns.Clock(CPU)
+    clock = capture_cost.Clock(CPU)
     clock.on_train_batch_start()
     worker = Thread(target=lambda: sorted(range(3_000_000), key=lambda i: -i))
     worker.start()
@@ -239,9 +236,9 @@ def test_work_of_other_threads_counts() -> None:
 
 
 def test_the_monitor_has_a_whole_turn_also_where_batches_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_turns, "SMALL_BATCH", None)  # as on CUDA
+    monkeypatch.setattr(capture_cost, "SMALL_BATCH", None)  # as on CUDA
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     some = [variant("none"), variant("monitor")]
-    (one,) = capture_turns.take_rounds(tiny(), some, 1, CPU)
+    (one,) = capture_cost.take_rounds(tiny(), some, 1, CPU)
     assert len(one.turns["monitor"].seconds) == tiny().steps
     assert np.isfinite(one.added(variant("monitor")).step)

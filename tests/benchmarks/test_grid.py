@@ -9,15 +9,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import claims
-import drive
 import grid
 import pytest
 import torch
-from claims import Setting
+from grid import CLEAR, Setting, Table, best, losses, missing, rate, read
 from known_runs import claimed, row_of
 from reporting import read_csv
-from runs import CLEAR, Table, best, losses, missing, rate, read
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
@@ -118,16 +115,16 @@ def test_a_gpt_does_not_look_ahead() -> None:
 
 def test_resume_skips_what_is_there_and_drops_a_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WORKLOADS, "mlp", replace(WORKLOADS["mlp"], batch_sizes=(8, 32), samples=320))
-    options = drive.parse(["--table", "mlp", "--stage", "rates", "--workers", "1", "--output", str(tmp_path)])
+    options = grid.parse(["--table", "mlp", "--stage", "rates", "--workers", "1", "--output", str(tmp_path)])
     path = tmp_path / "mlp.csv"
 
     def lines() -> list[str]:
         with ThreadPool(1) as pool:
-            drive.make_runs(pool, options)
+            grid.make_runs(pool, options)
         return path.read_text().splitlines()
 
     first = lines()
-    table = Table(path, drive.COLUMNS)
+    table = Table(path, grid.COLUMNS)
     for size in (8, 32):
         of_size = [run for run in table if run.batch_size == size]
         assert missing(losses(table, of_size[0]), 0) == []
@@ -137,7 +134,7 @@ def test_resume_skips_what_is_there_and_drops_a_torn_line(tmp_path: Path, monkey
     assert torn[:-1] == first[:-1] and torn[-1] != first[-1]
     again = lines()
     assert again[:-1] == first[:-1] and len(again) == len(first)
-    assert without(list(Table(path, drive.COLUMNS).values())[-1], {"seconds"}) == without(
+    assert without(list(Table(path, grid.COLUMNS).values())[-1], {"seconds"}) == without(
         list(table.values())[-1], {"seconds"}
     )
     assert lines() == again
@@ -151,7 +148,7 @@ def bowl(run: Run) -> float:
 
 def test_the_grid_is_finished_with_its_optima_interior() -> None:
     workload, table = WORKLOADS["gpt"], {}
-    while (wanted := drive.next_run(["gpt"], grid.STAGES, {"gpt": table}, [])) is not None:
+    while (wanted := grid.next_run(["gpt"], grid.STAGES, {"gpt": table}, [])) is not None:
         stage, _, run = wanted
         assert run not in table and len(table) < 1000
         table[run] = {"stage": stage, "train_loss": bowl(run), "diverged": run.learning_rate > 0.5}
@@ -184,19 +181,19 @@ def test_rates_are_lowered_where_all_diverge() -> None:
 def test_a_workload_waits_for_its_stage_and_another_one_goes_on() -> None:
     running: list[Run] = []
     tables: dict[str, Any] = {"mlp": {}, "gpt": {}}
-    wanted = [drive.next_run(list(tables), grid.STAGES, tables, running)]
+    wanted = [grid.next_run(list(tables), grid.STAGES, tables, running)]
     while wanted[-1] is not None:
         running.append(wanted[-1][2])
-        wanted.append(drive.next_run(list(tables), grid.STAGES, tables, running))
+        wanted.append(grid.next_run(list(tables), grid.STAGES, tables, running))
     assert [run.workload for run in running] == ["mlp"] * 15 + ["gpt"] * 15
     assert len(set(running)) == 30
 
 
 def made(folder: Path, name: str) -> list[dict[str, Any]]:
     """The rows of a table once the driver has nothing left to do."""
-    asked = drive.parse(["--table", name, "--workers", "1", "--output", str(folder)])
+    asked = grid.parse(["--table", name, "--workers", "1", "--output", str(folder)])
     with ThreadPool(1) as pool:
-        drive.make_runs(pool, asked)
+        grid.make_runs(pool, asked)
     return read_csv(folder / f"{name}.csv")
 
 
@@ -205,7 +202,7 @@ def test_side_grids_are_finished_and_go_on_where_they_were(
 ) -> None:
     workload = replace(grid.SIDE["no_momentum"], batch_sizes=(8, 32), samples=2048)
     monkeypatch.setitem(grid.SIDE, "no_momentum", workload)
-    monkeypatch.setattr(drive, "train", lambda run, folder: row_of(run, ""))
+    monkeypatch.setattr(grid, "train", lambda run, folder: row_of(run, ""))
     rows = made(tmp_path, "no_momentum")
     assert {row["optimizer"] for row in rows} == {"Adam without momentum"} and {row["seed"] for row in rows} == {
         0,
@@ -222,35 +219,35 @@ COMPARED = Setting("mlp", 16, 6, optimizers=("ALTO", "AdamW"))
 
 def test_every_optimizer_gets_five_seeds_at_an_interior_optimum() -> None:
     results: dict[Run, dict[str, Any]] = {}
-    while (run := next(claims.wanted((COMPARED,), results), None)) is not None:
+    while (run := next(grid.claims((COMPARED,), results), None)) is not None:
         results[run] = claimed(run)
     for name in COMPARED.optimizers:
-        known = claims.errors(results, COMPARED.run(name))
+        known = losses(results, COMPARED.run(name), "validation_error")
         assert best(known) == -10 and min(known) <= -12 and max(known) >= -8
         at_best = [run.seed for run in results if run.optimizer == name and run.learning_rate == 2**-5]
-        assert sorted(at_best) == list(range(claims.SEEDS))
+        assert sorted(at_best) == list(range(grid.SEEDS))
 
 
 def test_claims_run_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "SETTINGS", (COMPARED,))
-    monkeypatch.setattr(claims, "missing", lambda known, start: [start] if not known else [])
+    monkeypatch.setattr(grid, "SETTINGS", (COMPARED,))
+    monkeypatch.setattr(grid, "missing", lambda known, start: [start] if not known else [])
     rows = made(tmp_path, "claims")
-    assert list(rows[0]) == drive.CLAIMS_COLUMNS and len(rows) == 2 * claims.SEEDS
-    assert {row["seed"] for row in rows} == set(range(claims.SEEDS))
-    assert len({row["test_accuracy"] for row in rows}) > claims.SEEDS
+    assert list(rows[0]) == grid.CLAIMS_COLUMNS and len(rows) == 2 * grid.SEEDS
+    assert {row["seed"] for row in rows} == set(range(grid.SEEDS))
+    assert len({row["test_accuracy"] for row in rows}) > grid.SEEDS
     assert all(0 < row["test_accuracy"] < 1 and 0 < row["validation_error"] < 1 for row in rows)
     path = tmp_path / "claims.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-    monkeypatch.setattr(claims, "result", lambda run, folder: claimed(run))
+    monkeypatch.setattr(grid, "train_for_claim", lambda run, folder: claimed(run))
     again = made(tmp_path, "claims")
     assert [{**row, "seconds": 1.0} for row in again[:-1]] == [{**row, "seconds": 1.0} for row in rows[:-1]]
     assert len(again) == len(rows) and sum(row["seconds"] == 1.0 for row in again) == 1
 
 
 def test_the_tables_of_the_repository_are_read_back() -> None:
-    found = {name: read(drive.FOLDER / f"{name}.csv") for name in drive.NAMES}
-    assert {name: len(results) > 80 for name, results in found.items()} == dict.fromkeys(drive.NAMES, True)
+    found = {name: read(grid.FOLDER / f"{name}.csv") for name in grid.NAMES}
+    assert {name: len(results) > 80 for name, results in found.items()} == dict.fromkeys(grid.NAMES, True)
     run, row = next((run, row) for run, row in found["mlp"].items() if run.noise)
     assert run.steps == row["steps"] and row["curve"][0][0] == 0 and row["noise_scale"][0]["adam"] > 0
-    assert list(read_csv(drive.FOLDER / "mlp.csv")[0]) == drive.COLUMNS
-    assert list(read_csv(drive.FOLDER / "claims.csv")[0]) == drive.CLAIMS_COLUMNS
+    assert list(read_csv(grid.FOLDER / "mlp.csv")[0]) == grid.COLUMNS
+    assert list(read_csv(grid.FOLDER / "claims.csv")[0]) == grid.CLAIMS_COLUMNS

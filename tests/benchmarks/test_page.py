@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import claims
-import drive
 import evidence
 import grid
 import noise_section
@@ -21,17 +19,15 @@ import pytest
 import rate_section
 import tables
 import torch
-import transfer_section
-from claims import Setting
-from curves import CAP, Curve, Measured
-from evidence import Evidence, collect
+import transfers
+from evidence import CAP, Curve, Evidence, Measured, collect
+from grid import Setting, Table, rate, read
 from known_runs import claimed, row_of
 from page import Page
 from probes import coverage, epsilon_ranges, kept
 from reporting import read_csv
-from runs import Table, rate, read
 from training import EPS, Run
-from transfers import AS_IT_IS, BEST, FACTORS, FROM_OTHERS, LAWS, NONE, Bench, outcomes, scores, with_interval
+from transfers import AS_IT_IS, BEST, FACTORS, FROM_OTHERS, LAWS, NONE, outcomes, scores, with_interval
 from workloads import WORKLOADS
 
 from lightning_gradhist.learning_rate import plain_law
@@ -60,29 +56,29 @@ def test_an_exact_law_costs_nothing_and_its_factor_is_found(name: str) -> None:
     rates = np.arange(-6, 6.5, 0.5)
     exact = {size: bowl(size, LAWS[name](64.0), rates) for size in SIZES}
     off = np.full((2, 3), 16.0)
-    benches = {"one": Bench(exact, {"off": off}), "two": Bench(exact, {"off": 2 * off})}
-    found = {key: outcomes(bench, 5, np.random.default_rng(0)) for key, bench in benches.items()}
+    noise = {"one": {"off": off}, "two": {"off": 2 * off}}
+    found = {key: outcomes(exact, own, 5, np.random.default_rng(0)) for key, own in noise.items()}
     for key, factor in (("one", 4.0), ("two", 2.0)):
-        by_source = {score.method[2]: score for score in scores(found)[key] if score.method[:2] == (name, "off")}
+        by_source = {r["source"]: r for r in scores(found, key) if (r["law"], r["estimate"]) == (name, "off")}
         best = by_source[BEST]
-        assert best.factor == factor and best.worst == pytest.approx(0, abs=1e-9)
+        assert best["factor"] == factor and best["worst"] == pytest.approx(0, abs=1e-9)
         assert with_interval(FACTORS[found[key][name, "off"].means.argmin(1)]) == (factor, factor, factor)
-        assert by_source[FROM_OTHERS].factor == 8 / factor
-        assert min(by_source[AS_IT_IS].worst, by_source[FROM_OTHERS].worst) > 0.001
-        assert best.transfers == 12 and best.left_out == best.bounds == best.diverged == 0
+        assert by_source[FROM_OTHERS]["factor"] == 8 / factor
+        assert min(by_source[AS_IT_IS]["worst"], by_source[FROM_OTHERS]["worst"]) > 0.001
+        assert best["transfers"] == 12 and best["left_out"] == best["at_least"] == best["diverged"] == 0
 
 
 def test_pairs_without_an_estimate_are_left_out_and_counted() -> None:
     exact = {size: bowl(size, plain_law("sqrt").ratio, np.arange(-1.5, 2, 0.5)) for size in SIZES}
     noise = np.array([[math.nan, 5.0, math.inf]])
-    found = scores({"one": outcomes(Bench(exact, {"some": noise}), 2, np.random.default_rng(0))})["one"]
-    one = next(score for score in found if score.method == ("saturating", "some", AS_IT_IS))
-    assert (one.transfers, one.left_out) == (4, 2)
-    assert next(score for score in found if score.method == ("sqrt", NONE, AS_IT_IS)).worst == pytest.approx(
-        0, abs=1e-9
-    )
-    linear = next(score for score in found if score.method[0] == "linear")
-    assert linear.bounds == 2 and linear.worst == pytest.approx(0.225)  # 2 octaves off, of which 1.5 were measured
+    found = scores({"one": outcomes(exact, {"some": noise}, 2, np.random.default_rng(0))}, "one")
+    by_method = {(row["law"], row["estimate"], row["source"]): row for row in found}
+    one, linear = by_method["saturating", "some", AS_IT_IS], by_method["linear", NONE, AS_IT_IS]
+    assert (one["transfers"], one["left_out"]) == (4, 2)
+    assert by_method["sqrt", NONE, AS_IT_IS]["worst"] == pytest.approx(0, abs=1e-9)
+    assert linear["at_least"] == 2 and linear["worst"] == pytest.approx(
+        0.225
+    )  # 2 octaves off, of which 1.5 were measured
 
 
 def test_a_curve_between_and_beyond_its_rates() -> None:
@@ -97,7 +93,7 @@ def test_a_curve_between_and_beyond_its_rates() -> None:
 def test_estimates_of_a_run() -> None:
     values = [(0, 1.0, 2.0), (100, 10.0, 20.0), (200, 1000.0, math.inf), (300, 20.0, 30.0)]
     moments = [{"samples": s, "adam": v, "adam_lower": v / 2, "adam_upper": high} for s, v, high in values]
-    found = {name: of(moments, "adam", 1000) for name, of in evidence.OF_A_RUN.items()}
+    found = evidence.of_a_run(moments, "adam", 1000)
     weights = [50, 100, 750]  # the third has no bound; the last stands for all to the end
     mean = sum(w * v for w, v in zip(weights, (1, 10, 20), strict=True)) / sum(weights)
     assert found == {"start": 1.0, "after warm-up": 10.0, "mean": pytest.approx(mean), "median": 20.0}
@@ -111,8 +107,8 @@ def test_the_fit_of_theorem_5() -> None:
 
 def write(folder: Path, stages: Collection[str], names: Collection[str] = ("mlp", "gpt")) -> None:
     """The tables of a grid that has made the runs of some stages."""
-    written = {name: Table(folder / f"{name}.csv", drive.COLUMNS) for name in names}
-    while (wanted := drive.next_run(names, stages, written, [])) is not None:
+    written = {name: Table(folder / f"{name}.csv", grid.COLUMNS) for name in names}
+    while (wanted := grid.next_run(names, stages, written, [])) is not None:
         stage, name, run = wanted
         written[name].add(row_of(run, stage))
     for table in written.values():
@@ -141,19 +137,12 @@ def test_the_page_of_a_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert float(by_method[name, "sqrt", "none", "1"]["mean"]) == pytest.approx(0, abs=1e-9)
         assert float(by_method[name, "keep", "none", "1"]["mean"]) > 0.02
         assert int(by_method[name, "surge", "B_adam mean", "1"]["left_out"]) == 0
-    assert "ALTO's test accuracy less Lamb's: +2.00 points" in page
-    judged = [line for line in page.splitlines() if line.startswith("- ") and "search spaces (" in line]
-    assert judged == [
-        "- 2 of 2 search spaces (authors) hold an epsilon of the plateau, and 0 the best one itself; the goal, 95%, is met.",
-        "- 1 of 2 search spaces (pooled) hold an epsilon of the plateau, and 0 the best one itself; the goal, 95%, is **not**"
-        " met.",
-    ]
+    assert "| mlp | 32 | 2.00% |\n| mlp | 128 | 2.00% |\n| gpt | 32 | 2.00% |\n| gpt | 128 | 2.00% |" in page
+    # how many hold one of the plateau, and the best one; how wide, what 16 decades are to that, and the goals
+    assert "| authors | 2 | 0 | 4 | 4 | 4 | yes |\n| pooled | 1 | 0 | 2 | 2 | 8 | no |" in page
     assert "The package's default: **surge with B_adam mean**: mean excess loss" in page
-    tuned = "than the 16 decades that the authors find tuned over by trial and error"
-    assert f"- the widest is 4 times narrower {tuned}; their claim, twice at worst, holds here." in page
-    assert f"- the widest is 8 times narrower {tuned}." in page
     assert "Search spaces (pooled) without an epsilon of the plateau: gpt." in page
-    assert "- `auto` is within the tolerance in 6 of 6 cases; the goal, all, is met." in page
+    assert "`auto` is within the tolerance in 6 of 6 cases" in page
     assert "| mlp | Theorem 5 fit | 1 | 1 | 1 | 1 |" in page
     assert "Optima at the edge of the grid: none." in page
     assert "Without it the shortest run has 64 steps." in page
@@ -164,32 +153,32 @@ def test_the_page_of_a_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_missing_and_an_optimum_at_the_edge_are_said(tmp_path: Path) -> None:
-    table = Table(tmp_path / "mlp.csv", drive.COLUMNS)
+    table = Table(tmp_path / "mlp.csv", grid.COLUMNS)
     for size in SIZES:
         for k in range(-17, -4, 2) if size == 32 else (-8, -7, -6):
             table.add(row_of(Run("mlp", "Adam", size, rate(k), EPS["Adam"], 0, 2048), "rates"))
     found = collect(tmp_path)
     assert list(found) == ["mlp"]
     page = Page(tmp_path / "out")
-    results = transfer_section.carried(found, "losses", 2)
+    results = transfers.carried(found, "losses", 2)
     rate_section.runs(page, found)
     rate_section.best_rates(page, found, 2)
-    transfer_section.in_short(page, transfer_section.ranked(results))
-    transfer_section.equal_steps(page, found, 0)
+    transfers.in_short(page, transfers.ranked(results), ["mlp"])
+    transfers.equal_steps(page, found, 0)
     noise_section.growth(page, found)
     page.write()
     text = (tmp_path / "out" / "README.md").read_text()
     assert "Optima at the edge of the grid: mlp at 8, mlp at 128." in text
     assert "The optimum is at the edge of what was measured: mlp at 8, mlp at 128." in page.bad
     assert "A law with a measured noise scale, not measured yet." in text
-    for section in ("At equal steps:", "### At equal steps", "## Growth of the noise scale along a run", "## Epsilon"):
+    for section in ("### At equal steps", "## Growth of the noise scale along a run", "## Epsilon"):
         assert f"{section}\n\nNot measured yet." in text
     assert "noise (mlp), cover (mlp)" in text
 
 
 def of_one_rate(folder: Path) -> Evidence:
     """A grid with a single rate at each batch size."""
-    table = Table(folder / "mlp.csv", drive.COLUMNS)
+    table = Table(folder / "mlp.csv", grid.COLUMNS)
     for size in SIZES:
         table.add(row_of(Run("mlp", "Adam", size, 2**-6, EPS["Adam"], 0, 2048), "rates"))
     return Evidence(WORKLOADS["mlp"], read(folder / "mlp.csv"))
@@ -229,15 +218,15 @@ def test_the_claim_is_judged_on_the_difference_seed_by_seed(tmp_path: Path, monk
     settings = [Setting("mlp", size, 6, optimizers=("ALTO", "Lamb")) for size in (4096, 512)]
     monkeypatch.setattr(optimizer_section, "SETTINGS", settings)
     results: dict[Run, dict[str, Any]] = {}
-    while (run := next(claims.wanted(settings, results), None)) is not None:
+    while (run := next(grid.claims(settings, results), None)) is not None:
         results[run] = claimed(run)
     page = Page(tmp_path)
     optimizer_section.claims(page, results)
     page.write()
     text = (tmp_path / "README.md").read_text()
     # 2 points, and 1 more at two of five seeds: 2.4 +- 2.776 * 0.548 / sqrt(5)
-    assert "- mlp at 4,096: ALTO's test accuracy less Lamb's is +2.40 (+1.72 to +3.08) points; the goal" in text
-    assert text.count("is met") == 1 and "mlp at 512: " not in text and page.bad == []
+    assert "| mlp | 4,096 | ALTO - Lamb | 5 | 2.40% (1.72 to 3.08) |" in text
+    assert "at batch sizes of 4,096 and more, is met in 1 of 1 cases" in text and page.bad == []
     assert "| mlp | 4,096 | 6 | Lamb | 0.0312 | yes | 5 | 80.20% | 0.07% | 0.5 |" in text
 
 
@@ -252,8 +241,8 @@ def test_the_page_tells_the_peak_and_what_momentum_does(tmp_path: Path, monkeypa
     rate_section.momentum(page, collect(tmp_path), side, 3)
     page.write()
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "- 16 to 256: the highest best rate is that of 256 first, and of 256 last; in 0.0% of the draws" in text
-    assert "The best rate goes with the batch size to the power of 0.5" in text
+    # highest at 256 first and last, in no draw a lower one, no cost, and a power of a half
+    assert text.count("| 16 to 256 | 2,048 | 8 | 256 | 256 | 0.0% | 0.0% | 0.5 |") == 2
     assert "| batch size | best rate, beta1 0 | best rate, beta1 0.9 |\n| --- | --- | --- |\n| 8 |" in text
     assert (
         "is 1 to 1 times that with it, not 19 times. Laws where it is larger and the intervals are apart: none." in text
