@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
 import os
 import statistics
@@ -36,11 +37,8 @@ from torch.utils.data import DataLoader
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.callbacks.strategies import slice_of
 
-ROUNDS = 5
-GATE_STEPS = 3
-CALLS = 3
-LEFT_OUT_STEPS = 3
-WHOLE_STEPS = 6  # timed steps of a turn with whole batches
+ROUNDS, GATE_STEPS, CALLS = 5, 3, 3
+LEFT_OUT_STEPS, WHOLE_STEPS = 3, 6  # the latter are timed in a turn with whole batches
 SMALL_BATCH = 1
 PEERS = {"share_of_add_histogram": cases.ADD_HISTOGRAM, "share_of_wandb_watch": cases.WANDB}
 MEASURED = [
@@ -50,8 +48,7 @@ MEASURED = [
     *"memory_bytes memory_growth_bytes share_of_read_bandwidth work_of_one_rank_in_two".split(),
 ]
 COLUMNS = [
-    *("model tensors parameters batch variant version rounds".split()),
-    *(*MEASURED, "note"),
+    *(*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note"),
     *"date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split(),
 ]
 HIDDEN = ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms", "log_bytes_per_logged_step")
@@ -63,19 +60,16 @@ class Clock(L.Callback):
     """What the steps take, on the clock and of the processor or the device, without waiting for the latter."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.clock: list[float] = []
-        self.work: list[Any] = []
-        self.end = 0.0
+        self.device, self.clock, self.work, self.end = device, [], [], 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Take the times."""
         self.clock.append(perf_counter())
-        if self.device.type == "cuda":
-            self.work.append(torch.cuda.Event(enable_timing=True))
-            self.work[-1].record()
-        else:
+        if self.device.type == "cpu":
             self.work.append(process_time())
+            return
+        self.work.append(torch.cuda.Event(enable_timing=True))
+        self.work[-1].record()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Take the time of the last one."""
@@ -83,10 +77,10 @@ class Clock(L.Callback):
 
     def seconds(self) -> list[float]:
         """Of the processor or the device, of each step but the last."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [begin.elapsed_time(end) / 1e3 for begin, end in zip(self.work, self.work[1:], strict=False)]
-        return np.diff(self.work).tolist()
+        if self.device.type == "cpu":
+            return np.diff(self.work).tolist()
+        torch.cuda.synchronize(self.device)
+        return [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(self.work)]
 
 
 def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
@@ -226,13 +220,9 @@ def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     added = [one.added(variant) for one in mine]
     milliseconds = 1e3 * np.array([one.step for one in added])
     clock = [one.added(variant, "clock_seconds").step for one in mine]
-    row = {
-        "rounds": len(mine),
-        **quartiles("added_ms", milliseconds),
-        "added_share": float(np.median(milliseconds) / np.median(plain)),
-        "added_clock_ms": float(1e3 * np.median(clock)),
-        "end_seconds": statistics.median(one.turns[variant.name].end_seconds for one in mine),
-    }
+    row = {"rounds": len(mine), **quartiles("added_ms", milliseconds), "added_clock_ms": float(1e3 * np.median(clock))}
+    row["added_share"] = float(np.median(milliseconds) / np.median(plain))
+    row["end_seconds"] = statistics.median(one.turns[variant.name].end_seconds for one in mine)
     return row | ({"logged_ms": 1e3 * statistics.median(one.logged for one in added)} if variant.draws else {})
 
 

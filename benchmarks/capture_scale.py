@@ -43,8 +43,7 @@ COLUMNS = [
 ]
 _FRAME = 16  # around an event: its length in 8 bytes, and a checksum of either in 4
 
-Buckets = Callable[[str, int], int]
-"""How many are shown of a histogram, by its tag and the step."""
+Buckets = Callable[[str, int], int]  # how many are shown of a histogram, by its tag and the step
 
 
 def predicted(
@@ -205,9 +204,9 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
 
 def compare(measured: Mapping[str, int], expected: Row, ranks: int) -> None:
     """Hold what a rank has measured against what is predicted of it; they must be equal."""
-    for name in measured.keys() & expected.keys():
-        message = f"{name} on {ranks} ranks: measured {measured[name]}, predicted {expected[name]}"
-        assert measured[name] == expected[name], message
+    for name in ("all_reduces", *(f"{what}_bytes" for what in MEASURED)):
+        got, wanted = measured.get(name, 0), expected.get(name, 0)
+        assert got == wanted, f"{name} on {ranks} ranks: measured {got}, predicted {wanted}"
 
 
 def llama_sizes() -> dict[str, int]:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from optim_implementations import LeftOut, peer
 from reporting import installed_version
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_gradhist import GradientHistogramMonitor
 
@@ -104,22 +104,6 @@ def _text(words: int, samples: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-class _Repeated(Dataset):
-    """One batch, again and again, that no time goes into its making."""
-
-    def __init__(self, batch: tuple[Tensor, Tensor], batches: int) -> None:
-        self.batch, self.batches = batch, batches
-
-    def __len__(self) -> int:
-        return self.batches * len(self.batch[0])
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.batch  # DataLoader asks for a whole batch
-
-    def __getitem__(self, index: int) -> Any:
-        raise NotImplementedError("batches only")
-
-
 class Training(L.LightningModule):
     """A network under torch's AdamW with its defaults; nothing is logged."""
 
@@ -137,14 +121,11 @@ class Training(L.LightningModule):
 
 
 def made(task: Task, steps: int, batch_size: int | None = None) -> tuple[Training, DataLoader]:
-    """A module and a loader of an epoch of that many batches, the same at every call."""
+    """A module and a loader of one batch, again and again, that no time goes into; the same at every call."""
     torch.manual_seed(0)
     size = batch_size or task.batch_size
-    return Training(task.network()), DataLoader(_Repeated(task.batch(size), steps), size, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    module, batch = Training(task.network()), task.batch(size)
+    return module, DataLoader(range(steps * size), size, collate_fn=lambda _: batch)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 _MARK = "measured step"
 
 
-def prime_the_heap() -> None:
-    """Let go of 28 MB once, as any training does: from then on the allocator keeps memory of that size for its next use."""
-    # without it, which implementation has to ask the system for its temporary tensors depends on which came before it
-    torch.empty(28 * 2**18)
-
-
 def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:
     """Time calls that follow one another without a pause, warmed up by the caller: the mean.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import extra_peak_bytes, prime_the_heap, seconds_per_call
+from measuring import extra_peak_bytes, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
 from reporting import RESULTS, Row, installed_version, machine, print_table, print_verdicts, quartiles, write_csv
 from torch import Tensor
@@ -145,7 +145,9 @@ def measure_model(model: Model, contestants: list[Implementation], repeats: int)
     """Measure all on one model."""
     print(f"{model.name}: {len(model.params):,} tensors, {model.size:,} parameters", flush=True)
     torch.compiler.reset()
-    prime_the_heap()
+    # any training lets go of 28 MB once: from then on the allocator keeps memory of that size for its next use, else which
+    # implementation has to ask the system for its temporary tensors depends on which came before it
+    torch.empty(28 * 2**18)
     footprints = [alone(footprint, model, contestant) for contestant in contestants]
     seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for repeat in range(repeats):
@@ -179,24 +181,18 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
     return statistics.median(mine / theirs for mine, theirs in zip(seconds, baseline, strict=True))
 
 
-def passed(device: torch.device, dtype: torch.dtype, only: list[str] | None) -> tuple[list[Implementation], list[Row]]:
-    """Check all that are asked for: those that passed, and a row with a note for each that cannot be built."""
+def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: int, only: list[str] | None) -> list[Row]:
+    """Check and measure everything; the rows of the CSV but for the machine, with a note where nothing can be built."""
     wanted = [implementation for implementation in implementations() if only is None or implementation.name in only]
     good, reasons = built(wanted, lambda implementation: check(implementation, device, dtype))
     print(f"correct: {', '.join(implementation.name for implementation in good)}", flush=True)
-    return good, [{"implementation": name, "note": note} for name, note in reasons.items()]
-
-
-def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: int, only: list[str] | None) -> list[Row]:
-    """Check and measure everything, and return the rows of the CSV but for the machine."""
-    good, left_out = passed(device, dtype, only)
     contestants = [*copies({one.bytes_per_parameter(dtype) for one in good}), *good]
     rows: list[Row] = []
     gc.freeze()  # a collection between two turns then does not go through all that is imported
     for name, shapes in (("transformer", transformer_shapes), ("small tensors", small_shapes)):
         model = Model(name, shapes(parameters), device, dtype)
         rows += measure_model(model, contestants, repeats)
-        rows += [{**model.columns(), **noted} for noted in left_out]
+        rows += [{**model.columns(), "implementation": name, "note": note} for name, note in reasons.items()]
     gc.unfreeze()
     return rows
 

@@ -29,7 +29,7 @@ def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: flo
                 for process in context.processes:
                     process.kill()
                 raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
-        return [torch.load(_file(Path(folder), rank), weights_only=False) for rank in range(ranks)]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def start_ranks(job: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> Any:
@@ -58,14 +58,10 @@ def _on_rank(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.save(job(*arguments), _file(folder, rank))
+            torch.save(job(*arguments), folder / f"{rank}.pt")
         torch.distributed.barrier()
     except BaseException:
         traceback.print_exc()
         raise
     finally:
         torch.distributed.destroy_process_group()
-
-
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank}.pt"

@@ -14,15 +14,12 @@ from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, half_octaves,
 from training import Run
 from workloads import WORKLOADS, Workload
 
-CAP = FAR - 1
-"""An excess loss is counted up to here: beyond it the grid is not meant to know more."""
-WARM = 0.05
-"""The first moment after this share of the samples is the one after warm-up."""
+CAP = FAR - 1  # an excess loss is counted up to here: beyond it the grid is not meant to know more
+WARM = 0.05  # the first moment after this share of the samples is the one after warm-up
 METRICS = {"simple": "B_simple", "adam": "B_adam"}
 FIT, MEAN = "Theorem 5 fit", "B_adam mean"
 
-Moments = Sequence[Mapping[str, Any]]
-"""What a run measured of the noise scale, one after another."""
+Moments = Sequence[Mapping[str, Any]]  # what a run measured of the noise scale, one after another
 
 
 @dataclass(frozen=True)
@@ -93,23 +90,18 @@ class Measured:
         return Curve(self.rates, means) if np.isfinite(means).any() else None
 
 
-def measured(results: Results, like: Run) -> Measured | None:
-    """The runs that differ from one in rate and seed only; None where there are none."""
-    found: dict[int, dict[int, float]] = {}
-    for run, row in alike(results, like).items():
-        at_rate = found.setdefault(half_octaves(run.learning_rate), {})
-        at_rate[run.seed] = math.inf if row["diverged"] else row["train_loss"]
-    if not found:
-        return None
-    seeds = 1 + max(seed for at_rate in found.values() for seed in at_rate)
-    losses = [[found[k].get(seed, math.nan) for seed in range(seeds)] for k in sorted(found)]
-    return Measured(np.array(sorted(found)) / 2, np.array(losses))
-
-
 def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Measured]:
-    """The losses at each batch size that has a rate which did not diverge."""
-    found = {like.batch_size: measured(results, like) for like in references}
-    return {size: losses for size, losses in found.items() if losses is not None and losses.curve() is not None}
+    """The losses of runs like the references, at each batch size that has a rate which did not diverge."""
+    found = {}
+    for like in references:
+        by_rate: dict[int, dict[int, float]] = defaultdict(dict)
+        for run, row in alike(results, like).items():
+            by_rate[half_octaves(run.learning_rate)][run.seed] = math.inf if row["diverged"] else row["train_loss"]
+        seeds = range(1 + max((seed for at_rate in by_rate.values() for seed in at_rate), default=0))
+        losses = [[by_rate[k].get(seed, math.nan) for seed in seeds] for k in sorted(by_rate)]
+        if np.isfinite(losses).any():
+            found[like.batch_size] = Measured(np.array(sorted(by_rate)) / 2, np.array(losses))
+    return found
 
 
 def seed_spread(losses: Measured) -> float:

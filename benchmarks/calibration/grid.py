@@ -37,10 +37,8 @@ _MEASURED = "steps train_loss test_loss test_accuracy diverged seconds noise_pas
 COLUMNS = ["stage", *FIELDS, *_MEASURED, "curve", "samples_to_target", "noise_scale", *MACHINE]
 _CLAIMED = "steps validation_error test_accuracy train_loss diverged seconds".split()
 CLAIMS_COLUMNS = [*FIELDS, *_CLAIMED, *MACHINE]
-CLEAR = 1.05
-"""An optimum is interior where the loss is this many times higher on both sides."""
-FAR = 2.0
-"""Beyond a rate with this many times the best loss there is nothing to learn."""
+CLEAR = 1.05  # an optimum is interior where the loss is this many times higher on both sides
+FAR = 2.0  # beyond a rate with this many times the best loss there is nothing to learn
 
 Results = Mapping[Run, Row]
 

@@ -12,10 +12,8 @@ from page import Page, listed, number, percent
 from reporting import Row
 from transfers import AS_IT_IS, BEST, FACTORS, FROM_OTHERS
 
-Group = tuple[str, str, str]
-"""Workload, weights and noise scale."""
-HELD = 0.9
-"""The goal for the share of intervals that hold the value."""
+Group = tuple[str, str, str]  # workload, weights and noise scale
+HELD = 0.9  # the goal for the share of intervals that hold the value
 SAME = "none: the same samples"
 INTERVALS = {"Fieller": ("lower", "upper"), "bootstrap": ("bootstrap_lower", "bootstrap_upper")}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import figures
 import numpy as np
-from evidence import Evidence, measured, seed_spread
+from evidence import Evidence, by_batch_size, seed_spread
 from grid import SETTINGS, Results, Setting, alike, best, half_octaves, losses, missing
 from grid import claims as wanted
 from page import Page, listed, number
@@ -19,15 +19,12 @@ from training import EPS, Run
 from lightning_gradhist.noise.interval import student_quantile
 
 Found = Mapping[str, Evidence]
-Curve = Mapping[float, float]
-"""The loss at the best of three rates by epsilon, ascending."""
+Curve = Mapping[float, float]  # the loss at the best of three rates by epsilon, ascending
 SPACES = {"authors": ("lower", "upper"), "pooled": ("pooled_lower", "pooled_upper")}
 """The kinds of search space, and the columns of their ends."""
-TRIAL_AND_ERROR = 16
-"""Decades of epsilon that are tuned over without a search space, as the paper on epsilon says."""
+TRIAL_AND_ERROR = 16  # decades of epsilon that are tuned over without a search space, as the paper on epsilon says
 DEFAULT = EPS["Adam"]
-GOAL, FROM = 0.01, 4096
-"""The share of test accuracy that ALTO is to gain on Lamb, and the batch size from which on."""
+GOAL, FROM = 0.01, 4096  # the share of test accuracy that ALTO is to gain on Lamb, and the batch size from which on
 PAIRS = (("ALTO", "Lamb"), ("ALTO", "AdamW"), ("Lamb", "AdamW"), ("AdamE", "AdamW"))
 
 
@@ -160,34 +157,27 @@ def optimizers(page: Page, found: Mapping[str, Evidence]) -> None:
     rows: list[Row] = []
     for evidence in found.values():
         for reference in evidence.references[-2:]:
-            likes = (replace(reference, optimizer=name, eps=EPS[name]) for name in EPS)
-            of_size = [row for like in likes if (row := _row(evidence, like)) is not None]
-            rows += of_size if len(of_size) > 1 else []
+            likes = [replace(reference, optimizer=name, eps=EPS[name]) for name in EPS]
+            known = [like for like in likes if by_batch_size(evidence.results, [like])]
+            rows += [_row(evidence, like) for like in known] if len(known) > 1 else []
     if not rows:
         return
     by_name = {(row["workload"], row["batch_size"], row["optimizer"]): row["accuracy"] for row in rows}
     both = [key[:2] for key in by_name if key[2] == "ALTO" and (*key[:2], "Lamb") in by_name]
-    gains = [
-        {"workload": w, "batch_size": size, "gain": by_name[w, size, "ALTO"] - by_name[w, size, "Lamb"]}
-        for w, size in both
-    ]
+    gain = {where: by_name[(*where, "ALTO")] - by_name[(*where, "Lamb")] for where in both}
+    gains = [{"workload": where[0], "batch_size": where[1], "gain": of} for where, of in gain.items()]
     _bad(page, "ALTO gains less than a point of test accuracy on Lamb", gains)
     page.fill("optimizers", optimizers=page.keep("optimizers", rows), gains=gains)
 
 
 def _bad(page: Page, what: str, gains: Sequence[Row]) -> None:
-    below = [
-        f"{row['workload']} at {row['batch_size']:,} ({100 * row['gain']:+.2f})" for row in gains if row["gain"] < GOAL
-    ]
+    below = [f"{r['workload']} at {r['batch_size']:,} ({100 * r['gain']:+.2f})" for r in gains if r["gain"] < GOAL]
     if below:
         page.bad.append(f"{what}: {listed(below)}.")
 
 
-def _row(evidence: Evidence, like: Run) -> Row | None:
-    found = measured(evidence.results, like)
-    curve = None if found is None else found.curve()
-    if curve is None:
-        return None
+def _row(evidence: Evidence, like: Run) -> Row:
+    curve = by_batch_size(evidence.results, [like])[like.batch_size].mean()
     at_best = [row for run, row in alike(evidence.results, like).items() if run.learning_rate == 2**curve.best_rate]
     loss, loss_error = student([row["train_loss"] for row in at_best])
     accuracy, accuracy_error = student([row["test_accuracy"] for row in at_best])
@@ -215,13 +205,8 @@ def claims(page: Page, results: Results) -> None:
         claims_differences=page.keep("claims_differences", differences),
         met=sum(row["gain"] >= GOAL for row in large),
         large=len(large),
-        fewer=listed([_where(setting) for setting in finished if "AdamE" not in setting.optimizers]),
-        unfinished=listed([_where(setting) for setting in SETTINGS if setting not in finished]),
+        unfinished=listed([f"{s.workload} at {s.batch_size:,}" for s in SETTINGS if s not in finished]),
     )
-
-
-def _where(setting: Setting) -> str:
-    return f"{setting.workload} at {setting.batch_size:,}"
 
 
 def at_best(setting: Setting, results: Results) -> dict[str, dict[int, Row]]:
@@ -242,17 +227,16 @@ def _claim_rows(setting: Setting, found: Mapping[str, Mapping[int, Row]], result
         like = setting.run(name)
         known = losses(results, like, "validation_error")
         accuracies = [row["test_accuracy"] for row in by_seed.values()]
-        rows.append(
-            {
-                **{"workload": setting.workload, "batch_size": setting.batch_size, "steps": setting.steps},
-                **{"optimizer": name, "rate": next(iter(by_seed.values()))["learning_rate"]},
-                "interior": not missing(known, half_octaves(like.learning_rate)),
-                "seeds": len(accuracies),
-                "accuracy": float(np.mean(accuracies)),
-                "error": _standard_error(accuracies),
-                "train_loss": float(np.mean([row["train_loss"] for row in by_seed.values()])),
-            }
-        )
+        row = {
+            "workload": setting.workload,
+            "batch_size": setting.batch_size,
+            "steps": setting.steps,
+            "optimizer": name,
+        }
+        row |= {"rate": next(iter(by_seed.values()))["learning_rate"]}
+        row |= {"interior": not missing(known, half_octaves(like.learning_rate)), "seeds": len(accuracies)}
+        row |= {"accuracy": float(np.mean(accuracies)), "error": _standard_error(accuracies)}
+        rows.append(row | {"train_loss": float(np.mean([of["train_loss"] for of in by_seed.values()]))})
     return rows
 
 

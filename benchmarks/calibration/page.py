@@ -98,6 +98,6 @@ def listed(names: Sequence[str], by: str = ", ") -> str:
 def _flat(row: Row) -> Row:
     flat: Row = {}
     for key, value in row.items():
-        names = (key, f"{key}_lower", f"{key}_upper")
-        flat |= dict(zip(names, value, strict=True)) if isinstance(value, tuple) else {key: value}
+        ends = (f"{key}_lower", f"{key}_upper")
+        flat |= dict(zip((key, *ends), value, strict=True)) if isinstance(value, tuple) else {key: value}
     return flat

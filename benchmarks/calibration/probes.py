@@ -7,9 +7,10 @@ asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,17 +24,12 @@ from lightning_gradhist import NoiseScale, SecondMoment, epsilon_range
 from lightning_gradhist.epsilon import choose_epsilon
 
 LOSS_SCALES = (1.0, 1e-8, 1e-4, 1e4)
-EPOCH = 100
-"""Gradients at most that the search space of epsilon is taken from."""
-REPEATS, TIMES = 20, 10
-"""Measurements whose intervals are compared with a measurement from that many times the data."""
-DRAWS = 100
-"""Draws of a bootstrap interval."""
+EPOCH = 100  # gradients at most that the search space of epsilon is taken from
+REPEATS, TIMES = 20, 10  # measurements whose intervals are compared with a measurement from that many times the data
+DRAWS = 100  # draws of a bootstrap interval
 METRICS = {"B_simple": NoiseScale.simple, "B_adam": NoiseScale.adam}
 STATES = {"at the start": 0.0, "after a tenth": 0.1}
 """The weights that coverage is measured at, by the share of the samples that they were trained on."""
-
-Measure = Callable[[Evidence, Path], list[Row]]
 
 
 def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
@@ -49,8 +45,7 @@ def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
         rows.append(
             {
                 **{"workload": workload.name, "batch_size": size, "loss_scale": scale},
-                **{"lower": space.lower, "upper": space.upper},
-                **{"pooled_lower": space.pooled_lower, "pooled_upper": space.pooled_upper},
+                **{name: getattr(space, name) for name in ("lower", "upper", "pooled_lower", "pooled_upper")},
                 **{"default": EPS["Adam"], "damped_by_default": space.damped_share(EPS["Adam"])},
                 "auto": choose_epsilon(EPS["Adam"], space),
             }
@@ -107,7 +102,7 @@ def _initial(workload: Workload) -> nn.Module:
         return workload.make_model()
 
 
-def kept(path: Path, found: Mapping[str, Evidence], measure: Measure, folder: Path, again: bool = False) -> list[Row]:
+def kept(path: Path, found: Mapping[str, Evidence], measure: Any, folder: Path, again: bool = False) -> list[Row]:
     """The rows of a table; a workload that it lacks is measured and added, and all are where it is asked for ``again``."""
     rows = [] if again else read_csv(path)
     torch.set_num_threads(1)

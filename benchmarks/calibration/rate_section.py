@@ -15,18 +15,14 @@ from reporting import Row
 from transfers import LAWS, ONE, best_factors, drawn_curves, drawn_seeds, outcomes, with_interval
 
 Found = Mapping[str, Evidence]
-PLATEAU = 1.02
-"""Rates whose loss is at most this many times the best are as good as the best."""
+PLATEAU = 1.02  # rates whose loss is at most this many times the best are as good as the best
 
 
 def runs(page: Page, found: Found) -> None:
     """How many runs there are, where they were made, and which stages lack."""
     rows = [row for evidence in found.values() for row in evidence.results.values()]
-    machines = Counter(
-        f"{row['cores']} cores of {row['cpu']}, Python {row['python']}, torch {row['torch']}, lightning_gradhist"
-        f" {row['lightning_gradhist']}"
-        for row in rows
-    )
+    known = ("cores", "cpu", "python", "torch", "lightning_gradhist")
+    machines = Counter(listed([f"{name} {row[name]}" for name in known]) for row in rows)
     table = [
         {
             "workload": name,

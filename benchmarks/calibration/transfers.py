@@ -18,8 +18,7 @@ from training import NOISE_GRADIENTS
 
 from lightning_gradhist.learning_rate import BOUND, PLAIN_LAWS, SurgeLaw, plain_law
 
-Ratio = Callable[[float, float], float]
-"""The rate at a batch size as a multiple of that at another one."""
+Ratio = Callable[[float, float], float]  # the rate at a batch size as a multiple of that at another one
 
 
 def saturating(noise_scale: float) -> Ratio:
@@ -44,12 +43,10 @@ _LOW, _HIGH, _STEPS_AN_OCTAVE = -12, 40, 4
 
 GOAL_MEAN, GOAL_WORST = 0.02, 0.10
 SHOWN = 8
-DEFAULT = ("surge", MEAN, AS_IT_IS)
-"""What the package does with the record of a run."""
+DEFAULT = ("surge", MEAN, AS_IT_IS)  # what the package does with the record of a run
 
 
-Method = tuple[str, str]
-"""Law and estimate."""
+Method = tuple[str, str]  # law and estimate
 Noise = Mapping[str, np.ndarray]
 """Noise scales in samples by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
 
@@ -130,10 +127,11 @@ def _log_ratios(make: Callable[[float], Ratio], sizes: list[int], scales: np.nda
 
 def _outcome(ratios: np.ndarray, curves: list[list[Curve]], drawn: list[np.ndarray], factors: np.ndarray) -> Outcome:
     """Of log2 ratios ``[factors, runs, n, n]``, on curves and with runs as measured and as drawn."""
-    means = [
-        _mean(_carried(ratios[:, runs] if ratios.shape[1] > 1 else ratios, at, Curve.excess))
-        for at, runs in zip(curves, drawn, strict=True)
-    ]
+    means = []
+    for at, runs in zip(curves, drawn, strict=True):
+        flat = _carried(ratios[:, runs] if ratios.shape[1] > 1 else ratios, at, Curve.excess).reshape(len(ratios), -1)
+        there = ~np.isnan(flat)
+        means.append(np.where(there, flat, 0.0).sum(1) / np.where(there.any(1), there.sum(1), np.nan))
     excess, diverged, bounds = (
         _carried(ratios, curves[0], of) for of in (Curve.excess, Curve.diverges, Curve.is_bound)
     )
@@ -145,13 +143,6 @@ def _carried(ratios: np.ndarray, curves: list[Curve], of: Callable[[Curve, np.nd
     rates = np.array([curve.best_rate for curve in curves])[:, None] + ratios
     arrived = np.stack([of(curve, rates[..., j]) for j, curve in enumerate(curves)], -1)
     return np.where(np.isnan(ratios) | np.eye(len(curves), dtype=bool), np.nan, arrived)
-
-
-def _mean(excess: np.ndarray) -> np.ndarray:
-    """Over all but the first dimension, of what there is; NaN of nothing."""
-    flat = excess.reshape(len(excess), -1)
-    there = ~np.isnan(flat)
-    return np.where(there, flat, 0.0).sum(1) / np.where(there.any(1), there.sum(1), np.nan)
 
 
 def best_factors(*outcomes: Outcome) -> np.ndarray:
