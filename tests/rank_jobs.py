@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import warnings
@@ -193,6 +194,35 @@ def calibrated(folder: Path) -> Any:
     found["record"] = (_group(made), record.result, _parameters(made))
 
     return found
+
+
+def zero(folder: Path) -> Any:
+    """An AdamW whose state ZeRO spreads over the ranks: what each steps with, and the noise in Adam's metric."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch's own torch.jit.script
+
+    def spread(parameters: Any) -> Any:
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2, eps=1e-1)
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+    _, ranks = _world()
+    made = fit(folder, calibration, monitor, module=lambda: Net(spread), data=loader(4), **ddp(ranks))
+    (record,) = monitor.noise_records
+    return made.optimizers[0].optim.param_groups[0]["eps"], calibration.result, record.estimate("adam")
+
+
+def hostile_record(folder: Path) -> Any:
+    """A record with a number that no run has: what each rank is told."""
+    rank, ranks = _world()
+    path = folder / "hostile.json"
+    if rank == 0:
+        shapes = {name: list(p.shape) for name, p in Net().named_parameters()}
+        entry = {"name": "AdamW", "learning_rates": [-0.01], "batch_size": 8, "noise": {}, "samples": []}
+        path.write_text(json.dumps({"schema_version": 1, "model": shapes, "steps": 5, "optimizers": [entry]}))
+    try:
+        fit(folder, OptimizerCalibration(reference=str(path)), data=loader(4), **ddp(ranks))
+    except MisconfigurationException as error:
+        return str(error)
 
 
 def _parameters(made: L.Trainer) -> dict[str, Any]:

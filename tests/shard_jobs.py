@@ -286,8 +286,8 @@ class ProbeSpy(L.Callback):
             return
         parameters = dict(pl_module.named_parameters())
         self.weights = whole(pl_module)
-        with no_trace(trainer, pl_module):
-            probe = Probe(trainer, pl_module, trainer.optimizers[0])
+        with no_trace(trainer, pl_module) as apart:
+            probe = Probe(apart)
             self.parts = list(probe.gradients(8))
             self.batches = list(pl_module.batches)
             noise = NoiseScale(probe.parameters, batch_size=8)

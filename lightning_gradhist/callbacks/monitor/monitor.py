@@ -335,7 +335,7 @@ class GradientHistogramMonitor(Callback):
             f"GradientHistogramMonitor measured the noise scale at {min(found)} of {tried} steps, and some {ENOUGH} are wanted"
             " to calibrate another run from the record of this one: "
         )
-        if tried < ENOUGH:
+        if tried < ENOUGH or 2 * min(found) > tried:
             rank_zero_info(f"{said}lower every_n_steps={self.every_n_steps}, or train longer.")
         else:
             rank_zero_warn(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks.batch_size import effective_batch_size, is_short_step
+from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
@@ -132,13 +133,17 @@ class NoiseMonitor(StepObserver):
     def _squared_norm(self) -> Tensor:
         return squared_norm([p.grad for p in self._watched.parameters.values() if p.grad is not None])
 
+    def _rates(self) -> list[float | None]:
+        schedulers = [config.scheduler for config in self._fit.trainer.lr_scheduler_configs]
+        return base_rates(self._watched.optimizer, schedulers)
+
     def _begin_pair(self, parts: Mapping[str, Tensor] | None) -> None:
         self._in_pair = True
         batch_size, parameters, optimizer = self._samples(), self._watched.parameters, self._watched.optimizer
         if batch_size is None or not parts:
             return
         with self._fit.guard.attempt("measure noise"):
-            self._progress.measures(batch_size, optimizer)
+            self._progress.measures(batch_size, self._rates())
             held = copies({name: gradient for name, gradient in parts.items() if gradient.numel()})
             own = partial(own_parts, parameters=parameters, replicas=self._fit.replicas)
             self._first = FirstGradient(self._progress.steps, held, metric_weights(optimizer, parameters, own))
@@ -167,7 +172,7 @@ class NoiseMonitor(StepObserver):
 
         sums = self._sums(None if batch_size is None or gradients is None else measure)
         if batch_size is not None:
-            self._progress.measures(batch_size, watched.optimizer)
+            self._progress.measures(batch_size, self._rates())
             self._progress.noise.add(self._progress.steps, batch_size, sums / self._fit.replicas.ranks)
 
     def _sums(self, measure: Callable[[], Tensor] | None) -> Tensor:

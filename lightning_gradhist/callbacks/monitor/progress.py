@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks.calibration.handoff import base_rate
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.record import OptimizerRecord
 from lightning_gradhist.noise.series import METRICS
@@ -64,10 +62,10 @@ class Progress:
             "skipped": int(self.skipped),
         }
 
-    def measures(self, batch_size: int, optimizer: Optimizer) -> None:
-        """Takes down what a record says of a step that is measured."""
-        rates = [base_rate(group) for group in optimizer.param_groups]
-        self.learning_rates = [max(pair) for pair in zip_longest(rates, self.learning_rates, fillvalue=0.0)]
+    def measures(self, batch_size: int, rates: Sequence[float | None]) -> None:
+        """Takes down what a record says of a step that is measured: samples and base rates, None where one is no number."""
+        known = [rate for rate in rates if rate is not None]
+        self.learning_rates = [max(pair) for pair in zip_longest(known, self.learning_rates, fillvalue=0.0)]
         self.batch_size = batch_size
 
     def record(self, name: str) -> OptimizerRecord:
