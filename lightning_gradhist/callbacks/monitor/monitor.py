@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import (
@@ -196,7 +197,8 @@ class GradientHistogramMonitor(Callback):
         known = False
         with fit.guard.attempt("tell the batch size"):
             known = effective_batch_size(trainer, self.batch_size) is not None
-        self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
+        self._measures_noise = self.noise_scale and not getattr(trainer, "overfit_batches", False)
+        self._measures_noise &= least_over_ranks(float(known), trainer) > 0
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
@@ -210,8 +212,8 @@ class GradientHistogramMonitor(Callback):
             return
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
-        for each in self._optimizers:
-            each.before_batch()
+        for observer in self._observers:
+            observer.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -219,10 +221,15 @@ class GradientHistogramMonitor(Callback):
             if each.watched.optimizer is optimizer:
                 each.before_step()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Begins a micro-batch."""
+        for observer in self._observers:
+            observer.before_backward()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a micro-batch."""
-        for each in self._optimizers:
-            each.after_backward()
+        for observer in self._observers:
+            observer.after_backward()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -238,15 +245,10 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
-        for each in self._optimizers:
-            each.finish()
+        for observer in self._observers:
+            observer.finish()
         self._finish()
-        fewest = min(map(len, self.noise_records), default=0)
-        if self.noise_scale and self._log_dir is not None and fewest < ENOUGH:
-            rank_zero_info(
-                f"GradientHistogramMonitor measured the noise scale at {fewest} steps, and some {ENOUGH} are wanted to calibrate"
-                f" another run from the record of this one; lower every_n_steps={self.every_n_steps}, or train longer."
-            )
+        self._tell_of_noise()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
@@ -283,10 +285,14 @@ class GradientHistogramMonitor(Callback):
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
             watched = WatchedOptimizer(fit, optimizer, suffix, rows)
-            observers = self._observers(watched, progress)
+            observers = self._observers_of(watched, progress)
             self._optimizers.append(OptimizerMonitor(watched, progress, self.every_n_steps, observers))
 
-    def _observers(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
+    @property
+    def _observers(self) -> list[StepObserver]:
+        return [observer for each in self._optimizers for observer in each.observers]
+
+    def _observers_of(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
         noise = [NoiseMonitor(watched, progress, self.batch_size)] if self._measures_noise else []
         updates = [UpdateMonitor(watched)] if self.optimizer_state else []
         return [*noise, MagnitudeMonitor(watched, progress, self.when, self._save_record), *updates]
@@ -319,8 +325,31 @@ class GradientHistogramMonitor(Callback):
             " constructor of torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
         )
 
+    def _tell_of_noise(self) -> None:
+        """Says at the end why the record is of no use, where it is not."""
+        found = [record.estimate("simple").measurements for record in self.noise_records]
+        if not self._measures_noise or self._log_dir is None or min(found, default=ENOUGH) >= ENOUGH:
+            return
+        tried = len(self.noise_records[found.index(min(found))])
+        said = (
+            f"GradientHistogramMonitor measured the noise scale at {min(found)} of {tried} steps, and some {ENOUGH} are wanted"
+            " to calibrate another run from the record of this one: "
+        )
+        if tried < ENOUGH or 2 * min(found) > tried:
+            rank_zero_info(f"{said}lower every_n_steps={self.every_n_steps}, or train longer.")
+        else:
+            rank_zero_warn(
+                f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step;"
+                " clip with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
+            )
+
     def _warn_of_lacks(self, trainer: Trainer) -> None:
-        if self.noise_scale and not self._measures_noise:
+        if self.noise_scale and getattr(trainer, "overfit_batches", False):
+            rank_zero_info(
+                "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
+                " their gradients do not tell of others."
+            )
+        elif self.noise_scale and not self._measures_noise:
             rank_zero_warn(
                 "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
                 " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
