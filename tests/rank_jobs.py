@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import warnings
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
 from lightning_gradhist.callbacks.calibration import evidence
-from lightning_gradhist.callbacks.monitor import monitor, optimizer_state
+from lightning_gradhist.callbacks.monitor import observer, optimizer_state
 from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
@@ -195,6 +196,35 @@ def calibrated(folder: Path) -> Any:
     return found
 
 
+def zero(folder: Path) -> Any:
+    """An AdamW whose state ZeRO spreads over the ranks: what each steps with, and the noise in Adam's metric."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch's own torch.jit.script
+
+    def spread(parameters: Any) -> Any:
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2, eps=1e-1)
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+    _, ranks = _world()
+    made = fit(folder, calibration, monitor, module=lambda: Net(spread), data=loader(4), **ddp(ranks))
+    (record,) = monitor.noise_records
+    return made.optimizers[0].optim.param_groups[0]["eps"], calibration.result, record.estimate("adam")
+
+
+def hostile_record(folder: Path) -> Any:
+    """A record with a number that no run has: what each rank is told."""
+    rank, ranks = _world()
+    path = folder / "hostile.json"
+    if rank == 0:
+        shapes = {name: list(p.shape) for name, p in Net().named_parameters()}
+        entry = {"name": "AdamW", "learning_rates": [-0.01], "batch_size": 8, "noise": {}, "samples": []}
+        path.write_text(json.dumps({"schema_version": 1, "model": shapes, "steps": 5, "optimizers": [entry]}))
+    try:
+        fit(folder, OptimizerCalibration(reference=str(path)), data=loader(4), **ddp(ranks))
+    except MisconfigurationException as error:
+        return str(error)
+
+
 def _parameters(made: L.Trainer) -> dict[str, Any]:
     # not the buffers: DDP leaves BatchNorm's running averages to each rank
     return {name: p.detach().clone() for name, p in made.lightning_module.named_parameters()}
@@ -255,9 +285,10 @@ def short_of_memory(folder: Path) -> Any:
     found = {}
     for name, owner, attribute, options in (
         ("count", MagnitudeHistogram, "update", {}),
-        ("part", monitor, "own_parts", {}),
+        ("part", observer, "own_parts", {}),
         ("copy", gradients, "local_gradient", {"when": "local"}),
         ("state", optimizer_state, "_sums", {"optimizer_state": True}),
+        ("table", MagnitudeHistogram, "__init__", {"optimizer_state": True}),
     ):
         spy, original = GradientSpy(), getattr(owner, attribute)
 

@@ -1,1 +1,5 @@
-"""What leaves the package: histograms, scalars, figures, texts and the record of a run."""
+"""What leaves the package: histograms, scalars, figures and texts, to the loggers of a Trainer."""
+
+from lightning_gradhist.logging.sinks import Sink, register_sink
+
+__all__ = ["Sink", "register_sink"]

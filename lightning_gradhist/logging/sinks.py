@@ -195,7 +195,8 @@ def register_sink(matches: type | Callable[[Any], bool], make: Callable[[Any], S
         make: makes the sink of a logger; called in the training thread, once a run.
 
     Example:
-        >>> from lightning_gradhist.logging.sinks import Sink, register_sink, sinks
+        >>> from lightning_gradhist.logging import Sink, register_sink
+        >>> from lightning_gradhist.logging.sinks import sinks
         >>> class Lines(list):
         ...     "A logger."
         >>> class LinesSink(Sink):

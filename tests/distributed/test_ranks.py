@@ -10,6 +10,7 @@ from rank_jobs import (
     apart,
     calibrated,
     exit_codes,
+    hostile_record,
     invisible,
     killed,
     monitored,
@@ -18,6 +19,7 @@ from rank_jobs import (
     run_ranks,
     short_of_memory,
     uneven,
+    zero,
 )
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
@@ -132,6 +134,11 @@ def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     assert (group["alpha"], group["explore_beta"]) == (-5.0, 0.99)  # 1,024 samples and more
 
 
+def test_a_hostile_record_ends_all_ranks_with_the_same_message(tmp_path) -> None:
+    one, other = run_ranks(hostile_record, 2, tmp_path)
+    assert one == other and "learning_rates must be from 0 to 1e+15, got -0.01" in one
+
+
 def test_a_calibration_that_is_not_applied_is_invisible_on_two_ranks(tmp_path) -> None:
     found = run_ranks(invisible, 2, tmp_path)
     for rank in found:
@@ -195,10 +202,19 @@ def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path
         ("part", "gradient_magnitude/all"),
         ("copy", "gradient_local_magnitude/all"),
         ("state", "optimizer_second_moment/all"),
+        ("table", "optimizer_second_moment/all"),
     ):
         said, nonzero = found[case]
         assert len(said) == 1 and "so that the step is left out" in said[0], (case, said)
         logged = events(tmp_path / case).Histograms(tag)
         assert [event.step for event in logged] == [0, 8], case
-        if case in ("count", "part"):
+        if tag == "gradient_magnitude/all":
             assert logged[-1].histogram_value.num == nonzero  # no rank's part is missing
+
+
+def test_an_optimizer_that_zero_spreads_is_known_by_what_it_spreads(tmp_path) -> None:
+    for eps, result, noise in run_ranks(zero, 2, tmp_path):
+        assert eps == result.epsilon < 1e-1 and not result.problems
+        assert noise is not None and noise.value > 0
+    tags = events(tmp_path).Tags()["scalars"]
+    assert "optimizer_update_ratio/all" in tags and "optimizer_damped_share/all" not in tags

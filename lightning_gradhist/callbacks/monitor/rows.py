@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._lightning import MisconfigurationException, rank_zero_warn
-from lightning_gradhist.callbacks.parameters import plain_name
+from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, rank_zero_info, rank_zero_warn
+from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters, plain_name
+from lightning_gradhist.callbacks.strategies import least_over_ranks
 
 _NAMED = 12
+_MANY = 200  # rows beyond which a page of histograms is no longer read
 _POOLED = re.compile(r"all(_\d+)?")  # names of what is over all rows
 
 
@@ -33,6 +36,7 @@ class Rows:
     ) -> None:
         filters = {"include": include, "exclude": exclude}
         self._filters = {name: None if x is None else _compiled(name, x) for name, x in filters.items()}
+        self._group_by = group_by
         self._group_of = _grouping(group_by)
         self._groups: dict[str, str | None] = {}
         self._has_warned = False
@@ -41,6 +45,10 @@ class Rows:
         """The rows of those parameters that are counted, by name; one for which there is no group has its own."""
         layers = _layers(module) if any(self._filters.values()) else {}
         return {name: self._group(name) or _own_row(name) for name in names if self._is_counted(name, layers)}
+
+    def of_optimizer(self, module: nn.Module, optimizers: Sequence[Optimizer], index: int) -> dict[str, str]:
+        """The rows of one of several optimizers; one that another of them has as well ends in the optimizer's index."""
+        return distinct_rows([self.of(module, optimizer_parameters(module, one)) for one in optimizers], index)
 
     def check(self, module: nn.Module) -> int:
         """Refuses filters that match no parameter of the module, or leave none; else counts the rows that are trained.
@@ -70,6 +78,27 @@ class Rows:
             )
         return len({row for name, row in rows.items() if trained[name]})
 
+    def check_start(self, trainer: Trainer, module: nn.Module) -> None:
+        """Checks filters and groups at the start of training, on every rank, and points out that there are many rows.
+
+        Raises:
+            MisconfigurationException: as :meth:`check`, and for a function that groups otherwise on another rank, whose
+                counts would be added to other rows.
+        """
+        rows = self.check(module)
+        if trainer.world_size > 1 and callable(self._group_by):
+            mine = list(self.of(module, model_shapes(module)).items())
+            if not least_over_ranks(float(mine == trainer.strategy.broadcast(mine)), trainer):
+                raise MisconfigurationException(
+                    "group_by gives other groups on other ranks; it must depend on nothing but the parameter's name, not"
+                    " on the rank nor on hash(), which differs from process to process"
+                )
+        if self._group_by is None and rows > _MANY:
+            rank_zero_info(
+                f"GradientHistogramMonitor logs {rows} histograms, one a parameter; group_by=1, 2, ... gives one a module"
+                " at that depth, and include= and exclude= choose among the parameters."
+            )
+
     def _group(self, name: str) -> str | None:
         """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
         if name not in self._groups:
@@ -93,7 +122,7 @@ def _own_row(name: str) -> str:
     return f"parameter_{name}" if _POOLED.fullmatch(name) else name
 
 
-def told_apart(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
+def distinct_rows(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
     """The rows of one of several optimizers: one that another optimizer has as well ends in the optimizer's index."""
     others = {row for i, other in enumerate(rows) if i != index for row in other.values()}
     taken = others.union(rows[index].values())

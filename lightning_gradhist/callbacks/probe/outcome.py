@@ -26,6 +26,7 @@ class Outcome(IntEnum):
     OVERFLOW = 4
     NO_BATCH = 5
     FAILED = 6
+    STOPPED = 7
 
 
 WHY_LEFT_OUT = {

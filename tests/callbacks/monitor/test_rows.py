@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_gradhist.callbacks.monitor.rows import Rows, told_apart
+from lightning_gradhist.callbacks.monitor.rows import Rows, distinct_rows
 from lightning_gradhist.callbacks.parameters import plain_name
 
 
@@ -112,6 +112,6 @@ def test_no_row_has_the_name_of_what_is_over_all_rows() -> None:
     assert rows(model=model)["all"] == "parameter_all"
 
 
-def test_a_row_told_apart_is_no_other_row() -> None:
+def test_a_row_distinct_rows_is_no_other_row() -> None:
     rows = [{"a": "conv", "b": "conv_0"}, {"c": "conv"}]
-    assert [told_apart(rows, index) for index in (0, 1)] == [{"a": "conv_0_0", "b": "conv_0"}, {"c": "conv_1"}]
+    assert [distinct_rows(rows, index) for index in (0, 1)] == [{"a": "conv_0_0", "b": "conv_0"}, {"c": "conv_1"}]
