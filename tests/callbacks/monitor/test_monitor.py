@@ -796,6 +796,44 @@ def test_local_gradients_that_were_thrown_away_are_not_counted(tmp_path, set_to_
     assert "gradient_local_magnitude/two.weight" not in found.Tags()["histograms"]
 
 
+class Lazy(Net):
+    """Layers that get their shape from the first batch, and one that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.never = nn.Sequential(nn.LazyLinear(16), nn.Tanh()), nn.LazyLinear(4)
+
+
+@pytest.mark.parametrize("when", ["before_clip", "local"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lazy_layers_are_counted_from_their_first_step(tmp_path, accumulate: int, when: Any) -> None:
+    spy, monitor = GradientSpy(), GradientHistogramMonitor(every_n_steps=1, when=when, optimizer_state=True)
+    fit(tmp_path, monitor, spy, module=Lazy, accumulate_grad_batches=accumulate, limit_train_batches=8)
+    kind = "gradient_local" if when == "local" else "gradient"
+    for step, seen in enumerate(spy.seen):
+        assert set(seen) == {"body.0.weight", "body.0.bias", "head.weight", "head.bias"}
+        for name, gradient in seen.items():
+            assert logged_counts(tmp_path, f"{kind}_magnitude/{name}", step) == expected_counts(gradient)
+    samples = monitor.noise_records[0].samples
+    assert samples and all(sample["noise_simple"] is not None for sample in samples)
+
+
+def test_lazily_conjugated_gradients_are_counted(tmp_path) -> None:
+    class Complex(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.SGD(p, lr=0.0))
+            self.factor = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+            self.factor.register_hook(lambda gradient: gradient.conj())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(((batch[0] * self.factor).abs(), batch[1]), batch_idx)
+
+    spy = GradientSpy()
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), spy, module=Complex)  # a warning is an error
+    whole = torch.view_as_real(spy.seen[4]["factor"].resolve_conj())
+    assert logged_counts(tmp_path, "gradient_magnitude/factor", 4) == expected_counts(whole)
+
+
 class Compiled(Net):
     def __init__(self) -> None:
         super().__init__()
