@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import warnings
@@ -210,6 +211,20 @@ def zero(folder: Path) -> Any:
     return made.optimizers[0].optim.param_groups[0]["eps"], calibration.result, record.estimate("adam")
 
 
+def hostile_record(folder: Path) -> Any:
+    """A record with a number that no run has: what each rank is told."""
+    rank, ranks = _world()
+    path = folder / "hostile.json"
+    if rank == 0:
+        shapes = {name: list(p.shape) for name, p in Net().named_parameters()}
+        entry = {"name": "AdamW", "learning_rates": [-0.01], "batch_size": 8, "noise": {}, "samples": []}
+        path.write_text(json.dumps({"schema_version": 1, "model": shapes, "steps": 5, "optimizers": [entry]}))
+    try:
+        fit(folder, OptimizerCalibration(reference=str(path)), data=loader(4), **ddp(ranks))
+    except MisconfigurationException as error:
+        return str(error)
+
+
 def _parameters(made: L.Trainer) -> dict[str, Any]:
     # not the buffers: DDP leaves BatchNorm's running averages to each rank
     return {name: p.detach().clone() for name, p in made.lightning_module.named_parameters()}
@@ -273,6 +288,7 @@ def short_of_memory(folder: Path) -> Any:
         ("part", observer, "own_parts", {}),
         ("copy", gradients, "local_gradient", {"when": "local"}),
         ("state", optimizer_state, "_sums", {"optimizer_state": True}),
+        ("table", MagnitudeHistogram, "__init__", {"optimizer_state": True}),
     ):
         spy, original = GradientSpy(), getattr(owner, attribute)
 

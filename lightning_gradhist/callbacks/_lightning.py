@@ -14,8 +14,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.profilers import PassThroughProfiler
     from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
     from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ModuleNotFoundError as missing:
@@ -23,8 +24,9 @@ except ModuleNotFoundError as missing:
         raise
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
+    from pytorch_lightning.profilers import PassThroughProfiler  # type: ignore[assignment]
     from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn  # type: ignore[assignment]
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[assignment]
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException  # type: ignore[assignment]
     from pytorch_lightning.utilities.seed import isolate_rng
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 
@@ -32,14 +34,18 @@ if not TYPE_CHECKING:
     try:
         from pytorch_lightning import Callback as _Callback
         from pytorch_lightning.utilities.exceptions import MisconfigurationException as _MisconfigurationException
+        from pytorch_lightning.utilities.exceptions import SIGTERMException as _SIGTERMException
     except ImportError:  # lightning alone, or beside one that cannot be imported
         pass
     else:
         _bases = (
             dict.fromkeys((Callback, _Callback)),
             dict.fromkeys((MisconfigurationException, _MisconfigurationException)),
+            dict.fromkeys((SIGTERMException, _SIGTERMException)),
         )
-        Callback, MisconfigurationException = (type(next(iter(bases)).__name__, tuple(bases), {}) for bases in _bases)
+        Callback, MisconfigurationException, SIGTERMException = (
+            type(next(iter(bases)).__name__, tuple(bases), {}) for bases in _bases
+        )
 
 
 def is_overridden(method_name: str, instance: Any) -> bool:
@@ -55,6 +61,8 @@ __all__ = [
     "DummyLogger",
     "LightningModule",
     "MisconfigurationException",
+    "PassThroughProfiler",
+    "SIGTERMException",
     "Trainer",
     "apply_to_collection",
     "is_overridden",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import local
+from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 
@@ -24,18 +25,39 @@ def ready_gradients(
 
     They are dense, real and in this rank's memory, whatever the layer made: of a DTensor this rank's shard.
     """
-    gradients = {name: local_gradient(p) for name, p in parameters.items() if p.grad is not None}
+    laid = {name: _as_laid_out(p) for name, p in parameters.items() if p.grad is not None}  # collectives come first
+    gradients = {name: _dense(gradient) for name, gradient in laid.items()}
     return _divided(gradients, _remaining_scale(trainer, optimizer))
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient of a parameter, dense and real: of a DTensor this rank's shard, laid out as the parameter's."""
+    return _dense(_as_laid_out(parameter))
+
+
+def lies_otherwise(parameter: nn.Parameter) -> bool:
+    """Whether its gradient lies otherwise on the ranks than the parameter does, so that to have it is a collective."""
+    gradient = parameter.grad
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+        return bool(gradient.placements != parameter.placements)
+    return False
+
+
+def _as_laid_out(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     gradient = parameter.grad.detach()
-    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-        gradient = gradient.redistribute(placements=parameter.placements)  # does nothing where it lies so already
+    return gradient.redistribute(placements=parameter.placements) if lies_otherwise(parameter) else gradient  # type: ignore[attr-defined]
+
+
+def _dense(gradient: Tensor) -> Tensor:
     gradient = local(gradient)
     return as_real(gradient.to_dense() if gradient.layout != torch.strided else gradient)
+
+
+def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares of all values, on the device of the first gradient; 0 where there is none."""
+    norms = torch._foreach_norm([flat_values(as_real(gradient))[0] for gradient in gradients] or [torch.zeros(1)])
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).square().sum()
 
 
 class LocalGradients:
@@ -62,6 +84,11 @@ class LocalGradients:
         for name, parameter in parameters.items() if self._is_open else ():
             if parameter.requires_grad and name not in self._handles:
                 self._handles[name] = parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of the parameters that it has looked at, whether they had a gradient or not."""
+        return self._handles.keys()
 
     def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
         """The gradients, unscaled, divided by a number; nothing is copied any more.

@@ -10,6 +10,7 @@ from rank_jobs import (
     apart,
     calibrated,
     exit_codes,
+    hostile_record,
     invisible,
     killed,
     monitored,
@@ -133,6 +134,11 @@ def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     assert (group["alpha"], group["explore_beta"]) == (-5.0, 0.99)  # 1,024 samples and more
 
 
+def test_a_hostile_record_ends_all_ranks_with_the_same_message(tmp_path) -> None:
+    one, other = run_ranks(hostile_record, 2, tmp_path)
+    assert one == other and "learning_rates must be from 0 to 1e+15, got -0.01" in one
+
+
 def test_a_calibration_that_is_not_applied_is_invisible_on_two_ranks(tmp_path) -> None:
     found = run_ranks(invisible, 2, tmp_path)
     for rank in found:
@@ -196,12 +202,13 @@ def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path
         ("part", "gradient_magnitude/all"),
         ("copy", "gradient_local_magnitude/all"),
         ("state", "optimizer_second_moment/all"),
+        ("table", "optimizer_second_moment/all"),
     ):
         said, nonzero = found[case]
         assert len(said) == 1 and "so that the step is left out" in said[0], (case, said)
         logged = events(tmp_path / case).Histograms(tag)
         assert [event.step for event in logged] == [0, 8], case
-        if case in ("count", "part"):
+        if tag == "gradient_magnitude/all":
             assert logged[-1].histogram_value.num == nonzero  # no rank's part is missing
 
 

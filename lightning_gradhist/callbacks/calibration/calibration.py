@@ -21,13 +21,13 @@ from lightning_gradhist.callbacks.batch_size import effective_batch_size
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults
-from lightning_gradhist.callbacks.parameters import model_shapes
+from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.report import CalibrationResult, GroupChange
 from lightning_gradhist.logging.sinks import sinks
-from lightning_gradhist.noise.record import RecordError, RunRecord
+from lightning_gradhist.noise.record import OptimizerRecord, RecordError, RunRecord
 
 
 class _Phase(Enum):
@@ -115,7 +115,8 @@ class OptimizerCalibration(Callback):
 
     Args:
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
-        reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model.
+        reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model, or
+            its URL (``s3://``, ``gs://``). Of a record of several optimizers, that of the same parameters is used.
         epsilon: ``"auto"``, ``"keep"``, or a number to be set.
         learning_rate: the law: ``"surge"``, which needs a noise scale, or ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or
             ``"keep"``.
@@ -176,7 +177,7 @@ class OptimizerCalibration(Callback):
         self.batch_size = batch_size
         self.fallback = fallback
         self.result: CalibrationResult | None = None
-        self._record: RunRecord | None = None
+        self._recorded: OptimizerRecord | None = None
         self._applied = _Applied()
         self._phase = _Phase.IDLE
         self._groups = sys.maxsize  # that the optimizer had when they were calibrated
@@ -207,7 +208,7 @@ class OptimizerCalibration(Callback):
         if obstacle is not None:
             rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
             return
-        self._record = self._read_record(trainer, pl_module)
+        self._recorded = self._read_record(trainer, pl_module)
         self._phase = _Phase.WAITING
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -221,7 +222,7 @@ class OptimizerCalibration(Callback):
         self._look_at_groups(trainer)
 
     def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
-        result = decide(self, gather(self, trainer, module, self._record))
+        result = decide(self, gather(self, trainer, module, self._recorded))
         if result.problems:
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
@@ -269,17 +270,18 @@ class OptimizerCalibration(Callback):
             )
         self._groups = max(self._groups, len(groups))
 
-    def _read_record(self, trainer: Trainer, module: LightningModule) -> RunRecord | None:
+    def _read_record(self, trainer: Trainer, module: LightningModule) -> OptimizerRecord | None:
         if self.reference is None:
             return None
         outcome: Any = trainer.strategy.broadcast(_load(self.reference) if trainer.is_global_zero else None)
+        optimizer = trainer.optimizers[0]
         try:
             if isinstance(outcome, RecordError):
                 raise outcome
             outcome.check_model(model_shapes(module))
+            return outcome.of_optimizer(type(optimizer).__name__, [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
-        return outcome
 
 
 def _obstacle(trainer: Trainer) -> str | None:
@@ -302,8 +304,8 @@ def _is_number(value: Any) -> bool:
 def _load(path: str) -> RunRecord | RecordError:
     try:
         return RunRecord.load(path)
-    except RecordError as error:
-        return error
+    except Exception as error:  # whatever it is, the other ranks are told; its cause they may not be able to read
+        return RecordError(str(error))
 
 
 def _schedulers(trainer: Trainer) -> list[Any]:

@@ -166,7 +166,9 @@ def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -
     recorded = evidence.recorded
     if recorded is None:
         return own, None
-    if recorded.name == evidence.optimizer and len(recorded.learning_rates) == len(own):
+    rates = recorded.learning_rates
+    alike = len(rates) == len(own) and not any(rate == 0 < before for rate, before in zip(rates, own, strict=True))
+    if recorded.name == evidence.optimizer and alike:
         return recorded.learning_rates, explain.recorded_rate(ratio.value, recorded.learning_rates, own)
     why = f"is of {recorded.name}" if recorded.name != evidence.optimizer else "has other parameter groups"
     return own, explain.ratio_only(why, evidence.optimizer, own, recorded.batch_size)

@@ -22,12 +22,13 @@ from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
+from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_sharded
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, rounding_limits
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE
-from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord, RunRecord
+from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 
 MIN_BATCHES = 4
 """The fewest batches of a probe: two for a variance, two to measure against."""
@@ -128,14 +129,14 @@ class Evidence:
         return self.adaptive and all(group.eps is not None for group in self.groups)
 
 
-def gather(options: Options, trainer: Trainer, module: LightningModule, record: RunRecord | None) -> Evidence:
+def gather(options: Options, trainer: Trainer, module: LightningModule, recorded: OptimizerRecord | None) -> Evidence:
     """Gathers all there is, with a probe where one is needed; to be called on every rank, at the first batch.
 
     Args:
         options: what the user asked for.
         trainer: at its first batch.
         module: at its first batch.
-        record: of an earlier run, or None.
+        recorded: of an earlier run, or None.
     """
     optimizer: Optimizer = trainer.optimizers[0]
     adaptive = rule_of(optimizer).adaptive
@@ -149,11 +150,11 @@ def gather(options: Options, trainer: Trainer, module: LightningModule, record: 
             for group, rate in zip(optimizer.param_groups, rates, strict=True)
         ],
         batch_size=effective_batch_size(trainer, options.batch_size),
-        recorded=record.optimizers[0] if record else None,
+        recorded=recorded,
         stray=partial(stray_schedule, optimizer, horizons),
     )
     if needs_probe(options, evidence):
-        measurement = _Measurement(options, trainer, module, evidence)
+        measurement = _Measurement(options, trainer, evidence)
         why_none = run_probe(trainer, module, options.probe_batches, MIN_BATCHES, measurement.measure)
         if why_none is not None:
             evidence.probe.problems.append(explain.no_probe(why_none))
@@ -170,16 +171,16 @@ def needs_probe(options: Options, evidence: Evidence) -> bool:
 class _Measurement:
     """The two halves of a probe: the search space of epsilon, then the noise scale in the metric that it gives."""
 
-    def __init__(self, options: Options, trainer: Trainer, module: LightningModule, evidence: Evidence) -> None:
-        self._options, self._trainer, self._module, self._evidence = options, trainer, module, evidence
+    def __init__(self, options: Options, trainer: Trainer, evidence: Evidence) -> None:
+        self._options, self._trainer, self._evidence = options, trainer, evidence
         self._found = evidence.probe
         self._micro_batches = gradients_a_step(trainer)
         self._centered: set[str] = set()
 
-    def measure(self, planned: int, tick: Callable[[], Any]) -> None:
+    def measure(self, apart: Apart, planned: int, tick: Callable[[], Any]) -> None:
         """Reads up to ``planned`` batches on each rank."""
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
-        probe = Probe(trainer, self._module, optimizer, batch_of_rank(trainer, self._options.batch_size), tick)
+        probe = Probe(apart, batch_of_rank(trainer, self._options.batch_size), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))

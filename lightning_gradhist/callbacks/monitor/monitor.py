@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import (
@@ -27,11 +29,9 @@ from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.record import RecordFile, run_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.strategies import is_sharded, least_over_ranks, replicas
+from lightning_gradhist.callbacks.strategies import RankSum, is_sharded, least_over_ranks, replicas
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
-
-_ARGUMENTS = ("every_n_steps", "group_by", "include", "exclude", "when", "optimizer_state", "noise_scale", "batch_size")
 
 
 class GradientHistogramMonitor(Callback):
@@ -59,8 +59,8 @@ class GradientHistogramMonitor(Callback):
         noise_scale: whether to measure the noise scale.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
-        name: tells this monitor from another one in the same Trainer whose arguments look the same, as those of two that
-            group by a ``lambda`` each do. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
+        name: tells this monitor from another one in the same Trainer that counts the same rows ``when`` this one does, or
+            groups by a ``lambda``, too. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
 
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
@@ -128,20 +128,22 @@ class GradientHistogramMonitor(Callback):
         self._restored: list[dict[str, Any]] = []
         self._measures_noise = False
         self._log_dir: Path | None = None
+        self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
         self._record: RecordFile | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay with the optimizers of this process, and threads in it.
-        return {**self.__dict__, "_fit": None, "_optimizers": [], "_record": None}
+        return {**self.__dict__, "_module": None, "_fit": None, "_optimizers": [], "_record": None}
 
     @property
     def state_key(self) -> str:
-        """Differs between instances with different arguments, so that several can be in one Trainer."""
-        values = {name: getattr(self, name) for name in _ARGUMENTS}
-        if callable(self.group_by):  # whose repr has an address in memory, another one in every process
-            values["group_by"] = getattr(self.group_by, "__qualname__", type(self.group_by).__qualname__)
+        """Differs between instances that count other rows, at another moment or under another :attr:`name`."""
+        group_by = self.group_by
+        if callable(group_by):  # whose repr has an address in memory, another one in every process
+            group_by = getattr(group_by, "__qualname__", type(group_by).__qualname__)
+        values = {"group_by": group_by, "include": self.include, "exclude": self.exclude, "when": self.when}
         if self.name is not None:
             values["name"] = self.name
         return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in values.items())}]"
@@ -155,9 +157,25 @@ class GradientHistogramMonitor(Callback):
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
         return {"optimizers": self._restored or [progress.state_dict() for progress in self._progress]}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes up the state of the monitor most like this one, where its arguments, and so its key, were others."""
+        states = checkpoint.get("callbacks", {})
+        present = {one.state_key for one in _monitors(trainer)}
+        others = [key for key in states if str(key).startswith(f"{type(self).__qualname__}[") and key not in present]
+        if self.state_key not in states and others:
+            self.load_state_dict(states[max(others, key=partial(_likeness, self.state_key))])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state up; it is given to the optimizers when training goes on, also in the middle of a run."""
-        self._restored = list(state_dict["optimizers"])
+        try:
+            states = list(state_dict["optimizers"])
+            self._restored = [Progress.from_state_dict(state).state_dict() for state in states]
+        except Exception as error:  # whatever it is, it must not stop the run
+            self._restored, self._progress = [], []
+            rank_zero_warn(
+                f"GradientHistogramMonitor cannot read its state in the checkpoint, and begins anew: {error!r}. The noise that"
+                " was measured before is missing in this run's record."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
@@ -172,13 +190,19 @@ class GradientHistogramMonitor(Callback):
                 " any parameter; use when='before_clip', or strategy='ddp'"
             )
         self._rows.check_start(trainer, pl_module)
-        self._fit = Fit(trainer, pl_module, spread, Guard())
-        self._log_dir = self._directory(trainer)
+        self._fit = fit = Fit(trainer, pl_module, spread, Guard(), RankSum(spread, pl_module.device))
+        self._log_dir = self._directory(fit)
         if self._log_dir is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._log_dir, self._fit.guard)
-        known = effective_batch_size(trainer, self.batch_size) is not None
-        self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
-        self._watch(self._fit, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
+            self._record = RecordFile(self._log_dir, fit.guard)
+        known = False
+        with fit.guard.attempt("tell the batch size"):
+            known = effective_batch_size(trainer, self.batch_size) is not None
+        self._measures_noise = self.noise_scale and not getattr(trainer, "overfit_batches", False)
+        self._measures_noise &= least_over_ranks(float(known), trainer) > 0
+        is_same_model = self._module is not None and self._module() is pl_module
+        self._module = weakref.ref(pl_module)
+        goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
+        self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
         if self._fit is not None:
             self._warn_of_lacks(trainer)
 
@@ -188,8 +212,8 @@ class GradientHistogramMonitor(Callback):
             return
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
-        for each in self._optimizers:
-            each.before_batch()
+        for observer in self._observers:
+            observer.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -197,10 +221,15 @@ class GradientHistogramMonitor(Callback):
             if each.watched.optimizer is optimizer:
                 each.before_step()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Begins a micro-batch."""
+        for observer in self._observers:
+            observer.before_backward()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a micro-batch."""
-        for each in self._optimizers:
-            each.after_backward()
+        for observer in self._observers:
+            observer.after_backward()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -216,26 +245,29 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
-        for each in self._optimizers:
-            each.finish()
+        for observer in self._observers:
+            observer.finish()
         self._finish()
-        fewest = min(map(len, self.noise_records), default=0)
-        if self.noise_scale and self._log_dir is not None and fewest < ENOUGH:
-            rank_zero_info(
-                f"GradientHistogramMonitor measured the noise scale at {fewest} steps, and some {ENOUGH} are wanted to calibrate"
-                f" another run from the record of this one; lower every_n_steps={self.every_n_steps}, or train longer."
-            )
+        self._tell_of_noise()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._finish()
 
-    def _directory(self, trainer: Trainer) -> Path | None:
+    def _directory(self, fit: Fit) -> Path | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
-        monitors = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
-        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or (monitors and monitors[0] is not self):
+        trainer, path = fit.trainer, ""
+        if (
+            getattr(trainer, "fast_dev_run", False)
+            or trainer.barebones
+            or self is not next(iter(_monitors(trainer)), self)
+        ):
             return None  # of several monitors the first writes the record
-        return Path(trainer.strategy.broadcast(run_directory(trainer) if trainer.is_global_zero else ""))
+        if trainer.is_global_zero:
+            with fit.guard.attempt("find the logger's directory"):
+                path = run_directory(trainer)
+        path = trainer.strategy.broadcast(path)
+        return Path(path) if path else None
 
     def _watch(self, fit: Fit, states: Sequence[dict[str, Any]]) -> None:
         """Watches the optimizers that there are now from these states on, or from their first step."""
@@ -247,15 +279,20 @@ class GradientHistogramMonitor(Callback):
             self._turn_off(hookless[0])
             return
         self._progress = [Progress.from_state_dict(state) for state in states[: len(optimizers)]]
-        self._progress += [Progress() for _ in range(len(optimizers) - len(self._progress))]
+        seen = fit.trainer.global_step if len(optimizers) == 1 else 0  # so that a resumed run logs the same steps
+        self._progress += [Progress(seen) for _ in range(len(optimizers) - len(self._progress))]
         for index, (optimizer, progress) in enumerate(zip(optimizers, self._progress, strict=True)):
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
             watched = WatchedOptimizer(fit, optimizer, suffix, rows)
-            observers = self._observers(watched, progress)
+            observers = self._observers_of(watched, progress)
             self._optimizers.append(OptimizerMonitor(watched, progress, self.every_n_steps, observers))
 
-    def _observers(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
+    @property
+    def _observers(self) -> list[StepObserver]:
+        return [observer for each in self._optimizers for observer in each.observers]
+
+    def _observers_of(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
         noise = [NoiseMonitor(watched, progress, self.batch_size)] if self._measures_noise else []
         updates = [UpdateMonitor(watched)] if self.optimizer_state else []
         return [*noise, MagnitudeMonitor(watched, progress, self.when, self._save_record), *updates]
@@ -288,8 +325,31 @@ class GradientHistogramMonitor(Callback):
             " constructor of torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
         )
 
+    def _tell_of_noise(self) -> None:
+        """Says at the end why the record is of no use, where it is not."""
+        found = [record.estimate("simple").measurements for record in self.noise_records]
+        if not self._measures_noise or self._log_dir is None or min(found, default=ENOUGH) >= ENOUGH:
+            return
+        tried = len(self.noise_records[found.index(min(found))])
+        said = (
+            f"GradientHistogramMonitor measured the noise scale at {min(found)} of {tried} steps, and some {ENOUGH} are wanted"
+            " to calibrate another run from the record of this one: "
+        )
+        if tried < ENOUGH or 2 * min(found) > tried:
+            rank_zero_info(f"{said}lower every_n_steps={self.every_n_steps}, or train longer.")
+        else:
+            rank_zero_warn(
+                f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step;"
+                " clip with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
+            )
+
     def _warn_of_lacks(self, trainer: Trainer) -> None:
-        if self.noise_scale and not self._measures_noise:
+        if self.noise_scale and getattr(trainer, "overfit_batches", False):
+            rank_zero_info(
+                "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
+                " their gradients do not tell of others."
+            )
+        elif self.noise_scale and not self._measures_noise:
             rank_zero_warn(
                 "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
                 " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
@@ -310,6 +370,16 @@ def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> N
         raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
     if when not in get_args(When):
         raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
+
+
+def _likeness(key: str, other: str) -> int:
+    """How many arguments are the same in two keys, less those that differ."""
+    mine = key.rstrip("]").partition("[")[2].split(",")
+    return sum((part in other) - (part not in other and part.partition("=")[0] + "=" in other) for part in mine)
+
+
+def _monitors(trainer: Trainer) -> list[GradientHistogramMonitor]:
+    return [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
 
 
 def _warn_of_strategy(trainer: Trainer) -> None:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from lightning_gradhist.callbacks.batch_size import effective_batch_size, is_short_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
-from lightning_gradhist.callbacks.gradients import LocalGradients
+from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
 from lightning_gradhist.callbacks.strategies import own_parts, parts_of_a_step
 from lightning_gradhist.noise.step import measure_pair, measure_part
 from lightning_gradhist.tensors import copies
+
+_ALIKE = 1e-3  # relative difference of squared norms of gradients that nobody has changed
 
 
 @dataclass
@@ -55,10 +57,14 @@ class NoiseMonitor(StepObserver):
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
         self._in_pair = False  # the same on all ranks
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
+        self._backwards = 0  # since the step before
+        self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
+        self._changed: list[Tensor] = []  # whether it was another one afterwards
 
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
+        self._backwards, self._left, self._changed = 0, None, []
         if due and parts_of_a_step(self._fit.trainer) > 1:
             self._part = LocalGradients(self._watched.parameters)
 
@@ -67,10 +73,19 @@ class NoiseMonitor(StepObserver):
         if self._part is not None:
             self._part.extend(self._watched.parameters)
 
+    def before_backward(self) -> None:
+        """Compares, where micro-batches have gone before."""
+        if self._left is not None:
+            with self._fit.guard.attempt("measure noise"):
+                self._compare(self._squared_norm())
+
     def after_backward(self) -> None:
         """Ends the first micro-batch."""
+        self._backwards += 1
         if self._part is not None:
             self._part.close()
+            with self._fit.guard.attempt("measure noise"):
+                self._left = self._squared_norm()
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
@@ -99,10 +114,24 @@ class NoiseMonitor(StepObserver):
             self._part.close()
         self._part = None
 
-    def _samples(self) -> int | None:
-        """Samples of this step; None where they are not known, or fewer than those of others."""
+    def _is_whole(self) -> bool:
+        """Whether the step has as many samples as others: no short batch, and no micro-batch without a loss."""
         trainer = self._fit.trainer
-        return None if is_short_step(trainer) else effective_batch_size(trainer, self._batch_size)
+        lacks_loss = (
+            self._backwards != trainer.accumulate_grad_batches and trainer.lightning_module.automatic_optimization
+        )
+        return not lacks_loss and not is_short_step(trainer)
+
+    def _samples(self) -> int | None:
+        return effective_batch_size(self._fit.trainer, self._batch_size) if self._is_whole() else None
+
+    def _compare(self, squares: Tensor) -> None:
+        """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
+        if self._left is not None:
+            self._changed.append((squares - self._left).abs() > _ALIKE * self._left)
+
+    def _squared_norm(self) -> Tensor:
+        return squared_norm([p.grad for p in self._watched.parameters.values() if p.grad is not None])
 
     def _rates(self) -> list[float | None]:
         schedulers = [config.scheduler for config in self._fit.trainer.lr_scheduler_configs]
@@ -120,7 +149,7 @@ class NoiseMonitor(StepObserver):
             self._first = FirstGradient(self._progress.steps, held, metric_weights(optimizer, parameters, own))
 
     def _complete_pair(self, parts: Mapping[str, Tensor] | None) -> None:
-        first = self._first if parts and not is_short_step(self._fit.trainer) else None
+        first = self._first if parts and self._is_whole() else None
         self.discard()
         sums = self._sums(None if first is None else lambda: first.measure(parts or {}))
         if first is not None:
@@ -135,8 +164,11 @@ class NoiseMonitor(StepObserver):
         self.discard()  # begun before accumulation was
 
         def measure() -> Tensor:
+            self._compare(squared_norm((gradients or {}).values()) * loss_scale(trainer) ** 2)
             part = copied.take(trainer, trainer.accumulate_grad_batches)
-            return measure_part(part, gradients or {}, metric_weights(watched.optimizer, watched.parameters), parts)
+            known = {name: g for name, g in (gradients or {}).items() if name in copied.names}  # then and now
+            sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters), parts)
+            return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 
         sums = self._sums(None if batch_size is None or gradients is None else measure)
         if batch_size is not None:
@@ -145,10 +177,9 @@ class NoiseMonitor(StepObserver):
 
     def _sums(self, measure: Callable[[], Tensor] | None) -> Tensor:
         """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
-        sums = torch.full((4,), math.nan, dtype=torch.float64, device=self._fit.module.device)
+        sums = None
         if measure is not None:
             with self._fit.guard.attempt("measure noise"):
-                sums.copy_(measure())
-        if self._fit.replicas.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        return sums
+                sums = measure().to(self._fit.module.device)
+        self._fit.sums.add_up(sums, 4, math.nan)
+        return torch.full((4,), math.nan) if sums is None else sums

@@ -13,6 +13,8 @@ from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.record import OptimizerRecord
 from lightning_gradhist.noise.series import METRICS
 
+_MEASURED = ("batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")))
+
 
 @dataclass
 class Progress:
@@ -36,9 +38,18 @@ class Progress:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
-        """The inverse of :meth:`state_dict`."""
-        numbers = dict(state)
-        return cls(noise=NoiseRecord(numbers.pop("samples", ())), **numbers)
+        """The inverse of :meth:`state_dict`; what is no such state raises."""
+        samples = [dict(sample) for sample in state["samples"]]
+        if not all({"step", *_MEASURED} <= sample.keys() for sample in samples):
+            raise ValueError("a measurement of the noise is not whole")
+        return cls(
+            int(state["steps"]),
+            int(state["logged"]),
+            int(state["skipped"]),
+            [float(rate) for rate in state["learning_rates"]],
+            int(state["batch_size"]),
+            NoiseRecord(samples),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""

@@ -27,6 +27,7 @@ class Outcome(IntEnum):
     OVERFLOW = 5
     NO_BATCH = 6
     FAILED = 7
+    STOPPED = 8
 
 
 WHY_LEFT_OUT = {
