@@ -26,7 +26,7 @@ from support import assert_state_is_logged, events, expected_counts, logged_coun
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
 from lightning_gradhist.noise.record import RunRecord
 
-RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")]
+RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
