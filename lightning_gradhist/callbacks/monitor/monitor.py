@@ -238,7 +238,9 @@ class GradientHistogramMonitor(Callback):
             each.settle()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the record, where there is something new in it."""
+        """Writes the record, where there is something new in it, and says which optimizers have made no step so far."""
+        for each in self._optimizers:
+            each.warn_if_unseen()
         if self._record is not None and self._record.lacks(self._progress):
             self._save_record()
 

@@ -1046,6 +1046,61 @@ def test_steps_that_it_does_not_see_are_said(tmp_path) -> None:
     assert len([one for one in caught if "does not see" in str(one.message)]) == 1
 
 
+class FirstAndSecond(torch.optim.SGD):
+    """Steps in two halves, as SAM is often written."""
+
+    def first_step(self) -> None:
+        self.zero_grad()
+
+    def second_step(self) -> None:
+        super().step()
+
+
+class ByHalves(AllInTurn):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for half in (self.optimizers().first_step, self.optimizers().second_step):
+            self.manual_backward(self.two(self.one(batch[0])).square().mean())
+            half()
+
+    def configure_optimizers(self) -> Any:
+        return FirstAndSecond(self.parameters(), lr=0.1)
+
+
+class WithinBackward(AllInTurn):
+    """Each parameter has an optimizer of its own, which steps as soon as there is a gradient; Lightning's has none."""
+
+    def on_fit_start(self) -> None:
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(self.step)
+
+    def step(self, parameter: Any) -> None:
+        torch.optim.SGD([parameter], lr=0.1).step()
+        parameter.grad = None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.two(self.one(batch[0])).square().mean())
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("module", [ByHalves, WithinBackward])
+def test_steps_of_which_it_sees_no_gradient_are_said(tmp_path, module: Any) -> None:
+    with pytest.warns(UserWarning, match="does not see the steps of .*first_step.*within the backward pass") as caught:
+        fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=module, max_epochs=2)
+    assert len([one for one in caught if "does not see" in str(one.message)]) == 1
+
+
+def test_an_optimizer_that_makes_no_step_is_not_said_to_be_unseen(tmp_path) -> None:
+    class OneOnly(TwoOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.one(batch[0]).square().mean())
+            self.optimizers()[0].step()
+
+    fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=OneOnly)  # a warning is an error
+
+
 def _raises(*args: Any, **kwargs: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
