@@ -30,6 +30,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def from_shard(shard: Tensor, like: Tensor) -> Tensor:
+    """A DTensor of this rank's shard, laid out as another; where the other is none, the shard as it is."""
+    if not is_dtensor(like):
+        return shard
+    mesh, placements, stride = like.device_mesh, like.placements, like.stride()
+    return like.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=stride)
+
+
 def placed_as(tensor: Tensor, other: Tensor) -> Tensor:
     """A DTensor laid out as another; to be called on every rank, as a sum over ranks may be due."""
     if is_dtensor(tensor) and is_dtensor(other) and tensor.placements != other.placements:

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def mesh_of(tensor: Tensor) -> DeviceMesh | None:
-    """The device mesh that a DTensor is spread over; None for any other tensor, with which it takes no common steps."""
-    return tensor.device_mesh if is_dtensor(tensor) else None
-
-
 def is_sharded(param: Tensor) -> bool:
     """Whether other ranks hold other parts of a parameter."""
     return is_dtensor(param) and bool(_sharded_dims(param))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
+from lightning_gradhist._dtensor import from_shard, local, placed_as
 from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice, resolve_explore
 from lightning_gradhist.optim._base import fill_in_explore
 from lightning_gradhist.optim._checks import refuse_complex, refuse_sparse
 from lightning_gradhist.optim._formulas import explored_gradients, move_averages, wide_dtype
-from lightning_gradhist.optim._sharding import mesh_of
 
 BUFFER = "exp_avg_grad"
 
@@ -169,7 +169,7 @@ class EAdaptor(Optimizer):
                 mix = alpha * (1.0 - explore_beta)
                 mixed = explored_gradients(_in_dtype_of(grads, es), es, mix)
                 for param, explored in zip(params, _in_dtype_of(mixed, grads), strict=True):
-                    param.grad = explored
+                    param.grad = from_shard(explored, param)
             self.inner.step()
         finally:
             for param, grad in kept:
@@ -194,17 +194,14 @@ class EAdaptor(Optimizer):
     def _by_group(
         self, averages: dict[Tensor, Tensor]
     ) -> list[tuple[list[Tensor], list[Tensor], list[Tensor], float, float]]:
-        """Parameters, gradients and ``e`` of each group, those of each device mesh apart, and the group's two numbers."""
+        """Parameters of each group, this rank's shards of their gradients and ``e``, and the group's two numbers."""
         lists = []
         for group in self.param_groups:
             numbers = resolve_explore(*(group[name] for name in self._names()))
-            by_mesh: dict[Any, list[Tensor]] = {}
-            for param in group["params"]:
-                if param in averages:
-                    by_mesh.setdefault(mesh_of(param), []).append(param)
-            for params in by_mesh.values():
-                grads = [param.grad for param in params if param.grad is not None]
-                lists.append((params, grads, [averages[param] for param in params], *numbers))
+            params = [param for param in group["params"] if param in averages]
+            if params:
+                grads = [local(placed_as(param.grad, param)) for param in params]
+                lists.append((params, grads, [local(averages[param]) for param in params], *numbers))
         return lists
 
     def _exp_avg_grad(self, param: Tensor) -> Tensor:
