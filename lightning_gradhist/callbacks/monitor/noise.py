@@ -94,7 +94,7 @@ class NoiseMonitor(StepObserver):
         if self._part is not None:
             self._measure_part(self._part, step)
         elif self._in_pair:
-            self._complete_pair(step.parts)
+            self._complete_pair(step)
         elif step.due:
             self._begin_pair(step.parts)
 
@@ -146,10 +146,11 @@ class NoiseMonitor(StepObserver):
             own = partial(own_parts, parameters=parameters, replicas=self._fit.replicas)
             self._first = FirstGradient(self._progress.steps, held, metric_weights(optimizer, parameters, own))
 
-    def _complete_pair(self, parts: Mapping[str, Tensor] | None) -> None:
+    def _complete_pair(self, step: Step) -> None:
+        parts = step.parts
         first = self._first if parts and self._is_whole() else None
         self.discard()
-        sums = self._sums(None if first is None else lambda: first.measure(parts or {}))
+        sums = self._sums(step.gradients, None if first is None else lambda: first.measure(parts or {}))
         if first is not None:
             self._progress.noise.add(first.step, self._progress.batch_size, sums)
 
@@ -168,16 +169,23 @@ class NoiseMonitor(StepObserver):
             sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters), parts)
             return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 
-        sums = self._sums(None if batch_size is None or gradients is None else measure)
+        sums = self._sums(gradients, None if batch_size is None else measure)
         if batch_size is not None:
             self._progress.measures(batch_size, self._rates())
             self._progress.noise.add(self._progress.steps, batch_size, sums / self._fit.replicas.ranks)
 
-    def _sums(self, measure: Callable[[], Tensor] | None) -> Tensor:
-        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
-        sums = None
-        if measure is not None:
-            with self._fit.guard.attempt("measure noise"):
-                sums = measure().to(self._fit.module.device)
-        self._fit.sums.add_up(sums, 4, math.nan)
-        return torch.full((4,), math.nan) if sums is None else sums
+    def _sums(self, gradients: Mapping[str, Tensor] | None, measure: Callable[[], Tensor] | None) -> Tensor:
+        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not, or their gradients differ."""
+        fit, sums = self._fit, None
+        if measure is not None and gradients is not None:
+            with fit.guard.attempt("measure noise"):
+                measured = measure().to(fit.module.device)
+                checked = torch.cat([measured, measured.new_zeros(2)])
+                fit.sums.check(checked, self._watched.replicated(gradients))
+                sums = checked
+        fit.sums.add_up(sums, 6, math.nan)
+        if sums is None:
+            return torch.full((4,), math.nan)
+        with fit.guard.attempt("measure noise"):
+            fit.sums.mark_unlike(sums, math.nan)
+        return sums[:4]

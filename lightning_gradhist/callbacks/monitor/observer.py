@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
@@ -72,6 +73,11 @@ class WatchedOptimizer:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters now, by their names in the module."""
         return optimizer_parameters(self.fit.module, self.optimizer)
+
+    def replicated(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those gradients that every rank should have whole."""
+        parameters = self.parameters
+        return {name: g for name, g in gradients.items() if not isinstance(parameters[name], DTensor)}
 
     def gradients(self) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
         """The gradients that it will use, and this rank's part of them; None where there is no memory for them."""
