@@ -179,7 +179,7 @@ class NoiseMonitor(StepObserver):
         fit, sums = self._fit, None
         if measure is not None and gradients is not None:
             with fit.guard.attempt("measure noise"):
-                measured = measure().to(fit.module.device)
+                measured = measure() if fit.replicas.ranks == 1 else measure().to(fit.module.device)
                 checked = torch.cat([measured, measured.new_zeros(2)])
                 fit.sums.check(checked, self._watched.replicated(gradients))
                 sums = checked
