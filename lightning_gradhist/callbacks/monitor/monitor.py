@@ -16,22 +16,19 @@ from lightning_gradhist.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    rank_zero_info,
     rank_zero_warn,
 )
-from lightning_gradhist.callbacks.batch_size import effective_batch_size
-from lightning_gradhist.callbacks.guard import Guard
+from lightning_gradhist.callbacks.monitor import messages
 from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When
-from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor
+from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor, knows_batch_size
 from lightning_gradhist.callbacks.monitor.observer import Fit, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
 from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
-from lightning_gradhist.callbacks.monitor.progress import Progress
+from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
 from lightning_gradhist.callbacks.monitor.record import RecordFile, run_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.strategies import RankSum, is_sharded, least_over_ranks, replicas
+from lightning_gradhist.callbacks.strategies import is_sharded, replicas
 from lightning_gradhist.noise import NoiseRecord
-from lightning_gradhist.noise.interval import ENOUGH
 
 
 class GradientHistogramMonitor(Callback):
@@ -164,7 +161,7 @@ class GradientHistogramMonitor(Callback):
         present = {one.state_key for one in _monitors(trainer)}
         others = [key for key in states if str(key).startswith(f"{type(self).__qualname__}[") and key not in present]
         if self.state_key not in states and others:
-            self.load_state_dict(states[max(others, key=partial(_likeness, self.state_key))])
+            self.load_state_dict(states[max(others, key=partial(likeness, self.state_key))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state up; it is given to the optimizers when training goes on, also in the middle of a run."""
@@ -180,10 +177,10 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
-        self._fit = self._record = None
+        self._fit = self._record = self._log_dir = None
         spread = replicas(trainer)
         if spread is None:
-            _warn_of_strategy(trainer)
+            self._turn_off(messages.unknown_strategy(type(trainer.strategy).__name__))
             return
         if self.when == "local" and is_sharded(trainer):
             raise MisconfigurationException(
@@ -191,21 +188,23 @@ class GradientHistogramMonitor(Callback):
                 " any parameter; use when='before_clip', or strategy='ddp'"
             )
         self._rows.check_start(trainer, pl_module)
-        self._fit = fit = Fit(trainer, pl_module, spread, Guard(), RankSum(spread, pl_module.device))
+        fit = Fit.start(trainer, pl_module, spread)
+        if fit is None:
+            self._turn_off(messages.NO_MEMORY)
+            return
+        self._fit = fit
         self._log_dir = self._directory(fit)
         if self._log_dir is not None and trainer.is_global_zero:
             self._record = RecordFile(self._log_dir, fit.guard)
-        known = False
-        with fit.guard.attempt("tell the batch size"):
-            known = effective_batch_size(trainer, self.batch_size) is not None
-        self._measures_noise = self.noise_scale and not getattr(trainer, "overfit_batches", False)
-        self._measures_noise &= least_over_ranks(float(known), trainer) > 0
+        self._measures_noise = (
+            self.noise_scale and knows_batch_size(fit, self.batch_size) and not messages.overfits(trainer)
+        )
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
         self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
         if self._fit is not None:
-            self._warn_of_lacks(trainer)
+            messages.tell_at_start(trainer, self.noise_scale, self._measures_noise, self._log_dir)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
@@ -249,7 +248,8 @@ class GradientHistogramMonitor(Callback):
         for observer in self._observers:
             observer.finish()
         self._finish()
-        self._tell_of_noise()
+        if self._measures_noise and self._log_dir is not None:
+            messages.tell_at_end(self.noise_records, self.every_n_steps)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
@@ -277,7 +277,7 @@ class GradientHistogramMonitor(Callback):
         optimizers = list(fit.trainer.optimizers)
         hookless = [optimizer for optimizer in optimizers if not has_step_hooks(optimizer)]
         if hookless:
-            self._turn_off(hookless[0])
+            self._turn_off(messages.no_step_hooks(type(hookless[0]).__name__))
             return
         self._progress = [Progress.from_state_dict(state) for state in states[: len(optimizers)]]
         seen = fit.trainer.global_step if len(optimizers) == 1 else 0  # so that a resumed run logs the same steps
@@ -317,51 +317,11 @@ class GradientHistogramMonitor(Callback):
             each.close()
         self._optimizers = []
 
-    def _turn_off(self, hookless: Optimizer) -> None:
+    def _turn_off(self, reason: str) -> None:
         if self._record is not None:
             self._record.close()
         self._fit = self._record = self._log_dir = None
-        rank_zero_warn(
-            f"GradientHistogramMonitor is off: {type(hookless).__name__} has no step hooks, as it does not call the"
-            " constructor of torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
-        )
-
-    def _tell_of_noise(self) -> None:
-        """Says at the end why the record is of no use, where it is not."""
-        found = [record.estimate("simple").measurements for record in self.noise_records]
-        if not self._measures_noise or self._log_dir is None or min(found, default=ENOUGH) >= ENOUGH:
-            return
-        tried = len(self.noise_records[found.index(min(found))])
-        said = (
-            f"GradientHistogramMonitor measured the noise scale at {min(found)} of {tried} steps, and some {ENOUGH} are wanted"
-            " to calibrate another run from the record of this one: "
-        )
-        if tried < ENOUGH or 2 * min(found) > tried:
-            rank_zero_info(f"{said}lower every_n_steps={self.every_n_steps}, or train longer.")
-        else:
-            rank_zero_warn(
-                f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step;"
-                " clip with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
-            )
-
-    def _warn_of_lacks(self, trainer: Trainer) -> None:
-        if self.noise_scale and getattr(trainer, "overfit_batches", False):
-            rank_zero_info(
-                "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
-                " their gradients do not tell of others."
-            )
-        elif self.noise_scale and not self._measures_noise:
-            rank_zero_warn(
-                "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
-                " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
-                " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with"
-                " noise_scale=False."
-            )
-        elif not trainer.loggers and not trainer.barebones:
-            rank_zero_warn(
-                "GradientHistogramMonitor has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
-                + (f" The noise scale is still recorded in {self._log_dir}." if self.noise_scale else "")
-            )
+        rank_zero_warn(f"GradientHistogramMonitor is off: {reason}")
 
 
 def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> None:
@@ -373,20 +333,5 @@ def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> N
         raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
 
 
-def _likeness(key: str, other: str) -> int:
-    """How many arguments are the same in two keys, less those that differ."""
-    mine = key.rstrip("]").partition("[")[2].split(",")
-    return sum((part in other) - (part not in other and part.partition("=")[0] + "=" in other) for part in mine)
-
-
 def _monitors(trainer: Trainer) -> list[GradientHistogramMonitor]:
     return [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
-
-
-def _warn_of_strategy(trainer: Trainer) -> None:
-    rank_zero_warn(
-        f"GradientHistogramMonitor is off: it does not know how {type(trainer.strategy).__name__} spreads the gradients"
-        " of this model over ranks. One device, DDP, and ModelParallelStrategy where every mesh has all ranks are"
-        " supported; use one of them (for FSDP and DeepSpeed, ModelParallelStrategy with fully_shard), or remove the"
-        " callback."
-    )

@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_gradhist.callbacks.batch_size import effective_batch_size, is_short_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, squared_norm
-from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
+from lightning_gradhist.callbacks.monitor.observer import Fit, Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
-from lightning_gradhist.callbacks.strategies import own_parts, parts_of_a_step
+from lightning_gradhist.callbacks.strategies import least_over_ranks, own_parts, parts_of_a_step
 from lightning_gradhist.noise.step import measure_pair, measure_part
 from lightning_gradhist.tensors import copies
 
@@ -112,16 +112,15 @@ class NoiseMonitor(StepObserver):
             self._part.close()
         self._part = None
 
-    def _is_whole(self) -> bool:
-        """Whether the step has as many samples as others: no short batch, and no micro-batch without a loss."""
-        trainer = self._fit.trainer
-        lacks_loss = (
-            self._backwards != trainer.accumulate_grad_batches and trainer.lightning_module.automatic_optimization
-        )
-        return not lacks_loss and not is_short_step(trainer)
-
     def _samples(self) -> int | None:
-        return effective_batch_size(self._fit.trainer, self._batch_size) if self._is_whole() else None
+        """Samples of this step; None where they are not known, or fewer than those of others."""
+        trainer = self._fit.trainer
+        with self._fit.guard.attempt("tell the batch size"):
+            lacks_loss = self._backwards != trainer.accumulate_grad_batches  # of a micro-batch
+            if (lacks_loss and self._fit.module.automatic_optimization) or is_short_step(trainer):
+                return None
+            return effective_batch_size(trainer, self._batch_size)
+        return None
 
     def _compare(self, squares: Tensor) -> None:
         """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
@@ -148,7 +147,7 @@ class NoiseMonitor(StepObserver):
 
     def _complete_pair(self, step: Step) -> None:
         parts = step.parts
-        first = self._first if parts and self._is_whole() else None
+        first = self._first if parts and self._samples() is not None else None
         self.discard()
         sums = self._sums(step.gradients, None if first is None else lambda: first.measure(parts or {}))
         if first is not None:
@@ -170,7 +169,9 @@ class NoiseMonitor(StepObserver):
             return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 
         sums = self._sums(gradients, None if batch_size is None else measure)
-        if batch_size is not None:
+        if batch_size is None:
+            return
+        with self._fit.guard.attempt("measure noise"):
             self._progress.measures(batch_size, self._rates())
             self._progress.noise.add(self._progress.steps, batch_size, sums / self._fit.replicas.ranks)
 
@@ -189,3 +190,11 @@ class NoiseMonitor(StepObserver):
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
         return sums[:4]
+
+
+def knows_batch_size(fit: Fit, batch_size: int | None) -> bool:
+    """Whether all ranks know how many samples a step has; to be called on every rank."""
+    known = False
+    with fit.guard.attempt("tell the batch size"):
+        known = effective_batch_size(fit.trainer, batch_size) is not None
+    return least_over_ranks(float(known), fit.trainer) > 0

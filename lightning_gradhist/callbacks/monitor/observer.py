@@ -14,7 +14,7 @@ from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, ra
 from lightning_gradhist.callbacks.gradients import lies_otherwise, ready_gradients
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
-from lightning_gradhist.callbacks.strategies import RankSum, Replicas, local, own_parts
+from lightning_gradhist.callbacks.strategies import RankSum, Replicas, least_over_ranks, local, own_parts
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.sinks import Sink
 from lightning_gradhist.logging.writer import LoggerQueues
@@ -31,6 +31,15 @@ class Fit:
     sums: RankSum
     warned: set[str] = field(default_factory=set)
     _loggers: LoggerQueues | None = None
+
+    @classmethod
+    def start(cls, trainer: Trainer, module: LightningModule, replicas: Replicas) -> Fit | None:
+        """A fit, None where a rank has no memory for it; to be called on every rank."""
+        guard, sums = Guard(), None
+        with guard.attempt("take memory"):
+            sums = RankSum(replicas, module.device)
+        everywhere = least_over_ranks(float(sums is not None), trainer) > 0
+        return cls(trainer, module, replicas, guard, sums) if everywhere and sums is not None else None
 
     def send(self, job: Callable[[Sink], None]) -> None:
         """Has the sink of each logger given to a job."""
