@@ -19,15 +19,15 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.monitor import messages
-from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When
-from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor, knows_batch_size
+from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When, check_when
+from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor, can_measure
 from lightning_gradhist.callbacks.monitor.observer import Fit, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
 from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
 from lightning_gradhist.callbacks.monitor.record import RecordFile, run_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.strategies import is_sharded, replicas
+from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.noise import NoiseRecord
 
 
@@ -48,14 +48,13 @@ class GradientHistogramMonitor(Callback):
         include: regular expression; only parameters are counted in whose names it is found, or of whose layer it
             matches the class name in whole, or that of a base: ``"Linear"``, ``"Conv.d"``, ``"encoder"``.
         exclude: likewise, what is not counted: ``".*Norm.*|bias"``. Noise is measured of all parameters regardless.
-        when: ``"before_clip"``; ``"after_clip"`` for what the optimizer really uses; ``"local"`` for what each rank
-            computed itself, before DDP averages it, over all ranks together, and with accumulation summed over the
-            step's micro-batches (a logged step then holds a copy of the gradients).
+        when: ``"before_clip"``; ``"after_clip"`` for what the optimizer really uses; ``"local"`` for what each rank computed
+            itself, before DDP averages it, summed over micro-batches (a logged step then holds a copy of the gradients).
         optimizer_state: whether to log the optimizer's update and second moment as well. A logged step then costs one
             more all-reduce, and memory for a copy of this rank's part of the weights and of the second moment.
         noise_scale: whether to measure the noise scale.
-        batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
-            optimization, samples of one optimizer step on one device.
+        batch_size: samples of one micro-batch on one device where the loader does not tell it; of one optimizer step on
+            one device under manual optimization.
         name: tells this monitor from another one in the same Trainer that counts the same rows ``when`` this one does, or
             groups by a ``lambda``, too. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
 
@@ -91,8 +90,8 @@ class GradientHistogramMonitor(Callback):
     The noise scale (:class:`lightning_gradhist.noise.NoiseRecord`) goes into the checkpoint and into ``calibration.json`` in
     the log directory, which ``OptimizerCalibration(reference=...)`` reads; some ten logged steps make it of use. Under DDP
     or accumulation it is measured, without bias, from the gradients of a step's first micro-batch on each rank against
-    those of the whole step; else from a logged step and the one after it. This holds a copy of the gradients, between
-    two steps also one of the second moment. A step with fewer samples than the others is not measured.
+    those of the whole step; else from a logged step and the next. This holds a copy of the gradients, between two steps also
+    one of the second moment. A step with fewer samples than others, or whose gradients a hook has changed, is not measured.
 
     Works with one device, DDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
     and several optimizers. With other strategies it warns and stays off. Under manual optimization the step begins where
@@ -132,7 +131,7 @@ class GradientHistogramMonitor(Callback):
         self._record: RecordFile | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay with the optimizers of this process, and threads in it.
+        # Hooks and threads stay in this process.
         return {**self.__dict__, "_module": None, "_fit": None, "_optimizers": [], "_record": None}
 
     @property
@@ -182,11 +181,7 @@ class GradientHistogramMonitor(Callback):
         if spread is None:
             self._turn_off(messages.unknown_strategy(type(trainer.strategy).__name__))
             return
-        if self.when == "local" and is_sharded(trainer):
-            raise MisconfigurationException(
-                "when='local' counts what each rank computed before averaging, which ModelParallelStrategy does not leave in"
-                " any parameter; use when='before_clip', or strategy='ddp'"
-            )
+        check_when(self.when, trainer)
         self._rows.check_start(trainer, pl_module)
         fit = Fit.start(trainer, pl_module, spread)
         if fit is None:
@@ -196,9 +191,7 @@ class GradientHistogramMonitor(Callback):
         self._log_dir = self._directory(fit)
         if self._log_dir is not None and trainer.is_global_zero:
             self._record = RecordFile(self._log_dir, fit.guard)
-        self._measures_noise = (
-            self.noise_scale and knows_batch_size(fit, self.batch_size) and not messages.overfits(trainer)
-        )
+        self._measures_noise = self.noise_scale and can_measure(fit, self.batch_size)
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
@@ -237,7 +230,7 @@ class GradientHistogramMonitor(Callback):
             each.settle()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the record, where there is something new in it, and says which optimizers have made no step so far."""
+        """Writes the record, where there is something new in it, and says which optimizers' steps are not seen."""
         for each in self._optimizers:
             each.warn_if_unseen()
         if self._record is not None and self._record.lacks(self._progress):
@@ -258,12 +251,9 @@ class GradientHistogramMonitor(Callback):
     def _directory(self, fit: Fit) -> Path | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
         trainer, path = fit.trainer, ""
-        if (
-            getattr(trainer, "fast_dev_run", False)
-            or trainer.barebones
-            or self is not next(iter(_monitors(trainer)), self)
-        ):
-            return None  # of several monitors the first writes the record
+        is_first = self is next(iter(_monitors(trainer)), self)  # of several monitors the first writes the record
+        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or not is_first:
+            return None
         if trainer.is_global_zero:
             with fit.guard.attempt("find the logger's directory"):
                 path = run_directory(trainer)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_gradhist.callbacks.batch_size import effective_batch_size, is_short_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, squared_norm
+from lightning_gradhist.callbacks.monitor.messages import overfits
 from lightning_gradhist.callbacks.monitor.observer import Fit, Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
@@ -192,9 +193,9 @@ class NoiseMonitor(StepObserver):
         return sums[:4]
 
 
-def knows_batch_size(fit: Fit, batch_size: int | None) -> bool:
-    """Whether all ranks know how many samples a step has; to be called on every rank."""
+def can_measure(fit: Fit, batch_size: int | None) -> bool:
+    """Whether steps are independent and all ranks know how many samples they have; to be called on every rank."""
     known = False
     with fit.guard.attempt("tell the batch size"):
-        known = effective_batch_size(fit.trainer, batch_size) is not None
+        known = not overfits(fit.trainer) and effective_batch_size(fit.trainer, batch_size) is not None
     return least_over_ranks(float(known), fit.trainer) > 0
