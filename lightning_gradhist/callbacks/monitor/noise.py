@@ -13,10 +13,11 @@ from torch import Tensor
 from lightning_gradhist.callbacks.batch_size import effective_batch_size, is_short_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, squared_norm
-from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
+from lightning_gradhist.callbacks.monitor.messages import overfits
+from lightning_gradhist.callbacks.monitor.observer import Fit, Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
-from lightning_gradhist.callbacks.strategies import own_parts, parts_of_a_step
+from lightning_gradhist.callbacks.strategies import least_over_ranks, own_parts, parts_of_a_step
 from lightning_gradhist.noise.step import measure_pair, measure_part
 from lightning_gradhist.tensors import copies
 
@@ -94,7 +95,7 @@ class NoiseMonitor(StepObserver):
         if self._part is not None:
             self._measure_part(self._part, step)
         elif self._in_pair:
-            self._complete_pair(step.parts)
+            self._complete_pair(step)
         elif step.due:
             self._begin_pair(step.parts)
 
@@ -112,16 +113,15 @@ class NoiseMonitor(StepObserver):
             self._part.close()
         self._part = None
 
-    def _is_whole(self) -> bool:
-        """Whether the step has as many samples as others: no short batch, and no micro-batch without a loss."""
-        trainer = self._fit.trainer
-        lacks_loss = (
-            self._backwards != trainer.accumulate_grad_batches and trainer.lightning_module.automatic_optimization
-        )
-        return not lacks_loss and not is_short_step(trainer)
-
     def _samples(self) -> int | None:
-        return effective_batch_size(self._fit.trainer, self._batch_size) if self._is_whole() else None
+        """Samples of this step; None where they are not known, or fewer than those of others."""
+        trainer = self._fit.trainer
+        with self._fit.guard.attempt("tell the batch size"):
+            lacks_loss = self._backwards != trainer.accumulate_grad_batches  # of a micro-batch
+            if (lacks_loss and self._fit.module.automatic_optimization) or is_short_step(trainer):
+                return None
+            return effective_batch_size(trainer, self._batch_size)
+        return None
 
     def _compare(self, squares: Tensor) -> None:
         """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
@@ -146,10 +146,11 @@ class NoiseMonitor(StepObserver):
             own = partial(own_parts, parameters=parameters, replicas=self._fit.replicas)
             self._first = FirstGradient(self._progress.steps, held, metric_weights(optimizer, parameters, own))
 
-    def _complete_pair(self, parts: Mapping[str, Tensor] | None) -> None:
-        first = self._first if parts and self._is_whole() else None
+    def _complete_pair(self, step: Step) -> None:
+        parts = step.parts
+        first = self._first if parts and self._samples() is not None else None
         self.discard()
-        sums = self._sums(None if first is None else lambda: first.measure(parts or {}))
+        sums = self._sums(step.gradients, None if first is None else lambda: first.measure(parts or {}))
         if first is not None:
             self._progress.noise.add(first.step, self._progress.batch_size, sums)
 
@@ -168,16 +169,33 @@ class NoiseMonitor(StepObserver):
             sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters), parts)
             return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 
-        sums = self._sums(None if batch_size is None or gradients is None else measure)
-        if batch_size is not None:
+        sums = self._sums(gradients, None if batch_size is None else measure)
+        if batch_size is None:
+            return
+        with self._fit.guard.attempt("measure noise"):
             self._progress.measures(batch_size, self._rates())
             self._progress.noise.add(self._progress.steps, batch_size, sums / self._fit.replicas.ranks)
 
-    def _sums(self, measure: Callable[[], Tensor] | None) -> Tensor:
-        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
-        sums = None
-        if measure is not None:
-            with self._fit.guard.attempt("measure noise"):
-                sums = measure().to(self._fit.module.device)
-        self._fit.sums.add_up(sums, 4, math.nan)
-        return torch.full((4,), math.nan) if sums is None else sums
+    def _sums(self, gradients: Mapping[str, Tensor] | None, measure: Callable[[], Tensor] | None) -> Tensor:
+        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not, or their gradients differ."""
+        fit, sums = self._fit, None
+        if measure is not None and gradients is not None:
+            with fit.guard.attempt("measure noise"):
+                measured = measure() if fit.replicas.ranks == 1 else measure().to(fit.module.device)
+                checked = torch.cat([measured, measured.new_zeros(2)])
+                fit.sums.check(checked, self._watched.replicated(gradients))
+                sums = checked
+        fit.sums.add_up(sums, 6, math.nan)
+        if sums is None:
+            return torch.full((4,), math.nan)
+        with fit.guard.attempt("measure noise"):
+            fit.sums.mark_unlike(sums, math.nan)
+        return sums[:4]
+
+
+def can_measure(fit: Fit, batch_size: int | None) -> bool:
+    """Whether steps are independent and all ranks know how many samples they have; to be called on every rank."""
+    known = False
+    with fit.guard.attempt("tell the batch size"):
+        known = not overfits(fit.trainer) and effective_batch_size(fit.trainer, batch_size) is not None
+    return least_over_ranks(float(known), fit.trainer) > 0

@@ -16,6 +16,12 @@ from lightning_gradhist.noise.series import METRICS
 _MEASURED = ("batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")))
 
 
+def likeness(key: str, other: str) -> int:
+    """How many arguments are the same in two monitors' keys of a checkpoint, less those that differ."""
+    mine = key.rstrip("]").partition("[")[2].split(",")
+    return sum((part in other) - (part not in other and part.partition("=")[0] + "=" in other) for part in mine)
+
+
 @dataclass
 class Progress:
     """The steps of one optimizer, and the noise measured at them.
