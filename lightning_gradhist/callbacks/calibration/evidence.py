@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.adaptor import AUTO, explore_choice, resolve_explore, variance_factor
@@ -17,7 +15,7 @@ from lightning_gradhist.callbacks._lightning import LightningModule, Misconfigur
 from lightning_gradhist.callbacks.batch_size import batch_of_rank, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
-from lightning_gradhist.callbacks.gradients import clips_by_norm
+from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
 from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
@@ -25,7 +23,7 @@ from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_sharded
-from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, rounding_limits
+from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
@@ -219,28 +217,18 @@ class _Measurement:
             factor = clip_factor(probe.over_shards(square), norm)
             rms = {name: r * factor for name, r in rms.items()}
             self._found.clipping = (norm, factor)
-        try:
-            space = epsilon_range(self._counted(rms))
-        except ValueError as error:
-            self._found.problems.append(f"no epsilon range: {error}")
-            return factor
-        # The search space is that of the paper; an epsilon is chosen for what is more than rounding noise.
-        limits = rounding_limits(rms, {n: p.dtype for n, p in probe.parameters.items()}, self._over_shards)
-        counted = self._counted({name: r.masked_fill(r < limits[name], 0) for name, r in rms.items()})
-        self._found.search_space = replace(space, histogram=counted)
-        return factor
-
-    def _counted(self, rms: Mapping[str, Tensor]) -> MagnitudeHistogram:
         histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
         histogram.update(rms)
         if is_sharded(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
-        return histogram.to("cpu")
-
-    def _over_shards(self, peaks: Tensor) -> Tensor:
-        if is_sharded(self._trainer):
-            torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-        return peaks
+        try:
+            space = epsilon_range(histogram.to("cpu"))
+            # The search space is the paper's; an epsilon is chosen for what is more than rounding noise.
+            known = without_rounding_noise(space.histogram, rounding_unit(self._trainer))
+            self._found.search_space = replace(space, histogram=known)
+        except ValueError as error:
+            self._found.problems.append(f"no epsilon range: {error}")
+        return factor
 
     def _batch_ratio(self, group: dict[str, Any]) -> float:
         # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.
