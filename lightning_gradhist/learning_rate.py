@@ -223,10 +223,10 @@ def _why_refused(
         scales = (noise.value, noise.lower, noise.upper)
         full = [surge_ratio(scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
         if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= MAX_SPREAD * min(full):
-            why = (
-                f"the noise scale is too uncertain ({noise.lower:.3g} to {_bounded(noise.upper)} samples): the rate could be"
-                f" multiplied by {min(full):.3g} or by {max(full):.3g}"
-            )
+            why = f"the noise scale is too uncertain ({_interval(noise.lower, noise.upper)})"
+            ends = [f"{ratio:.3g}" for ratio in (min(full), max(full))]
+            if ends[0] != ends[1]:
+                why += f": the rate could be multiplied by {ends[0]} or by {ends[1]}"
     if why is not None and from_record and noise is not None and noise.measurements < ENOUGH:
         why += (
             f" (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
@@ -244,8 +244,8 @@ def _origin(from_record: bool) -> str:
     )
 
 
-def _bounded(value: float) -> str:
-    return "unbounded" if math.isinf(value) else f"{value:.3g}"
+def _interval(lower: float, upper: float) -> str:
+    return f"{lower:.3g} samples or more" if math.isinf(upper) else f"{lower:.3g} to {upper:.3g} samples"
 
 
 def _samples(name: str, value: float, infinite: bool = False) -> float:

@@ -102,13 +102,10 @@ class CalibrationResult:
             rows.append(("epsilon search space, authors'", f"{found.lower:g} to {found.upper:g}"))
         if self.noise_scale is not None:
             noise = self.noise_scale
-            interval = f"{_number(noise.lower)} to {_number(noise.upper)}"
-            rows.append(
-                (
-                    f"noise scale ({self.noise_source})",
-                    f"{_number(noise.value)} samples, {noise.confidence:.0%}: {interval}",
-                )
-            )
+            value = f"{_number(noise.value)} samples" if math.isfinite(noise.value) else "no signal out of the noise"
+            upper = "or more" if math.isinf(noise.upper) else f"to {_number(noise.upper)}"
+            interval = f"{noise.confidence:.0%}: {_number(noise.lower)} {upper}"
+            rows.append((f"noise scale ({self.noise_source})", f"{value}, {interval}"))
             if self._why_no_tradeoff() is not None:
                 rows.append((_TRADEOFF, f"not known: {self._why_no_tradeoff()}"))
             else:
@@ -177,7 +174,7 @@ class CalibrationResult:
 def _number(value: float | None) -> str:
     if value is None:
         return "unknown"
-    return "unbounded" if math.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _tradeoff_cells(row: TradeoffRow) -> tuple[str, str, str]:
@@ -195,4 +192,5 @@ def _value(value: float | str) -> str:
 
 
 def _spread(interval: tuple[float, float]) -> str:
-    return "" if interval[0] == interval[1] else f"; {interval[0]:.3g} to {interval[1]:.3g}"
+    lower, upper = (f"{end:.3g}" for end in interval)
+    return "" if lower == upper else f"; {lower} to {upper}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional, Union, get_args
 
 from torch.optim import Optimizer
@@ -17,7 +16,7 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_gradhist.callbacks.batch_size import effective_batch_size
+from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When
 from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor
@@ -25,9 +24,9 @@ from lightning_gradhist.callbacks.monitor.observer import Fit, StepObserver, Wat
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
 from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress
-from lightning_gradhist.callbacks.monitor.record import RecordFile, run_directory
+from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.strategies import is_sharded, least_over_ranks, replicas
+from lightning_gradhist.callbacks.strategies import is_sharded, replicas
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
@@ -126,8 +125,7 @@ class GradientHistogramMonitor(Callback):
         self._rows = Rows(group_by, include, exclude)
         self._progress: list[Progress] = []
         self._restored: list[dict[str, Any]] = []
-        self._measures_noise = False
-        self._log_dir: Path | None = None
+        self._record_path: str | None = None
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
         self._record: RecordFile | None = None
@@ -172,20 +170,19 @@ class GradientHistogramMonitor(Callback):
                 " any parameter; use when='before_clip', or strategy='ddp'"
             )
         self._rows.check_start(trainer, pl_module)
-        self._fit = Fit(trainer, pl_module, spread, Guard())
-        self._log_dir = self._directory(trainer)
-        if self._log_dir is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._log_dir, self._fit.guard)
-        known = effective_batch_size(trainer, self.batch_size) is not None
-        self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
+        self._fit = Fit(trainer, pl_module, spread, Guard(), SampleCount(self.batch_size))
+        self._record_path = self._path_of_record(trainer)
+        if self._record_path is not None and trainer.is_global_zero:
+            self._record = RecordFile(self._record_path, self._fit.guard)
         self._watch(self._fit, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
-        if self._fit is not None:
-            self._warn_of_lacks(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
         if self._fit is None:
             return
+        if self.noise_scale:
+            self._fit.samples.start_batch(trainer, batch, batch_idx)
+        self._warn_of_lacks(self._fit)
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
         for each in self._optimizers:
@@ -218,24 +215,20 @@ class GradientHistogramMonitor(Callback):
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
         for each in self._optimizers:
             each.finish()
+        self._say_how_much_is_wanted()
         self._finish()
-        fewest = min(map(len, self.noise_records), default=0)
-        if self.noise_scale and self._log_dir is not None and fewest < ENOUGH:
-            rank_zero_info(
-                f"GradientHistogramMonitor measured the noise scale at {fewest} steps, and some {ENOUGH} are wanted to calibrate"
-                f" another run from the record of this one; lower every_n_steps={self.every_n_steps}, or train longer."
-            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._finish()
 
-    def _directory(self, trainer: Trainer) -> Path | None:
+    def _path_of_record(self, trainer: Trainer) -> str | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
         monitors = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
         if getattr(trainer, "fast_dev_run", False) or trainer.barebones or (monitors and monitors[0] is not self):
             return None  # of several monitors the first writes the record
-        return Path(trainer.strategy.broadcast(run_directory(trainer) if trainer.is_global_zero else ""))
+        before = self._record_path
+        return str(trainer.strategy.broadcast(record_path(trainer, before) if trainer.is_global_zero else ""))
 
     def _watch(self, fit: Fit, states: Sequence[dict[str, Any]]) -> None:
         """Watches the optimizers that there are now from these states on, or from their first step."""
@@ -256,7 +249,7 @@ class GradientHistogramMonitor(Callback):
             self._optimizers.append(OptimizerMonitor(watched, progress, self.every_n_steps, observers))
 
     def _observers(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
-        noise = [NoiseMonitor(watched, progress, self.batch_size)] if self._measures_noise else []
+        noise = [NoiseMonitor(watched, progress)] if self.noise_scale else []
         updates = [UpdateMonitor(watched)] if self.optimizer_state else []
         return [*noise, MagnitudeMonitor(watched, progress, self.when, self._save_record), *updates]
 
@@ -269,6 +262,8 @@ class GradientHistogramMonitor(Callback):
         self._save_record()
         if self._record is not None:
             self._record.close()
+            if self._record.saved:
+                rank_zero_info(f"GradientHistogramMonitor: the record of this run is {self._record_path}.")
         self._release()
         if self._fit is not None:
             self._fit.close()
@@ -282,24 +277,42 @@ class GradientHistogramMonitor(Callback):
     def _turn_off(self, hookless: Optimizer) -> None:
         if self._record is not None:
             self._record.close()
-        self._fit = self._record = self._log_dir = None
+        self._fit = self._record = self._record_path = None
         rank_zero_warn(
             f"GradientHistogramMonitor is off: {type(hookless).__name__} has no step hooks, as it does not call the"
             " constructor of torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
         )
 
-    def _warn_of_lacks(self, trainer: Trainer) -> None:
-        if self.noise_scale and not self._measures_noise:
-            rank_zero_warn(
-                "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
-                " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
+    def _say_how_much_is_wanted(self) -> None:
+        """Says where a record is too short to be of use, and why."""
+        off = self._fit is None or self._fit.samples.problem is not None
+        if off or self._record is None or not self.noise_scale or not self._progress:
+            return
+        measured, logged = min((len(one.noise), one.logged) for one in self._progress)
+        if measured >= ENOUGH:
+            return
+        why = f"lower every_n_steps={self.every_n_steps}, or train longer" if self.every_n_steps > 1 else "train longer"
+        if logged > 2 * measured + 1:  # a measurement takes up to two steps
+            why = "at the others, gradients were left out, not finite, or of too few or unknown samples"
+        rank_zero_info(
+            f"GradientHistogramMonitor measured the noise scale at {measured} steps, and some {ENOUGH} are wanted to calibrate"
+            f" another run from the record of this one; {why}."
+        )
+
+    def _warn_of_lacks(self, fit: Fit) -> None:
+        problem = fit.samples.problem if self.noise_scale else None
+        if problem is not None:
+            fit.warn_once(
+                "lacks",
+                f"records no noise scale: {problem}. Give the samples of one micro-batch on one device (under manual"
                 " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with"
-                " noise_scale=False."
+                " noise_scale=False.",
             )
-        elif not trainer.loggers and not trainer.barebones:
-            rank_zero_warn(
-                "GradientHistogramMonitor has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
-                + (f" The noise scale is still recorded in {self._log_dir}." if self.noise_scale else "")
+        elif not fit.trainer.loggers and not fit.trainer.barebones:
+            fit.warn_once(
+                "lacks",
+                "has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
+                + (f" The noise scale is still recorded in {self._record_path}." if self.noise_scale else ""),
             )
 
 

@@ -10,13 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_gradhist.callbacks.batch_size import effective_batch_size, is_short_step
+from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
 from lightning_gradhist.callbacks.gradients import LocalGradients
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
-from lightning_gradhist.callbacks.strategies import own_parts, parts_of_a_step
-from lightning_gradhist.noise.step import measure_pair, measure_part
+from lightning_gradhist.callbacks.strategies import own_parts
+from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
 from lightning_gradhist.tensors import copies
 
 
@@ -25,11 +25,12 @@ class FirstGradient:
     """This rank's part of the first gradient of a pair, with the metric from before its step, which depends on neither."""
 
     step: int
+    samples: StepSamples
     gradients: dict[str, Tensor]
     weights: Mapping[str, Tensor] | None
 
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
-        """This rank's share of noise and signal, as :func:`measure_pair` gives them."""
+        """This rank's share of distance and product, as :func:`measure_pair` gives them."""
         if not self.gradients:  # others have all there is
             return torch.zeros(4, dtype=torch.float64)
         return measure_pair(self.gradients, second, self.weights)
@@ -45,12 +46,10 @@ class NoiseMonitor(StepObserver):
     Args:
         watched: the optimizer.
         progress: its steps and noise so far.
-        batch_size: samples of a micro-batch on one device, where the user gave it.
     """
 
-    def __init__(self, watched: WatchedOptimizer, progress: Progress, batch_size: int | None) -> None:
+    def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:
         self._watched, self._fit, self._progress = watched, watched.fit, progress
-        self._batch_size = batch_size
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
         self._in_pair = False  # the same on all ranks
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
@@ -58,7 +57,7 @@ class NoiseMonitor(StepObserver):
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
-        if due and parts_of_a_step(self._fit.trainer) > 1:
+        if due and self._may_measure and parts_of_a_step(self._fit.trainer) > 1:
             self._part = LocalGradients(self._watched.parameters)
 
     def before_batch(self) -> None:
@@ -73,7 +72,7 @@ class NoiseMonitor(StepObserver):
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
-        return due or self._in_pair
+        return (due and self._may_measure) or self._in_pair
 
     def before_step(self, step: Step) -> None:
         """Measures."""
@@ -81,7 +80,7 @@ class NoiseMonitor(StepObserver):
             self._measure_part(self._part, step)
         elif self._in_pair:
             self._complete_pair(step.parts)
-        elif step.due:
+        elif step.due and self._may_measure:
             self._begin_pair(step.parts)
 
     def discard(self) -> None:
@@ -98,52 +97,70 @@ class NoiseMonitor(StepObserver):
             self._part.close()
         self._part = None
 
-    def _samples(self) -> int | None:
-        """Samples of this step; None where they are not known, or fewer than those of others."""
-        trainer = self._fit.trainer
-        return None if is_short_step(trainer) else effective_batch_size(trainer, self._batch_size)
+    @property
+    def _may_measure(self) -> bool:
+        """Whether a measurement may come about; the same on all ranks, of which others may know their samples."""
+        return self._fit.samples.problem is None or self._fit.replicas.ranks > 1
 
     def _begin_pair(self, parts: Mapping[str, Tensor] | None) -> None:
         self._in_pair = True
-        batch_size, parameters, optimizer = self._samples(), self._watched.parameters, self._watched.optimizer
-        if batch_size is None or not parts:
+        parameters, optimizer = self._watched.parameters, self._watched.optimizer
+        samples = self._fit.samples.of_step(self._fit.trainer)
+        if samples is None or not parts:
             return
         with self._fit.guard.attempt("measure noise"):
-            self._progress.measures(batch_size, optimizer)
+            self._progress.measures(optimizer)
             held = copies({name: gradient for name, gradient in parts.items() if gradient.numel()})
             own = partial(own_parts, parameters=parameters, replicas=self._fit.replicas)
-            self._first = FirstGradient(self._progress.steps, held, metric_weights(optimizer, parameters, own))
+            self._first = FirstGradient(self._progress.steps, samples, held, metric_weights(optimizer, parameters, own))
 
     def _complete_pair(self, parts: Mapping[str, Tensor] | None) -> None:
-        first = self._first if parts and not is_short_step(self._fit.trainer) else None
+        first, samples = self._first, self._fit.samples.of_step(self._fit.trainer)
         self.discard()
-        sums = self._sums(None if first is None else lambda: first.measure(parts or {}))
-        if first is not None:
-            self._progress.noise.add(first.step, self._progress.batch_size, sums)
+        if first is None or samples is None or not parts:
+            self._sums(None)
+            return
+        spread = first.samples.variance + samples.variance
+        sums = self._sums(lambda: first.measure(parts), spread, 0.0, samples.effective)
+        self._add(first.step, sums)
 
     def _measure_part(self, copied: LocalGradients, step: Step) -> None:
         """Holds the gradient of one micro-batch of each rank against that of all."""
         trainer, watched, gradients = self._fit.trainer, self._watched, step.gradients
-        parts = parts_of_a_step(trainer)  # 1 where accumulation has ended since the copy was ordered
-        batch_size = self._samples() if parts > 1 else None
+        samples = self._fit.samples.of_step(trainer)
         copied.close()
         self.discard()  # begun before accumulation was
+        if samples is None or samples.micro_batches < 2 or gradients is None:
+            self._sums(None)
+            return
+        ranks, times = self._fit.replicas.ranks, trainer.accumulate_grad_batches
+        short = times * ranks / samples.micro_batches  # the loss is divided by all that an epoch's end may leave out
 
         def measure() -> Tensor:
-            part = copied.take(trainer, trainer.accumulate_grad_batches)
-            return measure_part(part, gradients or {}, metric_weights(watched.optimizer, watched.parameters), parts)
+            whole = gradients if short == 1 else {name: gradient * short for name, gradient in gradients.items()}
+            weights = metric_weights(watched.optimizer, watched.parameters)
+            return measure_part(copied.take(trainer, times), whole, weights) / ranks
 
-        sums = self._sums(None if batch_size is None or gradients is None else measure)
-        if batch_size is not None:
-            self._progress.measures(batch_size, watched.optimizer)
-            self._progress.noise.add(self._progress.steps, batch_size, sums / self._fit.replicas.ranks)
+        spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance
+        sums = self._sums(measure, spread, samples.variance, samples.effective)
+        self._progress.measures(watched.optimizer)
+        self._add(self._progress.steps, sums)
 
-    def _sums(self, measure: Callable[[], Tensor] | None) -> Tensor:
-        """The sum ``[4]`` over ranks of what is measured on each, NaN if on one it is not; to be called on every rank."""
-        sums = torch.full((4,), math.nan, dtype=torch.float64, device=self._fit.module.device)
+    def _add(self, step: int, sums: Tensor) -> None:
+        """Adds what was measured on all ranks, without waiting for it."""
+        spread, excess, samples = sums[4:]
+        self._progress.noise.add(step, samples, noise_and_signal(sums[:4], spread, excess, samples))
+
+    def _sums(self, measure: Callable[[], Tensor] | None, *sizes: float) -> Tensor:
+        """The sum ``[7]`` over ranks of what is measured on each, and of the sizes; to be called on every rank.
+
+        NaN if on one rank it is not.
+        """
+        sums = torch.full((7,), math.nan, dtype=torch.float64, device=self._fit.module.device)
         if measure is not None:
             with self._fit.guard.attempt("measure noise"):
-                sums.copy_(measure())
+                sums[:4] = measure()
+                sums[4:] = torch.tensor(sizes, dtype=torch.float64)
         if self._fit.replicas.ranks > 1:
             torch.distributed.all_reduce(sums)
         return sums

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import ready_gradients
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -26,6 +27,7 @@ class Fit:
     module: LightningModule
     replicas: Replicas
     guard: Guard
+    samples: SampleCount
     warned: set[str] = field(default_factory=set)
     _loggers: LoggerQueues | None = None
 

@@ -22,16 +22,14 @@ class Outcome(IntEnum):
     DONE = 0
     NOT_FINITE = 1
     OUT_OF_MEMORY = 2
-    ODD_SIZE = 3
-    OVERFLOW = 4
-    NO_BATCH = 5
-    FAILED = 6
+    OVERFLOW = 3
+    NO_BATCH = 4
+    FAILED = 5
 
 
 WHY_LEFT_OUT = {
     Outcome.NOT_FINITE: "gave no finite gradient",
     Outcome.OUT_OF_MEMORY: "ran out of memory (a smaller batch, or a model without the probe's copies, may fit)",
-    Outcome.ODD_SIZE: "had another number of samples than the others, on one rank at least",
 }
 
 

@@ -21,9 +21,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
-    Batches,
     GradientSpy,
     Net,
+    OpaqueBatches,
     TwoOptimizers,
     dataset,
     events,
@@ -448,7 +448,7 @@ def test_fast_dev_run_writes_nothing(tmp_path) -> None:
 
 
 def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:
-    batches = Batches(8)
+    batches = OpaqueBatches(8)
     with pytest.warns(UserWarning, match=r"GradientHistogramMonitor\(batch_size=\.\.\.\)"):
         fit(tmp_path / "a", GradientHistogramMonitor(every_n_steps=1), data=batches)
     assert not (tmp_path / "a" / "calibration.json").exists()
