@@ -196,6 +196,21 @@ def calibrated(folder: Path) -> Any:
     return found
 
 
+def zero(folder: Path) -> Any:
+    """An AdamW whose state ZeRO spreads over the ranks: what each steps with, and the noise in Adam's metric."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch's own torch.jit.script
+
+    def spread(parameters: Any) -> Any:
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2, eps=1e-1)
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+    _, ranks = _world()
+    made = fit(folder, calibration, monitor, module=lambda: Net(spread), data=loader(4), **ddp(ranks))
+    (record,) = monitor.noise_records
+    return made.optimizers[0].optim.param_groups[0]["eps"], calibration.result, record.estimate("adam")
+
+
 def hostile_record(folder: Path) -> Any:
     """A record with a number that no run has: what each rank is told."""
     rank, ranks = _world()
@@ -273,6 +288,7 @@ def short_of_memory(folder: Path) -> Any:
         ("part", observer, "own_parts", {}),
         ("copy", gradients, "local_gradient", {"when": "local"}),
         ("state", optimizer_state, "_sums", {"optimizer_state": True}),
+        ("table", MagnitudeHistogram, "__init__", {"optimizer_state": True}),
     ):
         spy, original = GradientSpy(), getattr(owner, attribute)
 

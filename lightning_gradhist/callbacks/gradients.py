@@ -24,16 +24,31 @@ def ready_gradients(
 
     They are dense, real and in this rank's memory, whatever the layer made: of a DTensor this rank's shard.
     """
-    gradients = {name: local_gradient(p) for name, p in parameters.items() if p.grad is not None}
+    laid = {name: _as_laid_out(p) for name, p in parameters.items() if p.grad is not None}  # collectives come first
+    gradients = {name: _dense(gradient) for name, gradient in laid.items()}
     return _divided(gradients, _remaining_scale(trainer, optimizer))
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient of a parameter, dense and real: of a DTensor this rank's shard, laid out as the parameter's."""
+    return _dense(_as_laid_out(parameter))
+
+
+def lies_otherwise(parameter: nn.Parameter) -> bool:
+    """Whether its gradient lies otherwise on the ranks than the parameter does, so that to have it is a collective."""
+    gradient = parameter.grad
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+        return bool(gradient.placements != parameter.placements)
+    return False
+
+
+def _as_laid_out(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     gradient = parameter.grad.detach()
-    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-        gradient = gradient.redistribute(placements=parameter.placements)  # does nothing where it lies so already
+    return gradient.redistribute(placements=parameter.placements) if lies_otherwise(parameter) else gradient  # type: ignore[attr-defined]
+
+
+def _dense(gradient: Tensor) -> Tensor:
     gradient = local(gradient)
     return as_real(gradient.to_dense() if gradient.layout != torch.strided else gradient)
 

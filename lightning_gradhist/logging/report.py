@@ -102,7 +102,7 @@ class CalibrationResult:
             rows.append(("epsilon search space, authors'", f"{found.lower:g} to {found.upper:g}"))
         if self.noise_scale is not None:
             noise = self.noise_scale
-            value = f"{_number(noise.value)} samples" if math.isfinite(noise.value) else "no signal out of the noise"
+            value = _samples(noise.value) if math.isfinite(noise.value) else "no signal out of the noise"
             upper = "or more" if math.isinf(noise.upper) else f"to {_number(noise.upper)}"
             interval = f"{noise.confidence:.0%}: {_number(noise.lower)} {upper}"
             rows.append((f"noise scale ({self.noise_source})", f"{value}, {interval}"))
@@ -111,7 +111,7 @@ class CalibrationResult:
             else:
                 critical = critical_batch_size(noise)
                 spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
-                rows.append(("critical batch size", f"{_number(critical.value)} samples, {spread}"))
+                rows.append(("critical batch size", f"{_samples(critical.value)}, {spread}"))
         rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
         for (name, before, after), groups in self._by_change().items():
             rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))
@@ -177,6 +177,10 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _samples(value: float) -> str:
+    return _number(value) + (" samples" if math.isfinite(value) else "")
+
+
 def _tradeoff_cells(row: TradeoffRow) -> tuple[str, str, str]:
     return _number(row.batch_size), _band(row.steps), _band(row.samples)
 
@@ -192,5 +196,5 @@ def _value(value: float | str) -> str:
 
 
 def _spread(interval: tuple[float, float]) -> str:
-    lower, upper = (f"{end:.3g}" for end in interval)
+    lower, upper = (f"{ratio:.3g}" for ratio in interval)
     return "" if lower == upper else f"; {lower} to {upper}"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from rank_jobs import run_ranks
-from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unused, whole
+from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unreduced, unused, whole
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import ALTO, NoiseScale
@@ -91,6 +91,15 @@ def test_the_monitor_counts_every_shard_once(run) -> None:
         assert all(rank[case][2] == samples for rank in found)
     assert "when='local' counts what each rank computed before averaging" in found[0]["local"]
     assert found[0]["partial"] == 5 * [len(found)]  # added up, as the parameter lies
+
+
+def test_gradients_that_are_still_to_be_summed_are_counted_where_every_rank_has_room(tmp_path) -> None:
+    (gradients, _), (_, said) = run_ranks(unreduced, 2, tmp_path)
+    assert said == []  # rank zero alone speaks
+    assert [event.step for event in events(tmp_path / "unreduced").Histograms("gradient_magnitude/all")] == [0, 4]
+    for step in (0, 4):
+        pooled = torch.cat([gradient.flatten() for gradient in gradients[step].values()])
+        assert logged_counts(tmp_path / "unreduced", "gradient_magnitude/all", step) == expected_counts(pooled)
 
 
 def test_a_probe_of_shards_is_that_of_the_whole(run) -> None:

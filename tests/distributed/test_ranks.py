@@ -19,6 +19,7 @@ from rank_jobs import (
     run_ranks,
     short_of_memory,
     uneven,
+    zero,
 )
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
@@ -201,10 +202,19 @@ def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path
         ("part", "gradient_magnitude/all"),
         ("copy", "gradient_local_magnitude/all"),
         ("state", "optimizer_second_moment/all"),
+        ("table", "optimizer_second_moment/all"),
     ):
         said, nonzero = found[case]
         assert len(said) == 1 and "so that the step is left out" in said[0], (case, said)
         logged = events(tmp_path / case).Histograms(tag)
         assert [event.step for event in logged] == [0, 8], case
-        if case in ("count", "part"):
+        if tag == "gradient_magnitude/all":
             assert logged[-1].histogram_value.num == nonzero  # no rank's part is missing
+
+
+def test_an_optimizer_that_zero_spreads_is_known_by_what_it_spreads(tmp_path) -> None:
+    for eps, result, noise in run_ranks(zero, 2, tmp_path):
+        assert eps == result.epsilon < 1e-1 and not result.problems
+        assert noise is not None and noise.value > 0
+    tags = events(tmp_path).Tags()["scalars"]
+    assert "optimizer_update_ratio/all" in tags and "optimizer_damped_share/all" not in tags

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from enum import Enum
+from types import NoneType
 from typing import Any, Literal, Optional, Union
 
 from lightning_gradhist.callbacks._lightning import (
@@ -18,7 +20,7 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before
+from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS
@@ -56,9 +58,18 @@ class _Applied:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
-        """Reads a state, also one of an older version, which may lack keys and have others."""
+        """Reads a state, also one of an older version, which may lack keys and have others.
+
+        Raises:
+            Exception: for anything else.
+        """
         changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
-        return cls(state["report"], changes, state.get("batch_size"))
+        found = cls(state["report"], changes, state.get("batch_size"))
+        numbers = [found.batch_size or 0.0, *(change.after for change in changes)]
+        groups = [change.group for change in changes]
+        if not (isinstance(found.report, (str, NoneType)) and all(map(_is_number, map(abs, (*numbers, *groups))))):
+            raise TypeError(f"a text, numbers and groups are wanted, got {state!r}")
+        return found
 
 
 class OptimizerCalibration(Callback):
@@ -94,7 +105,10 @@ class OptimizerCalibration(Callback):
 
     *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and
     ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
-    and the schedulers. It is done once: a resumed run keeps its values, and warns where it goes on at another batch size.
+    and the schedulers, with the rates that these keep of their own (``eta_min``). Copies of them are stepped through the run
+    first: where one would not follow at every step, the rate is kept, and the report names it. Groups that are added later,
+    as by ``BackboneFinetuning``, begin with the calibrated epsilon; their rate is left as it was added, with a warning.
+    All is done once: a resumed run keeps its values, and warns where it goes on at another batch size.
     Callbacks that read the learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come
     after this one.
 
@@ -164,6 +178,7 @@ class OptimizerCalibration(Callback):
         self._recorded: OptimizerRecord | None = None
         self._applied = _Applied()
         self._phase = _Phase.IDLE
+        self._groups = sys.maxsize  # that the optimizer had when they were calibrated
 
     def state_dict(self) -> dict[str, Any]:
         """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
@@ -171,7 +186,11 @@ class OptimizerCalibration(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Marks the calibration as done if it was, and takes up its changes."""
-        self._applied = _Applied.from_state_dict(state_dict)
+        try:
+            self._applied = _Applied.from_state_dict(state_dict)
+        except Exception as error:
+            rank_zero_warn(f"OptimizerCalibration begins anew: its state in the checkpoint cannot be read ({error!r}).")
+            self._applied = _Applied()
         self._phase = _Phase.LOADED if self._applied.report is not None else _Phase.IDLE
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,14 +212,15 @@ class OptimizerCalibration(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Calibrates at the first batch, when the module has seen the start of training and of the epoch."""
         phase, self._phase = self._phase, _Phase.IDLE
-        if phase is _Phase.IDLE:
-            return
         samples = SampleCount(self.batch_size)
-        samples.count(trainer, batch)
+        if phase is not _Phase.IDLE:
+            samples.count(trainer, batch)
         if phase is _Phase.RESUMED:
             self._look_at_batch_size(trainer, samples)
-        else:
+        elif phase is _Phase.WAITING:
             self._calibrate(trainer, pl_module, samples)
+            self._groups = len(trainer.optimizers[0].param_groups)
+        self._look_at_groups(trainer)
 
     def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
         result = decide(self, gather(self, trainer, module, samples, self._recorded))
@@ -209,6 +229,7 @@ class OptimizerCalibration(Callback):
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
+            set_defaults(trainer.optimizers[0], changes)
             self._applied = _Applied(result.to_text(), changes, result.effective_batch_size)
         self.result = result
         rank_zero_info(result.to_text())
@@ -219,10 +240,12 @@ class OptimizerCalibration(Callback):
         """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
         rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
         self._phase = _Phase.RESUMED
+        optimizer, schedulers = trainer.optimizers[0], _schedulers(trainer)
         if not from_checkpoint:
-            optimizer = trainer.optimizers[0]
-            changes = [change for change in self._applied.changes if holds_before(optimizer, change)]
-            apply_changes(optimizer, _schedulers(trainer), changes)
+            changes = [change for change in self._applied.changes if holds_before(optimizer, schedulers, change)]
+            apply_changes(optimizer, schedulers, changes)
+        set_defaults(optimizer, self._applied.changes)
+        self._groups = len(optimizer.param_groups)
 
     def _look_at_batch_size(self, trainer: Trainer, samples: SampleCount) -> None:
         """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
@@ -235,6 +258,18 @@ class OptimizerCalibration(Callback):
             " size, load the weights alone into a new run, with the record of this one up to here as reference, or with the"
             " reference that this one had."
         )
+
+    def _look_at_groups(self, trainer: Trainer) -> None:
+        """Warns of a group that was added later, whose rate may or may not come from the calibrated ones."""
+        groups = trainer.optimizers[0].param_groups if len(trainer.optimizers) == 1 else []
+        change = next((change for change in self._applied.changes if change.name == "lr"), None)
+        if len(groups) > self._groups and change is not None:
+            rank_zero_warn(
+                f"OptimizerCalibration: parameter group {self._groups} came after the calibration. It has the calibrated"
+                f" epsilon, and its learning rate, {float(groups[self._groups]['lr']):.4g}, as it was added; if that was not"
+                f" taken from a calibrated rate, multiply it by {change.after / float(change.before):.4g}."
+            )
+        self._groups = max(self._groups, len(groups))
 
     def _read_record(self, trainer: Trainer, module: LightningModule) -> OptimizerRecord | None:
         if self.reference is None:

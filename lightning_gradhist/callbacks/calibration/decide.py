@@ -53,7 +53,7 @@ def decide(options: Options, evidence: Evidence) -> CalibrationResult:
         effective_batch_size=evidence.batch_size,
         reference_batch_size=_reference(options, evidence),
         changes=(*rate.changes, *eps.changes, *explore.changes),
-        reasons=(*clipping, *probe.notes, *eps.reasons, *rate.reasons),
+        reasons=(*probe.reasons, *clipping, *eps.reasons, *rate.reasons),
         problems=tuple(dict.fromkeys((*explore.problems, *probe.problems, *eps.problems, *rate.problems))),
         gradients=probe.gradients,
     )
@@ -98,8 +98,9 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     decision = Decision()
     reference, batch_size = _reference(options, evidence), evidence.batch_size
     obstacle = _rate_obstacle(options, evidence)
-    if obstacle is not None:  # what nobody has asked for is no problem
-        (decision.reasons if obstacle == explain.NO_REFERENCE else decision.problems).append(obstacle)
+    if obstacle is not None:
+        by_default = options.learning_rate == SURGE and reference is None  # which nobody asked for
+        (decision.reasons if by_default else decision.problems).append(obstacle)
     if options.learning_rate == "keep" or obstacle is not None or batch_size is None or reference is None:
         return _KEPT, decision
     noise, source = known_noise(options, evidence)
@@ -114,15 +115,28 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     (decision.problems if ratio.law != options.learning_rate else decision.reasons).extend(ratio.reasons)
     if evidence.later_accumulation:
         decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
-    own = [group.lr for group in evidence.groups]
+    own = [group.lr or 0.0 for group in evidence.groups]
     trusted, reason = _trusted_rates(evidence, own, ratio) if ratio.law != "keep" else (own, None)
-    decision.reasons.extend([reason] if reason else [])
-    decision.changes.extend(
+    changes = [
         GroupChange(index, "lr", before, rate * ratio.value)
         for index, (before, rate) in enumerate(zip(own, trusted, strict=True))
         if before > 0 and not math.isclose(rate * ratio.value, before, rel_tol=1e-12)
-    )
+    ]
+    stray = evidence.stray(_factors(own, changes)) if changes else None
+    if stray is not None:
+        decision.problems.append(explain.stray_schedule(stray))
+        return _KEPT, decision
+    decision.reasons.extend([reason] if reason else [])
+    decision.changes.extend(changes)
     return ratio, decision
+
+
+def _factors(own: Sequence[float], changes: Sequence[GroupChange]) -> list[float | None]:
+    """What the rate of each group is multiplied by; None where it is 0."""
+    factors: list[float | None] = [1.0 if rate > 0 else None for rate in own]
+    for change in changes:
+        factors[change.group] = change.after / float(change.before)
+    return factors
 
 
 def known_noise(options: Options, evidence: Evidence) -> tuple[NoiseEstimate | None, str | None]:
@@ -142,12 +156,12 @@ def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
     if law == "keep":
         return None
     if _reference(options, evidence) is None:
-        return explain.NO_REFERENCE if law == SURGE else explain.no_reference(law)
+        return explain.no_reference(law)
     if evidence.batch_size is None:
         return explain.no_batch_size(evidence.why_no_batch_size, "the learning rate is kept")
     if law == SURGE and not evidence.adaptive:
         return explain.not_adaptive(law, evidence.optimizer)
-    return explain.own_rates(evidence.scheduler) if evidence.scheduler else None
+    return explain.no_rate(evidence.optimizer) if any(group.lr is None for group in evidence.groups) else None
 
 
 def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -> tuple[Sequence[float], str | None]:

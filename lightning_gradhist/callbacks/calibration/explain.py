@@ -82,8 +82,8 @@ NO_REFERENCE = "learning rate kept: no reference given (reference_batch_size=...
 def no_reference(law: str) -> str:
     """A law was asked for, and nobody said at which batch size a rate is trusted."""
     return (
-        f"learning_rate={law!r} needs a rate that is trusted, so the rate is kept; pass reference_batch_size=... or"
-        " reference='.../calibration.json', or learning_rate='keep'"
+        f"learning rate kept: no reference given, and learning_rate={law!r} needs a rate that is trusted; pass"
+        " reference_batch_size=... or reference='.../calibration.json'"
     )
 
 
@@ -95,11 +95,19 @@ def not_adaptive(law: str, optimizer: str) -> str:
     )
 
 
-def own_rates(scheduler: str) -> str:
+def no_rate(optimizer: str) -> str:
+    """The optimizer has no number for a rate."""
+    return (
+        f"{optimizer} has a group whose lr is no number, as where an optimizer makes its own, so the rate is kept; pass"
+        " learning_rate='keep'"
+    )
+
+
+def stray_schedule(scheduler: str) -> str:
     """A scheduler would not follow a changed rate."""
     return (
-        f"{scheduler} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the scheduler is"
-        " made, or pass learning_rate='keep'"
+        f"{scheduler} would not follow a changed rate at every step, as a copy of it showed, so the rate is kept; set its"
+        " rates where it is made, or pass learning_rate='keep'"
     )
 
 

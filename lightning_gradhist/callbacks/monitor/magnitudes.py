@@ -12,7 +12,7 @@ from lightning_gradhist.callbacks.gradients import LocalGradients
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
-from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.charts import magnitude_report, worst_layers
 from lightning_gradhist.logging.writer import NOT_COUNTED, HostHistogram, Lazy, send_heatmap
 
@@ -116,18 +116,13 @@ class MagnitudeMonitor(StepObserver):
         self._local = None
 
     def _count(self, parts: Mapping[str, Tensor] | None) -> MagnitudeHistogram | None:
-        """The histogram of all ranks' parts, None where this rank could not count its own.
-
-        A rank that could not count takes part with a table by which the others know.
-        """
-        rows, counted = self._watched.find_rows(), False
-        histogram = MagnitudeHistogram(list(dict.fromkeys(rows.values())), self._fit.module.device)
+        """The histogram of all ranks' parts, None where this rank could not count its own."""
+        rows, counted = self._watched.find_rows(), None
+        names = list(dict.fromkeys(rows.values()))
         if parts is not None:
             with self._fit.guard.attempt("count the gradients"):
+                histogram = MagnitudeHistogram(names, self._fit.module.device)
                 histogram.update({name: part for name, part in parts.items() if name in rows and part.numel()}, rows)
-                counted = True
-        if not counted:
-            histogram.table.fill_(NOT_COUNTED)
-        if self._fit.replicas.ranks > 1:  # in place, which needs no memory
-            histogram.all_reduce()
-        return histogram if counted else None
+                counted = histogram
+        self._fit.sums.add_up(None if counted is None else counted.table, len(names) * COLUMNS, NOT_COUNTED)
+        return counted

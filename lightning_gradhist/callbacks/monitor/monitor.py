@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Optional, Union, get_args
@@ -26,11 +27,9 @@ from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.strategies import is_sharded, replicas
+from lightning_gradhist.callbacks.strategies import RankSum, is_sharded, replicas
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
-
-_ARGUMENTS = ("every_n_steps", "group_by", "include", "exclude", "when", "optimizer_state", "noise_scale", "batch_size")
 
 
 class GradientHistogramMonitor(Callback):
@@ -58,8 +57,8 @@ class GradientHistogramMonitor(Callback):
         noise_scale: whether to measure the noise scale.
         batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
             optimization, samples of one optimizer step on one device.
-        name: tells this monitor from another one in the same Trainer whose arguments look the same, as those of two that
-            group by a ``lambda`` each do. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
+        name: tells this monitor from another one in the same Trainer that counts the same rows ``when`` this one does, or
+            groups by a ``lambda``, too. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
 
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
@@ -126,20 +125,22 @@ class GradientHistogramMonitor(Callback):
         self._progress: list[Progress] = []
         self._restored: list[dict[str, Any]] = []
         self._record_path: str | None = None
+        self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
         self._record: RecordFile | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay with the optimizers of this process, and threads in it.
-        return {**self.__dict__, "_fit": None, "_optimizers": [], "_record": None}
+        return {**self.__dict__, "_module": None, "_fit": None, "_optimizers": [], "_record": None}
 
     @property
     def state_key(self) -> str:
-        """Differs between instances with different arguments, so that several can be in one Trainer."""
-        values = {name: getattr(self, name) for name in _ARGUMENTS}
-        if callable(self.group_by):  # whose repr has an address in memory, another one in every process
-            values["group_by"] = getattr(self.group_by, "__qualname__", type(self.group_by).__qualname__)
+        """Differs between instances that count other rows, at another moment or under another :attr:`name`."""
+        group_by = self.group_by
+        if callable(group_by):  # whose repr has an address in memory, another one in every process
+            group_by = getattr(group_by, "__qualname__", type(group_by).__qualname__)
+        values = {"group_by": group_by, "include": self.include, "exclude": self.exclude, "when": self.when}
         if self.name is not None:
             values["name"] = self.name
         return f"{type(self).__qualname__}[{','.join(f'{name}={value!r}' for name, value in values.items())}]"
@@ -153,9 +154,25 @@ class GradientHistogramMonitor(Callback):
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
         return {"optimizers": self._restored or [progress.state_dict() for progress in self._progress]}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes up the state of the monitor most like this one, where its arguments, and so its key, were others."""
+        states = checkpoint.get("callbacks", {})
+        present = {one.state_key for one in _monitors(trainer)}
+        others = [key for key in states if str(key).startswith(f"{type(self).__qualname__}[") and key not in present]
+        if self.state_key not in states and others:
+            self.load_state_dict(states[max(others, key=partial(_likeness, self.state_key))])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state up; it is given to the optimizers when training goes on, also in the middle of a run."""
-        self._restored = list(state_dict["optimizers"])
+        try:
+            states = list(state_dict["optimizers"])
+            self._restored = [Progress.from_state_dict(state).state_dict() for state in states]
+        except Exception as error:  # whatever it is, it must not stop the run
+            self._restored, self._progress = [], []
+            rank_zero_warn(
+                f"GradientHistogramMonitor cannot read its state in the checkpoint, and begins anew: {error!r}. The noise that"
+                " was measured before is missing in this run's record."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
@@ -170,11 +187,15 @@ class GradientHistogramMonitor(Callback):
                 " any parameter; use when='before_clip', or strategy='ddp'"
             )
         self._rows.check_start(trainer, pl_module)
-        self._fit = Fit(trainer, pl_module, spread, Guard(), SampleCount(self.batch_size))
-        self._record_path = self._path_of_record(trainer)
+        sums = RankSum(spread, pl_module.device)
+        self._fit = fit = Fit(trainer, pl_module, spread, Guard(), sums, SampleCount(self.batch_size))
+        self._record_path = self._path_of_record(fit)
         if self._record_path is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._record_path, self._fit.guard)
-        self._watch(self._fit, self.state_dict()["optimizers"] if trainer.global_step > 0 else [])
+            self._record = RecordFile(self._record_path, fit.guard)
+        is_same_model = self._module is not None and self._module() is pl_module
+        self._module = weakref.ref(pl_module)
+        goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
+        self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
@@ -222,13 +243,19 @@ class GradientHistogramMonitor(Callback):
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._finish()
 
-    def _path_of_record(self, trainer: Trainer) -> str | None:
+    def _path_of_record(self, fit: Fit) -> str | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
-        monitors = [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
-        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or (monitors and monitors[0] is not self):
+        trainer, path = fit.trainer, ""
+        if (
+            getattr(trainer, "fast_dev_run", False)
+            or trainer.barebones
+            or self is not next(iter(_monitors(trainer)), self)
+        ):
             return None  # of several monitors the first writes the record
-        before = self._record_path
-        return str(trainer.strategy.broadcast(record_path(trainer, before) if trainer.is_global_zero else ""))
+        if trainer.is_global_zero:
+            with fit.guard.attempt("find the logger's directory"):
+                path = record_path(trainer, self._record_path)
+        return trainer.strategy.broadcast(path) or None
 
     def _watch(self, fit: Fit, states: Sequence[dict[str, Any]]) -> None:
         """Watches the optimizers that there are now from these states on, or from their first step."""
@@ -240,7 +267,8 @@ class GradientHistogramMonitor(Callback):
             self._turn_off(hookless[0])
             return
         self._progress = [Progress.from_state_dict(state) for state in states[: len(optimizers)]]
-        self._progress += [Progress() for _ in range(len(optimizers) - len(self._progress))]
+        seen = fit.trainer.global_step if len(optimizers) == 1 else 0  # so that a resumed run logs the same steps
+        self._progress += [Progress(seen) for _ in range(len(optimizers) - len(self._progress))]
         for index, (optimizer, progress) in enumerate(zip(optimizers, self._progress, strict=True)):
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
@@ -323,6 +351,16 @@ def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> N
         raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
     if when not in get_args(When):
         raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
+
+
+def _likeness(key: str, other: str) -> int:
+    """How many arguments are the same in two keys, less those that differ."""
+    mine = key.rstrip("]").partition("[")[2].split(",")
+    return sum((part in other) - (part not in other and part.partition("=")[0] + "=" in other) for part in mine)
+
+
+def _monitors(trainer: Trainer) -> list[GradientHistogramMonitor]:
+    return [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
 
 
 def _warn_of_strategy(trainer: Trainer) -> None:

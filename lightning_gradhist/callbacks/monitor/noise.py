@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
+from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import LocalGradients
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
@@ -109,7 +110,7 @@ class NoiseMonitor(StepObserver):
         if samples is None or not parts:
             return
         with self._fit.guard.attempt("measure noise"):
-            self._progress.measures(optimizer)
+            self._progress.measures(self._rates())
             held = copies({name: gradient for name, gradient in parts.items() if gradient.numel()})
             own = partial(own_parts, parameters=parameters, replicas=self._fit.replicas)
             self._first = FirstGradient(self._progress.steps, samples, held, metric_weights(optimizer, parameters, own))
@@ -143,24 +144,28 @@ class NoiseMonitor(StepObserver):
 
         spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance
         sums = self._sums(measure, spread, samples.variance, samples.effective)
-        self._progress.measures(watched.optimizer)
+        self._progress.measures(self._rates())
         self._add(self._progress.steps, sums)
+
+    def _rates(self) -> list[float | None]:
+        schedulers = [config.scheduler for config in self._fit.trainer.lr_scheduler_configs]
+        return base_rates(self._watched.optimizer, schedulers)
 
     def _add(self, step: int, sums: Tensor) -> None:
         """Adds what was measured on all ranks, without waiting for it."""
-        spread, excess, samples = sums[4:]
-        self._progress.noise.add(step, samples, noise_and_signal(sums[:4], spread, excess, samples))
+        with self._fit.guard.attempt("measure noise"):
+            spread, excess, samples = sums[4:]
+            self._progress.noise.add(step, samples, noise_and_signal(sums[:4], spread, excess, samples))
 
     def _sums(self, measure: Callable[[], Tensor] | None, *sizes: float) -> Tensor:
         """The sum ``[7]`` over ranks of what is measured on each, and of the sizes; to be called on every rank.
 
         NaN if on one rank it is not.
         """
-        sums = torch.full((7,), math.nan, dtype=torch.float64, device=self._fit.module.device)
+        sums = None
         if measure is not None:
             with self._fit.guard.attempt("measure noise"):
-                sums[:4] = measure()
-                sums[4:] = torch.tensor(sizes, dtype=torch.float64)
-        if self._fit.replicas.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        return sums
+                measured = measure().to(self._fit.module.device)
+                sums = torch.cat([measured, measured.new_tensor(sizes)])
+        self._fit.sums.add_up(sums, 7, math.nan)
+        return torch.full((7,), math.nan) if sums is None else sums

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_gradhist.callbacks.batch_size import SampleCount
-from lightning_gradhist.callbacks.gradients import ready_gradients
+from lightning_gradhist.callbacks.gradients import lies_otherwise, ready_gradients
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
-from lightning_gradhist.callbacks.strategies import Replicas, own_parts
+from lightning_gradhist.callbacks.strategies import RankSum, Replicas, local, own_parts
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.sinks import Sink
 from lightning_gradhist.logging.writer import LoggerQueues
@@ -27,6 +28,7 @@ class Fit:
     module: LightningModule
     replicas: Replicas
     guard: Guard
+    sums: RankSum
     samples: SampleCount
     warned: set[str] = field(default_factory=set)
     _loggers: LoggerQueues | None = None
@@ -77,10 +79,21 @@ class WatchedOptimizer:
         """The gradients that it will use, and this rank's part of them; None where there is no memory for them."""
         fit, parameters = self.fit, self.parameters
         gradients = parts = None
+        if not self._has_room(parameters):
+            return None, None
         with fit.guard.attempt("look at the gradients"):
             gradients = ready_gradients(fit.trainer, self.optimizer, parameters)
             parts = own_parts(gradients, parameters, fit.replicas)
         return gradients, parts
+
+    def _has_room(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether every rank has memory for gradients that have to be laid out anew, which is a collective."""
+        otherwise, has_room = [p for p in parameters.values() if lies_otherwise(p)], False
+        if not otherwise:
+            return True
+        with self.fit.guard.attempt("look at the gradients"):
+            has_room = bool([torch.empty_like(local(p)) for p in otherwise])
+        return self.fit.sums.all_true(has_room)
 
 
 @dataclass

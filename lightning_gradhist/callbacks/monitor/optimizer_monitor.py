@@ -123,7 +123,7 @@ class OptimizerMonitor:
                 observer.after_update(step)
 
     def _warn_unseen(self) -> None:
-        if self._progress.steps:  # LBFGS's evaluations, or a step of a restored run
+        if self._last_step >= 0:  # LBFGS's evaluations, or a step of a run within this one
             return
         self.watched.fit.warn_once(
             "unseen",

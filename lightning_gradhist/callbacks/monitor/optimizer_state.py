@@ -119,12 +119,17 @@ class UpdateMonitor(StepObserver):
 
     def after_update(self, step: Step) -> None:
         """Compares with what is there after the step, and logs it."""
-        eps, table = self._compare()
-        if eps is None or step.skipped or not self._fit.trainer.is_global_zero:
+        names = list(dict.fromkeys(self._rows.values()))
+        before, table, self._before = self._before, None, None
+        if before is not None:
+            with self._fit.guard.attempt("look at the optimizer's step"):
+                eps = damping_epsilons(self._watched.optimizer, self._watched.parameters)
+                table = self._table(names, before, eps)
+        self._fit.sums.add_up(table, len(names) * (_SUMS + COLUMNS), math.nan)  # counts are exact up to 2**53
+        if table is None or step.skipped or not self._fit.trainer.is_global_zero:
             return
         with self._fit.guard.attempt("log"):
             self._warn_of_damping()  # in the report before, for which the host need not wait
-            names = list(dict.fromkeys(self._rows.values()))
             report = UpdateReport(table, names, _largest(eps, self._rows), step.number, self._watched.suffix)
             self._reports.log(report, step.drawn)
 
@@ -144,28 +149,14 @@ class UpdateMonitor(StepObserver):
         if alarm is not None:
             self._fit.warn_once("damping", alarm)
 
-    def _compare(self) -> tuple[dict[str, float] | None, Tensor]:
-        """The epsilon of each parameter, None where this rank could not compare; and the table of all ranks."""
-        rows = len(set(self._rows.values()))
-        table = torch.full((rows, _SUMS + COLUMNS), math.nan, dtype=torch.float64, device=self._fit.module.device)
-        before, eps, self._before = self._before, None, None
-        if before is not None:
-            with self._fit.guard.attempt("look at the optimizer's step"):
-                found = damping_epsilons(self._watched.optimizer, self._watched.parameters)
-                table.copy_(self._table(before, found))
-                eps = found
-        if self._fit.replicas.ranks > 1:
-            torch.distributed.all_reduce(table)  # counts are exact in float64 up to 2**53
-        return eps, table
-
     def _weights(self, parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> dict[str, Tensor]:
         weights = {name: as_real(local(parameters[name].detach())) for name in names}
         return own_parts(weights, parameters, self._fit.replicas)
 
-    def _table(self, before: Mapping[str, Tensor], eps: Mapping[str, float]) -> Tensor:
+    def _table(self, names: list[str], before: Mapping[str, Tensor], eps: Mapping[str, float]) -> Tensor:
         """This rank's part of the table of :class:`UpdateReport`."""
         rows, parameters = self._rows, self._watched.parameters
-        histogram = MagnitudeHistogram(list(dict.fromkeys(rows.values())), self._fit.module.device)
+        histogram = MagnitudeHistogram(names, self._fit.module.device)
         after = self._weights(parameters, before)
         moments = second_moment(self._watched.optimizer, {name: parameters[name] for name in before if name in eps})
         roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._fit.replicas))

@@ -8,12 +8,12 @@ from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks.calibration.handoff import base_rate
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.record import OptimizerRecord
 from lightning_gradhist.noise.series import METRICS
+
+_MEASURED = ("batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")))
 
 
 @dataclass
@@ -38,9 +38,18 @@ class Progress:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
-        """The inverse of :meth:`state_dict`."""
-        numbers = dict(state)
-        return cls(noise=NoiseRecord(numbers.pop("samples", ())), **numbers)
+        """The inverse of :meth:`state_dict`; what is no such state raises."""
+        samples = [dict(sample) for sample in state["samples"]]
+        if not all({"step", *_MEASURED} <= sample.keys() for sample in samples):
+            raise ValueError("a measurement of the noise is not whole")
+        return cls(
+            int(state["steps"]),
+            int(state["logged"]),
+            int(state["skipped"]),
+            [float(rate) for rate in state["learning_rates"]],
+            int(state["batch_size"]),
+            NoiseRecord(samples),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -59,10 +68,10 @@ class Progress:
         known = (sample.get("batch_size") for sample in reversed(self.noise.samples))
         return next((size for size in known if size), self.batch_size)
 
-    def measures(self, optimizer: Optimizer) -> None:
-        """Takes down what a record says of a step that is measured."""
-        rates = [base_rate(group) for group in optimizer.param_groups]
-        self.learning_rates = [max(pair) for pair in zip_longest(rates, self.learning_rates, fillvalue=0.0)]
+    def measures(self, rates: Sequence[float | None]) -> None:
+        """Takes down the base rates of a step that is measured, None where one is no number."""
+        known = [rate for rate in rates if rate is not None]
+        self.learning_rates = [max(pair) for pair in zip_longest(known, self.learning_rates, fillvalue=0.0)]
 
     def record(self, name: str, parameters: Sequence[str]) -> OptimizerRecord:
         """The noise so far, of the optimizer of this class name and of these parameters."""

@@ -25,6 +25,7 @@ class Outcome(IntEnum):
     OVERFLOW = 3
     NO_BATCH = 4
     FAILED = 5
+    STOPPED = 6
 
 
 WHY_LEFT_OUT = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -10,11 +9,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
+    SIGTERMException,
     Trainer,
     apply_to_collection,
     is_overridden,
@@ -31,6 +30,7 @@ from lightning_gradhist.callbacks.probe.outcome import (
     free_memory,
     is_out_of_memory,
 )
+from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.strategies import is_sharded, local, own_parts, replicas
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
@@ -45,15 +45,15 @@ def pool(noise: NoiseScale, trainer: Trainer) -> None:
 class Probe:
     """Gradients of single batches on this rank, neither averaged over ranks nor divided for accumulation.
 
-    To be used within :func:`no_trace`. Each is the gradient of the optimizer's objective, a coupled weight decay
+    Each is the gradient of the optimizer's objective, a coupled weight decay
     included, dense and real. The ranks go in step: each reads a batch, or none does. Where parameters are sharded (FSDP2,
     tensor parallelism), a gradient is the mean over the ranks' batches, and each rank is given another part of it; what
     then fails within a pass ends the run, as in training, since the other ranks wait within the model.
 
     Args:
-        trainer: whose training data and precision are used.
-        module: whose ``training_step`` is called. Neither a DDP wrapper nor an override of ``backward`` has a part in it.
-        optimizer: whose parameters are asked for.
+        apart: what :func:`lightning_gradhist.callbacks.probe.restore.no_trace` gives: the module whose ``training_step`` is
+            called, the first optimizer, whose parameters are asked for, and the training data. Neither a DDP wrapper nor
+            an override of ``backward`` has a part in it.
         count: counts the samples of a batch, where they can be told.
         tick: called for each batch that was read.
 
@@ -66,15 +66,14 @@ class Probe:
 
     def __init__(
         self,
-        trainer: Trainer,
-        module: LightningModule,
-        optimizer: Optimizer,
+        apart: Apart,
         count: Callable[[Any], float | None] = lambda batch: None,
         tick: Callable[[], Any] = lambda: None,
     ) -> None:
         self.batches = 0
-        self._trainer = trainer
-        self._module = module
+        self._trainer = trainer = apart.trainer
+        self._module = module = apart.module
+        optimizer: Optimizer = trainer.optimizers[0]
         self.samples: float | None = None
         self._count = count
         self._tick = tick
@@ -84,7 +83,7 @@ class Probe:
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
         self._decay = coupled_decay(optimizer)
         self._scale = loss_scale(trainer)
-        self._source = _batches(trainer, module)
+        self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
 
     def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
@@ -101,7 +100,9 @@ class Probe:
         """
         for _ in range(number):
             batch, outcome, error = self._next()
-            worst = self._worst(outcome)
+            worst = self._worst(Outcome.STOPPED if self._trainer.received_sigterm else outcome)
+            if worst is Outcome.STOPPED:
+                raise SIGTERMException
             if worst is Outcome.FAILED:
                 self._refuse(error)
             if worst is Outcome.NO_BATCH:
@@ -240,24 +241,21 @@ def _real(parameter: nn.Parameter) -> Tensor:
     return as_real(local(parameter.detach()))
 
 
-def _batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]:
-    loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
-    loaders.flattened = [_fresh(loader) for loader in loaders.flattened]
-    datamodule = getattr(trainer, "datamodule", None)
-    overridden = datamodule is not None and is_overridden("on_before_batch_transfer", datamodule)
-    hooks: Any = datamodule if overridden else module
-    for batch, _, _ in loaders:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = hooks.on_before_batch_transfer(batch, 0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _fresh(loader: Any) -> Any:
-    loader = copy.copy(loader)
-    if isinstance(loader, DataLoader):
-        # Persistent workers hang on this private attribute; the copy starts its own, and training keeps its.
-        loader._iterator = None
-    return loader
+def _batches(apart: Apart) -> Iterator[Any]:
+    trainer: Any = apart.trainer
+    overridden = trainer.datamodule is not None and is_overridden("on_before_batch_transfer", trainer.datamodule)
+    hooks: Any = trainer.datamodule if overridden else apart.module
+    with apart.reading():
+        loaders = iter(CombinedLoader(trainer.train_dataloader, "max_size_cycle"))
+    while True:
+        with apart.reading():
+            try:
+                batch, _, _ = next(loaders)
+            except StopIteration:
+                return
+            batch = hooks.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield batch
 
 
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int) -> Tensor | None:

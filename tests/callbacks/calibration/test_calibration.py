@@ -503,7 +503,7 @@ def test_a_scheduler_with_rates_of_its_own_is_not_overridden_in_vain(tmp_path) -
 
     calibration = OptimizerCalibration(reference_batch_size=2, learning_rate="sqrt", epsilon="keep")
     with pytest.warns(
-        UserWarning, match="Own keeps base rates that cannot be scaled from outside, so the rate is kept"
+        UserWarning, match=r"Own \(base\) would not follow a changed rate at every step.*so the rate is kept"
     ):
         result, group = calibrated(tmp_path, calibration, module=Scheduled(scheduler=Own))
     assert group["lr"] == result.learning_rate == 1e-2
@@ -648,11 +648,18 @@ class Endless(IterableDataset):
         return ((inputs + i, labels) for i in range(self.batches))
 
 
+def test_what_is_only_a_default_is_not_warned_of(tmp_path) -> None:
+    result, _ = calibrated(tmp_path, OptimizerCalibration())
+    assert result.problems == ()
+    assert any("learning rate kept: no reference given" in reason for reason in result.reasons)
+    assert "the probe took all 16 full batches of the loader" in result.reasons
+
+
 CASES = [
     pytest.param(
         {"learning_rate": "sqrt"},
         {},
-        "learning_rate='sqrt' needs a rate that is trusted.*pass reference_batch_size",
+        "no reference given, .*'sqrt' needs .*pass reference_batch_size",
         id="no reference",
     ),
     pytest.param(

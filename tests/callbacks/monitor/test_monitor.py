@@ -371,32 +371,64 @@ def test_resume_goes_on_where_it_was(tmp_path) -> None:
     assert [sample["step"] for sample in whole.noise_records[0].samples] == [*steps[:5], 15, *steps[5:]]
 
 
+MEASURED = dict.fromkeys(["batch_size", "noise_simple", "signal_simple", "noise_adam", "signal_adam"], 8.0)
+WATCHED = {"steps": 9, "logged": 2, "samples": [{"step": 0} | MEASURED], "learning_rates": [0.1], "batch_size": 8}
+
+
 def test_state_survives_a_round_trip() -> None:
     monitor = GradientHistogramMonitor()
-    watched = {"steps": 9, "logged": 2, "samples": [{"step": 0}], "learning_rates": [0.1], "batch_size": 8}
-    watched["skipped"] = 3
-    state = {"optimizers": [watched]}
+    state = {"optimizers": [WATCHED | {"skipped": 3}]}
     monitor.load_state_dict(state)
     assert monitor.state_dict() == state
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({}, id="empty"),
+        pytest.param({"optimizers": 3}, id="number"),
+        pytest.param({"optimizers": [WATCHED]}, id="a key less"),
+        pytest.param({"optimizers": [WATCHED | {"skipped": "many"}]}, id="word for number"),
+        pytest.param({"optimizers": [WATCHED | {"skipped": 0, "samples": [{"step": 0}]}]}, id="half a measurement"),
+        pytest.param({"optimizers": [WATCHED | {"skipped": 0, "samples": [7]}]}, id="number for measurement"),
+    ],
+)
+def test_a_state_that_cannot_be_read_is_said_and_begun_anew(tmp_path, state: Any) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    made = fit(tmp_path / "first", monitor)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    checkpoint["callbacks"][monitor.state_key] = state | {"more": 1}
+    torch.save(checkpoint, tmp_path / "one.ckpt")
+    with pytest.warns(UserWarning, match="cannot read its state in the checkpoint, and begins anew"):
+        trainer(tmp_path / "second", monitor, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_resumed_run_with_other_arguments_loses_nothing(tmp_path) -> None:
+    first = [GradientHistogramMonitor(every_n_steps=4), GradientHistogramMonitor(8, include="head")]
+    made = fit(tmp_path / "first", *first)
+    made.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    of_release_0_1 = (
+        "GradientHistogramMonitor[every_n_steps=8,bins_per_octave=8,group_by=None,include='head',exclude=None]"
+    )
+    checkpoint["callbacks"][of_release_0_1] = checkpoint["callbacks"].pop(first[1].state_key)
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    second = [GradientHistogramMonitor(2, include="head", batch_size=8), GradientHistogramMonitor(2, group_by=1)]
+    trainer(tmp_path / "second", *second, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "old.ckpt")
+    found = [[sample["step"] for sample in one.noise_records[0].samples] for one in second]
+    assert found == [[0, 8, *range(16, 32, 2)], [0, 4, 8, 12, *range(16, 32, 2)]]
+
+
 def test_instances_have_keys_of_their_own() -> None:
-    options: list[dict[str, Any]] = [
-        {},
-        {"every_n_steps": 2},
-        {"group_by": 1},
-        {"group_by": "1"},
-        {"group_by": str.upper},
-    ]
-    options += [
-        {"include": "a"},
-        {"exclude": "a"},
-        {"when": "after_clip"},
-        {"when": "local"},
-        {"optimizer_state": True},
-    ]
+    options: list[dict[str, Any]] = [{}, {"group_by": 1}, {"group_by": "1"}, {"group_by": str.upper}]
+    options += [{"include": "a"}, {"exclude": "a"}, {"when": "after_clip"}, {"when": "local"}]
     keys = [GradientHistogramMonitor(**arguments).state_key for arguments in options]
     assert len(set(keys)) == len(keys)
+    alike = GradientHistogramMonitor(every_n_steps=2, batch_size=3, optimizer_state=True, noise_scale=False)
+    assert alike.state_key == keys[0]  # nothing is lost where such an argument changes
     two = [GradientHistogramMonitor(group_by=lambda name: name[:4], name=name) for name in ("first", "second")]
     assert two[0].state_key != two[1].state_key and GradientHistogramMonitor(name=None).state_key == keys[0]
     assert "0x" not in "".join(keys)  # an address in memory would be another one in the next process
@@ -574,7 +606,7 @@ def test_a_record_is_bounded() -> None:
 
 
 def test_of_several_monitors_the_first_writes_the_record(tmp_path) -> None:
-    first, second = GradientHistogramMonitor(every_n_steps=2), GradientHistogramMonitor(every_n_steps=4, batch_size=8)
+    first, second = GradientHistogramMonitor(every_n_steps=2), GradientHistogramMonitor(every_n_steps=4, name="second")
     fit(tmp_path, first, second)
     assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == len(
         first.noise_records[0].samples
@@ -598,6 +630,17 @@ def test_a_logger_without_a_directory_of_its_own_gets_one_for_each_run(tmp_path)
     for version in ("one", "two"):
         fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), logger=Remote(tmp_path, version))
     assert [(tmp_path / "runs" / version / "calibration.json").exists() for version in ("one", "two")] == [True, True]
+
+
+def test_a_logger_that_cannot_tell_its_directory_costs_the_record_alone(tmp_path) -> None:
+    class Offline(Remote):
+        @property
+        def log_dir(self) -> Any:
+            raise ConnectionError("no server")
+
+    with pytest.warns(UserWarning, match="could not find the logger's directory, training goes on.*no server"):
+        made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), logger=Offline(tmp_path, "one"))
+    assert made.global_step == 16 and not list(tmp_path.rglob("calibration.json"))
 
 
 def test_barebones_leaves_nothing(tmp_path, monkeypatch) -> None:
@@ -744,6 +787,28 @@ def test_a_run_resumed_within_an_epoch_goes_on_with_its_steps(tmp_path) -> None:
     ]  # 6 and 7 span the checkpoint
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_run_resumed_without_a_state_logs_multiples(tmp_path) -> None:
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "seven.ckpt")
+
+    fit(tmp_path / "first", Saving(), max_steps=8)
+    made = trainer(tmp_path / "second", GradientHistogramMonitor(every_n_steps=3))
+    made.fit(Net(), loader(), ckpt_path=tmp_path / "seven.ckpt")
+    assert [e.step for e in events(tmp_path / "second").Histograms("gradient_magnitude/all")] == [9, 12, 15]
+
+
+def test_another_model_begins_another_record(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=4)
+    made = fit(tmp_path, monitor)
+    for module, measured in ((made.lightning_module, [0, 4, 8, 12, 16, 20, 24, 28]), (Net(), [32, 36, 40, 44])):
+        made.fit_loop.max_epochs += 1
+        made.fit(module, loader())
+        assert [sample["step"] for sample in monitor.noise_records[0].samples] == measured
+
+
 def test_parts_of_all_ranks_lie_in_one_order() -> None:
     parameters = {"a": torch.zeros(3), "b": torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)}
     one = {name: torch.randn(p.shape) for name, p in parameters.items()}
@@ -859,7 +924,7 @@ def _raises(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("owner", "attribute", "options"),
     [
-        pytest.param(gradients, "local_gradient", {}, id="gradients"),
+        pytest.param(gradients, "_dense", {}, id="gradients"),
         pytest.param(observer, "own_parts", {}, id="parts"),
         pytest.param(observer, "ready_gradients", {"when": "after_clip"}, id="after clipping"),
         pytest.param(gradients, "local_gradient", {"when": "local"}, id="local copies"),
