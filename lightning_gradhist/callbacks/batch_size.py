@@ -62,6 +62,7 @@ class StepSamples:
 
     Attributes:
         first: of its first micro-batch on this rank.
+        batches: micro-batches on this rank.
         micro_batches: over all data-parallel ranks.
         variance: of its gradient as a multiple of one sample's, this rank's share of the sum over all ranks: the gradient
             is the mean of its micro-batches' gradients, each with a variance by its own samples.
@@ -69,6 +70,7 @@ class StepSamples:
     """
 
     first: float
+    batches: int
     micro_batches: int
     variance: float
     effective: float
@@ -146,12 +148,12 @@ class SampleCount:
         alike = trainer.world_size / ranks  # ranks that share their samples
         micro_batches = len(sizes) * ranks
         variance = math.fsum(1 / size for size in sizes) / alike / micro_batches**2
-        return StepSamples(sizes[0], micro_batches, variance, usual * whole / alike)
+        return StepSamples(sizes[0], len(sizes), micro_batches, variance, usual * whole / alike)
 
     def _begin(self, trainer: Trainer, counted: int | None) -> None:
         self._has_begun = True
         self._declared = self._given or _declared(trainer)
-        workers = getattr(trainer.train_dataloader, "num_workers", 0)
+        workers = _number(trainer.train_dataloader, "num_workers") or 0
         few = trainer.is_last_batch or trainer.num_training_batches <= workers
         few = few or (workers > 1 and math.isinf(trainer.num_training_batches))
         manual = not trainer.lightning_module.automatic_optimization
@@ -174,7 +176,7 @@ class SampleCount:
         if trainer.current_epoch != self._epoch:
             self._short, self._epoch = 0, trainer.current_epoch
         self._short += counted < self._first
-        workers = getattr(trainer.train_dataloader, "num_workers", 0)
+        workers = _number(trainer.train_dataloader, "num_workers") or 0
         self.varies |= counted > self._first or self._short > max(1, workers)
 
     def _contradict(self, counted: int) -> None:
@@ -220,11 +222,17 @@ def gradients_a_step(trainer: Trainer) -> int:
 def _declared(trainer: Trainer) -> int | None:
     """What the loader says a batch has; 1, which is the default, also stands for data that are batches already."""
     loader = trainer.train_dataloader
-    for one in (loader, getattr(loader, "batch_sampler", None)):
-        size = getattr(one, "batch_size", None)
-        if isinstance(size, int) and size > 1:
-            return size
-    return None
+    sizes = [_number(one, "batch_size") for one in (loader, getattr(loader, "batch_sampler", None))]
+    return next((size for size in sizes if size is not None and size > 1), None)
+
+
+def _number(thing: Any, name: str) -> int | None:
+    """A whole number that a user's class may have, or raise anything in place of."""
+    try:
+        value = getattr(thing, name, None)
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _data_ranks(trainer: Trainer) -> int:

@@ -1,11 +1,11 @@
-"""What AdamE and ALTO share: validation, state, and the gathering of parameters for a step."""
+"""What AdamE and ALTO share: state, the step's scalars, and which parameters are stepped together."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -13,39 +13,50 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
+from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice, resolve_explore
+from lightning_gradhist.kernels._step import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Backend, backend_of
-from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
-from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
-from lightning_gradhist.optim._sharding import DTensor, local, placed_as
+from lightning_gradhist.optim._buckets import Bucket
+from lightning_gradhist.optim._checks import (
+    check_hyper_parameters,
+    refuse_amsgrad,
+    refuse_capture,
+    refuse_complex,
+    refuse_narrow_state,
+    refuse_sparse,
+)
+from lightning_gradhist.optim._formulas import wide_dtype
 
-__all__ = ["Batch", "ExploringOptimizer", "ParamsT"]
+__all__ = ["ExploringOptimizer", "ParamsT", "Subgroup"]
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
-_STATE = {"step", *BUFFERS}
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 @dataclass
-class Batch:
-    """Parameters of one group, device and dtype, which are stepped together."""
+class Subgroup:
+    """Parameters of one param group, on one device, of one dtype and with one number of steps: what a backend is given.
 
-    lists: StepLists
+    It steps them in buckets, and those in chunks.
+    """
+
+    tensors: StepTensors
     scalars: StepScalars
     group: dict[str, Any]
-    owners: list[Tensor]
-    """The parameters that the entries of ``lists`` are, or under FSDP2 are this rank's parts of."""
+    params: list[Tensor]
+    """The parameters that the entries of :attr:`tensors` are, or under FSDP2 are this rank's shards of."""
     steps: list[Tensor]
     """The numbers of the steps that they have made, which :attr:`scalars` is one ahead of."""
     backend: Backend
 
-    def pieces(self, written: Sequence[str]) -> Iterator[Piece]:
-        """The parts that are stepped one after another by a function that writes to some of the lists."""
-        return self.backend.pieces(self.lists, self.scalars, written)
+    def for_each_bucket(self, do: Callable[[Subgroup, Bucket], None], written: Sequence[str]) -> None:
+        """Do something that writes to some of the lists with one bucket after another."""
+        self.backend.for_each_bucket(partial(do, self), self.tensors, self.scalars, written)
 
 
 class ExploringOptimizer(Optimizer):
-    """Base of the optimizers with adaptor E; a subclass gives the step of one parameter."""
+    """Base of the optimizers with adaptor E; a subclass gives the step."""
 
     _added_defaults: ClassVar[dict[str, Any]] = {
         "alpha": AUTO,
@@ -58,13 +69,9 @@ class ExploringOptimizer(Optimizer):
     }
     """What a param group of a torch optimizer, or of an older pickle, may lack."""
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        """Check the hyper-parameters and register the parameters."""
-        super().__init__(params, defaults)
-
     @abstractmethod
-    def _update(self, batches: list[Batch]) -> None:
-        """Update parameters and state of all batches in place."""
+    def _update(self, subgroups: list[Subgroup]) -> None:
+        """Update parameters and state in place."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -86,19 +93,19 @@ class ExploringOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _refuse_capture(self)
+        refuse_capture(self)
         for group in self.param_groups:  # all of them, so that an error leaves nothing half done
             check_explore(group["alpha"], group["explore_beta"])
             refuse_sparse(group, type(self).__name__)
-        self._take([batch for group in self.param_groups for batch in self._batches(group)])
+        self._take([subgroup for group in self.param_groups for subgroup in self._subgroups(group)])
         return loss
 
-    def _take(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            torch._foreach_add_(batch.steps, _ONE, alpha=1)  # one tensor, where a number is made a tensor for each
-        self._update(batches)
+    def _take(self, subgroups: list[Subgroup]) -> None:
+        for subgroup in subgroups:
+            torch._foreach_add_(subgroup.steps, _ONE, alpha=1)  # one tensor, where a number is made a tensor for each
+        self._update(subgroups)
 
-    def _batches(self, group: dict[str, Any], backend: Backend | None = None) -> list[Batch]:
+    def _subgroups(self, group: dict[str, Any], backend: Backend | None = None) -> list[Subgroup]:
         """What is to be stepped, with the scalars of the coming step; nothing has been changed yet."""
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
@@ -107,32 +114,30 @@ class ExploringOptimizer(Optimizer):
         # A compiler has no use for a number that changes with each step, and would compile again for each.
         on_device = group["capturable"] or torch.compiler.is_compiling()
         numbers = [None] * len(states) if on_device else torch.stack([state["step"] for state in states]).tolist()
-        buckets: dict[Any, tuple[list[Tensor], list[dict[str, Tensor]]]] = {}
+        by_kind: dict[Any, list[tuple[Tensor, dict[str, Tensor]]]] = {}
         for param, state, number in zip(params, states, numbers, strict=True):
-            bucket = buckets.setdefault((param.device, param.dtype, state["exp_avg"].dtype, number), ([], []))
-            bucket[0].append(param)
-            bucket[1].append(state)
-        return [self._batch(group, *bucket, key[-1], backend) for key, bucket in buckets.items()]
+            kind = param.device, param.dtype, state["exp_avg"].dtype, number
+            by_kind.setdefault(kind, []).append((param, state))
+        return [self._subgroup(group, alike, number, backend) for (*_, number), alike in by_kind.items()]
 
-    def _batch(
+    def _subgroup(
         self,
         group: dict[str, Any],
-        params: list[Tensor],
-        states: list[dict[str, Tensor]],
+        alike: list[tuple[Tensor, dict[str, Tensor]]],
         number: float | None,
         backend: Backend | None,
-    ) -> Batch:
+    ) -> Subgroup:
+        params = [param for param, _ in alike]
         grads = [param.grad for param in params if param.grad is not None]
-        columns = [params, grads, *([state[name] for state in states] for name in BUFFERS)]
-        if any(isinstance(param, DTensor) for param in params):
+        steps, *buffers = ([state[name] for _, state in alike] for name in ("step", *BUFFERS))
+        columns = [params, grads, *buffers]
+        if any(map(is_dtensor, params)):
             columns[1] = [placed_as(grad, param) for grad, param in zip(grads, params, strict=True)]
             columns = [[local(tensor) for tensor in column] for column in columns]
-        lists = StepLists(*columns)
-        steps = [state["step"] for state in states]
+        tensors = StepTensors(*columns)
         coming = list(torch._foreach_add(steps, 1)) if number is None else number + 1.0
         scalars = self._scalars(group, coming, params[0].device)
-        chosen = backend or backend_of(group, lists, self._fault)
-        return Batch(lists, scalars, group, params, steps, chosen)
+        return Subgroup(tensors, scalars, group, params, steps, backend or backend_of(group, tensors, self._fault))
 
     def _fault(self, backend: Backend, device: torch.device, *, again: bool = False) -> str | None:
         """What is wrong with a backend on a device, None if nothing is; ``again`` tries anew what failed before."""
@@ -166,7 +171,7 @@ class ExploringOptimizer(Optimizer):
 
     def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[param]
-        if _STATE <= state.keys():
+        if {"step", *BUFFERS} <= state.keys():
             return state
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
@@ -187,7 +192,7 @@ class ExploringOptimizer(Optimizer):
         Raises:
             ValueError: If ``batch_size`` is not a positive number.
         """
-        set_batch_size(self.param_groups, ("alpha", "explore_beta"), batch_size)
+        fill_in_explore(self.param_groups, ("alpha", "explore_beta"), batch_size)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.
@@ -197,45 +202,20 @@ class ExploringOptimizer(Optimizer):
 
         Raises:
             ValueError: If a hyper-parameter is out of range.
-            TypeError: If a parameter is complex.
+            TypeError: If a parameter is complex, or ALTO is to take the norm of a part of a flat partition (FSDP1, ZeRO).
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
-            self._check_group({**self._added_defaults, **self.defaults, **param_group})
+            check_hyper_parameters({**self._added_defaults, **self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            refuse_complex(self.param_groups[-1], type(self).__name__)
-            _refuse_narrow_state(self.param_groups[-1])
+            self._check_params(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(
-                f"lr={lr!r} has {lr.numel()} elements: it must be a number or a tensor of one element. "
-                "For several rates, use several param groups."
-            )
-        for name in ("lr", "eps", "weight_decay"):
-            if not 0.0 <= float(group[name]) < math.inf:
-                raise ValueError(f"{name}={group[name]!r} is out of range: it must be finite and satisfy {name} >= 0.")
-        betas = group["betas"]
-        if len(betas) != 2:
-            raise ValueError(
-                f"betas={betas!r} has {len(betas)} elements: it must have two, the decays of the first and "
-                "the second moment. The decay of adaptor E is explore_beta."
-            )
-        for index, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"betas[{index}]={beta!r} is out of range: it must satisfy 0 <= beta < 1.")
-        check_explore(group["alpha"], group["explore_beta"])
-        if group["fused"] and group["foreach"]:
-            raise ValueError("fused=True and foreach=True exclude each other: leave one of them at None.")
-        if group["state_dtype"] not in (None, torch.bfloat16):
-            raise ValueError(
-                f"state_dtype={group['state_dtype']!r} is not offered: it must be None, for fp32 (float64 for float64 "
-                "parameters), or torch.bfloat16."
-            )
+    def _check_params(self, group: dict[str, Any]) -> None:
+        refuse_complex(group, type(self).__name__)
+        refuse_narrow_state(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, or of torch's Adam or AdamW.
@@ -294,7 +274,7 @@ class _Shielded:
         if not isinstance(self.value, Tensor):
             return self.value
         dtype = group["state_dtype"] or wide_dtype(param)
-        if isinstance(param, DTensor) or self.value.shape != param.shape:
+        if is_dtensor(param) or self.value.shape != param.shape:
             return self.value.to(device=param.device, dtype=dtype, copy=True)
         # in the order of the parameter's memory, whatever that of the checkpoint was
         return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(self.value)
@@ -311,9 +291,9 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         for group, saved_group in zip(optimizer.param_groups, saved, strict=True)
     ]
     for group, present in zip(groups, optimizer.param_groups, strict=True):
-        _refuse_amsgrad(optimizer, group)
-        optimizer._check_group(group)
-        _refuse_narrow_state({**group, "params": present["params"]})
+        refuse_amsgrad(group, type(optimizer).__name__)
+        check_hyper_parameters(group)
+        refuse_narrow_state({**group, "params": present["params"]})
     ids = set(chain.from_iterable(group["params"] for group in groups))
     state = {
         key: {name: _Shielded(value) for name, value in values.items()} if key in ids else values
@@ -335,41 +315,11 @@ def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Te
     return corrections
 
 
-def _refuse_capture(optimizer: Optimizer) -> None:
-    """Raise if a step that is counted on the host is being captured in a CUDA graph."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
-        return
-    on_host = [index for index, group in enumerate(optimizer.param_groups) if not group["capturable"]]
-    if on_host and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{type(optimizer).__name__} is being captured in a CUDA graph with capturable=False in param group "
-            f"{on_host[0]}: its replays would all make the same step. Make the optimizer with capturable=True."
-        )
-
-
-def set_batch_size(groups: Sequence[dict[str, Any]], names: tuple[str, str], batch_size: float) -> None:
+def fill_in_explore(groups: Sequence[dict[str, Any]], names: tuple[str, str], batch_size: float) -> None:
     """Put the choice for a batch size in the place of ``"auto"`` under two keys of param groups."""
     choice = dict(zip(names, explore_choice(batch_size), strict=True))
     for group in groups:
         group.update({name: value for name, value in choice.items() if group[name] == AUTO})
-
-
-def _refuse_amsgrad(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    if group.get("amsgrad"):
-        raise ValueError(
-            f"the state dict is of an optimizer with amsgrad=True, and {type(optimizer).__name__} keeps no maximum of the "
-            "second moment. To go on without it, set 'amsgrad' to False in its param groups and take 'max_exp_avg_sq' out "
-            "of its state before it is loaded."
-        )
-
-
-def _refuse_narrow_state(group: dict[str, Any]) -> None:
-    wide = [index for index, param in enumerate(group["params"]) if param.dtype == torch.float64]
-    if group["state_dtype"] is not None and wide:
-        raise ValueError(
-            f"state_dtype={group['state_dtype']} is for parameters of fp32, bf16 and fp16, but parameter {wide[0]} of its "
-            "group is float64. Put those into a group with state_dtype=None."
-        )
 
 
 _FAULTS: dict[tuple[type[ExploringOptimizer], type[Backend], torch.device], str | None] = {}
@@ -397,5 +347,5 @@ def _trial(cls: type[ExploringOptimizer], backend: Backend | None, device: torch
     for _ in range(2):
         for param in params:
             param.grad = draw(param.numel())
-        optimizer._take(optimizer._batches(optimizer.param_groups[0], backend))
+        optimizer._take(optimizer._subgroups(optimizer.param_groups[0], backend))
     return [param.detach() for param in params] + [s[name] for s in optimizer.state.values() for name in BUFFERS]

@@ -2,45 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
+from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.optim._base import ExploringOptimizer, ParamsT, Subgroup
+from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._formulas import (
     STATE,
     add_multiple,
     explored_gradients,
-    move_moments,
+    move_averages,
+    move_averages_of_squares,
     subtract_adam_directions,
     widened,
     write_back,
 )
-from lightning_gradhist.optim._lists import StepLists, StepScalars
 
 WRITTEN = ("params", *STATE)
 
 
-def adam_e_step(lists: StepLists, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
+def adam_e_reference(theta: Any, g: Any, e: Any, m: Any, v: Any, k: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The specification of :class:`AdamE`: the step of one number, as the equation has it.
+
+    Args:
+        theta: The parameter; as the next four a float, or a float64 tensor for many numbers at once.
+        g: Its gradient.
+        e: The average of the gradients, 0 at first.
+        m: The first moment, 0 at first.
+        v: The second moment, 0 at first.
+        k: The number of the step, from 1 up.
+        group: The param group; ``alpha`` and ``explore_beta`` are numbers.
+
+    Returns:
+        ``theta``, ``e``, ``m`` and ``v`` after the step.
+    """
+    lr, (beta1, beta2), explore_beta, decay = (group[n] for n in ("lr", "betas", "explore_beta", "weight_decay"))
+    g = -g if group["maximize"] else g
+    explored = g + group["alpha"] * (1 - explore_beta) * (g - e)
+    e = explore_beta * e + (1 - explore_beta) * g
+    if group["decoupled_weight_decay"]:
+        theta = theta * (1 - lr * decay)
+    else:
+        explored = explored + decay * theta
+    m = beta1 * m + (1 - beta1) * explored
+    v = beta2 * v + (1 - beta2) * explored**2
+    theta = theta - lr * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)) ** 0.5 + group["eps"])
+    return theta, e, m, v
+
+
+def adam_e_step(tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
     """Make one AdamE step in place, in fp32 or float64; the gradients are not changed.
 
     Args:
-        lists: Parameters, gradients and state.
+        tensors: Parameters, gradients and state.
         s: The scalars of this step.
         decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
     """
-    wide = widened(lists)
-    explored = explored_gradients(wide, s)
-    if isinstance(s.weight_decay, Tensor) or s.weight_decay != 0.0:
+    wide = widened(tensors)
+    theta, g, e, m, v = wide  # a list of tensors each
+
+    if s.maximize:
+        g = list(torch._foreach_neg(g))
+    explored = explored_gradients(g, e, s.mix)
+    move_averages(e, g, s.explore_beta)
+    if s.decays():
         if decoupled_weight_decay:
-            torch._foreach_mul_(wide.params, 1.0 - s.lr * s.weight_decay)
+            torch._foreach_mul_(theta, 1.0 - s.lr * s.weight_decay)
         else:
-            add_multiple(explored, wide.params, s.weight_decay)
-    move_moments(explored, wide, s)
-    subtract_adam_directions(wide.params, wide, s)
-    write_back(wide, lists, s, WRITTEN)
+            add_multiple(explored, theta, s.weight_decay)
+    move_averages(m, explored, s.beta1)
+    move_averages_of_squares(v, explored, s.beta2)
+    subtract_adam_directions(theta, m, v, s)
+
+    write_back(wide, tensors, s, WRITTEN)
 
 
 class AdamE(ExploringOptimizer):
@@ -136,24 +175,18 @@ class AdamE(ExploringOptimizer):
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "explore_beta": explore_beta,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-        }
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "alpha": alpha, "explore_beta": explore_beta, "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _update(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            step = batch.backend.function(adam_e_step)
-            for piece in batch.pieces(WRITTEN):
-                for part in piece.parts:
-                    step(part, piece.scalars, decoupled_weight_decay=batch.group["decoupled_weight_decay"])
+    def _update(self, subgroups: list[Subgroup]) -> None:
+        for subgroup in subgroups:
+            subgroup.for_each_bucket(_step, WRITTEN)
+
+
+def _step(subgroup: Subgroup, bucket: Bucket) -> None:
+    step = subgroup.backend.function(adam_e_step)
+    for chunk in bucket.chunks:
+        step(chunk, bucket.scalars, decoupled_weight_decay=subgroup.group["decoupled_weight_decay"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,21 +10,23 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
+from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.optim._base import ExploringOptimizer, ParamsT, Subgroup
+from lightning_gradhist.optim._buckets import Bucket
+from lightning_gradhist.optim._checks import refuse_flat
 from lightning_gradhist.optim._formulas import (
     STATE,
     adam_directions,
     add_multiple,
     explored_gradients,
-    move_moments,
+    move_averages,
+    move_averages_of_squares,
+    wide_dtype,
     widened,
     write_back,
 )
-from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
-from lightning_gradhist.optim._parameters import wide_dtype
-from lightning_gradhist.optim._sharding import is_sharded, refuse_flat, sum_over_shards
+from lightning_gradhist.optim._sharding import is_sharded, sum_over_shards
 
-_READ = ("params", "exp_avgs", "exp_avg_sqs")
 EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
 EPS3 = 1e-10
@@ -31,34 +34,101 @@ EPS3 = 1e-10
 _EXACT_NORM = 2**16  # elements up to which torch's norm on the CPU, which adds up one by one, is right to 1e-5
 
 
-def alto_moments(lists: StepLists, s: StepScalars) -> Tensor:
+def alto_reference(
+    theta: Tensor, g: Tensor, e: Tensor, m: Tensor, v: Tensor, k: int, group: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
+    """The specification of :class:`ALTO`: the step of one layer, as the equation has it.
+
+    Args:
+        theta: The layer's parameter in float64, of any shape; the next four are shaped as it is.
+        g: Its gradient.
+        e: The average of the gradients, 0 at first.
+        m: The first moment, 0 at first.
+        v: The second moment, 0 at first.
+        k: The number of the step, from 1 up.
+        group: The param group; ``alpha`` and ``explore_beta`` are numbers.
+
+    Returns:
+        ``theta``, ``e``, ``m`` and ``v`` after the step.
+    """
+    (beta1, beta2), explore_beta = group["betas"], group["explore_beta"]
+    unbias1, unbias2 = (1 - beta1**k, 1 - beta2**k) if group["bias_correction"] else (1.0, 1.0)
+    g = -g if group["maximize"] else g
+    explored = g + group["alpha"] * (1 - explore_beta) * (g - e)
+    e = explore_beta * e + (1 - explore_beta) * g
+    m = beta1 * m + (1 - beta1) * explored
+    v = beta2 * v + (1 - beta2) * explored**2
+    r = (m / unbias1) / ((v / unbias2) ** 0.5 + group["eps"]) + group["weight_decay"] * theta
+    phi = theta.norm() + EPS3
+    scaled = group["layerwise"] and bool(theta.any() and r.any())
+    theta = theta - group["lr"] * r * (phi / (r.norm() + EPS2 * phi) if scaled else 1.0)
+    return theta, e, m, v
+
+
+def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
     """Move ``e``, ``m`` and ``v`` on in place.
 
     Args:
-        lists: Parameters, gradients and state; parameters and gradients are not changed.
+        tensors: Parameters, gradients and state; parameters and gradients are not changed.
         s: The scalars of this step.
 
     Returns:
         ``[n, 2]``: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
     """
-    return squared_norms(*alto_updates(lists, s))
+    return squared_norms(*alto_updates(tensors, s))
 
 
-def alto_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+def alto_updates(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
     """Move ``e``, ``m`` and ``v`` on in place as :func:`alto_moments`; returns ``theta`` and ``r`` themselves."""
-    wide = widened(lists)
-    move_moments(explored_gradients(wide, s), wide, s)
-    write_back(wide, lists, s, STATE)
-    wide = widened(lists, _READ)  # rounded: what a second phase reads
-    return wide.params, _updates(wide, s)
+    wide = widened(tensors)
+    _, g, e, m, v = wide  # a list of tensors each
+
+    if s.maximize:
+        g = list(torch._foreach_neg(g))
+    explored = explored_gradients(g, e, s.mix)
+    move_averages(e, g, s.explore_beta)
+    move_averages(m, explored, s.beta1)
+    move_averages_of_squares(v, explored, s.beta2)
+
+    write_back(wide, tensors, s, STATE)
+    return _updates(tensors, s)  # of what was stored, as the second phase reads it
 
 
-def squared_norms(thetas: list[Tensor], updates: list[Tensor], sizes: Tensor | None = None) -> Tensor:
+def _updates(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+    """``theta`` and ``r``, whose lists are new."""
+    theta, _, _, m, v = widened(tensors, ("params", "exp_avgs", "exp_avg_sqs"))
+    r = adam_directions(m, v, s)
+    if s.decays():
+        add_multiple(r, theta, s.weight_decay)
+    return theta, r
+
+
+def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> None:
+    """Subtract ``lr * ratio * r`` from the parameters in place.
+
+    Args:
+        tensors: Parameters and state, as :func:`alto_moments` left them.
+        s: The scalars of this step.
+        ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
+    """
+    subtract_updates(tensors, s, _updates(tensors, s)[1], ratios)
+
+
+def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], ratios: Tensor | None) -> None:
+    """As :func:`alto_apply`, with updates ``r`` that are at hand; they are changed."""
+    wide = widened(tensors, ("params",))
+    if ratios is not None:
+        torch._foreach_mul_(r, list(ratios.unbind()))
+    add_multiple(wide.params, r, -s.lr)
+    write_back(wide, tensors, s, ("params",))
+
+
+def squared_norms(theta: list[Tensor], r: list[Tensor], sizes: Tensor | None = None) -> Tensor:
     """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
     if sizes is not None:
-        squares = torch.cat([*thetas, *updates]).square_().view(2, -1)
+        squares = torch.cat([*theta, *r]).square_().view(2, -1)
         return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
-    return torch.stack([_squared_norms_of(column) for column in (thetas, updates)], dim=1)
+    return torch.stack([_squared_norms_of(column) for column in (theta, r)], dim=1)
 
 
 def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
@@ -71,43 +141,16 @@ def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(list(torch._foreach_norm(tensors))).square_()
 
 
-def alto_apply(lists: StepLists, s: StepScalars, ratios: Tensor | None) -> None:
-    """Subtract ``lr * ratio * r`` from the parameters in place.
-
-    Args:
-        lists: Parameters and state, as :func:`alto_moments` left them.
-        s: The scalars of this step.
-        ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
-    """
-    subtract_updates(lists, s, _updates(widened(lists, _READ), s), ratios)
-
-
-def subtract_updates(lists: StepLists, s: StepScalars, updates: list[Tensor], ratios: Tensor | None) -> None:
-    """As :func:`alto_apply`, with updates ``r`` that are at hand; they are changed."""
-    wide = widened(lists, ("params",))
-    if ratios is not None:
-        torch._foreach_mul_(updates, list(ratios.unbind()))
-    add_multiple(wide.params, updates, -s.lr)
-    write_back(wide, lists, s, ("params",))
-
-
-def _updates(wide: StepLists, s: StepScalars) -> list[Tensor]:
-    updates = adam_directions(wide, s)
-    if isinstance(s.weight_decay, Tensor) or s.weight_decay != 0.0:
-        add_multiple(updates, wide.params, s.weight_decay)
-    return updates
-
-
-def trust_ratio(squared_norms: Tensor) -> Tensor:
+def trust_ratio(squares: Tensor) -> Tensor:
     """Compute ``phi(|theta|) / (|r| + EPS2 * phi(|theta|))`` with ``phi(x) = x + EPS3``.
 
     Args:
-        squared_norms: ``[n, 2]``, of ``theta`` and of the update ``r`` of each tensor.
+        squares: ``[n, 2]``, squared norms of ``theta`` and of the update ``r`` of each tensor.
 
     Returns:
         ``[n]``, > 0; 1 where one of the norms is zero.
     """
-    theta_norm, update_norm = squared_norms.sqrt().unbind(1)
+    theta_norm, update_norm = squares.sqrt().unbind(1)
     phi = theta_norm + EPS3
     ratio = phi / (update_norm + EPS2 * phi)
     return torch.where((theta_norm > 0) & (update_norm > 0), ratio, 1.0)
@@ -214,58 +257,24 @@ class ALTO(ExploringOptimizer):
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "explore_beta": explore_beta,
-            "layerwise": layerwise,
-            "bias_correction": bias_correction,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-        }
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "alpha": alpha, "explore_beta": explore_beta, "layerwise": layerwise, "bias_correction": bias_correction,
+            "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _update(self, batches: list[Batch]) -> None:
+    def _update(self, subgroups: list[Subgroup]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
         if any(is_sharded(param) for param in layers):
-            self._update_shards(batches, layers)
+            _update_shards(subgroups, layers)
             return
-        for batch in batches:
-            for piece in batch.pieces((*STATE, "params")):
-                _step(batch, piece)
+        for subgroup in subgroups:
+            subgroup.for_each_bucket(_step, (*STATE, "params"))
 
-    @staticmethod
-    def _update_shards(batches: list[Batch], layers: list[Tensor]) -> None:
-        """Moves all on before anything is subtracted, so that one collective does for all norms."""
-        sums = [_all_moments(batch) for batch in batches]
-        owners = [param for batch in batches for param in batch.owners]
-        sum_over_shards(layers, dict(zip(owners, (row for rows in sums for row in rows), strict=True)))
-        for batch, squares in zip(batches, sums, strict=True):
-            for piece in batch.pieces(("params",)):
-                _apply(batch, piece, squares[piece.owners])
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, whose hyper-parameters are checked first.
-
-        Args:
-            param_group: The parameters under ``"params"``, and what is to differ from the defaults.
-
-        Raises:
-            ValueError: If a hyper-parameter is out of range.
-            TypeError: If a parameter is complex, or with ``layerwise`` a part of a flat partition (FSDP1, ZeRO).
-        """
-        super().add_param_group(param_group)
-        if self.param_groups[-1]["layerwise"]:
-            try:
-                refuse_flat(self.param_groups[-1]["params"], type(self).__name__)
-            except TypeError:
-                self.param_groups.pop()
-                raise
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        if group["layerwise"]:
+            refuse_flat(group["params"], type(self).__name__)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, of torch's Adam or AdamW, or of the authors' ALTO.
@@ -287,47 +296,63 @@ class ALTO(ExploringOptimizer):
         super().load_state_dict(_from_authors(state_dict) if is_authors else state_dict)
 
 
-def _step(batch: Batch, piece: Piece) -> None:
+def _update_shards(subgroups: list[Subgroup], layers: list[Tensor]) -> None:
+    """Moves all on before anything is subtracted, so that one collective does for all norms."""
+    sums = [_move(subgroup) for subgroup in subgroups]
+    params = [param for subgroup in subgroups for param in subgroup.params]
+    sum_over_shards(layers, dict(zip(params, (row for rows in sums for row in rows), strict=True)))
+    for subgroup, squares in zip(subgroups, sums, strict=True):
+        _subtract(subgroup, squares)
+
+
+def _move(subgroup: Subgroup) -> Tensor:
+    """Moves ``e``, ``m`` and ``v`` of all entries on; their squared norms ``[n, 2]``."""
+    m = subgroup.tensors.exp_avgs[0]
+    squares = torch.zeros(len(subgroup.params), 2, dtype=wide_dtype(m), device=m.device)
+
+    def move_bucket(_: Subgroup, bucket: Bucket) -> None:
+        squares[bucket.entries] = _moments(subgroup, bucket)
+
+    subgroup.for_each_bucket(move_bucket, STATE)
+    return squares
+
+
+def _subtract(subgroup: Subgroup, squares: Tensor) -> None:
+    """Subtracts the updates of all entries, once their squared norms ``[n, 2]`` are known."""
+    subgroup.for_each_bucket(lambda _, bucket: _apply(subgroup, bucket, squares[bucket.entries]), ("params",))
+
+
+def _step(subgroup: Subgroup, bucket: Bucket) -> None:
     """Makes the step of whole tensors, while they are in the cache."""
-    if not piece.small:
-        _apply(batch, piece, _moments(batch, piece))
+    if not bucket.small:
+        _apply(subgroup, bucket, _moments(subgroup, bucket))
         return
-    (lists,) = piece.parts
-    thetas, updates = batch.backend.function(alto_updates)(lists, piece.scalars)
-    squares = squared_norms(thetas, updates, piece.sizes) if batch.group["layerwise"] else None
-    subtract_updates(lists, piece.scalars, updates, _ratios(piece, squares))
+    (tensors,) = bucket.chunks
+    theta, r = subgroup.backend.function(alto_updates)(tensors, bucket.scalars)
+    squares = squared_norms(theta, r, bucket.sizes) if subgroup.group["layerwise"] else None
+    subtract_updates(tensors, bucket.scalars, r, _ratios(bucket, squares))
 
 
-def _all_moments(batch: Batch) -> Tensor:
-    m = batch.lists.exp_avgs[0]
-    sums = torch.zeros(len(batch.lists.params), 2, dtype=wide_dtype(m), device=m.device)
-    for piece in batch.pieces(STATE):
-        sums[piece.owners] = _moments(batch, piece)
-    return sums
+def _moments(subgroup: Subgroup, bucket: Bucket) -> Tensor:
+    if bucket.sizes is not None:
+        (tensors,) = bucket.chunks
+        return squared_norms(*subgroup.backend.function(alto_updates)(tensors, bucket.scalars), bucket.sizes)
+    moments = subgroup.backend.function(alto_moments)
+    return torch.stack([moments(chunk, bucket.scalars) for chunk in bucket.chunks]).sum(0)
 
 
-def _moments(batch: Batch, piece: Piece) -> Tensor:
-    """Moves ``e``, ``m`` and ``v`` on; the squared norms ``[n, 2]`` of the entries."""
-    if piece.sizes is not None:
-        (lists,) = piece.parts
-        return squared_norms(*batch.backend.function(alto_updates)(lists, piece.scalars), piece.sizes)
-    moments = batch.backend.function(alto_moments)
-    return torch.stack([moments(part, piece.scalars) for part in piece.parts]).sum(0)
+def _apply(subgroup: Subgroup, bucket: Bucket, squares: Tensor) -> None:
+    ratios = _ratios(bucket, squares if subgroup.group["layerwise"] else None)
+    for chunk in bucket.chunks:
+        subgroup.backend.function(alto_apply)(chunk, bucket.scalars, ratios)
 
 
-def _apply(batch: Batch, piece: Piece, squares: Tensor) -> None:
-    """Subtracts the updates, once the squared norms ``[n, 2]`` of the entries are known."""
-    ratios = _ratios(piece, squares if batch.group["layerwise"] else None)
-    for part in piece.parts:
-        batch.backend.function(alto_apply)(part, piece.scalars, ratios)
-
-
-def _ratios(piece: Piece, squares: Tensor | None) -> Tensor | None:
+def _ratios(bucket: Bucket, squares: Tensor | None) -> Tensor | None:
     """What the entries are multiplied by: one number each, or one for each element of what holds several."""
     if squares is None:
         return None
     ratios = trust_ratio(squares)
-    return ratios if piece.sizes is None else ratios.repeat_interleave(piece.sizes)[None]
+    return ratios if bucket.sizes is None else ratios.repeat_interleave(bucket.sizes)[None]
 
 
 def _from_authors(state_dict: StateDict) -> StateDict:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice, resolve_explore
-from lightning_gradhist.optim._base import set_batch_size
-from lightning_gradhist.optim._formulas import mixed_gradients, move_average
-from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
+from lightning_gradhist.optim._base import fill_in_explore
+from lightning_gradhist.optim._checks import refuse_complex, refuse_sparse
+from lightning_gradhist.optim._formulas import explored_gradients, move_averages, wide_dtype
 from lightning_gradhist.optim._sharding import mesh_of
 
 BUFFER = "exp_avg_grad"
@@ -167,7 +167,7 @@ class EAdaptor(Optimizer):
         try:
             for params, grads, es, alpha, explore_beta in self._by_group(averages):
                 mix = alpha * (1.0 - explore_beta)
-                mixed = mixed_gradients(_in_dtype_of(grads, es), es, mix)
+                mixed = explored_gradients(_in_dtype_of(grads, es), es, mix)
                 for param, explored in zip(params, _in_dtype_of(mixed, grads), strict=True):
                     param.grad = explored
             self.inner.step()
@@ -177,7 +177,7 @@ class EAdaptor(Optimizer):
             for param, e in {**hidden, **averages}.items():
                 self.state[param][BUFFER] = e
         for _, grads, es, _, explore_beta in self._by_group(averages):
-            move_average(es, _in_dtype_of(grads, es), explore_beta)
+            move_averages(es, _in_dtype_of(grads, es), explore_beta)
 
     def _hide_averages(self) -> dict[Tensor, Tensor]:
         """Take all ``e`` out of the state, so that the inner optimizer finds what it has put there, and no more."""
@@ -245,7 +245,7 @@ class EAdaptor(Optimizer):
             ValueError: If ``batch_size`` is not a positive number.
         """
         self._complete_groups()
-        set_batch_size(self.param_groups, self._names(), batch_size)
+        fill_in_explore(self.param_groups, self._names(), batch_size)
 
     def state_dict(self) -> StateDict:
         """Return the state dict of the inner optimizer, which holds adaptor E's state and numbers as well."""

@@ -191,7 +191,7 @@ def test_kernels_that_fail_their_trial_are_not_used(optimizer_class: Any, monkey
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("fused", [True, None])
-def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_pieces(fused: bool | None) -> None:
+def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_chunks(fused: bool | None) -> None:
     params = parameters(shapes=[(8000, 1000)])
     optimizer = AdamE(params, fused=fused)
     counter = CompileCounter()
@@ -199,7 +199,7 @@ def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_pieces(fused: bool | 
     for _ in range(2):
         params[0].grad = torch.ones_like(params[0])
         step()
-    assert counter.op_count < 150  # of two graphs; each of sixteen pieces would have some twenty
+    assert counter.op_count < 150  # of two graphs; each of sixteen chunks would have some twenty
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -223,8 +223,8 @@ def test_numbers_of_any_kind_are_taken(optimizer_class: Any) -> None:
     numbers = {"lr": np.float32(0.5), "betas": (np.float32(0.5), 0), "eps": 1, "weight_decay": np.float64(0.5)}
     optimizer.param_groups[0].update(numbers, maximize=np.bool_(True))
     params[0].grad = torch.ones_like(params[0])
-    (batch,) = optimizer._batches(optimizer.param_groups[0])
-    assert {type(number) for number in batch.scalars} == {float, bool}
+    (subgroup,) = optimizer._subgroups(optimizer.param_groups[0])
+    assert {type(number) for number in subgroup.scalars} == {float, bool}
     optimizer.step()
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_gradhist.callbacks.gradients import LocalGradients
+from lightning_gradhist.callbacks.gradients import LocalGradients, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
@@ -87,7 +87,7 @@ class MagnitudeMonitor(StepObserver):
         if self._local is not None:
             parts = None
             with self._fit.guard.attempt("copy the gradients before ranks average them"):
-                parts = self._local.take(self._fit.trainer)
+                parts = _not_thrown_away(self._local.take(self._fit.trainer), self._watched.parameters)
         step.histogram = self._count(parts)
 
     def at_update(self, step: Step) -> None:
@@ -126,3 +126,13 @@ class MagnitudeMonitor(StepObserver):
                 counted = histogram
         self._fit.sums.add_up(None if counted is None else counted.table, len(names) * COLUMNS, NOT_COUNTED)
         return counted
+
+
+def _not_thrown_away(copies: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of gradients without those that ``zero_grad`` has taken away since; zeros where it has left zeros."""
+    found: dict[str, Tensor] = {}
+    for name, copied in copies.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            found[name] = copied.masked_fill(squared_norm([gradient]).to(copied.device) == 0, 0)
+    return found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Optional, Union, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import (
@@ -192,6 +193,7 @@ class GradientHistogramMonitor(Callback):
         self._record_path = self._path_of_record(fit)
         if self._record_path is not None and trainer.is_global_zero:
             self._record = RecordFile(self._record_path, fit.guard)
+        self._measures_noise = self.noise_scale and not getattr(trainer, "overfit_batches", False)
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
@@ -201,13 +203,13 @@ class GradientHistogramMonitor(Callback):
         """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
         if self._fit is None:
             return
-        if self.noise_scale:
+        if self._measures_noise:
             self._fit.samples.start_batch(trainer, batch, batch_idx)
         self._warn_of_lacks(self._fit)
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
-        for each in self._optimizers:
-            each.before_batch()
+        for observer in self._observers:
+            observer.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -215,10 +217,15 @@ class GradientHistogramMonitor(Callback):
             if each.watched.optimizer is optimizer:
                 each.before_step()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Begins a micro-batch."""
+        for observer in self._observers:
+            observer.before_backward()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a micro-batch."""
-        for each in self._optimizers:
-            each.after_backward()
+        for observer in self._observers:
+            observer.after_backward()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -234,9 +241,9 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
-        for each in self._optimizers:
-            each.finish()
-        self._say_how_much_is_wanted()
+        for observer in self._observers:
+            observer.finish()
+        self._tell_of_noise()
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -273,11 +280,15 @@ class GradientHistogramMonitor(Callback):
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
             watched = WatchedOptimizer(fit, optimizer, suffix, rows)
-            observers = self._observers(watched, progress)
+            observers = self._observers_of(watched, progress)
             self._optimizers.append(OptimizerMonitor(watched, progress, self.every_n_steps, observers))
 
-    def _observers(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
-        noise = [NoiseMonitor(watched, progress)] if self.noise_scale else []
+    @property
+    def _observers(self) -> list[StepObserver]:
+        return [observer for each in self._optimizers for observer in each.observers]
+
+    def _observers_of(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
+        noise = [NoiseMonitor(watched, progress)] if self._measures_noise else []
         updates = [UpdateMonitor(watched)] if self.optimizer_state else []
         return [*noise, MagnitudeMonitor(watched, progress, self.when, self._save_record), *updates]
 
@@ -311,24 +322,35 @@ class GradientHistogramMonitor(Callback):
             " constructor of torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
         )
 
-    def _say_how_much_is_wanted(self) -> None:
-        """Says where a record is too short to be of use, and why."""
-        off = self._fit is None or self._fit.samples.problem is not None
-        if off or self._record is None or not self.noise_scale or not self._progress:
+    def _tell_of_noise(self) -> None:
+        """Says at the end why the record is of no use, where it is not."""
+        if self._fit is None or self._fit.samples.problem is not None or not self._measures_noise:
             return
-        measured, logged = min((len(one.noise), one.logged) for one in self._progress)
-        if measured >= ENOUGH:
+        found = [record.estimate("simple").measurements for record in self.noise_records]
+        if self._record_path is None or min(found, default=ENOUGH) >= ENOUGH:
             return
-        why = f"lower every_n_steps={self.every_n_steps}, or train longer" if self.every_n_steps > 1 else "train longer"
-        if logged > 2 * measured + 1:  # a measurement takes up to two steps
-            why = "at the others, gradients were left out, not finite, or of too few or unknown samples"
-        rank_zero_info(
-            f"GradientHistogramMonitor measured the noise scale at {measured} steps, and some {ENOUGH} are wanted to calibrate"
-            f" another run from the record of this one; {why}."
+        tried = len(self.noise_records[found.index(min(found))])
+        said = (
+            f"GradientHistogramMonitor measured the noise scale at {min(found)} of {tried} steps, and some {ENOUGH} are wanted"
+            " to calibrate another run from the record of this one: "
         )
+        if tried < ENOUGH or 2 * min(found) > tried:
+            rarer = f"lower every_n_steps={self.every_n_steps}, or " if self.every_n_steps > 1 else ""
+            rank_zero_info(f"{said}{rarer}train longer.")
+        else:
+            rank_zero_warn(
+                f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step;"
+                " clip with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
+            )
 
     def _warn_of_lacks(self, fit: Fit) -> None:
-        problem = fit.samples.problem if self.noise_scale else None
+        problem = fit.samples.problem if self._measures_noise else None
+        if self.noise_scale and not self._measures_noise and "overfit" not in fit.warned:
+            fit.warned.add("overfit")
+            rank_zero_info(
+                "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
+                " their gradients do not tell of others."
+            )
         if problem is not None:
             fit.warn_once(
                 "lacks",

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
-from lightning_gradhist.callbacks.gradients import LocalGradients
+from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
 from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
 from lightning_gradhist.tensors import copies
+
+_ALIKE = 1e-3  # relative difference of squared norms of gradients that nobody has changed
 
 
 @dataclass
@@ -54,10 +56,14 @@ class NoiseMonitor(StepObserver):
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
         self._in_pair = False  # the same on all ranks
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
+        self._backwards = 0  # since the step before
+        self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
+        self._changed: list[Tensor] = []  # whether it was another one afterwards
 
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
+        self._backwards, self._left, self._changed = 0, None, []
         if due and self._may_measure and parts_of_a_step(self._fit.trainer) > 1:
             self._part = LocalGradients(self._watched.parameters)
 
@@ -66,10 +72,19 @@ class NoiseMonitor(StepObserver):
         if self._part is not None:
             self._part.extend(self._watched.parameters)
 
+    def before_backward(self) -> None:
+        """Compares, where micro-batches have gone before."""
+        if self._left is not None:
+            with self._fit.guard.attempt("measure noise"):
+                self._compare(self._squared_norm())
+
     def after_backward(self) -> None:
         """Ends the first micro-batch."""
+        self._backwards += 1
         if self._part is not None:
             self._part.close()
+            with self._fit.guard.attempt("measure noise"):
+                self._left = self._squared_norm()
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
@@ -103,10 +118,25 @@ class NoiseMonitor(StepObserver):
         """Whether a measurement may come about; the same on all ranks, of which others may know their samples."""
         return self._fit.samples.problem is None or self._fit.replicas.ranks > 1
 
+    def _samples(self) -> StepSamples | None:
+        """The samples of this step; None where they are not known, and where a micro-batch had no loss."""
+        trainer = self._fit.trainer
+        samples = self._fit.samples.of_step(trainer)
+        automatic = trainer.lightning_module.automatic_optimization
+        return None if samples and automatic and samples.batches != self._backwards else samples
+
+    def _compare(self, squares: Tensor) -> None:
+        """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
+        if self._left is not None:
+            self._changed.append((squares - self._left).abs() > _ALIKE * self._left)
+
+    def _squared_norm(self) -> Tensor:
+        return squared_norm([p.grad for p in self._watched.parameters.values() if p.grad is not None])
+
     def _begin_pair(self, parts: Mapping[str, Tensor] | None) -> None:
         self._in_pair = True
         parameters, optimizer = self._watched.parameters, self._watched.optimizer
-        samples = self._fit.samples.of_step(self._fit.trainer)
+        samples = self._samples()
         if samples is None or not parts:
             return
         with self._fit.guard.attempt("measure noise"):
@@ -116,7 +146,7 @@ class NoiseMonitor(StepObserver):
             self._first = FirstGradient(self._progress.steps, samples, held, metric_weights(optimizer, parameters, own))
 
     def _complete_pair(self, parts: Mapping[str, Tensor] | None) -> None:
-        first, samples = self._first, self._fit.samples.of_step(self._fit.trainer)
+        first, samples = self._first, self._samples()
         self.discard()
         if first is None or samples is None or not parts:
             self._sums(None)
@@ -128,19 +158,23 @@ class NoiseMonitor(StepObserver):
     def _measure_part(self, copied: LocalGradients, step: Step) -> None:
         """Holds the gradient of one micro-batch of each rank against that of all."""
         trainer, watched, gradients = self._fit.trainer, self._watched, step.gradients
-        samples = self._fit.samples.of_step(trainer)
+        samples = self._samples()
         copied.close()
         self.discard()  # begun before accumulation was
         if samples is None or samples.micro_batches < 2 or gradients is None:
             self._sums(None)
             return
         ranks, times = self._fit.replicas.ranks, trainer.accumulate_grad_batches
-        short = times * ranks / samples.micro_batches  # the loss is divided by all that an epoch's end may leave out
+        short = times / samples.batches  # the loss is divided by as many as the end of an epoch may leave out
 
         def measure() -> Tensor:
-            whole = gradients if short == 1 else {name: gradient * short for name, gradient in gradients.items()}
-            weights = metric_weights(watched.optimizer, watched.parameters)
-            return measure_part(copied.take(trainer, times), whole, weights) / ranks
+            self._compare(squared_norm(gradients.values()) * loss_scale(trainer) ** 2)
+            part = copied.take(trainer, times)
+            known = {
+                n: g if short == 1 else g * short for n, g in gradients.items() if n in copied.names
+            }  # then and now
+            sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters)) / ranks
+            return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 
         spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance
         sums = self._sums(measure, spread, samples.variance, samples.effective)

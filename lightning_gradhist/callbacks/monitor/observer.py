@@ -128,6 +128,9 @@ class StepObserver:
     def before_batch(self) -> None:
         """A batch begins; parameters may have been unfrozen since the one before."""
 
+    def before_backward(self) -> None:
+        """A micro-batch is about to go backward."""
+
     def after_backward(self) -> None:
         """A micro-batch has gone backward."""
 

@@ -28,7 +28,7 @@ class OptimizerMonitor:
         self.watched = watched
         self._progress = progress
         self._every_n_steps = every_n_steps
-        self._observers = observers
+        self.observers = observers
         self._last_step = -1
         self._coming: Step | None = None
         self._taken: Step | None = None
@@ -39,16 +39,6 @@ class OptimizerMonitor:
         ]
         self._prepare()
 
-    def before_batch(self) -> None:
-        """A batch begins."""
-        for observer in self._observers:
-            observer.before_batch()
-
-    def after_backward(self) -> None:
-        """A micro-batch has gone backward."""
-        for observer in self._observers:
-            observer.after_backward()
-
     def before_step(self) -> None:
         """The optimizer is about to step, for all that Lightning knows."""
         number = self.watched.fit.trainer.global_step
@@ -57,9 +47,9 @@ class OptimizerMonitor:
         self.settle()
         self._last_step = number
         step = self._coming = Step(number, self._is_due())
-        if any(observer.wants_gradients(step.due) for observer in self._observers):
+        if any(observer.wants_gradients(step.due) for observer in self.observers):
             step.gradients, step.parts = self.watched.gradients()
-        for observer in self._observers:
+        for observer in self.observers:
             observer.before_step(step)
         self._progress.steps += 1
         self._prepare()
@@ -74,16 +64,11 @@ class OptimizerMonitor:
         if step.due:
             self._log_skipped(step)
 
-    def finish(self) -> None:
-        """Training has come to its end."""
-        for observer in self._observers:
-            observer.finish()
-
     def close(self) -> None:
         """Lets go of the optimizer and of the model."""
         for handle in self._handles:
             handle.remove()
-        for observer in self._observers:
+        for observer in self.observers:
             observer.close()
 
     def _is_due(self) -> bool:
@@ -91,11 +76,11 @@ class OptimizerMonitor:
 
     def _prepare(self) -> None:
         due = self._is_due()
-        for observer in self._observers:
+        for observer in self.observers:
             observer.prepare(due)
 
     def _discard(self) -> None:
-        for observer in self._observers:
+        for observer in self.observers:
             observer.discard()
 
     def _at_update(self) -> None:
@@ -110,7 +95,7 @@ class OptimizerMonitor:
             return
         self._taken = step
         step.skipped = skips is not None and bool(skips)
-        for observer in self._observers:
+        for observer in self.observers:
             observer.at_update(step)
         if step.skipped:
             self._discard()
@@ -119,7 +104,7 @@ class OptimizerMonitor:
     def _after_update(self, *_hook: Any) -> None:
         step, self._taken = self._taken, None
         if step is not None:
-            for observer in self._observers:
+            for observer in self.observers:
                 observer.after_update(step)
 
     def _warn_unseen(self) -> None:

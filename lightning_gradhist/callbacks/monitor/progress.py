@@ -47,7 +47,7 @@ class Progress:
             int(state["logged"]),
             int(state["skipped"]),
             [float(rate) for rate in state["learning_rates"]],
-            int(state["batch_size"]),
+            float(state["batch_size"]),
             NoiseRecord(samples),
         )
 

@@ -63,13 +63,17 @@ class Missing:
 class Copier:
     """Copies objects with all that they reach, as ``copy.deepcopy`` does, and names by its path what cannot be copied.
 
-    Beyond ``copy.deepcopy``: functions take what they have closed over along, bound methods and weak references their
-    objects, parameters their hooks. A compiled function becomes the one that it was compiled from. What cannot be copied is
-    :class:`Missing` in the copy. Of a loader with workers, which read in processes of their own, it is lent to them.
+    Beyond ``copy.deepcopy``: bound methods and weak references take their objects along, parameters their hooks. A compiled
+    function becomes the one that it was compiled from. What cannot be copied is :class:`Missing` in the copy. Of a loader
+    with workers, which read in processes of their own, it is lent to them.
+
+    Attributes:
+        code: functions and classes that were met, which may refer to more.
     """
 
     def __init__(self) -> None:
         self._lent: list[tuple[int, int, str]] = []
+        self.code: list[Any] = []
         self._copies: dict[int, Any] = {}  # as copy.deepcopy's memo, since some objects' own __deepcopy__ is handed it
         self._originals: list[Any] = []  # an id is only an object's own while that lives
         self._path: list[str] = []
@@ -88,6 +92,7 @@ class Copier:
 
     def shell(self, original: Any) -> tuple[Any, Callable[[], None]]:
         """An object's copy without what is in it, and what puts that in: for one that refers to all others."""
+        self.code.append(type(original))
         copied = object.__new__(type(original))
         self.put(original, copied)
         return copied, lambda: vars(copied).update(self._attributes(vars(original)))
@@ -105,8 +110,9 @@ class Copier:
             return self._copies[id(value)]
         self._path.append(name)
         manner = self._of_data, self._in_worker
+        self._of_data |= len(self._path) == 1
         try:
-            if isinstance(value, nn.Module):
+            if isinstance(value, (nn.Module, Optimizer)):
                 self._of_data = self._in_worker = False
             elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, "LightningDataModule"):
                 self._of_data = True
@@ -144,7 +150,11 @@ class Copier:
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
-            return self._function(value)
+            original = getattr(value, "_torchdynamo_orig_callable", None)
+            if original is not None:
+                return self.copy(original)
+            self.code.append(value)
+            return value
         if isinstance(value, weakref.ref) and kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
         if getattr(value, "__self__", None) is not None and callable(value) and hasattr(value, "__name__"):
@@ -169,12 +179,13 @@ class Copier:
             items = [self.copy(item, f"[{i}]") for i, item in enumerate(tuple.__iter__(value))]
             if all(one is other for one, other in zip(items, tuple.__iter__(value), strict=True)):
                 return value
-        path = "".join(self._path)
-        what = "a generator" if isinstance(value, types.GeneratorType) else f"a {type(value).__name__}"
-        why = "" if isinstance(value, types.GeneratorType) else f" ({type(error).__name__}: {error})"
+        generator = isinstance(value, types.GeneratorType)
+        what = "a generator" if generator else f"a {type(value).__name__}"
+        why = "" if generator else f" ({type(error).__name__}: {error})"
+        way_out = "" if self._in_worker else ", or let workers read the data: DataLoader(num_workers=1)"
         return Missing(
-            f"{path} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in training; make"
-            " it where it is used, as in __iter__, or let workers read the data: DataLoader(num_workers=1)"
+            f"{''.join(self._path)} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
+            f" training; make it where it is used, as in __iter__{way_out}"
         )
 
     def _tensor(self, tensor: Tensor) -> Tensor:
@@ -215,28 +226,6 @@ class Copier:
         self._small += size if fits else 0
         return fits
 
-    def _function(self, function: types.FunctionType) -> Any:
-        original = getattr(function, "_torchdynamo_orig_callable", None)
-        if original is not None:
-            return self.copy(original)
-        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        if function.__closure__ is None and set(map(type, defaults)) <= _ATOMS:
-            return function
-        cells = tuple(types.CellType() for _ in function.__closure__ or ())
-        copied = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
-        self.put(function, copied)
-        functools.update_wrapper(copied, function, updated=())
-        copied.__defaults__ = self.copy(function.__defaults__, ".__defaults__")
-        copied.__kwdefaults__ = self.copy(function.__kwdefaults__, ".__kwdefaults__")
-        vars(copied).update(self._attributes(vars(function)))
-        for name, cell, own in zip(function.__code__.co_freevars, cells, function.__closure__ or (), strict=True):
-            try:
-                content = own.cell_contents
-            except ValueError:  # not yet filled
-                continue
-            cell.cell_contents = self.copy(content, f".<{name}>")
-        return copied
-
     def _method(self, method: Any, owner: Any) -> Any:
         copied = self.copy(owner, ".__self__")
         if copied is owner:
@@ -270,6 +259,7 @@ class Copier:
         return {name: self.copy(value, f".{name}") for name, value in attributes.items()}
 
     def _object(self, value: Any, attributes: dict[str, Any]) -> Any:
+        self.code.append(type(value))
         copied = _quiet(object.__new__(type(value)))
         self.put(value, copied)
         vars(copied).update(self._attributes(attributes))
@@ -291,10 +281,9 @@ class Copier:
         return copied
 
     def _reduced(self, value: Any) -> Any:
+        self.code.append(type(value))
         reduce = copyreg.dispatch_table.get(type(value))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # that itertools will not be copied in Python 3.14
-            found: Any = reduce(value) if reduce else value.__reduce_ex__(4)
+        found: Any = reduce(value) if reduce else value.__reduce_ex__(4)
         if isinstance(found, str):
             return value
         make, arguments, *more = found
@@ -363,7 +352,7 @@ def _is_of(value: Any, packages: Iterable[str]) -> bool:
 
 def _quiet(copied: Any) -> Any:
     """Takes an object's ``__del__`` away: it may close what the original still needs."""
-    if hasattr(type(copied), "__del__"):
+    if isinstance(getattr(type(copied), "__del__", None), types.FunctionType):
         kind: Any = type(copied)
         copied.__class__ = _without_del(kind)
     return copied

@@ -77,7 +77,8 @@ class Probe:
         self.samples: float | None = None
         self._count = count
         self._tick = tick
-        self._parameters = {n: p for n, p in optimizer_parameters(module, optimizer).items() if p.requires_grad}
+        known = optimizer_parameters(module, optimizer)
+        self._parameters = {name: p for name, p in known.items() if p.requires_grad and not p.is_meta}
         self._replicas = replicas(trainer) if is_sharded(trainer) else None
         self._module_parameters = list(module.parameters())  # now: within a pass, FSDP2 shows others in their place
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
@@ -195,11 +196,14 @@ class Probe:
                 "activation checkpointing with use_reentrant=True can only be differentiated by backward(), which runs the"
                 " hooks of the parameters; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        found = torch.autograd.grad(loss * self._scale, list(self._parameters.values()), allow_unused=True)
-        return {
-            name: None if g is None else self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
-            for (name, p), g in zip(self._parameters.items(), found, strict=True)
-        }
+        # Those that are trained now: a training step may freeze some.
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        found = torch.autograd.grad(loss * self._scale, list(trained.values()), allow_unused=True)
+        gradients: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
+        for (name, p), g in zip(trained.items(), found, strict=True):
+            if g is not None:
+                gradients[name] = self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
+        return gradients
 
     def _sharded(self, loss: Tensor) -> Mapping[str, Tensor | None]:
         """By backward(), in which FSDP2 averages over ranks; autograd knows nothing of the shards."""
@@ -226,8 +230,9 @@ class Probe:
     def _refuse(self, error: Exception | None) -> NoReturn:
         """Says why it failed, on the first rank on which it did."""
         reason = None if error is None else f"the training data, training_step or its gradient raised {error!r}"
-        own = str(error) if isinstance(error, ProbeRefusedError) else reason
-        raise ProbeRefusedError(first_reason(self._trainer, own)) from error
+        if isinstance(error, ProbeRefusedError):
+            reason = str(error).strip().rpartition(f"{ProbeRefusedError.__name__}: ")[2]  # a worker's has its traceback
+        raise ProbeRefusedError(first_reason(self._trainer, reason)) from error
 
     def _worst(self, outcome: Outcome) -> Outcome:
         if self._trainer.world_size == 1:

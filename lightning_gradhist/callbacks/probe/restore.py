@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
 from lightning_gradhist.callbacks.probe.copies import Copier
+from lightning_gradhist.callbacks.probe.places import copies_in_place
 from lightning_gradhist.callbacks.strategies import is_sharded, local
 
 
@@ -48,22 +50,28 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_random_state())
         copier = Copier()
-        _keep_out(copier, trainer)
-        apart, fill = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
-        if is_sharded(trainer):
-            copier.lend(*module.modules(), *module.parameters())
-        copier.copy(trainer.train_dataloader, "train_dataloader")
-        own = copier.copy(module, "module")
-        if own is module:
-            _lend_sharded(stack, copier, module)
-        else:
-            _match_parameters(copier, module, own)
-            copier.put(trainer.model, own)  # DDP's wrapper
-        fill()
-        for part in own.modules():
-            if hasattr(part, "log") and hasattr(part, "automatic_optimization"):
-                vars(part)["log"] = _log_nothing  # the loop would take what is logged for a value of training
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
+            apart, own = _apart(stack, copier, trainer, module)
+        vars(own)["log"] = _log_nothing  # the loop would take what is logged for a value of training
         yield Apart(apart, own, copier.reading)
+
+
+def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple[Any, Any]:
+    _keep_out(copier, trainer)
+    apart, fill = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
+    if is_sharded(trainer):
+        copier.lend(*module.modules(), *module.parameters())
+    copier.copy(trainer.train_dataloader, "train_dataloader")
+    own = copier.copy(module, "module")
+    if own is module:
+        _lend_sharded(stack, copier, module)
+    else:
+        _match_parameters(copier, module, own)
+        copier.put(trainer.model, own)  # DDP's wrapper
+    fill()
+    stack.enter_context(copies_in_place(copier))
+    return apart, own
 
 
 def _keep_out(copier: Copier, trainer: Any) -> None:

@@ -341,6 +341,75 @@ def test_noise_is_measured_within_a_step_of_several_micro_batches(tmp_path) -> N
     assert noise_adam == pytest.approx(float((weight * noise).sum()), rel=1e-4)
 
 
+class Still(Net):
+    """Noise that can be told from all samples: the weights stay, and a hook of the test's own is called."""
+
+    def __init__(self, after_backward: Any = None, skips: Any = lambda batch: False) -> None:
+        super().__init__(lambda p: torch.optim.SGD(p, lr=0.0))
+        self.hook, self.skips = after_backward, skips
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.skips(batch_idx) else super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        if self.hook is not None:
+            self.hook(self)
+
+
+def clip_a_little(module: Any) -> None:
+    nn.utils.clip_grad_norm_(module.parameters(), 0.2)
+
+
+class ClipEarly(L.Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        clip_a_little(pl_module)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "hook"),
+    [
+        pytest.param([], clip_a_little, id="after backward"),
+        pytest.param([ClipEarly()], None, id="by a callback before"),
+        pytest.param([], lambda module: [p.grad.mul_(0.9) for p in module.head.parameters()], id="in mid-accumulation"),
+    ],
+)
+def test_gradients_that_somebody_changes_are_not_taken_for_noise(tmp_path, callbacks: Any, hook: Any) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    options = {"accumulate_grad_batches": 4, "max_epochs": 3}
+    with pytest.warns(
+        UserWarning, match="measured the noise scale at 0 of 12 steps.*clip with Trainer.gradient_clip_val"
+    ):
+        fit(tmp_path / "changed", *callbacks, monitor, module=Still(hook), **options)
+    fit(tmp_path / "clipped after", monitor, module=Still(), gradient_clip_val=0.2, **options)
+    assert monitor.noise_records[0].estimate("simple").measurements == 12
+    fit(
+        tmp_path / "unchanged",
+        monitor,
+        module=Still(lambda m: nn.utils.clip_grad_norm_(m.parameters(), 1e3)),
+        **options,
+    )
+    assert monitor.noise_records[0].estimate("simple").measurements == 12
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_micro_batch_without_a_loss_is_not_taken_for_noise(tmp_path, accumulate: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    module = Still(skips=lambda batch: batch % (2 * accumulate) == 2 * accumulate - 1)
+    fit(tmp_path, monitor, module=module, accumulate_grad_batches=accumulate)
+    measured = [sample["step"] for sample in monitor.noise_records[0].samples if sample["noise_simple"] is not None]
+    assert measured == ([] if accumulate == 1 else list(range(0, 16 // accumulate, 2)))
+
+
+def test_steps_on_the_same_few_batches_are_not_measured(tmp_path, caplog) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, monitor, overfit_batches=2, max_epochs=6, data=DataLoader(dataset(), 8))
+    assert not len(monitor.noise_records[0]) and not (tmp_path / "calibration.json").exists()
+    assert len([record for record in caplog.records if "overfit_batches trains on the same" in record.message]) == 1
+
+
 def test_the_record_knows_the_run(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=2)
     schedule = {"scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, total_steps=40)}
@@ -703,6 +772,28 @@ def test_on_one_device_local_gradients_are_the_gradients(tmp_path, module: Any, 
         assert len(usual) >= 2
         assert [(e.step, e.histogram_value) for e in usual] == [(e.step, e.histogram_value) for e in local]
     assert not any(p._post_accumulate_grad_hooks for p in made.lightning_module.parameters())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_local_gradients_that_were_thrown_away_are_not_counted(tmp_path, set_to_none: bool) -> None:
+    class Twice(TwoOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            self.manual_backward(self.two(self.one(batch[0])).square().mean())
+            optimizer.zero_grad(set_to_none)
+            self.manual_backward(self.one(batch[0]).square().mean())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    monitors = [GradientHistogramMonitor(2, noise_scale=False, when=when) for when in ("before_clip", "local")]
+    fit(tmp_path, *monitors, module=Twice)
+    found = events(tmp_path)
+    usual, local = (found.Histograms(f"gradient{kind}_magnitude/all") for kind in ("", "_local"))
+    assert len(usual) == 8 and [e.histogram_value for e in usual] == [e.histogram_value for e in local]
+    assert "gradient_local_magnitude/two.weight" not in found.Tags()["histograms"]
 
 
 class Compiled(Net):
