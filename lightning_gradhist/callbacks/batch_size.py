@@ -99,6 +99,7 @@ class SampleCount:
         self._first = 0.0
         self._total, self._number = 0.0, 0
         self._short, self._epoch = 0, 0  # of the epoch, this many batches were shorter than the first
+        self._index = 0  # of the last batch in its epoch
         self._step: list[float | None] = []  # samples of the micro-batches of the coming step so far
         self.varies = False
         self.problem: str | None = None
@@ -115,8 +116,9 @@ class SampleCount:
         manual = not trainer.lightning_module.automatic_optimization
         if manual or batch_index % trainer.accumulate_grad_batches == 0:
             self._step = []
+        self._index = batch_index
         size = self.count(trainer, batch)
-        if not self._counts and trainer.is_last_batch and trainer.num_training_batches > _FEW:
+        if not self._counts and trainer.is_last_batch and batch_index >= _FEW:
             size = None  # it may be a short one
         self._step.append(size)
 
@@ -142,7 +144,7 @@ class SampleCount:
         usual, whole = self.usual, accumulated(trainer)
         if usual is None or not sizes or len(sizes) < len(self._step):
             return None
-        if not self.varies and sum(sizes) < usual * whole and trainer.num_training_batches > _FEW:
+        if not self.varies and sum(sizes) < usual * whole and self._index >= _FEW:
             return None
         ranks = _data_ranks(trainer)
         alike = trainer.world_size / ranks  # ranks that share their samples

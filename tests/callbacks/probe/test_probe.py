@@ -553,6 +553,7 @@ def test_a_short_last_batch_is_measured_with_its_samples(tmp_path) -> None:
     calibration = silent()
     fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
     assert calibration.result.gradients == 8 and calibration.result.effective_batch_size == 8
+    assert "the probe used all 8 batches of an epoch" in calibration.result.reasons
 
 
 def test_complex_parameters_count_as_pairs_of_real_ones(tmp_path) -> None:
@@ -656,8 +657,8 @@ class Sizes(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
             counted = SampleCount(None)
-            with no_trace(trainer, pl_module):
-                probe = Probe(trainer, pl_module, trainer.optimizers[0], partial(counted.count, trainer))
+            with no_trace(trainer, pl_module) as apart:
+                probe = Probe(apart, partial(counted.count, trainer))
                 self.found = [probe.samples for _ in probe.gradients(8)]
 
 
