@@ -400,7 +400,7 @@ def out_of_step(folder: Path) -> Any:
     ):
         if name == "no room" and rank == 0:
             evidence.NoiseScale = NoRoom
-        calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8, batch_size=4)
+        calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
         fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
         found[name] = (calibration.result.gradients, calibration.result.problems)
     monitor = GradientHistogramMonitor(group_by=lambda name: "ab"[(len(name) + rank) % 2])

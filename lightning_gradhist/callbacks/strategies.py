@@ -122,13 +122,6 @@ class RankSum:
         return int(others) == 0
 
 
-def parts_of_a_step(trainer: Trainer) -> int:
-    """Micro-batches of a step over all ranks, where this rank's gradient of the first of them can be told; else 1."""
-    if not trainer.lightning_module.automatic_optimization or is_sharded(trainer):
-        return 1
-    return trainer.accumulate_grad_batches * trainer.world_size
-
-
 def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], replicas: Replicas) -> dict[str, Tensor]:
     """What this rank answers for, so that over all ranks each value of each tensor occurs once.
 

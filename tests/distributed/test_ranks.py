@@ -185,7 +185,7 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["heavy"]
     assert gradients == 15 and any("1 of 16 batches of the probe ran out of memory" in problem for problem in problems)
     gradients, problems = found[0]["short"]
-    assert gradients == 14 and any("2 of 16 batches of the probe had another number" in problem for problem in problems)
+    assert gradients == 16 and not problems  # one batch of three, on one rank
     gradients, problems = found[0]["no room"]
     assert gradients == 0 and any("no probe: to hold gradients raised OutOfMemory" in problem for problem in problems)
     assert "group_by gives other groups on other ranks" in found[0]["groups"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
+from lightning_gradhist.callbacks.monitor.observer import Fit
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
@@ -34,23 +34,27 @@ def overfits(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "overfit_batches", False))
 
 
-def tell_at_start(trainer: Trainer, wants_noise: bool, measures_noise: bool, log_dir: Path | None) -> None:
-    """Says what is not recorded, and where nothing is logged."""
-    if wants_noise and overfits(trainer):
+def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
+    """Says once, when the first batch has come, what is not recorded, and where nothing is logged."""
+    if "lacks" in fit.warned:
+        return
+    if wants_noise and overfits(fit.trainer):
+        fit.warned.add("lacks")
         rank_zero_info(
             "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
             " their gradients do not tell of others."
         )
-    elif wants_noise and not measures_noise:
-        rank_zero_warn(
-            "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
-            " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
-            " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with noise_scale=False."
+    elif wants_noise and fit.samples.problem is not None:
+        fit.warn_once(
+            "lacks",
+            f"records no noise scale: {fit.samples.problem}. Give the samples of one micro-batch on one device (under manual"
+            " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with noise_scale=False.",
         )
-    elif not trainer.loggers and not trainer.barebones:
-        rank_zero_warn(
-            "GradientHistogramMonitor has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
-            + (f" The noise scale is still recorded in {log_dir}." if wants_noise else "")
+    elif not fit.trainer.loggers and not fit.trainer.barebones:
+        fit.warn_once(
+            "lacks",
+            "has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
+            + (f" The noise scale is still recorded in {record}." if wants_noise else ""),
         )
 
 
@@ -66,7 +70,8 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int) -> None:
         " calibrate another run from the record of this one: "
     )
     if tried < ENOUGH or 2 * measured > tried:
-        rank_zero_info(f"{said}lower every_n_steps={every_n_steps}, or train longer.")
+        rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
+        rank_zero_info(f"{said}{rarer}train longer.")
     else:
         rank_zero_warn(
             f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step; clip"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional, Union, get_args
 
 from torch import Tensor
@@ -16,16 +15,18 @@ from lightning_gradhist.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    rank_zero_info,
     rank_zero_warn,
 )
+from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.monitor import messages
 from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When, check_when
-from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor, can_measure
+from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor
 from lightning_gradhist.callbacks.monitor.observer import Fit, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
 from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
-from lightning_gradhist.callbacks.monitor.record import RecordFile, run_directory
+from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.noise import NoiseRecord
@@ -123,8 +124,7 @@ class GradientHistogramMonitor(Callback):
         self._rows = Rows(group_by, include, exclude)
         self._progress: list[Progress] = []
         self._restored: list[dict[str, Any]] = []
-        self._measures_noise = False
-        self._log_dir: Path | None = None
+        self._record_path: str | None = None
         self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
@@ -176,33 +176,34 @@ class GradientHistogramMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at what there is to watch: strategy, loggers, batch size."""
-        self._fit = self._record = self._log_dir = None
+        self._fit = self._record = None
         spread = replicas(trainer)
         if spread is None:
             self._turn_off(messages.unknown_strategy(type(trainer.strategy).__name__))
             return
         check_when(self.when, trainer)
         self._rows.check_start(trainer, pl_module)
-        fit = Fit.start(trainer, pl_module, spread)
+        fit = Fit.start(trainer, pl_module, spread, SampleCount(self.batch_size))
         if fit is None:
             self._turn_off(messages.NO_MEMORY)
             return
         self._fit = fit
-        self._log_dir = self._directory(fit)
-        if self._log_dir is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._log_dir, fit.guard)
-        self._measures_noise = self.noise_scale and can_measure(fit, self.batch_size)
+        self._record_path = self._path_of_record(fit)
+        if self._record_path is not None and trainer.is_global_zero:
+            self._record = RecordFile(self._record_path, fit.guard)
+        self._measures_noise = self.noise_scale and not messages.overfits(trainer)
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
         self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
-        if self._fit is not None:
-            messages.tell_at_start(trainer, self.noise_scale, self._measures_noise, self._log_dir)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
         if self._fit is None:
             return
+        if self._measures_noise:
+            self._fit.samples.start_batch(trainer, batch, batch_idx)
+        messages.tell_of_lacks(self._fit, self.noise_scale, self._record_path)
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
 
@@ -240,15 +241,16 @@ class GradientHistogramMonitor(Callback):
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
         for observer in self._observers:
             observer.finish()
-        self._finish()
-        if self._measures_noise and self._log_dir is not None:
+        fit = self._fit
+        if fit is not None and self._measures_noise and fit.samples.problem is None and self._record_path is not None:
             messages.tell_at_end(self.noise_records, self.every_n_steps)
+        self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._finish()
 
-    def _directory(self, fit: Fit) -> Path | None:
+    def _path_of_record(self, fit: Fit) -> str | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
         trainer, path = fit.trainer, ""
         is_first = self is next(iter(_monitors(trainer)), self)  # of several monitors the first writes the record
@@ -256,9 +258,8 @@ class GradientHistogramMonitor(Callback):
             return None
         if trainer.is_global_zero:
             with fit.guard.attempt("find the logger's directory"):
-                path = run_directory(trainer)
-        path = trainer.strategy.broadcast(path)
-        return Path(path) if path else None
+                path = record_path(trainer, self._record_path)
+        return trainer.strategy.broadcast(path) or None
 
     def _watch(self, fit: Fit, states: Sequence[dict[str, Any]]) -> None:
         """Watches the optimizers that there are now from these states on, or from their first step."""
@@ -284,7 +285,7 @@ class GradientHistogramMonitor(Callback):
         return [observer for each in self._optimizers for observer in each.observers]
 
     def _observers_of(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
-        noise = [NoiseMonitor(watched, progress, self.batch_size)] if self._measures_noise else []
+        noise = [NoiseMonitor(watched, progress)] if self._measures_noise else []
         updates = [UpdateMonitor(watched)] if self.optimizer_state else []
         return [*noise, MagnitudeMonitor(watched, progress, self.when, self._save_record), *updates]
 
@@ -297,6 +298,8 @@ class GradientHistogramMonitor(Callback):
         self._save_record()
         if self._record is not None:
             self._record.close()
+            if self._record.saved:
+                rank_zero_info(f"GradientHistogramMonitor: the record of this run is {self._record_path}.")
         self._release()
         if self._fit is not None:
             self._fit.close()
@@ -310,7 +313,7 @@ class GradientHistogramMonitor(Callback):
     def _turn_off(self, reason: str) -> None:
         if self._record is not None:
             self._record.close()
-        self._fit = self._record = self._log_dir = None
+        self._fit = self._record = self._record_path = None
         rank_zero_warn(f"GradientHistogramMonitor is off: {reason}")
 
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import lies_otherwise, ready_gradients
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -29,17 +30,18 @@ class Fit:
     replicas: Replicas
     guard: Guard
     sums: RankSum
+    samples: SampleCount
     warned: set[str] = field(default_factory=set)
     _loggers: LoggerQueues | None = None
 
     @classmethod
-    def start(cls, trainer: Trainer, module: LightningModule, replicas: Replicas) -> Fit | None:
+    def start(cls, trainer: Trainer, module: LightningModule, replicas: Replicas, samples: SampleCount) -> Fit | None:
         """A fit, None where a rank has no memory for it; to be called on every rank."""
         guard, sums = Guard(), None
         with guard.attempt("take memory"):
             sums = RankSum(replicas, module.device)
         everywhere = least_over_ranks(float(sums is not None), trainer) > 0
-        return cls(trainer, module, replicas, guard, sums) if everywhere and sums is not None else None
+        return cls(trainer, module, replicas, guard, sums, samples) if everywhere and sums is not None else None
 
     def send(self, job: Callable[[Sink], None]) -> None:
         """Has the sink of each logger given to a job."""
