@@ -16,11 +16,11 @@ from rank_jobs import (
     monitored,
     numbers,
     out_of_step,
-    run_ranks,
     short_of_memory,
     uneven,
     zero,
 )
+from ranks import run_ranks
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
