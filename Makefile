@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-lowest nightly lint format peers bench-optim bench-capture bench-scale evidence evidence-full clean
+.PHONY: help demo test test-all test-lowest nightly lint format peers bench-optim bench-capture bench-scale evidence evidence-full clean
 
 help:
 	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (2 minutes)"
-	@echo "make test    all tests (some 7 minutes on two cores)"
+	@echo "make test    the tests (some 5 minutes on two cores)"
+	@echo "make test-all  the slow ones too: torch's conformance suite, the kernels' sweeps, three ranks (some 9 minutes)"
 	@echo "make nightly the property tests with 12,000 new cases (a minute or two)"
 	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml promises (Python 3.11; 6 GB on Linux,"
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"
@@ -40,6 +41,9 @@ demo: $(READY)
 
 # One thread a process: there is a process for each core, and threads that wait for a busy core cost more than they do.
 test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 nightly: $(READY)

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 def is_dtensor(tensor: object) -> TypeIs[DTensor]:
     """Whether a tensor is a DTensor."""
+    if type(tensor) in (Tensor, Parameter):  # so that torch.compile does not come to look at sys.modules
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

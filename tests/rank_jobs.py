@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import start_ranks
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
@@ -229,6 +230,42 @@ def _group(made: L.Trainer) -> dict[str, Any]:
     return {name: value for name, value in made.optimizers[0].param_groups[0].items() if name != "params"}
 
 
+class Drawing(Dataset):  # type: ignore[type-arg]
+    """Counts, and draws from a generator deep in it, anew for each run."""
+
+    def __init__(self) -> None:
+        self.held = {"deep": [np.random.default_rng(1), [0]]}
+
+    def __len__(self) -> int:
+        return 128
+
+    def __getitem__(self, index: int) -> Any:
+        generator, count = self.held["deep"]
+        count[0] += 1
+        inputs, label = dataset()[index]
+        return inputs + generator.random() + count[0] / 1000, label
+
+
+class Restless(Net):
+    """A teacher of whole tensors, hooks put on at the first step, a function with a generator, a collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = nn.Linear(8, 16).requires_grad_(False)
+        self.draw = np.random.default_rng(_world()[0]).random
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for slow, fast in zip(self.slow.parameters(), self.body[0].parameters(), strict=True):
+            slow.data = slow.data * 0.9 + fast.data * 0.1
+        if self.calls == 0:
+            self.head.register_forward_hook(lambda module, inputs, output: output * (1 + self.calls / 100))
+        loss = super().training_step(batch, batch_idx) + (self.slow(batch[0]) - self.body[0](batch[0])).square().mean()
+        return loss * (1 + self.draw()) + 0 * self.all_gather(loss.detach()).sum()
+
+    def on_train_start(self) -> None:
+        self.trainer.train_dataloader.dataset.held = Drawing().held
+
+
 def invisible(folder: Path) -> Any:
     """The same run with a calibration that is not applied, and without it."""
     _, ranks = _world()
@@ -238,13 +275,15 @@ def invisible(folder: Path) -> Any:
         "accumulated": ({"module": Net, "accumulate_grad_batches": 2}, {}),
         "unused": ({"module": Unused}, {"find_unused_parameters": True}),
         "static_graph": ({"module": Net}, {"static_graph": True}),
+        "restless": ({"module": Restless, "data": DataLoader(Drawing(), 4, shuffle=True)}, {}),
     }
     for name, (options, strategy) in cases.items():
+        data = options.pop("data", loader(4))
         calibration = OptimizerCalibration(reference_batch_size=ranks, probe_batches=6, apply=False)
         states = []
         for callbacks in ([calibration], []):
             folder_of = folder / name / str(len(callbacks))
-            made = fit(folder_of, *callbacks, data=loader(4), max_epochs=2, **options, **ddp(ranks, **strategy))
+            made = fit(folder_of, *callbacks, data=data, max_epochs=2, **options, **ddp(ranks, **strategy))
             states.append(final_state(made))
         found[name] = (*states, calibration.result.gradients)
     return found
@@ -303,6 +342,16 @@ def short_of_memory(folder: Path) -> Any:
     return found
 
 
+class Samples(IterableDataset):  # type: ignore[type-arg]
+    """From whatever can be iterated over."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __iter__(self) -> Any:
+        return iter(self.source)
+
+
 def out_of_step(folder: Path) -> Any:
     """Ranks that differ: in their number of batches, in what fails, in what overflows. None may wait for ever."""
     rank, ranks = _world()
@@ -333,7 +382,10 @@ def out_of_step(folder: Path) -> Any:
     few = loader(4, samples=12 if rank == 0 else 64)
     inputs, labels = dataset(4).tensors
     one_short = [(inputs[:size], labels[:size]) for size in (4, 4, 3 if rank == 0 else 4, 4, 4, 4, 4, 4)]
+    samples = (sample for sample in dataset()) if rank == 1 else list(dataset())
+    stream = DataLoader(Samples(samples), 4)
     for name, module, data, more in (
+        ("stream", Net, stream, {"use_distributed_sampler": False}),
         ("uneven", Net, few, {"use_distributed_sampler": False}),
         ("fails", FailsOnOne, loader(4), {}),
         ("overflows", Gathers, loader(4), {"plugins": [_fp16()]}),
@@ -352,6 +404,25 @@ def out_of_step(folder: Path) -> Any:
     except MisconfigurationException as error:
         found["groups"] = str(error)
     return found
+
+
+def told_to_stop(folder: Path) -> Any:
+    """The ranks are told to stop in the middle of a probe; how many batches they saw, and what was calibrated."""
+    rank, ranks = _world()
+
+    class Told(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with (folder / f"{rank}.txt").open("a") as file:
+                file.write("x")
+            if batch_idx == 1:
+                signal.raise_signal(signal.SIGTERM)  # on all: Lightning's handler calls a collective
+            return super().training_step(batch, batch_idx)
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    try:
+        fit(folder, calibration, module=Told, data=loader(4), **ddp(ranks))
+    except SystemExit as error:
+        return type(error).__name__, (folder / f"{rank}.txt").read_text(), calibration.state_dict()["report"]
 
 
 class NoRoom:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lightning_gradhist.kernels._step import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket, buckets_of, flat_views, one_bucket, one_by_one
 
 Step = TypeVar("Step", bound=Callable[..., Any])
+Do = Callable[[Bucket], None]
 
 _CPU_BUCKET = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_BUCKET = 2**24  # bounds the temporary memory
@@ -24,72 +26,56 @@ _SMALL = 2**13  # elements below which copying a tensor costs less than a call
 _FLAT_BUCKET = 2**15  # elements of small tensors that are copied into one
 
 
-class Backend(Protocol):
+class Backend:
     """One way of making the steps that the optimizers' modules define."""
 
     def function(self, step: Step) -> Step:
         """What stands for an eager function, with the same signature."""
-        ...
+        return step
 
     def unsupported(self, tensors: StepTensors) -> str | None:
         """Say what keeps it from these tensors; None if it takes them."""
-        ...
+        return None
 
-    def for_each_bucket(
-        self, do: Callable[[Bucket], None], tensors: StepTensors, scalars: StepScalars, written: Sequence[str]
-    ) -> None:
+    @abstractmethod
+    def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
         """Do something with one bucket after another, the same ones whenever it is called.
 
         ``written`` names the lists that it writes to.
         """
-        ...
 
 
-class Eager:
+class Eager(Backend):
     """The functions as they are, on buckets that fit a cache, on all tensors at once or on one at a time."""
 
     def __init__(self, foreach: bool | None) -> None:
         self.foreach = foreach
 
-    def function(self, step: Step) -> Step:
-        """The function itself."""
-        return step
-
-    def unsupported(self, tensors: StepTensors) -> None:
-        """It takes any tensors."""
-
-    def for_each_bucket(
-        self, do: Callable[[Bucket], None], tensors: StepTensors, scalars: StepScalars, written: Sequence[str]
-    ) -> None:
-        """What ``foreach`` asks for."""
+    def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
+        """As ``foreach`` asks for."""
         if self.foreach:
             do(one_bucket(tensors, scalars, small=True))
             return
         size = _CPU_BUCKET if tensors.params[0].device.type == "cpu" else _DEVICE_BUCKET
-        for bucket in buckets_of(tensors, scalars, size) if self.foreach is None else one_by_one(tensors, scalars):
+        for bucket in one_by_one(tensors, scalars) if self.foreach is False else buckets_of(tensors, scalars, size):
             do(bucket)
 
 
-class Compiled:
+class Compiled(Backend):
     """The functions compiled to one pass over memory, for tensors of one dimension and any length."""
 
     def function(self, step: Step) -> Step:
         """The compiled function, which all optimizers share."""
         return _compiled(step)
 
-    def unsupported(self, tensors: StepTensors) -> None:
-        """It takes any tensors."""
-
-    def for_each_bucket(
-        self, do: Callable[[Bucket], None], tensors: StepTensors, scalars: StepScalars, written: Sequence[str]
-    ) -> None:
+    def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
         """One tensor after another; small ones as a copy of several."""
         for flat in _flat_buckets(tensors, scalars.as_tensors(), written):
             with flat as bucket:
                 do(bucket)
 
 
-class Kernels:
+class Kernels(Backend):
     """The Triton kernels, which take all tensors at once."""
 
     def function(self, step: Step) -> Step:
@@ -99,15 +85,13 @@ class Kernels:
         return cast(Step, getattr(adam_e if hasattr(adam_e, step.__name__) else alto, step.__name__))
 
     def unsupported(self, tensors: StepTensors) -> str | None:
-        """What :mod:`lightning_gradhist.kernels` says."""
+        """As the kernels say."""
         from lightning_gradhist.kernels import _launch
 
         return _launch.unsupported(tensors)
 
-    def for_each_bucket(
-        self, do: Callable[[Bucket], None], tensors: StepTensors, scalars: StepScalars, written: Sequence[str]
-    ) -> None:
-        """Everything."""
+    def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
+        """All at once."""
         do(one_bucket(tensors, scalars, small=False))
 
 

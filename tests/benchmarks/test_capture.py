@@ -42,6 +42,7 @@ def variant(name: str) -> Variant:
     return next(one for one in capture_variants.variants() if one.name == name)
 
 
+@pytest.mark.slow
 def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["monitor", "monitor, every step", "add_histogram", "Graphcore's tensor tracker"]
     output = tmp_path / "results.csv"
@@ -180,6 +181,7 @@ def test_variants_train_the_same_module() -> None:
     assert len(batches[0]) == 2 and torch.equal(batches[0][0][0], batches[1][1][0]) and len(batches[0][0][0]) == 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, id="one rank"), pytest.param(2, id="two ranks")])
 def test_the_model_of_bytes_equals_what_is_measured(ranks: int) -> None:
     row = capture_scale.check(ranks, steps=3)
@@ -214,6 +216,7 @@ def test_the_results_in_the_repository_are_whole() -> None:
         assert all(row[f"{what}_bytes"] == row[f"{what}_bytes_measured"] for what in capture_scale.MEASURED)
 
 
+@pytest.mark.slow
 def test_what_depends_on_the_batch_has_one_turn_and_is_compared_with_none_on_whole_batches() -> None:
     none = variant("none")
     slow = replace(none, name="slow", depends_on_batch=True)
@@ -235,6 +238,7 @@ def test_work_of_other_threads_counts() -> None:
     assert clock.seconds()[0] > 0.05
 
 
+@pytest.mark.slow
 def test_the_monitor_has_a_whole_turn_also_where_batches_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture_cost, "SMALL_BATCH", None)  # as on CUDA
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

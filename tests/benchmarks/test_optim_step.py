@@ -31,6 +31,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_optim_step_runs_and_writes_what_it_measured(tmp_path: Path) -> None:
     pytest.importorskip("ALTO")
     names = ["AdamW", "AdamW fused", "authors' ALTO", "AdamE", "ALTO"]

@@ -116,6 +116,7 @@ def write(folder: Path, stages: Collection[str], names: Collection[str] = ("mlp"
             table.add(row_of(replace(run, optimizer="Lamb"), "optimizers"))
 
 
+@pytest.mark.slow
 def test_the_page_of_a_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, ["rates", "seeds", "noise", "cover", "epsilon", "optimizers", "steps"])
     monkeypatch.setattr("probes.kept", lambda path, *_: read_csv(path))  # nothing is measured

@@ -13,7 +13,9 @@ from lightning_gradhist import ALTO, NoiseScale
 from lightning_gradhist.noise.step import adam_weight, measure_pair
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
+)
 def run(request, tmp_path_factory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("shards")
     return folder, run_ranks(trained, request.param, folder)
@@ -38,6 +40,7 @@ def test_a_rank_without_a_gradient_still_joins_the_collective(tmp_path) -> None:
     assert run_ranks(unused, 2, tmp_path) == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path) -> None:
     expected = run_ranks(saved, 2, tmp_path)[0]

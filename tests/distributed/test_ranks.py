@@ -17,6 +17,7 @@ from rank_jobs import (
     numbers,
     out_of_step,
     short_of_memory,
+    told_to_stop,
     uneven,
     zero,
 )
@@ -26,7 +27,7 @@ from support import assert_state_is_logged, events, expected_counts, logged_coun
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
 from lightning_gradhist.noise.record import RunRecord
 
-RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")]
+RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -159,7 +160,7 @@ def test_a_rank_without_finite_gradients_stops_nothing(tmp_path) -> None:
     found = run_ranks(uneven, 2, tmp_path)
     (group, reasons, gradients, _), other = found
     assert other[0] == group and other[2] == gradients == 4
-    assert any("4 of 8 batches of the probe gave no finite gradient" in reason for reason in reasons)
+    assert any("4 of 8 batches of the probe gave a gradient that is not finite" in reason for reason in reasons)
 
 
 def test_trainers_of_their_own_are_not_added_up(tmp_path) -> None:
@@ -175,6 +176,8 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     assert found[0] == found[1]
     gradients, problems = found[0]["uneven"]
     assert gradients == 0 and any("no probe" in problem for problem in problems)
+    gradients, problems = found[0]["stream"]
+    assert gradients == 0 and any("train_dataloader.dataset.source is a generator" in problem for problem in problems)
     gradients, problems = found[0]["fails"]
     assert gradients == 0 and any("no probe" in problem for problem in problems)
     assert found[0]["overflows"][0] == 16
@@ -185,6 +188,10 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["no room"]
     assert gradients == 0 and any("no probe: to hold gradients raised OutOfMemory" in problem for problem in problems)
     assert "group_by gives other groups on other ranks" in found[0]["groups"]
+
+
+def test_ranks_that_are_told_to_stop_in_the_probe_end_with_the_batch(tmp_path) -> None:
+    assert run_ranks(told_to_stop, 2, tmp_path) == [("SIGTERMException", "xx", None)] * 2
 
 
 def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -> None:

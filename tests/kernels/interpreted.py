@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.kernels._step import StepScalars, StepTensors
-from lightning_gradhist.optim.adam_e import adam_e_step
-from lightning_gradhist.optim.alto import alto_apply, alto_moments, trust_ratio
+from lightning_gradhist.optim.adam_e import adam_e_reference, adam_e_step
+from lightning_gradhist.optim.alto import alto_apply, alto_moments, alto_reference, trust_ratio
 
 CHUNK = 4096
 GUARD, SENTINEL = 64, -77.0
@@ -154,6 +154,32 @@ def lists_of_corrections(step: Callable[..., None]) -> None:
         bias_correction2=correction2,
         lr=torch.tensor(0.01, dtype=torch.float64),
     )
+
+
+def specified(step_of: str) -> None:
+    """The kernels' steps are those of the specification."""
+    from lightning_gradhist.kernels import adam_e, alto
+
+    group = {
+        "lr": PLAIN.lr,
+        "betas": (0.9, 0.999),
+        "alpha": -5.0,
+        "explore_beta": 0.99,
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+    }
+    group |= {"maximize": False, "decoupled_weight_decay": True, "layerwise": True, "bias_correction": True}
+    memory = Memory(FEW)
+    reference = adam_e_reference if step_of == "adam_e" else alto_reference
+    entries = [[tensor.double() for tensor in entry] for entry in zip(*memory.tensors, strict=True)]
+    want = [reference(*entry, 3, group) for entry in entries]
+    if step_of == "adam_e":
+        adam_e.adam_e_step(memory.tensors, PLAIN, decoupled_weight_decay=True)
+    else:
+        alto.alto_apply(memory.tensors, PLAIN, trust_ratio(alto.alto_moments(memory.tensors, PLAIN)))
+    for (theta, _, *state), (expected, *expected_state) in zip(zip(*memory.tensors, strict=True), want, strict=True):
+        torch.testing.assert_close(theta.double(), expected, **TOLERANCES["params"])
+        torch.testing.assert_close([tensor.double() for tensor in state], expected_state, **TOLERANCES["state"])
 
 
 def grads_in_other_strides(step_of: str) -> None:
@@ -493,6 +519,7 @@ for _name, _step in (("adam_e", adam_e), ("alto", alto)):
         f"{_name}-no_bias_correction": partial(_step, bias_correction1=1.0, bias_correction2=1.0),
         f"{_name}-tensor_lr": partial(_step, lr=torch.tensor([0.0, 0.01])[1]),
         f"{_name}-tensor_corrections": partial(lists_of_corrections, _step),
+        f"{_name}-specified": partial(specified, _name),
         f"{_name}-grads_in_other_strides": partial(grads_in_other_strides, _name),
     }
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -90,7 +90,8 @@ class OptimizerCalibration(Callback):
     *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
     some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch
     size, clipping, adaptor E). ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers
-    another to the largest power of ten that does. It never raises one, but to 1e-7 where torch's optimizer would step in
+    another to the largest power of ten that does; what is zero but for rounding, as the gradient of a bias before a
+    normalization, counts as zero. It never raises one, but to 1e-7 where torch's optimizer would step in
     float16, in which 1e-8 is zero.
 
     *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
@@ -127,7 +128,8 @@ class OptimizerCalibration(Callback):
         fallback: the law in place of ``"surge"`` where that is refused: one of the other four.
 
     Attributes:
-        result: what was found, with the report; None before, and in a run that goes on from a checkpoint.
+        result: what was found, with the report; None before, in a run that goes on from a checkpoint, and in the main
+            process of ``ddp_spawn`` and ``ddp_fork``, whose ranks keep it.
 
     Raises:
         MisconfigurationException: for an argument out of its range, ``reference`` together with

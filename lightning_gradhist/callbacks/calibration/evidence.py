@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.adaptor import AUTO, explore_choice, resolve_explore, variance_factor
@@ -23,7 +25,7 @@ from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_sharded
-from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
+from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, rounding_limits
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
@@ -217,15 +219,28 @@ class _Measurement:
             factor = clip_factor(probe.over_shards(square), norm)
             rms = {name: r * factor for name, r in rms.items()}
             self._found.clipping = (norm, factor)
+        try:
+            space = epsilon_range(self._counted(rms))
+        except ValueError as error:
+            self._found.problems.append(f"no epsilon range: {error}")
+            return factor
+        # The search space is that of the paper; an epsilon is chosen for what is more than rounding noise.
+        limits = rounding_limits(rms, {n: p.dtype for n, p in probe.parameters.items()}, self._over_shards)
+        counted = self._counted({name: r.masked_fill(r < limits[name], 0) for name, r in rms.items()})
+        self._found.search_space = replace(space, histogram=counted)
+        return factor
+
+    def _counted(self, rms: Mapping[str, Tensor]) -> MagnitudeHistogram:
         histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
         histogram.update(rms)
         if is_sharded(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
-        try:
-            self._found.search_space = epsilon_range(histogram.to("cpu"))
-        except ValueError as error:
-            self._found.problems.append(f"no epsilon range: {error}")
-        return factor
+        return histogram.to("cpu")
+
+    def _over_shards(self, peaks: Tensor) -> Tensor:
+        if is_sharded(self._trainer):
+            torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+        return peaks
 
     def _batch_ratio(self, group: dict[str, Any]) -> float:
         # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.

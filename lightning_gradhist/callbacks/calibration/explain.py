@@ -18,11 +18,8 @@ def no_probe(why: str) -> str:
 
 
 def no_gradients(found: int, batches: int) -> str:
-    """The probe got fewer than two gradients."""
-    return (
-        f"the probe got {found} finite gradients from {batches} batches a rank: the loss or its gradient is not finite, or no"
-        " parameter has a gradient; look at the first batches with Trainer(detect_anomaly=True)"
-    )
+    """The probe got fewer than two gradients; another sentence says what became of the batches."""
+    return f"no probe: of {batches} batches a rank, {found} gave a gradient, and two are needed"
 
 
 def few_batches(found: int) -> str:

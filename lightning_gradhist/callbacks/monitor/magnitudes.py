@@ -70,7 +70,7 @@ class MagnitudeMonitor(StepObserver):
         if due and self._when == "local":
             self._local = LocalGradients(self._watched.parameters)
 
-    def before_batch(self) -> None:
+    def before_backward(self) -> None:
         """Copies what has been unfrozen since, too."""
         if self._local is not None:
             self._local.extend(self._watched.parameters)

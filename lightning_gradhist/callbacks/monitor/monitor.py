@@ -71,8 +71,9 @@ class GradientHistogramMonitor(Callback):
 
     - ``gradient_magnitude/<row>``: histogram with :math:`\log_{10}|g|` on the horizontal axis, and
       ``gradient_magnitude/all``.
-    - ``gradient_median/<row>``, ``gradient_norm/<row>``, and the shares of values that are zero, not finite, or lost in
-      float16 and float8: see :func:`lightning_gradhist.logging.charts.magnitude_report`.
+    - ``gradient_median/<row>``, ``gradient_norm/<row>`` (of the finite values, NaN where there is none), and the
+      shares of values that are zero, not finite, or lost in float16 and float8: see
+      :func:`lightning_gradhist.logging.charts.magnitude_report`.
     - ``gradient_worst_layers``, a table, and ``gradient_magnitude_by_layer``, a heatmap (with matplotlib): at the 1st, 2nd,
       4th, 8th, ... logged step and at the end.
     - ``gradient_skipped_steps``: steps that the loss scaler of 16-mixed has skipped. They are not logged otherwise.
@@ -212,8 +213,6 @@ class GradientHistogramMonitor(Callback):
             return
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
-        for observer in self._observers:
-            observer.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -239,7 +238,9 @@ class GradientHistogramMonitor(Callback):
             each.settle()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the record, where there is something new in it."""
+        """Writes the record, where there is something new in it, and says which optimizers have made no step so far."""
+        for each in self._optimizers:
+            each.warn_if_unseen()
         if self._record is not None and self._record.lacks(self._progress):
             self._save_record()
 

@@ -35,7 +35,8 @@ class FirstGradient:
         """This rank's share of noise and signal, as :func:`measure_pair` gives them."""
         if not self.gradients:  # others have all there is
             return torch.zeros(4, dtype=torch.float64)
-        return measure_pair(self.gradients, second, self.weights)
+        alike = {name: g for name, g in second.items() if g.shape == getattr(self.gradients.get(name), "shape", None)}
+        return measure_pair(self.gradients, alike, self.weights)
 
 
 class NoiseMonitor(StepObserver):
@@ -68,13 +69,10 @@ class NoiseMonitor(StepObserver):
         if due and parts_of_a_step(self._fit.trainer) > 1:
             self._part = LocalGradients(self._watched.parameters)
 
-    def before_batch(self) -> None:
-        """Copies what has been unfrozen since, too."""
+    def before_backward(self) -> None:
+        """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
         if self._part is not None:
             self._part.extend(self._watched.parameters)
-
-    def before_backward(self) -> None:
-        """Compares, where micro-batches have gone before."""
         if self._left is not None:
             with self._fit.guard.attempt("measure noise"):
                 self._compare(self._squared_norm())

@@ -123,11 +123,8 @@ class StepObserver:
     def prepare(self, due: bool) -> None:
         """The step before is over; the backward passes of the coming one, which may be due, begin."""
 
-    def before_batch(self) -> None:
-        """A batch begins; parameters may have been unfrozen since the one before."""
-
     def before_backward(self) -> None:
-        """A micro-batch is about to go backward."""
+        """A micro-batch is about to go backward; parameters may have been made or unfrozen since the one before."""
 
     def after_backward(self) -> None:
         """A micro-batch has gone backward."""

@@ -30,6 +30,8 @@ class OptimizerMonitor:
         self._every_n_steps = every_n_steps
         self.observers = observers
         self._last_step = -1
+        self._has_seen_gradients = False
+        self._first_versions = self._versions()
         self._coming: Step | None = None
         self._taken: Step | None = None
         optimizer = watched.optimizer
@@ -47,6 +49,8 @@ class OptimizerMonitor:
         self.settle()
         self._last_step = number
         step = self._coming = Step(number, self._is_due())
+        if not self._has_seen_gradients:
+            self._has_seen_gradients = any(p.grad is not None for p in self.watched.parameters.values())
         if any(observer.wants_gradients(step.due) for observer in self.observers):
             step.gradients, step.parts = self.watched.gradients()
         for observer in self.observers:
@@ -64,12 +68,20 @@ class OptimizerMonitor:
         if step.due:
             self._log_skipped(step)
 
+    def warn_if_unseen(self) -> None:
+        """Says after some training that the weights have changed, and no step or no gradient of one was seen."""
+        if not self._has_seen_gradients and self._versions() != self._first_versions:
+            self._warn_unseen()
+
     def close(self) -> None:
         """Lets go of the optimizer and of the model."""
         for handle in self._handles:
             handle.remove()
         for observer in self.observers:
             observer.close()
+
+    def _versions(self) -> int:
+        return sum(parameter._version for parameter in self.watched.parameters.values())
 
     def _is_due(self) -> bool:
         return self._progress.steps % self._every_n_steps == 0
@@ -86,7 +98,8 @@ class OptimizerMonitor:
     def _at_update(self) -> None:
         step, self._coming = self._coming, None
         if step is None:
-            self._warn_unseen()
+            if self._last_step < 0:  # others are LBFGS's evaluations, or steps of a run within this one
+                self._warn_unseen()
             return
         skips = found_inf(self.watched.optimizer)
         if skips is not None:
@@ -108,13 +121,13 @@ class OptimizerMonitor:
                 observer.after_update(step)
 
     def _warn_unseen(self) -> None:
-        if self._last_step >= 0:  # LBFGS's evaluations, or a step of a run within this one
-            return
         self.watched.fit.warn_once(
             "unseen",
-            f"does not see the steps of {type(self.watched.optimizer).__name__}: they go past Lightning, and so past"
-            " on_before_optimizer_step. Step the optimizers that self.optimizers() gives, not those of"
-            " self.optimizers(use_pl_optimizer=False), and pass the closure on in an optimizer_step of your own.",
+            f"does not see the steps of {type(self.watched.optimizer).__name__}, or no gradient at them, and logs none of them:"
+            " they go past Lightning, and so past on_before_optimizer_step. Call step(), and no other method (as"
+            " first_step() of SAM), of the optimizers that self.optimizers() gives, not of those of"
+            " self.optimizers(use_pl_optimizer=False), pass the closure on in an optimizer_step of your own, and do not step"
+            " within the backward pass.",
         )
 
     def _log_skipped(self, step: Step) -> None:

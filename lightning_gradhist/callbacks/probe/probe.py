@@ -171,12 +171,14 @@ class Probe:
         """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
         loss = _loss(self._trainer, self._module, batch, self.batches)
         loss = loss if loss is not None and loss.requires_grad else None
-        missing = Outcome.NOT_FINITE if loss is None else Outcome.DONE
+        missing = Outcome.NO_LOSS if loss is None else Outcome.DONE
         if self._replicas is not None:
             missing = self._worst(missing)  # a backward pass is a collective
         if loss is None or missing is not Outcome.DONE:
-            return {}, Outcome.NOT_FINITE
+            return {}, Outcome.NO_LOSS
         gradients = self._whole(loss) if self._replicas is None else self._sharded(loss)
+        if not any(gradient is not None for gradient in gradients.values()):
+            return {}, Outcome.NO_LOSS
         if _all_finite(gradients):
             return gradients, Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())

@@ -796,6 +796,44 @@ def test_local_gradients_that_were_thrown_away_are_not_counted(tmp_path, set_to_
     assert "gradient_local_magnitude/two.weight" not in found.Tags()["histograms"]
 
 
+class Lazy(Net):
+    """Layers that get their shape from the first batch, and one that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.never = nn.Sequential(nn.LazyLinear(16), nn.Tanh()), nn.LazyLinear(4)
+
+
+@pytest.mark.parametrize("when", ["before_clip", "local"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lazy_layers_are_counted_from_their_first_step(tmp_path, accumulate: int, when: Any) -> None:
+    spy, monitor = GradientSpy(), GradientHistogramMonitor(every_n_steps=1, when=when, optimizer_state=True)
+    fit(tmp_path, monitor, spy, module=Lazy, accumulate_grad_batches=accumulate, limit_train_batches=8)
+    kind = "gradient_local" if when == "local" else "gradient"
+    for step, seen in enumerate(spy.seen):
+        assert set(seen) == {"body.0.weight", "body.0.bias", "head.weight", "head.bias"}
+        for name, gradient in seen.items():
+            assert logged_counts(tmp_path, f"{kind}_magnitude/{name}", step) == expected_counts(gradient)
+    samples = monitor.noise_records[0].samples
+    assert samples and all(sample["noise_simple"] is not None for sample in samples)
+
+
+def test_lazily_conjugated_gradients_are_counted(tmp_path) -> None:
+    class Complex(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.SGD(p, lr=0.0))
+            self.factor = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+            self.factor.register_hook(lambda gradient: gradient.conj())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(((batch[0] * self.factor).abs(), batch[1]), batch_idx)
+
+    spy = GradientSpy()
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), spy, module=Complex)  # a warning is an error
+    whole = torch.view_as_real(spy.seen[4]["factor"].resolve_conj())
+    assert logged_counts(tmp_path, "gradient_magnitude/factor", 4) == expected_counts(whole)
+
+
 class Compiled(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -1006,6 +1044,61 @@ def test_steps_that_it_does_not_see_are_said(tmp_path) -> None:
     with pytest.warns(UserWarning, match="does not see the steps of") as caught:
         fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=PastLightning())
     assert len([one for one in caught if "does not see" in str(one.message)]) == 1
+
+
+class FirstAndSecond(torch.optim.SGD):
+    """Steps in two halves, as SAM is often written."""
+
+    def first_step(self) -> None:
+        self.zero_grad()
+
+    def second_step(self) -> None:
+        super().step()
+
+
+class ByHalves(AllInTurn):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for half in (self.optimizers().first_step, self.optimizers().second_step):
+            self.manual_backward(self.two(self.one(batch[0])).square().mean())
+            half()
+
+    def configure_optimizers(self) -> Any:
+        return FirstAndSecond(self.parameters(), lr=0.1)
+
+
+class WithinBackward(AllInTurn):
+    """Each parameter has an optimizer of its own, which steps as soon as there is a gradient; Lightning's has none."""
+
+    def on_fit_start(self) -> None:
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(self.step)
+
+    def step(self, parameter: Any) -> None:
+        torch.optim.SGD([parameter], lr=0.1).step()
+        parameter.grad = None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.two(self.one(batch[0])).square().mean())
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("module", [ByHalves, WithinBackward])
+def test_steps_of_which_it_sees_no_gradient_are_said(tmp_path, module: Any) -> None:
+    with pytest.warns(UserWarning, match="does not see the steps of .*first_step.*within the backward pass") as caught:
+        fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=module, max_epochs=2)
+    assert len([one for one in caught if "does not see" in str(one.message)]) == 1
+
+
+def test_an_optimizer_that_makes_no_step_is_not_said_to_be_unseen(tmp_path) -> None:
+    class OneOnly(TwoOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.one(batch[0]).square().mean())
+            self.optimizers()[0].step()
+
+    fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=OneOnly)  # a warning is an error
 
 
 def _raises(*args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -549,9 +550,9 @@ def test_a_training_step_that_fails_in_the_probe_is_no_end_of_training(tmp_path)
 
 def test_a_short_last_batch_is_not_used(tmp_path) -> None:
     calibration = silent()
-    with pytest.warns(UserWarning, match="the loader has 7 full batches"):
-        fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
+    fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
     assert calibration.result.gradients == 7
+    assert "the probe took all 7 full batches of the loader" in calibration.result.reasons
 
 
 def test_complex_parameters_count_as_pairs_of_real_ones(tmp_path) -> None:
@@ -748,4 +749,22 @@ def test_ctrl_c_in_the_middle_ends_the_run_as_it_was_before_the_probe(tmp_path) 
     torch.testing.assert_close(seen.after["weights"], seen.before["weights"], rtol=0, atol=0)
     assert torch.equal(seen.after["rng"], seen.before["rng"])
     assert seen.after["losses"] == [] and not any(isinstance(logger, SilentLogger) for logger in seen.loggers)
+    assert calibration.result is None and calibration.state_dict()["report"] is None
+
+
+def test_sigterm_ends_the_probe_and_the_run_as_soon_as_a_batch_ends(tmp_path) -> None:
+    batches = tmp_path / "batches"  # a count in Python would be that of the copy
+
+    class Told(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with batches.open("a") as file:
+                file.write("x")
+            if batch_idx == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    calibration, module = OptimizerCalibration(learning_rate="keep"), Told()
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, calibration, module=module)
+    assert batches.read_text() == "xxx" and module.calls == 0
     assert calibration.result is None and calibration.state_dict()["report"] is None
