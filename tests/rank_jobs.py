@@ -12,10 +12,10 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import ranks as processes
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from ranks import start_ranks
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -28,14 +28,9 @@ from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
 
-def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]:
-    """Runs a job on gloo ranks in processes of their own, and returns what it returned on each."""
-    return processes.run_ranks(job, ranks, folder, seconds=240)
-
-
 def exit_codes(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[int | None]:
     """Runs a job on gloo ranks, each to its own end, and returns how they ended; None for one that hangs."""
-    started = processes.start_ranks(job, ranks, folder, folder).processes
+    started = start_ranks(job, ranks, folder, folder).processes
     for process in started:
         process.join(timeout=120)
     codes = [process.exitcode for process in started]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_jobs import run_ranks
+from ranks import run_ranks
 from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unreduced, unused, whole
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 

@@ -17,12 +17,12 @@ from rank_jobs import (
     not_averaged,
     numbers,
     out_of_step,
-    run_ranks,
     short_of_memory,
     told_to_stop,
     uneven,
     zero,
 )
+from ranks import run_ranks
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
