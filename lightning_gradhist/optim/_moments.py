@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.adaptor import AUTO, resolve_explore
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Backend, backend_of
 from lightning_gradhist.optim._base import ExploringOptimizer
 from lightning_gradhist.optim._buckets import Bucket
@@ -30,6 +30,7 @@ from lightning_gradhist.optim._formulas import wide_dtype
 __all__ = ["MomentOptimizer", "ParamsT", "Subgroup"]
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
+State = dict[str, Tensor]
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
@@ -89,18 +90,14 @@ class MomentOptimizer(ExploringOptimizer):
         # A compiler has no use for a number that changes with each step, and would compile again for each.
         on_device = group["capturable"] or torch.compiler.is_compiling()
         numbers = [None] * len(states) if on_device else torch.stack([state["step"] for state in states]).tolist()
-        by_kind: dict[Any, list[tuple[Tensor, dict[str, Tensor]]]] = {}
+        by_kind: dict[Any, list[tuple[Tensor, State]]] = {}
         for param, state, number in zip(params, states, numbers, strict=True):
             kind = param.device, param.dtype, state["exp_avg"].dtype, number
             by_kind.setdefault(kind, []).append((param, state))
         return [self._subgroup(group, alike, number, backend) for (*_, number), alike in by_kind.items()]
 
     def _subgroup(
-        self,
-        group: dict[str, Any],
-        alike: list[tuple[Tensor, dict[str, Tensor]]],
-        number: float | None,
-        backend: Backend | None,
+        self, group: dict[str, Any], alike: list[tuple[Tensor, State]], number: float | None, backend: Backend | None
     ) -> Subgroup:
         params = [param for param, _ in alike]
         grads = [param.grad for param in params if param.grad is not None]
@@ -144,7 +141,7 @@ class MomentOptimizer(ExploringOptimizer):
             maximize=bool(group["maximize"]),
         )
 
-    def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> State:
         state = self.state[param]
         if {"step", *BUFFERS} <= state.keys():
             return state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._formulas import (
     STATE,
@@ -138,10 +138,7 @@ class AdamE(MomentOptimizer):
         True
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        **MomentOptimizer._added_defaults,
-        "decoupled_weight_decay": True,
-    }
+    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, "decoupled_weight_decay": True}
 
     def __init__(
         self,
@@ -170,10 +167,10 @@ class AdamE(MomentOptimizer):
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         for subgroup in subgroups:
-            subgroup.for_each_bucket(_step, WRITTEN)
+            subgroup.for_each_bucket(_step_bucket, WRITTEN)
 
 
-def _step(subgroup: Subgroup, bucket: Bucket) -> None:
+def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
     step = subgroup.backend.function(adam_e_step)
     for chunk in bucket.chunks:
         step(chunk, bucket.scalars, decoupled_weight_decay=subgroup.group["decoupled_weight_decay"])

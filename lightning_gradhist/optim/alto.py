@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._checks import refuse_flat
 from lightning_gradhist.optim._formulas import (
@@ -82,10 +82,10 @@ def alto_updates(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], li
     move_averages_of_squares(v, explored, s.beta2)
 
     write_back(wide, tensors, s, STATE)
-    return _updates(tensors, s)  # of what was stored, as the second phase reads it
+    return _theta_and_r(tensors, s)  # of what was stored, as the second phase reads it
 
 
-def _updates(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+def _theta_and_r(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
     """``theta`` and ``r``, whose lists are new."""
     theta, _, _, m, v = widened(tensors, ("params", "exp_avgs", "exp_avg_sqs"))
     r = adam_directions(m, v, s)
@@ -102,7 +102,7 @@ def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> N
         s: The scalars of this step.
         ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
     """
-    subtract_updates(tensors, s, _updates(tensors, s)[1], ratios)
+    subtract_updates(tensors, s, _theta_and_r(tensors, s)[1], ratios)
 
 
 def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], ratios: Tensor | None) -> None:
@@ -217,11 +217,8 @@ class ALTO(MomentOptimizer):
         0.0500
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        **MomentOptimizer._added_defaults,
-        "layerwise": True,
-        "bias_correction": True,
-    }
+    _own_defaults: ClassVar[dict[str, Any]] = {"layerwise": True, "bias_correction": True}
+    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, **_own_defaults}
 
     def __init__(
         self,
@@ -255,7 +252,7 @@ class ALTO(MomentOptimizer):
             _update_shards(subgroups, layers)
             return
         for subgroup in subgroups:
-            subgroup.for_each_bucket(_step, (*STATE, "params"))
+            subgroup.for_each_bucket(_step_bucket, (*STATE, "params"))
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
@@ -265,10 +262,10 @@ class ALTO(MomentOptimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, of torch's Adam or AdamW, or of the authors' ALTO.
 
-        The authors' is the one in ``e-optimizer-adaptor`` 0.1.0. The state stays in fp32 for fp16 and bf16
-        parameters, and is copied: later steps do not write to ``state_dict``. Hyper-parameters that
-        ``state_dict`` does not have keep their present values. A checkpoint of the authors' ALTO goes on as
-        theirs would, except for their clipping: clip the global gradient norm to 1 yourself if it was active.
+        The authors' is the one in ``e-optimizer-adaptor`` 0.1.0. It goes on as theirs would, except for their clipping: clip
+        the global gradient norm to 1 yourself if that was active. With torch's, ``exp_avg_grad`` starts at zero. The
+        state stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not write to ``state_dict``.
+        Hyper-parameters that ``state_dict`` does not have keep their present values.
 
         Args:
             state_dict: What :meth:`state_dict` returned; it is not changed.
@@ -297,20 +294,20 @@ def _all_moments(subgroup: Subgroup) -> Tensor:
     squares = torch.zeros(len(subgroup.params), 2, dtype=wide_dtype(m), device=m.device)
 
     def move(_: Subgroup, bucket: Bucket) -> None:
-        squares[bucket.entries] = _moments(subgroup, bucket)
+        squares[bucket.entries] = _moments_of_bucket(subgroup, bucket)
 
     subgroup.for_each_bucket(move, STATE)
     return squares
 
 
 def _apply_all(subgroup: Subgroup, squares: Tensor) -> None:
-    subgroup.for_each_bucket(lambda _, bucket: _apply(subgroup, bucket, squares[bucket.entries]), ("params",))
+    subgroup.for_each_bucket(lambda _, bucket: _apply_bucket(subgroup, bucket, squares[bucket.entries]), ("params",))
 
 
-def _step(subgroup: Subgroup, bucket: Bucket) -> None:
+def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
     """Makes the step of whole tensors, while they are in the cache."""
     if not bucket.small:
-        _apply(subgroup, bucket, _moments(subgroup, bucket))
+        _apply_bucket(subgroup, bucket, _moments_of_bucket(subgroup, bucket))
         return
     (tensors,) = bucket.chunks
     theta, r = subgroup.backend.function(alto_updates)(tensors, bucket.scalars)
@@ -318,7 +315,7 @@ def _step(subgroup: Subgroup, bucket: Bucket) -> None:
     subtract_updates(tensors, bucket.scalars, r, _ratios(bucket, squares))
 
 
-def _moments(subgroup: Subgroup, bucket: Bucket) -> Tensor:
+def _moments_of_bucket(subgroup: Subgroup, bucket: Bucket) -> Tensor:
     """Moves ``e``, ``m`` and ``v`` on; the squared norms ``[n, 2]`` of the entries."""
     if bucket.sizes is not None:
         (tensors,) = bucket.chunks
@@ -327,7 +324,7 @@ def _moments(subgroup: Subgroup, bucket: Bucket) -> Tensor:
     return torch.stack([moments(chunk, bucket.scalars) for chunk in bucket.chunks]).sum(0)
 
 
-def _apply(subgroup: Subgroup, bucket: Bucket, squares: Tensor) -> None:
+def _apply_bucket(subgroup: Subgroup, bucket: Bucket, squares: Tensor) -> None:
     """Subtracts the updates, once the squared norms ``[n, 2]`` of the entries are known."""
     ratios = _ratios(bucket, squares if subgroup.group["layerwise"] else None)
     for chunk in bucket.chunks:
