@@ -1,9 +1,8 @@
-"""The two numbers of adaptor E: how they are chosen, what is legal, and what they do to gradient noise.
+"""The two numbers of adaptor E, ``alpha`` and ``explore_beta``: their defaults, what is legal, what they do to noise.
 
-Adaptor E (Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025, arXiv
-2510.27153) lets any optimizer see ``g + alpha * a`` in place of the gradient ``g``, where ``a`` is the moving
-average, with decay ``explore_beta``, of the change of the gradient. Optimizers and callbacks both take their
-numbers from here.
+Adaptor E (Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025, arXiv 2510.27153) lets any
+optimizer see ``g + alpha * a`` in place of the gradient ``g``, where ``a`` is the moving average, with decay
+``explore_beta``, of the change of the gradient. ALTO, AdamE, EAdaptor and the callbacks take their numbers from here.
 """
 
 from __future__ import annotations
@@ -22,12 +21,10 @@ def explore_choice(batch_size: float | None) -> tuple[float, float]:
     """Choose ``(alpha, explore_beta)`` for a batch size, as the paper does.
 
     Args:
-        batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0; None if
-            unknown.
+        batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0; None if unknown.
 
     Returns:
-        ``(0.5, 0.01)``, which exploits, below 1,000 samples or when unknown; ``(-5.0, 0.99)``, which
-        explores, from 1,000 on.
+        ``(0.5, 0.01)``, which exploits, below 1,000 samples or when unknown; ``(-5.0, 0.99)``, which explores, from there on.
 
     Raises:
         ValueError: If ``batch_size`` is not a positive number.
@@ -54,15 +51,8 @@ def check_explore(alpha: float | str, explore_beta: float | str) -> None:
         explore_beta: Decay of that average, ``0 <= explore_beta < 1``.
 
     Raises:
-        ValueError: If one is ``"auto"`` and the other is not, if either is neither a number nor ``"auto"``,
-            or if a number is out of range.
-
-    Example:
-        >>> check_explore(-5.0, 0.99)
-        >>> check_explore(-5.0, 0.1)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: alpha=-5.0 is out of range: at explore_beta=0.1 it must satisfy |alpha| < ...
+        ValueError: If one is ``"auto"`` and the other is not, if either is neither a number nor ``"auto"``, or if a number
+            is out of range.
     """
     if alpha == AUTO and explore_beta == AUTO:
         return
@@ -86,14 +76,7 @@ def check_explore(alpha: float | str, explore_beta: float | str) -> None:
 
 
 def resolve_explore(alpha: float | str, explore_beta: float | str) -> tuple[float, float]:
-    """Turn a param group's ``alpha`` and ``explore_beta`` into the numbers that are in force.
-
-    Args:
-        alpha: A number or ``"auto"``.
-        explore_beta: A number or ``"auto"``.
-
-    Returns:
-        The two numbers; for ``"auto"`` the choice for small batches.
+    """The numbers that are in force: for ``"auto"`` the choice for small batches.
 
     Raises:
         ValueError: If :func:`check_explore` refuses the pair.
@@ -109,23 +92,11 @@ def resolve_explore(alpha: float | str, explore_beta: float | str) -> tuple[floa
 
 
 def variance_factor(alpha: float, explore_beta: float) -> float:
-    """Compute the variance of ``g + alpha * a`` as a multiple of that of ``g``.
+    """The variance of ``g + alpha * a`` as a multiple ``q`` of that of ``g``, for noise that is independent between steps.
 
-    The noise is taken as independent between steps.
-
-    With ``c = alpha * (1 - explore_beta)`` the adapted gradient is ``(1 + c) * g - c * e``, where ``e`` is
-    the moving average of the gradients before, so that
-
-        ``q = (1 + c)^2 + alpha^2 * (1 - explore_beta)^3 / (1 + explore_beta)``.
-
-    The optimizer sees the noise of a batch that is ``q`` times smaller.
-
-    Args:
-        alpha: Weight of the averaged gradient change.
-        explore_beta: Decay of that average.
-
-    Returns:
-        The factor ``q`` > 0; 1 at ``alpha = 0``.
+    With ``c = alpha * (1 - explore_beta)`` the adapted gradient is ``(1 + c) * g - c * e``, where ``e`` is the moving average
+    of the gradients before, so that ``q = (1 + c)^2 + alpha^2 * (1 - explore_beta)^3 / (1 + explore_beta)``. The optimizer
+    sees the noise of a batch that is ``q`` times smaller.
 
     Raises:
         ValueError: If :func:`check_explore` refuses the pair, or it is ``"auto"``.

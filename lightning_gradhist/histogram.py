@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import ModuleType
@@ -303,12 +303,28 @@ def _kernel(device: torch.device) -> ModuleType | None:
     try:
         from lightning_gradhist.kernels import histogram
 
-        table = torch.zeros(1, COLUMNS, dtype=torch.int64, device=device)
-        histogram.add_magnitudes(table, [0], [torch.ones(1, device=device)])
+        wrong = next((str(values[0].dtype) for values in _trial(device) if not _agrees(histogram, values)), None)
+        reason = None if wrong is None else f"counts {wrong} otherwise than torch"
     except Exception as error:
-        warnings.warn(f"histograms are counted without their Triton kernel, which failed: {error!r}", stacklevel=2)
-        return None
-    return histogram
+        reason = f"failed: {error!r}"
+    if reason is not None:
+        warnings.warn(f"histograms are counted without their Triton kernel, which {reason}", stacklevel=2)
+    return histogram if reason is None else None
+
+
+def _trial(device: torch.device) -> Iterator[list[Tensor]]:
+    """Tensors of each dtype that the kernel takes: any bits, of odd sizes, not aligned, and with gaps."""
+    bits = torch.randint(-(2**31), 2**31, (20_001,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = bits.to(device).view(dtype)
+        yield [values, values[1:], values[::3], values[:1], values[:0], values[: 2**14]]
+
+
+def _agrees(kernel: ModuleType, values: list[Tensor]) -> bool:
+    counted, expected = torch.zeros(2, len(values), COLUMNS, dtype=torch.int64, device=values[0].device)
+    kernel.add_magnitudes(counted, range(len(values)), values)
+    add_magnitudes(expected, range(len(values)), values)
+    return torch.equal(counted, expected)
 
 
 def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from lightning_gradhist.noise.interval import ENOUGH, NoiseEstimate
 
@@ -20,14 +20,6 @@ BOUND = math.pi / 2
 MAX_SPREAD = 2.0
 """A learning rate that is not known to this factor is not worth setting."""
 _EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
-
-
-class ScalingLaw(Protocol):
-    """How the best learning rate changes with the batch size."""
-
-    def ratio(self, batch_size: float, reference_batch_size: float) -> float:
-        """Best learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,35 +47,26 @@ class SurgeLaw:
 
     Li et al., "Surge Phenomenon in Optimal Learning Rate and Batch Size Scaling", NeurIPS 2024 (arXiv 2405.14578),
     Theorem 3, which holds for :math:`B \ll \pi\sigma^2 / (2\mu^2)`; for much larger batches the rate is constant (Theorem
-    4). So beyond ``valid_until`` the ratio stays what it is there.
+    4). So beyond ``valid_until`` the ratio stays what it is there. In a ratio the peak :math:`\eta_{max}` cancels.
 
     Args:
         noise_scale: :math:`B_n` in samples, positive; infinite gives the square-root law, which has no peak.
-        max_learning_rate: :math:`\eta_{max}`, as the optimizer takes it; only the absolute form needs it.
         valid_until: batch size in samples up to which Theorem 3 is used; no bound by default.
 
     Raises:
-        ValueError: for a value that is not positive, and for a ``max_learning_rate`` at an infinite ``noise_scale``.
+        ValueError: for a value that is not positive.
 
     Example:
-        >>> law = SurgeLaw(noise_scale=1000, max_learning_rate=0.01)
-        >>> law.learning_rate(1000), round(law.ratio(1024, 64), 2)
-        (0.01, 2.1)
+        >>> round(SurgeLaw(noise_scale=1000).ratio(1024, 64), 2)
+        2.1
     """
 
     noise_scale: float
-    max_learning_rate: float | None = None
     valid_until: float = math.inf
 
     def __post_init__(self) -> None:
         _samples("noise_scale", self.noise_scale, infinite=True)
         _samples("valid_until", self.valid_until, infinite=True)
-        if self.max_learning_rate is None:
-            return
-        if not 0 < self.max_learning_rate < math.inf:
-            raise ValueError(f"max_learning_rate must be positive, got {self.max_learning_rate!r}")
-        if math.isinf(self.noise_scale):
-            raise ValueError("max_learning_rate is the peak at noise_scale, which must then be finite; use ratio()")
 
     def ratio(self, batch_size: float, reference_batch_size: float) -> float:
         """Best learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
@@ -91,13 +74,6 @@ class SurgeLaw:
         reference = min(_samples("reference_batch_size", reference_batch_size), self.valid_until)
         noise = self.noise_scale
         return math.sqrt(batch / reference) * (1.0 if math.isinf(noise) else (noise + reference) / (noise + batch))
-
-    def learning_rate(self, batch_size: float) -> float:
-        """Best learning rate at ``batch_size`` samples; needs ``max_learning_rate``."""
-        if self.max_learning_rate is None:
-            raise ValueError("max_learning_rate is needed for an absolute rate; without it use ratio()")
-        root = math.sqrt(self.noise_scale / min(_samples("batch_size", batch_size), self.valid_until))
-        return self.max_learning_rate * 2 / (root + 1 / root)
 
 
 @dataclass(frozen=True)
@@ -223,10 +199,10 @@ def _why_refused(
         scales = (noise.value, noise.lower, noise.upper)
         full = [surge_ratio(scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
         if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= MAX_SPREAD * min(full):
-            why = (
-                f"the noise scale is too uncertain ({noise.lower:.3g} to {_bounded(noise.upper)} samples): the rate could be"
-                f" multiplied by {min(full):.3g} or by {max(full):.3g}"
-            )
+            samples = f"{noise.lower:.3g} " + (f"to {noise.upper:.3g} samples" if noise.bounded else "samples or more")
+            least, most = f"{min(full):.3g}", f"{max(full):.3g}"
+            why = f"the noise scale is too uncertain ({samples})"
+            why += f": the rate could be multiplied by {least} or by {most}" if least != most else ""
     if why is not None and from_record and noise is not None and noise.measurements < ENOUGH:
         why += (
             f" (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
@@ -242,10 +218,6 @@ def _origin(from_record: bool) -> str:
         "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
         " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
     )
-
-
-def _bounded(value: float) -> str:
-    return "unbounded" if math.isinf(value) else f"{value:.3g}"
 
 
 def _samples(name: str, value: float, infinite: bool = False) -> float:

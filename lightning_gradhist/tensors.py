@@ -13,7 +13,7 @@ _BATCH = 2**17  # of float32, which stay in a core's cache
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of real numbers, which is how Adam treats it; any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def batches(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

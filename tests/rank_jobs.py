@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import warnings
@@ -10,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import ranks as processes
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
 from lightning_gradhist.callbacks.calibration import evidence
-from lightning_gradhist.callbacks.monitor import monitor, optimizer_state
+from lightning_gradhist.callbacks.monitor import observer, optimizer_state
 from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
@@ -195,6 +197,35 @@ def calibrated(folder: Path) -> Any:
     return found
 
 
+def zero(folder: Path) -> Any:
+    """An AdamW whose state ZeRO spreads over the ranks: what each steps with, and the noise in Adam's metric."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns of torch's own torch.jit.script
+
+    def spread(parameters: Any) -> Any:
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, lr=1e-2, eps=1e-1)
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+    _, ranks = _world()
+    made = fit(folder, calibration, monitor, module=lambda: Net(spread), data=loader(4), **ddp(ranks))
+    (record,) = monitor.noise_records
+    return made.optimizers[0].optim.param_groups[0]["eps"], calibration.result, record.estimate("adam")
+
+
+def hostile_record(folder: Path) -> Any:
+    """A record with a number that no run has: what each rank is told."""
+    rank, ranks = _world()
+    path = folder / "hostile.json"
+    if rank == 0:
+        shapes = {name: list(p.shape) for name, p in Net().named_parameters()}
+        entry = {"name": "AdamW", "learning_rates": [-0.01], "batch_size": 8, "noise": {}, "samples": []}
+        path.write_text(json.dumps({"schema_version": 1, "model": shapes, "steps": 5, "optimizers": [entry]}))
+    try:
+        fit(folder, OptimizerCalibration(reference=str(path)), data=loader(4), **ddp(ranks))
+    except MisconfigurationException as error:
+        return str(error)
+
+
 def _parameters(made: L.Trainer) -> dict[str, Any]:
     # not the buffers: DDP leaves BatchNorm's running averages to each rank
     return {name: p.detach().clone() for name, p in made.lightning_module.named_parameters()}
@@ -202,6 +233,42 @@ def _parameters(made: L.Trainer) -> dict[str, Any]:
 
 def _group(made: L.Trainer) -> dict[str, Any]:
     return {name: value for name, value in made.optimizers[0].param_groups[0].items() if name != "params"}
+
+
+class Drawing(Dataset):  # type: ignore[type-arg]
+    """Counts, and draws from a generator deep in it, anew for each run."""
+
+    def __init__(self) -> None:
+        self.held = {"deep": [np.random.default_rng(1), [0]]}
+
+    def __len__(self) -> int:
+        return 128
+
+    def __getitem__(self, index: int) -> Any:
+        generator, count = self.held["deep"]
+        count[0] += 1
+        inputs, label = dataset()[index]
+        return inputs + generator.random() + count[0] / 1000, label
+
+
+class Restless(Net):
+    """A teacher of whole tensors, hooks put on at the first step, a function with a generator, a collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = nn.Linear(8, 16).requires_grad_(False)
+        self.draw = np.random.default_rng(_world()[0]).random
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for slow, fast in zip(self.slow.parameters(), self.body[0].parameters(), strict=True):
+            slow.data = slow.data * 0.9 + fast.data * 0.1
+        if self.calls == 0:
+            self.head.register_forward_hook(lambda module, inputs, output: output * (1 + self.calls / 100))
+        loss = super().training_step(batch, batch_idx) + (self.slow(batch[0]) - self.body[0](batch[0])).square().mean()
+        return loss * (1 + self.draw()) + 0 * self.all_gather(loss.detach()).sum()
+
+    def on_train_start(self) -> None:
+        self.trainer.train_dataloader.dataset.held = Drawing().held
 
 
 def invisible(folder: Path) -> Any:
@@ -213,13 +280,15 @@ def invisible(folder: Path) -> Any:
         "accumulated": ({"module": Net, "accumulate_grad_batches": 2}, {}),
         "unused": ({"module": Unused}, {"find_unused_parameters": True}),
         "static_graph": ({"module": Net}, {"static_graph": True}),
+        "restless": ({"module": Restless, "data": DataLoader(Drawing(), 4, shuffle=True)}, {}),
     }
     for name, (options, strategy) in cases.items():
+        data = options.pop("data", loader(4))
         calibration = OptimizerCalibration(reference_batch_size=ranks, probe_batches=6, apply=False)
         states = []
         for callbacks in ([calibration], []):
             folder_of = folder / name / str(len(callbacks))
-            made = fit(folder_of, *callbacks, data=loader(4), max_epochs=2, **options, **ddp(ranks, **strategy))
+            made = fit(folder_of, *callbacks, data=data, max_epochs=2, **options, **ddp(ranks, **strategy))
             states.append(final_state(made))
         found[name] = (*states, calibration.result.gradients)
     return found
@@ -255,9 +324,10 @@ def short_of_memory(folder: Path) -> Any:
     found = {}
     for name, owner, attribute, options in (
         ("count", MagnitudeHistogram, "update", {}),
-        ("part", monitor, "own_parts", {}),
+        ("part", observer, "own_parts", {}),
         ("copy", gradients, "local_gradient", {"when": "local"}),
         ("state", optimizer_state, "_sums", {"optimizer_state": True}),
+        ("table", MagnitudeHistogram, "__init__", {"optimizer_state": True}),
     ):
         spy, original = GradientSpy(), getattr(owner, attribute)
 
@@ -275,6 +345,16 @@ def short_of_memory(folder: Path) -> Any:
         said = [str(one.message) for one in caught if "could not" in str(one.message)]
         found[name] = said, sum(gradient.count_nonzero() for gradient in spy.seen[8].values())
     return found
+
+
+class Samples(IterableDataset):  # type: ignore[type-arg]
+    """From whatever can be iterated over."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __iter__(self) -> Any:
+        return iter(self.source)
 
 
 def out_of_step(folder: Path) -> Any:
@@ -307,7 +387,10 @@ def out_of_step(folder: Path) -> Any:
     few = loader(4, samples=12 if rank == 0 else 64)
     inputs, labels = dataset(4).tensors
     one_short = [(inputs[:size], labels[:size]) for size in (4, 4, 3 if rank == 0 else 4, 4, 4, 4, 4, 4)]
+    samples = (sample for sample in dataset()) if rank == 1 else list(dataset())
+    stream = DataLoader(Samples(samples), 4)
     for name, module, data, more in (
+        ("stream", Net, stream, {"use_distributed_sampler": False}),
         ("uneven", Net, few, {"use_distributed_sampler": False}),
         ("fails", FailsOnOne, loader(4), {}),
         ("overflows", Gathers, loader(4), {"plugins": [_fp16()]}),
@@ -326,6 +409,25 @@ def out_of_step(folder: Path) -> Any:
     except MisconfigurationException as error:
         found["groups"] = str(error)
     return found
+
+
+def told_to_stop(folder: Path) -> Any:
+    """The ranks are told to stop in the middle of a probe; how many batches they saw, and what was calibrated."""
+    rank, ranks = _world()
+
+    class Told(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with (folder / f"{rank}.txt").open("a") as file:
+                file.write("x")
+            if batch_idx == 1:
+                signal.raise_signal(signal.SIGTERM)  # on all: Lightning's handler calls a collective
+            return super().training_step(batch, batch_idx)
+
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    try:
+        fit(folder, calibration, module=Told, data=loader(4), **ddp(ranks))
+    except SystemExit as error:
+        return type(error).__name__, (folder / f"{rank}.txt").read_text(), calibration.state_dict()["report"]
 
 
 class NoRoom:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, NoiseScale, OptimizerCalibration
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks.gradients import local_gradient
+from lightning_gradhist.callbacks.monitor import observer
 from lightning_gradhist.callbacks.probe.probe import Probe, pool
 from lightning_gradhist.callbacks.probe.restore import no_trace
 
@@ -210,6 +212,40 @@ def monitored(folder: Path) -> Any:
     return found
 
 
+class Unreduced(Sharded):
+    """Gradients that are still to be summed over the ranks, as those of some tensor-parallel layers."""
+
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        ranks = torch.distributed.get_world_size()
+        for p in self.body.parameters():
+            p.grad = DTensor.from_local(p.grad.full_tensor() / ranks, p.device_mesh, [Partial()])
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        for p in self.body.parameters():  # the optimizer takes them no other way
+            p.grad = p.grad.redistribute(placements=p.placements)
+
+
+def unreduced(folder: Path) -> Any:
+    """Counts of such gradients, one rank having no memory to lay them out anew at one logged step."""
+    ranks, original, spy = torch.distributed.get_world_size(), observer.local, WholeSpy()
+
+    def fails(tensor: Tensor) -> Tensor:
+        if torch.distributed.get_rank() == 1 and len(spy.gradients) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(tensor)
+
+    observer.local = fails
+    monitor = GradientHistogramMonitor(every_n_steps=2, noise_scale=False)
+    strategy = ModelParallelStrategy(ranks, 1, process_group_backend="gloo")
+    options = {"devices": ranks, "strategy": strategy, "max_steps": 5, "module": lambda: Unreduced(False)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(folder / "unreduced", monitor, spy, data=loader(4), **options)
+    observer.local = original
+    return spy.gradients, [str(one.message) for one in caught if "could not" in str(one.message)]
+
+
 class Whole(Sharded):
     """All of it sharded; noisy, with BatchNorm and dropout, and on one rank a batch without a loss and one that fails."""
 
@@ -250,8 +286,8 @@ class ProbeSpy(L.Callback):
             return
         parameters = dict(pl_module.named_parameters())
         self.weights = whole(pl_module)
-        with no_trace(trainer, pl_module):
-            probe = Probe(trainer, pl_module, trainer.optimizers[0])
+        with no_trace(trainer, pl_module) as apart:
+            probe = Probe(apart)
             self.parts = list(probe.gradients(8))
             self.batches = list(pl_module.batches)
             noise = NoiseScale(probe.parameters, batch_size=8)

@@ -206,7 +206,9 @@ class StateSpy(L.Callback):
             state = optimizer.state.get(p, {})
             if "exp_avg_sq" in state:
                 correction = 1 - decay[id(p)] ** float(_whole(state["step"]))
-                self.seen.roots[-1][name] = (_whole(state["exp_avg_sq"]) / correction).float().sqrt()
+                self.seen.roots[-1][name] = (
+                    (_whole(state.get("max_exp_avg_sq", state["exp_avg_sq"])) / correction).float().sqrt()
+                )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_gradhist.epsilon import choose_epsilon, epsilon_range
+from lightning_gradhist.epsilon import choose_epsilon, epsilon_range, rounding_limits
 from lightning_gradhist.histogram import MagnitudeHistogram
 
 
@@ -208,3 +208,39 @@ def test_a_scaled_loss_leaves_no_more_damped(power: int) -> None:
 def test_errors(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def above_rounding(rms: dict[str, Tensor], dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Tensor]:
+    limits = rounding_limits(rms, dict.fromkeys(rms, dtype), **options)
+    return {name: r >= limits[name] for name, r in rms.items()}
+
+
+def test_what_is_zero_but_for_rounding_is_told_layer_by_layer() -> None:
+    unit = torch.finfo(torch.float32).eps
+    rms = {
+        "a.weight": torch.tensor([1.0, 20 * unit, 12 * unit]),
+        "a.bias": torch.tensor([2 * unit, 0.5]),
+        "b.weight": torch.tensor([1e-6, 12 * unit]),  # of a layer whose gradients are all small
+        "b.bias": torch.tensor([]),
+    }
+    found = {name: above.tolist() for name, above in above_rounding(rms).items()}
+    assert found == {"a.weight": [True, True, False], "a.bias": [False, True], "b.weight": [True, True], "b.bias": []}
+    assert all(above.all() for above in above_rounding(rms, torch.bfloat16).values())
+    assert not above_rounding(rms, over_ranks=torch.ones_like)["b.weight"].any()
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_gradients_that_are_rounding_noise_are_found(batch_size: int) -> None:
+    """Of a convolution's bias before a normalization, and of the bias of an attention's keys."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 16)]
+    convolution, attention = nn.Sequential(*layers), nn.MultiheadAttention(16, 4, batch_first=True)
+    convolution(torch.randn(batch_size, 1, 8, 8)).square().mean().backward()
+    tokens = torch.randn(batch_size, 6, 16)
+    attention(tokens, tokens, tokens, need_weights=False)[0].square().mean().backward()
+    named = [*convolution.named_parameters("convolution"), *attention.named_parameters("attention")]
+    found = above_rounding({name: p.grad.abs() for name, p in named})
+    query, key, value = found.pop("attention.in_proj_bias").split(16)
+    assert not key.any() and query.all() and value.all()
+    assert not found.pop("convolution.0.bias").any()
+    assert all(above.float().mean() > 0.9 for above in found.values())  # but where the gradient is exactly zero

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import runpy
 import subprocess
 import sys
@@ -26,6 +27,23 @@ def test_examples_run(tmp_path, monkeypatch, capsys, name: str, printed: str) ->
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert printed in capsys.readouterr().out
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 40, "one screen"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_epsilon_is_tuned_within_its_search_space(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_epsilon.py", "--trials", "9", "--epochs", "1"])
+    runpy.run_path(str(EXAMPLES / "tune_epsilon.py"), run_name="__main__")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    header = next(index for index, line in enumerate(lines) if line[:1] == ["epsilon"])
+    chosen = next(index for index, line in enumerate(lines) if line[:1] == ["best:"])
+    epsilons, trials, pruned, accuracies, rates = zip(*lines[header + 1 : chosen], strict=True)
+    decades = [round(math.log10(float(eps))) for eps in epsilons]
+    assert decades[0] == -8  # AdamW's own
+    assert len(decades) > 2 and decades[1:] == list(range(decades[1], decades[-1] + 1))
+    assert min(map(int, trials)) >= 1 and sum(map(int, trials)) == 9
+    assert 0 < sum(map(int, pruned)) <= 9 - len(decades)
+    best = max(range(len(decades)), key=lambda index: float(accuracies[index]))
+    assert lines[chosen] == ["best:", "eps", f"{epsilons[best]},", "lr", rates[best]]
 
 
 def test_the_demo_does_its_whole_job(tmp_path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import local
+from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 
@@ -24,39 +25,70 @@ def ready_gradients(
 
     They are dense, real and in this rank's memory, whatever the layer made: of a DTensor this rank's shard.
     """
-    gradients = {name: local_gradient(p) for name, p in parameters.items() if p.grad is not None}
+    laid = {name: _as_laid_out(p) for name, p in parameters.items() if p.grad is not None}  # collectives come first
+    gradients = {name: _dense(gradient) for name, gradient in laid.items()}
     return _divided(gradients, _remaining_scale(trainer, optimizer))
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient of a parameter, dense and real: of a DTensor this rank's shard, laid out as the parameter's."""
+    return _dense(_as_laid_out(parameter))
+
+
+def lies_otherwise(parameter: nn.Parameter) -> bool:
+    """Whether its gradient lies otherwise on the ranks than the parameter does, so that to have it is a collective."""
+    gradient = parameter.grad
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+        return bool(gradient.placements != parameter.placements)
+    return False
+
+
+def _as_laid_out(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     gradient = parameter.grad.detach()
-    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-        gradient = gradient.redistribute(placements=parameter.placements)  # does nothing where it lies so already
+    return gradient.redistribute(placements=parameter.placements) if lies_otherwise(parameter) else gradient  # type: ignore[attr-defined]
+
+
+def _dense(gradient: Tensor) -> Tensor:
     gradient = local(gradient)
     return as_real(gradient.to_dense() if gradient.layout != torch.strided else gradient)
 
 
+def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares of all values, on the device of the first gradient; 0 where there is none."""
+    norms = torch._foreach_norm([flat_values(as_real(gradient))[0] for gradient in gradients] or [torch.zeros(1)])
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).square().sum()
+
+
 class LocalGradients:
-    """Copies of what backward leaves on this rank, before DDP averages it, until :meth:`take`.
+    """Copies of what backward leaves on this rank, before DDP averages it, until :meth:`take` or :meth:`close`.
 
     A backward replaces the copies of the one before it, so that with accumulation the last holds the whole step's.
+
+    Args:
+        parameters: names and parameters; those that are trained are copied.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.untouched = True
-        """Whether no backward has come yet, and one is still awaited."""
         self._copies: dict[str, Tensor] = {}
         self._error: Exception | None = None
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
-            for name, parameter in parameters.items()
-            if parameter.requires_grad
-        ]
+        self._handles: dict[str, RemovableHandle] = {}
+        self._is_open = True
+        self.extend(parameters)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # hooks stay with the parameters of this process: a copy is None
+
+    def extend(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Copies those that are trained by now, too."""
+        for name, parameter in parameters.items() if self._is_open else ():
+            if parameter.requires_grad and name not in self._handles:
+                self._handles[name] = parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of the parameters that it has looked at, whether they had a gradient or not."""
+        return self._handles.keys()
 
     def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
         """The gradients, unscaled, divided by a number; nothing is copied any more.
@@ -64,19 +96,18 @@ class LocalGradients:
         Raises:
             Exception: what a copy has raised, as for want of memory.
         """
-        self.remove()
+        self.close()
         if self._error is not None:
             raise self._error
         return _divided(self._copies, loss_scale(trainer) / times)
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Copies nothing any more."""
-        self.untouched = False
-        for handle in self._handles:
+        self._is_open = False
+        for handle in self._handles.values():
             handle.remove()
 
     def _copy(self, name: str, parameter: Tensor) -> None:
-        self.untouched = False
         try:
             self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
         except Exception as error:  # within the user's backward, which goes on

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning_gradhist.callbacks._lightning import rank_zero_warn
 
-T = TypeVar("T")
-
 
 class Guard:
-    """Does what may fail: a full disk or a broken logger costs one warning a fit. No collectives in here."""
+    """Lets what may fail, fail: a full disk or a broken logger costs one warning a fit. No collectives within."""
 
     def __init__(self) -> None:
-        self._failed = False
+        self._has_warned = False
 
-    def done(self, job: Callable[[], object]) -> bool:
-        """Whether it was done."""
-        return self.made(lambda: (job(),)) is not None
+    @contextmanager
+    def attempt(self, task: str) -> Iterator[None]:
+        """Goes on after the block, whatever it raises.
 
-    def made(self, make: Callable[[], T]) -> T | None:
-        """What is made, or None."""
+        Args:
+            task: what is attempted, for the warning: "count the gradients".
+        """
         try:
-            return make()
+            yield
         except Exception as error:
-            self.warn(error)
-            return None
+            self.warn(task, error)
 
-    def warn(self, error: Exception) -> None:
-        """Speaks of the first failure, and no more."""
-        if not self._failed:
-            rank_zero_warn(f"GradientHistogramMonitor could not log, training goes on: {error!r}")
-        self._failed = True
+    def warn(self, task: str, error: Exception) -> None:
+        """Says what could not be done the first time, and no more."""
+        if not self._has_warned:
+            rank_zero_warn(f"GradientHistogramMonitor could not {task}, training goes on: {error!r}")
+        self._has_warned = True

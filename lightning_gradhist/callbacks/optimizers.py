@@ -5,9 +5,10 @@ To teach the callbacks another optimizer, add a line to :data:`RULES`.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,60 +28,82 @@ class StepRule:
 
     Attributes:
         adaptive: whether it divides by ``sqrt(v) + eps``, with ``v`` an average of squared gradients and ``eps`` beside
-            the root. Elsewhere ``eps`` is something else (Adadelta, Adafactor), or is added to something else (Adamax,
-            AdaBelief).
-        second_moment: the state's key of ``v``; None where nobody can read it.
+            the root. Elsewhere ``eps`` is something else (Adadelta, Adafactor), is added to something else (Adamax,
+            AdaBelief) or within the root (timm's RMSpropTF, Adai).
+        second_moment: the state's key of ``v``; None where nobody can read it. With AMSGrad it is the largest so far.
+        mean: the state's key of the average gradient whose square is taken off ``v`` in a ``centered`` group.
+        corrects_bias: whether ``v`` is divided by ``1 - decay**step`` before ``eps`` is added, unless the group has a
+            false ``bias_correction``.
         coupled_decay: whether weight decay is added to the gradient, where a group does not say
-            ``decoupled_weight_decay``.
+            ``decoupled_weight_decay`` or ``weight_decouple``.
         steps_in_half: whether float16 parameters are stepped in float16, unless the group is ``fused``.
+        clips: whether gradients are clipped to the group's ``max_grad_norm`` within the step.
     """
 
     adaptive: bool = False
     second_moment: str | None = None
+    mean: str | None = None
+    corrects_bias: bool = True
     coupled_decay: bool = False
     steps_in_half: bool = False
+    clips: bool = False
 
 
 _ADAM = StepRule(adaptive=True, second_moment="exp_avg_sq")
-_TORCH_ADAM = StepRule(adaptive=True, second_moment="exp_avg_sq", steps_in_half=True)
-_OPAQUE = StepRule(adaptive=True)  # its state is packed, or in the hands of a C++ extension
+_CLIPPING_ADAM = replace(_ADAM, clips=True)
+_TORCH_ADAM = replace(_ADAM, steps_in_half=True)
+_UNCORRECTED_ADAM = replace(_ADAM, corrects_bias=False)
+_PACKED_ADAM = StepRule(adaptive=True, second_moment="state2")  # where it is not packed into 8 bits
 _NOT_ADAPTIVE = StepRule(coupled_decay=True)
 UNKNOWN = StepRule()
 """Of a class that is not in the table: nothing is taken for granted."""
 
 RULES: dict[str, StepRule] = {
-    "torch.Adam": _TORCH_ADAM,
-    "torch.AdamW": _TORCH_ADAM,
-    "torch.NAdam": _TORCH_ADAM,
-    "torch.RAdam": _TORCH_ADAM,
-    "torch.RMSprop": StepRule(adaptive=True, coupled_decay=True, steps_in_half=True),
+    **dict.fromkeys(["torch.Adam", "torch.AdamW", "torch.NAdam"], _TORCH_ADAM),
+    "torch.RAdam": replace(_TORCH_ADAM, corrects_bias=False),  # after eps is added
+    "torch.RMSprop": StepRule(True, "square_avg", "grad_avg", False, coupled_decay=True, steps_in_half=True),
     **dict.fromkeys(
         [f"torch.{name}" for name in ("SGD", "Adamax", "Adagrad", "Adadelta", "ASGD", "Rprop")], _NOT_ADAPTIVE
     ),
-    "lightning_gradhist.AdamE": _ADAM,
-    "lightning_gradhist.ALTO": _ADAM,
-    "apex.FusedAdam": _ADAM,
-    "apex.FusedLAMB": _ADAM,
-    "deepspeed.FusedAdam": _ADAM,
-    "deepspeed.DeepSpeedCPUAdam": _ADAM,
-    "bitsandbytes.Adam8bit": _OPAQUE,
-    "bitsandbytes.AdamW8bit": _OPAQUE,
-    "timm.Lamb": _ADAM,
-    "pytorch_optimizer.Lamb": _ADAM,
-    "torch_optimizer.Lamb": _ADAM,
+    **dict.fromkeys(["lightning_gradhist.AdamE", "lightning_gradhist.ALTO"], _ADAM),
+    **dict.fromkeys(["apex.FusedAdam", "deepspeed.FusedAdam", "deepspeed.DeepSpeedCPUAdam"], _ADAM),
+    **dict.fromkeys(["apex.FusedLAMB", "timm.Lamb"], _CLIPPING_ADAM),
+    **dict.fromkeys([f"timm.{name}" for name in ("AdamP", "AdamWLegacy", "NAdamW")], _ADAM),
+    **dict.fromkeys([f"pytorch_optimizer.{name}" for name in ("AdamP", "Lamb", "RAdam")], _UNCORRECTED_ADAM),
+    **dict.fromkeys(["timm.RAdamLegacy", "torch_optimizer.Lamb"], _UNCORRECTED_ADAM),
+    **{
+        f"bitsandbytes.{paged}{name}{bits}": _PACKED_ADAM
+        for paged in ("", "Paged")
+        for name in ("Adam", "AdamW")
+        for bits in ("", "8bit", "32bit")
+    },
 }
-"""By the package that a class, or one of its bases, comes from, and its name."""
+"""By the package that a class comes from, and its name."""
 
 
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that an ``EAdaptor`` wraps; any other as it is."""
-    wraps = any(key == "lightning_gradhist.EAdaptor" for key in _keys(optimizer))
-    return optimizer.inner if wraps else optimizer  # type: ignore[attr-defined,no-any-return]
+def innermost(optimizer: Optimizer) -> Any:
+    """The optimizer that an ``EAdaptor`` wraps, or that ZeRO steps with on this rank; any other as it is."""
+    for key, attribute in _WRAPPERS.items():
+        if key in _keys(optimizer):
+            return innermost(getattr(optimizer, attribute))
+    return optimizer
 
 
 def rule_of(optimizer: Optimizer) -> StepRule:
-    """The rule of an optimizer, by its class or the first of its bases that is in the table."""
+    """The rule of an optimizer: by its class, or a base whose ``step`` it has."""
     return next((RULES[key] for key in _keys(innermost(optimizer)) if key in RULES), UNKNOWN)
+
+
+def own_clip_norm(optimizer: Optimizer) -> float | None:
+    """The norm that an optimizer clips all gradients to within its step, or None."""
+    return (rule_of(optimizer).clips and optimizer.param_groups[0].get("max_grad_norm")) or None
+
+
+def centered(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> set[str]:
+    """The names of the parameters whose ``v`` is a variance."""
+    groups = [group for group in optimizer.param_groups if rule_of(optimizer).mean and group.get("centered")]
+    ids = {id(parameter) for group in groups for parameter in group["params"]}
+    return {name for name, parameter in parameters.items() if id(parameter) in ids}
 
 
 def least_epsilon(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
@@ -92,11 +115,13 @@ def least_epsilon(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
 
 def coupled_decay(optimizer: Optimizer) -> dict[int, float]:
     """Weight decay that the optimizer adds to the gradient, by the parameter's id."""
-    by_class = rule_of(optimizer).coupled_decay
+    # apex and deepspeed say it of the whole optimizer
+    by_class = rule_of(optimizer).coupled_decay or not getattr(innermost(optimizer), "adam_w_mode", True)
     return {
         id(parameter): group["weight_decay"]
         for group in optimizer.param_groups
-        if group.get("weight_decay") and not group.get("decoupled_weight_decay", not by_class)
+        if group.get("weight_decay")
+        and not group.get("decoupled_weight_decay", group.get("weight_decouple", not by_class))
         for parameter in group["params"]
     }
 
@@ -109,10 +134,18 @@ def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str
 
 
 def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adam's bias-corrected second moment by name, of a DTensor this rank's shard; empty where there is none (yet)."""
-    moments, corrections = _moments(optimizer, parameters)
-    divided = torch._foreach_div(list(moments.values()), list(corrections.values())) if moments else []
-    return dict(zip(moments, divided, strict=True))
+    """What is under the root that epsilon is added to, by name, of a DTensor this rank's shard.
+
+    Empty where there is none (yet), and where ZeRO spreads it over ranks.
+    """
+    if _is_spread(optimizer):
+        return {}
+    moments = _moments(optimizer, parameters)
+    values, corrections = (
+        [m.value for m in moments.values()],
+        [m.correction if m.corrects else 1.0 for m in moments.values()],
+    )
+    return dict(zip(moments, torch._foreach_div(values, corrections), strict=True)) if moments else {}
 
 
 def metric_weights(
@@ -120,66 +153,88 @@ def metric_weights(
     parameters: Mapping[str, Tensor],
     parts: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> dict[str, Tensor] | None:
-    """Adam's metric by name, from the state of an optimizer; None where it has no second moment (yet).
+    """The metric in which an optimizer steps, by name, from its state; None where it has no second moment (yet).
+
+    The factor that corrects a bias is in it whether or not the optimizer corrects: it does not change a noise scale, and
+    early and late steps of a run then count alike. With ZeRO it is that of the parameters that this rank steps.
 
     Args:
         optimizer: whose step is asked for.
         parameters: names and parameters.
         parts: the parts of tensors that are asked for; of all of them by default.
     """
-    moments, corrections = _moments(optimizer, parameters)
+    moments = _moments(optimizer, parameters)
     eps = epsilons(optimizer, parameters)
     alike: dict[tuple[float, float], dict[str, Tensor]] = {}
-    for name, moment in parts(moments).items():
-        alike.setdefault((eps.get(name, 0.0), corrections[name]), {})[name] = moment
+    for name, value in parts({name: moment.value for name, moment in moments.items()}).items():
+        root, moment = math.sqrt(moments[name].correction), moments[name]
+        alike.setdefault((eps.get(name, 0.0) * (root if moment.corrects else 1.0), root), {})[name] = value
     weights: dict[str, Tensor] = {}
-    for (one, correction), some in alike.items():
-        weights |= elementwise(partial(_weight, eps=one, correction=correction), some)
+    for (one, root), some in alike.items():
+        weights |= elementwise(partial(_weight, eps=one, root=root), some)
     return weights or None
 
 
 def damping_epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """The epsilon that is added to the root of a parameter's second moment, by name, where there is one.
-
-    AMSGrad adds it to another root, of the largest second moment so far.
-    """
-    key = rule_of(optimizer).second_moment
-    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
-    return {
-        name: eps
-        for name, eps in epsilons(optimizer, parameters).items()
-        if key is not None and _holds(states[name], key, parameters[name]) and "max_exp_avg_sq" not in states[name]
-    }
+    """The epsilon that is added to the root of :func:`second_moment`, by name, where there is one."""
+    moments = {} if _is_spread(optimizer) else _moments(optimizer, parameters)
+    return {name: eps for name, eps in epsilons(optimizer, parameters).items() if name in moments}
 
 
-def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The second moments, and what each has still to be divided by."""
-    key = rule_of(optimizer).second_moment
-    decay = {id(p): group["betas"][1] for group in optimizer.param_groups if "betas" in group for p in group["params"]}
-    moments: dict[str, Tensor] = {}
-    corrections: dict[str, float] = {}
+@dataclass(frozen=True)
+class _Moment:
+    value: Tensor
+    correction: float
+    """What its bias is corrected by: ``1 - decay**step``."""
+    corrects: bool
+    """Whether the optimizer does so before it adds epsilon."""
+
+
+def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, _Moment]:
+    rule, state = rule_of(optimizer), innermost(optimizer).state
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    found = {}
     for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter, {})
-        if key is not None and _holds(state, key, parameter) and id(parameter) in decay:
-            step = local(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
-            moments[name], corrections[name] = as_real(local(state[key])), 1.0
-            if isinstance(step, Tensor) and step.device.type != "cpu":  # without waiting for the device
-                moments[name] = moments[name] / (1 - decay[id(parameter)] ** step)
-            else:
-                corrections[name] = 1 - decay[id(parameter)] ** float(step)
-    return moments, corrections
+        moment = _moment(rule, state.get(parameter, {}), groups.get(id(parameter), {}), parameter)
+        if moment is not None:
+            found[name] = moment
+    return found
 
 
-def _holds(state: Mapping[str, Any], key: str, parameter: Tensor) -> bool:
-    """Whether the state of a parameter has a second moment, and the step that its bias depends on."""
-    moment = state.get(key)
-    return "step" in state and isinstance(moment, Tensor) and moment.shape == parameter.shape
+def _moment(rule: StepRule, state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> _Moment | None:
+    key = rule.second_moment or ""
+    value = state.get(f"max_{key}", state.get(key))
+    step, decay = state.get("step", group.get("step")), group.get("betas", (None, group.get("alpha")))[1]
+    packed = not isinstance(value, Tensor) or value.shape != parameter.shape or value.dtype == torch.uint8
+    if packed or step is None or decay is None:
+        return None
+    value = as_real(local(value))
+    if rule.mean is not None and group.get("centered"):
+        mean = as_real(local(state[rule.mean]))
+        value = (value.to(torch.promote_types(value.dtype, torch.float32)) - mean.square()).clamp_(min=0)
+    corrects = rule.corrects_bias and bool(group.get("bias_correction", True))
+    step = local(step) if isinstance(step, Tensor) else step
+    if isinstance(step, Tensor) and step.device.type != "cpu":  # without waiting for the device
+        return _Moment(value / (1 - decay**step) if corrects else value, 1.0, corrects)
+    correction = 1 - float(decay) ** float(step)
+    return _Moment(value, correction, corrects) if correction > 0 else None
 
 
-def _weight(second_moment: Tensor, eps: float, correction: float) -> Tensor:
-    root = math.sqrt(correction)
-    return adam_weight(second_moment.float(), eps * root).mul_(root)  # the correction, without a pass of its own
+def _weight(second_moment: Tensor, eps: float, root: float) -> Tensor:
+    return adam_weight(second_moment.float(), eps).mul_(root)  # the correction, without a pass of its own
+
+
+_WRAPPERS = {"lightning_gradhist.EAdaptor": "inner", "torch.ZeroRedundancyOptimizer": "optim"}
+
+
+def _is_spread(optimizer: Optimizer) -> bool:
+    """Whether each rank has the state of other parameters."""
+    return "torch.ZeroRedundancyOptimizer" in _keys(optimizer)
 
 
 def _keys(optimizer: Optimizer) -> list[str]:
-    return [f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(optimizer).__mro__]
+    """Package and name of its class, and of the bases whose step it has; another step may do anything."""
+    step = inspect.unwrap(type(optimizer).step)
+    bases = [cls for cls in type(optimizer).__mro__ if issubclass(cls, Optimizer)]
+    own = [cls for cls in bases if inspect.unwrap(cls.step) is step]
+    return [f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in own]

@@ -14,6 +14,8 @@ from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
+_PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
+
 
 @dataclass(frozen=True)
 class Replicas:
@@ -60,6 +62,45 @@ def least_over_ranks(value: float, trainer: Trainer) -> float:
     least = torch.tensor(value, dtype=torch.float64, device=trainer.lightning_module.device)
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     return float(least)
+
+
+class RankSum:
+    """Adds up tables of all ranks, in place. A rank that could not make its own still takes part, from a reserve.
+
+    Each method is to be called on every rank, and nothing but the reserve, which is made once, can fail on one alone.
+
+    Args:
+        replicas: the ranks.
+        device: that they communicate on.
+    """
+
+    def __init__(self, replicas: Replicas, device: torch.device) -> None:
+        self._ranks = replicas.ranks
+        self._reserve = torch.empty(_PIECE if self._ranks > 1 else 0, dtype=torch.int64, device=device)
+
+    def add_up(self, table: Tensor | None, size: int, missing: float) -> None:
+        """Makes of the tables their sum, as many as 524,288 values in one all-reduce.
+
+        Args:
+            table: int64 or float64, contiguous; None where it could not be made.
+            size: number of its values.
+            missing: what a rank without a table has in each place, by which the others know; of the table's kind.
+        """
+        for start in range(0, size if self._ranks > 1 else 0, _PIECE):
+            if table is None:
+                dtype = torch.float64 if isinstance(missing, float) else torch.int64
+                piece = self._reserve[: size - start].view(dtype).fill_(missing)
+            else:
+                piece = table.view(-1)[start : start + _PIECE]
+            torch.distributed.all_reduce(piece)
+
+    def all_true(self, mine: bool) -> bool:
+        """Whether something is so on every rank."""
+        if self._ranks == 1:
+            return mine
+        others = self._reserve[:1].fill_(int(not mine))
+        torch.distributed.all_reduce(others)
+        return int(others) == 0
 
 
 def parts_of_a_step(trainer: Trainer) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import threading
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 _FP16_SMALLEST = 2.0**-24
 _BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9661f", "#8a8f98", "#d4143a"
 _MAX_LABELS = 48
+_MAX_LABEL = 44  # characters
 _MAX_ROWS = 1000  # about as many as a figure has pixels for
 _CELLS_A_DECADE = 8
 _RENDERING = threading.Lock()
@@ -69,7 +73,10 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     cells = torch.linspace(low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64)
     density = _density(histogram.counts[rows], edges, cells)
 
-    figure = _figure(width=6.2, height=min(max(2.4, 1.3 + 0.2 * len(names)), 11.0))
+    every = math.ceil(len(names) / _MAX_LABELS)
+    labels = _labels(names)[::every]
+    width = max(6.2, 4.4 + 0.07 * max(map(len, labels)))  # inches: the labels' and as much for the rows at any length
+    figure = _figure(width=width, height=min(max(2.4, 1.3 + 0.2 * len(names)), 11.0))
     axes = figure.add_subplot()
     rows_each = math.ceil(len(names) / _MAX_ROWS)
     image = axes.imshow(
@@ -93,8 +100,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
         axes.axvline(math.log10(_FP16_SMALLEST), color=_GREY, linestyle="--", linewidth=1)
         axes.annotate("float16 min", (math.log10(_FP16_SMALLEST), 0), xytext=(3, 3), textcoords="offset points",
                       color=_GREY, fontsize=8)  # fmt: skip
-    every = math.ceil(len(names) / _MAX_LABELS)
-    axes.set_yticks([row + 0.5 for row in range(0, len(names), every)], names[::every], fontsize=8)
+    axes.set_yticks([row + 0.5 for row in range(0, len(names), every)], labels, fontsize=8)
     axes.set_xlim(low, high)
     axes.set_ylim(len(names), 0)
     shown = "|gradient|  (orange: median" if eps is None else "sqrt(second moment)  (red: epsilon, orange: median"
@@ -159,7 +165,7 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
         ends = (ratios(noise.lower), ratios(noise.upper))
         axes.fill_between(batches, *ends, color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
         axes.plot(batches, ratios(noise.value), color=_BLUE, label=f"{SURGE} ({result.noise_source})")
-    for law, style in zip(PLAIN_LAWS, ("--", (0, (3, 1, 1, 1, 1, 1)), ":", "-."), strict=True):
+    for law, style in zip(PLAIN_LAWS, cycle(("--", (0, (3, 1, 1, 1, 1, 1)), ":", "-.")), strict=False):
         plain = [plain_law(law).ratio(b, reference) for b in batches]
         axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=law.replace("_", " "))
     axes.plot([reference], [1.0], "o", color=_GREY, label=f"reference {reference:g}")
@@ -227,6 +233,17 @@ def _legend(axes: Any) -> None:
 
 def _eps_label(when: str, eps: float, search_space: EpsilonRange) -> str:
     return f"{when}: {eps:.3g}, damps {search_space.damped_share(eps):.1%}"
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names that fit beside a figure: where one is long, without the modules that all share, and without its middle."""
+    if max(map(len, names)) <= _MAX_LABEL:
+        return list(names)
+    shared = os.path.commonprefix(list(names)).rpartition(".")[0]
+    rest = [name.removeprefix(f"{shared}.") for name in names]
+    short = [name if len(name) <= _MAX_LABEL else f"{name[:14]}…{name[15 - _MAX_LABEL :]}" for name in rest]
+    times = Counter(short)
+    return [label if times[label] == 1 else f"{label} (row {row})" for row, label in enumerate(short)]
 
 
 def _largest_of(density: torch.Tensor, rows_each: int) -> torch.Tensor:

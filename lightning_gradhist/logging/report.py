@@ -106,7 +106,7 @@ class CalibrationResult:
             rows.append(
                 (
                     f"noise scale ({self.noise_source})",
-                    f"{_number(noise.value)} samples, {noise.confidence:.0%}: {interval}",
+                    f"{_samples(noise.value)}, {noise.confidence:.0%}: {interval}",
                 )
             )
             if self._why_no_tradeoff() is not None:
@@ -114,7 +114,7 @@ class CalibrationResult:
             else:
                 critical = critical_batch_size(noise)
                 spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
-                rows.append(("critical batch size", f"{_number(critical.value)} samples, {spread}"))
+                rows.append(("critical batch size", f"{_samples(critical.value)}, {spread}"))
         rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
         for (name, before, after), groups in self._by_change().items():
             rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))
@@ -180,6 +180,10 @@ def _number(value: float | None) -> str:
     return "unbounded" if math.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _samples(value: float) -> str:
+    return _number(value) + (" samples" if math.isfinite(value) else "")
+
+
 def _tradeoff_cells(row: TradeoffRow) -> tuple[str, str, str]:
     return _number(row.batch_size), _band(row.steps), _band(row.samples)
 
@@ -195,4 +199,5 @@ def _value(value: float | str) -> str:
 
 
 def _spread(interval: tuple[float, float]) -> str:
-    return "" if interval[0] == interval[1] else f"; {interval[0]:.3g} to {interval[1]:.3g}"
+    lower, upper = (f"{ratio:.3g}" for ratio in interval)
+    return "" if lower == upper else f"; {lower} to {upper}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ NOT_COUNTED = -(2**48)
 """In every place of a table of counts of a rank that could not count: below zero also with 10,000 ranks' counts added."""
 
 
-class Once(Generic[T]):
+class Lazy(Generic[T]):
     """A value that is made once, by whoever asks for it first, in whichever thread."""
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -67,7 +67,7 @@ class HostTensor:
         return {"_tensor": self(), "_copied": None}
 
 
-class HostCopy:
+class HostHistogram:
     """A histogram on the host; called, it gives the histogram, as :class:`HostTensor` does a tensor.
 
     It raises RuntimeError instead where a rank's counts are :data:`NOT_COUNTED`, which nobody knows before.
@@ -91,9 +91,8 @@ class HostCopy:
 class Writer:
     """Runs jobs one after another in a daemon thread, which starts with the first.
 
-    :attr:`room` jobs may wait. Where there is no room, :meth:`submit` waits for it, so that who submits faster than the
-    jobs run is slowed down and loses nothing; after :attr:`patience` seconds without room the job is dropped, and as long
-    as there is none, later jobs are dropped without waiting.
+    :attr:`room` jobs may wait. Where there is no room, :meth:`submit` waits for it, :attr:`patience` seconds at most; then
+    the job is dropped, and as long as there is none, later jobs are dropped without waiting.
     """
 
     room = 8
@@ -152,15 +151,9 @@ def send_heatmap(
 ) -> None:
     """Has loggers that show figures show a heatmap, where matplotlib is installed and there is something to draw.
 
-    Args:
-        send: gives each logger's sink to a job.
-        tag: of the figure.
-        step: of the figure.
-        title: of the figure.
-        histogram: gives what is drawn; called in the loggers' threads.
-        eps: as for :func:`lightning_gradhist.logging.figures.magnitude_heatmap`.
+    ``send`` gives each logger's sink to a job; ``histogram`` and the figure are made in the loggers' threads.
     """
-    figure = Once(lambda: figures.magnitude_heatmap(histogram(), title, eps))
+    figure = Lazy(lambda: figures.magnitude_heatmap(histogram(), title, eps))
 
     def show(sink: Sink) -> None:
         if figures.available() and sink.shows_figures and histogram().counts.any():
@@ -169,12 +162,10 @@ def send_heatmap(
     send(show)
 
 
-class Outlets:
+class LoggerQueues:
     """The loggers of a Trainer together: each gets what is reported, whatever happens to the others.
 
-    A sink that may run in the background has a :class:`Writer` of its own, so that one that hangs holds up neither the
-    training nor the other sinks. What a sink raises is warned of once, in the thread that calls the methods; it is tried
-    again with the next report.
+    What a logger raises is warned of once, in the thread that calls the methods; it is tried again with the next report.
 
     Args:
         loggers: loggers, or instances of ``SummaryWriter``.
@@ -182,55 +173,57 @@ class Outlets:
     """
 
     patience = 30.0
-    """Seconds that :meth:`close` waits for all sinks together."""
+    """Seconds that :meth:`close` waits for all loggers together."""
 
     def __init__(self, loggers: Iterable[Any], warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._outlets = [_Outlet(logger) for logger in loggers]
+        self._queues = [_LoggerQueue(logger) for logger in loggers]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # threads and open files stay in their process: a copy is None, to be made anew
 
     def send(self, job: Callable[[Sink], None]) -> None:
-        """Has each sink given to a job."""
-        for outlet in self._outlets:
-            outlet.send(job)
+        """Has the sink of each logger given to a job."""
+        for each in self._queues:
+            each.send(job)
         self._tell()
 
     def close(self) -> None:
         """Waits until all jobs have run, and drops those that have not begun in time."""
         end = time.monotonic() + self.patience
-        for outlet in self._outlets:
-            outlet.close(max(0.0, end - time.monotonic()))
+        for each in self._queues:
+            each.close(max(0.0, end - time.monotonic()))
         self._tell()
 
     def _tell(self) -> None:
-        for outlet in self._outlets:
-            while outlet.problems:
-                self._warn(outlet.problems.pop(0))
+        for each in self._queues:
+            while each.problems:
+                self._warn(each.problems.pop(0))
 
 
-class _Outlet:
-    """A logger, its sink and writer, and what there is to warn of."""
+class _LoggerQueue:
+    """A logger's sink, and what there is to warn of.
+
+    A sink that may run in the background has a :class:`Writer` of its own, so that one that hangs holds up neither the
+    training nor the other sinks.
+    """
 
     def __init__(self, logger: Any) -> None:
         self.problems: list[str] = []
         self._name = type(logger).__name__
-        self._failed = self._behind = False
+        self._has_failed = self._is_behind = False
         self._sink: Sink | None = None
-        self._attempt(lambda: setattr(self, "_sink", sink_of(logger)))
+        with self._attempt():
+            self._sink = sink_of(logger)
         self._writer = Writer() if self._sink is not None and self._sink.background else None
 
     def send(self, job: Callable[[Sink], None]) -> None:
-        sink = self._sink
-        if sink is None:
-            return
         if self._writer is None:
-            self._attempt(lambda: job(sink))
+            self._run(job)
             return
-        self._writer.submit(lambda: self._attempt(lambda: job(sink)))
-        if self._writer.dropped and not self._behind:
-            self._behind = True
+        self._writer.submit(lambda: self._run(job))
+        if self._writer.dropped and not self._is_behind:
+            self._is_behind = True
             self.problems.append(f"leaves out what {self._name} has no time for, and does not wait for it any longer")
 
     def close(self, timeout: float) -> None:
@@ -241,10 +234,16 @@ class _Outlet:
         if self._writer.dropped:
             self.problems.append(f"has left out {self._writer.dropped} reports that {self._name} had no time for")
 
-    def _attempt(self, job: Callable[[], None]) -> None:
+    def _run(self, job: Callable[[Sink], None]) -> None:
+        if self._sink is not None:
+            with self._attempt():
+                job(self._sink)
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
         try:
-            job()
+            yield
         except Exception as error:
-            if not self._failed:
+            if not self._has_failed:
                 self.problems.append(f"could not log, training goes on: {self._name}: {error!r}")
-            self._failed = True
+            self._has_failed = True

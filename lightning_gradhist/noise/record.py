@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from lightning_gradhist.noise.interval import NoiseEstimate
 
 FILE_NAME = "calibration.json"
 SCHEMA_VERSION = 1
+_LARGEST = 1e15
+"""Beyond any number of steps or samples, and any learning rate; only a noise scale may be larger."""
 
 
 class RecordError(ValueError):
@@ -30,6 +32,7 @@ class OptimizerRecord:
         batch_size: samples of an optimizer step.
         noise: noise scale over the run by metric, ``"simple"`` and ``"adam"``.
         samples: the measurements behind it, see :class:`lightning_gradhist.noise.NoiseRecord`.
+        parameters: names of its parameters; empty in records that do not know them.
     """
 
     name: str
@@ -37,6 +40,7 @@ class OptimizerRecord:
     batch_size: float
     noise: dict[str, NoiseEstimate]
     samples: list[dict[str, Any]]
+    parameters: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,23 @@ class RunRecord:
     optimizers: list[OptimizerRecord]
 
     def save(self, path: str | Path) -> None:
-        """Writes the record whole or not at all: to a file beside it, which then takes its place."""
+        """Writes the record whole or not at all: to a file beside it, which then takes its place.
+
+        Args:
+            path: of a file, whose folder is made, or a URL that fsspec knows (``s3://``, ``gs://``, ``memory://``).
+        """
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+        if is_url(path):
+            _save_at_url(str(path), text)
+            return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed meanwhile
+            left.unlink(missing_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            beside.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            beside.write_text(text, encoding="utf-8")
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -69,11 +83,15 @@ class RunRecord:
     def load(cls, path: str | Path) -> RunRecord:
         """Reads a record.
 
+        Args:
+            path: of a file, or a URL that fsspec knows.
+
         Raises:
-            RecordError: where the file is missing, is no whole record, or has another schema version.
+            RecordError: where the file is missing, is no whole record, has another schema version, or has numbers out of
+                their range.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(_text(path))
         except FileNotFoundError:
             raise RecordError(
                 f"the record {str(path)!r} does not exist; a run with GradientHistogramMonitor leaves {FILE_NAME} in its"
@@ -81,7 +99,7 @@ class RunRecord:
             ) from None
         except IsADirectoryError:
             raise RecordError(f"the record {str(path)!r} is a directory; pass the {FILE_NAME} in it") from None
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of the file, of the text, or of a file system behind a URL
             raise RecordError(
                 f"the record {str(path)!r} cannot be read, it may be truncated or no {FILE_NAME}: {error}"
             ) from error
@@ -94,14 +112,35 @@ class RunRecord:
         try:
             record = cls(
                 model={str(name): list(shape) for name, shape in content["model"].items()},
-                steps=int(content["steps"]),
+                steps=int(_number("steps", content["steps"])),
                 optimizers=[_optimizer_record(entry) for entry in content["optimizers"]],
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise RecordError(f"the record {str(path)!r} is not whole: {error!r}") from error
-        if not record.optimizers or not all(entry.batch_size > 0 for entry in record.optimizers):
+        if not record.optimizers or not all(entry.batch_size >= 1 for entry in record.optimizers):
             raise RecordError(f"the record {str(path)!r} holds no optimizer with a batch size; record the run again")
         return record
+
+    def of_optimizer(self, name: str, parameters: Collection[str]) -> OptimizerRecord:
+        """The entry of an optimizer: of the same parameters, and of several that have them of the same class.
+
+        Args:
+            name: class of the optimizer.
+            parameters: names of its parameters.
+
+        Raises:
+            RecordError: where none fits, or more than one.
+        """
+        fitting = [entry for entry in self.optimizers if not entry.parameters or {*entry.parameters} == {*parameters}]
+        if len(fitting) > 1:
+            fitting = [entry for entry in fitting if entry.name == name]
+        if len(fitting) != 1:
+            there = ", ".join(f"{e.name} of {len(e.parameters) or 'unknown'} parameters" for e in self.optimizers)
+            raise RecordError(
+                f"the record has {len(fitting) or 'no'} optimizers that fit {name} of {len(parameters)} parameters; it has"
+                f" {there}; record a run with this optimizer"
+            )
+        return fitting[0]
 
     def check_model(self, model: Mapping[str, list[int]]) -> None:
         """Refuses a record of another model.
@@ -121,18 +160,72 @@ class RunRecord:
                 )
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether fsspec is asked for a path, as Lightning's loggers do."""
+    return "://" in str(path)
+
+
+def path_in(directory: str, name: str = FILE_NAME) -> str:
+    """The path of a file in a directory, which may be a URL."""
+    return f"{directory.rstrip('/')}/{name}" if is_url(directory) else str(Path(directory) / name)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path there."""
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+    filesystem, path = url_to_fs(url)
+    return filesystem, path
+
+
+def _save_at_url(url: str, text: str) -> None:
+    filesystem, path = file_system(url)
+    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with filesystem.open(path, "wb") as file:  # object stores show a file when it is closed, whole
+        file.write(text.encode())
+
+
+def _text(path: str | Path) -> str:
+    if is_url(path):
+        filesystem, place = file_system(str(path))
+        return bytes(filesystem.cat_file(place)).decode()
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError("it is no regular file")  # to open a pipe would wait for somebody who writes
+    return path.read_text(encoding="utf-8")
+
+
 def _optimizer_record(entry: dict[str, Any]) -> OptimizerRecord:
     noise = {metric: _noise_estimate(estimate) for metric, estimate in entry["noise"].items()}
-    numbers = {
-        "learning_rates": [float(rate) for rate in entry["learning_rates"]],
-        "batch_size": float(entry["batch_size"]),
-    }
-    return OptimizerRecord(**{**entry, **numbers, "noise": noise})
+    rates = [_number("learning_rates", rate) for rate in entry["learning_rates"]]
+    if not any(rates):
+        raise ValueError(f"learning_rates must have one above 0, got {rates}")
+    return OptimizerRecord(
+        **{
+            **entry,
+            "name": str(entry["name"]),
+            "learning_rates": rates,
+            "batch_size": _number("batch_size", entry["batch_size"]),
+            "noise": noise,
+            "parameters": [str(name) for name in entry.get("parameters", ())],
+        }
+    )
 
 
 def _noise_estimate(entry: dict[str, Any]) -> NoiseEstimate:
-    bounded: dict[str, Any] = {key: math.inf if value is None else float(value) for key, value in entry.items()}
-    return NoiseEstimate(**{**bounded, "measurements": int(entry["measurements"])})
+    numbers = {key: math.inf if value is None else _number(key, value, 1e300) for key, value in entry.items()}
+    estimate = NoiseEstimate(**{**numbers, "measurements": int(numbers["measurements"])})  # type: ignore[arg-type]
+    if not estimate.lower <= estimate.upper or not estimate.confidence < 1:
+        raise ValueError(f"the interval of a noise scale must be in order, got {estimate}")
+    return estimate
+
+
+def _number(name: str, value: Any, largest: float = _LARGEST) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= largest:
+        raise ValueError(f"{name} must be from 0 to {largest:g}, got {str(value)[:20]}")
+    return float(value)
 
 
 def _finite(content: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -62,14 +62,17 @@ class GradientMoments:
         """Unbiased variance of one gradient; needs two."""
         return {name: squares / (self.count - 1) for name, squares in self.sum_of_squares.items()}
 
-    def second_moment(self, batch_ratio: float = 1.0) -> dict[str, Tensor]:
+    def second_moment(self, batch_ratio: float = 1.0, centered: Collection[str] = ()) -> dict[str, Tensor]:
         r"""Expected squared gradient :math:`\mu^2 + \sigma^2 / k` of a batch ``k = batch_ratio`` times as large.
 
-        The square of the measured mean is larger than :math:`\mu^2` by :math:`\sigma^2 / n`, which is taken off.
+        The square of the measured mean is larger than :math:`\mu^2` by :math:`\sigma^2 / n`, which is taken off. Of the
+        names in ``centered`` it is the variance :math:`\sigma^2 / k`.
         """
         variance = self.variance()
         return {
-            name: mean.square().sub_(variance[name] / self.count).clamp_(min=0).add_(variance[name] / batch_ratio)
+            name: variance[name] / batch_ratio
+            if name in centered
+            else mean.square().sub_(variance[name] / self.count).clamp_(min=0).add_(variance[name] / batch_ratio)
             for name, mean in self.mean.items()
         }
 
@@ -145,12 +148,13 @@ class NoiseScale:
         inflation = 1 + 1 / self.first_half.count  # the deviation is from a measured mean
         self._measurements.append((total(terms), inflation))
 
-    def split(self, eps: float, batch_ratio: float = 1.0) -> None:
+    def split(self, eps: float, batch_ratio: float = 1.0, centered: Collection[str] = ()) -> None:
         """Ends the first half, and fixes the metric of ``B_adam`` from it.
 
         Args:
             eps: Adam's epsilon, in units of the gradient.
             batch_ratio: samples of an optimizer step as a multiple of ``batch_size``, which is what ``v`` is of.
+            centered: names of the parameters whose ``v`` is the variance, as a centered RMSprop has it.
 
         Raises:
             RuntimeError: if the first half has fewer than two gradients, or was ended before.
@@ -159,10 +163,12 @@ class NoiseScale:
             raise RuntimeError("split() ends the first half and can be called once")
         if self.first_half.count < 2:
             raise RuntimeError(f"the first half needs two gradients for a variance, got {self.first_half.count}")
-        second_moment, variance = self.first_half.second_moment(batch_ratio), self.first_half.variance()
+        second_moment, variance = self.first_half.second_moment(batch_ratio, centered), self.first_half.variance()
         self._weights = {name: adam_weight(v, eps) for name, v in second_moment.items()}
         self._references = {
-            name: _unbiased_reference(mean, variance[name] / self.first_half.count, second_moment[name], eps)
+            name: mean * self._weights[name]  # which does not depend on the mean
+            if name in centered
+            else _unbiased_reference(mean, variance[name] / self.first_half.count, second_moment[name], eps)
             for name, mean in self.first_half.mean.items()
         }
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from lightning_gradhist.noise.interval import NoiseEstimate, average, ratio_estimate
+from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate
 
 METRICS = ("simple", "adam")
 _MAX_WINDOWS = 8
@@ -30,16 +31,20 @@ class NoiseRecord:
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
-        most: beyond this number of samples, neighbours are averaged, so that a record does not grow for ever.
+        most: entries that a record may have, so that it does not grow for ever. Beyond it two neighbours become one, and
+            from then on an entry is the average of twice as many successive measurements, so that all weigh the same.
     """
 
     def __init__(self, samples: Sequence[Mapping[str, Any]] = (), most: int = 4096) -> None:
         self._samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
+        self._stride = max(map(_measurements, self._samples), default=1)
+        """Measurements of an entry; the last entry has fewer until it is whole."""
         self._waiting: list[tuple[int, float, Tensor]] = []
         self._most = most
 
     def __len__(self) -> int:
-        return len(self._samples) + len(self._waiting)
+        """Number of measurements."""
+        return sum(map(_measurements, self._samples)) + len(self._waiting)
 
     def add(self, step: int, batch_size: float, measurement: Tensor) -> None:
         """Adds one measurement, without waiting for the device that makes it; every 64th waits for those before it.
@@ -55,7 +60,10 @@ class NoiseRecord:
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        """What was measured, as numbers: ``step``, ``batch_size``, and noise and signal in each metric."""
+        """What was measured, as numbers: ``step``, ``batch_size``, and noise and signal in each metric.
+
+        An entry that is the average of several also has their number, ``measurements``, and the step of the first.
+        """
         self._take_down()
         return self._samples
 
@@ -63,15 +71,23 @@ class NoiseRecord:
         for step, batch_size, measurement in self._waiting:
             numbers = [number if math.isfinite(number) else None for number in measurement.tolist()]
             keys = [f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")]
-            self._samples.append({"step": step, "batch_size": batch_size, **dict(zip(keys, numbers, strict=True))})
+            self._append({"step": step, "batch_size": batch_size, **dict(zip(keys, numbers, strict=True))})
         self._waiting.clear()
-        while len(self._samples) > self._most:
-            self._samples = [_average_sample(pair) for pair in _cut(self._samples, -(-len(self._samples) // 2))]
+
+    def _append(self, sample: dict[str, Any]) -> None:
+        samples = self._samples
+        if samples and _measurements(samples[-1]) < self._stride:
+            samples.append(_averaged([samples.pop(), sample]))
+        else:
+            samples.append(sample)
+        if len(samples) > self._most:
+            self._samples = [_averaged(samples[i : i + 2]) for i in range(0, len(samples), 2)]
+            self._stride *= 2
 
     def estimate(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
         """The noise scale averaged over the run, in samples.
 
-        It grows during a run, so the run is cut into windows of equal length, each gives a ratio with Fieller's
+        It grows during a run, so the run is cut into windows of equally many steps, each gives a ratio with Fieller's
         interval, and the ratios are averaged, errors in quadrature. There are as many windows, up to eight, as leave
         every interval bounded.
 
@@ -80,24 +96,37 @@ class NoiseRecord:
             confidence: of the interval.
         """
         samples = self._known(metric)
-        for number in range(max(1, min(_MAX_WINDOWS, len(samples) // _MIN_WINDOW)), 0, -1):
-            windows = [_of_window(window, metric, confidence) for window in _cut(samples, number)]
+        measured = sum(map(_measurements, samples))
+        for number in range(max(1, min(_MAX_WINDOWS, measured // _MIN_WINDOW)), 0, -1):
+            spans, cut = _cut(samples, number)
+            windows = [_of_window(window, metric, confidence) for window in cut]
             if all(math.isfinite(window.upper) for window in windows):
-                return _average(windows)
-        return windows[0]
+                break
+        found = _average(windows, spans) if len(windows) > 1 else windows[0]
+        return replace(found, measurements=sum(window.measurements for window in windows) * self._stride)
 
     def _known(self, metric: str) -> list[dict[str, Any]]:
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        return [s for s in self.samples if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
+        whole = [sample for sample in self.samples if _measurements(sample) == self._stride]
+        return [s for s in whole if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
 
 
-def _average_sample(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    averaged: dict[str, Any] = {"step": samples[0]["step"]}
-    for key in samples[0].keys() - {"step"}:
-        known = [sample[key] for sample in samples if sample[key] is not None]
-        averaged[key] = average(known) if known else None
-    return {key: averaged[key] for key in samples[0]}
+def _measurements(sample: Mapping[str, Any]) -> int:
+    return sample.get("measurements", 1)
+
+
+def _averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The average of neighbours, each with the weight of its measurements."""
+    if len(samples) == 1:
+        return dict(samples[0])
+    averaged: dict[str, Any] = {}
+    for key in samples[0].keys() - {"step", "measurements"}:
+        known = [(sample[key], _measurements(sample)) for sample in samples if sample[key] is not None]
+        weight = sum(count for _, count in known)
+        averaged[key] = math.fsum(value * count for value, count in known) / weight if known else None
+    ordered = {key: averaged[key] for key in samples[0] if key in averaged}
+    return {"step": samples[0]["step"], **ordered, "measurements": sum(map(_measurements, samples))}
 
 
 def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: float) -> NoiseEstimate:
@@ -107,14 +136,26 @@ def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: fl
     return ratio_estimate(noise, signal, scale=1.0, confidence=confidence)
 
 
-def _average(windows: Sequence[NoiseEstimate]) -> NoiseEstimate:
-    value = average([window.value for window in windows])
-    below = math.hypot(*(window.value - window.lower for window in windows)) / len(windows)
-    above = math.hypot(*(window.upper - window.value for window in windows)) / len(windows)
-    measurements = sum(window.measurements for window in windows)
-    return NoiseEstimate(value, max(value - below, 0.0), value + above, windows[0].confidence, measurements)
+def _average(windows: Sequence[NoiseEstimate], spans: Sequence[float]) -> NoiseEstimate:
+    shares = [span / math.fsum(spans) for span in spans]
+    value = math.fsum(share * window.value for share, window in zip(shares, windows, strict=True))
+    below = math.hypot(*(share * (window.value - window.lower) for share, window in zip(shares, windows, strict=True)))
+    above = math.hypot(*(share * (window.upper - window.value) for share, window in zip(shares, windows, strict=True)))
+    return NoiseEstimate(value, max(value - below, 0.0), value + above, windows[0].confidence, 0)
 
 
-def _cut(samples: Sequence[Any], number: int) -> list[Sequence[Any]]:
-    cuts = [i * len(samples) // number for i in range(number + 1)]
-    return [samples[low:high] for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
+def _cut(samples: Sequence[dict[str, Any]], number: int) -> tuple[list[float], list[list[dict[str, Any]]]]:
+    """Windows of about equally many steps, with that number; a sample stands for the steps up to the next one."""
+    first, last = (samples[0]["step"], samples[-1]["step"]) if samples else (0, 0)
+    if number == 1 or last <= first:
+        return [1.0], [list(samples)]
+    starts = [sample["step"] for sample in samples]
+    starts.append(last + (last - first) / (len(samples) - 1))
+    windows: list[list[dict[str, Any]]] = [[] for _ in range(number)]
+    spans = [0.0] * number
+    for sample, start, end in zip(samples, starts[:-1], starts[1:], strict=True):
+        index = math.ceil(number * (end - first) / (starts[-1] - first) - 1e-9) - 1
+        index = min(max(index, 0), number - 1)
+        windows[index].append(sample)
+        spans[index] += end - start
+    return spans, windows

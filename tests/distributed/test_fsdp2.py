@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 from rank_jobs import run_ranks
-from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unused, whole
+from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unreduced, unused, whole
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import ALTO, NoiseScale
 from lightning_gradhist.noise.step import adam_weight, measure_pair
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
+)
 def run(request, tmp_path_factory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("shards")
     return folder, run_ranks(trained, request.param, folder)
@@ -38,6 +40,7 @@ def test_a_rank_without_a_gradient_still_joins_the_collective(tmp_path) -> None:
     assert run_ranks(unused, 2, tmp_path) == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path) -> None:
     expected = run_ranks(saved, 2, tmp_path)[0]
@@ -90,6 +93,15 @@ def test_the_monitor_counts_every_shard_once(run) -> None:
         assert all(rank[case][2] == samples for rank in found)
     assert "when='local' counts what each rank computed before averaging" in found[0]["local"]
     assert found[0]["partial"] == 5 * [len(found)]  # added up, as the parameter lies
+
+
+def test_gradients_that_are_still_to_be_summed_are_counted_where_every_rank_has_room(tmp_path) -> None:
+    (gradients, _), (_, said) = run_ranks(unreduced, 2, tmp_path)
+    assert said == []  # rank zero alone speaks
+    assert [event.step for event in events(tmp_path / "unreduced").Histograms("gradient_magnitude/all")] == [0, 4]
+    for step in (0, 4):
+        pooled = torch.cat([gradient.flatten() for gradient in gradients[step].values()])
+        assert logged_counts(tmp_path / "unreduced", "gradient_magnitude/all", step) == expected_counts(pooled)
 
 
 def test_a_probe_of_shards_is_that_of_the_whole(run) -> None:

@@ -10,6 +10,7 @@ from rank_jobs import (
     apart,
     calibrated,
     exit_codes,
+    hostile_record,
     invisible,
     killed,
     monitored,
@@ -17,14 +18,16 @@ from rank_jobs import (
     out_of_step,
     run_ranks,
     short_of_memory,
+    told_to_stop,
     uneven,
+    zero,
 )
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
 from lightning_gradhist.noise.record import RunRecord
 
-RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")]
+RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -132,6 +135,11 @@ def test_all_ranks_end_with_the_same_values(tmp_path, ranks: int) -> None:
     assert (group["alpha"], group["explore_beta"]) == (-5.0, 0.99)  # 1,024 samples and more
 
 
+def test_a_hostile_record_ends_all_ranks_with_the_same_message(tmp_path) -> None:
+    one, other = run_ranks(hostile_record, 2, tmp_path)
+    assert one == other and "learning_rates must be from 0 to 1e+15, got -0.01" in one
+
+
 def test_a_calibration_that_is_not_applied_is_invisible_on_two_ranks(tmp_path) -> None:
     found = run_ranks(invisible, 2, tmp_path)
     for rank in found:
@@ -152,7 +160,7 @@ def test_a_rank_without_finite_gradients_stops_nothing(tmp_path) -> None:
     found = run_ranks(uneven, 2, tmp_path)
     (group, reasons, gradients, _), other = found
     assert other[0] == group and other[2] == gradients == 4
-    assert any("4 of 8 batches of the probe gave no finite gradient" in reason for reason in reasons)
+    assert any("4 of 8 batches of the probe gave a gradient that is not finite" in reason for reason in reasons)
 
 
 def test_trainers_of_their_own_are_not_added_up(tmp_path) -> None:
@@ -168,6 +176,8 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     assert found[0] == found[1]
     gradients, problems = found[0]["uneven"]
     assert gradients == 0 and any("no probe" in problem for problem in problems)
+    gradients, problems = found[0]["stream"]
+    assert gradients == 0 and any("train_dataloader.dataset.source is a generator" in problem for problem in problems)
     gradients, problems = found[0]["fails"]
     assert gradients == 0 and any("no probe" in problem for problem in problems)
     assert found[0]["overflows"][0] == 16
@@ -178,6 +188,10 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["no room"]
     assert gradients == 0 and any("no probe: to hold gradients raised OutOfMemory" in problem for problem in problems)
     assert "group_by gives other groups on other ranks" in found[0]["groups"]
+
+
+def test_ranks_that_are_told_to_stop_in_the_probe_end_with_the_batch(tmp_path) -> None:
+    assert run_ranks(told_to_stop, 2, tmp_path) == [("SIGTERMException", "xx", None)] * 2
 
 
 def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -> None:
@@ -195,10 +209,19 @@ def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path
         ("part", "gradient_magnitude/all"),
         ("copy", "gradient_local_magnitude/all"),
         ("state", "optimizer_second_moment/all"),
+        ("table", "optimizer_second_moment/all"),
     ):
         said, nonzero = found[case]
         assert len(said) == 1 and "so that the step is left out" in said[0], (case, said)
         logged = events(tmp_path / case).Histograms(tag)
         assert [event.step for event in logged] == [0, 8], case
-        if case in ("count", "part"):
+        if tag == "gradient_magnitude/all":
             assert logged[-1].histogram_value.num == nonzero  # no rank's part is missing
+
+
+def test_an_optimizer_that_zero_spreads_is_known_by_what_it_spreads(tmp_path) -> None:
+    for eps, result, noise in run_ranks(zero, 2, tmp_path):
+        assert eps == result.epsilon < 1e-1 and not result.problems
+        assert noise is not None and noise.value > 0
+    tags = events(tmp_path).Tags()["scalars"]
+    assert "optimizer_update_ratio/all" in tags and "optimizer_damped_share/all" not in tags

@@ -13,7 +13,7 @@ from kernels.interpreted import CASES
 
 from lightning_gradhist.kernels import available
 
-pytestmark = pytest.mark.skipif(not available(), reason="Triton is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not available(), reason="Triton is not installed")]
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,38 @@ def test_importing_the_package_does_not_import_triton() -> None:
     code = "import sys, lightning_gradhist.kernels as k; k.available(); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_histogram_is_counted_by_torch_where_its_kernel_counts_otherwise(dtype: str) -> None:
+    code = f"""if True:
+        import warnings
+        import torch
+        from lightning_gradhist.histogram import MagnitudeHistogram
+        from lightning_gradhist.kernels import histogram as kernel
+
+        right = kernel.add_magnitudes
+
+        def wrong(table, rows, tensors):
+            right(table, rows, tensors)
+            if tensors[0].dtype == torch.{dtype}:
+                table[1, 0] += 1  # one value of one tensor
+
+        kernel.add_magnitudes = wrong
+        histogram = MagnitudeHistogram(["x", "y"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                histogram.update({{"x": torch.ones(3), "y": torch.ones(3, dtype=torch.{dtype})}})
+        print(histogram.total().tolist(), histogram.zeros.tolist(), *(one.message for one in caught))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    said = f"histograms are counted without their Triton kernel, which counts torch.{dtype} otherwise than torch"
+    assert done.stdout.strip() == f"[6, 6] [0, 0] {said}"

@@ -20,7 +20,7 @@ from support import Net, adamw, events, fit, loader
 from lightning_gradhist import GradientHistogramMonitor
 from lightning_gradhist.logging import sinks
 from lightning_gradhist.logging.sinks import Sink, register_sink
-from lightning_gradhist.logging.writer import Outlets, Writer
+from lightning_gradhist.logging.writer import LoggerQueues, Writer
 
 
 class Broken(DummyLogger):
@@ -115,7 +115,7 @@ def test_a_logger_that_raises(tmp_path: Path, act: Any, message: str, background
 
 def test_a_logger_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Writer, "patience", 3.0)  # enough for the other logger to keep up on a busy machine
-    monkeypatch.setattr(Outlets, "patience", 3.0)
+    monkeypatch.setattr(LoggerQueues, "patience", 3.0)
     release = threading.Event()
     broken = Broken(lambda: release.wait(120))
     try:

@@ -119,6 +119,23 @@ def test_heatmap_of_many_names(number: int, labels: int) -> None:
     assert all(lower.y1 <= upper.y0 + 1 for upper, lower in zip(boxes, boxes[1:], strict=False))  # they do not overlap
 
 
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        pytest.param([f"{i:03d}{'x' * 66}.weight" for i in range(10)], "000xxxxxxxxxxx…", id="told apart at the start"),
+        pytest.param([f"{'x' * 60}.{i}.weight" for i in range(10)], "0.weight", id="told apart at the end"),
+        pytest.param([f"{'x' * 60}{i}{'y' * 60}" for i in range(10)], "xxxxxxxxxxxxxx…", id="told apart in the middle"),
+        pytest.param([f"{'x' * 94}{i:06d}" for i in range(1000)], "xxxxxxxxxxxxxx…", id="a thousand"),
+    ],
+)
+def test_heatmap_of_long_names(names: list[str], first: str) -> None:
+    axes = drawn(magnitude_heatmap(counted({name: lognormal(-3, 20, seed=i) for i, name in enumerate(names)}), "long"))
+    found = [label.get_text() for label in axes.get_yticklabels()]
+    assert found[0].startswith(first) and len(set(found)) == len(found) and max(map(len, found)) <= 60
+    box, label = axes.get_window_extent(), axes.get_yticklabels()[0].get_window_extent()
+    assert label.x0 >= 0 and label.x1 <= box.x0 and box.width > 300  # pixels: the rows keep their room
+
+
 def test_heatmap_of_one_bin() -> None:
     axes = drawn(magnitude_heatmap(counted({"w": torch.full((5,), 1e-3)}), "one"))
     low, high = axes.get_xlim()

@@ -13,7 +13,7 @@ import torch
 
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.sinks import Sink
-from lightning_gradhist.logging.writer import HostCopy, Once, Outlets, Writer
+from lightning_gradhist.logging.writer import HostHistogram, Lazy, LoggerQueues, Writer
 
 
 def test_once_is_made_once_for_all_threads() -> None:
@@ -24,7 +24,7 @@ def test_once_is_made_once_for_all_threads() -> None:
         made.append(time.monotonic())
         return made[-1]
 
-    value, found = Once(make), []
+    value, found = Lazy(make), []
     threads = [threading.Thread(target=lambda: found.append(value())) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -92,7 +92,7 @@ def test_closing_does_not_wait_for_ever_and_drops_what_has_not_begun() -> None:
     assert seen == [0]  # what had begun could not be stopped
 
 
-# --- outlets ---------------------------------------------------------------------------------------------------------
+# --- queues ---------------------------------------------------------------------------------------------------------
 
 
 class Lines(list):  # type: ignore[type-arg]
@@ -118,10 +118,10 @@ class Plain(list):  # type: ignore[type-arg]
 def test_one_that_raises_costs_one_warning_and_nobody_else_anything() -> None:
     said: list[str] = []
     loggers: list[Any] = [Lines(), Plain(), Lines()]
-    outlets = Outlets(loggers, said.append)
+    queues = LoggerQueues(loggers, said.append)
     for step in range(5):
-        outlets.send(lambda sink, step=step: sink.scalars({"bad": 0.0} if step in (1, 2) else {"good": 0.5}, step))  # type: ignore[misc]
-    outlets.close()
+        queues.send(lambda sink, step=step: sink.scalars({"bad": 0.0} if step in (1, 2) else {"good": 0.5}, step))  # type: ignore[misc]
+    queues.close()
     for logger in loggers:
         assert [entry[:3] for entry in logger] == [("good", 0.5, step) for step in (0, 3, 4)]
     assert {entry[3] for entry in loggers[0]} == {"gradhist-writer"}
@@ -142,30 +142,30 @@ def test_a_logger_that_cannot_be_opened_is_left_out() -> None:
 
     said: list[str] = []
     other = Plain()
-    outlets = Outlets([Shut(), other], said.append)
-    outlets.send(lambda sink: sink.scalars({"good": 1.0}, 0))
-    outlets.close()
+    queues = LoggerQueues([Shut(), other], said.append)
+    queues.send(lambda sink: sink.scalars({"good": 1.0}, 0))
+    queues.close()
     assert said == ["could not log, training goes on: Shut: ConnectionError('no server')"] and len(other) == 1
 
 
-def test_a_copy_of_outlets_is_none() -> None:
-    outlets = Outlets([Lines()], print)
-    outlets.send(lambda sink: sink.scalars({"good": 1.0}, 0))
-    assert pickle.loads(pickle.dumps(outlets)) is None and copy.deepcopy({"a": outlets}) == {"a": None}
-    outlets.close()
+def test_a_copy_of_queues_is_none() -> None:
+    queues = LoggerQueues([Lines()], print)
+    queues.send(lambda sink: sink.scalars({"good": 1.0}, 0))
+    assert pickle.loads(pickle.dumps(queues)) is None and copy.deepcopy({"a": queues}) == {"a": None}
+    queues.close()
 
 
 def test_no_logger_needs_no_thread() -> None:
     before = threading.active_count()
-    outlets = Outlets([], print)
+    queues = LoggerQueues([], print)
     jobs: list[Sink] = []
-    outlets.send(jobs.append)
+    queues.send(jobs.append)
     assert threading.active_count() == before and jobs == []
-    outlets.close()
+    queues.close()
 
 
 def test_a_copy_on_the_host_can_be_copied() -> None:
     histogram = MagnitudeHistogram(["w"])
     histogram.update({"w": torch.ones(3)})
-    there = pickle.loads(pickle.dumps(HostCopy(histogram)))()
+    there = pickle.loads(pickle.dumps(HostHistogram(histogram)))()
     assert torch.equal(there.table, histogram.table) and there.names == ["w"]

@@ -472,6 +472,49 @@ def test_samples_that_are_not_finite_are_left_out() -> None:
     assert record.estimate("simple").measurements == 31 and record.estimate("adam").measurements == 30
 
 
+def series(scales: np.ndarray, most: int, every: int = 1, seed: int = 0) -> NoiseRecord:
+    """One measurement a scale, noise and signal each with an error of 30%."""
+    rng, record = np.random.default_rng(seed), NoiseRecord(most=most)
+    for i, scale in enumerate(scales):
+        noise, signal = (1 + 0.3 * rng.normal(size=2)) * [scale, 1.0]
+        record.add(i * every, 1.0, torch.tensor([noise, signal, noise, signal], dtype=torch.float64))
+    return record
+
+
+@pytest.mark.parametrize("number", [64, 65, 129, 700, 5000])
+@pytest.mark.parametrize("late", [10.0, 1000.0], ids=["steady", "grows-at-the-end"])
+def test_a_bounded_record_agrees_with_an_unbounded_one(number: int, late: float) -> None:
+    scales = np.where(np.arange(number) < 0.75 * number, 10.0, late)
+    bounded, whole = series(scales, most=64), series(scales, most=10**9)
+    assert len(bounded.samples) <= 64 < len(whole.samples) + 1 and len(bounded) == len(whole) == number
+    found, expected = bounded.estimate(), whole.estimate()
+    assert found.value == pytest.approx(expected.value, rel=0.06)
+    assert found.lower < expected.value < found.upper
+    assert found.measurements <= number < found.measurements + 2 * number / 32
+
+
+@pytest.mark.parametrize("cut", [10, 65, 100, 131, 999])
+def test_a_record_goes_on_in_mid_stride_as_if_never_saved(cut: int) -> None:
+    measurements = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    through, first = NoiseRecord(most=64), NoiseRecord(most=64)
+    for step, measurement in enumerate(measurements):
+        through.add(step, 8, measurement)
+    for step in range(cut):
+        first.add(step, 8, measurements[step])
+    again = NoiseRecord(json.loads(json.dumps(first.samples)), most=64)
+    for step in range(cut, 1000):
+        again.add(step, 8, measurements[step])
+    assert again.samples == through.samples and again.estimate() == through.estimate()
+
+
+def test_windows_are_of_steps_however_densely_they_were_measured() -> None:
+    record = NoiseRecord()
+    for step in [*range(0, 800), *range(800, 1600, 20)]:  # measured rarely after a resume: half of the run all the same
+        scale = 10.0 if step < 800 else 1000.0
+        record.add(step, 1.0, torch.tensor([scale, 1.0, scale, 1.0], dtype=torch.float64))
+    assert record.estimate().value == pytest.approx(505, rel=0.15)  # by entries it would be 57
+
+
 def test_an_empty_record() -> None:
     for record in (NoiseRecord(), NoiseRecord([{"noise_adam": None, "signal_adam": None, "batch_size": 1, "step": 0}])):
         assert record.estimate() == NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 0)

@@ -14,7 +14,7 @@ import torch
 
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import NoiseEstimate
-from lightning_gradhist.noise.record import FILE_NAME, SCHEMA_VERSION, OptimizerRecord, RecordError, RunRecord
+from lightning_gradhist.noise.record import FILE_NAME, SCHEMA_VERSION, OptimizerRecord, RecordError, RunRecord, path_in
 
 
 def record() -> RunRecord:
@@ -135,6 +135,47 @@ def test_the_smallest_legal_record(tmp_path: Path) -> None:
         pytest.param(edited(model=[1]), "is not whole", id="model-is-a-list"),
         pytest.param(edited(model={"w": 3}), "is not whole", id="shape-is-a-number"),
         pytest.param(edited(steps="many"), "is not whole: ValueError", id="steps"),
+        pytest.param(edited(steps=-1), "steps must be from 0 to 1e.15, got -1", id="steps-negative"),
+        pytest.param(edited(steps=True), "steps must be a number, got True", id="steps-bool"),
+        pytest.param(edited(steps=10**400), "steps must be from 0 to", id="steps-huge"),
+        *[
+            pytest.param(edited(optimizers=[{**OPTIMIZER, "learning_rates": rates}]), message, id=f"rates-{rates}"[:20])
+            for rates, message in [
+                ([-0.01], "learning_rates must be from 0"),
+                ([math.nan], "learning_rates must be from 0"),
+                ([0.1, math.inf], "learning_rates must be from 0"),
+                ([1e300], "learning_rates must be from 0"),
+                ([10**400], "learning_rates must be from 0"),
+                ([0.0], "learning_rates must have one above 0"),
+                ([], "learning_rates must have one above 0"),
+                (["0.1"], "learning_rates must be a number, got '0.1'"),
+                ([True], "learning_rates must be a number, got True"),
+            ]
+        ],
+        *[
+            pytest.param(edited(optimizers=[{**OPTIMIZER, "batch_size": size}]), message, id=f"batch-{size}"[:20])
+            for size, message in [
+                (math.inf, "batch_size must be from 0"),
+                (math.nan, "batch_size must be from 0"),
+                (-8, "batch_size must be from 0"),
+                (1e-300, "holds no optimizer with a batch size"),
+                (10**400, "batch_size must be from 0"),
+                ("8", "batch_size must be a number"),
+            ]
+        ],
+        *[
+            pytest.param(
+                edited(optimizers=[{**OPTIMIZER, "noise": {"adam": {**ESTIMATE, **wrong}}}]),
+                message,
+                id=f"noise-{wrong}",
+            )
+            for wrong, message in [
+                ({"value": -1}, "value must be from 0"),
+                ({"lower": 9, "upper": 8}, "the interval of a noise scale must be in order"),
+                ({"confidence": 95}, "the interval of a noise scale must be in order"),
+                ({"measurements": None}, "is not whole"),
+            ]
+        ],
         pytest.param(edited(optimizers=None), "is not whole", id="no-optimizers"),
         pytest.param(edited(optimizers=[3]), "is not whole", id="optimizer-is-a-number"),
         pytest.param(edited(optimizers=[{**OPTIMIZER, "more": 1}]), "is not whole", id="unknown-key"),
@@ -155,6 +196,56 @@ def test_refusals(tmp_path: Path, text: str | None, message: str) -> None:
     with pytest.raises(RecordError, match=message) as caught:
         RunRecord.load(path)
     assert repr(str(path)) in str(caught.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE_NAME)
+    with pytest.raises(RecordError, match="it is no regular file"):
+        RunRecord.load(tmp_path / FILE_NAME)
+
+
+def test_what_a_killed_process_left_is_gone_after_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / f".{FILE_NAME}.12345").write_text("{")
+    record().save(tmp_path / FILE_NAME)
+    assert os.listdir(tmp_path) == [FILE_NAME]
+
+
+def test_a_url_is_written_and_read_through_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = path_in("memory://bucket/deep/logs/")
+    record().save(url)
+    assert RunRecord.load(url) == record() and not os.listdir(tmp_path)
+    with pytest.raises(RecordError, match="'memory://bucket/none.json' does not exist"):
+        RunRecord.load("memory://bucket/none.json")
+    with pytest.raises(RecordError, match="'nosuch://bucket/none.json' cannot be read"):
+        RunRecord.load("nosuch://bucket/none.json")
+
+
+def entry(name: str, *parameters: str) -> OptimizerRecord:
+    return OptimizerRecord(name, [0.1], 8, {}, [], list(parameters))
+
+
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        pytest.param([entry("SGD")], 0, id="the-only-one-though-of-another-class"),
+        pytest.param([entry("Adam", "g"), entry("Adam", "d")], 1, id="by-parameters"),
+        pytest.param([entry("Adam", "g"), entry("SGD", "d")], 1, id="by-parameters-of-another-class"),
+        pytest.param([entry("SGD"), entry("Adam")], 1, id="by-class-in-an-older-record"),
+        pytest.param([entry("Adam"), entry("Adam")], None, id="both-may-be-meant"),
+        pytest.param([entry("Adam", "g")], None, id="of-other-parameters"),
+        pytest.param([entry("SGD"), entry("RMSprop")], None, id="of-other-classes"),
+    ],
+)
+def test_a_record_of_several_optimizers_is_used_for_the_one_that_fits(
+    entries: list[OptimizerRecord], found: int | None
+) -> None:
+    run = RunRecord({}, 1, entries)
+    if found is not None:
+        assert run.of_optimizer("Adam", ["d"]) is entries[found]
+        return
+    with pytest.raises(RecordError, match="optimizers that fit Adam of 1 parameters; it has"):
+        run.of_optimizer("Adam", ["d"])
 
 
 def test_a_folder_is_no_record(tmp_path: Path) -> None:

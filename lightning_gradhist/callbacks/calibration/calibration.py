@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from enum import Enum
+from types import NoneType
 from typing import Any, Literal, Optional, Union
 
 from lightning_gradhist.callbacks._lightning import (
@@ -18,14 +20,14 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.batch_size import effective_batch_size
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before
-from lightning_gradhist.callbacks.parameters import model_shapes
+from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults
+from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.report import CalibrationResult, GroupChange
 from lightning_gradhist.logging.sinks import sinks
-from lightning_gradhist.noise.record import RecordError, RunRecord
+from lightning_gradhist.noise.record import OptimizerRecord, RecordError, RunRecord
 
 
 class _Phase(Enum):
@@ -56,9 +58,18 @@ class _Applied:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
-        """Reads a state, also one of an older version, which may lack keys and have others."""
+        """Reads a state, also one of an older version, which may lack keys and have others.
+
+        Raises:
+            Exception: for anything else.
+        """
         changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
-        return cls(state["report"], changes, state.get("batch_size"))
+        found = cls(state["report"], changes, state.get("batch_size"))
+        numbers = [found.batch_size or 0.0, *(change.after for change in changes)]
+        groups = [change.group for change in changes]
+        if not (isinstance(found.report, (str, NoneType)) and all(map(_is_number, map(abs, (*numbers, *groups))))):
+            raise TypeError(f"a text, numbers and groups are wanted, got {state!r}")
+        return found
 
 
 class OptimizerCalibration(Callback):
@@ -79,7 +90,8 @@ class OptimizerCalibration(Callback):
     *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
     some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch
     size, clipping, adaptor E). ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers
-    another to the largest power of ten that does. It never raises one, but to 1e-7 where torch's optimizer would step in
+    another to the largest power of ten that does; what is zero but for rounding, as the gradient of a bias before a
+    normalization, counts as zero. It never raises one, but to 1e-7 where torch's optimizer would step in
     float16, in which 1e-8 is zero.
 
     *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
@@ -94,13 +106,17 @@ class OptimizerCalibration(Callback):
 
     *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and
     ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
-    and the schedulers. It is done once: a resumed run keeps its values, and warns where it goes on at another batch size.
+    and the schedulers, with the rates that these keep of their own (``eta_min``). Copies of them are stepped through the run
+    first: where one would not follow at every step, the rate is kept, and the report names it. Groups that are added later,
+    as by ``BackboneFinetuning``, begin with the calibrated epsilon; their rate is left as it was added, with a warning.
+    All is done once: a resumed run keeps its values, and warns where it goes on at another batch size.
     Callbacks that read the learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come
     after this one.
 
     Args:
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
-        reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model.
+        reference: path of the ``calibration.json`` that ``GradientHistogramMonitor`` left in a run of the same model, or
+            its URL (``s3://``, ``gs://``). Of a record of several optimizers, that of the same parameters is used.
         epsilon: ``"auto"``, ``"keep"``, or a number to be set.
         learning_rate: the law: ``"surge"``, which needs a noise scale, or ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or
             ``"keep"``.
@@ -112,7 +128,8 @@ class OptimizerCalibration(Callback):
         fallback: the law in place of ``"surge"`` where that is refused: one of the other four.
 
     Attributes:
-        result: what was found, with the report; None before, and in a run that goes on from a checkpoint.
+        result: what was found, with the report; None before, in a run that goes on from a checkpoint, and in the main
+            process of ``ddp_spawn`` and ``ddp_fork``, whose ranks keep it.
 
     Raises:
         MisconfigurationException: for an argument out of its range, ``reference`` together with
@@ -160,9 +177,10 @@ class OptimizerCalibration(Callback):
         self.batch_size = batch_size
         self.fallback = fallback
         self.result: CalibrationResult | None = None
-        self._record: RunRecord | None = None
+        self._recorded: OptimizerRecord | None = None
         self._applied = _Applied()
         self._phase = _Phase.IDLE
+        self._groups = sys.maxsize  # that the optimizer had when they were calibrated
 
     def state_dict(self) -> dict[str, Any]:
         """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
@@ -170,7 +188,11 @@ class OptimizerCalibration(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Marks the calibration as done if it was, and takes up its changes."""
-        self._applied = _Applied.from_state_dict(state_dict)
+        try:
+            self._applied = _Applied.from_state_dict(state_dict)
+        except Exception as error:
+            rank_zero_warn(f"OptimizerCalibration begins anew: its state in the checkpoint cannot be read ({error!r}).")
+            self._applied = _Applied()
         self._phase = _Phase.LOADED if self._applied.report is not None else _Phase.IDLE
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,7 +208,7 @@ class OptimizerCalibration(Callback):
         if obstacle is not None:
             rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
             return
-        self._record = self._read_record(trainer, pl_module)
+        self._recorded = self._read_record(trainer, pl_module)
         self._phase = _Phase.WAITING
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -196,14 +218,17 @@ class OptimizerCalibration(Callback):
             self._look_at_batch_size(trainer)
         elif phase is _Phase.WAITING:
             self._calibrate(trainer, pl_module)
+            self._groups = len(trainer.optimizers[0].param_groups)
+        self._look_at_groups(trainer)
 
     def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
-        result = decide(self, gather(self, trainer, module, self._record))
+        result = decide(self, gather(self, trainer, module, self._recorded))
         if result.problems:
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
+            set_defaults(trainer.optimizers[0], changes)
             self._applied = _Applied(result.to_text(), changes, result.effective_batch_size)
         self.result = result
         rank_zero_info(result.to_text())
@@ -214,10 +239,12 @@ class OptimizerCalibration(Callback):
         """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
         rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
         self._phase = _Phase.RESUMED
+        optimizer, schedulers = trainer.optimizers[0], _schedulers(trainer)
         if not from_checkpoint:
-            optimizer = trainer.optimizers[0]
-            changes = [change for change in self._applied.changes if holds_before(optimizer, change)]
-            apply_changes(optimizer, _schedulers(trainer), changes)
+            changes = [change for change in self._applied.changes if holds_before(optimizer, schedulers, change)]
+            apply_changes(optimizer, schedulers, changes)
+        set_defaults(optimizer, self._applied.changes)
+        self._groups = len(optimizer.param_groups)
 
     def _look_at_batch_size(self, trainer: Trainer) -> None:
         """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
@@ -231,17 +258,30 @@ class OptimizerCalibration(Callback):
             " reference that this one had."
         )
 
-    def _read_record(self, trainer: Trainer, module: LightningModule) -> RunRecord | None:
+    def _look_at_groups(self, trainer: Trainer) -> None:
+        """Warns of a group that was added later, whose rate may or may not come from the calibrated ones."""
+        groups = trainer.optimizers[0].param_groups if len(trainer.optimizers) == 1 else []
+        change = next((change for change in self._applied.changes if change.name == "lr"), None)
+        if len(groups) > self._groups and change is not None:
+            rank_zero_warn(
+                f"OptimizerCalibration: parameter group {self._groups} came after the calibration. It has the calibrated"
+                f" epsilon, and its learning rate, {float(groups[self._groups]['lr']):.4g}, as it was added; if that was not"
+                f" taken from a calibrated rate, multiply it by {change.after / float(change.before):.4g}."
+            )
+        self._groups = max(self._groups, len(groups))
+
+    def _read_record(self, trainer: Trainer, module: LightningModule) -> OptimizerRecord | None:
         if self.reference is None:
             return None
         outcome: Any = trainer.strategy.broadcast(_load(self.reference) if trainer.is_global_zero else None)
+        optimizer = trainer.optimizers[0]
         try:
             if isinstance(outcome, RecordError):
                 raise outcome
             outcome.check_model(model_shapes(module))
+            return outcome.of_optimizer(type(optimizer).__name__, [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
-        return outcome
 
 
 def _obstacle(trainer: Trainer) -> str | None:
@@ -264,8 +304,8 @@ def _is_number(value: Any) -> bool:
 def _load(path: str) -> RunRecord | RecordError:
     try:
         return RunRecord.load(path)
-    except RecordError as error:
-        return error
+    except Exception as error:  # whatever it is, the other ranks are told; its cause they may not be able to read
+        return RecordError(str(error))
 
 
 def _schedulers(trainer: Trainer) -> list[Any]:

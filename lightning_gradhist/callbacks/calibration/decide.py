@@ -53,7 +53,7 @@ def decide(options: Options, evidence: Evidence) -> CalibrationResult:
         effective_batch_size=evidence.batch_size,
         reference_batch_size=_reference(options, evidence),
         changes=(*rate.changes, *eps.changes, *explore.changes),
-        reasons=(*clipping, *eps.reasons, *rate.reasons),
+        reasons=(*probe.reasons, *clipping, *eps.reasons, *rate.reasons),
         problems=tuple(dict.fromkeys((*explore.problems, *probe.problems, *eps.problems, *rate.problems))),
         gradients=probe.gradients,
     )
@@ -98,7 +98,8 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     reference, batch_size = _reference(options, evidence), evidence.batch_size
     obstacle = _rate_obstacle(options, evidence)
     if obstacle is not None:
-        decision.problems.append(obstacle)
+        by_default = options.learning_rate == SURGE and reference is None  # which nobody asked for
+        (decision.reasons if by_default else decision.problems).append(obstacle)
     if options.learning_rate == "keep" or obstacle is not None or batch_size is None or reference is None:
         return _KEPT, decision
     noise, source = known_noise(options, evidence)
@@ -111,15 +112,28 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
         fallback=options.fallback,
     )
     (decision.problems if ratio.law != options.learning_rate else decision.reasons).extend(ratio.reasons)
-    own = [group.lr for group in evidence.groups]
+    own = [group.lr or 0.0 for group in evidence.groups]
     trusted, reason = _trusted_rates(evidence, own, ratio) if ratio.law != "keep" else (own, None)
-    decision.reasons.extend([reason] if reason else [])
-    decision.changes.extend(
+    changes = [
         GroupChange(index, "lr", before, rate * ratio.value)
         for index, (before, rate) in enumerate(zip(own, trusted, strict=True))
         if before > 0 and not math.isclose(rate * ratio.value, before, rel_tol=1e-12)
-    )
+    ]
+    stray = evidence.stray(_factors(own, changes)) if changes else None
+    if stray is not None:
+        decision.problems.append(explain.stray_schedule(stray))
+        return _KEPT, decision
+    decision.reasons.extend([reason] if reason else [])
+    decision.changes.extend(changes)
     return ratio, decision
+
+
+def _factors(own: Sequence[float], changes: Sequence[GroupChange]) -> list[float | None]:
+    """What the rate of each group is multiplied by; None where it is 0."""
+    factors: list[float | None] = [1.0 if rate > 0 else None for rate in own]
+    for change in changes:
+        factors[change.group] = change.after / float(change.before)
+    return factors
 
 
 def known_noise(options: Options, evidence: Evidence) -> tuple[NoiseEstimate | None, str | None]:
@@ -144,7 +158,7 @@ def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
         return _no_batch_size("the learning rate is kept")
     if law == SURGE and not evidence.adaptive:
         return explain.not_adaptive(law, evidence.optimizer)
-    return explain.own_rates(evidence.scheduler) if evidence.scheduler else None
+    return explain.no_rate(evidence.optimizer) if any(group.lr is None for group in evidence.groups) else None
 
 
 def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -> tuple[Sequence[float], str | None]:
@@ -152,7 +166,9 @@ def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -
     recorded = evidence.recorded
     if recorded is None:
         return own, None
-    if recorded.name == evidence.optimizer and len(recorded.learning_rates) == len(own):
+    rates = recorded.learning_rates
+    alike = len(rates) == len(own) and not any(rate == 0 < before for rate, before in zip(rates, own, strict=True))
+    if recorded.name == evidence.optimizer and alike:
         return recorded.learning_rates, explain.recorded_rate(ratio.value, recorded.learning_rates, own)
     why = f"is of {recorded.name}" if recorded.name != evidence.optimizer else "has other parameter groups"
     return own, explain.ratio_only(why, evidence.optimizer, own, recorded.batch_size)

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.adaptor import AUTO, explore_choice, resolve_explore, variance_factor
-from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks._lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_gradhist.callbacks.batch_size import batch_of_rank, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
-from lightning_gradhist.callbacks.calibration.handoff import base_rate, keeps_own_rates
+from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
 from lightning_gradhist.callbacks.gradients import clips_by_norm
-from lightning_gradhist.callbacks.optimizers import least_epsilon, rule_of
+from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of
+from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
+from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_sharded
-from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
+from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, rounding_limits
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE
-from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord, RunRecord
+from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 
 MIN_BATCHES = 4
 """The fewest batches of a probe: two for a variance, two to measure against."""
@@ -53,13 +58,13 @@ class ParamGroup:
     """What a calibration asks of a parameter group.
 
     Attributes:
-        lr: the rate that its schedule is a multiple of.
+        lr: the rate that its schedule is a multiple of; None where that is no number.
         eps: its epsilon; None where that is no number.
         least_eps: the smallest epsilon that it can hold.
         alpha: key of adaptor E's alpha; None where its two numbers are not to be chosen.
     """
 
-    lr: float
+    lr: float | None
     eps: float | None
     least_eps: float
     alpha: str | None
@@ -84,6 +89,7 @@ class ProbeFindings:
         noise: ``B_adam`` in samples.
         gradients: number of gradients behind them, over all ranks.
         clipping: the norm that gradients are clipped to, and the factor that this makes.
+        reasons: what is worth knowing of it.
         problems: a sentence for each thing that could not be done.
     """
 
@@ -91,6 +97,7 @@ class ProbeFindings:
     noise: NoiseEstimate | None = None
     gradients: int = 0
     clipping: tuple[float, float] | None = None
+    reasons: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -104,7 +111,7 @@ class Evidence:
         groups: its parameter groups.
         batch_size: samples of an optimizer step; None if unknown.
         recorded: of an earlier run, or None.
-        scheduler: class of a scheduler that keeps rates of its own, or None.
+        stray: says, of factors for the rates of the groups, which scheduler would not follow them, or None.
         probe: what the probe has found; nothing where there was none.
     """
 
@@ -113,7 +120,7 @@ class Evidence:
     groups: Sequence[ParamGroup]
     batch_size: float | None
     recorded: OptimizerRecord | None = None
-    scheduler: str | None = None
+    stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None
     probe: ProbeFindings = field(default_factory=ProbeFindings)
 
     @property
@@ -122,27 +129,32 @@ class Evidence:
         return self.adaptive and all(group.eps is not None for group in self.groups)
 
 
-def gather(options: Options, trainer: Trainer, module: LightningModule, record: RunRecord | None) -> Evidence:
+def gather(options: Options, trainer: Trainer, module: LightningModule, recorded: OptimizerRecord | None) -> Evidence:
     """Gathers all there is, with a probe where one is needed; to be called on every rank, at the first batch.
 
     Args:
         options: what the user asked for.
         trainer: at its first batch.
         module: at its first batch.
-        record: of an earlier run, or None.
+        recorded: of an earlier run, or None.
     """
     optimizer: Optimizer = trainer.optimizers[0]
     adaptive = rule_of(optimizer).adaptive
+    horizons = _horizons(trainer)
+    rates = base_rates(optimizer, [scheduler for scheduler, _ in horizons])
     evidence = Evidence(
         optimizer=type(optimizer).__name__,
         adaptive=adaptive,
-        groups=[_param_group(optimizer, group, adaptive) for group in optimizer.param_groups],
+        groups=[
+            _param_group(optimizer, group, rate, adaptive)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True)
+        ],
         batch_size=effective_batch_size(trainer, options.batch_size),
-        recorded=record.optimizers[0] if record else None,
-        scheduler=_keeper_of_rates(trainer),
+        recorded=recorded,
+        stray=partial(stray_schedule, optimizer, horizons),
     )
     if needs_probe(options, evidence):
-        measurement = _Measurement(options, trainer, module, evidence)
+        measurement = _Measurement(options, trainer, evidence)
         why_none = run_probe(trainer, module, options.probe_batches, MIN_BATCHES, measurement.measure)
         if why_none is not None:
             evidence.probe.problems.append(explain.no_probe(why_none))
@@ -159,16 +171,18 @@ def needs_probe(options: Options, evidence: Evidence) -> bool:
 class _Measurement:
     """The two halves of a probe: the search space of epsilon, then the noise scale in the metric that it gives."""
 
-    def __init__(self, options: Options, trainer: Trainer, module: LightningModule, evidence: Evidence) -> None:
-        self._options, self._trainer, self._module, self._evidence = options, trainer, module, evidence
+    def __init__(self, options: Options, trainer: Trainer, evidence: Evidence) -> None:
+        self._options, self._trainer, self._evidence = options, trainer, evidence
         self._found = evidence.probe
         self._micro_batches = gradients_a_step(trainer)
+        self._centered: set[str] = set()
 
-    def measure(self, planned: int, tick: Callable[[], Any]) -> None:
+    def measure(self, apart: Apart, planned: int, tick: Callable[[], Any]) -> None:
         """Reads up to ``planned`` batches on each rank."""
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
-        probe = Probe(trainer, self._module, optimizer, batch_of_rank(trainer, self._options.batch_size), tick)
+        probe = Probe(apart, batch_of_rank(trainer, self._options.batch_size), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
+        self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
         first = (planned + 1) // 2
         for gradient in probe.gradients(first):
@@ -181,37 +195,52 @@ class _Measurement:
         batch_ratio = self._batch_ratio(optimizer.param_groups[0])
         clipping = self._find_search_space(noise, probe, batch_ratio)
         eps = self._evidence.groups[0].chosen_eps(self._options.epsilon, self._found.search_space) / clipping
-        on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio))
+        on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio, self._centered))
         for gradient in probe.gradients(planned - first):
             noise.update(gradient)
         pool(noise, trainer)
         self._found.noise = noise.adam() if self._evidence.batch_size is not None else None
         self._found.gradients = noise.first_half.count + noise.measurements
         if probe.batches < self._options.probe_batches:
-            self._found.problems.append(explain.few_batches(self._options.probe_batches, probe.batches))
+            enough = probe.batches >= MIN_BATCHES
+            (self._found.reasons if enough else self._found.problems).append(explain.few_batches(probe.batches))
         self._found.problems.extend(probe.left_out())
 
     def _find_search_space(self, noise: NoiseScale, probe: Probe, batch_ratio: float) -> float:
         """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
-        second_moment = noise.first_half.second_moment(batch_ratio)
-        rms = {name: v.sqrt() for name, v in second_moment.items()}
-        factor, limit = 1.0, self._trainer.gradient_clip_val
-        if limit and clips_by_norm(self._trainer):
-            square = math.fsum(float(v.sum()) for v in second_moment.values())
-            factor = clip_factor(probe.over_shards(square), limit)
-            rms = {name: r * factor for name, r in rms.items()}
-            self._found.clipping = (limit, factor)
-        elif limit:
+        rms = {name: v.sqrt() for name, v in noise.first_half.second_moment(batch_ratio, self._centered).items()}
+        limit, by_norm = self._trainer.gradient_clip_val, clips_by_norm(self._trainer)
+        if limit and not by_norm:
             rms = {name: r.clamp(max=limit) for name, r in rms.items()}
-        histogram = MagnitudeHistogram(list(rms), self._module.device)
+        factor, norms = 1.0, [limit if by_norm else None, own_clip_norm(self._trainer.optimizers[0])]
+        if any(norms):
+            square = math.fsum(float(v.sum()) for v in noise.first_half.second_moment(batch_ratio).values())
+            norm = min(filter(None, norms))
+            factor = clip_factor(probe.over_shards(square), norm)
+            rms = {name: r * factor for name, r in rms.items()}
+            self._found.clipping = (norm, factor)
+        try:
+            space = epsilon_range(self._counted(rms))
+        except ValueError as error:
+            self._found.problems.append(f"no epsilon range: {error}")
+            return factor
+        # The search space is that of the paper; an epsilon is chosen for what is more than rounding noise.
+        limits = rounding_limits(rms, {n: p.dtype for n, p in probe.parameters.items()}, self._over_shards)
+        counted = self._counted({name: r.masked_fill(r < limits[name], 0) for name, r in rms.items()})
+        self._found.search_space = replace(space, histogram=counted)
+        return factor
+
+    def _counted(self, rms: Mapping[str, Tensor]) -> MagnitudeHistogram:
+        histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
         histogram.update(rms)
         if is_sharded(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
-        try:
-            self._found.search_space = epsilon_range(histogram.to("cpu"))
-        except ValueError as error:
-            self._found.problems.append(f"no epsilon range: {error}")
-        return factor
+        return histogram.to("cpu")
+
+    def _over_shards(self, peaks: Tensor) -> Tensor:
+        if is_sharded(self._trainer):
+            torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+        return peaks
 
     def _batch_ratio(self, group: dict[str, Any]) -> float:
         # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.
@@ -223,10 +252,10 @@ class _Measurement:
         return self._micro_batches / variance_factor(*chosen)
 
 
-def _param_group(optimizer: Optimizer, group: dict[str, Any], adaptive: bool) -> ParamGroup:
+def _param_group(optimizer: Optimizer, group: dict[str, Any], rate: float | None, adaptive: bool) -> ParamGroup:
     eps = group.get("eps")
     return ParamGroup(
-        lr=base_rate(group),
+        lr=rate,
         eps=eps if adaptive and isinstance(eps, (int, float)) else None,
         least_eps=least_epsilon(optimizer, group),
         alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
@@ -238,6 +267,13 @@ def _alpha_key(group: dict[str, Any]) -> str:
     return "explore_alpha" if "explore_alpha" in group else "alpha"
 
 
-def _keeper_of_rates(trainer: Trainer) -> str | None:
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    return next((type(scheduler).__name__ for scheduler in schedulers if keeps_own_rates(scheduler)), None)
+def _horizons(trainer: Trainer) -> list[tuple[Any, float]]:
+    """The schedulers, and how many times each is stepped; infinite where that is not known."""
+    configs, epochs = trainer.lr_scheduler_configs, trainer.max_epochs
+    try:
+        steps = trainer.estimated_stepping_batches if configs else 0
+    except MisconfigurationException:  # with accumulation that changes
+        steps = math.inf
+    known = trainer.lightning_module.automatic_optimization and epochs is not None and epochs >= 0
+    times = {"step": steps, "epoch": epochs if known and epochs is not None else steps}
+    return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]

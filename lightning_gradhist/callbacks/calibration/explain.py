@@ -18,18 +18,13 @@ def no_probe(why: str) -> str:
 
 
 def no_gradients(found: int, batches: int) -> str:
-    """The probe got fewer than two gradients."""
-    return (
-        f"the probe got {found} finite gradients from {batches} batches a rank: the loss or its gradient is not finite, or no"
-        " parameter has a gradient; look at the first batches with Trainer(detect_anomaly=True)"
-    )
+    """The probe got fewer than two gradients; another sentence says what became of the batches."""
+    return f"no probe: of {batches} batches a rank, {found} gave a gradient, and two are needed"
 
 
-def few_batches(wanted: int, found: int) -> str:
+def few_batches(found: int) -> str:
     """The loader has fewer batches than the probe was to take."""
-    return (
-        f"probe_batches={wanted}, but the loader has {found} full batches, which were used; pass probe_batches={found}"
-    )
+    return f"the probe took all {found} full batches of the loader"
 
 
 def clipped(limit: float, factor: float) -> str:
@@ -64,8 +59,8 @@ def epsilon_chosen(search_space: EpsilonRange, group: int, before: float, after:
 def no_reference(law: str) -> str:
     """Nobody said at which batch size a rate is trusted."""
     return (
-        f"learning_rate={law!r} needs a rate that is trusted, so the rate is kept; pass reference_batch_size=... or"
-        " reference='.../calibration.json', or learning_rate='keep'"
+        f"learning rate kept: no reference given, and learning_rate={law!r} needs a rate that is trusted; pass"
+        " reference_batch_size=... or reference='.../calibration.json'"
     )
 
 
@@ -77,11 +72,19 @@ def not_adaptive(law: str, optimizer: str) -> str:
     )
 
 
-def own_rates(scheduler: str) -> str:
+def no_rate(optimizer: str) -> str:
+    """The optimizer has no number for a rate."""
+    return (
+        f"{optimizer} has a group whose lr is no number, as where an optimizer makes its own, so the rate is kept; pass"
+        " learning_rate='keep'"
+    )
+
+
+def stray_schedule(scheduler: str) -> str:
     """A scheduler would not follow a changed rate."""
     return (
-        f"{scheduler} keeps base rates that cannot be scaled from outside, so the rate is kept; set it where the scheduler is"
-        " made, or pass learning_rate='keep'"
+        f"{scheduler} would not follow a changed rate at every step, as a copy of it showed, so the rate is kept; set its"
+        " rates where it is made, or pass learning_rate='keep'"
     )
 
 

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._lightning import LightningModule, rank_zero_warn
-from lightning_gradhist.callbacks.guard import Guard
+from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
+from lightning_gradhist.callbacks.monitor.reports import Reports, Send
 from lightning_gradhist.callbacks.optimizers import damping_epsilons, second_moment
-from lightning_gradhist.callbacks.parameters import optimizer_parameters
-from lightning_gradhist.callbacks.strategies import Replicas, local, own_parts
+from lightning_gradhist.callbacks.strategies import local, own_parts
 from lightning_gradhist.epsilon import IDLE_SHARE
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.charts import distributions
-from lightning_gradhist.logging.sinks import Sink
-from lightning_gradhist.logging.writer import HostTensor, Once, send_heatmap
+from lightning_gradhist.logging.writer import HostTensor, Lazy, send_heatmap
 from lightning_gradhist.tensors import as_real, batches, copies, elementwise, joined
 
 _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
 _MOMENT = "optimizer_second_moment"
-Send = Callable[[Callable[[Sink], None]], None]
 
 
-class StateReport:
+class UpdateReport:
     """What a logged step did to the weights, by row and over all ranks.
 
     Args:
@@ -43,7 +38,7 @@ class StateReport:
 
     def __init__(self, table: Tensor, names: list[str], eps: Mapping[str, float], step: int, suffix: str) -> None:
         self.names, self.eps, self.step, self.suffix = names, eps, step, suffix
-        self.histogram = Once(self._histogram)
+        self.histogram = Lazy(self._histogram)
         """Makes the histogram of the roots of the second moment."""
         self._on_host = HostTensor(table)
 
@@ -59,25 +54,36 @@ class StateReport:
                 found[f"optimizer_damped_share/{name}"] = damped / counted
         return found
 
-    def alarm(self) -> str | None:
-        """A sentence about the row where epsilon damps most weights, and the way out; None if 10% or less of each row."""
+    def alarm(self, rounding: float) -> str | None:
+        """A sentence about the row where epsilon damps most weights, and the way out.
+
+        What may be rounding noise is left out: roots below ``rounding``, the relative precision of the arithmetic, times
+        the 99th percentile of the layer, as that of a bias before a normalization has.
+
+        Returns:
+            None if 10% or less of each row is damped, or 2% or less of all, which ``OptimizerCalibration`` leaves as it is.
+        """
         if self._on_host()[:, -1].isnan().any():  # of which send() has spoken
             return None
         damped, counted = self._table()[:, 2:_SUMS].unbind(1)
+        floor, histogram = self._rounding_noise(rounding), self.histogram()
+        eps = torch.tensor([self.eps.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        noise, damped_noise = (_counts_below(histogram, limits) for limits in (floor, torch.minimum(floor, eps)))
+        damped, counted = (damped - damped_noise).clamp(min=0), counted - noise
         shares = (damped / counted).nan_to_num(0.0)  # a row without a second moment
         alarming = shares > _ALARM
-        if not alarming.any():
+        if not alarming.any() or damped.sum() <= IDLE_SHARE * counted.sum():
             return None
         worst = int((damped * alarming).argmax())
-        least = float(self.histogram().quantile(IDLE_SHARE)[worst])
+        idle_rank = (noise + IDLE_SHARE * counted) / (noise + counted)
+        least = float(histogram.quantile(float(idle_rank[worst]))[worst])
         idle = 10.0 ** math.floor(math.log10(least)) if least > 0 else 0.0  # NaN where all are below float32's range
         return (
-            f"GradientHistogramMonitor: eps={self.eps[self.names[worst]]:g} damps {float(shares[worst]):.1%} of the weights"
+            f"finds that eps={self.eps[self.names[worst]]:g} damps {float(shares[worst]):.1%} of the weights"
             f" of {self.names[worst]!r} at step {self.step}: the root of their second moment is below it, and their step"
             f" less than half of what it would be without. More than {_ALARM:.0%} are damped in {int(alarming.sum())} of"
             f" {len(self.names)} rows, and most weights in this one. Lower eps (eps={idle:g} damps {IDLE_SHARE:.0%} of it at"
-            " most), or have OptimizerCalibration choose it. Parameters whose gradient is only rounding noise, as that of a"
-            " bias before a normalization, are rightly damped; leave them out with exclude=."
+            " most), or have OptimizerCalibration choose it."
         )
 
     def send(self, send: Send) -> None:
@@ -98,124 +104,117 @@ class StateReport:
             )
         return table
 
+    def _rounding_noise(self, rounding: float) -> Tensor:
+        """The magnitude, by row, below which a root may be nothing but rounding noise."""
+        layers = [name.rpartition(".")[0] or name for name in self.names]
+        largest: dict[str, float] = {}
+        for layer, large in zip(layers, self.histogram().quantile(0.99).nan_to_num(0.0).tolist(), strict=True):
+            largest[layer] = max(large, largest.get(layer, 0.0))
+        return torch.tensor([rounding * largest[layer] for layer in layers], dtype=torch.float64)
+
     def _histogram(self) -> MagnitudeHistogram:
         return MagnitudeHistogram.from_table(self.names, self._table()[:, _SUMS:].long())
 
 
-class StateWatch:
-    """Looks at the optimizers' steps that are logged, from before each until it is done.
+class UpdateMonitor(StepObserver):
+    """Looks at the weights before and after the steps that are due, and at the second moment after them.
 
     Args:
-        replicas: how tensors lie on the ranks.
+        watched: the optimizer.
     """
 
-    def __init__(self, replicas: Replicas) -> None:
-        self._replicas = replicas
-        self.begun = False
-        """Whether a step is under way; the same on all ranks."""
+    def __init__(self, watched: WatchedOptimizer) -> None:
+        self._watched, self._fit = watched, watched.fit
         self._rows: Mapping[str, str] = {}
         self._before: dict[str, Tensor] | None = None
-        self._last: dict[str, tuple[StateReport, bool]] = {}
-        self._has_warned = False
+        self._reports: Reports[UpdateReport] = Reports(self._fit.send)
 
-    def begin(self, module: LightningModule, optimizer: Optimizer, rows: Mapping[str, str]) -> None:
-        """Copies this rank's part of the weights that the step is going to change.
+    def at_update(self, step: Step) -> None:
+        """Copies this rank's part of the weights that the step is going to change."""
+        self._rows, self._before = self._watched.find_rows(), None
+        with self._fit.guard.attempt("copy the weights"):
+            parameters = self._watched.parameters
+            self._before = copies(self._weights(parameters, [n for n in self._rows if parameters[n].grad is not None]))
 
-        Args:
-            module: that has the parameters.
-            optimizer: about to step.
-            rows: which of its parameters are looked at, and in which row.
-        """
-        self.begun, self._rows, self._before = True, rows, None
-        parameters = optimizer_parameters(module, optimizer)
-        stepped = [name for name in rows if parameters[name].grad is not None]
-        self._before = copies(self._weights(parameters, stepped))
+    def after_update(self, step: Step) -> None:
+        """Compares with what is there after the step, and logs it."""
+        names = list(dict.fromkeys(self._rows.values()))
+        before, table, self._before = self._before, None, None
+        if before is not None:
+            with self._fit.guard.attempt("look at the optimizer's step"):
+                eps = damping_epsilons(self._watched.optimizer, self._watched.parameters)
+                table = self._table(names, before, eps)
+        self._fit.sums.add_up(table, len(names) * (_SUMS + COLUMNS), math.nan)  # counts are exact up to 2**53
+        if table is None or step.skipped or not self._fit.trainer.is_global_zero:
+            return
+        with self._fit.guard.attempt("log"):
+            self._warn_of_damping()  # in the report before, for which the host need not wait
+            report = UpdateReport(table, names, _largest(eps, self._rows), step.number, self._watched.suffix)
+            self._reports.log(report, step.drawn)
 
-    def end(
-        self, module: LightningModule, optimizer: Optimizer, step: int, suffix: str, guard: Guard
-    ) -> StateReport | None:
-        """Compares with what is there after the step; to be called on every rank. None where this one could not."""
-        self.begun = False
-        parameters, rows = optimizer_parameters(module, optimizer), self._rows
-        names = list(dict.fromkeys(rows.values()))
-        eps: dict[str, float] = {}
-        table = torch.full((len(names), _SUMS + COLUMNS), math.nan, dtype=torch.float64, device=module.device)
-        guard.done(lambda: eps.update(damping_epsilons(optimizer, parameters)))
-        filled = not names or (
-            self._before is not None and guard.done(partial(self._fill, table, names, optimizer, parameters, rows, eps))
-        )
+    def finish(self) -> None:
+        """Says and draws what there is to say and draw of the last report."""
+        with self._fit.guard.attempt("log"):
+            self._warn_of_damping()
+            self._reports.finish()
+
+    def close(self) -> None:
+        """Lets go of the weights."""
         self._before = None
-        if self._replicas.ranks > 1:
-            torch.distributed.all_reduce(table)  # counts are exact in float64 up to 2**53
-        if not filled:
-            return None
-        by_row: dict[str, float] = {}
-        for name in eps.keys() & rows.keys():
-            by_row[rows[name]] = max(eps[name], by_row.get(rows[name], 0.0))
-        return StateReport(table, names, by_row, step, suffix)
 
-    def log(self, report: StateReport, send: Send, draws: bool) -> None:
-        """Has a report written; to be called where loggers write.
-
-        Args:
-            report: of a step that was taken.
-            send: gives each logger's sink to a job.
-            draws: whether its figure is drawn now, and not only if it is the last.
-        """
-        last = self._last.get(report.suffix)
-        if last is not None:
-            self._warn(last[0])  # not of the present one, for which the host would wait
-        report.send(send)
-        if draws:
-            report.draw(send)
-        self._last[report.suffix] = (report, draws)
-
-    def close(self, send: Send) -> None:
-        """Says and draws what there is to say and draw of the last reports."""
-        for report, drawn in self._last.values():
-            self._warn(report)
-            if not drawn:
-                report.draw(send)
-        self._last = {}
-
-    def _warn(self, report: StateReport) -> None:
-        alarm = None if self._has_warned else report.alarm()
+    def _warn_of_damping(self) -> None:
+        report = self._reports.last
+        alarm = (
+            None
+            if report is None or "damping" in self._fit.warned
+            else report.alarm(_rounding(str(self._fit.trainer.precision)))
+        )
         if alarm is not None:
-            self._has_warned = True
-            rank_zero_warn(alarm)
+            self._fit.warn_once("damping", alarm)
 
-    def _weights(self, parameters: Mapping[str, nn.Parameter], names: list[str]) -> dict[str, Tensor]:
+    def _weights(self, parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> dict[str, Tensor]:
         weights = {name: as_real(local(parameters[name].detach())) for name in names}
-        return own_parts(weights, parameters, self._replicas)
+        return own_parts(weights, parameters, self._fit.replicas)
 
-    def _fill(
-        self,
-        table: Tensor,
-        names: list[str],
-        optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        rows: Mapping[str, str],
-        eps: Mapping[str, float],
-    ) -> None:
-        """Writes this rank's part into a table as that of :class:`StateReport`."""
-        before = self._before
-        assert before is not None
-        histogram = MagnitudeHistogram(names, table.device)
-        after = self._weights(parameters, list(before))
-        moments = second_moment(optimizer, {name: parameters[name] for name in before if name in eps})
-        roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._replicas))
+    def _table(self, names: list[str], before: Mapping[str, Tensor], eps: Mapping[str, float]) -> Tensor:
+        """This rank's part of the table of :class:`UpdateReport`."""
+        rows, parameters = self._rows, self._watched.parameters
+        histogram = MagnitudeHistogram(names, self._fit.module.device)
+        after = self._weights(parameters, before)
+        moments = second_moment(self._watched.optimizer, {name: parameters[name] for name in before if name in eps})
+        roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._fit.replicas))
         histogram.update({name: root for name, root in roots.items() if root.numel()}, rows)
         row_of = {row: index for index, row in enumerate(histogram.names)}
-        sums = table.new_zeros(len(table), _SUMS)
+        counts = histogram.table.double()
+        sums = counts.new_zeros(len(row_of), _SUMS)
         for batch in batches(before):
             index = torch.tensor([row_of[rows[name]] for name in batch])
             found = _sums(batch, joined(batch, after), joined(batch, roots), [eps.get(name, 0.0) for name in batch])
-            sums.index_add_(0, index.to(table.device), found.to(table.device))
-        table.copy_(torch.cat([sums, histogram.table.double()], 1))
+            sums.index_add_(0, index.to(sums.device), found.to(sums.device))
+        return torch.cat([sums, counts], 1)
+
+
+def _rounding(precision: str) -> float:
+    """The relative precision of the arithmetic that gradients come from, by the Trainer's ``precision``."""
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return torch.finfo(next((dtype for key, dtype in kinds.items() if key in precision), torch.float32)).eps
+
+
+def _counts_below(histogram: MagnitudeHistogram, limits: Tensor) -> Tensor:
+    """Counts of each row in the bins that end at or below its own limit."""
+    return (histogram.counts * (histogram.edges[1:] <= limits[:, None])).sum(1)
+
+
+def _largest(eps: Mapping[str, float], rows: Mapping[str, str]) -> dict[str, float]:
+    """The largest epsilon of each row that has one."""
+    found: dict[str, float] = {}
+    for name in eps.keys() & rows.keys():
+        found[rows[name]] = max(eps[name], found.get(rows[name], 0.0))
+    return found
 
 
 def _sums(before: Mapping[str, Tensor], after: Tensor, roots: Tensor, eps: list[float]) -> Tensor:
-    """Of the parts of a batch, the first columns of :class:`StateReport`'s table, float64 ``[len(before), 4]``."""
+    """Of the parts of a batch, the first columns of :class:`UpdateReport`'s table, float64 ``[len(before), 4]``."""
     weights = joined(before)
     update = _wide(after) - weights
     touched = roots > 0  # others have not had a gradient yet, and make no step to be damped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -10,11 +9,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
+    SIGTERMException,
     Trainer,
     apply_to_collection,
     is_overridden,
@@ -31,6 +30,7 @@ from lightning_gradhist.callbacks.probe.outcome import (
     free_memory,
     is_out_of_memory,
 )
+from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.strategies import is_sharded, local, own_parts, replicas
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
@@ -45,15 +45,15 @@ def pool(noise: NoiseScale, trainer: Trainer) -> None:
 class Probe:
     """Gradients of single batches on this rank, neither averaged over ranks nor divided for accumulation.
 
-    To be used within :func:`no_trace`. Each is the gradient of the optimizer's objective, a coupled weight decay
+    Each is the gradient of the optimizer's objective, a coupled weight decay
     included, dense and real. The ranks go in step: each reads a batch, or none does. Where parameters are sharded (FSDP2,
     tensor parallelism), a gradient is the mean over the ranks' batches, and each rank is given another part of it; what
     then fails within a pass ends the run, as in training, since the other ranks wait within the model.
 
     Args:
-        trainer: whose training data and precision are used.
-        module: whose ``training_step`` is called. Neither a DDP wrapper nor an override of ``backward`` has a part in it.
-        optimizer: whose parameters are asked for.
+        apart: what :func:`lightning_gradhist.callbacks.probe.restore.no_trace` gives: the module whose ``training_step`` is
+            called, the first optimizer, whose parameters are asked for, and the training data. Neither a DDP wrapper nor
+            an override of ``backward`` has a part in it.
         batch_size: samples of a batch on this rank, where known. If the first batch can be counted and has as many, later
             ones with another number are passed over.
         tick: called for each batch that was read.
@@ -65,24 +65,24 @@ class Probe:
 
     def __init__(
         self,
-        trainer: Trainer,
-        module: LightningModule,
-        optimizer: Optimizer,
+        apart: Apart,
         batch_size: float | None = None,
         tick: Callable[[], Any] = lambda: None,
     ) -> None:
         self.batches = 0
-        self._trainer = trainer
-        self._module = module
+        self._trainer = trainer = apart.trainer
+        self._module = module = apart.module
+        optimizer: Optimizer = trainer.optimizers[0]
         self._batch_size = batch_size
         self._tick = tick
-        self._parameters = {n: p for n, p in optimizer_parameters(module, optimizer).items() if p.requires_grad}
+        known = optimizer_parameters(module, optimizer)
+        self._parameters = {name: p for name, p in known.items() if p.requires_grad and not p.is_meta}
         self._replicas = replicas(trainer) if is_sharded(trainer) else None
         self._module_parameters = list(module.parameters())  # now: within a pass, FSDP2 shows others in their place
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
         self._decay = coupled_decay(optimizer)
         self._scale = loss_scale(trainer)
-        self._source = _batches(trainer, module)
+        self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
 
     def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
@@ -99,7 +99,9 @@ class Probe:
         """
         for _ in range(number):
             batch, outcome, error = self._next()
-            worst = self._worst(outcome)
+            worst = self._worst(Outcome.STOPPED if self._trainer.received_sigterm else outcome)
+            if worst is Outcome.STOPPED:
+                raise SIGTERMException
             if worst is Outcome.FAILED:
                 self._refuse(error)
             if worst is Outcome.NO_BATCH:
@@ -169,12 +171,14 @@ class Probe:
         """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
         loss = _loss(self._trainer, self._module, batch, self.batches)
         loss = loss if loss is not None and loss.requires_grad else None
-        missing = Outcome.NOT_FINITE if loss is None else Outcome.DONE
+        missing = Outcome.NO_LOSS if loss is None else Outcome.DONE
         if self._replicas is not None:
             missing = self._worst(missing)  # a backward pass is a collective
         if loss is None or missing is not Outcome.DONE:
-            return {}, Outcome.NOT_FINITE
+            return {}, Outcome.NO_LOSS
         gradients = self._whole(loss) if self._replicas is None else self._sharded(loss)
+        if not any(gradient is not None for gradient in gradients.values()):
+            return {}, Outcome.NO_LOSS
         if _all_finite(gradients):
             return gradients, Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())
@@ -188,11 +192,14 @@ class Probe:
                 "activation checkpointing with use_reentrant=True can only be differentiated by backward(), which runs the"
                 " hooks of the parameters; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        found = torch.autograd.grad(loss * self._scale, list(self._parameters.values()), allow_unused=True)
-        return {
-            name: None if g is None else self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
-            for (name, p), g in zip(self._parameters.items(), found, strict=True)
-        }
+        # Those that are trained now: a training step may freeze some.
+        trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        found = torch.autograd.grad(loss * self._scale, list(trained.values()), allow_unused=True)
+        gradients: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
+        for (name, p), g in zip(trained.items(), found, strict=True):
+            if g is not None:
+                gradients[name] = self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
+        return gradients
 
     def _sharded(self, loss: Tensor) -> Mapping[str, Tensor | None]:
         """By backward(), in which FSDP2 averages over ranks; autograd knows nothing of the shards."""
@@ -219,8 +226,9 @@ class Probe:
     def _refuse(self, error: Exception | None) -> NoReturn:
         """Says why it failed, on the first rank on which it did."""
         reason = None if error is None else f"the training data, training_step or its gradient raised {error!r}"
-        own = str(error) if isinstance(error, ProbeRefusedError) else reason
-        raise ProbeRefusedError(first_reason(self._trainer, own)) from error
+        if isinstance(error, ProbeRefusedError):
+            reason = str(error).strip().rpartition(f"{ProbeRefusedError.__name__}: ")[2]  # a worker's has its traceback
+        raise ProbeRefusedError(first_reason(self._trainer, reason)) from error
 
     def _worst(self, outcome: Outcome) -> Outcome:
         if self._trainer.world_size == 1:
@@ -247,24 +255,21 @@ def _samples(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _batches(trainer: Trainer, module: LightningModule) -> Iterator[Any]:
-    loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
-    loaders.flattened = [_fresh(loader) for loader in loaders.flattened]
-    datamodule = getattr(trainer, "datamodule", None)
-    overridden = datamodule is not None and is_overridden("on_before_batch_transfer", datamodule)
-    hooks: Any = datamodule if overridden else module
-    for batch, _, _ in loaders:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = hooks.on_before_batch_transfer(batch, 0)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _fresh(loader: Any) -> Any:
-    loader = copy.copy(loader)
-    if isinstance(loader, DataLoader):
-        # Persistent workers hang on this private attribute; the copy starts its own, and training keeps its.
-        loader._iterator = None
-    return loader
+def _batches(apart: Apart) -> Iterator[Any]:
+    trainer: Any = apart.trainer
+    overridden = trainer.datamodule is not None and is_overridden("on_before_batch_transfer", trainer.datamodule)
+    hooks: Any = trainer.datamodule if overridden else apart.module
+    with apart.reading():
+        loaders = iter(CombinedLoader(trainer.train_dataloader, "max_size_cycle"))
+    while True:
+        with apart.reading():
+            try:
+                batch, _, _ = next(loaders)
+            except StopIteration:
+                return
+            batch = hooks.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        yield batch
 
 
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int) -> Tensor | None:

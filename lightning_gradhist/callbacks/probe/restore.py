@@ -1,69 +1,114 @@
-"""Leaving no trace: everything that a training step may change is put back."""
+"""Leaving no trace: a probe has a trainer, a module and data of its own."""
 
 from __future__ import annotations
 
-import copy
-import random
-from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_gradhist.callbacks._lightning import (
-    CombinedLoader,
-    DummyLogger,
-    LightningModule,
-    Trainer,
-    isolate_rng,
-)
-from lightning_gradhist.callbacks.strategies import local
+from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
+from lightning_gradhist.callbacks.probe.copies import Copier
+from lightning_gradhist.callbacks.probe.places import copies_in_place
+from lightning_gradhist.callbacks.strategies import is_sharded, local
 
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-# What nn.Module keeps outside its plain attributes; there is no public way to take a buffer or submodule off again.
-_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+@dataclass(frozen=True)
+class Apart:
+    """What a probe may use up.
+
+    Attributes:
+        trainer: a copy, with optimizers, schedulers, callbacks, data module and loaders that are copies, and loggers that
+            write nothing.
+        module: a copy; of a sharded module itself, with copies of all that it holds but its parameters.
+        reading: gives what is to be entered while data are read.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    reading: Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
-def no_trace(trainer: Trainer, module: LightningModule) -> Generator[None, None, None]:
-    """On leaving, everything that a training step may change is as it was, and nothing has reached the loggers.
+def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None, None]:
+    """Gives copies of trainer and module, after which everything is as if they had not been used.
 
-    That is: parameters, buffers and submodules; the attributes of all submodules, metrics among them, and what is in
-    their lists, dicts, sets, tuples, tensors, arrays and random generators, and in what has a ``state_dict`` and takes it
-    back; optimizers and schedulers; the attributes of trainer, data module, samplers and datasets; the random generators
-    of torch on every device, numpy and Python, and those within loaders, samplers and datasets. What other objects hold
-    inside, and data that can be read only once, cannot be put back. It takes one copy of the parameters.
+    The module, its optimizers and schedulers, the loaders with their datasets and samplers, the data module and the
+    callbacks are copied together, so that what they share is shared in the copy; of the weights this is one copy. Large
+    tensors and arrays of the data are not copied: to write into one ends the probe, as does what cannot be copied and is
+    used (:class:`lightning_gradhist.callbacks.probe.copies.Missing`). A sharded module cannot be copied; its parameters are
+    put back, and all else that it holds is copied. The global random generators of torch on every device, numpy and Python
+    are put back. What lies outside of all this is not: files, other processes, what only modules and classes of Python
+    refer to.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_random_state())
-        stack.enter_context(_loggers(trainer))
-        memory = _Memory()
-        memory.keep(module)
-        memory.keep(trainer.optimizers)
-        memory.keep([config.scheduler for config in trainer.lr_scheduler_configs])
-        for thing in (trainer, getattr(trainer, "datamodule", None)):
-            if thing is not None:
-                memory.keep_attributes(thing)
-        for loader in CombinedLoader(trainer.train_dataloader).flattened:
-            memory.keep_data(loader)
-        stack.callback(memory.restore)
-        stack.callback(_reshard, module)
-        yield
+        copier = Copier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
+            apart, own = _apart(stack, copier, trainer, module)
+        vars(own)["log"] = _log_nothing  # the loop would take what is logged for a value of training
+        yield Apart(apart, own, copier.reading)
 
 
-def _reshard(module: nn.Module) -> None:
-    """Puts the shards of FSDP2 back in the place of whole parameters, which a forward without a backward leaves there."""
-    for part in module.modules():
+def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple[Any, Any]:
+    _keep_out(copier, trainer)
+    apart, fill = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
+    if is_sharded(trainer):
+        copier.lend(*module.modules(), *module.parameters())
+    copier.copy(trainer.train_dataloader, "train_dataloader")
+    own = copier.copy(module, "module")
+    if own is module:
+        _lend_sharded(stack, copier, module)
+    else:
+        _match_parameters(copier, module, own)
+        copier.put(trainer.model, own)  # DDP's wrapper
+    fill()
+    stack.enter_context(copies_in_place(copier))
+    return apart, own
+
+
+def _keep_out(copier: Copier, trainer: Any) -> None:
+    # Private: the first has whether the run is told to stop, the second the batches that are read ahead.
+    copier.lend(trainer._signal_connector, trainer.fit_loop._data_fetcher, trainer.progress_bar_callback)
+    copier.put(trainer.profiler, PassThroughProfiler())
+    for logger in trainer.loggers:
+        copier.copy(logger)  # first, so that what it writes with is known where a module keeps it
+
+
+def _match_parameters(copier: Copier, module: nn.Module, copied: nn.Module) -> None:
+    """Also those of modules that copy themselves by ways of their own, as ScriptModules do."""
+    there = dict(copied.named_parameters(remove_duplicate=False))
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in there:
+            copier.put(parameter, there[name])
+
+
+def _lend_sharded(stack: ExitStack, copier: Copier, module: nn.Module) -> None:
+    """Puts copies in the place of all that the modules hold, but their parameters and each other."""
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    contents = [(own, own.clone()) for own in (local(p.detach()) for p in module.parameters())]
+    stack.callback(_put_back, before, contents)
+    for part, attributes in before:
+        vars(part).update({name: copier.copy(value, f"module.{name}") for name, value in attributes.items()})
+
+
+def _put_back(before: list[tuple[nn.Module, dict[str, Any]]], contents: list[tuple[Tensor, Tensor]]) -> None:
+    for part, _ in before:
         if isinstance(part, FSDPModule):
-            part.reshard()
+            part.reshard()  # a forward without a backward leaves whole parameters in the place of the shards
+    for part, attributes in before:
+        vars(part).clear()
+        vars(part).update(attributes)
+    with torch.no_grad():
+        for own, content in contents:
+            own.copy_(content)
 
 
 @contextmanager
@@ -78,190 +123,5 @@ def _random_state() -> Generator[None, None, None]:
         raise error
 
 
-class SilentLogger(DummyLogger):
-    """Takes everything and writes nothing, in place of a logger whose directories it names."""
-
-    def __init__(self, logger: Any) -> None:
-        super().__init__()
-        self._of = logger
-
-    @property
-    def save_dir(self) -> Any:
-        """That of the logger."""
-        return self._of.save_dir
-
-    @property
-    def log_dir(self) -> Any:
-        """That of the logger, or None."""
-        return getattr(self._of, "log_dir", None)
-
-
-@contextmanager
-def _loggers(trainer: Trainer) -> Generator[None, None, None]:
-    loggers, attributes = trainer.loggers, vars(trainer.lightning_module)
-    own = attributes.get("log")
-    trainer.loggers = [SilentLogger(logger) for logger in loggers]
-    attributes["log"] = _log_nothing  # the loop would take what is logged for a value of training
-    try:
-        yield
-    finally:
-        del attributes["log"]
-        attributes.update({} if own is None else {"log": own})
-        trainer.loggers = loggers
-
-
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for ``LightningModule.log`` during a probe."""
-
-
-class _Memory:
-    """Remembers the contents of objects, and puts them back into the same objects. What has not changed is not touched."""
-
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-        self._seen: set[int] = set()
-
-    def restore(self) -> None:
-        """Puts everything back."""
-        with torch.no_grad():
-            for undo in reversed(self._undo):
-                undo()
-
-    def keep(self, value: Any) -> None:
-        """Remembers a value, and what is in it."""
-        if id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, nn.Module):
-            for child in value.modules():
-                self._keep_module(child)
-        elif isinstance(value, (Tensor, np.ndarray)):
-            self._keep_numbers(value)
-        elif isinstance(value, _GENERATORS):
-            self._keep_generator(value)
-        elif isinstance(value, (dict, list, deque, set, tuple)):
-            self._keep_container(value)
-        elif isinstance(value, Optimizer):  # loading its state would put new dicts and tensors in the place of the old
-            self.keep(value.param_groups)
-            self.keep(value.state)
-        elif _is_stateful(value):
-            self._keep_state(value)
-
-    def keep_attributes(self, thing: Any) -> None:
-        """Remembers which values the attributes of an object have, and not what is in them."""
-        attributes = vars(thing)
-        members = list(attributes.items())
-        self._undo.append(lambda: _refill(attributes, members))
-
-    def keep_data(self, loader: Any) -> None:
-        """Remembers the generators behind a loader, its samplers with all they hold, and its datasets without their data."""
-        for part in _reachable(loader, set()):
-            if isinstance(part, Dataset):
-                self.keep_attributes(part)
-                if _is_stateful(part):
-                    self._keep_state(part)
-            else:
-                self.keep(vars(part) if isinstance(part, Sampler) else part)
-
-    def _keep_module(self, module: nn.Module) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            return
-        registries = vars(nn.Module()).keys() - {"training"}
-        own = {name: value for name, value in vars(module).items() if name not in registries}
-        held = {name: vars(module)[name].copy() for name in _REGISTRIES}
-
-        def undo() -> None:
-            for name, content in held.items():
-                vars(module)[name].clear()
-                vars(module)[name].update(content)
-            for name in [name for name in vars(module) if name not in registries and name not in own]:
-                del vars(module)[name]
-            vars(module).update(own)
-
-        self._undo.append(undo)
-        # Parameters too: a training step may move a teacher's weights, or an embedding with max_norm its own.
-        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False), *own.values()):
-            self.keep(value)
-
-    def _keep_state(self, value: Any) -> None:
-        state = copy.deepcopy(value.state_dict())
-        self._undo.append(lambda: value.load_state_dict(state))
-
-    def _keep_numbers(self, value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            if value.flags.writeable:
-                copied = value.copy()
-                self._undo.append(lambda: np.copyto(value, copied))
-        elif not is_lazy(value):
-            own = local(value.detach())  # comparing DTensors would be a collective
-            before = own.clone()
-            self._undo.append(lambda: _write_back(own, before))
-
-    def _keep_generator(self, value: Any) -> None:
-        if isinstance(value, np.random.Generator):
-            state: Any = value.bit_generator.state
-            self._undo.append(lambda: setattr(value.bit_generator, "state", state))
-        elif isinstance(value, random.Random):
-            of_python = value.getstate()
-            self._undo.append(lambda: value.setstate(of_python))
-        else:
-            of_other = value.get_state()
-            self._undo.append(lambda: value.set_state(of_other))
-
-    def _keep_container(self, value: Any) -> None:
-        members = list(value.items()) if isinstance(value, dict) else list(value)
-        for member in value.values() if isinstance(value, dict) else members:
-            self.keep(member)
-        if not isinstance(value, tuple):
-            self._undo.append(lambda: _refill(value, members))
-
-
-def _write_back(tensor: Tensor, before: Tensor) -> None:
-    if tensor.layout == torch.strided and tensor.shape == before.shape and torch.equal(tensor, before):
-        return  # an expanded tensor cannot be written, nor has it been
-    tensor.copy_(before)
-
-
-def _refill(container: Any, members: list[Any]) -> None:
-    # By the methods of the base class: some of their own forbid it, as those of frozen dicts do.
-    if isinstance(container, dict):
-        if not _same([*container, *container.values()], [key for key, _ in members] + [value for _, value in members]):
-            base = OrderedDict if isinstance(container, OrderedDict) else dict
-            base.clear(container)
-            for key, value in members:
-                base.__setitem__(container, key, value)
-    elif not _same(list(container), members):
-        if isinstance(container, set):
-            set.clear(container)
-            set.update(container, members)
-        else:
-            kind: Any = deque if isinstance(container, deque) else list
-            kind.clear(container)
-            kind.extend(container, members)
-
-
-def _same(ones: list[Any], others: list[Any]) -> bool:
-    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
-
-
-def _is_stateful(value: Any) -> bool:
-    kind = type(value)
-    return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict")) and not isinstance(
-        value,
-        DataLoader,  # to ask a stateful one starts its workers; the probe reads from a copy of it
-    )
-
-
-def _reachable(thing: Any, seen: set[int]) -> Iterator[Any]:
-    """Generators, samplers and datasets behind a loader: samplers wrap samplers, Lightning's for DDP hides one in a dataset."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, (Sampler, Dataset, *_GENERATORS)):
-        yield thing
-    if isinstance(thing, (DataLoader, Sampler, Dataset)):
-        for part in vars(thing).values():
-            yield from _reachable(part, seen)
-    elif isinstance(thing, (list, tuple)) and thing and isinstance(thing[0], Dataset):  # ConcatDataset
-        for part in thing:
-            yield from _reachable(part, seen)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradhist.callbacks._lightning import CombinedLoader, LightningModule, Trainer, is_param_in_hook_signature
+from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
 from lightning_gradhist.callbacks.batch_size import full_batches
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
 from lightning_gradhist.callbacks.probe.progress import progress
-from lightning_gradhist.callbacks.probe.restore import no_trace
+from lightning_gradhist.callbacks.probe.restore import Apart, no_trace
 from lightning_gradhist.callbacks.strategies import is_sharded, least_over_ranks, replicas
 
-Measure = Callable[[int, Callable[[], Any]], None]
-"""Given the number of batches to read on each rank, and what to call for each."""
+Measure = Callable[[Apart, int, Callable[[], Any]], None]
+"""Given what it may use up, the number of batches to read on each rank, and what to call for each."""
 
 
 def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int, measure: Measure) -> str | None:
@@ -45,23 +45,30 @@ def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int
 
 def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> str | None:
     try:
-        with ExitStack() as stack:
-            tick = on_every_rank(trainer, "its start", lambda: _begin(stack, trainer, module, planned))
-            measure(planned, tick)
+        _measured(trainer, module, planned, measure)
         return None
     except ProbeRefusedError as error:
-        why = str(error)
+        return str(error)
     except Exception as error:
         if trainer.world_size > 1 or not is_out_of_memory(error):
             raise  # ranks that have not failed wait for this one
-        why = f"there is no memory for it beside the model ({error})"
-    free_memory()
-    return why
+        return f"there is no memory for it beside the model ({error})"
+    finally:
+        free_memory()  # the copies refer to each other
 
 
-def _begin(stack: ExitStack, trainer: Trainer, module: LightningModule, planned: int) -> Callable[[], Any]:
-    stack.enter_context(no_trace(trainer, module))
-    return stack.enter_context(progress(trainer, planned))
+def _measured(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> None:
+    with ExitStack() as stack:
+        begin = partial(_begin, stack, trainer, module, planned)
+        apart, tick = on_every_rank(trainer, "to copy module and data", begin)
+        measure(apart, planned, tick)
+
+
+def _begin(
+    stack: ExitStack, trainer: Trainer, module: LightningModule, planned: int
+) -> tuple[Apart, Callable[[], Any]]:
+    apart = stack.enter_context(no_trace(trainer, module))
+    return apart, stack.enter_context(progress(trainer, planned))
 
 
 def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
@@ -70,18 +77,10 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
         return (
             "under manual optimization training_step would step the optimizer, so it cannot be tried at frozen weights"
         )
-    if isinstance(trainer.train_dataloader, Iterator):
-        return "the training data is an iterator, and what a probe takes from it would be lost to training"
     if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
         return "the model has lazy parameters; let it see a batch before training"
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the loader's iterator itself"
-    iterator = _iterator_within(trainer)
-    if iterator is not None:
-        return (
-            f"the training data holds an iterator ({iterator}), and what a probe takes from it would be lost to training;"
-            " make it in __iter__, or read in a worker, DataLoader(num_workers=1)"
-        )
     return _why_not_sharded(trainer, module) if is_sharded(trainer) else None
 
 
@@ -99,16 +98,4 @@ def _why_not_sharded(trainer: Trainer, module: LightningModule) -> str | None:
     hooked = [name for name, p in trained.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
     if hooked:
         return f"parameter {hooked[0]!r} is sharded and has a hook, which the probe's backward pass would run"
-    return None
-
-
-def _iterator_within(trainer: Trainer) -> str | None:
-    """An attribute of data that are read in this process and hold an iterator, or None."""
-    for loader in CombinedLoader(trainer.train_dataloader).flattened:
-        data = loader.dataset if isinstance(loader, DataLoader) and loader.num_workers == 0 else loader
-        by_index = hasattr(type(data), "__getitem__") and not isinstance(data, IterableDataset)
-        if not by_index and not isinstance(data, DataLoader) and hasattr(data, "__dict__"):
-            for name, value in vars(data).items():
-                if isinstance(value, Iterator):
-                    return f"{type(data).__name__}.{name}"
     return None

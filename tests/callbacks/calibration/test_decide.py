@@ -33,7 +33,9 @@ SPACE = epsilon_range({"w": torch.logspace(-6, -2, 10_001)})
 NOISE = NoiseEstimate(1000.0, 900.0, 1100.0, 0.95, 100)
 
 
-def group(lr: float = 1e-3, eps: float | None = 1e-8, least_eps: float = 0.0, alpha: str | None = None) -> ParamGroup:
+def group(
+    lr: float | None = 1e-3, eps: float | None = 1e-8, least_eps: float = 0.0, alpha: str | None = None
+) -> ParamGroup:
     return ParamGroup(lr, eps, least_eps, alpha)
 
 
@@ -115,13 +117,30 @@ def test_groups_keep_their_ratio_and_a_frozen_one_its_zero() -> None:
     ("known", "problem"),
     [
         pytest.param({"batch_size": None}, "the batch size cannot be read", id="batch size"),
-        pytest.param({"scheduler": "Own"}, "Own keeps base rates that cannot be scaled", id="scheduler"),
         pytest.param({}, "surge law refused: there is no noise scale", id="noise"),
     ],
 )
 def test_what_keeps_a_rate_from_being_carried_over(known: dict[str, Any], problem: str) -> None:
     result = decide(Asked(reference_batch_size=256, epsilon="keep"), evidence(**known))
     assert (result.ratio, result.changes) == (1.0, ()) and problem in " ".join(result.problems)
+
+
+def test_a_rate_that_a_scheduler_would_not_follow_is_kept() -> None:
+    asked, tried = Asked(reference_batch_size=256, learning_rate="sqrt", epsilon="keep"), []
+
+    def stray(factors: Any) -> str:
+        tried.extend(factors)
+        return "Own (base)"
+
+    result = decide(asked, evidence(group(1e-3), group(0.0), stray=stray))
+    assert tried == [2.0, None] and (result.ratio, result.changes) == (1.0, ())
+    assert "Own (base) would not follow" in " ".join(result.problems)
+
+
+def test_a_group_whose_rate_is_no_number_keeps_them_all() -> None:
+    asked = Asked(reference_batch_size=256, learning_rate="sqrt", epsilon="keep")
+    result = decide(asked, evidence(group(1e-3), group(None)))
+    assert result.changes == () and "lr is no number" in " ".join(result.problems)
 
 
 @pytest.mark.parametrize(("batch_size", "numbers"), [(64, (0.5, 0.01)), (1024, (-5.0, 0.99))])

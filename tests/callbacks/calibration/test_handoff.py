@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler as schedules
 
 from lightning_gradhist import AdamE
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, base_rate
+from lightning_gradhist.callbacks.calibration.handoff import apply_changes, base_rates, stray_schedule
 from lightning_gradhist.logging.report import GroupChange
 
 FACTORS = (2.0, 0.5)
@@ -18,7 +19,7 @@ def make(rates: tuple[float, float] = (0.1, 0.01), optimizer: Any = torch.optim.
 
 
 def changes(optimizer: torch.optim.Optimizer) -> list[GroupChange]:
-    rates = [base_rate(group) for group in optimizer.param_groups]
+    rates = [float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in optimizer.param_groups]
     return [
         GroupChange(i, "lr", rate, rate * factor) for i, (rate, factor) in enumerate(zip(rates, FACTORS, strict=True))
     ]
@@ -110,8 +111,130 @@ def test_the_schedulers_of_other_optimizers_are_left_alone() -> None:
 
 def test_base_rate_is_what_the_schedule_is_a_multiple_of() -> None:
     optimizer = make()
-    SCHEDULERS["linear warm-up"](optimizer)
-    assert [base_rate(group) for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
+    scheduler = SCHEDULERS["linear warm-up"](optimizer)
+    assert base_rates(optimizer, [scheduler]) == pytest.approx([0.1, 0.01])
     optimizer = make()
-    SCHEDULERS["one cycle"](optimizer)
-    assert [base_rate(group) for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
+    scheduler = SCHEDULERS["one cycle"](optimizer)
+    assert base_rates(optimizer, [scheduler]) == pytest.approx([0.1, 0.01])
+
+
+def test_what_a_scheduler_has_left_behind_is_no_base_rate() -> None:
+    optimizer, other = make(), make()
+    SCHEDULERS["linear warm-up"](optimizer), SCHEDULERS["one cycle"](optimizer)
+    for group, rate in zip(optimizer.param_groups, (0.2, 0.02), strict=True):
+        group["lr"] = rate
+    plateau, of_other = schedules.ReduceLROnPlateau(optimizer), SCHEDULERS["cosine"](other)
+    assert base_rates(optimizer, [plateau, of_other]) == [0.2, 0.02]
+    optimizer.param_groups[0]["lr"] = None
+    assert base_rates(optimizer, []) == [None, 0.02]
+
+
+@pytest.mark.parametrize("factors", [(2.0, 2.0), (2.0, 0.5)], ids=["alike", "apart"])
+def test_a_tensor_that_groups_share_is_multiplied_once(factors: tuple[float, float]) -> None:
+    parameters = [{"params": [torch.nn.Parameter(torch.zeros(2))]} for _ in range(2)]
+    optimizer = torch.optim.Adam(parameters, lr=torch.tensor(0.1))
+    scheduler = schedules.ExponentialLR(optimizer, 0.5)
+    apply_changes(optimizer, [scheduler], [GroupChange(i, "lr", 0.1, 0.1 * factor) for i, factor in enumerate(factors)])
+    for _ in range(3):
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        expected = 0.1 * 0.5**scheduler.last_epoch
+        assert rates == pytest.approx([factor * expected for factor in factors])
+        optimizer.step()
+        scheduler.step()
+
+
+class WarmUp(schedules.LRScheduler):
+    """A scheduler of somebody else's, with rates of its own under the usual names."""
+
+    def __init__(self, optimizer: Any, warmup_start_lr: float = 1e-3, final_lr: float = 1e-3) -> None:
+        self.warmup_start_lr, self.final_lr = warmup_start_lr, final_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        share = min(self.last_epoch / 5000, 1.0)
+        return [max(self.warmup_start_lr + share * (0.5 * base - self.warmup_start_lr), 0) for base in self.base_lrs]
+
+
+class Floor(WarmUp):
+    """One whose floor cannot be seen, and is reached late."""
+
+    def get_lr(self) -> Any:
+        return [max(base * 0.999**self.last_epoch, 1e-6) for base in self.base_lrs]
+
+
+OWN_RATES = {
+    "cosine": lambda o: schedules.CosineAnnealingLR(o, 5000, eta_min=2e-3),
+    "warm restarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 10, eta_min=2e-3),
+    "sequential": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1, total_iters=4), schedules.CosineAnnealingLR(o, 10, eta_min=2e-3)], [4]
+    ),
+    "one cycle": lambda o: schedules.OneCycleLR(o, [0.1, 0.01], total_steps=20),
+    "cyclic": lambda o: schedules.CyclicLR(o, [0.01, 0.001], [0.1, 0.01], step_size_up=4),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=5e-3, anneal_epochs=5),
+    "plateau": lambda o: schedules.ReduceLROnPlateau(o, min_lr=1e-3),
+    "polynomial": lambda o: schedules.PolynomialLR(o, total_iters=10),
+    "somebody else's": WarmUp,
+}
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.01), (0.1, 0.0)], ids=["", "frozen"])
+@pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in OWN_RATES.items()])
+def test_rates_of_a_scheduler_are_scaled_with_those_of_the_groups(build: Any, rates: tuple[float, float]) -> None:
+    plain, scaled = make(rates), make(rates)
+    plain_schedule, schedule = build(plain), build(scaled)
+    own = base_rates(scaled, [schedule])
+    assert stray_schedule(scaled, [(schedule, 1e6)], [3.0 if rate else None for rate in own]) is None
+    apply_changes(scaled, [schedule], [GroupChange(i, "lr", rate, 3 * rate) for i, rate in enumerate(own) if rate])
+    for step in range(18):
+        for expected, group in zip(plain.param_groups, scaled.param_groups, strict=True):
+            assert group["lr"] == pytest.approx(3 * expected["lr"], rel=1e-9), step
+        for optimizer, one in ((plain, plain_schedule), (scaled, schedule)):
+            optimizer.step()
+            one.step(*([1.0] if isinstance(one, schedules.ReduceLROnPlateau) else []))
+
+
+@pytest.mark.parametrize(
+    ("build", "factors", "named"),
+    [
+        pytest.param(Floor, (2.0, 2.0), "Floor (_last_lr, base_lrs, final_lr, warmup_start_lr)", id="no name"),
+        pytest.param(OWN_RATES["cosine"], FACTORS, "CosineAnnealingLR (_last_lr, base_lrs, eta_min)", id="two factors"),
+        pytest.param(OWN_RATES["sequential"], FACTORS, "CosineAnnealingLR (_last_lr, base_lrs, eta_min)", id="inside"),
+    ],
+)
+def test_a_scheduler_that_would_not_follow_is_named(build: Any, factors: Any, named: str) -> None:
+    optimizer = make()
+    scheduler = build(optimizer)
+    assert stray_schedule(optimizer, [(scheduler, 100_000)], factors) == named
+    assert stray_schedule(optimizer, [(SCHEDULERS["linear warm-up"](make()), 10)], factors) is None
+
+
+def test_a_scheduler_that_cannot_be_stepped_alone_is_named() -> None:
+    class ByHand:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer, self.lr_min, self.warmup_lr_init = optimizer, 1e-5, 1e-6
+
+        def step(self, epoch: int, metric: Any = None) -> None:
+            raise AssertionError("not on a copy, and not on this")
+
+    optimizer = make()
+    assert stray_schedule(optimizer, [(ByHand(optimizer), 10)], (2.0, 2.0)) == "ByHand (lr_min)"
+
+
+def test_schedulers_are_tried_without_a_trace() -> None:
+    optimizer = make()
+    calls: list[int] = []
+    one = schedules.LambdaLR(optimizer, lambda step: 1.0 / (1 + len(calls)) if calls.append(step) is None else 0)
+    other = OWN_RATES["cosine"](optimizer)
+    seen = list(calls)
+    before = repr((optimizer.param_groups, vars(one) | {"optimizer": 0}, vars(other) | {"optimizer": 0}))
+    random = torch.get_rng_state()
+    assert stray_schedule(optimizer, [(one, 1e5), (other, 1e5)], (2.0, 2.0)) is None
+    assert calls == seen and torch.equal(torch.get_rng_state(), random)
+    assert repr((optimizer.param_groups, vars(one) | {"optimizer": 0}, vars(other) | {"optimizer": 0})) == before
+
+
+def test_a_million_steps_are_tried_in_a_moment() -> None:
+    optimizer = make()
+    start = time.perf_counter()
+    assert stray_schedule(optimizer, [(OWN_RATES["cosine"](optimizer), 1e6)], (2.0, 2.0)) is None
+    assert time.perf_counter() - start < 2

@@ -12,7 +12,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -22,7 +23,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks.gradients import loss_scale
 from lightning_gradhist.callbacks.probe.probe import Probe
-from lightning_gradhist.callbacks.probe.restore import SilentLogger, no_trace
+from lightning_gradhist.callbacks.probe.restore import no_trace
+from lightning_gradhist.callbacks.probe.silence import SilentLogger
 
 
 def silent(**options: Any) -> OptimizerCalibration:
@@ -331,8 +333,11 @@ def _own_generator() -> DataLoader:
         pytest.param(
             Net,
             loader,
-            {"plugins": _fp16, "callbacks": lambda: [EMAWeightAveraging(decay=0.9)]},
+            {"plugins": _fp16, "callbacks": lambda: [L.pytorch.callbacks.EMAWeightAveraging(decay=0.9)]},
             id="16-mixed, EMA of the weights",
+            marks=pytest.mark.skipif(
+                not hasattr(L.pytorch.callbacks, "EMAWeightAveraging"), reason="Lightning has it from 2.6 on"
+            ),
         ),
         pytest.param(Meddles, loader, {}, id="EMA in an object; optimizer, schedule, trainer, global_step"),
         pytest.param(lambda: torch.compile(Quiet(), backend="eager"), loader, {}, id="compiled"),
@@ -375,8 +380,8 @@ class Look(L.Callback):
         self.gradients: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        with no_trace(trainer, pl_module):
-            for gradients in Probe(trainer, pl_module, trainer.optimizers[0]).gradients(self.limit):
+        with no_trace(trainer, pl_module) as apart:
+            for gradients in Probe(apart).gradients(self.limit):
                 self.gradients.append({n: None if g is None else g.clone() for n, g in gradients.items()})
 
 
@@ -443,8 +448,8 @@ def test_gradients_that_were_there_stay(tmp_path) -> None:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             mine = torch.ones_like(pl_module.layer.weight)
             pl_module.layer.weight.grad = mine
-            with no_trace(trainer, pl_module):
-                assert len(list(Probe(trainer, pl_module, trainer.optimizers[0]).gradients(3))) == 3
+            with no_trace(trainer, pl_module) as apart:
+                assert len(list(Probe(apart).gradients(3))) == 3
             assert pl_module.layer.weight.grad is mine, "a probe does not touch gradients"
             assert torch.equal(mine, torch.ones_like(mine))
 
@@ -495,8 +500,8 @@ def test_an_error_in_the_middle_leaves_no_trace_either(tmp_path) -> None:
     class Check(L.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             before, loggers = final_state(trainer), trainer.loggers
-            with pytest.raises(RuntimeError, match="in the middle"), no_trace(trainer, pl_module):
-                list(Probe(trainer, pl_module, trainer.optimizers[0]).gradients(8))
+            with pytest.raises(RuntimeError, match="in the middle"), no_trace(trainer, pl_module) as apart:
+                list(Probe(apart).gradients(8))
             after = final_state(trainer)
             torch.testing.assert_close(after["weights"], before["weights"], rtol=0, atol=0)
             assert (after["losses"], after["calls"]) == ([], 0)
@@ -545,9 +550,9 @@ def test_a_training_step_that_fails_in_the_probe_is_no_end_of_training(tmp_path)
 
 def test_a_short_last_batch_is_not_used(tmp_path) -> None:
     calibration = silent()
-    with pytest.warns(UserWarning, match="the loader has 7 full batches"):
-        fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
+    fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
     assert calibration.result.gradients == 7
+    assert "the probe took all 7 full batches of the loader" in calibration.result.reasons
 
 
 def test_complex_parameters_count_as_pairs_of_real_ones(tmp_path) -> None:
@@ -581,13 +586,14 @@ def test_lazy_parameters_are_refused(tmp_path) -> None:
 def test_data_that_fail_in_the_probe_are_refused(tmp_path) -> None:
     class Once(Drawing):
         def __getitem__(self, index: int) -> Any:
-            if isinstance(module.trainer.loggers[0], SilentLogger):
+            if isinstance(self.module.trainer.loggers[0], SilentLogger):
                 raise OSError("gone")
             return super().__getitem__(index)
 
-    module = Net()
+    module, data = Net(), Once()
+    data.module = module
     with pytest.warns(UserWarning, match="no probe: the training data, training_step or its gradient raised OSError"):
-        made = fit(tmp_path, silent(), module=module, data=DataLoader(Once(), 4))
+        made = fit(tmp_path, silent(), module=module, data=DataLoader(data, 4))
     assert made.global_step == 8
 
 
@@ -697,15 +703,17 @@ def test_a_short_batch_of_a_users_batch_sampler_is_noticed(tmp_path) -> None:
     assert calibration.result.gradients == 7
 
 
-def test_data_that_hold_an_iterator_are_refused(tmp_path) -> None:
+def test_data_that_hold_a_generator_are_refused(tmp_path) -> None:
     class Once(IterableDataset):  # type: ignore[type-arg]
         def __init__(self) -> None:
-            self.samples = iter(dataset(64))
+            self.samples = (sample for sample in dataset(64))
 
         def __iter__(self) -> Any:
             return self.samples
 
-    with pytest.warns(UserWarning, match=r"no probe: the training data holds an iterator \(Once.samples\)"):
+    with pytest.warns(
+        UserWarning, match=r"no probe: train_dataloader.dataset.samples is a generator, .* DataLoader\(num_w"
+    ):
         made = fit(tmp_path, silent(batch_size=8), data=DataLoader(Once(), 8))
     assert made.global_step == 8
 
@@ -741,4 +749,22 @@ def test_ctrl_c_in_the_middle_ends_the_run_as_it_was_before_the_probe(tmp_path) 
     torch.testing.assert_close(seen.after["weights"], seen.before["weights"], rtol=0, atol=0)
     assert torch.equal(seen.after["rng"], seen.before["rng"])
     assert seen.after["losses"] == [] and not any(isinstance(logger, SilentLogger) for logger in seen.loggers)
+    assert calibration.result is None and calibration.state_dict()["report"] is None
+
+
+def test_sigterm_ends_the_probe_and_the_run_as_soon_as_a_batch_ends(tmp_path) -> None:
+    batches = tmp_path / "batches"  # a count in Python would be that of the copy
+
+    class Told(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with batches.open("a") as file:
+                file.write("x")
+            if batch_idx == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    calibration, module = OptimizerCalibration(learning_rate="keep"), Told()
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path, calibration, module=module)
+    assert batches.read_text() == "xxx" and module.calls == 0
     assert calibration.result is None and calibration.state_dict()["report"] is None

@@ -1,0 +1,138 @@
+"""Counts the magnitudes of the gradients, and reports them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_gradhist.callbacks.gradients import LocalGradients, squared_norm
+from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
+from lightning_gradhist.callbacks.monitor.progress import Progress
+from lightning_gradhist.callbacks.monitor.reports import Reports, Send
+from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
+from lightning_gradhist.logging.charts import magnitude_report, worst_layers
+from lightning_gradhist.logging.writer import NOT_COUNTED, HostHistogram, Lazy, send_heatmap
+
+When = Literal["before_clip", "after_clip", "local"]
+_PREFIXES = {"before_clip": "gradient", "after_clip": "gradient_clipped", "local": "gradient_local"}
+
+
+class GradientReport:
+    """The gradients of a logged step.
+
+    Args:
+        histogram: of their magnitudes; it must not be changed afterwards.
+        step: the trainer's ``global_step``.
+        prefix: of all names.
+        suffix: of the names of what is over all rows.
+    """
+
+    def __init__(self, histogram: MagnitudeHistogram, step: int, prefix: str, suffix: str) -> None:
+        self._histogram = HostHistogram(histogram)
+        self._step, self._prefix, self._suffix = step, prefix, suffix
+
+    def send(self, send: Send) -> None:
+        """Has loggers write the scalars and histograms."""
+        report = Lazy(lambda: magnitude_report(self._histogram(), self._prefix, f"all{self._suffix}"))
+        send(lambda sink: sink.scalars(report().scalars, self._step))
+        send(lambda sink: sink.histograms(report().histograms, self._step))
+
+    def draw(self, send: Send) -> None:
+        """Has loggers show the worst layers and the heatmap."""
+        worst, heatmap = (f"{self._prefix}_{kind}{self._suffix}" for kind in ("worst_layers", "magnitude_by_layer"))
+        send(lambda sink: sink.text(worst, worst_layers(self._histogram()), self._step))
+        title = f"gradient magnitudes by layer, step {self._step}"
+        send_heatmap(send, heatmap, self._step, title, self._histogram)
+
+
+class MagnitudeMonitor(StepObserver):
+    """Counts the gradients of the steps that are due, and logs those that are taken.
+
+    Args:
+        watched: the optimizer.
+        progress: its steps so far.
+        when: as for ``GradientHistogramMonitor``.
+        on_draw: is called after the 1st, 2nd, 4th, 8th, ... logged step, at which figures are drawn.
+    """
+
+    def __init__(self, watched: WatchedOptimizer, progress: Progress, when: When, on_draw: Callable[[], None]) -> None:
+        self._watched, self._fit, self._progress = watched, watched.fit, progress
+        self._when, self._on_draw = when, on_draw
+        self._local: LocalGradients | None = None
+        self._reports: Reports[GradientReport] = Reports(self._fit.send)
+
+    def prepare(self, due: bool) -> None:
+        """Has gradients copied before ranks average them."""
+        self.close()
+        if due and self._when == "local":
+            self._local = LocalGradients(self._watched.parameters)
+
+    def before_backward(self) -> None:
+        """Copies what has been unfrozen since, too."""
+        if self._local is not None:
+            self._local.extend(self._watched.parameters)
+
+    def wants_gradients(self, due: bool) -> bool:
+        """Whether they are counted before clipping."""
+        return due and self._when == "before_clip"
+
+    def before_step(self, step: Step) -> None:
+        """Counts, but for what is counted after clipping."""
+        if not step.due or self._when == "after_clip":
+            return
+        parts = step.parts
+        if self._local is not None:
+            parts = None
+            with self._fit.guard.attempt("copy the gradients before ranks average them"):
+                parts = _not_thrown_away(self._local.take(self._fit.trainer), self._watched.parameters)
+        step.histogram = self._count(parts)
+
+    def at_update(self, step: Step) -> None:
+        """Counts what is counted after clipping, and logs."""
+        if self._when == "after_clip":
+            step.histogram = self._count(self._watched.gradients()[1])
+        if step.histogram is None or step.skipped or not self._fit.trainer.is_global_zero:
+            return
+        with self._fit.guard.attempt("log"):
+            report = GradientReport(step.histogram, step.number, _PREFIXES[self._when], self._watched.suffix)
+            self._progress.logged += 1
+            step.drawn = math.log2(self._progress.logged).is_integer()
+            self._reports.log(report, step.drawn)
+            if step.drawn:
+                self._on_draw()
+
+    def finish(self) -> None:
+        """Draws the last report."""
+        with self._fit.guard.attempt("log"):
+            self._reports.finish()
+
+    def close(self) -> None:
+        """Copies nothing any more."""
+        if self._local is not None:
+            self._local.close()
+        self._local = None
+
+    def _count(self, parts: Mapping[str, Tensor] | None) -> MagnitudeHistogram | None:
+        """The histogram of all ranks' parts, None where this rank could not count its own."""
+        rows, counted = self._watched.find_rows(), None
+        names = list(dict.fromkeys(rows.values()))
+        if parts is not None:
+            with self._fit.guard.attempt("count the gradients"):
+                histogram = MagnitudeHistogram(names, self._fit.module.device)
+                histogram.update({name: part for name, part in parts.items() if name in rows and part.numel()}, rows)
+                counted = histogram
+        self._fit.sums.add_up(None if counted is None else counted.table, len(names) * COLUMNS, NOT_COUNTED)
+        return counted
+
+
+def _not_thrown_away(copies: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of gradients without those that ``zero_grad`` has taken away since; zeros where it has left zeros."""
+    found: dict[str, Tensor] = {}
+    for name, copied in copies.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            found[name] = copied.masked_fill(squared_norm([gradient]).to(copied.device) == 0, 0)
+    return found

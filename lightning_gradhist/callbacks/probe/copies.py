@@ -1,0 +1,363 @@
+"""Copies to be used up: what hangs together stays together, and the originals stay as they are."""
+
+from __future__ import annotations
+
+import bisect
+import copyreg
+import enum
+import functools
+import multiprocessing.managers
+import threading
+import types
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, nullcontext
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError
+from lightning_gradhist.callbacks.probe.silence import SilentLogger, experiment, is_logger, is_writer, silent_experiment
+from lightning_gradhist.callbacks.strategies import is_a
+
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
+_ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_BEYOND_THIS_PROCESS = (SharedMemory, multiprocessing.managers.BaseProxy)  # a copy of one is the same once more
+_NOT_COPIED = ("torch.distributed", "torch._C._distributed", "torch._dynamo", "torch.cuda", "pyarrow", "h5py", "lmdb")
+"""Packages whose objects are lent: what is asked of them leaves nothing behind, and they are no weights."""
+
+LARGE = 2**20
+"""Bytes above which a tensor or array of the data is lent, to be read only."""
+ALL_SMALL = 2**26
+"""Bytes of the data's smaller ones that are copied; the others are lent, too."""
+
+
+class Missing:
+    """In the place of what cannot be copied. To use it ends the probe."""
+
+    def __init__(self, why: str) -> None:
+        vars(self)["why"] = why
+
+    def __getattr__(self, name: str) -> Any:
+        raise ProbeRefusedError(vars(self)["why"])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Missing, (vars(self)["why"],)  # on its way to a worker
+
+    def _use(self, *args: Any, **kwargs: Any) -> Any:
+        raise ProbeRefusedError(vars(self)["why"])
+
+    __call__ = __iter__ = __next__ = __getitem__ = __setitem__ = __len__ = __bool__ = __enter__ = __setattr__ = _use
+    __contains__ = __exit__ = __float__ = __int__ = __add__ = __radd__ = __mul__ = __rmul__ = __delitem__ = _use
+
+
+class Copier:
+    """Copies objects with all that they reach, as ``copy.deepcopy`` does, and names by its path what cannot be copied.
+
+    Beyond ``copy.deepcopy``: bound methods and weak references take their objects along, parameters their hooks. A compiled
+    function becomes the one that it was compiled from. What cannot be copied is :class:`Missing` in the copy. Of a loader
+    with workers, which read in processes of their own, it is lent to them.
+
+    Attributes:
+        code: functions and classes that were met, which may refer to more.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[tuple[int, int, str]] = []
+        self.code: list[Any] = []
+        self._copies: dict[int, Any] = {}  # as copy.deepcopy's memo, since some objects' own __deepcopy__ is handed it
+        self._originals: list[Any] = []  # an id is only an object's own while that lives
+        self._path: list[str] = []
+        self._of_data = self._in_worker = False
+        self._small = 0
+
+    def put(self, original: Any, stand_in: Any) -> None:
+        """Has something else in the place of an object, or the object itself."""
+        self._copies[id(original)] = stand_in
+        self._originals.append((original, stand_in))
+
+    def lend(self, *originals: Any) -> None:
+        """Has objects as they are in the place of copies."""
+        for original in originals:
+            self.put(original, original)
+
+    def shell(self, original: Any) -> tuple[Any, Callable[[], None]]:
+        """An object's copy without what is in it, and what puts that in: for one that refers to all others."""
+        self.code.append(type(original))
+        copied = object.__new__(type(original))
+        self.put(original, copied)
+        return copied, lambda: vars(copied).update(self._attributes(vars(original)))
+
+    def copy(self, value: Any, name: str = "") -> Any:
+        """The copy of an object: always the same one.
+
+        Args:
+            value: the object.
+            name: that of the object, as the messages have it, or what is written behind its owner's.
+        """
+        if type(value) in _ATOMS:
+            return value
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        self._path.append(name)
+        manner = self._of_data, self._in_worker
+        self._of_data |= len(self._path) == 1
+        try:
+            if isinstance(value, (nn.Module, Optimizer)):
+                self._of_data = self._in_worker = False
+            elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, "LightningDataModule"):
+                self._of_data = True
+            made = self._copied(value)
+        except Exception as error:
+            made = self._not_copied(value, error)
+        finally:
+            self._path.pop()
+            self._of_data, self._in_worker = manner
+        self.put(value, made)
+        return made
+
+    @contextmanager
+    def reading(self) -> Generator[None, None, None]:
+        """Within it, nothing can be written into what is lent."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            with _Unwritable(self._lent) if self._lent else nullcontext():
+                yield
+
+    def _copied(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, (type, enum.Enum, types.BuiltinFunctionType, *_LOCKS)) or _is_of(value, _NOT_COPIED):
+            owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
+            return value if owner is None else self._method(value, owner)
+        if is_logger(value):
+            self.put(experiment(value), silent_experiment())
+            return SilentLogger(value)
+        if is_writer(value):
+            return silent_experiment()
+        if isinstance(value, _BEYOND_THIS_PROCESS):
+            raise TypeError("it is shared between processes")
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, np.ndarray):
+            return self._array(value)
+        if isinstance(value, types.FunctionType):
+            original = getattr(value, "_torchdynamo_orig_callable", None)
+            if original is not None:
+                return self.copy(original)
+            self.code.append(value)
+            return value
+        if isinstance(value, weakref.ref) and kind is weakref.ref:
+            return weakref.ref(self.copy(value())) if value() is not None else value
+        if getattr(value, "__self__", None) is not None and callable(value) and hasattr(value, "__name__"):
+            return self._method(value, value.__self__)
+        if kind in (list, tuple, set, frozenset):
+            return self._items(value)
+        if kind is dict:
+            return self._dictionary(value)
+        if isinstance(value, (nn.Module, Optimizer)) and not isinstance(value, torch.jit.ScriptModule):
+            return self._object(value, vars(value))
+        if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
+            return self._loader(value)
+        if hasattr(kind, "__deepcopy__"):
+            return value.__deepcopy__(self._copies)
+        return self._reduced(value)
+
+    def _not_copied(self, value: Any, error: Exception) -> Any:
+        beyond = isinstance(value, _BEYOND_THIS_PROCESS) or hasattr(value, "fileno") or is_a(value, "SynchronizedBase")
+        if self._in_worker and not beyond:
+            return value
+        if isinstance(value, tuple):  # one whose class wants other arguments than its items
+            items = [self.copy(item, f"[{i}]") for i, item in enumerate(tuple.__iter__(value))]
+            if all(one is other for one, other in zip(items, tuple.__iter__(value), strict=True)):
+                return value
+        generator = isinstance(value, types.GeneratorType)
+        what = "a generator" if generator else f"a {type(value).__name__}"
+        why = "" if generator else f" ({type(error).__name__}: {error})"
+        way_out = "" if self._in_worker else ", or let workers read the data: DataLoader(num_workers=1)"
+        return Missing(
+            f"{''.join(self._path)} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
+            f" training; make it where it is used, as in __iter__{way_out}"
+        )
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if self._of_data and not self._has_room(tensor.nbytes if tensor.layout == torch.strided else 0):
+            storage = tensor.untyped_storage()
+            self._lent.append((storage.data_ptr(), storage.nbytes(), "".join(self._path)))
+            return tensor
+        try:
+            copied: Tensor = (tensor if tensor.is_leaf else tensor.detach()).__deepcopy__(self._copies)
+        except (RuntimeError, NotImplementedError):  # nested ones, and those of other libraries
+            copied = tensor.detach().clone()
+        if tensor.is_leaf and copied.requires_grad != tensor.requires_grad:
+            copied.requires_grad_(tensor.requires_grad)
+        self.put(tensor, copied)
+        vars(copied).update(self._attributes(vars(tensor)))
+        for hook in (tensor._backward_hooks or {}).values() if tensor.is_leaf else ():
+            copied.register_hook(self.copy(hook, ".hook"))
+        return copied
+
+    def _array(self, array: np.ndarray[Any, Any]) -> Any:
+        if array.dtype == object:
+            copied = array.copy()
+            self.put(array, copied)
+            for index, item in np.ndenumerate(array):
+                copied[index] = self.copy(item, f"[{index}]")
+            return copied
+        if not array.flags.writeable:
+            return array
+        if isinstance(array, np.memmap) or (self._of_data and not self._has_room(array.nbytes)):
+            view = array.view()
+            self._lent.append((array.__array_interface__["data"][0], array.nbytes, "".join(self._path)))
+            view.flags.writeable = False
+            return view
+        return array.copy()
+
+    def _has_room(self, size: int) -> bool:
+        fits = size <= LARGE and self._small + size <= ALL_SMALL
+        self._small += size if fits else 0
+        return fits
+
+    def _method(self, method: Any, owner: Any) -> Any:
+        copied = self.copy(owner, ".__self__")
+        if copied is owner:
+            return method
+        return (
+            types.MethodType(method.__func__, copied)
+            if hasattr(method, "__func__")
+            else getattr(copied, method.__name__)
+        )
+
+    def _items(self, value: Any) -> Any:
+        kind = type(value)
+        if set(map(type, value)) <= _ATOMS:
+            return value.copy() if kind in (list, set) else value
+        if kind is list:
+            copied: list[Any] = []
+            self.put(value, copied)
+            copied.extend([self.copy(item, f"[{i}]") for i, item in enumerate(value)])
+            return copied
+        made = kind([self.copy(item, f"[{i}]") for i, item in enumerate(value)])
+        # A tuple may hold what holds it, and be copied by now.
+        return self._copies.get(id(value), made)
+
+    def _dictionary(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        copied: dict[Any, Any] = {}
+        self.put(value, copied)
+        copied.update({self.copy(key, "<key>"): self.copy(item, f"[{key!r:.40}]") for key, item in value.items()})
+        return copied
+
+    def _attributes(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        return {name: self.copy(value, f".{name}") for name, value in attributes.items()}
+
+    def _object(self, value: Any, attributes: dict[str, Any]) -> Any:
+        self.code.append(type(value))
+        copied = _quiet(object.__new__(type(value)))
+        self.put(value, copied)
+        vars(copied).update(self._attributes(attributes))
+        return copied
+
+    def _loader(self, loader: Any) -> Any:
+        attributes = dict(vars(loader))
+        attributes["_iterator"] = None  # persistent workers hang on it: the copy starts its own
+        iterators = [name for name, value in attributes.items() if is_a(value, "_BaseDataLoaderIter")]
+        if attributes.get("num_workers"):
+            in_workers = {name: attributes[name] for name in ("dataset", "collate_fn", "worker_init_fn")}
+            self._in_worker = True
+            for name, value in in_workers.items():
+                self.copy(value, f".{name}")
+            self._in_worker = False
+        copied = self._object(loader, {name: value for name, value in attributes.items() if name not in iterators})
+        for name in iterators:  # of a loader that holds one for all epochs
+            vars(copied)[name] = copied._get_iterator()
+        return copied
+
+    def _reduced(self, value: Any) -> Any:
+        self.code.append(type(value))
+        reduce = copyreg.dispatch_table.get(type(value))
+        found: Any = reduce(value) if reduce else value.__reduce_ex__(4)
+        if isinstance(found, str):
+            return value
+        make, arguments, *more = found
+        state, items, pairs = [*more, None, None, None][:3]
+        copied: Any = _quiet(self.copy(make)(*(self.copy(argument) for argument in arguments)))
+        self.put(value, copied)
+        if state is not None:
+            self._set_state(copied, state)
+        # By the methods of the base class: some of their own forbid it, as those of frozen dicts do.
+        if items is not None:
+            add = functools.partial(list.append, copied) if isinstance(copied, list) else copied.append
+            for i, item in enumerate(items):
+                add(self.copy(item, f"[{i}]"))
+        if pairs is not None:
+            base: Any = (
+                OrderedDict if isinstance(copied, OrderedDict) else dict if isinstance(copied, dict) else type(copied)
+            )
+            for key, item in pairs:
+                base.__setitem__(copied, self.copy(key, "<key>"), self.copy(item, f"[{key!r:.40}]"))
+        return copied
+
+    def _set_state(self, copied: Any, state: Any) -> None:
+        if hasattr(type(copied), "__setstate__"):
+            named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+            copied.__setstate__(self._attributes(state) if named else self.copy(state))
+            return
+        attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+        vars(copied).update(self._attributes(attributes or {}))
+        for name, value in self._attributes(slots or {}).items():
+            object.__setattr__(copied, name, value)
+
+
+class _Unwritable(TorchDispatchMode):
+    """Ends the probe where an operation writes into one of these ranges of memory."""
+
+    def __init__(self, ranges: list[tuple[int, int, str]]) -> None:
+        super().__init__()
+        self._ranges = sorted(ranges)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | (
+            kwargs or {}
+        )
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = given.get(argument.name)
+                for tensor in written if isinstance(written, (list, tuple)) else [written]:
+                    self._check(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _check(self, tensor: Any) -> None:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            return
+        address = tensor.untyped_storage().data_ptr()
+        place = bisect.bisect_right(self._ranges, address, key=lambda one: one[0]) - 1
+        if place >= 0 and address < self._ranges[place][0] + self._ranges[place][1]:
+            raise ProbeRefusedError(
+                f"{self._ranges[place][2]} is written into when it is read, and too large to be copied"
+            )
+
+
+def _is_of(value: Any, packages: Iterable[str]) -> bool:
+    module = getattr(value if isinstance(value, types.FunctionType) else type(value), "__module__", None) or ""
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def _quiet(copied: Any) -> Any:
+    """Takes an object's ``__del__`` away: it may close what the original still needs."""
+    if isinstance(getattr(type(copied), "__del__", None), types.FunctionType):
+        kind: Any = type(copied)
+        copied.__class__ = _without_del(kind)
+    return copied
+
+
+@functools.cache
+def _without_del(kind: Any) -> type:
+    return type(kind.__name__, (kind,), {"__del__": lambda self: None, "__module__": kind.__module__})

@@ -1,0 +1,122 @@
+"""What code refers to by itself: cells and defaults of functions, global names, attributes of classes."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lightning_gradhist.callbacks.probe.copies import Copier
+
+_INSTALLED = tuple(
+    str(Path(folder).resolve()) + os.sep
+    for folder in (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[2]))
+)
+
+
+@contextmanager
+def copies_in_place(copier: Copier) -> Generator[None, None, None]:
+    """Has copies where the code of what was copied refers to something itself, and the originals again afterwards.
+
+    Of global names and classes, this looks into the user's own code, and not into installed packages.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        seen: set[int] = set()
+        while copier.code:  # more comes with what is copied
+            one = copier.code.pop()
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
+            if isinstance(one, types.FunctionType):
+                _in_function(one, copier, undo)
+            elif _is_users(vars(sys.modules.get(one.__module__, types))) and not issubclass(one, enum.Enum):
+                _in_class(one, copier, undo)
+        yield
+    finally:
+        for action in reversed(undo):
+            action()
+
+
+def _in_function(function: types.FunctionType, copier: Copier, undo: list[Callable[[], None]]) -> None:
+    name = function.__qualname__
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not yet filled
+            content = cell.cell_contents
+            undo.append(lambda cell=cell, content=content: setattr(cell, "cell_contents", content))  # type: ignore[misc]
+            cell.cell_contents = copier.copy(content, f"{name}.{variable}")
+    for attribute in ("__defaults__", "__kwdefaults__"):
+        defaults = getattr(function, attribute)
+        copied = copier.copy(defaults, f"{name}.{attribute}")
+        if copied is not defaults:
+            undo.append(lambda a=attribute, d=defaults: setattr(function, a, d))  # type: ignore[misc]
+            setattr(function, attribute, copied)
+    if _is_users(function.__globals__):
+        _in_names(function.__globals__, set(_names(function.__code__)), copier, undo)
+
+
+def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: list[Callable[[], None]]) -> None:
+    before = {name: space[name] for name in names & space.keys()}
+
+    def put_back() -> None:
+        for name in (names & space.keys()) - before.keys():
+            del space[name]
+        space.update(before)
+
+    undo.append(put_back)
+    for name, value in before.items():
+        if isinstance(value, (types.FunctionType, type)):
+            copier.code.append(value)
+        elif isinstance(value, types.ModuleType):
+            if _is_users(vars(value)) and vars(value) is not space:
+                _in_names(vars(value), names, copier, undo)
+        else:
+            space[name] = copier.copy(value, f"{space.get('__name__')}.{name}")
+
+
+def _in_class(kind: type, copier: Copier, undo: list[Callable[[], None]]) -> None:
+    before = {name: value for name, value in vars(kind).items() if not name.startswith(("__", "_abc_"))}
+
+    def put_back() -> None:
+        for name in [name for name in vars(kind) if not name.startswith(("__", "_abc_")) and name not in before]:
+            type.__delattr__(kind, name)
+        for name, value in before.items():
+            if vars(kind).get(name) is not value:
+                type.__setattr__(kind, name, value)
+
+    undo.append(put_back)
+    for name, value in vars(kind).copy().items():
+        function = getattr(value, "__func__", getattr(value, "fget", value))  # of a classmethod, a property
+        if isinstance(function, (types.FunctionType, type)):
+            copier.code.append(function)
+        elif name in before and not hasattr(type(value), "__get__"):
+            copied = copier.copy(value, f"{kind.__qualname__}.{name}")
+            if copied is not value:
+                type.__setattr__(kind, name, copied)
+    copier.code.extend(kind.__bases__)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_users(space: dict[str, Any]) -> bool:
+    """Whether these are the names of a module that is no installed package."""
+    return _is_own_code((space.get("__name__") or "").partition(".")[0], space.get("__file__"))
+
+
+@functools.cache
+def _is_own_code(package: str, file: str | None) -> bool:
+    if package in sys.stdlib_module_names and package != "__main__":
+        return False
+    return file is None or not str(Path(file).resolve()).startswith(_INSTALLED)

@@ -1,0 +1,174 @@
+"""What is handed to optimizer and schedulers, as a run then goes on with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
+from support import Net, final_state, fit, loader
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+
+
+class OwnRate(torch.optim.Optimizer):
+    """An optimizer that makes its own rate, as Adafactor does: ``lr`` is None, and ``eps`` a pair."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": None, "eps": (1e-30, 1e-3)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(1e-2 * parameter.grad.sign())
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:OptimizerCalibration")
+@pytest.mark.parametrize(
+    "options",
+    [{"apply": False}, {"learning_rate": "keep"}, {"reference_batch_size": 4, "learning_rate": "sqrt"}],
+    ids=str,
+)
+def test_an_optimizer_that_makes_its_own_rate_is_left_alone(tmp_path, options: dict[str, Any]) -> None:
+    plain = fit(tmp_path / "a", module=lambda: Net(OwnRate))
+    calibration = OptimizerCalibration(**options)
+    made = fit(tmp_path / "b", GradientHistogramMonitor(every_n_steps=2), calibration, module=lambda: Net(OwnRate))
+    torch.testing.assert_close(final_state(made)["weights"], final_state(plain)["weights"], rtol=0, atol=0)
+    said = any("lr is no number" in problem for problem in calibration.result.problems)
+    assert said is ("learning_rate" in options and options["learning_rate"] == "sqrt")
+
+
+class Frozen(Net):
+    """A frozen group, and the rates in force at each step."""
+
+    def __init__(self, rates: tuple[float, float]) -> None:
+        super().__init__()
+        self.group_rates, self.seen = rates, []
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": part.parameters(), "lr": rate}
+            for part, rate in zip([self.body, self.head], self.group_rates, strict=True)
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 16, eta_min=2e-3), "interval": "step"}]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize("rates", [(1e-3, 1e-2), (0.0, 1e-2)], ids=["", "frozen"])
+def test_the_floor_of_a_schedule_is_carried_over_with_it(tmp_path, rates: tuple[float, float]) -> None:
+    plain = fit(tmp_path / "a", module=lambda: Frozen(rates)).lightning_module.seen
+    calibration = OptimizerCalibration(reference_batch_size=2, learning_rate="sqrt", epsilon="keep")
+    made = fit(tmp_path / "b", calibration, module=lambda: Frozen(rates)).lightning_module.seen
+    torch.testing.assert_close(torch.tensor(made), 2 * torch.tensor(plain))
+    assert calibration.result.ratio == 2
+
+
+class TwoParts(L.LightningModule):
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__()
+        self.backbone, self.head, self.make_optimizer = nn.Linear(8, 16), nn.Linear(16, 3), optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.head(torch.relu(self.backbone(batch[0]))), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+def thaw() -> Any:
+    return BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.1, should_align=False)
+
+
+def test_a_group_that_comes_later_begins_with_the_calibrated_values(tmp_path) -> None:
+    module = lambda: TwoParts(lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-1))  # noqa: E731
+    calibration = OptimizerCalibration(reference_batch_size=2, learning_rate="sqrt")
+    with pytest.warns(UserWarning, match="parameter group 1 came after the calibration.*multiply it by 2") as caught:
+        made = fit(tmp_path, thaw(), calibration, module=module, max_epochs=3)
+    first, late = made.optimizers[0].param_groups
+    assert late["eps"] == first["eps"] == calibration.result.epsilon < 1e-1
+    assert len([one for one in caught if "came after" in str(one.message)]) == 1
+
+
+def test_a_group_that_comes_later_begins_with_the_chosen_alpha(tmp_path) -> None:
+    calibration = OptimizerCalibration(learning_rate="keep", epsilon="keep", batch_size=1024)
+    made = fit(tmp_path, thaw(), calibration, module=lambda: TwoParts(lambda p: ALTO(p, lr=1e-2)), max_epochs=2)
+    first, late = made.optimizers[0].param_groups
+    assert (late["alpha"], late["explore_beta"]) == (first["alpha"], first["explore_beta"]) == (-5.0, 0.99)
+
+
+def test_a_group_that_comes_later_in_a_resumed_run_does_too(tmp_path) -> None:
+    def module() -> Any:
+        return TwoParts(lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-1))
+
+    calibration = OptimizerCalibration(learning_rate="keep")
+    made = fit(tmp_path / "a", thaw(), calibration, module=module, max_epochs=1)
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    L.seed_everything(7, verbose=False)
+    again = OptimizerCalibration(learning_rate="keep")
+    trainer = L.Trainer(
+        callbacks=[thaw(), again], max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False
+    )
+    trainer.fit(module(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert [group["eps"] for group in trainer.optimizers[0].param_groups] == [calibration.result.epsilon] * 2
+
+
+GOOD = {
+    "report": "done",
+    "changes": [{"group": 0, "name": "eps", "before": 1e-1, "after": 1e-3}],
+    "batch_size": 8.0,
+    "of a later version": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param({"changes": []}, id="no report"),
+        pytest.param({**GOOD, "report": 3}, id="a number for a report"),
+        pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "reason": "x"}]}, id="one more key"),
+        pytest.param({**GOOD, "changes": [{"group": 0}]}, id="one key less"),
+        pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "after": "auto"}]}, id="text for a number"),
+        pytest.param({**GOOD, "changes": 7}, id="a number for a list"),
+        pytest.param({**GOOD, "batch_size": "many"}, id="text for a batch size"),
+    ],
+)
+def test_a_state_that_cannot_be_read_begins_anew(state: dict[str, Any]) -> None:
+    calibration = OptimizerCalibration()
+    with pytest.warns(UserWarning, match="begins anew: its state in the checkpoint cannot be read"):
+        calibration.load_state_dict(state)
+    assert calibration.state_dict() == OptimizerCalibration().state_dict()
+    calibration.load_state_dict(GOOD)
+    assert calibration.state_dict()["changes"] == GOOD["changes"]
+
+
+class KeyBias(L.LightningModule):
+    """Attention of few features, so that the bias of its keys, whose gradient is zero, is 5% of all coordinates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        tokens = batch[0].view(-1, 2, 4)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), eps=1e-6)
+
+
+def test_an_epsilon_is_not_lowered_for_rounding_noise(tmp_path) -> None:
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    fit(tmp_path, calibration, module=KeyBias)
+    lowest = calibration.result.epsilon_range.per_name["attention.in_proj_bias"][0]
+    assert lowest < 1e-7  # which is more than 2% of the coordinates
+    assert calibration.result.epsilon == 1e-6 and not calibration.result.changes

@@ -1,0 +1,635 @@
+"""A run with a probe and nothing applied ends in the same bits, whatever module and data hold."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import multiprocessing
+import random
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.prune
+from lightning.pytorch.utilities import CombinedLoader
+from support import dataset, events, final_state, fit, loader
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_gradhist import OptimizerCalibration
+from lightning_gradhist.callbacks.probe import copies
+
+GLOBAL_GENERATOR = np.random.default_rng(0)
+GLOBAL_COUNT = 0
+GLOBAL_CALLS: list[int] = []
+
+
+class Small(L.LightningModule):
+    """What each kind of module is put on. ``seen`` is what training saw, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.seen: list[float] = []
+        self.set_up()
+
+    def set_up(self) -> None: ...
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        """Returns what is added to the loss."""
+        return 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if isinstance(batch, dict):
+            batch = batch["a"]
+        more = self.touch(batch, batch_idx)
+        loss = nn.functional.cross_entropy(self.head(torch.tanh(self.body(batch[0].float()))), batch[1]) + more
+        self.seen.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class MomentumEncoder(Small):
+    def set_up(self) -> None:
+        self.slow = nn.Linear(8, 16).requires_grad_(False)
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        for slow, fast in zip(self.slow.parameters(), self.body.parameters(), strict=True):
+            slow.data = slow.data * 0.9 + fast.data * 0.1
+        return (self.slow(batch[0]) - self.body(batch[0])).square().mean()
+
+
+class HooksAtTheFirstStep(Small):
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        if not self.seen:
+            self.body.register_forward_hook(lambda module, inputs, output: output + 0.1 * torch.tanh(output))
+            self.head.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+            nn.utils.prune.l1_unstructured(self.body, "weight", 0.3)
+            nn.utils.parametrizations.weight_norm(self.head)
+        return 0.0
+
+
+class Freezes(Small):
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.body.requires_grad_(batch_idx % 3 > 0)
+        self.train(batch_idx % 2 == 0)
+        return 0.0
+
+
+class OtherMemory(Small):
+    """Its tensors get another memory, size, dtype or place in the module."""
+
+    def set_up(self) -> None:
+        for name in ("one", "two", "three", "four"):
+            self.register_buffer(name, torch.zeros(2))
+        self.view = self.one[:1]
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.one.set_(self.one + 1)
+        self.two.resize_(2 + batch_idx).fill_(batch_idx)
+        self.three.data = self.three.double() + 1
+        torch.utils.swap_tensors(self.four, self.four + 1)
+        self.view += 1
+        if batch_idx == 0:
+            self.head, self.old = nn.Linear(16, 3), self.head
+        return self.one.sum() + self.two.sum() + self.three.sum() + self.four.sum() + self.view.sum()
+
+
+class OldWeightNorm(Small):
+    """Its weight is no leaf, which copy.deepcopy refuses."""
+
+    def set_up(self) -> None:
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(self.body)
+        self.body(torch.zeros(1, 8))
+
+
+class HeldByFunctions(Small):
+    """State in closures, defaults, partials, bound methods and weak references."""
+
+    def set_up(self) -> None:
+        generator, counts, total = np.random.default_rng(1), [0], 0
+        self.draw, self.again = generator.random, functools.partial(generator.normal, 0)
+
+        def count(cache: dict[str, int] = {"n": 0}) -> int:  # noqa: B006
+            nonlocal total
+            counts[0] += 1
+            cache["n"] += 1
+            total += 1
+            return counts[0] + cache["n"] + total
+
+        self.count = count
+        self.more = lambda: len(self.seen)
+        self.of_body = weakref.ref(self.body)
+        self.head.register_forward_hook(lambda module, inputs, output: output + self.count() / 100)
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            self.of_body().bias.add_(0.01)
+        return self.draw() + self.again() + self.more()
+
+
+class HeldByClassAndModule(Small):
+    generator = random.Random(3)
+    count = 0
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        global GLOBAL_COUNT
+        GLOBAL_COUNT += 1
+        HeldByClassAndModule.count += 1
+        GLOBAL_CALLS.append(batch_idx)
+        return GLOBAL_GENERATOR.random() + GLOBAL_COUNT + len(GLOBAL_CALLS) + self.generator.random() + self.count
+
+    def on_train_end(self) -> None:
+        global GLOBAL_COUNT, GLOBAL_GENERATOR
+        GLOBAL_COUNT, HeldByClassAndModule.count, GLOBAL_GENERATOR = 0, 0, np.random.default_rng(0)
+        HeldByClassAndModule.generator = random.Random(3)
+        GLOBAL_CALLS.clear()
+
+
+class OddTensors(Small):
+    """Tensors that most functions do not take."""
+
+    def set_up(self) -> None:
+        self.register_buffer("complex_half", torch.ones(2, dtype=torch.complex32))
+        self.register_buffer("quantized", torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8))
+        self.nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        self.sparse = torch.eye(3).to_sparse()
+
+    def configure_optimizers(self) -> Any:
+        self.unused = nn.Linear(2, 2, device="meta")  # now, as Lightning has moved the others to the device
+        return super().configure_optimizers()
+
+    def on_train_end(self) -> None:
+        del self.unused
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.nested = self.nested * 2
+        self.complex_half = self.complex_half.clone()
+        return 0.0
+
+
+class KeepsWriters(Small):
+    """Loggers and writers that the module kept for itself."""
+
+    def on_train_start(self) -> None:
+        self.kept = [self.logger]
+        self.writer = self.logger.experiment
+        self.own = SummaryWriter(self.logger.log_dir + "/own")
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.writer.add_scalar("kept", 1.0, len(self.seen))
+        self.own.add_scalar("own", 1.0, len(self.seen))
+        self.kept[0].log_metrics({"logger": 1.0}, len(self.seen))
+        return 0.0
+
+    def on_train_end(self) -> None:
+        self.own.close()
+        self.writer.flush()
+        for folder, tag in (("", "kept"), ("", "logger"), ("/own", "own")):
+            self.seen.extend(event.step for event in events(Path(self.logger.log_dir + folder)).Scalars(tag))
+
+
+class Counts(L.Callback):
+    calls = 0
+
+
+class ReachesForTheTrainer(Small):
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        trainer = self.trainer
+        counter = next(callback for callback in trainer.callbacks if isinstance(callback, Counts))
+        counter.calls += 1
+        trainer.callback_metrics["mine"] = torch.tensor(float(counter.calls))
+        trainer.fit_loop.epoch_loop.mine = getattr(trainer.fit_loop.epoch_loop, "mine", 0) + 1
+        trainer.limit_val_batches = counter.calls
+        trainer.should_stop |= batch_idx == 11
+        trainer.train_dataloader.dataset.tensors[0][batch_idx] += 0.1
+        self.optimizers().param_groups[0]["lr"] *= 0.99
+        self.optimizers().optimizer.state["mine"] = counter.calls
+        assert trainer.model is self and trainer.strategy.lightning_module is self
+        return counter.calls + trainer.fit_loop.epoch_loop.mine + trainer.global_step
+
+
+class Resource:
+    """An object that refuses to be copied, with a lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("there is only one")
+
+
+class RefusesCopies(Small):
+    def set_up(self) -> None:
+        self.resource, self.lock, self.lines = Resource(), threading.RLock(), (line for line in "abc")
+        self.inner = Uncopied()
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        with self.lock:
+            return self.inner(batch[0]).mean()
+
+
+class Uncopied(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 1)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("not this one")
+
+    def __getstate__(self) -> Any:
+        raise TypeError("not this one")
+
+
+class Closing:
+    """Closes what the original still needs when it goes."""
+
+    def __init__(self) -> None:
+        self.file = io.StringIO("x" * 1000)
+        self.held: list[Any] = [self.file]
+
+    def __del__(self) -> None:
+        self.held[0].close()
+        CLOSED.append(self)
+
+
+CLOSED: list[Any] = []
+
+
+class Closes(Small):
+    def set_up(self) -> None:
+        self.closing = Closing()
+        CLOSED.clear()
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        return float(len(self.closing.file.read(1))) + len(CLOSED)
+
+    def on_train_end(self) -> None:
+        self.seen.append(len(CLOSED))
+
+
+class Scripted(Small):
+    """Parts that copy themselves in ways of their own."""
+
+    def set_up(self) -> None:
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)))
+        self.recurrent = nn.LSTM(8, 4)
+        self.compiled = torch.compile(nn.Linear(8, 4), backend="eager")
+        self.of_step = torch.compile(self.inner, backend="eager")
+        self.extra = nn.Parameter(torch.ones(4))
+        self.again = self.extra
+
+    def inner(self, inputs: torch.Tensor) -> Any:
+        return self.extra * inputs.mean()
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        parts = (self.scripted(batch[0]), self.recurrent(batch[0])[0], self.compiled(batch[0]), self.of_step(batch[0]))
+        return sum(part.mean() for part in parts)
+
+
+class ParametersElsewhere(Small):
+    """The optimizer steps what the module does not know, and tied weights."""
+
+    def set_up(self) -> None:
+        self.elsewhere = [torch.ones(3, requires_grad=True)]
+        self.tied = nn.Linear(8, 16)
+        self.tied.weight = self.body.weight
+        self.body.weight.mark = [0]
+        self.body.weight.register_hook(lambda gradient: gradient * (1 + 0 * self.seen[-1] if self.seen else 1))
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.body.weight.mark[0] += 1
+        return self.elsewhere[0].square().mean() + self.tied(batch[0]).mean() + self.body.weight.mark[0]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([*self.parameters(), *self.elsewhere], lr=1e-2)
+
+
+class ChildOfTheOwnKind(Small):
+    """Modules of Lightning within, registered and not."""
+
+    def set_up(self) -> None:
+        if type(self) is ChildOfTheOwnKind:
+            self.child = Small()
+            self.hidden = [Small()]
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        return self.child.training_step(batch, batch_idx) + self.hidden[0].training_step(batch, batch_idx)
+
+
+MODULES = [
+    MomentumEncoder,
+    HooksAtTheFirstStep,
+    Freezes,
+    OtherMemory,
+    OldWeightNorm,
+    HeldByFunctions,
+    HeldByClassAndModule,
+    OddTensors,
+    KeepsWriters,
+    ReachesForTheTrainer,
+    RefusesCopies,
+    Closes,
+    Scripted,
+    ParametersElsewhere,
+    ChildOfTheOwnKind,
+]
+
+
+class Plain(Dataset):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.data = dataset(64)
+        self.set_up()
+
+    def set_up(self) -> None: ...
+
+    def touch(self, index: int) -> float:
+        return 0.0
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, label = self.data[index]
+        return inputs + self.touch(index), label
+
+
+class Drawing(Plain):
+    """Generators in lists, dicts and objects, and one that the system's own functions hide."""
+
+    def set_up(self) -> None:
+        self.held = {"deep": [np.random.default_rng(1), torch.Generator(), random.Random(1), np.random.RandomState(1)]}
+        self.legacy = self.held["deep"][3].rand
+
+    def touch(self, index: int) -> float:
+        new, of_torch, of_python, _ = self.held["deep"]
+        return new.random() + float(torch.rand((), generator=of_torch)) + of_python.random() + self.legacy()
+
+
+class Counting(Plain):
+    """Counts and caches in every usual container, and how it came to know them."""
+
+    def set_up(self) -> None:
+        self.reads: dict[int, int] = {}
+        self.difficulty, self.objects = np.zeros(64), np.array([[0], "name"], dtype=object)
+        self.numbers, self.cycle = itertools.count(), itertools.cycle([0.1, 0.2, 0.3])
+        self.shared = torch.zeros(64).share_memory_()
+
+    def touch(self, index: int) -> float:
+        self.reads[index] = self.reads.get(index, 0) + 1
+        self.difficulty[index] += 0.1
+        self.objects[0][0] += 1
+        self.shared[index] += 1
+        return self.reads[index] + self.difficulty[index] + self.objects[0][0] + next(self.numbers) + next(self.cycle)
+
+
+class Lines(IterableDataset):  # type: ignore[type-arg]
+    """Samples from an iterator."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.source)
+
+
+class Around:
+    """Any wrapper."""
+
+    def __init__(self, inner: Any) -> None:
+        self.parts = {"inner": [inner]}
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.parts["inner"][0])
+
+
+class OfFile(Plain):
+    def set_up(self) -> None:
+        self.file = open(__file__)  # noqa: SIM115
+
+    def touch(self, index: int) -> float:
+        return float(len(self.file.readline()))
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+class Large(Plain):
+    """More than is copied."""
+
+    def set_up(self) -> None:
+        self.tensor, self.array = torch.zeros(64, copies.LARGE // 64), np.zeros((64, copies.LARGE // 64))
+
+    def touch(self, index: int) -> float:
+        return float(self.tensor[index, 0]) + float(torch.from_numpy(self.array[index])[0])
+
+
+class LargeTensorWritten(Large):
+    def touch(self, index: int) -> float:
+        self.tensor[index] += 1
+        return super().touch(index)
+
+
+class LargeArrayWritten(Large):
+    def touch(self, index: int) -> float:
+        torch.from_numpy(self.array[index]).add_(1)
+        return super().touch(index)
+
+
+class SharedCount(Plain):
+    """A count that the workers and this process have in common."""
+
+    def set_up(self) -> None:
+        self.count = multiprocessing.Value("i", 0)
+
+    def touch(self, index: int) -> float:
+        with self.count.get_lock():
+            self.count.value += 1
+        return float(self.count.value)
+
+
+class OwnPlace(IterableDataset):  # type: ignore[type-arg]
+    """Keeps its place, and wants more than a state_dict has as arguments."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for inputs, label in dataset(64):
+            self.place += 1
+            yield inputs + self.place, label
+
+    def state_dict(self, samples: int, workers: int) -> Any:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class Endless(DataLoader):  # type: ignore[type-arg]
+    """Holds one iterator for all epochs."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.iterator = super().__iter__()
+
+    def __iter__(self) -> Any:
+        return iter([next(self.iterator) for _ in range(len(self))])
+
+
+class History(Sampler):  # type: ignore[type-arg]
+    """Batches that depend on those before, by a function that others hold, too."""
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+        generator = np.random.default_rng(4)
+        self.choose = lambda: generator.permutation(64)[:8].tolist()
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(8):
+            chosen = [(index + len(self.given)) % 64 for index in self.choose()]
+            self.given.extend(chosen)
+            yield chosen
+
+
+class OwnIterator:
+    """A loader that is its own iterator."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __len__(self) -> int:
+        return 16
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        self.place = (self.place + 8) % 64
+        inputs, labels = dataset(64).tensors
+        return inputs[self.place : self.place + 8], labels[self.place : self.place + 8]
+
+
+def collating() -> Any:
+    generator = torch.Generator()
+
+    def collate(samples: list[Any]) -> Any:
+        inputs, labels = torch.stack([one for one, _ in samples]), torch.stack([label for _, label in samples])
+        return inputs * (torch.rand(inputs.shape, generator=generator) > 0.2), labels
+
+    return collate
+
+
+def combined() -> Any:
+    both = Drawing()
+    return CombinedLoader({"a": DataLoader(both, 8), "b": DataLoader(both, 8)}, "max_size_cycle")
+
+
+def batches() -> Iterator[Any]:
+    inputs, labels = dataset(128).tensors
+    yield from zip(inputs.split(8), labels.split(8), strict=True)
+
+
+REFUSED = "cannot be copied"
+LOADERS = [
+    pytest.param(lambda: DataLoader(Drawing(), 8, shuffle=True), None, id="generators at any depth"),
+    pytest.param(lambda: DataLoader(Counting(), 8, shuffle=True), None, id="counts and caches"),
+    pytest.param(lambda: DataLoader(Counting(), 8, num_workers=2), None, id="memory shared with workers"),
+    pytest.param(
+        lambda: DataLoader(Lines(Around(Around(iter(list(dataset(128)))))), 8), None, id="an iterator, wrapped twice"
+    ),
+    pytest.param(
+        lambda: DataLoader(Lines(Around(Around(one for one in dataset(128)))), 8),
+        r"train_dataloader.dataset.source.parts\['inner'\]\[0\].parts\['inner'\]\[0\] is a generator",
+        id="a generator, wrapped twice",
+    ),
+    pytest.param(
+        lambda: DataLoader(Lines(map(tuple, (one for one in dataset(128)))), 8),
+        "train_dataloader.dataset.source.* is a generator",
+        id="a generator in a map",
+    ),
+    pytest.param(
+        lambda: DataLoader(Lines(one for one in dataset(128)), 8, num_workers=1), None, id="a generator for a worker"
+    ),
+    pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
+    pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
+    pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
+    pytest.param(lambda: DataLoader(SharedCount(), 8, num_workers=1), REFUSED, id="a count between processes"),
+    pytest.param(lambda: DataLoader(Large(), 8), None, id="large and read"),
+    pytest.param(lambda: DataLoader(LargeTensorWritten(), 8), "too large to be copied", id="large and written"),
+    pytest.param(lambda: DataLoader(LargeArrayWritten(), 8), "too large to be copied", id="large, written as a tensor"),
+    pytest.param(lambda: DataLoader(OwnPlace(), 8), None, id="a place, and a state_dict with arguments"),
+    pytest.param(lambda: Endless(Drawing(), 8, shuffle=True), None, id="a loader that never ends"),
+    pytest.param(lambda: Endless(dataset(64), 8, shuffle=True, num_workers=1), None, id="a worker that never ends"),
+    pytest.param(lambda: DataLoader(Drawing(), batch_sampler=History()), None, id="a batch sampler with a history"),
+    pytest.param(OwnIterator, None, id="its own iterator"),
+    pytest.param(lambda: DataLoader(dataset(64), 8, collate_fn=collating()), None, id="a generator closed over"),
+    pytest.param(combined, None, id="two loaders of one data set"),
+    pytest.param(lambda: loader(8, 64, num_workers=2, persistent_workers=True), None, id="persistent workers"),
+]
+
+
+def runs(tmp_path: Any, module: Any, data: Any, **options: Any) -> tuple[OptimizerCalibration, L.Trainer, L.Trainer]:
+    """The same run with a probe and without."""
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=6, apply=False, batch_size=8)
+    made = []
+    for folder, callbacks in (("with", [calibration]), ("without", [])):
+        L.seed_everything(3, verbose=False)
+        folder = tmp_path / folder
+        made.append(fit(folder, *callbacks, Counts(), module=module, data=data(), max_epochs=2, **options))
+    assert calibration.result is not None
+    return calibration, *made
+
+
+def assert_same(with_probe: L.Trainer, without: L.Trainer) -> None:
+    got, expected = final_state(with_probe), final_state(without)
+    assert with_probe.lightning_module.seen == without.lightning_module.seen != []
+    assert got["logged"] == expected["logged"] and torch.equal(got["rng"], expected["rng"])
+    assert got["weights"].keys() == expected["weights"].keys()
+    for name, value in got["weights"].items():
+        assert bits(value) == bits(expected["weights"][name]), name
+    for one, other in zip(got["optimizer"], expected["optimizer"], strict=True):
+        assert one["param_groups"] == other["param_groups"]
+    assert with_probe.global_step == without.global_step > 0
+
+
+def bits(tensor: torch.Tensor) -> Any:
+    if tensor.is_meta:
+        return tensor.shape
+    plain = tensor.int_repr() if tensor.is_quantized else tensor
+    return plain.dtype, plain.shape, bytes(plain.contiguous().untyped_storage())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*ComplexHalf", "ignore:.*jit.script.* is deprecated", "ignore:.*quantiz", "ignore:.*nested"
+)
+@pytest.mark.parametrize("module", MODULES)
+def test_the_run_is_the_same_whatever_the_module_does(tmp_path, module) -> None:
+    calibration, *made = runs(tmp_path, module, lambda: DataLoader(dataset(96), 8))
+    assert_same(*made)
+    assert calibration.result.gradients == 6 and calibration.result.problems == ()
+
+
+@pytest.mark.filterwarnings("ignore:.*this process is multi-threaded")
+@pytest.mark.parametrize(("data", "refused"), LOADERS)
+def test_the_run_is_the_same_whatever_the_loader_does(tmp_path, data, refused) -> None:
+    caught = pytest.warns(UserWarning, match=f"no probe: .*{refused}") if refused else None
+    if caught is None:
+        calibration, *made = runs(tmp_path, Small, data)
+    else:
+        with caught:
+            calibration, *made = runs(tmp_path, Small, data)
+    assert_same(*made)
+    assert calibration.result.gradients == (0 if refused else 6)
