@@ -18,21 +18,15 @@ from lightning_gradhist.kernels._launch import (
     variant_of,
 )
 from lightning_gradhist.kernels._math import adam_direction, moved, number, scalars_of, square, stored
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.kernels._tables import CHUNK, chunk_table
 
 
 def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
-    """Move ``e``, ``m`` and ``v`` on in place.
+    """As the eager :func:`~lightning_gradhist.optim.alto.alto_moments`, in fp32.
 
-    The squares are summed by chunk, and those sums in a fixed order: the same bits from run to run.
-
-    Args:
-        tensors: Parameters, gradients and state; parameters and gradients are not changed.
-        s: The scalars of this step; tensors among them are on the device of the parameters, and are read there.
-
-    Returns:
-        ``[n, 2]`` in float64: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
+    The squares are summed by chunk in float64, and those sums in a fixed order: the same bits from run to run. Tensors among the
+    scalars are on the device of the parameters, and are read there.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
@@ -53,12 +47,7 @@ def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
 
 
 def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> None:
-    """Subtract ``lr * ratio * r`` from the parameters in place.
-
-    Args:
-        tensors: Parameters and state, as :func:`alto_moments` left them.
-        s: The scalars of this step.
-        ratios: The trust ratio of each entry, ``[n]`` on the device of the parameters; None for 1.
+    """As the eager :func:`~lightning_gradhist.optim.alto.alto_apply`, in fp32; ratios are ``[n]``.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
@@ -90,20 +79,18 @@ def alto_moments_kernel(table, sums, s, VARIANT: tl.constexpr, CHUNK: tl.constex
     r_squares = tl.zeros([BLOCK], tl.float64)
     if is_full(chunk, at, CHUNK):
         for start in range(0, CHUNK, BLOCK):
-            theta, r = _move_block(at, block_of(chunk, start, BLOCK, True), s, VARIANT)
-            theta_squares += square(theta)
-            r_squares += square(r)
+            block = block_of(chunk, start, BLOCK, True)
+            theta_squares, r_squares = _move_block(at, block, s, theta_squares, r_squares, VARIANT)
     else:
         for start in range(0, chunk.size, BLOCK):
-            theta, r = _move_block(at, block_of(chunk, start, BLOCK, False), s, VARIANT)
-            theta_squares += square(theta)
-            r_squares += square(r)
+            block = block_of(chunk, start, BLOCK, False)
+            theta_squares, r_squares = _move_block(at, block, s, theta_squares, r_squares, VARIANT)
     tl.store(sums + 2 * program, tl.sum(theta_squares, axis=0))
     tl.store(sums + 2 * program + 1, tl.sum(r_squares, axis=0))
 
 
 @triton.jit
-def _move_block(at, block, s, VARIANT: tl.constexpr):
+def _move_block(at, block, s, theta_squares, r_squares, VARIANT: tl.constexpr):
     theta_at, g_at, e_at, m_at, v_at = at
     theta = read(theta_at, block, VARIANT.param)
     g = read(g_at, block, VARIANT.grad)
@@ -128,7 +115,7 @@ def _move_block(at, block, s, VARIANT: tl.constexpr):
     write(v_at, block, v, VARIANT.state)
     if not block.full:
         r = tl.where(block.inside, r, 0.0)  # 0 / 0 outside, at eps 0
-    return theta, r
+    return theta_squares + square(theta), r_squares + square(r)
 
 
 @triton.jit

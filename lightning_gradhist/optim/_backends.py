@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist import kernels
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket, buckets_of, flat_views, one_bucket, one_by_one
 
 Step = TypeVar("Step", bound=Callable[..., Any])
