@@ -93,6 +93,8 @@ class Kernels(Backend):
     def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
         """All at once."""
         do(one_bucket(tensors, scalars, small=False))
+        # A kernel is handed addresses: nobody else tells autograd what it has written.
+        torch.autograd.graph.increment_version(tensor for name in written for tensor in getattr(tensors, name))
 
 
 def backend_of(group: dict[str, Any], tensors: StepTensors, fault: Callable[..., str | None]) -> Backend:

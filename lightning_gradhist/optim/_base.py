@@ -116,7 +116,8 @@ class ExploringOptimizer(Optimizer):
         numbers = [None] * len(states) if on_device else torch.stack([state["step"] for state in states]).tolist()
         by_kind: dict[Any, list[tuple[Tensor, dict[str, Tensor]]]] = {}
         for param, state, number in zip(params, states, numbers, strict=True):
-            kind = param.device, param.dtype, state["exp_avg"].dtype, number
+            assert param.grad is not None
+            kind = param.device, param.dtype, param.grad.dtype, state["exp_avg"].dtype, number
             by_kind.setdefault(kind, []).append((param, state))
         return [self._subgroup(group, alike, number, backend) for (*_, number), alike in by_kind.items()]
 
@@ -130,6 +131,8 @@ class ExploringOptimizer(Optimizer):
         params = [param for param, _ in alike]
         grads = [param.grad for param in params if param.grad is not None]
         steps, *buffers = ([state[name] for _, state in alike] for name in ("step", *BUFFERS))
+        if wide_dtype(grads[0]) != wide_dtype(params[0]):  # one of the two is float64
+            grads = [grad.to(wide_dtype(param)) for grad, param in zip(grads, params, strict=True)]
         columns = [params, grads, *buffers]
         if any(map(is_dtensor, params)):
             columns[1] = [placed_as(grad, param) for grad, param in zip(grads, params, strict=True)]

@@ -21,7 +21,6 @@ from lightning_gradhist.optim._formulas import (
     explored_gradients,
     move_averages,
     move_averages_of_squares,
-    wide_dtype,
     widened,
     write_back,
 )
@@ -31,7 +30,6 @@ EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
 EPS3 = 1e-10
 """Added to the norm of the parameters: the paper's epsilon 3."""
-_EXACT_NORM = 2**16  # elements up to which torch's norm on the CPU, which adds up one by one, is right to 1e-5
 
 
 def alto_reference(
@@ -73,7 +71,7 @@ def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
         s: The scalars of this step.
 
     Returns:
-        ``[n, 2]``: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
+        ``[n, 2]`` in float64: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
     """
     return squared_norms(*alto_updates(tensors, s))
 
@@ -118,7 +116,7 @@ def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], rati
     """As :func:`alto_apply`, with updates ``r`` that are at hand; they are changed."""
     wide = widened(tensors, ("params",))
     if ratios is not None:
-        torch._foreach_mul_(r, list(ratios.unbind()))
+        torch._foreach_mul_(r, list(ratios.to(r[0].dtype).unbind()))
     add_multiple(wide.params, r, -s.lr)
     write_back(wide, tensors, s, ("params",))
 
@@ -126,19 +124,21 @@ def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], rati
 def squared_norms(theta: list[Tensor], r: list[Tensor], sizes: Tensor | None = None) -> Tensor:
     """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
     if sizes is not None:
-        squares = torch.cat([*theta, *r]).square_().view(2, -1)
+        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_().view(2, -1)
         return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
     return torch.stack([_squared_norms_of(column) for column in (theta, r)], dim=1)
 
 
 def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
-    on_cpu = tensors[0].device.type == "cpu"
-    if on_cpu and torch.compiler.is_compiling():  # which adds up one by one, and in float64 at no cost
-        sums = [tensor.square().sum(dtype=torch.float64) for tensor in tensors]
-        return torch.stack(sums).to(tensors[0].dtype)
-    if on_cpu and any(tensor.numel() > _EXACT_NORM for tensor in tensors):
-        return torch.stack([tensor.square().sum() for tensor in tensors])
-    return torch.stack(list(torch._foreach_norm(tensors))).square_()
+    dtype = _norm_dtype(tensors[0])
+    if torch.compiler.is_compiling():  # makes one pass of it
+        return torch.stack([tensor.to(dtype).square().sum() for tensor in tensors])
+    return torch.stack(list(torch._foreach_norm(tensors, 2, dtype))).square_()
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype:
+    # In fp32 squares of 1e-23 vanish and of 1e20 overflow. Apple's devices have no float64.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def trust_ratio(squares: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def _update_shards(subgroups: list[Subgroup], layers: list[Tensor]) -> None:
 def _move(subgroup: Subgroup) -> Tensor:
     """Moves ``e``, ``m`` and ``v`` of all entries on; their squared norms ``[n, 2]``."""
     m = subgroup.tensors.exp_avgs[0]
-    squares = torch.zeros(len(subgroup.params), 2, dtype=wide_dtype(m), device=m.device)
+    squares = torch.zeros(len(subgroup.params), 2, dtype=_norm_dtype(m), device=m.device)
 
     def move_bucket(_: Subgroup, bucket: Bucket) -> None:
         squares[bucket.entries] = _moments(subgroup, bucket)

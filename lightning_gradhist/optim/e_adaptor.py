@@ -338,6 +338,12 @@ def _check_inner(optimizer: Any) -> None:
             f"optimizer={name} calls its closure itself, as often as it likes, and adaptor E needs one gradient a "
             "step. Adapt an optimizer whose step() can do without a closure, such as SGD or AdamW."
         )
+    saved = sorted(optimizer.state_dict())
+    if saved != ["param_groups", "state"]:
+        raise TypeError(
+            f"optimizer={name} saves {saved} in its state_dict, and adaptor E would be lost from a checkpoint: it keeps its "
+            "average in torch's own 'state'. Put EAdaptor around the optimizer that it wraps, and it around EAdaptor."
+        )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"optimizer={name} has differentiable=True, but adaptor E is no part of the autograd graph. "

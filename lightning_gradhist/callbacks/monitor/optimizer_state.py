@@ -17,7 +17,7 @@ from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.charts import distributions
 from lightning_gradhist.logging.writer import HostTensor, Lazy, send_heatmap
-from lightning_gradhist.tensors import as_real, batches, copies, elementwise, joined
+from lightning_gradhist.tensors import as_real, batches, copies, elementwise, joined, with_float64
 
 _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
@@ -178,7 +178,7 @@ class UpdateMonitor(StepObserver):
         roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._fit.replicas))
         histogram.update({name: root for name, root in roots.items() if root.numel()}, rows)
         row_of = {row: index for index, row in enumerate(histogram.names)}
-        counts = histogram.table.double()
+        counts = with_float64(histogram.table).double()
         sums = counts.new_zeros(len(row_of), _SUMS)
         for batch in batches(before):
             index = torch.tensor([row_of[rows[name]] for name in batch])
@@ -197,8 +197,8 @@ def _largest(eps: Mapping[str, float], rows: Mapping[str, str]) -> dict[str, flo
 
 def _sums(before: Mapping[str, Tensor], after: Tensor, roots: Tensor, eps: list[float]) -> Tensor:
     """Of the parts of a batch, the first columns of :class:`UpdateReport`'s table, float64 ``[len(before), 4]``."""
-    weights = joined(before)
-    update = _wide(after) - weights
+    weights, roots = with_float64(joined(before)), with_float64(roots)
+    update = _wide(with_float64(after)) - weights
     touched = roots > 0  # others have not had a gradient yet, and make no step to be damped
     if len(before) == 1:
         squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, weights)]
