@@ -735,3 +735,18 @@ def test_sigterm_ends_the_probe_and_the_run_as_soon_as_a_batch_ends(tmp_path) ->
         fit(tmp_path, calibration, module=module)
     assert batches.read_text() == "xxx" and module.calls == 0
     assert calibration.result is None and calibration.state_dict()["report"] is None
+
+
+def test_layers_within_a_checkpoint_wrapper_are_copied_too(tmp_path) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    class Wrapped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[1] = checkpoint_wrapper(self.body[1])  # a BatchNorm, which a pass changes
+
+    plain = final_state(fit(tmp_path / "a", module=Wrapped, max_steps=3))
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8, apply=False)
+    made = final_state(fit(tmp_path / "b", calibration, module=Wrapped, max_steps=3))
+    assert calibration.result.gradients == 8
+    torch.testing.assert_close(made["weights"], plain["weights"], rtol=0, atol=0)
