@@ -201,7 +201,7 @@ class EAdaptor(ExploringOptimizer):
         if len(groups) == len(self.param_groups):  # else the inner optimizer refuses it
             self._complete_groups()
             groups = [
-                {**{name: present[name] for name in self._explore_names()}, **saved}
+                {**saved, **{name: present[name] for name in self._explore_names() if name not in saved}}
                 for present, saved in zip(self.param_groups, groups, strict=True)
             ]
             for group in groups:
