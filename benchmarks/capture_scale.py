@@ -193,7 +193,7 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
     sizes = {name: p.numel() for name, p in Small().named_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), steps, every_n_steps)
-        of_ranks = run_ranks(train, ranks, *arguments) if ranks > 1 else [train(*arguments)]
+        of_ranks = run_ranks(train, ranks, *arguments, seconds=600) if ranks > 1 else [train(*arguments)]
         logged, shown = read_events(Path(folder) / "with")
     expected = predicted(sizes, ranks, steps, every_n_steps, lambda tag, step: shown[tag, step])
     for of_rank in of_ranks:

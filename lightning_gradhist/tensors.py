@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WITHOUT_FLOAT64 = ("mps",)
 _BATCH = 2**17  # of float32, which stay in a core's cache
 
 
@@ -87,5 +88,11 @@ def sums(*tensors: Tensor) -> Tensor:
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape, in float64 on the device of the first."""
+    """The sum of tensors of one shape, in float64 on the device of the first, or on the host."""
+    terms = [with_float64(term) for term in terms]
     return torch.stack([term.to(terms[0].device, torch.float64) for term in terms]).sum(0)
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """A tensor where there is float64: as it is, but for one on a device that has none, which is brought to the host."""
+    return tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_gradhist.epsilon import choose_epsilon, epsilon_range, rounding_limits
+from lightning_gradhist.epsilon import choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.histogram import MagnitudeHistogram
 
 
@@ -210,9 +210,13 @@ def test_errors(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-def above_rounding(rms: dict[str, Tensor], dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Tensor]:
-    limits = rounding_limits(rms, dict.fromkeys(rms, dtype), **options)
-    return {name: r >= limits[name] for name, r in rms.items()}
+def left_out(rms: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, int]:
+    histogram = MagnitudeHistogram(list(rms))
+    histogram.update(rms)
+    before = histogram.table.clone()
+    found = without_rounding_noise(histogram, torch.finfo(dtype).eps)
+    assert torch.equal(histogram.table, before) and torch.equal(found.total(), histogram.total())
+    return dict(zip(rms, (found.zeros - histogram.zeros).tolist(), strict=True))
 
 
 def test_what_is_zero_but_for_rounding_is_told_layer_by_layer() -> None:
@@ -221,12 +225,11 @@ def test_what_is_zero_but_for_rounding_is_told_layer_by_layer() -> None:
         "a.weight": torch.tensor([1.0, 20 * unit, 12 * unit]),
         "a.bias": torch.tensor([2 * unit, 0.5]),
         "b.weight": torch.tensor([1e-6, 12 * unit]),  # of a layer whose gradients are all small
-        "b.bias": torch.tensor([]),
+        "c": torch.tensor([1.0, 12 * unit]),
+        "d": torch.zeros(2),
     }
-    found = {name: above.tolist() for name, above in above_rounding(rms).items()}
-    assert found == {"a.weight": [True, True, False], "a.bias": [False, True], "b.weight": [True, True], "b.bias": []}
-    assert all(above.all() for above in above_rounding(rms, torch.bfloat16).values())
-    assert not above_rounding(rms, over_ranks=torch.ones_like)["b.weight"].any()
+    assert left_out(rms) == {"a.weight": 1, "a.bias": 1, "b.weight": 0, "c": 1, "d": 0}
+    assert left_out({"a": torch.tensor([1.0, 1e-2, 3e-3])}, torch.bfloat16) == {"a": 1}
 
 
 @pytest.mark.parametrize("batch_size", [8, 64])
@@ -239,8 +242,9 @@ def test_gradients_that_are_rounding_noise_are_found(batch_size: int) -> None:
     tokens = torch.randn(batch_size, 6, 16)
     attention(tokens, tokens, tokens, need_weights=False)[0].square().mean().backward()
     named = [*convolution.named_parameters("convolution"), *attention.named_parameters("attention")]
-    found = above_rounding({name: p.grad.abs() for name, p in named})
-    query, key, value = found.pop("attention.in_proj_bias").split(16)
-    assert not key.any() and query.all() and value.all()
-    assert not found.pop("convolution.0.bias").any()
-    assert all(above.float().mean() > 0.9 for above in found.values())  # but where the gradient is exactly zero
+    rms = {name: p.grad.abs() for name, p in named}
+    zeros = {name: int((r < 2**-126).sum()) for name, r in rms.items()}
+    found = {name: count + zeros[name] for name, count in left_out(rms).items()}
+    noise = {"convolution.0.bias": 8, "attention.in_proj_bias": 16}
+    assert {name: found[name] for name in noise} == noise
+    assert all(found[name] - zeros[name] == 0 for name in rms.keys() - noise.keys())

@@ -99,8 +99,9 @@ def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Meas
             by_rate[half_octaves(run.learning_rate)][run.seed] = math.inf if row["diverged"] else row["train_loss"]
         seeds = range(1 + max((seed for at_rate in by_rate.values() for seed in at_rate), default=0))
         losses = [[by_rate[k].get(seed, math.nan) for seed in seeds] for k in sorted(by_rate)]
-        if np.isfinite(losses).any():
-            found[like.batch_size] = Measured(np.array(sorted(by_rate)) / 2, np.array(losses))
+        measured = Measured(np.array(sorted(by_rate)) / 2, np.array(losses).reshape(-1, len(seeds)))
+        if measured.curve() is not None:
+            found[like.batch_size] = measured
     return found
 
 

@@ -153,6 +153,13 @@ def loss_scaler(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def rounding_unit(trainer: Trainer) -> float:
+    """The relative precision of the arithmetic that gradients come from, by the Trainer's ``precision``."""
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    precision = str(trainer.precision)
+    return torch.finfo(next((dtype for key, dtype in kinds.items() if key in precision), torch.float32)).eps
+
+
 def clips_by_norm(trainer: Trainer) -> bool:
     """Whether a trainer with a ``gradient_clip_val`` clips the norm, as it does unless told, and not each value."""
     return trainer.gradient_clip_algorithm in (None, "norm")  # else an enumeration, whose members equal their values

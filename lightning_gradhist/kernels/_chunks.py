@@ -18,24 +18,20 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class Chunk(NamedTuple):
-    """What a program works on."""
+    """What a program works on: which tensor, from which element on, and how many."""
 
     tensor: Any
     offset: Any
-    """Of its first element in the tensor."""
     size: Any
 
 
 class Block(NamedTuple):
-    """Some elements of a chunk."""
+    """Elements of a chunk: its offset, theirs in it, which are inside of it, and if all are, and known to be aligned."""
 
     offset: Any
-    """Of the chunk."""
     offsets: Any
     inside: Any
-    """Whether the offsets are within the chunk."""
     full: Any
-    """Whether they all are, and known to be aligned."""
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradhist.kernels._chunks import DTYPES, INTERPRETED
 from lightning_gradhist.kernels._math import KernelScalars
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.kernels._tables import all_contiguous
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)

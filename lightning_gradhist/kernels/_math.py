@@ -42,6 +42,13 @@ def scalars_of(s, tensor):
 
 
 @triton.jit
+def square(x):
+    """``x^2`` in float64."""
+    wide = x.to(tl.float64)
+    return wide * wide
+
+
+@triton.jit
 def number(value, index):
     """A number, or an element of an array on the device, in fp32."""
     found = value

@@ -16,17 +16,14 @@ from lightning_gradhist.kernels._launch import (
     variant_of,
 )
 from lightning_gradhist.kernels._math import adam_direction, moved, scalars_of, stored
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.kernels._tables import CHUNK, chunk_table
 
 
 def adam_e_step(tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
-    """Make one AdamE step in place, in fp32; the gradients are not changed.
+    """As the eager :func:`~lightning_gradhist.optim.adam_e.adam_e_step`, in fp32.
 
-    Args:
-        tensors: Parameters, gradients and state.
-        s: The scalars of this step; tensors among them are on the device of the parameters, and are read there.
-        decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
+    Tensors among the scalars are on the device of the parameters, and are read there.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.

@@ -17,48 +17,37 @@ from lightning_gradhist.kernels._launch import (
     refuse_unsupported,
     variant_of,
 )
-from lightning_gradhist.kernels._math import adam_direction, moved, number, scalars_of, stored
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._math import adam_direction, moved, number, scalars_of, square, stored
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.kernels._tables import CHUNK, chunk_table
 
 
 def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
-    """Move ``e``, ``m`` and ``v`` on in place.
+    """As the eager :func:`~lightning_gradhist.optim.alto.alto_moments`, in fp32.
 
-    The squares are summed by chunk, and those sums in a fixed order: the same bits from run to run.
-
-    Args:
-        tensors: Parameters, gradients and state; parameters and gradients are not changed.
-        s: The scalars of this step; tensors among them are on the device of the parameters, and are read there.
-
-    Returns:
-        ``[n, 2]`` in fp32: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
+    The squares are summed by chunk in float64, and those sums in a fixed order: the same bits from run to run. Tensors among the
+    scalars are on the device of the parameters, and are read there.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
     """
     if not tensors.params:
-        return torch.zeros(0, 2, dtype=torch.float32)
+        return torch.zeros(0, 2, dtype=torch.float64)
     device = tensors.params[0].device
     with on_device_of(tensors.params[0]):
         ordered = tensors._replace(grads=grads_in_memory_order(tensors))
         table = chunk_table(ordered, lambda: refuse_unsupported(tensors))
-        sums = torch.empty(len(table.chunks), 2, dtype=torch.float32, device=device)
+        sums = torch.empty(len(table.chunks), 2, dtype=torch.float64, device=device)
         if len(sums):
             scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)
             alto_moments_kernel[(len(sums),)](table, sums, scalars, variant, CHUNK, **OPTIONS)
-        squared_norms = torch.empty(len(tensors.params), 2, dtype=torch.float32, device=device)
+        squared_norms = torch.empty(len(tensors.params), 2, dtype=torch.float64, device=device)
         sum_chunks_kernel[(len(tensors.params),)](table.extents, sums, squared_norms, CHUNK, **OPTIONS)
     return squared_norms
 
 
 def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> None:
-    """Subtract ``lr * ratio * r`` from the parameters in place.
-
-    Args:
-        tensors: Parameters and state, as :func:`alto_moments` left them.
-        s: The scalars of this step.
-        ratios: The trust ratio of each entry, ``[n]`` on the device of the parameters; None for 1.
+    """As the eager :func:`~lightning_gradhist.optim.alto.alto_apply`, in fp32; ratios are ``[n]``.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
@@ -86,24 +75,22 @@ def alto_moments_kernel(table, sums, s, VARIANT: tl.constexpr, CHUNK: tl.constex
     chunk = locate(table, program, CHUNK)
     at = addresses(table, chunk, 5)
     s = scalars_of(s, chunk.tensor)
-    theta_squares = tl.zeros([BLOCK], tl.float32)
-    r_squares = tl.zeros([BLOCK], tl.float32)
+    theta_squares = tl.zeros([BLOCK], tl.float64)  # in fp32 squares of 1e-23 vanish and of 1e20 overflow
+    r_squares = tl.zeros([BLOCK], tl.float64)
     if is_full(chunk, at, CHUNK):
         for start in range(0, CHUNK, BLOCK):
-            theta, r = _move_block(at, block_of(chunk, start, BLOCK, True), s, VARIANT)
-            theta_squares += theta * theta
-            r_squares += r * r
+            block = block_of(chunk, start, BLOCK, True)
+            theta_squares, r_squares = _move_block(at, block, s, theta_squares, r_squares, VARIANT)
     else:
         for start in range(0, chunk.size, BLOCK):
-            theta, r = _move_block(at, block_of(chunk, start, BLOCK, False), s, VARIANT)
-            theta_squares += theta * theta
-            r_squares += r * r
+            block = block_of(chunk, start, BLOCK, False)
+            theta_squares, r_squares = _move_block(at, block, s, theta_squares, r_squares, VARIANT)
     tl.store(sums + 2 * program, tl.sum(theta_squares, axis=0))
     tl.store(sums + 2 * program + 1, tl.sum(r_squares, axis=0))
 
 
 @triton.jit
-def _move_block(at, block, s, VARIANT: tl.constexpr):
+def _move_block(at, block, s, theta_squares, r_squares, VARIANT: tl.constexpr):
     theta_at, g_at, e_at, m_at, v_at = at
     theta = read(theta_at, block, VARIANT.param)
     g = read(g_at, block, VARIANT.grad)
@@ -128,7 +115,7 @@ def _move_block(at, block, s, VARIANT: tl.constexpr):
     write(v_at, block, v, VARIANT.state)
     if not block.full:
         r = tl.where(block.inside, r, 0.0)  # 0 / 0 outside, at eps 0
-    return theta, r
+    return theta_squares + square(theta), r_squares + square(r)
 
 
 @triton.jit
@@ -137,8 +124,8 @@ def sum_chunks_kernel(extents, sums, squared_norms, CHUNK: tl.constexpr):
     tensor = tl.program_id(0).to(tl.int64)
     count = tl.cdiv(tl.load(extents + 2 * tensor), CHUNK)
     first = tl.load(extents + 2 * tensor + 1)
-    thetas = tl.zeros([BLOCK], tl.float32)
-    rs = tl.zeros([BLOCK], tl.float32)
+    thetas = tl.zeros([BLOCK], tl.float64)
+    rs = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         chunk = start + tl.arange(0, BLOCK)
         thetas += tl.load(sums + 2 * (first + chunk), mask=chunk < count, other=0.0)

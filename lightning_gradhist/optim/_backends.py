@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist import kernels
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket, buckets_of, flat_views, one_bucket, one_by_one
 
 Step = TypeVar("Step", bound=Callable[..., Any])
@@ -93,6 +93,8 @@ class Kernels(Backend):
     def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
         """All at once."""
         do(one_bucket(tensors, scalars, small=False))
+        # A kernel is handed addresses: nobody else tells autograd what it has written.
+        torch.autograd.graph.increment_version(tensor for name in written for tensor in getattr(tensors, name))
 
 
 def backend_of(group: dict[str, Any], tensors: StepTensors, fault: Callable[..., str | None]) -> Backend:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 
 
 class Bucket(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,17 +15,26 @@ from lightning_gradhist.adaptor import check_explore
 
 
 def check_hyper_parameters(group: dict[str, Any]) -> None:
-    """Raise a ValueError that names the first hyper-parameter of a group of AdamE or ALTO that is out of range."""
+    """Raise an error that names the first hyper-parameter of a group of AdamE or ALTO that is no number or out of range."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(
             f"lr={lr!r} has {lr.numel()} elements: it must be a number or a tensor of one element. "
             "For several rates, use several param groups."
         )
+    betas = group["betas"]
+    for name, value in (
+        *((name, group[name]) for name in ("lr", "eps", "weight_decay")),
+        *(("betas", b) for b in betas),
+    ):
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(
+                f"{name}={group[name]!r} holds the {type(value).__name__} {value!r}: it must be a number. YAML reads 1e-3 as "
+                "a string; write 1.0e-3."
+            )
     for name in ("lr", "eps", "weight_decay"):
         if not 0.0 <= float(group[name]) < math.inf:
             raise ValueError(f"{name}={group[name]!r} is out of range: it must be finite and satisfy {name} >= 0.")
-    betas = group["betas"]
     if len(betas) != 2:
         raise ValueError(
             f"betas={betas!r} has {len(betas)} elements: it must have two, the decays of the first and "

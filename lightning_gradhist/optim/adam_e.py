@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
-from lightning_gradhist.optim._base import ExploringOptimizer, ParamsT, Subgroup
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._formulas import (
     STATE,
@@ -22,24 +21,16 @@ from lightning_gradhist.optim._formulas import (
     widened,
     write_back,
 )
+from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
 
 WRITTEN = ("params", *STATE)
 
 
 def adam_e_reference(theta: Any, g: Any, e: Any, m: Any, v: Any, k: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The specification of :class:`AdamE`: the step of one number, as the equation has it.
+    """The specification of :class:`AdamE`: the ``k``-th step of one number, as the equation in its docstring has it.
 
-    Args:
-        theta: The parameter; as the next four a float, or a float64 tensor for many numbers at once.
-        g: Its gradient.
-        e: The average of the gradients, 0 at first.
-        m: The first moment, 0 at first.
-        v: The second moment, 0 at first.
-        k: The number of the step, from 1 up.
-        group: The param group; ``alpha`` and ``explore_beta`` are numbers.
-
-    Returns:
-        ``theta``, ``e``, ``m`` and ``v`` after the step.
+    ``theta``, ``g``, ``e``, ``m`` and ``v`` are floats, or float64 tensors for many numbers at once; ``alpha`` and
+    ``explore_beta`` of ``group`` are numbers. Returns ``theta``, ``e``, ``m`` and ``v`` after the step.
     """
     lr, (beta1, beta2), explore_beta, decay = (group[n] for n in ("lr", "betas", "explore_beta", "weight_decay"))
     g = -g if group["maximize"] else g
@@ -82,7 +73,7 @@ def adam_e_step(tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay:
     write_back(wide, tensors, s, WRITTEN)
 
 
-class AdamE(ExploringOptimizer):
+class AdamE(MomentOptimizer):
     """Adam or AdamW that sees the gradient through adaptor E ("EAdam" in the paper).
 
     At step ``k`` with gradient ``g``, ``c = alpha * (1 - explore_beta)`` and all buffers zero at first::
@@ -147,10 +138,7 @@ class AdamE(ExploringOptimizer):
         True
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        **ExploringOptimizer._added_defaults,
-        "decoupled_weight_decay": True,
-    }
+    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, "decoupled_weight_decay": True}
 
     def __init__(
         self,
@@ -179,10 +167,10 @@ class AdamE(ExploringOptimizer):
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         for subgroup in subgroups:
-            subgroup.for_each_bucket(_step, WRITTEN)
+            subgroup.for_each_bucket(_step_bucket, WRITTEN)
 
 
-def _step(subgroup: Subgroup, bucket: Bucket) -> None:
+def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
     step = subgroup.backend.function(adam_e_step)
     for chunk in bucket.chunks:
         step(chunk, bucket.scalars, decoupled_weight_decay=subgroup.group["decoupled_weight_decay"])

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
-from lightning_gradhist.optim._base import ExploringOptimizer, ParamsT, Subgroup
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._checks import refuse_flat
 from lightning_gradhist.optim._formulas import (
@@ -21,35 +20,25 @@ from lightning_gradhist.optim._formulas import (
     explored_gradients,
     move_averages,
     move_averages_of_squares,
-    wide_dtype,
     widened,
     write_back,
 )
+from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
 from lightning_gradhist.optim._sharding import is_sharded, sum_over_shards
 
 EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
 EPS3 = 1e-10
 """Added to the norm of the parameters: the paper's epsilon 3."""
-_EXACT_NORM = 2**16  # elements up to which torch's norm on the CPU, which adds up one by one, is right to 1e-5
 
 
 def alto_reference(
     theta: Tensor, g: Tensor, e: Tensor, m: Tensor, v: Tensor, k: int, group: Mapping[str, Any]
 ) -> tuple[Tensor, ...]:
-    """The specification of :class:`ALTO`: the step of one layer, as the equation has it.
+    """The specification of :class:`ALTO`: the ``k``-th step of one layer, as the equation in its docstring has it.
 
-    Args:
-        theta: The layer's parameter in float64, of any shape; the next four are shaped as it is.
-        g: Its gradient.
-        e: The average of the gradients, 0 at first.
-        m: The first moment, 0 at first.
-        v: The second moment, 0 at first.
-        k: The number of the step, from 1 up.
-        group: The param group; ``alpha`` and ``explore_beta`` are numbers.
-
-    Returns:
-        ``theta``, ``e``, ``m`` and ``v`` after the step.
+    ``theta``, ``g``, ``e``, ``m`` and ``v`` are float64 tensors of one shape; ``alpha`` and ``explore_beta`` of ``group``
+    are numbers. Returns ``theta``, ``e``, ``m`` and ``v`` after the step.
     """
     (beta1, beta2), explore_beta = group["betas"], group["explore_beta"]
     unbias1, unbias2 = (1 - beta1**k, 1 - beta2**k) if group["bias_correction"] else (1.0, 1.0)
@@ -73,7 +62,7 @@ def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
         s: The scalars of this step.
 
     Returns:
-        ``[n, 2]``: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
+        ``[n, 2]`` in float64: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
     """
     return squared_norms(*alto_updates(tensors, s))
 
@@ -91,10 +80,10 @@ def alto_updates(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], li
     move_averages_of_squares(v, explored, s.beta2)
 
     write_back(wide, tensors, s, STATE)
-    return _updates(tensors, s)  # of what was stored, as the second phase reads it
+    return _theta_and_r(tensors, s)  # of what was stored, as the second phase reads it
 
 
-def _updates(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+def _theta_and_r(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
     """``theta`` and ``r``, whose lists are new."""
     theta, _, _, m, v = widened(tensors, ("params", "exp_avgs", "exp_avg_sqs"))
     r = adam_directions(m, v, s)
@@ -111,14 +100,14 @@ def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> N
         s: The scalars of this step.
         ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
     """
-    subtract_updates(tensors, s, _updates(tensors, s)[1], ratios)
+    subtract_updates(tensors, s, _theta_and_r(tensors, s)[1], ratios)
 
 
 def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], ratios: Tensor | None) -> None:
     """As :func:`alto_apply`, with updates ``r`` that are at hand; they are changed."""
     wide = widened(tensors, ("params",))
     if ratios is not None:
-        torch._foreach_mul_(r, list(ratios.unbind()))
+        torch._foreach_mul_(r, list(ratios.to(r[0].dtype).unbind()))
     add_multiple(wide.params, r, -s.lr)
     write_back(wide, tensors, s, ("params",))
 
@@ -126,19 +115,21 @@ def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], rati
 def squared_norms(theta: list[Tensor], r: list[Tensor], sizes: Tensor | None = None) -> Tensor:
     """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
     if sizes is not None:
-        squares = torch.cat([*theta, *r]).square_().view(2, -1)
+        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_().view(2, -1)
         return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
     return torch.stack([_squared_norms_of(column) for column in (theta, r)], dim=1)
 
 
 def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
-    on_cpu = tensors[0].device.type == "cpu"
-    if on_cpu and torch.compiler.is_compiling():  # which adds up one by one, and in float64 at no cost
-        sums = [tensor.square().sum(dtype=torch.float64) for tensor in tensors]
-        return torch.stack(sums).to(tensors[0].dtype)
-    if on_cpu and any(tensor.numel() > _EXACT_NORM for tensor in tensors):
-        return torch.stack([tensor.square().sum() for tensor in tensors])
-    return torch.stack(list(torch._foreach_norm(tensors))).square_()
+    dtype = _norm_dtype(tensors[0])
+    if torch.compiler.is_compiling():  # makes one pass of it
+        return torch.stack([tensor.to(dtype).square().sum() for tensor in tensors])
+    return torch.stack(list(torch._foreach_norm(tensors, 2, dtype))).square_()
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype:
+    # In fp32 squares of 1e-23 vanish and of 1e20 overflow. Apple's devices have no float64.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def trust_ratio(squares: Tensor) -> Tensor:
@@ -156,7 +147,7 @@ def trust_ratio(squares: Tensor) -> Tensor:
     return torch.where((theta_norm > 0) & (update_norm > 0), ratio, 1.0)
 
 
-class ALTO(ExploringOptimizer):
+class ALTO(MomentOptimizer):
     """LAMB that sees the gradient through adaptor E.
 
     Each step has ``lr`` times the length of the layer's weights. At step ``k`` with gradient ``g``, ``c = alpha * (1 -
@@ -226,11 +217,8 @@ class ALTO(ExploringOptimizer):
         0.0500
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        **ExploringOptimizer._added_defaults,
-        "layerwise": True,
-        "bias_correction": True,
-    }
+    _own_defaults: ClassVar[dict[str, Any]] = {"layerwise": True, "bias_correction": True}
+    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, **_own_defaults}
 
     def __init__(
         self,
@@ -264,7 +252,7 @@ class ALTO(ExploringOptimizer):
             _update_shards(subgroups, layers)
             return
         for subgroup in subgroups:
-            subgroup.for_each_bucket(_step, (*STATE, "params"))
+            subgroup.for_each_bucket(_step_bucket, (*STATE, "params"))
 
     def _check_params(self, group: dict[str, Any]) -> None:
         super()._check_params(group)
@@ -274,10 +262,10 @@ class ALTO(ExploringOptimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, of torch's Adam or AdamW, or of the authors' ALTO.
 
-        The authors' is the one in ``e-optimizer-adaptor`` 0.1.0. The state stays in fp32 for fp16 and bf16
-        parameters, and is copied: later steps do not write to ``state_dict``. Hyper-parameters that
-        ``state_dict`` does not have keep their present values. A checkpoint of the authors' ALTO goes on as
-        theirs would, except for their clipping: clip the global gradient norm to 1 yourself if it was active.
+        The authors' is the one in ``e-optimizer-adaptor`` 0.1.0. It goes on as theirs would, except for their clipping: clip
+        the global gradient norm to 1 yourself if that was active. With torch's, ``exp_avg_grad`` starts at zero. The
+        state stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not write to ``state_dict``.
+        Hyper-parameters that ``state_dict`` does not have keep their present values.
 
         Args:
             state_dict: What :meth:`state_dict` returned; it is not changed.
@@ -293,34 +281,33 @@ class ALTO(ExploringOptimizer):
 
 def _update_shards(subgroups: list[Subgroup], layers: list[Tensor]) -> None:
     """Moves all on before anything is subtracted, so that one collective does for all norms."""
-    sums = [_move(subgroup) for subgroup in subgroups]
-    params = [param for subgroup in subgroups for param in subgroup.params]
-    sum_over_shards(layers, dict(zip(params, (row for rows in sums for row in rows), strict=True)))
-    for subgroup, squares in zip(subgroups, sums, strict=True):
-        _subtract(subgroup, squares)
+    squares: dict[Tensor, Tensor] = {}
+    for subgroup in subgroups:
+        squares.update(zip(subgroup.params, _all_moments(subgroup), strict=True))
+    sum_over_shards(layers, squares)
+    for subgroup in subgroups:
+        _apply_all(subgroup, torch.stack([squares[param] for param in subgroup.params]))
 
 
-def _move(subgroup: Subgroup) -> Tensor:
-    """Moves ``e``, ``m`` and ``v`` of all entries on; their squared norms ``[n, 2]``."""
+def _all_moments(subgroup: Subgroup) -> Tensor:
     m = subgroup.tensors.exp_avgs[0]
-    squares = torch.zeros(len(subgroup.params), 2, dtype=wide_dtype(m), device=m.device)
+    squares = torch.zeros(len(subgroup.params), 2, dtype=_norm_dtype(m), device=m.device)
 
-    def move_bucket(_: Subgroup, bucket: Bucket) -> None:
-        squares[bucket.entries] = _moments(subgroup, bucket)
+    def move(_: Subgroup, bucket: Bucket) -> None:
+        squares[bucket.entries] = _moments_of_bucket(subgroup, bucket)
 
-    subgroup.for_each_bucket(move_bucket, STATE)
+    subgroup.for_each_bucket(move, STATE)
     return squares
 
 
-def _subtract(subgroup: Subgroup, squares: Tensor) -> None:
-    """Subtracts the updates of all entries, once their squared norms ``[n, 2]`` are known."""
-    subgroup.for_each_bucket(lambda _, bucket: _apply(subgroup, bucket, squares[bucket.entries]), ("params",))
+def _apply_all(subgroup: Subgroup, squares: Tensor) -> None:
+    subgroup.for_each_bucket(lambda _, bucket: _apply_bucket(subgroup, bucket, squares[bucket.entries]), ("params",))
 
 
-def _step(subgroup: Subgroup, bucket: Bucket) -> None:
+def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
     """Makes the step of whole tensors, while they are in the cache."""
     if not bucket.small:
-        _apply(subgroup, bucket, _moments(subgroup, bucket))
+        _apply_bucket(subgroup, bucket, _moments_of_bucket(subgroup, bucket))
         return
     (tensors,) = bucket.chunks
     theta, r = subgroup.backend.function(alto_updates)(tensors, bucket.scalars)
@@ -328,7 +315,8 @@ def _step(subgroup: Subgroup, bucket: Bucket) -> None:
     subtract_updates(tensors, bucket.scalars, r, _ratios(bucket, squares))
 
 
-def _moments(subgroup: Subgroup, bucket: Bucket) -> Tensor:
+def _moments_of_bucket(subgroup: Subgroup, bucket: Bucket) -> Tensor:
+    """Moves ``e``, ``m`` and ``v`` on; the squared norms ``[n, 2]`` of the entries."""
     if bucket.sizes is not None:
         (tensors,) = bucket.chunks
         return squared_norms(*subgroup.backend.function(alto_updates)(tensors, bucket.scalars), bucket.sizes)
@@ -336,7 +324,8 @@ def _moments(subgroup: Subgroup, bucket: Bucket) -> Tensor:
     return torch.stack([moments(chunk, bucket.scalars) for chunk in bucket.chunks]).sum(0)
 
 
-def _apply(subgroup: Subgroup, bucket: Bucket, squares: Tensor) -> None:
+def _apply_bucket(subgroup: Subgroup, bucket: Bucket, squares: Tensor) -> None:
+    """Subtracts the updates, once the squared norms ``[n, 2]`` of the entries are known."""
     ratios = _ratios(bucket, squares if subgroup.group["layerwise"] else None)
     for chunk in bucket.chunks:
         subgroup.backend.function(alto_apply)(chunk, bucket.scalars, ratios)
@@ -362,15 +351,7 @@ def _from_authors(state_dict: StateDict) -> StateDict:
         groups.append(group)
         for key in saved["params"]:
             if key in state_dict["state"]:
-                state[key] = _state_from_authors(state_dict["state"][key], explore_beta)
+                theirs = state_dict["state"][key]
+                e = theirs["prev_grad"] - theirs["exp_grad_diff"] * (explore_beta / (1.0 - explore_beta))
+                state[key] = {"exp_avg_grad": e, **{name: theirs[name] for name in ("step", "exp_avg", "exp_avg_sq")}}
     return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _state_from_authors(saved: dict[str, Any], explore_beta: float) -> dict[str, Any]:
-    exp_avg_grad = saved["prev_grad"] - saved["exp_grad_diff"] * (explore_beta / (1.0 - explore_beta))
-    return {
-        "step": saved["step"],
-        "exp_avg_grad": exp_avg_grad,
-        "exp_avg": saved["exp_avg"],
-        "exp_avg_sq": saved["exp_avg_sq"],
-    }

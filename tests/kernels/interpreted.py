@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradhist.kernels._step import StepScalars, StepTensors
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim.adam_e import adam_e_reference, adam_e_step
 from lightning_gradhist.optim.alto import alto_apply, alto_moments, alto_reference, trust_ratio
 
@@ -357,12 +357,12 @@ def offsets_beyond_32_bits() -> None:
 
 def whole_optimizers() -> None:
     """ALTO and AdamE, stepping with the kernels and without: what is tried on each GPU before they are used."""
-    from lightning_gradhist.optim import ALTO, AdamE, _base
+    from lightning_gradhist.optim import ALTO, AdamE, _moments
     from lightning_gradhist.optim._backends import Kernels
 
     for cls in (AdamE, ALTO):
-        assert _base._fault_of(cls, Kernels, torch.device("cpu")) is None
-        got, expected = (_base._trial(cls, backend, torch.device("cpu")) for backend in (Kernels(), None))
+        assert _moments._fault_of(cls, Kernels, torch.device("cpu")) is None
+        got, expected = (_moments._trial(cls, backend, torch.device("cpu")) for backend in (Kernels(), None))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ from torch._inductor import config as inductor
 from torch.nn import Parameter
 
 from lightning_gradhist.kernels import available
-from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, _backends, _base
+from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, _backends, _moments
 from lightning_gradhist.optim._formulas import rounded_stochastically
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer_class", [AdamE, ALTO])
@@ -25,7 +25,7 @@ SHAPES = [(30, 20), (3,), (), (0,), (2, 3, 5, 7), (130, 129), (1,)]
 @pytest.fixture(autouse=True)
 def _fresh_answers() -> Any:
     yield
-    _base._FAULTS.clear()
+    _moments._FAULTS.clear()
     _backends._warn_once.cache_clear()
 
 
@@ -46,7 +46,7 @@ def trained(params: list[Parameter], optimizer: Any, steps: int = 3) -> list[Ten
         if not isinstance(optimizer.param_groups[0]["lr"], Tensor):
             optimizer.param_groups[0]["lr"] = 0.01 * (k + 1)
         optimizer.step()
-    state = [optimizer.state[param][name] for param in params for name in (*_base.BUFFERS, "step")]
+    state = [optimizer.state[param][name] for param in params for name in (*_moments.BUFFERS, "step")]
     return [param.detach() for param in params] + state
 
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_is_laid_out_as_the_parameter_is() -> None:
     param = Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
     optimizer = AdamE([param])
     optimizer.load_state_dict(saved.state_dict())
-    assert {optimizer.state[param][name].stride() for name in _base.BUFFERS} == {param.stride()}
+    assert {optimizer.state[param][name].stride() for name in _moments.BUFFERS} == {param.stride()}
 
 
 # state_dtype
@@ -259,7 +259,7 @@ def test_bf16_state_takes_half_the_memory_and_is_saved(optimizer_class: Any) -> 
     params = parameters(torch.bfloat16)
     optimizer = optimizer_class(params, state_dtype=torch.bfloat16)
     trained(params, optimizer)
-    assert all(optimizer.state[p][name].dtype == torch.bfloat16 for p in params for name in _base.BUFFERS)
+    assert all(optimizer.state[p][name].dtype == torch.bfloat16 for p in params for name in _moments.BUFFERS)
     other = [Parameter(param.detach().clone()) for param in params]
     resumed = optimizer_class(other, state_dtype=torch.bfloat16)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_fp32_state_is_loaded_into_bf16_state() -> None:
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["state_dtype"] == torch.bfloat16
     optimizer.step()
-    assert {optimizer.state[params[0]][name].dtype for name in _base.BUFFERS} == {torch.bfloat16}
+    assert {optimizer.state[params[0]][name].dtype for name in _moments.BUFFERS} == {torch.bfloat16}
 
 
 @OPTIMIZERS

@@ -47,5 +47,7 @@ def test_the_optimizers_step_without_torch_distributed() -> None:
 
 def test_importing_the_optimizers_imports_nothing_slow() -> None:
     slow = {"torch.distributed.tensor", "torch._dynamo", "triton"}
-    code = "import torch, sys; there = set(sys.modules); import lightning_gradhist.optim; print(*set(sys.modules) - there)"
+    code = (
+        "import torch, sys; there = set(sys.modules); import lightning_gradhist.optim; print(*set(sys.modules) - there)"
+    )
     assert not slow & set(run(code).split())

@@ -23,18 +23,16 @@ class Outcome(IntEnum):
     NOT_FINITE = 1
     NO_LOSS = 2
     OUT_OF_MEMORY = 3
-    ODD_SIZE = 4
-    OVERFLOW = 5
-    NO_BATCH = 6
-    FAILED = 7
-    STOPPED = 8
+    OVERFLOW = 4
+    NO_BATCH = 5
+    FAILED = 6
+    STOPPED = 7
 
 
 WHY_LEFT_OUT = {
     Outcome.NOT_FINITE: "gave a gradient that is not finite (Trainer(detect_anomaly=True) finds out where)",
     Outcome.NO_LOSS: "gave no loss that depends on a parameter of the optimizer, as where training_step returns None",
     Outcome.OUT_OF_MEMORY: "ran out of memory (a smaller batch, or a model without the probe's copies, may fit)",
-    Outcome.ODD_SIZE: "had another number of samples than the others, on one rank at least",
 }
 
 

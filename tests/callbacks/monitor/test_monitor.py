@@ -21,9 +21,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
-    Batches,
     GradientSpy,
     Net,
+    OpaqueBatches,
     TwoOptimizers,
     dataset,
     events,
@@ -471,7 +471,7 @@ def test_a_state_that_cannot_be_read_is_said_and_begun_anew(tmp_path, state: Any
     torch.save(checkpoint, tmp_path / "one.ckpt")
     with pytest.warns(UserWarning, match="cannot read its state in the checkpoint, and begins anew"):
         trainer(tmp_path / "second", monitor, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "one.ckpt")
-    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [16, 20, 24, 28]  # nothing of before
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
@@ -549,12 +549,94 @@ def test_fast_dev_run_writes_nothing(tmp_path) -> None:
 
 
 def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:
-    batches = Batches(8)
+    batches = OpaqueBatches(8)
     with pytest.warns(UserWarning, match=r"GradientHistogramMonitor\(batch_size=\.\.\.\)"):
         fit(tmp_path / "a", GradientHistogramMonitor(every_n_steps=1), data=batches)
     assert not (tmp_path / "a" / "calibration.json").exists()
     fit(tmp_path / "b", GradientHistogramMonitor(every_n_steps=1, batch_size=8), data=batches)
     assert RunRecord.load(tmp_path / "b" / "calibration.json").optimizers[0].batch_size == 8
+
+
+class Sizes:
+    """Batches of other samples in each epoch, of the sizes that it is told; nobody but the batches tells."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes, self.generator = sizes, torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Any:
+        for size in self.sizes:
+            inputs = torch.randn(size, 4, generator=self.generator)
+            yield inputs, inputs.sum(1, keepdim=True) + torch.randn(size, 1, generator=self.generator)
+
+
+class Sized(Sizes):
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+class Frozen(L.LightningModule):
+    """Linear regression at weights that hardly move: of a known noise scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        nn.init.zeros_(self.layer.weight), nn.init.zeros_(self.layer.bias)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.layer(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:GradientHistogramMonitor has no logger")
+@pytest.mark.parametrize(
+    ("sizes", "accumulated", "effective"),
+    [
+        pytest.param((8,) * 4, 1, 8, id="equal"),
+        pytest.param((2, 30, 8, 8), 1, 12, id="of many sizes"),
+        pytest.param((30, 2), 1, 30, id="two batches an epoch"),
+        pytest.param((2,), 1, 2, id="less than a batch"),
+        pytest.param((8, 8, 8), 2, 16, id="a short last window in a short epoch"),
+        pytest.param((2, 30, 8, 4) * 2, 4, 44, id="accumulated, of many sizes"),
+        pytest.param((8, 8), 4, 16, id="more accumulation than batches"),
+    ],
+)
+def test_steps_of_any_size_give_the_noise_scale(tmp_path, sizes: Any, accumulated: int, effective: int) -> None:
+    # The gradient of a sample is -2 y (x, 1), with y = sum(x) + noise.
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(10**6, 4, generator=generator)
+    targets = inputs.sum(1, keepdim=True) + torch.randn(10**6, 1, generator=generator)
+    each = -2 * targets * torch.cat([inputs, torch.ones(10**6, 1)], dim=1)
+    truth = float(each.var(0).sum() / each.mean(0).square().sum())
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    data = (Sizes if sizes == (30, 2) else Sized)(*sizes)
+    options = {"logger": False, "max_epochs": 400, "max_steps": 300, "accumulate_grad_batches": accumulated}
+    fit(tmp_path, monitor, module=Frozen, data=data, **options)
+    found = monitor.noise_records[0].estimate("simple")
+    assert found.value == pytest.approx(truth, rel=0.4)
+    saved = RunRecord.load(tmp_path / "calibration.json").optimizers[0]
+    assert saved.batch_size == pytest.approx(effective, rel=0.05)
+
+
+def test_runs_without_a_logger_have_records_of_their_own_and_say_where(tmp_path, caplog) -> None:
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.filterwarnings("ignore", message="GradientHistogramMonitor has no logger")
+        for _ in range(2):
+            fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), logger=False)
+    names = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert names == ["calibration-1.json", "calibration.json"]
+    for name in names:
+        assert f"the record of this run is {tmp_path / name}." in caplog.text
+        assert RunRecord.load(tmp_path / name).optimizers[0].parameters
+
+
+def test_a_log_directory_that_is_a_url_gets_the_record(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = CSVLogger("memory://bucket/logs")
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), logger=logger)
+    assert RunRecord.load(f"{logger.log_dir}/calibration.json").optimizers[0].samples
+    assert not list(tmp_path.rglob("calibration.json")) and not (tmp_path / "memory:").exists()
 
 
 def test_a_logger_that_fails_costs_one_warning(tmp_path) -> None:

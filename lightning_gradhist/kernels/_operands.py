@@ -1,4 +1,4 @@
-"""What a step is made of, whoever makes it: the eager functions, or the kernels of the same names."""
+"""What a step is made from, whoever makes it: the eager functions, or the kernels of the same names."""
 
 from __future__ import annotations
 
