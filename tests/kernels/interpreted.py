@@ -131,7 +131,7 @@ def alto(names: tuple[str, ...] = FEW, *, layerwise: bool = True, dtypes: Any = 
     eager, triton = Memory(names, *dtypes), Memory(names, *dtypes)
     params = [param.clone() for param in triton.tensors.params]
     expected, norms = alto_moments(eager.tensors, s), kernels.alto_moments(triton.tensors, s)
-    assert norms.shape == (len(names), 2) and norms.dtype == torch.float32
+    assert norms.shape == (len(names), 2) and norms.dtype == torch.float64
     narrow = triton.tensors.exp_avgs[0].dtype == torch.bfloat16
     torch.testing.assert_close(norms, expected, rtol=0.03 if narrow else 2e-6, atol=0.0)
     assert all(map(torch.equal, triton.tensors.params, params))
@@ -245,11 +245,11 @@ def many_chunks() -> None:
     from lightning_gradhist.kernels import alto as kernels
 
     count = kernels.BLOCK.value + 3
-    sums = torch.arange(2.0 * (count + 2)).view(-1, 2)
+    sums = torch.arange(2.0 * (count + 2), dtype=torch.float64).view(-1, 2)
     extents = torch.tensor([[CHUNK + 1, 0], [0, 2], [CHUNK * count, 2]])
-    norms = torch.empty(3, 2)
+    norms = torch.empty(3, 2, dtype=torch.float64)
     kernels.sum_chunks_kernel[(3,)](extents, sums, norms, CHUNK)
-    expected = torch.stack([sums[:2].sum(0), torch.zeros(2), sums[2:].sum(0)])
+    expected = torch.stack([sums[:2].sum(0), torch.zeros_like(sums[0]), sums[2:].sum(0)])
     torch.testing.assert_close(norms, expected)
 
 
@@ -397,7 +397,7 @@ def the_same_neighbours() -> None:
         assert min(same_bits) > 0.9 and min(v) > 0.78, (cls, options, same_bits, v)  # to the nearest, it would be 0.75
 
 
-def norms_in_fp32() -> None:
+def norms_in_float64() -> None:
     """Whatever the user's default dtype is."""
     from lightning_gradhist.kernels import alto as kernels
 
@@ -541,7 +541,7 @@ CASES |= {
     "offsets_beyond_32_bits": offsets_beyond_32_bits,
     "whole_optimizers": whole_optimizers,
     "the_same_neighbours": the_same_neighbours,
-    "norms_in_fp32": norms_in_fp32,
+    "norms_in_float64": norms_in_float64,
 }
 
 
