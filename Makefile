@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-lowest nightly lint format peers bench-optim bench-capture bench-scale evidence evidence-full clean
+.PHONY: help demo test test-all test-lowest nightly lint format peers bench-optim bench-capture bench-scale evidence evidence-full clean
 
 help:
 	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (2 minutes)"
-	@echo "make test    all tests (some 7 minutes on two cores)"
+	@echo "make test    the tests (some 5 minutes on two cores)"
+	@echo "make test-all  the slow ones too: torch's conformance suite, the kernels' sweeps, three ranks (some 9 minutes)"
 	@echo "make nightly the property tests with 12,000 new cases (a minute or two)"
 	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml promises (Python 3.11; 6 GB on Linux,"
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"
@@ -40,6 +41,9 @@ demo: $(READY)
 
 # One thread a process: there is a process for each core, and threads that wait for a busy core cost more than they do.
 test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 nightly: $(READY)
@@ -50,7 +54,7 @@ nightly: $(READY)
 LOWEST := .venv-lowest
 
 $(LOWEST)/.ready: pyproject.toml constraints.txt
-	python3.11 -m venv $(LOWEST)
+	python3.11 -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints.txt uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[dev]"
 	touch $@
@@ -68,19 +72,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Without their dependencies, but for those named: timm and BackPACK want torchvision, which they do not need here.
-# wandb and what it imports; cockpit and what it imports, pkg_resources among it, which newer setuptools lack.
-PEERS := timm==1.0.31 pytorch_optimizer==4.1.0
-PEERS += wandb==0.31.0 annotated-types==0.8.0 certifi==2026.10.18 charset-normalizer==3.5.2 click==8.5.1
-PEERS += googleapis-common-protos==1.76.0 opentelemetry-api==1.45.2 opentelemetry-exporter-otlp-proto-common==1.45.2
-PEERS += opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-proto==1.45.2 opentelemetry-sdk==1.45.2
-PEERS += opentelemetry-semantic-conventions==0.66b2 platformdirs==4.14.5 pydantic==2.14.3 pydantic-core==2.50.4
-PEERS += requests==2.34.2 typing-inspection==0.4.5 urllib3==2.8.0 xxhash==4.1.0
-PEERS += cockpit-for-pytorch==1.0.2 backpack-for-pytorch==1.7.1 einops==0.8.2 unfoldNd==0.2.3 json-tricks==3.17.3
-PEERS += pandas==3.1.1 seaborn==0.13.2 setuptools==80.10.2
-
-$(VENV)/.peers: $(READY) Makefile
-	$(BIN)/python -m pip install --quiet --no-deps $(PEERS)
+# Without their dependencies: requirements-peers.txt names those that they need.
+$(VENV)/.peers: $(READY) benchmarks/requirements-peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/requirements-peers.txt
 	touch $@
 
 peers: $(VENV)/.peers
@@ -102,9 +96,6 @@ evidence: $(READY)
 
 evidence-full: $(VENV)/.peers
 	$(CALIBRATION)/grid.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-	$(CALIBRATION)/formula.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-	$(CALIBRATION)/side_grids.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
-	$(CALIBRATION)/claims.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:

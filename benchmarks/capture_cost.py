@@ -1,124 +1,174 @@
 """What it costs to watch gradients while Lightning trains: the monitor, and its peers.
 
-``make bench-capture``, or ``python benchmarks/capture_cost.py``. Three models (``capture_variants.py``): a CNN of 1.1 M
-parameters, batch 128 of 32 x 32; a transformer of 25 M, 4 x 128 tokens; and 2,000 small tensors, 1 M parameters, batch
-128. They are trained by a Trainer with torch's AdamW, one batch again and again from memory, a TensorBoard logger, and
-no progress bar or checkpoints, so that a step is forward, backward, AdamW, and what Lightning does around it.
-
-First a gate: on each model the counts that the monitor logs of some steps are held against numpy's of the gradients in
-those steps, and the weights after a training with it must be those after one without it, bit for bit. A failure ends
-the run before anything is timed.
-
-Then the variants take turns, once a round, the order moved on by one from round to round. A turn is a Trainer, a module
-and a ``fit`` of their own. What a step takes goes from one ``on_train_batch_start`` to the next, in a callback that
-comes before all others. On the CPU it is taken in seconds of the processor, of all threads of the process together
-(``process_time``), with one thread for torch and numpy: so the work of other threads counts in full, and what other
-processes take from the clock does not. The difference on the clock stands beside it. wandb's own process is in neither.
-What watching gradients adds does not depend on the batch, but the noise of a step does, which on a shared machine is a
-tenth of it; so turns are on batches of 1, and what is added to ``none`` of the same round is held against a step of
-``none`` on the whole batch. (A variant that does depend on the batch has one turn of 9 steps on whole batches.) On CUDA
-the time is that between two events, and all turns are on whole batches.
-
-The heatmap comes at the 1st, 2nd, 4th, 8th, ... logged step. The steps of a turn from the last but one to the last are
-cut in two: the second half has none, and tells what a logged step adds (``logged_ms``), the first one what a heatmap
-adds. Of what draws none the second half of the turn counts. ``added_ms`` is what a step adds over the first 10,000 of a
-run with as many of both as come there. The default cadence has every 4th step of its turn logged, and every 50th of the
-run; off-steps have a variant of their own. Reported are medians over the rounds, with quartiles. ``none, again`` shows
-what a difference of nothing looks like, and ``beyond_none_again_ms`` how far the lower quartile of off-steps lies above
-the upper one of that. ``end_seconds`` goes from the last batch to the return of ``fit``: work that was put off is done
-there.
-
-Memory and log are measured at every logged step of a training of two turns' length on batches of 1:
-``memory_bytes`` is the resident memory in the last quarter beyond that of ``none``, ``memory_growth_bytes`` how far it
-lies above the quarter before (medians over steps), and the log the bytes of all files that were written, by the number
-of logged steps. Times the logged steps of 10,000 that is the size of the log, and not too little, as heatmaps and heads
-of files, which become rarer, are in it. wandb's own process is not in the memory.
-
-Alone: counting all gradients once, against reading as many bytes (``Tensor.sum`` of one tensor); and on two gloo ranks,
-counting the slice of a rank against counting all, both ranks at it at the same time, in seconds of the processor.
-
-``make peers`` installs the peers. A peer that cannot be run is named in the report and in the CSV, with the reason.
+``make bench-capture``, or ``python benchmarks/capture_cost.py``; how it measures is told in ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import logging
+import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from operator import attrgetter
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import process_time
-from typing import Any
+from time import perf_counter, process_time
+from typing import Any, NamedTuple
 
-import capture_variants
+import capture_variants as cases
 import lightning as L
 import numpy as np
 import torch
-from capture_turns import LEFT_OUT_STEPS, SMALL_BATCH, Memory, Round, fit, take_rounds
-from capture_variants import (
-    ADD_HISTOGRAM,
-    DEFAULT,
-    EVERY_STEP,
-    NONE,
-    NONE_AGAIN,
-    OFF_STEPS,
-    RUN,
-    WANDB,
-    Task,
-    Variant,
-    made,
-)
-from measuring import installed_version, machine, print_table, read_csv, seconds_per_call, write_csv
-from optim_implementations import LeftOut
+from capture_variants import Task, Training, Variant, made
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from measuring import seconds_per_call
+from optim_implementations import built
 from ranks import run_ranks
+from reporting import CPU, RESULTS, Row, machine, print_table, print_verdicts, quartiles, read_csv, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
-from lightning_gradhist.histogram import slice_of
+from lightning_gradhist.callbacks.strategies import slice_of
 
-ROUNDS = 5
-GATE_STEPS = 3
-CALLS = 3
-RANKS = 2
-MACHINE = "date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split()
-PEERS = {"share_of_add_histogram": ADD_HISTOGRAM, "share_of_wandb_watch": WANDB}
+ROUNDS, GATE_STEPS, CALLS = 5, 3, 3
+LEFT_OUT_STEPS, WHOLE_STEPS = 3, 6  # the latter are timed in a turn with whole batches
+SMALL_BATCH = 1
+PEERS = {"share_of_add_histogram": cases.ADD_HISTOGRAM, "share_of_wandb_watch": cases.WANDB}
 MEASURED = [
     *"step_ms step_ms_q25 step_ms_q75 added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms".split(),
-    *"logged_ms beyond_none_again_ms".split(),
-    *PEERS,
+    *("logged_ms", "beyond_none_again_ms", *PEERS),
     *"end_seconds log_bytes_per_logged_step log_bytes_in_10000_steps".split(),
-    *"memory_bytes memory_growth_bytes".split(),
-    *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
+    *"memory_bytes memory_growth_bytes share_of_read_bandwidth work_of_one_rank_in_two".split(),
 ]
-COLUMNS = [*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note", *MACHINE]
-SHOWN = [
-    *"model variant step_ms added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms logged_ms".split(),
-    *PEERS,
-    *"end_seconds log_bytes_in_10000_steps memory_bytes memory_growth_bytes".split(),
-    *"share_of_read_bandwidth work_of_one_rank_in_two".split(),
+COLUMNS = [
+    *(*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note"),
+    *"date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split(),
 ]
+HIDDEN = ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms", "log_bytes_per_logged_step")
+SHOWN = ["model", "variant", *(column for column in MEASURED if column not in HIDDEN)]
 ALONE = "counting alone"
-Row = dict[str, Any]
 
 
-# --- the gate ---------------------------------------------------------------------------------------------------------
+class Clock(L.Callback):
+    """What the steps take, on the clock and of the processor or the device, without waiting for the latter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.clock, self.work, self.end = device, [], [], 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Take the times."""
+        self.clock.append(perf_counter())
+        if self.device.type == "cpu":
+            self.work.append(process_time())
+            return
+        self.work.append(torch.cuda.Event(enable_timing=True))
+        self.work[-1].record()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Take the time of the last one."""
+        self.end = perf_counter()
+
+    def seconds(self) -> list[float]:
+        """Of the processor or the device, of each step but the last."""
+        if self.device.type == "cpu":
+            return np.diff(self.work).tolist()
+        torch.cuda.synchronize(self.device)
+        return [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(self.work)]
 
 
-class Gradients(L.Callback):
-    """The gradients of each step, on the host."""
+def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+    """A Trainer with a TensorBoard logger that shows nothing and keeps no checkpoints."""
+    quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    logger = TensorBoardLogger(folder, name="", version="")
+    return L.Trainer(callbacks=callbacks, logger=logger, **{"accelerator": "cpu", "devices": 1, **quiet, **options})
 
-    def __init__(self) -> None:
-        self.steps: list[dict[str, np.ndarray]] = []
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Copy them."""
-        self.steps.append({name: p.grad.cpu().clone().numpy() for name, p in pl_module.named_parameters()})
+def fit(data: tuple[Training, DataLoader], callbacks: list[L.Callback], folder: Path, device: torch.device) -> Training:
+    """Train a module for an epoch of a loader."""
+    made_for = trainer(folder, callbacks, accelerator="gpu" if device.type == "cuda" else "cpu", max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
+        made_for.fit(*data)
+    return data[0]
+
+
+class Turn(NamedTuple):
+    """What the steps of one training have taken: seconds of the processor or the device, and on the clock."""
+
+    seconds: list[float]
+    clock_seconds: list[float]
+    end_seconds: float
+
+
+def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, batch_size: int | None = None) -> Turn:
+    """Train once, on whole batches if nothing else is said."""
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(made(task, steps + 1, batch_size), [clock, *variant.callbacks(task)], Path(folder), device)
+        returned = perf_counter()
+    gc.collect()
+    return Turn(clock.seconds(), np.diff(clock.clock).tolist(), returned - clock.end)
+
+
+class Round(NamedTuple):
+    """A turn of each variant, and one of none on whole batches."""
+
+    whole: Turn
+    turns: dict[str, Turn]
+
+    def added(self, variant: Variant, times: str = "seconds") -> Added:
+        """What a variant has added to a step, by the times of a turn that are named."""
+        plain = self.whole if variant.depends_on_batch else self.turns[cases.NONE]
+        return added(variant, getattr(self.turns[variant.name], times), getattr(plain, times))
+
+
+def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.device) -> list[Round]:
+    """All variants in each round, those that depend on the batch, and take long, in the first one only."""
+    few, small = LEFT_OUT_STEPS + WHOLE_STEPS, None if device.type == "cuda" else SMALL_BATCH
+    none = next(variant for variant in some if variant.name == cases.NONE)
+
+    def turn(variant: Variant) -> Turn:
+        return take_turn(task, variant, device, *((few,) if variant.depends_on_batch else (task.steps, small)))
+
+    done = []
+    for index in range(rounds):
+        first = index % len(some)
+        order = [v for v in [*some[first:], *some[:first]] if index == 0 or not v.depends_on_batch]
+        done.append(Round(take_turn(task, none, device, few), {v.name: turn(v) for v in order}))
+        print(f"  round {index + 1} of {rounds}", flush=True)
+    return done
+
+
+class Added(NamedTuple):
+    """Seconds beyond a training without a callback."""
+
+    logged: float  # a logged step; any step of what logs none
+    drawn: float  # a heatmap; 0 where none is drawn
+    step: float  # a step, over the first 10,000 of a run
+
+
+def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> Added:
+    """Compare the steps of a variant with those of none."""
+    beyond = np.array(seconds) - statistics.fmean(plain[LEFT_OUT_STEPS:])
+    if not variant.draws:
+        each = float(beyond[len(beyond) // 2 :].mean())  # where the report of the first step is written
+        return Added(each, 0.0, each)
+    every = variant.every_n_steps_in_turn
+    # the first and the second half of the steps from the last heatmap but one to the last
+    power = (len(seconds) // every + 1).bit_length() - 1
+    first, last = (every * (2**k - 1) for k in (power - 1, power))
+    middle = first + every * 2 ** (power - 2)
+    logged = every * float(beyond[middle:last].mean())
+    drawn = float(beyond[first:middle].sum()) - (middle - first) / every * logged
+    reports = cases.RUN // variant.every_n_steps
+    return Added(logged, drawn, (reports * logged + reports.bit_length() * drawn) / cases.RUN)
 
 
 def check(task: Task, device: torch.device) -> None:
@@ -127,24 +177,25 @@ def check(task: Task, device: torch.device) -> None:
     Raises:
         AssertionError: where they differ.
     """
-    gradients = Gradients()
+    steps: list[dict[str, np.ndarray]] = []
+
+    def keep(trainer: Any, module: Any, optimizer: Any) -> None:
+        steps.append({name: p.grad.cpu().clone().numpy() for name, p in module.named_parameters()})
+
+    callbacks = [GradientHistogramMonitor(every_n_steps=1), LambdaCallback(on_before_optimizer_step=keep)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain = fit(task, [], GATE_STEPS, folder / "plain", device)
-        watched = fit(
-            task, [GradientHistogramMonitor(every_n_steps=1), gradients], GATE_STEPS, folder / "watched", device
-        )
+        plain = fit(made(task, GATE_STEPS), [], folder / "plain", device)
+        watched = fit(made(task, GATE_STEPS), callbacks, folder / "watched", device)
         events = EventAccumulator(str(folder / "watched"), {"histograms": 0}).Reload()
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, watched.state_dict()[name]), f"{task.name}: the monitor has changed {name}"
-    assert len(gradients.steps) == GATE_STEPS
-    for step, of_step in enumerate(gradients.steps):
+    assert len(steps) == GATE_STEPS
+    for step, of_step in enumerate(steps):
         of_step["all"] = np.concatenate([gradient.ravel() for gradient in of_step.values()])
         for name, gradient in of_step.items():
             if np.abs(gradient).max() >= np.finfo(np.float32).tiny:
-                logged = {
-                    event.step: event.histogram_value for event in events.Histograms(f"gradient_magnitude/{name}")
-                }
+                logged = {e.step: e.histogram_value for e in events.Histograms(f"gradient_magnitude/{name}")}
                 assert step in logged, f"{task.name}: step {step} of {name} was not logged"
                 check_counts(logged[step], gradient, f"{task.name}: {name} at step {step}")
 
@@ -160,98 +211,61 @@ def check_counts(logged: Any, gradient: np.ndarray, what: str) -> None:
     assert not wrong.any() and sum(logged.bucket) == counts.sum(), f"{what}: the counts differ from numpy's"
 
 
-# --- turns ------------------------------------------------------------------------------------------------------------
-
-
 def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     """The columns that come from the turns of a variant."""
     mine = [one for one in rounds if variant.name in one.turns]
+    plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in mine])
+    if variant.name == cases.NONE:
+        return {"rounds": len(mine), **quartiles("step_ms", plain)}
     added = [one.added(variant) for one in mine]
     milliseconds = 1e3 * np.array([one.step for one in added])
-    plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in mine])
-    row: Row = {"rounds": len(mine)}
-    if variant.name == NONE:
-        return row | quartiles("step_ms", plain)
-    row |= quartiles("added_ms", milliseconds)
-    row["added_share"] = f"{np.median(milliseconds) / np.median(plain):.4g}"
-    row["added_clock_ms"] = (
-        f"{1e3 * np.median([one.added(variant, attrgetter('clock_seconds')).step for one in mine]):.4g}"
-    )
-    row["end_seconds"] = f"{np.median([one.turns[variant.name].end_seconds for one in mine]):.3g}"
-    if variant.draws:
-        row["logged_ms"] = f"{1e3 * np.median([one.logged for one in added]):.4g}"
-    return row
+    clock = [one.added(variant, "clock_seconds").step for one in mine]
+    row = {"rounds": len(mine), **quartiles("added_ms", milliseconds), "added_clock_ms": float(1e3 * np.median(clock))}
+    row["added_share"] = float(np.median(milliseconds) / np.median(plain))
+    row["end_seconds"] = statistics.median(one.turns[variant.name].end_seconds for one in mine)
+    return row | ({"logged_ms": 1e3 * statistics.median(one.logged for one in added)} if variant.draws else {})
 
 
 def against_peers(rows: dict[str, Row]) -> None:
     """Fill in what the monitor adds as a share of what its peers add, and its off-steps beyond a difference of nothing."""
     for name, row in rows.items():
         if name.startswith("monitor"):
-            for column, peer in PEERS.items():
-                if peer in rows:
-                    row[column] = f"{float(row['added_ms']) / float(rows[peer]['added_ms']):.4g}"
-    if OFF_STEPS in rows and NONE_AGAIN in rows:
-        beyond = float(rows[OFF_STEPS]["added_ms_q25"]) - float(rows[NONE_AGAIN]["added_ms_q75"])
-        rows[OFF_STEPS]["beyond_none_again_ms"] = f"{beyond:.4g}"
+            row |= {col: row["added_ms"] / rows[peer]["added_ms"] for col, peer in PEERS.items() if peer in rows}
+    if cases.OFF_STEPS in rows and cases.NONE_AGAIN in rows:
+        beyond = rows[cases.OFF_STEPS]["added_ms_q25"] - rows[cases.NONE_AGAIN]["added_ms_q75"]
+        rows[cases.OFF_STEPS]["beyond_none_again_ms"] = beyond
 
 
-def quartiles(column: str, values: Any) -> Row:
-    """A median, and the quartiles beside it."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {column: f"{middle:.4g}", f"{column}_q25": f"{low:.4g}", f"{column}_q75": f"{high:.4g}"}
-
-
-# --- memory and log ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a training holds in memory, and leaves on the disk."""
-
-    memory: float
-    """Bytes, in the last quarter."""
-    growth: float
-    """Bytes, since the quarter before."""
-    log: float
-    """Bytes a step."""
-
-
-def hold(task: Task, variant: Variant, device: torch.device) -> Held:
-    """Train for two turns' length, of one that logs every step, or nothing."""
-    memory, steps = Memory(), 2 * task.steps
+def hold(task: Task, variant: Variant, device: torch.device) -> tuple[float, float, float]:
+    """Bytes of memory in the last quarter of a training of two turns' length, since the quarter before, and of a step's log."""
+    page, steps = os.sysconf("SC_PAGE_SIZE"), 2 * task.steps
+    resident: list[int] = []  # as Linux tells it
+    memory = LambdaCallback(
+        on_train_batch_end=lambda *_: resident.append(page * int(Path("/proc/self/statm").read_text().split()[1]))
+    )
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = [*capture_variants.callbacks_of(variant, task), memory]
-        fit(task, callbacks, steps, Path(folder), device, SMALL_BATCH)
+        fit(made(task, steps, SMALL_BATCH), [*variant.callbacks(task), memory], Path(folder), device)
         files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
         written = sum(path.stat().st_size for path in files)
-    before, last = (statistics.median(memory.bytes[k * steps // 4 : (k + 1) * steps // 4]) for k in (2, 3))
-    return Held(last, last - before, written / steps)
+    before, last = (statistics.median(resident[k * steps // 4 : (k + 1) * steps // 4]) for k in (2, 3))
+    return last, last - before, written / steps
 
 
 def of_memory_and_log(task: Task, some: list[Variant], device: torch.device) -> dict[str, Row]:
     """The columns on memory and log, by variant; for those where they are compared."""
-    compared = [variant for variant in some if variant.name in (NONE, EVERY_STEP, *PEERS.values())]
+    compared = [variant for variant in some if variant.name in (cases.NONE, cases.EVERY_STEP, *PEERS.values())]
     held = {variant.name: hold(task, variant, device) for variant in compared}
     rows: dict[str, Row] = {}
-    for variant in compared:
-        mine = held[variant.name]
-        beyond, growth = mine.memory - held[NONE].memory, mine.growth
-        rows[variant.name] = {"memory_bytes": f"{beyond:.4g}", "memory_growth_bytes": f"{growth:.4g}"}
-        rows[variant.name] |= of_log(mine.log, variant) if variant.logs else {}
-    for default in (variant for variant in some if variant.name == DEFAULT and EVERY_STEP in held):
-        rows[DEFAULT] = of_log(held[EVERY_STEP].log, default)
+    for variant in some:
+        if variant.name in held:
+            memory, growth, _ = held[variant.name]
+            rows[variant.name] = {"memory_bytes": memory - held[cases.NONE][0], "memory_growth_bytes": growth}
+        logs = held.get(cases.EVERY_STEP if variant.name == cases.DEFAULT else variant.name)
+        if logs and variant.logs:
+            in_all = logs[2] * cases.RUN / variant.every_n_steps
+            log = {"log_bytes_per_logged_step": round(logs[2]), "log_bytes_in_10000_steps": in_all}
+            rows[variant.name] = rows.get(variant.name, {}) | log
     return rows
-
-
-def of_log(bytes_a_logged_step: float, variant: Variant) -> Row:
-    """The columns on the size of the log."""
-    return {
-        "log_bytes_per_logged_step": f"{bytes_a_logged_step:.0f}",
-        "log_bytes_in_10000_steps": f"{bytes_a_logged_step * RUN / variant.every_n_steps:.4g}",
-    }
-
-
-# --- counting alone ---------------------------------------------------------------------------------------------------
 
 
 def gradients_of(task: Task, device: torch.device) -> dict[str, Tensor]:
@@ -263,8 +277,7 @@ def gradients_of(task: Task, device: torch.device) -> dict[str, Tensor]:
 def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> float:
     """Time of a read of the gradients' bytes over the time of counting them: the median over the rounds."""
     gradients = gradients_of(task, device)
-    with device:
-        histogram = MagnitudeHistogram(list(gradients))
+    histogram = MagnitudeHistogram(list(gradients), device)
     flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
     shares = []
     for _ in range(rounds + 1):
@@ -275,9 +288,7 @@ def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> fl
 
 def slice_share(name: str, scale: float, rounds: int) -> float:
     """On a rank: time of counting its slice over the time of counting all, with the other ranks at the same."""
-    gradients = gradients_of(
-        next(task for task in capture_variants.tasks(scale) if task.name == name), torch.device("cpu")
-    )
+    gradients = gradients_of(next(task for task in cases.tasks(scale) if task.name == name), CPU)
     histogram = MagnitudeHistogram(list(gradients))
     sizes = {key: gradient.numel() for key, gradient in gradients.items()}
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -300,167 +311,81 @@ def work_of(function: Callable[[], object]) -> float:
 
 def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
     """The row on counting without a training."""
-    row: Row = {"variant": ALONE, "rounds": rounds}
-    row["share_of_read_bandwidth"] = f"{share_of_read_bandwidth(task, rounds, device):.4g}"
+    share = share_of_read_bandwidth(task, rounds, device)
+    row: Row = {"variant": ALONE, "rounds": rounds, "share_of_read_bandwidth": share}
     if device.type == "cpu":
-        row["work_of_one_rank_in_two"] = f"{max(run_ranks(slice_share, RANKS, task.name, scale, rounds)):.4g}"
+        row["work_of_one_rank_in_two"] = max(run_ranks(slice_share, 2, task.name, scale, rounds))
     return row
-
-
-# --- targets ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a cell of the CSV should be, on every model; None where there is no target."""
-
-    variant: str
-    column: str
-    cpu: float | None
-    cuda: float | None
-    what: str
-    at_least: bool = False
-
-    def verdicts(self, rows: list[Row], device: str, measured_on: str) -> list[str]:
-        """Compare with what was measured, a line a model."""
-        limit = getattr(self, device)
-        if limit is None:
-            return []
-        wanted = f"  {device:4}  {self.what} {'>=' if self.at_least else '<='} {limit:g}"
-        if device != measured_on:
-            return [f"{wanted}: not measured: {command(device)}"]
-        mine = [row for row in rows if row["variant"] == self.variant] or [{}]
-        return [f"{wanted}, {row.get('model', 'all models')}: {self._found(row, limit)}" for row in mine]
-
-    def _found(self, row: Row, limit: float) -> str:
-        if not row.get(self.column):
-            return f"not measured: {row.get('note') or 'the row or that of its peer is missing'}"
-        value = float(row[self.column])
-        met = value >= limit if self.at_least else value <= limit
-        return f"{value:g}, {'met' if met else 'NOT MET'}"
-
-
-TARGETS = [
-    Target(DEFAULT, "added_share", 0.01, 0.005, "default cadence, added share of a step"),
-    Target(EVERY_STEP, "added_share", 0.15, 0.03, "every step, added share of a step"),
-    Target(EVERY_STEP, "share_of_add_histogram", 0.2, 0.05, "every step, share of add_histogram's added time"),
-    Target(EVERY_STEP, "share_of_wandb_watch", 0.2, 0.05, "every step, share of wandb.watch's added time"),
-    Target(OFF_STEPS, "beyond_none_again_ms", 0, 0, "off-steps, lower quartile beyond the upper one of none, again"),
-    Target(ALONE, "share_of_read_bandwidth", None, 0.8, "counting, share of the bandwidth of a read", at_least=True),
-    Target(ALONE, "work_of_one_rank_in_two", 0.55, None, "counting on a rank of two, share of one rank's work"),
-]
-
-
-def command(device: str) -> str:
-    """What fills the cells of a device."""
-    return f"python benchmarks/capture_cost.py --device {device}"
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Options:
-    """How much is measured."""
-
-    scale: float = 1.0
-    rounds: int = ROUNDS
-    models: list[str] | None = None
-    only: list[str] | None = None
 
 
 def split(task: Task, only: list[str] | None) -> tuple[list[Variant], list[Row]]:
     """The variants that can be made, and a row with the reason for each that cannot."""
-    good: list[Variant] = []
-    left_out: list[Row] = []
-    for variant in capture_variants.variants():
-        if only is None or variant.name in (NONE, *only):
-            try:
-                variant.callback(task)
-            except LeftOut as reason:
-                print(f"  left out: {variant.name} ({reason})")
-                left_out.append({"variant": variant.name, "note": f"left out: {reason}"})
-            else:
-                good.append(variant)
-    return good, left_out
+    wanted = [variant for variant in cases.variants() if only is None or variant.name in (cases.NONE, *only)]
+    good, reasons = built(wanted, lambda variant: variant.callbacks(task))
+    return good, [{"variant": name, "note": note} for name, note in reasons.items()]
 
 
-def measure(task: Task, options: Options, device: torch.device) -> list[Row]:
+def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Measure everything on one model."""
-    parameters = [p.numel() for p in made(task, 1)[0].parameters()]
-    of_model = {
-        "model": task.name,
-        "tensors": len(parameters),
-        "parameters": sum(parameters),
-        "batch": task.batch_shape,
-    }
-    print(f"{task.name}: {len(parameters):,} tensors, {sum(parameters):,} parameters, {task.batch_shape}", flush=True)
-    some, left_out = split(task, options.only)
-    rows = {variant.name: {"variant": variant.name, "version": variant.version} for variant in some}
+    sizes = [p.numel() for p in made(task, 1)[0].parameters()]
+    of_model = {"model": task.name, "tensors": len(sizes), "parameters": sum(sizes), "batch": task.batch_shape}
+    print(f"{task.name}: {len(sizes):,} tensors, {sum(sizes):,} parameters, {task.batch_shape}", flush=True)
+    some, left_out = split(task, args.only)
+    rows: dict[str, Row] = {variant.name: {"variant": variant.name, "version": variant.version} for variant in some}
     of_long = of_memory_and_log(task, some, device)
-    rounds = take_rounds(task, some, options.rounds, device)
+    rounds = take_rounds(task, some, args.rounds, device)
     for variant in some:
         rows[variant.name] |= of_long.get(variant.name, {}) | of_rounds(rounds, variant)
     against_peers(rows)
-    counted = alone(task, options.scale, options.rounds, device)
+    counted = alone(task, args.scale, args.rounds, device)
     return [{**of_model, **row} for row in [*rows.values(), counted, *left_out]]
 
 
-def run(options: Options, device: torch.device) -> Iterator[list[Row]]:
+def run(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
     """Check everything, then measure; the rows of the CSV, but for the machine, of one model after another."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    tasks = [t for t in capture_variants.tasks(options.scale) if options.models is None or t.name in options.models]
+    tasks = [task for task in cases.tasks(args.scale) if task.name in args.models]
     for task in tasks:
         check(task, device)
         print(f"correct: {task.name}: logged counts are numpy's, weights are those without a monitor", flush=True)
     gc.freeze()  # a collection between two turns then does not go through all that is imported
     with threadpool_limits(1 if device.type == "cpu" else None):
         for task in tasks:
-            yield measure(task, options, device)
+            yield measure(task, args, device)
     gc.unfreeze()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
-    names = [task.name for task in capture_variants.tasks()]
-    variants = [variant.name for variant in capture_variants.variants()]
+    names = [task.name for task in cases.tasks()]
+    variants = [variant.name for variant in cases.variants()]
+    kept, beside = f"{', '.join(names)}; the rows of others that the output has are kept", "; ".join(variants[1:])
     parser = argparse.ArgumentParser(description="What it costs to watch gradients while Lightning trains.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the models' size, for a try-out (default: 1)"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=names,
-        metavar="NAME",
-        help=f"{', '.join(names)}; the rows of others that the output has are kept",
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=variants, metavar="NAME", help="beside none: " + "; ".join(variants[1:])
-    )
+    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=kept)
+    parser.add_argument("--only", nargs="+", choices=variants, metavar="NAME", help=f"beside none: {beside}")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/capture_cost_<device>.csv")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
-    output = args.output or Path(__file__).parent / "results" / f"capture_cost_{args.device}.csv"
+    output = args.output or RESULTS / f"capture_cost_{args.device}.csv"
 
-    described = {**machine(device), "lightning": installed_version("lightning")}
+    described = machine(device, "lightning", "triton")
     print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
-    options = Options(args.scale, args.rounds, args.models, args.only)
     rows: list[Row] = []
-    kept = read_csv(output)
-    for of_model in run(options, device):
+    for of_model in run(args, device):
         rows += [{**row, **described} for row in of_model]
         measured = {row["model"] for row in rows}
-        kept = [row for row in kept if row["model"] not in measured]
-        write_csv([*kept, *rows], COLUMNS, output)  # after each model: it takes long
+        others = [row for row in read_csv(output) if row["model"] not in measured]
+        write_csv(output, COLUMNS, [*others, *rows])  # after each model: it takes long
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
-    for on in ("cpu", "cuda"):
-        print("\n".join(line for target in TARGETS for line in target.verdicts(rows, on, args.device)))
+    print_verdicts("capture_cost", rows, "variant", args.device)
 
 
 if __name__ == "__main__":

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from measuring import installed_version
-from optim_implementations import LeftOut
+from lightning.pytorch.callbacks import LambdaCallback
+from optim_implementations import LeftOut, peer
+from reporting import installed_version
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_gradhist import GradientHistogramMonitor
 
-DEFAULT_CADENCE = 50
-CADENCE_IN_TURN = 4
+DEFAULT_CADENCE, CADENCE_IN_TURN = 50, 4
 TRANSFORMER = "transformer"
-RUN = 10_000
-"""The steps of the run that an added time a step is given for."""
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
+RUN = 10_000  # steps of the run that an added time a step is given for
+NONE, NONE_AGAIN = "none", "none, again"
+DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
+ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 
 @dataclass(frozen=True)
@@ -34,29 +31,22 @@ class Task:
 
     name: str
     network: Callable[[], nn.Module]
-    batch: Callable[[int], tuple[Tensor, Tensor]]
-    """Inputs and labels of that many samples."""
+    batch: Callable[[int], tuple[Tensor, Tensor]]  # makes inputs and labels of that many samples
     batch_size: int
-    batch_shape: str
-    """Of a whole batch, for the reader."""
-    steps: int
-    """Of a turn."""
+    batch_shape: str  # for the reader
+    steps: int  # of a turn
 
 
 def tasks(scale: float = 1.0) -> list[Task]:
-    """The three models.
-
-    Args:
-        scale: about the share of the parameters, and of the tensors where there are many; below 1 for a try-out, with
-            shorter turns.
-    """
+    """The three models; below a scale of 1, for a try-out, with about that share of the parameters, and shorter turns."""
     many, some, few = (128, 32, 16) if scale == 1 else (16, 16, 16)
     width = max(8, 8 * round(64 * scale**0.5 / 8))
     layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
     linears = max(4, round(1000 * scale))
+    images, vectors = partial(_noise, (3, 32, 32)), partial(_noise, (32,))
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", many),
-        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(text, words), 4, "4 x 128 tokens", some),
+        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(_text, words), 4, "4 x 128 tokens", some),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", few),
     ]
 
@@ -66,22 +56,18 @@ def cnn(width: int = 64) -> nn.Module:
     channels = [3, width, 2 * width, 2 * width, 4 * width, 4 * width]
     layers: list[nn.Module] = []
     for index, (ins, outs) in enumerate(zip(channels, channels[1:], strict=False)):
-        layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.ReLU()]
-        if index in (0, 1, 3):
-            layers.append(nn.MaxPool2d(2))
+        layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.ReLU(), *[nn.MaxPool2d(2)] * (index in (0, 1, 3))]
     return nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4 * width, 10))
 
 
 class Decoder(nn.Module):
     """A causal transformer with tied embeddings: 25.1 M parameters in 76 tensors with 6 layers of 512, 12,000 words."""
 
-    def __init__(self, layers: int = 6, width: int = 512, words: int = 12_000) -> None:
+    def __init__(self, layers: int, width: int, words: int) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(128, width))
-        heads, hidden = max(1, width // 64), 4 * width
-        block = partial(
-            nn.TransformerEncoderLayer, width, heads, hidden, 0.0, "gelu", batch_first=True, norm_first=True
-        )
+        sizes = (width, max(1, width // 64), 4 * width, 0.0, "gelu")
+        block = partial(nn.TransformerEncoderLayer, *sizes, batch_first=True, norm_first=True)
         self.blocks, self.norm = nn.ModuleList(block() for _ in range(layers)), nn.LayerNorm(width)
         nn.init.normal_(self.words.weight, std=0.02)
 
@@ -95,65 +81,38 @@ class Decoder(nn.Module):
         return self.norm(hidden).flatten(0, 1) @ self.words.weight.T
 
 
-class Residual(nn.Module):
-    """A linear layer beside the identity."""
-
+class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The inputs, and something small."""
         return inputs + 0.1 * self.linear(inputs).tanh()
 
 
 def small_tensors(linears: int = 1000) -> nn.Module:
     """1,000 linear layers of 32, which are 2,000 tensors and 1.06 M parameters."""
-    return nn.Sequential(*(Residual(32) for _ in range(linears - 1)), nn.Linear(32, 10))
+    return nn.Sequential(*(_Residual(32) for _ in range(linears - 1)), nn.Linear(32, 10))
 
 
-def images(samples: int) -> tuple[Tensor, Tensor]:
-    """Noise, in the shape of CIFAR-10."""
-    return torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,))
+def _noise(shape: tuple[int, ...], samples: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, *shape), torch.randint(10, (samples,))
 
 
-def text(words: int, samples: int) -> tuple[Tensor, Tensor]:
-    """128 words at random, and the next one of each."""
+def _text(words: int, samples: int) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(words, (samples, 129))
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def vectors(samples: int) -> tuple[Tensor, Tensor]:
-    """Noise."""
-    return torch.randn(samples, 32), torch.randint(10, (samples,))
-
-
-class Repeated(Dataset):
-    """One batch, again and again, that no time goes into its making."""
-
-    def __init__(self, batch: tuple[Tensor, Tensor], batches: int) -> None:
-        self.batch, self.batches = batch, batches
-
-    def __len__(self) -> int:
-        return self.batches * len(self.batch[0])
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """What DataLoader asks for a whole batch."""
-        return self.batch
-
-    def __getitem__(self, index: int) -> Any:
-        raise NotImplementedError("batches only")
-
-
 class Training(L.LightningModule):
-    """A network under torch's AdamW with its defaults."""
+    """A network under torch's AdamW with its defaults; nothing is logged."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network, self.loss_function = network, nn.CrossEntropyLoss()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss; nothing is logged."""
+        """The loss."""
         return self.loss_function(self.network(batch[0]), batch[1].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -162,180 +121,119 @@ class Training(L.LightningModule):
 
 
 def made(task: Task, steps: int, batch_size: int | None = None) -> tuple[Training, DataLoader]:
-    """A module and a loader of an epoch of that many batches, the same at every call."""
+    """A module and a loader of one batch, again and again, that no time goes into; the same at every call."""
     torch.manual_seed(0)
     size = batch_size or task.batch_size
-    return Training(task.network()), DataLoader(Repeated(task.batch(size), steps), size, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-# --- who watches ------------------------------------------------------------------------------------------------------
+    module, batch = Training(task.network()), task.batch(size)
+    return module, DataLoader(range(steps * size), size, collate_fn=lambda _: batch)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A training with a callback, or with none.
-
-    Raises:
-        LeftOut: from ``callback``, where it cannot be.
-    """
+    """A training with callbacks, or with none."""
 
     name: str
-    callback: Callable[[Task], L.Callback | None]
-    every_n_steps: int = 1
-    """From one logged step of a run to the next."""
+    callbacks: Callable[[Task], list[L.Callback]]  # raises LeftOut where they cannot be
+    every_n_steps: int = 1  # from one logged step of a run to the next
     every_n_steps_in_turn: int = 1
-    draws: bool = False
-    """A heatmap at the 1st, 2nd, 4th, 8th, ... logged step."""
+    draws: bool = False  # a heatmap at the 1st, 2nd, 4th, 8th, ... logged step
     logs: bool = True
-    depends_on_batch: bool = False
-    """What it takes; most take as long for a batch of one sample."""
-    distribution: str = ""
+    depends_on_batch: bool = False  # what it takes; most take as long for a batch of one sample
+    distribution: str = ""  # of a peer; ours and torch's versions have columns of their own
 
     @property
     def version(self) -> str:
-        """Of a peer; ours and torch's have columns of their own."""
+        """Of a peer; empty for ours and torch's."""
         return f"{self.distribution} {installed_version(self.distribution)}" if self.distribution else ""
 
 
 def variants() -> list[Variant]:
     """All, the one that the others are held against first."""
+    composer, graphcore = (
+        "mosaicml 0.32.1, the newest in the registry, requires torch<2.7.1",
+        "it is not in the registry",
+    )
     return [
-        Variant(NONE, _nothing, logs=False),
-        Variant(NONE_AGAIN, _nothing, logs=False),
+        Variant(NONE, lambda task: [], logs=False),
+        Variant(NONE_AGAIN, lambda task: [], logs=False),
         _monitor(DEFAULT, DEFAULT_CADENCE),
         _monitor(EVERY_STEP, 1),
         _monitor("monitor, every step, no noise scale", 1, noise_scale=False),
         _monitor("monitor, every step, group_by=1", 1, group_by=1),
-        Variant(OFF_STEPS, partial(_make_monitor, every_n_steps=10**9), logs=False),
-        Variant(ADD_HISTOGRAM, _add_histogram),
-        Variant(WANDB, _wandb, distribution="wandb"),
+        Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)], logs=False),
+        Variant(ADD_HISTOGRAM, lambda task: [LambdaCallback(on_before_optimizer_step=_add_histogram)]),
+        Variant(WANDB, lambda task: [_WandbWatch(peer("wandb", "wandb"))], distribution="wandb"),
         Variant("cockpit, GradHist1d", _cockpit, depends_on_batch=True, distribution="cockpit-for-pytorch"),
-        Variant("Composer's OptimizerMonitor", _composer, distribution="mosaicml"),
-        Variant("Graphcore's tensor tracker", _graphcore),
+        Variant("Composer's OptimizerMonitor", partial(_left_out, composer), distribution="mosaicml"),
+        Variant("Graphcore's tensor tracker", partial(_left_out, graphcore)),
     ]
 
 
-NONE, NONE_AGAIN = "none", "none, again"
-DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
-ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
-
-
-def _nothing(task: Task) -> None:
-    return None
+def _left_out(reason: str, task: Task) -> list[L.Callback]:
+    raise LeftOut(reason)
 
 
 def _monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
     in_turn = min(every_n_steps, CADENCE_IN_TURN)
-    make = partial(_make_monitor, every_n_steps=in_turn, **options)
-    return Variant(name, make, every_n_steps, in_turn, draws=True)
+    return Variant(
+        name, lambda task: [GradientHistogramMonitor(in_turn, **options)], every_n_steps, in_turn, draws=True
+    )
 
 
-def _make_monitor(task: Task, **options: Any) -> L.Callback:
-    unknown = options.keys() - inspect.signature(GradientHistogramMonitor).parameters.keys()
-    if unknown:
-        raise LeftOut(f"GradientHistogramMonitor has no argument {', '.join(sorted(unknown))}")
-    return GradientHistogramMonitor(**options)
-
-
-class AddHistogram(L.Callback):
+def _add_histogram(trainer: Any, module: Any, optimizer: Any) -> None:
     """What one writes by hand: each gradient into TensorBoard, at every step."""
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """One histogram for each parameter."""
-        for name, parameter in pl_module.named_parameters():
-            trainer.logger.experiment.add_histogram(f"gradients/{name}", parameter.grad, trainer.global_step)
+    for name, parameter in module.named_parameters():
+        trainer.logger.experiment.add_histogram(f"gradients/{name}", parameter.grad, trainer.global_step)
 
 
-def _add_histogram(task: Task) -> L.Callback:
-    return AddHistogram()
-
-
-class WandbWatch(L.Callback):
+class _WandbWatch(L.Callback):
     """``wandb.watch`` of the gradients at every step, into a run that is offline."""
 
     def __init__(self, wandb: Any) -> None:
         self.wandb = wandb
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin a run in the folder of the logger, without what wandb says and measures about the machine."""
+        # without what wandb says and measures about the machine
         quiet = self.wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
         self.run = self.wandb.init(mode="offline", dir=trainer.logger.log_dir, settings=quiet)
         self.run.watch(pl_module, log="gradients", log_freq=1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Commit the histograms of this step."""
-        self.run.log({"step": trainer.global_step})
+        self.run.log({"step": trainer.global_step})  # commits the histograms of this step
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the rest."""
         self.run.unwatch(pl_module)
         self.run.finish()
 
 
-def _wandb(task: Task) -> L.Callback:
-    try:
-        import wandb
-    except ImportError as error:
-        raise LeftOut(f"wandb: {error}") from None
-    return WandbWatch(wandb)
-
-
-class CockpitHistogram(L.Callback):
+class _CockpitHistogram(L.Callback):
     """Cockpit's histogram over the elements of all samples' gradients, at every step."""
 
-    def __init__(self, extend: Any, cockpit: Any, quantity: Any) -> None:
-        self.extend, self.make, self.quantity = extend, cockpit, quantity
+    def __init__(self, backpack: Any, cockpit: Any, quantities: Any) -> None:
+        self.extend, self.make, self.quantity = backpack.extend, cockpit.Cockpit, quantities.GradHist1d
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """BackPACK's hooks, and one for the losses of single samples, which cockpit wants."""
         self.extend(pl_module.network)
         pl_module.loss_function = self.extend(pl_module.loss_function)
         pl_module.loss_function.register_forward_hook(self._keep)
         self.cockpit = self.make(pl_module.network.parameters(), [self.quantity(lambda step: True)])
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Enter cockpit's context, as a training loop of one's own does around ``backward``."""
+        # cockpit's context stands around ``backward`` in a training loop of one's own; it wants each sample's loss
         single = nn.functional.cross_entropy(*self.inputs, reduction="none")
         info = {"batch_size": len(single), "individual_losses": single, "loss": loss}
         self.context = self.cockpit(trainer.global_step, info={**info, "optimizer": trainer.optimizers[0]})
         self.context.__enter__()
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Leave it, which computes."""
         self.context.__exit__(None, None, None)
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.inputs = inputs
 
 
-def _cockpit(task: Task) -> L.Callback:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
-            from backpack import extend
-            from cockpit import Cockpit
-            from cockpit.quantities import GradHist1d
-    except ImportError as error:
-        raise LeftOut(f"cockpit: {error}") from None
+def _cockpit(task: Task) -> list[L.Callback]:
+    modules = [peer(name, "cockpit-for-pytorch") for name in ("backpack", "cockpit", "cockpit.quantities")]
     if task.name == TRANSFORMER:
         raise LeftOut("BackPACK, which it needs, gives no gradients of single samples for attention and its like")
-    return CockpitHistogram(extend, Cockpit, GradHist1d)
-
-
-def _composer(task: Task) -> L.Callback:
-    raise LeftOut("mosaicml 0.32.1, the newest in the registry, requires torch<2.7.1")
-
-
-def _graphcore(task: Task) -> L.Callback:
-    raise LeftOut("it is not in the registry")
-
-
-def callbacks_of(variant: Variant, task: Task) -> Iterator[L.Callback]:
-    """The callback of a variant, if it has one."""
-    callback = variant.callback(task)
-    if callback is not None:
-        yield callback
+    return [_CockpitHistogram(*modules)]

@@ -1,46 +1,21 @@
-"""What a benchmark needs to measure: time and memory of a step, and the machine that it ran on."""
+"""Time and memory of a call."""
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import os
-import platform
 from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import lightning_gradhist
-
 _MARK = "measured step"
 
 
-def prime_the_heap() -> None:
-    """Let go of 28 MB once, as any training does: from then on the allocator keeps memory of that size for its next use.
-
-    Without it, which implementation has to ask the system for its temporary tensors depends on which came before it.
-    """
-    torch.empty(28 * 2**18)
-
-
 def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Time calls that follow one another without a pause.
+    """Time calls that follow one another without a pause, warmed up by the caller: the mean.
 
     On CUDA between two events, with nothing in the queue before: a call takes as long as the slower of host and
     device. There is no flush of the L2 cache, as there is none between the steps of a training run.
-
-    Args:
-        function: What is timed; warmed up by the caller.
-        calls: How often it is called.
-        device: Where its work is done.
-
-    Returns:
-        Seconds per call, the mean over ``calls``.
     """
     if device.type == "cpu":
         start = perf_counter()
@@ -58,19 +33,12 @@ def seconds_per_call(function: Callable[[], object], calls: int, device: torch.d
 
 
 def extra_peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Measure by how much the tensors in memory grow, at most, during a call.
+    """Measure by how many bytes the tensors in memory grow, at most, during a call that makes no lasting ones.
 
     On CUDA from ``torch.cuda.max_memory_allocated``. On CPU from the allocations and releases that torch's profiler
     records, added up in order of time from the beginning of the call. The profiler does not see the release of
     memory that was allocated before it started; a call before the measured one, also under the profiler, makes
     up for it where state is replaced at each step.
-
-    Args:
-        function: What is measured; its lasting allocations have been made by an earlier call.
-        device: Where its tensors are.
-
-    Returns:
-        Bytes, >= 0, above those at the beginning of the call.
     """
     if device.type == "cpu":
         return _extra_peak_bytes_on_cpu(function)
@@ -97,59 +65,3 @@ def _extra_peak_bytes_on_cpu(function: Callable[[], object]) -> int:
             held += change
             peak = max(peak, held)
     return peak
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Describe the machine and the software, without names of hosts, users or folders."""
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": device.type,
-        "cpu": _cpu_name(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": installed_version("triton"),
-        "lightning_gradhist": lightning_gradhist.__version__,
-    }
-
-
-def installed_version(distribution: str) -> str:
-    """Look up the version of a distribution; empty if it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def write_csv(rows: list[dict[str, Any]], columns: list[str], output: Path) -> None:
-    """Write rows as CSV; the cell of a column that a row does not have is empty."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(source: Path) -> list[dict[str, Any]]:
-    """Read the rows that :func:`write_csv` has written; none where there is no file."""
-    if not source.exists():
-        return []
-    with source.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def print_table(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Print some columns of rows, one below the other."""
-    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in columns]
-    for line in [dict(zip(columns, columns, strict=True)), *rows]:
-        cells = (str(line.get(name, "")).ljust(width) for name, width in zip(columns, widths, strict=True))
-        print("  ".join(cells).rstrip())
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,40 +24,58 @@ ALPHA, EXPLORE_BETA = -5.0, 0.99
 COMMON: dict[str, Any] = {"betas": BETAS, "eps": 1e-6, "weight_decay": 0.01}
 """The authors' ALTO is layer-wise with a weight decay only, so that all have one."""
 EXPLORE: dict[str, Any] = {"alpha": ALPHA, "explore_beta": EXPLORE_BETA}
-
-_STEPS = 10
-_LR = 0.05
+_STEPS, _LR, _SPREAD = 10, 0.05, 0.1
 _SHAPES = [(3, 5), (), (1,), (17,), (129, 65), (70_001,)]
-_SPREAD = 0.1
 _TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2)}
 """Relative and absolute; ten steps at this rate move a parameter by some 0.3."""
+# How often a step must at least read or write memory for each parameter: the parameter, its gradient and what state has
+# their dtype; state in fp32. 28, 36, 40 and 48 bytes in fp32. The layer-wise ones read parameter, m and v again for the update.
+ADAMW = (3 + 4, 0)
+ADAM_E, EADAPTOR, AUTHORS_E = (3, 6), (3 + 4, 2), (3 + 6, 0)
+LAMB = (4 + 6, 0)
+LAYERWISE_E, AUTHORS_ALTO = (4, 8), (4 + 8, 0)
+
+T = TypeVar("T", bound=Any)
+Make = Callable[[list[Parameter], float], Any]
+"""Builds an optimizer from parameters and learning rate; raises :class:`LeftOut` where it cannot be built."""
 
 
 class LeftOut(Exception):
-    """An implementation cannot be built here; the message says why."""
+    """Something cannot be built here; the message says why."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """How often a step must at least read or write memory for each parameter."""
-
-    in_its_dtype: int
-    """The parameter, its gradient, and what state has their dtype."""
-    in_fp32: int
-    """State in fp32, whatever the dtype of the parameter."""
-    fixed_bytes: int = 0
-    """Bytes, not accesses, that do not depend on the dtype: those of a copy."""
-
-    def bytes_per_parameter(self, dtype: torch.dtype) -> int:
-        """Bytes that a step moves at least, for a parameter of ``dtype``."""
-        return self.in_its_dtype * dtype.itemsize + self.in_fp32 * torch.float32.itemsize + self.fixed_bytes
+def built(wanted: Sequence[T], build: Callable[[T], object]) -> tuple[list[T], dict[str, str]]:
+    """Those that can be built, and by name of the others a note with the reason, which is also printed."""
+    good, notes = [], {}
+    for one in wanted:
+        try:
+            build(one)
+        except LeftOut as reason:
+            notes[one.name] = f"left out: {reason}"
+            print(f"left out: {one.name} ({reason})")
+        else:
+            good.append(one)
+    return good, notes
 
 
-# 28, 36, 40 and 48 bytes in fp32. The layer-wise ones read parameter, m and v again for the update.
-ADAMW = Traffic(3 + 4, 0)
-ADAM_E, EADAPTOR, AUTHORS_E = Traffic(3, 6), Traffic(3 + 4, 2), Traffic(3 + 6, 0)
-LAMB = Traffic(4 + 6, 0)
-LAYERWISE_E, AUTHORS_ALTO = Traffic(4, 8), Traffic(4 + 8, 0)
+def peer(name: str, distribution: str) -> Any:
+    """A module of a peer."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise LeftOut(f"{distribution}: {error}; 'make peers' installs the peers") from None
+
+
+def timm_lamb() -> Any:
+    """The class of timm's Lamb."""
+    # timm's optimizers are loaded as a package of their own: "import timm" would want torchvision
+    found = importlib.util.find_spec("timm")
+    package = types.ModuleType("timm_optim")
+    package.__path__ = [str(Path(folder) / "optim") for folder in (found and found.submodule_search_locations) or ()]
+    sys.modules.setdefault("timm_optim", package)
+    return peer("timm_optim.lamb", "timm").Lamb
 
 
 @dataclass(frozen=True)
@@ -65,25 +83,26 @@ class Implementation:
     """One row of the benchmark."""
 
     name: str
-    distribution: str
-    """Where it comes from, as pip names it."""
-    traffic: Traffic
-    make: Callable[[list[Parameter], float], Any]
-    """Builds it from parameters and learning rate; raises :class:`LeftOut` where it cannot be built."""
-    layerwise: bool | None = None
-    """Which reference ours must agree with; None for the others'."""
-    checked_in: torch.dtype | None = None
-    """The dtype that it is checked in; None for that of the run."""
+    distribution: str  # where it comes from, as pip names it
+    accesses: tuple[int, int]
+    make: Make
+    layerwise: bool | None = None  # which reference ours must agree with; None for the others'
+    checked_in: torch.dtype | None = None  # None for the dtype of the run
+    fixed_bytes: int = 0  # for any dtype: those of a copy
+
+    def bytes_per_parameter(self, dtype: torch.dtype) -> int:
+        """Bytes that a step moves at least, for a parameter of ``dtype``."""
+        return self.accesses[0] * dtype.itemsize + self.accesses[1] * torch.float32.itemsize + self.fixed_bytes
 
 
 def implementations() -> list[Implementation]:
     """List all that are compared, whether they can be built here or not."""
     ours, authors = "lightning-gradhist", "e-optimizer-adaptor"
     return [
-        Implementation("AdamW", "torch", ADAMW, _adamw),
-        Implementation("AdamW foreach", "torch", ADAMW, partial(_adamw, foreach=True)),
-        Implementation("AdamW fused", "torch", ADAMW, partial(_adamw, fused=True)),
-        Implementation("timm Lamb", "timm", LAMB, _timm_lamb),
+        Implementation("AdamW", "torch", ADAMW, adamw),
+        Implementation("AdamW foreach", "torch", ADAMW, partial(adamw, foreach=True)),
+        Implementation("AdamW fused", "torch", ADAMW, partial(adamw, fused=True)),
+        Implementation("timm Lamb", "timm", LAMB, lambda params, lr: timm_lamb()(params, lr, **COMMON)),
         Implementation("pytorch_optimizer Lamb", "pytorch_optimizer", LAMB, _pytorch_optimizer_lamb),
         Implementation("authors' ALTO", authors, AUTHORS_ALTO, _authors_alto),
         Implementation("authors' E(AdamW)", authors, AUTHORS_E, _authors_e),
@@ -96,77 +115,36 @@ def implementations() -> list[Implementation]:
     ]
 
 
-def _adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
+def adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
+    """Torch's AdamW with the common settings."""
     return torch.optim.AdamW(params, lr, **COMMON, **options)
 
 
 def _ours(cls: Any, params: list[Parameter], lr: float, **options: bool) -> torch.optim.Optimizer:
-    unknown = options.keys() - inspect.signature(cls).parameters.keys()
-    if unknown:
-        raise LeftOut(f"{cls.__name__} of this version has no argument {', '.join(sorted(unknown))}")
     return cls(params, lr, **COMMON, **EXPLORE, **options)
 
 
 def _e_adaptor(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return EAdaptor(_adamw(params, lr), **EXPLORE)
+    return EAdaptor(adamw(params, lr), **EXPLORE)
 
 
 def _authors_alto(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    cls = _module("ALTO", "e-optimizer-adaptor").ALTO
-    return cls(params, lr, **{**COMMON, "betas": (EXPLORE_BETA, *BETAS)}, alp=ALPHA)
+    betas = {"betas": (EXPLORE_BETA, *BETAS)}
+    return peer("ALTO", "e-optimizer-adaptor").ALTO(params, lr, **COMMON | betas, alp=ALPHA)
 
 
 def _authors_e(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    cls = _module("E", "e-optimizer-adaptor").E
-    return cls(_adamw(params, lr), alpha=ALPHA, beta=EXPLORE_BETA)
+    return peer("E", "e-optimizer-adaptor").E(adamw(params, lr), alpha=ALPHA, beta=EXPLORE_BETA)
 
 
 def _pytorch_optimizer_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return _module("pytorch_optimizer", "pytorch_optimizer").Lamb(params, lr, **COMMON)
-
-
-def _timm_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return timm_lamb()(params, lr, **COMMON)
-
-
-def timm_lamb() -> Any:
-    """The class of timm's Lamb; raises :class:`LeftOut` where timm is not installed."""
-    # timm's optimizers are loaded as a package of their own: "import timm" would want torchvision
-    found = importlib.util.find_spec("timm")
-    if found is None or not found.submodule_search_locations:
-        raise _not_installed("timm")
-    if "timm_optim" not in sys.modules:
-        package = types.ModuleType("timm_optim")
-        package.__path__ = [str(Path(found.submodule_search_locations[0]) / "optim")]
-        sys.modules["timm_optim"] = package
-    return importlib.import_module("timm_optim.lamb").Lamb
-
-
-def _module(name: str, distribution: str) -> Any:
-    if importlib.util.find_spec(name) is None:
-        raise _not_installed(distribution)
-    return importlib.import_module(name)
-
-
-def _not_installed(distribution: str) -> LeftOut:
-    return LeftOut(f"{distribution} is not installed: run 'make peers'")
-
-
-# --- the gate ---------------------------------------------------------------------------------------------------------
+    return peer("pytorch_optimizer", "pytorch_optimizer").Lamb(params, lr, **COMMON)
 
 
 def reference(theta: Tensor, grads: list[Tensor], lr: float, dtype: torch.dtype, *, layerwise: bool) -> Tensor:
-    """Compute AdamE, or the layer-wise ALTO, in float64 from the formula in their docstrings.
+    """Compute AdamE, or the layer-wise ALTO with its trust ratio, in float64 from the formula in their docstrings.
 
-    Args:
-        theta: The parameter at the beginning, in float64.
-        grads: Its gradient at each step, in float64.
-        lr: Learning rate.
-        dtype: What the parameter is rounded to after each step.
-        layerwise: ALTO, which scales the update by the trust ratio and decays within it.
-
-    Returns:
-        The parameter after all steps, in float64.
+    Parameter and gradients are in float64; after each step the parameter is rounded to ``dtype``.
     """
     (beta1, beta2), eps, decay = COMMON["betas"], COMMON["eps"], COMMON["weight_decay"]
     e = m = v = torch.zeros_like(theta)
@@ -188,57 +166,38 @@ def check(implementation: Implementation, device: torch.device, dtype: torch.dty
     Ours must agree with :func:`reference`, and AdamE at ``alpha=0`` with torch's AdamW. The others must only
     leave finite parameters that have moved.
 
-    Args:
-        implementation: What is checked.
-        device: Where.
-        dtype: Of the parameters and gradients, unless it is always checked in another one.
-
     Raises:
         LeftOut: If it cannot be built here.
         AssertionError: If it fails.
     """
-    dtype = implementation.checked_in or dtype
+    name, layerwise, dtype = implementation.name, implementation.layerwise, implementation.checked_in or dtype
     starts, grads = _problem(dtype)
-    got = _run(implementation, starts, grads, device, dtype)
-    for start, of_tensor, value in zip(starts, zip(*grads, strict=True), got, strict=True):
-        if implementation.layerwise is None:
-            moved = bool(value.isfinite().all()) and not torch.equal(value, start)
-            assert moved, f"{implementation.name} leaves parameters that are not finite, or have not moved"
-        else:
-            want = reference(start, list(of_tensor), _LR, dtype, layerwise=implementation.layerwise)
-            _assert_close(implementation.name, "the float64 reference", value, want, dtype)
-    if implementation.layerwise is False:
-        _check_without_e(implementation, device)
-
-
-def _check_without_e(implementation: Implementation, device: torch.device) -> None:
-    starts, grads = _problem(torch.float32)
-    got = _run(implementation, starts, grads, device, torch.float32, alpha=0.0)
-    adamw = next(peer for peer in implementations() if peer.name == "AdamW")
-    for value, want in zip(got, _run(adamw, starts, grads, device, torch.float32), strict=True):
-        _assert_close(f"{implementation.name} at alpha=0", "torch's AdamW", value, want, torch.float32)
+    got = _run(implementation.make, device, dtype)
+    if layerwise is None:
+        moved = all(bool(g.isfinite().all()) and not torch.equal(g, s) for g, s in zip(got, starts, strict=True))
+        assert moved, f"{name} leaves parameters that are not finite, or have not moved"
+        return
+    by_tensor = zip(starts, map(list, zip(*grads, strict=True)), strict=True)
+    want = [reference(start, of_tensor, _LR, dtype, layerwise=layerwise) for start, of_tensor in by_tensor]
+    _assert_close(name, "the float64 reference", got, want, dtype)
+    if not layerwise:
+        got, want = _run(implementation.make, device, torch.float32, alpha=0.0), _run(adamw, device, torch.float32)
+        _assert_close(f"{name} at alpha=0", "torch's AdamW", got, want, torch.float32)
 
 
 def _problem(dtype: torch.dtype) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Parameters and, for each step, gradients: float64 values that ``dtype`` can hold."""
     generator = torch.Generator().manual_seed(0)
+    drawn = [
+        [torch.randn(shape, generator=generator).to(dtype).double() for shape in _SHAPES] for _ in range(1 + _STEPS)
+    ]
+    return drawn[0], [[_SPREAD * grad for grad in of_step] for of_step in drawn[1:]]
 
-    def draw() -> list[Tensor]:
-        return [torch.randn(shape, generator=generator).to(dtype).double() for shape in _SHAPES]
 
-    return draw(), [[_SPREAD * grad for grad in draw()] for _ in range(_STEPS)]
-
-
-def _run(
-    implementation: Implementation,
-    starts: list[Tensor],
-    grads: list[list[Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
-    **settings: float,
-) -> list[Tensor]:
+def _run(make: Make, device: torch.device, dtype: torch.dtype, **settings: float) -> list[Tensor]:
+    starts, grads = _problem(dtype)
     params = [Parameter(start.to(device, dtype)) for start in starts]
-    optimizer = implementation.make(params, _LR)
+    optimizer = make(params, _LR)
     for group in optimizer.param_groups:
         group.update(settings)
     for of_step in grads:
@@ -248,7 +207,7 @@ def _run(
     return [param.detach().cpu().double() for param in params]
 
 
-def _assert_close(name: str, other: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    rtol, atol = _TOLERANCES[dtype]
-    message = f"{name} differs from {other} by up to {(got - want).abs().max():.1e}, shape {tuple(got.shape)}"
-    assert torch.allclose(got, want, rtol, atol), message
+def _assert_close(name: str, other: str, got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
+    for mine, theirs in zip(got, want, strict=True):
+        message = f"{name} differs from {other} by up to {(mine - theirs).abs().max():.1e}, shape {tuple(mine.shape)}"
+        assert torch.allclose(mine, theirs, *_TOLERANCES[dtype]), message

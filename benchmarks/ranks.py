@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import tempfile
@@ -16,17 +15,8 @@ from typing import Any
 import torch
 
 
-def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = math.inf) -> list[Any]:
-    """Run a job on ranks that make up a process group, to its end.
-
-    Args:
-        job: A function of a module, since every process imports it.
-        ranks: How many, from 1 up.
-        *arguments: What the job is called with.
-        seconds: How long it may take.
-
-    Returns:
-        What the job returned on each rank.
+def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 240) -> list[Any]:
+    """Run a job, a function of a module with its arguments, on ranks that make up a process group; what it returned on each.
 
     Raises:
         TimeoutError: Where it takes longer; the processes are killed then.
@@ -39,18 +29,11 @@ def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: flo
                 for process in context.processes:
                     process.kill()
                 raise TimeoutError(f"{job.__name__} hangs on {ranks} ranks")
-        return [torch.load(_file(Path(folder), rank), weights_only=False) for rank in range(ranks)]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def start_ranks(job: Callable[..., Any], ranks: int, folder: Path, *arguments: Any) -> Any:
-    """Start a job on ranks with one thread each, and return the context of torch that joins them.
-
-    Args:
-        job: As of :func:`run_ranks`.
-        ranks: How many, from 1 up.
-        folder: Where they leave what the job returns.
-        *arguments: What the job is called with.
-    """
+    """Start a job on ranks with one thread each, which leave in a folder what it returns; torch's context that joins them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,29 +46,22 @@ def _on_rank(
     rank: int, job: Callable[..., Any], ranks: int, port: int, folder: Path, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        # as torchrun sets them, so that Lightning starts no processes of its own
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        GROUP_RANK="0",
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="ranks",
-    )
+    # as torchrun sets them, so that Lightning starts no processes of its own
+    os.environ |= {
+        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "ranks",
+    }
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.save(job(*arguments), _file(folder, rank))
+            torch.save(job(*arguments), folder / f"{rank}.pt")
         torch.distributed.barrier()
     except BaseException:
         traceback.print_exc()
         raise
     finally:
         torch.distributed.destroy_process_group()
-
-
-def _file(folder: Path, rank: int) -> Path:
-    return folder / f"rank_{rank}.pt"

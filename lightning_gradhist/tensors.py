@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WITHOUT_FLOAT64 = ("mps",)
 _BATCH = 2**17  # of float32, which stay in a core's cache
 
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of real numbers, which is how Adam treats it; any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def batches(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -87,5 +88,11 @@ def sums(*tensors: Tensor) -> Tensor:
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape, in float64 on the device of the first."""
+    """The sum of tensors of one shape, in float64 on the device of the first, or on the host."""
+    terms = [with_float64(term) for term in terms]
     return torch.stack([term.to(terms[0].device, torch.float64) for term in terms]).sum(0)
+
+
+def with_float64(tensor: Tensor) -> Tensor:
+    """A tensor where there is float64: as it is, but for one on a device that has none, which is brought to the host."""
+    return tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor

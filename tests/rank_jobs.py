@@ -12,10 +12,10 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import ranks as processes
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from ranks import start_ranks
 from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -28,14 +28,9 @@ from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
 
-def run_ranks(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[Any]:
-    """Runs a job on gloo ranks in processes of their own, and returns what it returned on each."""
-    return processes.run_ranks(job, ranks, folder, seconds=240)
-
-
 def exit_codes(job: Callable[[Path], Any], ranks: int, folder: Path) -> list[int | None]:
     """Runs a job on gloo ranks, each to its own end, and returns how they ended; None for one that hangs."""
-    started = processes.start_ranks(job, ranks, folder, folder).processes
+    started = start_ranks(job, ranks, folder, folder).processes
     for process in started:
         process.join(timeout=120)
     codes = [process.exitcode for process in started]
@@ -400,7 +395,7 @@ def out_of_step(folder: Path) -> Any:
     ):
         if name == "no room" and rank == 0:
             evidence.NoiseScale = NoRoom
-        calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8, batch_size=4)
+        calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
         fit(folder / name, calibration, module=module, data=data, max_steps=2, **ddp(ranks), **more)
         found[name] = (calibration.result.gradients, calibration.result.problems)
     monitor = GradientHistogramMonitor(group_by=lambda name: "ab"[(len(name) + rank) % 2])
@@ -435,6 +430,29 @@ class NoRoom:
 
     def __init__(self, *args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def not_averaged(folder: Path) -> Any:
+    """A communication hook that leaves each rank its own gradients; what rank zero is told, and the noise."""
+
+    def own(state, bucket):  # type: ignore[no-untyped-def] # torch looks at the annotations
+        future = torch.futures.Future()  # type: ignore[var-annotated]
+        future.set_result(bucket.buffer())
+        return future
+
+    class OwnGradients(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.strategy.model.register_comm_hook(None, own)
+
+    found = {}
+    for when in ("before_clip", "after_clip", "local"):
+        monitor = GradientHistogramMonitor(every_n_steps=2, when=when)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(folder / when, monitor, OwnGradients(), data=loader(4), max_steps=6, **ddp(2))
+        said = [str(one.message) for one in caught if "GradientHistogramMonitor" in str(one.message)]
+        found[when] = said, [sample["noise_simple"] for sample in monitor.noise_records[0].samples]
+    return found
 
 
 def killed(folder: Path) -> Any:

@@ -20,11 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, NoiseScale, OptimizerCalibration
+from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks.gradients import local_gradient
 from lightning_gradhist.callbacks.monitor import observer
 from lightning_gradhist.callbacks.probe.probe import Probe, pool
 from lightning_gradhist.callbacks.probe.restore import no_trace
-from lightning_gradhist.optim._sharding import local
 
 OPTIMIZERS: dict[str, Any] = {
     "ALTO": lambda p: ALTO(p, lr=0.02, alpha=-5.0, explore_beta=0.99),

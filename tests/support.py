@@ -80,6 +80,23 @@ class Batches:
         return iter(self.loader)
 
 
+class Opaque:
+    """A batch whose samples nobody can count."""
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batch)
+
+
+class OpaqueBatches(Batches):
+    """As Batches, of batches that cannot be counted."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(Opaque, super().__iter__())
+
+
 def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",

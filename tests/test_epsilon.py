@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_gradhist.epsilon import choose_epsilon, epsilon_range
+from lightning_gradhist.epsilon import choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.histogram import MagnitudeHistogram
 
 
@@ -208,3 +208,43 @@ def test_a_scaled_loss_leaves_no_more_damped(power: int) -> None:
 def test_errors(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def left_out(rms: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, int]:
+    histogram = MagnitudeHistogram(list(rms))
+    histogram.update(rms)
+    before = histogram.table.clone()
+    found = without_rounding_noise(histogram, torch.finfo(dtype).eps)
+    assert torch.equal(histogram.table, before) and torch.equal(found.total(), histogram.total())
+    return dict(zip(rms, (found.zeros - histogram.zeros).tolist(), strict=True))
+
+
+def test_what_is_zero_but_for_rounding_is_told_layer_by_layer() -> None:
+    unit = torch.finfo(torch.float32).eps
+    rms = {
+        "a.weight": torch.tensor([1.0, 20 * unit, 12 * unit]),
+        "a.bias": torch.tensor([2 * unit, 0.5]),
+        "b.weight": torch.tensor([1e-6, 12 * unit]),  # of a layer whose gradients are all small
+        "c": torch.tensor([1.0, 12 * unit]),
+        "d": torch.zeros(2),
+    }
+    assert left_out(rms) == {"a.weight": 1, "a.bias": 1, "b.weight": 0, "c": 1, "d": 0}
+    assert left_out({"a": torch.tensor([1.0, 1e-2, 3e-3])}, torch.bfloat16) == {"a": 1}
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_gradients_that_are_rounding_noise_are_found(batch_size: int) -> None:
+    """Of a convolution's bias before a normalization, and of the bias of an attention's keys."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 16)]
+    convolution, attention = nn.Sequential(*layers), nn.MultiheadAttention(16, 4, batch_first=True)
+    convolution(torch.randn(batch_size, 1, 8, 8)).square().mean().backward()
+    tokens = torch.randn(batch_size, 6, 16)
+    attention(tokens, tokens, tokens, need_weights=False)[0].square().mean().backward()
+    named = [*convolution.named_parameters("convolution"), *attention.named_parameters("attention")]
+    rms = {name: p.grad.abs() for name, p in named}
+    zeros = {name: int((r < 2**-126).sum()) for name, r in rms.items()}
+    found = {name: count + zeros[name] for name, count in left_out(rms).items()}
+    noise = {"convolution.0.bias": 8, "attention.in_proj_bias": 16}
+    assert {name: found[name] for name in noise} == noise
+    assert all(found[name] - zeros[name] == 0 for name in rms.keys() - noise.keys())

@@ -110,6 +110,11 @@ def test_beyond_the_bound_it_levels_off_and_says_so(from_record: bool) -> None:
     assert beyond.value == pytest.approx(SurgeLaw(1000).ratio(bound, 256))
 
 
+def test_a_refusal_names_no_two_ratios_that_read_the_same() -> None:
+    (reason,) = choose_ratio("surge", 1024, 1023, noise(500, 0.0, math.inf), from_record=True).reasons
+    assert "too uncertain (0 samples or more);" in reason
+
+
 @pytest.mark.parametrize(
     ("estimate", "why"),
     [

@@ -3,132 +3,238 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import rows
-from curves import Measured, by_batch_size, noise_runs
-from estimates import METRICS, OF_A_RUN, Moments, mean_of_positive, samples_to_target, tradeoff_fit
-from grid import Results, at_equal_steps, middle, read, references
-from rows import Row
-from theorem5 import Needed, common
+from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, half_octaves, middle, read, references
 from training import Run
-from transfers import Bench
 from workloads import WORKLOADS, Workload
 
-FIT = "Theorem 5 fit"
-MEAN = f"{METRICS['adam']} mean"
-FORMULA = "Theorem 3 formula mean"
-FORMULA_TABLE = "formula.csv"
+CAP = FAR - 1  # an excess loss is counted up to here: beyond it the grid is not meant to know more
+WARM = 0.05  # the first moment after this share of the samples is the one after warm-up
+METRICS = {"simple": "B_simple", "adam": "B_adam"}
+FIT, MEAN = "Theorem 5 fit", "B_adam mean"
+
+Moments = Sequence[Mapping[str, Any]]  # what a run measured of the noise scale, one after another
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """The runs of one workload, and what follows from them at once.
+class Curve:
+    """Loss over learning rate at one batch size: straight between measured rates, both in logs."""
 
-    Attributes:
-        workload: whose they are.
-        results: its table.
-        formula: what Theorem 3's formula gave at moments of runs, as ``formula.py`` describes it.
-    """
-
-    workload: Workload
-    results: Results
-    formula: Sequence[Row] = ()
-
-    @cached_property
-    def references(self) -> list[Run]:
-        """A run of Adam at equal samples for each batch size."""
-        return references(self.workload)
-
-    @cached_property
-    def losses(self) -> dict[int, Measured]:
-        """Adam's losses at equal samples, by batch size."""
-        return by_batch_size(self.results, self.references)
+    rates: np.ndarray  # log2 of the learning rates, ascending, [n]
+    losses: np.ndarray  # mean over seeds, [n]; infinite where a run diverged. One is finite
 
     @property
-    def losses_without_largest(self) -> dict[int, Measured]:
-        """Adam's losses at equal samples, but for the largest batch size."""
-        return dict(list(self.losses.items())[:-1])
+    def best_rate(self) -> float:
+        """Log2 of the rate with the lowest loss."""
+        return float(self.rates[np.argmin(self.losses)])
 
-    @cached_property
-    def losses_at_equal_steps(self) -> dict[int, Measured]:
-        """Adam's losses at equal steps, by batch size; none until every batch size has some."""
-        losses = by_batch_size(self.results, [at_equal_steps(self.workload, like) for like in self.references])
-        return losses if len(losses) == len(self.references) else {}
+    @property
+    def interior(self) -> bool:
+        """Whether the loss is 5% above the best on both sides."""
+        high, best = self.losses > CLEAR * self.losses.min(), int(np.argmin(self.losses))
+        return bool(high[:best].any() and high[best + 1 :].any())
 
-    @cached_property
-    def best_rates(self) -> dict[int, float]:
-        """Log2 of the best rate at equal samples, by batch size."""
-        curves = {size: losses.curve() for size, losses in self.losses.items()}
-        return {size: curve.best_rate for size, curve in curves.items() if curve is not None}
+    def excess(self, rates: np.ndarray) -> np.ndarray:
+        """Loss over that of the best rate, less 1, at log2 rates of any shape; at most :data:`CAP`, there where it diverges.
 
-    @cached_property
-    def noise(self) -> dict[int, list[tuple[Run, Moments]]]:
-        """The runs that measured the noise scale, by batch size."""
-        return noise_runs(self.results, self.workload, self.best_rates)
+        Beyond the rates that were measured it is that of the last one, and so a lower bound.
+        """
+        finite = np.isfinite(self.losses)
+        logs = np.log(self.losses[finite] / self.losses.min())
+        excess = np.minimum(np.expm1(np.interp(rates, self.rates[finite], logs)), CAP)
+        return np.where(self.diverges(rates), CAP, excess)
 
-    @cached_property
-    def needed(self) -> Needed:
-        """Samples to each target by batch size."""
-        return samples_to_target(self.results, self.references)
+    def diverges(self, rates: np.ndarray) -> np.ndarray:
+        """Whether the measured rate next to each of the log2 rates diverged."""
+        middles = (self.rates[1:] + self.rates[:-1]) / 2
+        return np.isinf(self.losses)[np.searchsorted(middles, rates)]
 
-    @cached_property
-    def common(self) -> dict[float, np.ndarray]:
-        """Samples at each batch size to the targets that all of them reach."""
-        return common(self.needed, list(self.losses))
+    def is_bound(self, rates: np.ndarray) -> np.ndarray:
+        """Whether the excess at each of the log2 rates is only known to be at least as high as :meth:`excess` says."""
+        return (rates < self.rates[0]) | (rates > self.rates[-1]) | (self.excess(rates) >= CAP)
 
-    @cached_property
-    def fits(self) -> dict[float, float]:
-        """Theorem 5's noise scale by target; NaN where the line has the wrong slope."""
-        return {target: tradeoff_fit(by_size)[0] for target, by_size in self.needed.items()}
 
-    @cached_property
-    def fitted_noise(self) -> float:
-        """The geometric mean of the fits to the targets that all batch sizes reach; NaN of none."""
-        fits = [math.log(self.fits[t]) for t in self.common if not math.isnan(self.fits[t])]
-        return math.exp(sum(fits) / len(fits)) if fits else math.nan
+@dataclass(frozen=True)
+class Measured:
+    """Final losses at one batch size."""
 
-    @cached_property
-    def estimates(self) -> dict[str, np.ndarray]:
+    rates: np.ndarray  # log2 of the learning rates, ascending, [n]
+    losses: np.ndarray  # [n, seeds]; infinite where the run diverged, NaN where there is none
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds there are at the best rate."""
+        return int((~np.isnan(self.losses[self.rates == self.mean().best_rate])).sum())
+
+    def mean(self) -> Curve:
+        """The mean over seeds, at a batch size that has a rate which did not diverge."""
+        curve = self.curve()
+        assert curve is not None
+        return curve
+
+    def curve(self, weights: np.ndarray | None = None) -> Curve | None:
+        """The mean over seeds with weights ``[seeds]``, 1 by default; None where every rate diverged.
+
+        A rate of whose runs none has a weight keeps the plain mean of those that it has.
+        """
+        there = ~np.isnan(self.losses)
+        weight = np.where(there, 1.0 if weights is None else weights, 0.0)
+        weight = np.where(weight.any(1, keepdims=True), weight, there)
+        means = (np.where(weight > 0, self.losses, 0.0) * weight).sum(1) / weight.sum(1)
+        return Curve(self.rates, means) if np.isfinite(means).any() else None
+
+
+def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Measured]:
+    """The losses of runs like the references, at each batch size that has a rate which did not diverge."""
+    found = {}
+    for like in references:
+        by_rate: dict[int, dict[int, float]] = defaultdict(dict)
+        for run, row in alike(results, like).items():
+            by_rate[half_octaves(run.learning_rate)][run.seed] = math.inf if row["diverged"] else row["train_loss"]
+        seeds = range(1 + max((seed for at_rate in by_rate.values() for seed in at_rate), default=0))
+        losses = [[by_rate[k].get(seed, math.nan) for seed in seeds] for k in sorted(by_rate)]
+        measured = Measured(np.array(sorted(by_rate)) / 2, np.array(losses).reshape(-1, len(seeds)))
+        if measured.curve() is not None:
+            found[like.batch_size] = measured
+    return found
+
+
+def seed_spread(losses: Measured) -> float:
+    """Standard deviation of the log loss over seeds: root mean square over the rates within half an octave of the best.
+
+    NaN where none of them has two seeds.
+    """
+    near = losses.losses[np.abs(losses.rates - losses.mean().best_rate) <= 0.5]
+    of_rates = [np.log(at_rate[np.isfinite(at_rate)]) for at_rate in near]
+    variances = [logs.var(ddof=1) for logs in of_rates if len(logs) > 1]
+    return math.sqrt(sum(variances) / len(variances)) if variances else math.nan
+
+
+def noise_runs(results: Results, workload: Workload, best: Mapping[int, float]) -> dict[int, list[tuple[Run, Any]]]:
+    """The runs along which the noise scale was measured, by batch size, in the order of their seeds.
+
+    They are those at the rate nearest to the ``best``, which is in log2.
+    """
+    found: dict[int, list[tuple[Run, Any]]] = {}
+    for size in best:
+        of_size = [run for run in results if run.noise and run.batch_size == size and run.samples == workload.samples]
+        away = {run: abs(math.log2(run.learning_rate) - best[size]) for run in of_size}
+        nearest = [run for run in of_size if away[run] == min(away.values())]
+        if nearest:
+            found[size] = [(run, results[run]["noise_scale"]) for run in sorted(nearest, key=lambda run: run.seed)]
+    return found
+
+
+def of_a_run(moments: Moments, metric: str, samples: int) -> dict[str, float]:
+    """One noise scale out of the many that a run of so many samples measured, by name; NaN where there is none.
+
+    The mean and the median are over samples: each moment stands for those that are nearer to it than to its neighbours.
+    The mean is without the moments whose interval has no bound.
+    """
+    at, values = (np.array([float(m[key]) for m in moments]) for key in ("samples", metric))
+    weights = np.diff(np.concatenate([at[:1], (at[1:] + at[:-1]) / 2, [samples]]))
+    bounded, order = np.array([is_bounded(m, metric) for m in moments]), np.argsort(values)
+    share = weights[order].cumsum() / weights.sum()
+    return {
+        "start": float(values[0]),
+        "after warm-up": next((float(v) for a, v in zip(at, values, strict=True) if a >= WARM * samples), math.nan),
+        "mean": float(np.average(values[bounded], weights=weights[bounded])) if bounded.any() else math.nan,
+        "median": float(values[order][np.searchsorted(share, 0.5)]),
+    }
+
+
+def is_bounded(moment: Mapping[str, Any], metric: str) -> bool:
+    """Whether the interval of a measurement is bounded above, and below by more than zero."""
+    return bool(moment[f"{metric}_lower"] > 0 and moment[f"{metric}_upper"] < math.inf)
+
+
+def median_of(values: np.ndarray) -> float:
+    """The median of what there is; NaN of nothing."""
+    there = values[~np.isnan(values)]
+    return float(np.median(there)) if there.size else math.nan
+
+
+def samples_to_target(results: Results, references: Collection[Run]) -> dict[float, dict[int, float]]:
+    """Samples to each target loss by batch size, at the rate where they are fewest; targets and sizes in ascending order.
+
+    They are averaged over seeds; a rate with a run that does not reach the target does not count.
+    """
+    found: dict[float, dict[int, float]] = {}
+    for like in references:
+        of_size: dict[tuple[float, int], list[float]] = defaultdict(list)
+        for run, row in alike(results, like).items():
+            for target, samples in row["samples_to_target"]:
+                of_size[target, half_octaves(run.learning_rate)].append(math.inf if samples is None else samples)
+        for (target, _), samples in of_size.items():
+            by_size, mean = found.setdefault(target, {}), sum(samples) / len(samples)
+            if mean < by_size.get(like.batch_size, math.inf):
+                by_size[like.batch_size] = mean
+    return dict(sorted(found.items()))
+
+
+def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
+    """Theorem 5's line ``1/S = -B_noise / E + 1/S_min`` through the samples ``E`` and steps ``S = E / B``, least squares.
+
+    The noise scale in samples and ``S_min``; NaN where there are fewer than three sizes or the line rises.
+    """
+    if len(samples) < 3:
+        return math.nan, math.nan
+    sizes, needed = np.array(list(samples), float), np.array(list(samples.values()))
+    slope, intercept = np.polyfit(1 / needed, sizes / needed, 1)
+    return (float(-slope), float(1 / intercept)) if slope < 0 < intercept else (math.nan, math.nan)
+
+
+class Evidence:
+    """The runs of one workload, and what follows from them at once. Best rates are in log2, noise scales in samples."""
+
+    def __init__(self, workload: Workload, results: Results) -> None:
+        self.workload, self.results = workload, results
+        # a run of Adam at equal samples for each batch size, and that at the middle one
+        self.references = references(workload)
+        self.middle = next(run for run in self.references if run.batch_size == middle(workload))
+        # Adam's losses by batch size; at equal steps none until every batch size has some
+        self.losses = by_batch_size(results, self.references)
+        self.losses_without_largest = dict(list(self.losses.items())[:-1])
+        equal = by_batch_size(results, [at_equal_steps(workload, like) for like in self.references])
+        self.losses_at_equal_steps = equal if len(equal) == len(self.references) else {}
+        self.best_rates = {size: losses.mean().best_rate for size, losses in self.losses.items()}
+        # the runs that measured the noise scale, by batch size
+        self.noise = noise_runs(results, workload, self.best_rates)
+        self.estimates = self._estimates()
+        # samples to each target by batch size, to those that all reach as arrays; and Theorem 5's noise scales
+        self.needed = samples_to_target(results, self.references)
+        self.common = {t: np.array(list(of.values())) for t, of in self.needed.items() if list(of) == list(self.losses)}
+        self.fits = {target: tradeoff_fit(by_size)[0] for target, by_size in self.needed.items()}
+        fits = [math.log(self.fits[target]) for target in self.common if not math.isnan(self.fits[target])]
+        self.fitted_noise = math.exp(sum(fits) / len(fits)) if fits else math.nan
+
+    def _estimates(self) -> dict[str, np.ndarray]:
         """Noise scales by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
-        found = {}
-        runs = max(map(len, self.noise.values()), default=0)
-        for metric, called in METRICS.items() if runs else ():
-            for name, estimate in OF_A_RUN.items():
-                values = np.full((runs, len(self.losses)), math.nan)
-                for column, size in enumerate(self.losses):
-                    for row, (run, moments) in enumerate(self.noise.get(size, [])):
-                        values[row, column] = estimate(moments, metric, run.samples)
-                found[f"{called} {name}"] = values
-        if self.formula:
-            of_size = {size: [row for row in self.formula if row["batch_size"] == size] for size in self.losses}
-            means = [mean_of_positive(moments, self.workload.samples) for moments in of_size.values()]
-            found[FORMULA] = np.array([means])
+        found: dict[str, np.ndarray] = {}
+        shape = (max(map(len, self.noise.values()), default=0), len(self.losses))
+        for metric, called in METRICS.items():
+            for column, size in enumerate(self.losses):
+                for row, (run, moments) in enumerate(self.noise.get(size, [])):
+                    for name, value in of_a_run(moments, metric, run.samples).items():
+                        found.setdefault(f"{called} {name}", np.full(shape, math.nan))[row, column] = value
         return found
 
-    def bench(self, losses: Mapping[int, Measured]) -> Bench:
-        """What transfers need: losses, and the noise scales that the runs at equal samples gave."""
-        columns = [list(self.losses).index(size) for size in losses]
-        noise = {name: values[:, columns] for name, values in self.estimates.items()}
-        if not math.isnan(self.fitted_noise):
-            noise[FIT] = np.full((1, len(losses)), self.fitted_noise)
-        return Bench(losses, noise)
-
-    @property
-    def middle(self) -> Run:
-        """The run at equal samples at the middle batch size."""
-        return next(run for run in self.references if run.batch_size == middle(self.workload))
+    def noise_scales(self, sizes: Collection[int]) -> dict[str, np.ndarray]:
+        """The estimates at some of the batch sizes, and that of Theorem 5's fit."""
+        columns = [list(self.losses).index(size) for size in sizes]
+        found = {name: values[:, columns] for name, values in self.estimates.items()}
+        fit = {} if math.isnan(self.fitted_noise) else {FIT: np.full((1, len(sizes)), self.fitted_noise)}
+        return found | fit
 
 
-def collect(folder: Path) -> dict[str, Evidence]:
-    """By name the workloads that have a batch size with a finished run."""
-    formula = rows.read(folder / FORMULA_TABLE)
-    found = {
-        name: Evidence(workload, read(folder / f"{name}.csv"), [row for row in formula if row["workload"] == name])
-        for name, workload in WORKLOADS.items()
-    }
+def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:
+    """By name the workloads, or the small grids beside them, that have a batch size with a finished run."""
+    workloads = SIDE if side else WORKLOADS
+    found = {name: Evidence(workload, read(folder / f"{name}.csv")) for name, workload in workloads.items()}
     return {name: evidence for name, evidence in found.items() if evidence.losses}

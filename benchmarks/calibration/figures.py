@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from curves import CAP, Measured
+from evidence import CAP, MEAN, Evidence, Measured, median_of
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -20,9 +20,8 @@ def loss_curves(losses: Mapping[str, Mapping[int, Measured]]) -> Figure:
     """Excess of the final loss over learning rate, darker for larger batches; rings mark the best rates."""
     figure, panels = _panels(list(losses))
     for axes, by_size in zip(panels, losses.values(), strict=True):
-        for color, (size, measured) in zip(_shades(len(by_size)), by_size.items(), strict=True):
-            curve = measured.curve()
-            assert curve is not None
+        for shade, (size, measured) in zip(np.linspace(0.35, 1.0, len(by_size)), by_size.items(), strict=True):
+            color, curve = colormaps["Blues"](shade), measured.mean()
             finite = np.isfinite(curve.losses)
             rates, excess = 2 ** curve.rates[finite], curve.losses[finite] / curve.losses.min() - 1
             axes.plot(rates, 100 * excess, ".-", color=color, linewidth=1.2, markersize=4, label=f"{size:,}")
@@ -30,21 +29,14 @@ def loss_curves(losses: Mapping[str, Mapping[int, Measured]]) -> Figure:
         axes.set_xscale("log")
         axes.set_ylim(-2, 60)
         axes.set_xlabel("learning rate")
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": len(by_size)}
-        axes.legend(
-            title="batch size", fontsize=7, title_fontsize=7, frameon=False, handlelength=1, columnspacing=1, **below
-        )
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": len(by_size), "columnspacing": 1}
+        axes.legend(title="batch size", fontsize=7, title_fontsize=7, frameon=False, handlelength=1, **below)
     panels[0].set_ylabel("loss above the best (%)")
     return figure
 
 
 def excess_by_factor(outcomes: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], estimate: str) -> Figure:
-    """Mean excess over the factor of an estimate: a panel for each law, a line for each workload.
-
-    Args:
-        outcomes: by law and workload the factors and the mean excess, ``[1 + draws, factors]``.
-        estimate: its name.
-    """
+    """Mean excess ``[1 + draws, factors]`` over the factors of an estimate: a panel a law, a line a workload."""
     figure, panels = _panels(list(outcomes), width=3.4)
     for axes, by_workload in zip(panels, outcomes.values(), strict=True):
         for color, (name, (factors, means)) in zip(_WORKLOADS, by_workload.items(), strict=False):
@@ -53,8 +45,7 @@ def excess_by_factor(outcomes: Mapping[str, Mapping[str, tuple[np.ndarray, np.nd
             axes.plot(factors, 100 * means[0], color=color, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks([2.0**k for k in range(-8, 9, 4)], ["1/256", "1/16", "1", "16", "256"])
-        axes.set_yscale("log")
-        axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        _percents(axes, "y", [1, 2, 5, 10, 20, 50])
         axes.set_ylim(0.4, 60)
         axes.axhline(2, color=_GREY, linestyle=":", linewidth=1)
         axes.set_xlabel(f"factor on {estimate}")
@@ -64,12 +55,7 @@ def excess_by_factor(outcomes: Mapping[str, Mapping[str, tuple[np.ndarray, np.nd
 
 
 def scores_by_method(labels: Sequence[str], means: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
-    """Mean excess of methods, a dot with its interval for each workload.
-
-    Args:
-        labels: of the methods, from the top.
-        means: by workload, of each method mean, lower and upper end; NaN where there is none.
-    """
+    """Mean excess of methods from the top, a dot with its interval for each workload."""
     figure = Figure(figsize=(7.2, 0.9 + 0.3 * len(labels)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for number, (color, (name, values)) in enumerate(zip(_WORKLOADS, means.items(), strict=False)):
@@ -78,8 +64,7 @@ def scores_by_method(labels: Sequence[str], means: Mapping[str, Sequence[tuple[f
         axes.hlines(rows, low, high, color=color, linewidth=1.2)
         axes.plot(mean, rows, "o", color=color, markersize=4, label=name)
     axes.axvline(2, color=_GREY, linestyle=":", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50, 100], ["0.5", "1", "2", "5", "10", "20", "50", "100"])
+    _percents(axes, "x", [0.5, 1, 2, 5, 10, 20, 50, 100])
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("mean excess loss over all transfers (%)")
@@ -88,38 +73,26 @@ def scores_by_method(labels: Sequence[str], means: Mapping[str, Sequence[tuple[f
     return figure
 
 
-def growth(runs: Mapping[str, Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]]) -> Figure:
-    """The noise scale along runs: at the middle batch size its median over seeds and the span of their intervals.
-
-    Args:
-        runs: by workload and batch size, the moments of each run.
-    """
-    figure, panels = _panels(list(runs))
-    for axes, by_size in zip(panels, runs.values(), strict=True):
+def growth(found: Mapping[str, Evidence]) -> Figure:
+    """The noise scale along runs: at the middle batch size its median over seeds and the span of their intervals."""
+    figure, panels = _panels(list(found))
+    everything: list[float] = []
+    for axes, evidence in zip(panels, found.values(), strict=True):
+        by_size = {size: [moments for _, moments in runs] for size, runs in evidence.noise.items()}
         middle = sorted(by_size)[len(by_size) // 2]
         for metric, name, color in (("simple", "B_simple", _ORANGE), ("adam", "B_adam", _BLUE)):
             for size, of_size in sorted(by_size.items()):
-                at, values = _over_seeds(of_size, metric)
+                everything += [m[metric] for run in of_size for m in run if 0 < m[metric] < math.inf]
+                at, median = _over_seeds(of_size, metric)
                 if size != middle:
-                    axes.plot(at, np.median(values, 0), color=color, linewidth=0.7, alpha=0.45)
+                    axes.plot(at, median, color=color, linewidth=0.7, alpha=0.45)
                     continue
-                ends = [_over_seeds(of_size, f"{metric}_{end}")[1] for end in ("lower", "upper")]
-                axes.fill_between(
-                    at,
-                    np.median(ends[0], 0).clip(1),
-                    np.median(ends[1], 0).clip(1, 1e7),
-                    color=color,
-                    alpha=0.15,
-                    linewidth=0,
-                )
-                axes.plot(at, np.median(values, 0), color=color, linewidth=2, label=name)
-        axes.set_xscale("symlog", linthresh=_first_step(by_size))
+                low, high = (_over_seeds(of_size, f"{metric}_{end}")[1].clip(1, 1e7) for end in ("lower", "upper"))
+                axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+                axes.plot(at, median, color=color, linewidth=2, label=name)
+        axes.set_xscale("symlog", linthresh=float(max(of_size[0][1]["samples"] for of_size in by_size.values())))
         axes.set_yscale("log")
         axes.set_xlabel("samples")
-    everything = [
-        m[metric] for by_size in runs.values() for of_size in by_size.values() for run in of_size for m in run
-        for metric in ("simple", "adam") if 0 < m[metric] < math.inf
-    ]  # fmt: skip
     for axes in panels:
         axes.set_ylim(np.quantile(everything, 0.002) / 2, np.quantile(everything, 0.99) * 3)
     panels[0].set_ylabel("noise scale (samples)")
@@ -128,34 +101,25 @@ def growth(runs: Mapping[str, Mapping[int, Sequence[Sequence[Mapping[str, Any]]]
 
 
 def _over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Samples, and values of each run at them; of runs that were looked at at the same moments."""
+    """Samples, and the median at them, of runs that were looked at at the same moments."""
     shortest = min(len(run) for run in runs)
-    at = np.array([m["samples"] for m in runs[0][:shortest]], float)
-    return at, np.array([[m[key] for m in run[:shortest]] for run in runs], float)
+    values = np.array([[m[key] for m in run[:shortest]] for run in runs], float)
+    return np.array([m["samples"] for m in runs[0][:shortest]], float), np.median(values, 0)
 
 
-def _first_step(by_size: Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]) -> float:
-    return float(max(runs[0][1]["samples"] for runs in by_size.values()))
-
-
-def tradeoff(
-    needed: Mapping[str, tuple[float, list[int], np.ndarray]], fits: Mapping[str, float], measured: Mapping[str, float]
-) -> Figure:
-    """Samples over steps to a loss; Theorem 5 with the fitted noise scale and with the mean ``B_adam`` of the runs.
-
-    Args:
-        needed: by workload a target, the batch sizes, and the samples at each of them.
-        fits: noise scale of the fit by workload; NaN where there is none.
-        measured: the mean ``B_adam`` by workload; NaN where there is none.
-    """
-    figure, panels = _panels([f"{name}, to a loss of {target:g}" for name, (target, _, _) in needed.items()])
-    for axes, (name, (_, sizes, samples)) in zip(panels, needed.items(), strict=True):
+def tradeoff(found: Mapping[str, Evidence]) -> Figure:
+    """Samples over steps to the lowest loss that all reach; Theorem 5 with the fitted noise scale and the mean ``B_adam``."""
+    targets = {name: min(evidence.common) for name, evidence in found.items()}
+    figure, panels = _panels([f"{name}, to a loss of {target:g}" for name, target in targets.items()])
+    for axes, evidence, target in zip(panels, found.values(), targets.values(), strict=True):
+        sizes, samples = list(evidence.losses), evidence.common[target]
+        fit, mean = evidence.fits[target], median_of(evidence.estimates.get(MEAN, np.array([math.nan])))
         steps = samples / np.array(sizes)
         axes.plot(steps, samples, "o", color="black", markersize=5, label="measured")
         for size, x, y in zip(sizes, steps, samples, strict=True):
             axes.annotate(f"{size:,}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
         dense = np.geomspace(sizes[0], sizes[-1], 60)
-        for noise, color, label in ((fits[name], _GREY, "fit"), (measured[name], _BLUE, "mean B_adam")):
+        for noise, color, label in ((fit, _GREY, "fit"), (mean, _BLUE, "mean B_adam")):
             if not math.isnan(noise):
                 # through the geometric mean of what was measured: the minima are free, the shape is not
                 fewest = np.exp(np.mean(np.log(samples / (np.array(sizes) + noise))))
@@ -173,17 +137,16 @@ def tradeoff(
     return figure
 
 
-def epsilon(found: Mapping[str, tuple[np.ndarray, np.ndarray, tuple[float, float], float]]) -> Figure:
-    """Excess of the loss over epsilon, each at the best of three rates; the search space shaded.
-
-    Args:
-        found: by workload the epsilons, the excess, the search space, and the tolerance.
-    """
-    figure, panels = _panels(list(found))
-    for axes, (eps, excess, space, tolerance) in zip(panels, found.values(), strict=True):
-        axes.axvspan(*space, color=_ORANGE, alpha=0.15, linewidth=0, label="search space")
-        axes.axhspan(0, 100 * tolerance, color=_GREY, alpha=0.2, linewidth=0, label="noise of the seeds")
-        axes.plot(eps, 100 * np.minimum(excess, CAP), ".-", color=_BLUE)
+def epsilon(
+    curves: Mapping[str, Mapping[float, float]], spaces: Mapping[str, Sequence[float]], tolerances: Mapping[str, float]
+) -> Figure:
+    """Excess of the loss over epsilon, with the search space and the tolerance."""
+    figure, panels = _panels(list(curves))
+    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
+        excess = np.array(list(curve.values())) / min(curve.values()) - 1
+        axes.axvspan(*spaces[name], color=_ORANGE, alpha=0.15, linewidth=0, label="search space")
+        axes.axhspan(0, 100 * tolerances[name], color=_GREY, alpha=0.2, linewidth=0, label="noise of the seeds")
+        axes.plot(list(curve), 100 * np.minimum(excess, CAP), ".-", color=_BLUE)
         axes.axvline(1e-8, color=_GREY, linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.set_ylim(-1, 30)
@@ -202,10 +165,11 @@ def _panels(titles: Sequence[str], width: float = 3.0) -> tuple[Figure, list[Any
     return figure, panels
 
 
+def _percents(axes: Any, axis: str, ticks: Sequence[float]) -> None:
+    axes.set(**{f"{axis}scale": "log"})
+    axes.set(**{f"{axis}ticks": ticks, f"{axis}ticklabels": [f"{tick:g}" for tick in ticks]})
+
+
 def _bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-
-
-def _shades(number: int) -> list[Any]:
-    return [colormaps["Blues"](share) for share in np.linspace(0.35, 1.0, number)]

@@ -1,39 +1,15 @@
-"""The grids of the calibration's evidence: which runs are wanted, and a driver that makes them, in order of their use.
+"""The runs of the calibration's evidence: which are wanted, stage by stage, their tables, and what makes them.
 
-``PYTHONPATH=benchmarks:examples python benchmarks/calibration/grid.py``. It can be stopped at any time (SIGSTOP and
-SIGCONT, SIGTERM) and goes on where it was: a run that is in the table is not made again, and only runs in progress are
-lost. One driver at a time may write to a table.
-
-Stages, each over all workloads before the next one, at Adam and equal samples where nothing else is said:
-
-- ``rates``: for each batch size learning rates a factor of two apart, seed 0, until the final training loss is 5% above
-  the best on both sides.
-- ``refine``: the two rates a factor of sqrt(2) from the best.
-- ``seeds``: seeds 1 and 2 at the best rate, and a factor of sqrt(2) and of 2 from it.
-- ``noise``: the best rate again, seeds 0 to 2, with the noise scale measured on the way.
-- ``cover``: the rates on both sides of those that a law (keep, fourth root, square root, linear) carries from the best rate
-  of each other batch size, as far as the loss there is less than twice the best.
-- ``more_seeds``: seeds 3 and 4 at the best rate and a factor of sqrt(2) from it.
-- ``epsilon``: at the middle batch size 1e-12 to 1e-1 by decades, at the best rate, half and twice of it; and the default with the
-  loss multiplied by 1e-8, 1e-4 and 1e4, at the same rates.
-- ``optimizers``: ALTO, Lamb (where timm is installed: ``make peers``) and AdamE at the two largest batch sizes: rates as in
-  the first stage, and seeds 1 and 2 at the best and a factor of two from it.
-- ``steps``: as ``rates``, at equal steps instead of equal samples.
-- ``steps_seeds``: there seeds 1 and 2 at the best rate and a factor of two from it.
-
-The best rate of a batch size is the one with the lowest final training loss, averaged over the seeds that there are;
-so a stage may want a few runs more once a later one has moved it.
-
-Columns of a table, one row a run: ``stage``, in which it was first wanted; the fields of ``training.Run``; the results, as
-``training.train`` describes them, where ``curve``, ``samples_to_target`` and ``noise_scale`` are JSON (with ``Infinity``);
-and the machine.
+``make evidence-full``, or ``PYTHONPATH=benchmarks:examples python benchmarks/calibration/grid.py``. It can be stopped at
+any time (SIGSTOP and SIGCONT, SIGTERM) and goes on where it was: a run that is in its table is not made again, and only
+runs in progress are lost. One process at a time may write to a table. Runs are of Adam at equal samples where nothing else
+is said. Learning rates are counted in half octaves: ``rate(k) = 2 ** (k / 2)``. ``benchmarks/README.md`` says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import math
 import multiprocessing
@@ -41,39 +17,60 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from measuring import installed_version, machine
 from optim_implementations import LeftOut, timm_lamb
-from training import EPS, Row, Run, train
+from reporting import CPU, RESULTS, Row, machine, read_csv
+from training import EPS, Run, train, train_for_claim
 from workloads import FASHION_MNIST, WORKLOADS, Workload
 
-from lightning_gradhist.surge import PowerLaw
+from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_law
 
-FOLDER = Path(__file__).parent.parent / "results" / "calibration"
-FIELDS = {field.name: field.type for field in fields(Run)}
-NUMBERS = "steps train_loss test_loss test_accuracy diverged seconds noise_passes".split()
-JSON = "curve samples_to_target noise_scale".split()
+FOLDER = RESULTS / "calibration"
+FIELDS = [field.name for field in fields(Run)]
 MACHINE = "date cpu cores python torch lightning_gradhist timm".split()
-COLUMNS = ["stage", *FIELDS, *NUMBERS, *JSON, *MACHINE]
-
-CLEAR = 1.05
-"""An optimum is interior where the loss is this many times higher on both sides."""
-FAR = 2.0
-"""Beyond a rate with this many times the best loss there is nothing to learn."""
-_EXPONENTS = (0.0, 0.25, 0.5, 1.0)
-_READ: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "1"}
+_MEASURED = "steps train_loss test_loss test_accuracy diverged seconds noise_passes".split()
+COLUMNS = ["stage", *FIELDS, *_MEASURED, "curve", "samples_to_target", "noise_scale", *MACHINE]
+_CLAIMED = "steps validation_error test_accuracy train_loss diverged seconds".split()
+CLAIMS_COLUMNS = [*FIELDS, *_CLAIMED, *MACHINE]
+CLEAR = 1.05  # an optimum is interior where the loss is this many times higher on both sides
+FAR = 2.0  # beyond a rate with this many times the best loss there is nothing to learn
 
 Results = Mapping[Run, Row]
-Stage = Callable[[Workload, Results], Iterator[Run]]
 
 
-# --- learning rates, counted in half octaves: rate(k) = 2**(k / 2) ----------------------------------------------------
+class Table(dict[Run, Row]):
+    """Runs, and their file, of which a last line that was not written to its end is cut off."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, columns
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        path.write_text(text[: text.rfind("\n") + 1] or ",".join(columns) + "\n", encoding="utf-8")
+        super().__init__(read(path))
+
+    def add(self, row: Row) -> None:
+        """Adds a row, and writes it."""
+        self[_run(row)] = row
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([_written(row[column]) for column in self.columns])
+
+
+def _written(value: Any) -> Any:
+    return int(value) if isinstance(value, bool) else json.dumps(value) if isinstance(value, list) else value
+
+
+def read(path: Path) -> dict[Run, Row]:
+    """The runs of a table; none where there is no file."""
+    return {_run(row): row for row in read_csv(path)}
+
+
+def _run(row: Row) -> Run:
+    return Run(**{name: row[name] for name in FIELDS})
 
 
 def rate(k: int) -> float:
@@ -86,18 +83,22 @@ def half_octaves(learning_rate: float) -> int:
     return round(2 * math.log2(learning_rate))
 
 
-def losses(results: Results, like: Run) -> dict[int, float]:
-    """Final training loss by half octaves, averaged over seeds, of runs that differ from one in rate and seed only."""
+def alike(results: Results, like: Run) -> Results:
+    """The runs that differ from one in rate and seed only."""
+
+    def setting(run: Run) -> tuple[Any, ...]:
+        return run.workload, run.optimizer, run.batch_size, run.eps, run.samples, run.loss_scale, run.noise
+
+    wanted = setting(like)
+    return {run: row for run, row in results.items() if setting(run) == wanted}
+
+
+def losses(results: Results, like: Run, column: str = "train_loss") -> dict[int, float]:
+    """Final loss by half octaves of the rate, averaged over seeds, of runs that differ from one in rate and seed only."""
     found: dict[int, list[float]] = defaultdict(list)
-    for run, row in results.items():
-        if setting(run) == setting(like):
-            found[half_octaves(run.learning_rate)].append(math.inf if row["diverged"] else row["train_loss"])
+    for run, row in alike(results, like).items():
+        found[half_octaves(run.learning_rate)].append(math.inf if row["diverged"] else row[column])
     return {k: sum(values) / len(values) for k, values in sorted(found.items())}
-
-
-def setting(run: Run) -> tuple[Any, ...]:
-    """All of a run but its rate and seed."""
-    return run.workload, run.optimizer, run.batch_size, run.eps, run.samples, run.loss_scale, run.noise
 
 
 def best(by_rate: Mapping[int, float]) -> int | None:
@@ -119,16 +120,23 @@ def missing(by_rate: Mapping[int, float], start: int) -> list[int]:
     return [min(by_rate) - 2] * (not below) + [max(by_rate) + 2] * (not above)
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
+_MLP = WORKLOADS["mlp"]
+_LARGE = (64, 91, 128, 181, 256, 362, 512, 724, 1024, 1164)
+SIDE = {
+    # four times the samples, so that its shortest run has 39 steps
+    "surge_large": replace(_MLP, batch_sizes=_LARGE, samples=46_080, learning_rate=2**-6),
+    "no_momentum": replace(_MLP, optimizer="Adam without momentum"),
+    # a quarter of the samples, for time
+    "surge_small": replace(_MLP, batch_sizes=(1, 2, 3, 4, 6, 8, 12), samples=2880),
+}
+"""By the name of their table."""
+
+Stage = Callable[[Workload, Results], Iterator[Run]]
 
 
 def middle(workload: Workload) -> int:
     """The middle batch size."""
     return workload.batch_sizes[len(workload.batch_sizes) // 2]
-
-
-def _at(like: Run, k: int, seed: int = 0) -> Run:
-    return replace(like, learning_rate=rate(k), seed=seed)
 
 
 def references(workload: Workload) -> list[Run]:
@@ -137,13 +145,26 @@ def references(workload: Workload) -> list[Run]:
     return [Run(workload.name, name, size, 1.0, eps, 0, workload.samples) for size in workload.batch_sizes]
 
 
+def at_equal_steps(workload: Workload, like: Run) -> Run:
+    """A run with the workload's number of steps in place of its number of samples."""
+    return replace(like, samples=workload.steps * like.batch_size)
+
+
+def _at(like: Run, k: int, seed: int = 0) -> Run:
+    return replace(like, learning_rate=rate(k), seed=seed)
+
+
 def _optima(workload: Workload, results: Results) -> list[tuple[Run, int]]:
     optima = ((like, best(losses(results, like))) for like in references(workload))
     return [(like, k) for like, k in optima if k is not None]
 
 
+def _around(optima: list[tuple[Run, int]], seeds: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[Run]:
+    yield from (_at(like, k + step, seed) for seed in seeds for like, k in optima for step in steps)
+
+
 def rates(workload: Workload, results: Results) -> Iterator[Run]:
-    """An octave apart until the optimum is interior."""
+    """For each batch size rates an octave apart, seed 0, until the loss is 5% above the best on both sides."""
     first = half_octaves(workload.learning_rate)
     for number, like in enumerate(references(workload)):
         start = first + 2 * ((number + 1) // 2)
@@ -151,30 +172,29 @@ def rates(workload: Workload, results: Results) -> Iterator[Run]:
 
 
 def refine(workload: Workload, results: Results) -> Iterator[Run]:
-    """Half an octave around the optimum."""
-    yield from (_at(like, k + step) for like, k in _optima(workload, results) for step in (-1, 1))
+    """The two rates half an octave from the best."""
+    return _around(_optima(workload, results), (0,), (-1, 1))
 
 
 def seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 1 and 2 within an octave of the optimum."""
-    optima = _optima(workload, results)
-    yield from (_at(like, k + step, seed) for seed in (1, 2) for like, k in optima for step in (0, -1, 1, -2, 2))
+    """Seeds 1 and 2 at the best rate, and half an octave and an octave from it."""
+    return _around(_optima(workload, results), (1, 2), (0, -1, 1, -2, 2))
 
 
 def noise(workload: Workload, results: Results) -> Iterator[Run]:
-    """The noise scale along the best runs."""
-    optima = _optima(workload, results)
-    yield from (replace(_at(like, k, seed), noise=True) for seed in range(3) for like, k in optima)
+    """The best rate again, seeds 0 to 2, with the noise scale measured on the way."""
+    return (replace(run, noise=True) for run in _around(_optima(workload, results), (0, 1, 2), (0,)))
 
 
 def cover(workload: Workload, results: Results) -> Iterator[Run]:
-    """The rates on both sides of those that laws carry from one batch size to another, to where the loss is twice the best."""
+    """The rates on both sides of those that plain laws carry from other batch sizes, to where the loss is twice the best."""
     optima = _optima(workload, results)
+    laws = [plain_law(name) for name in PLAIN_LAWS]
     for like, k in optima:
         carried = [
-            2 * math.log2(rate(origin) * PowerLaw(exponent).ratio(like.batch_size, other.batch_size))
+            2 * math.log2(rate(origin) * law.ratio(like.batch_size, other.batch_size))
             for other, origin in optima
-            for exponent in _EXPONENTS
+            for law in laws
         ]
         known = losses(results, like)
         for low, step in ((math.floor(min(carried)), -2), (math.ceil(max(carried)), 2)):
@@ -187,13 +207,12 @@ def cover(workload: Workload, results: Results) -> Iterator[Run]:
 
 
 def more_seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 3 and 4 within half an octave of the optimum."""
-    optima = _optima(workload, results)
-    yield from (_at(like, k + step, seed) for seed in (3, 4) for like, k in optima for step in (0, -1, 1))
+    """Seeds 3 and 4 at the best rate and half an octave from it."""
+    return _around(_optima(workload, results), (3, 4), (0, -1, 1))
 
 
 def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
-    """Epsilon by decades, and the loss scaled, at the middle batch size."""
+    """At the middle batch size the loss times 1e-8, 1e-4 and 1e4, and epsilon from 1e-1 to 1e-12, each at three rates."""
     for like, k in _optima(workload, results):
         if like.batch_size != middle(workload):
             continue
@@ -203,49 +222,34 @@ def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
 
 
 def optimizers(workload: Workload, results: Results) -> Iterator[Run]:
-    """The optimizers for large batches at the two largest ones."""
-    for name in ("ALTO", "Lamb", "AdamE"):
-        if name == "Lamb" and not _has_lamb():
-            continue
+    """ALTO, Lamb and AdamE at the two largest batch sizes: as ``rates``, then seeds 1 and 2 within an octave of the best."""
+    for name in ("ALTO", *["Lamb"] * has_lamb(), "AdamE"):
         for like, adam in _optima(workload, results)[-2:]:
             other = replace(like, optimizer=name, eps=EPS[name])
             known = losses(results, other)
             wanted = missing(known, adam if name == "AdamE" else half_octaves(1 / 16))
             yield from (_at(other, k) for k in wanted)
-            if not wanted:
-                top = best(known)
-                yield from (_at(other, top + step, seed) for seed in (1, 2) for step in (0, -2, 2))
-
-
-def at_equal_steps(workload: Workload, like: Run) -> Run:
-    """A run with the workload's number of steps in place of its number of samples."""
-    return replace(like, samples=workload.steps * like.batch_size)
+            if not wanted and (top := best(known)) is not None:
+                yield from _around([(other, top)], (1, 2), (0, -2, 2))
 
 
 def steps(workload: Workload, results: Results) -> Iterator[Run]:
-    """As ``rates``, at equal steps."""
+    """As ``rates``, at equal steps in place of equal samples."""
     for like, k in _optima(workload, results):
         equal = at_equal_steps(workload, like)
         yield from (_at(equal, k) for k in missing(losses(results, equal), k))
 
 
 def steps_seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 1 and 2 within an octave of the optimum at equal steps."""
+    """At equal steps seeds 1 and 2 at the best rate and an octave from it."""
     equals = [at_equal_steps(workload, like) for like in references(workload)]
-    optima = ((equal, best(losses(results, equal))) for equal in equals)
-    for equal, k in optima:
-        if k is not None:
-            yield from (_at(equal, k + step, seed) for seed in (1, 2) for step in (0, -2, 2))
+    optima = [(equal, k) for equal in equals if (k := best(losses(results, equal))) is not None]
+    for equal in optima:
+        yield from _around([equal], (1, 2), (0, -2, 2))
 
 
-STAGES: dict[str, Stage] = {
-    stage.__name__: stage
-    for stage in (rates, refine, seeds, noise, cover, more_seeds, epsilon, optimizers, steps, steps_seeds)
-}
-"""In their order."""
-
-
-def _has_lamb() -> bool:
+def has_lamb() -> bool:
+    """Whether timm is installed."""
     try:
         timm_lamb()
     except LeftOut:
@@ -253,88 +257,128 @@ def _has_lamb() -> bool:
     return True
 
 
+STAGES: dict[str, Stage] = {
+    stage.__name__: stage
+    for stage in (rates, refine, seeds, noise, cover, more_seeds, epsilon, optimizers, steps, steps_seeds)
+}
+"""In their order."""
+SIDE_STAGES = ("rates", "refine", "seeds")
+CLAIMS = "claims"  # the stage and the table of ALTO against the others
+NAMES = [*WORKLOADS, *SIDE, CLAIMS]  # of the tables
+SEEDS = 5
+
+
+class Setting(NamedTuple):
+    """A workload at a batch size, for a number of steps."""
+
+    workload: str
+    batch_size: int
+    steps: int
+    optimizers: tuple[str, ...] = ("ALTO", "Lamb", "AdamW", "AdamE")
+
+    def run(self, optimizer: str) -> Run:
+        """The run of an optimizer with seed 0 and the rate where the search begins."""
+        start = 2**-4 if optimizer in ("ALTO", "Lamb") else 2**-6
+        samples = self.steps * self.batch_size
+        return Run(self.workload, optimizer, self.batch_size, start, EPS[optimizer], 0, samples)
+
+
+SETTINGS = (
+    Setting("mlp", 512, 200),
+    Setting("mlp", 4096, 200),
+    Setting("mlp", 16384, 200),
+    Setting("cnn", 4096, 40, optimizers=("ALTO", "Lamb", "AdamW")),
+    Setting("cnn", 512, 120),
+)
+"""In their order. On one core a run of ``cnn`` takes some 20 s at 512 and 60 s at 4,096, which is why it has few steps."""
+
+
+def available() -> tuple[Setting, ...]:
+    """The settings, without Lamb where timm is not installed."""
+    if has_lamb():
+        return SETTINGS
+    return tuple(s._replace(optimizers=tuple(name for name in s.optimizers if name != "Lamb")) for s in SETTINGS)
+
+
+def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
+    """The runs with their rates tuned that are not there yet, as far as is known by now."""
+    for setting in settings:
+        for name in setting.optimizers:
+            like = setting.run(name)
+            known = losses(results, like, "validation_error")
+            runs = [replace(like, learning_rate=rate(k)) for k in missing(known, half_octaves(like.learning_rate))]
+            if not runs and (top := best(known)) is not None:
+                runs = [replace(like, learning_rate=rate(top), seed=seed) for seed in range(SEEDS)]
+            yield from (run for run in runs if run not in results)
+
+
+def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
+    """The runs of a stage that a table is to have, as far as is known by now."""
+    if name == CLAIMS:
+        return claims(available(), results) if stage == CLAIMS else ()
+    if stage == CLAIMS or (name in SIDE and stage not in SIDE_STAGES):
+        return ()
+    return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)
+
+
 def next_run(
     names: Collection[str], stages: Collection[str], tables: Mapping[str, Results], running: Collection[Run]
-) -> tuple[str, Run] | None:
-    """The stage and the run that is wanted most.
+) -> tuple[str, str, Run] | None:
+    """The stage, the table and the run that is wanted most, of those tables and stages.
 
-    A workload waits for its runs of a stage before it goes on to the next one, since that depends on them; another
-    workload takes its place meanwhile.
-
-    Args:
-        names: of the workloads.
-        stages: that may be run.
-        tables: what there is of each workload.
-        running: what is being run.
+    A table waits for its runs of a stage before it goes on to the next one, since that depends on them; another one
+    takes its place meanwhile.
     """
     waiting = set()
-    for stage in (stage for stage in STAGES if stage in stages):
+    for stage in (stage for stage in (*STAGES, CLAIMS) if stage in stages):
         for name in (name for name in names if name not in waiting):
-            for run in STAGES[stage](WORKLOADS[name], tables[name]):
+            for run in wanted(stage, name, tables[name]):
                 if run in running:
                     waiting.add(name)
                 elif run not in tables[name]:
-                    return stage, run
+                    return stage, name, run
     return None
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+def make_runs(pool: Pool, options: argparse.Namespace) -> None:
+    """Gives the pool run after run, and writes each row as it comes, until nothing is wanted or the time is over."""
+    tables = {n: Table(options.output / f"{n}.csv", CLAIMS_COLUMNS if n == CLAIMS else COLUMNS) for n in options.table}
+    end, described = time.monotonic() + 60 * options.minutes, machine(CPU, "timm")
+    running: dict[Run, tuple[str, str, AsyncResult[Row]]] = {}
+    while True:
+        while len(running) < options.workers and time.monotonic() < end:
+            found = next_run(options.table, options.stage, tables, running)
+            if found is None:
+                break
+            stage, name, run = found
+            make = train_for_claim if name == CLAIMS else train
+            running[run] = (stage, name, pool.apply_async(make, (run, options.data_dir)))
+        if not running:
+            return
+        while not (ready := [run for run, (_, _, result) in running.items() if result.ready()]):
+            time.sleep(0.02)
+        done = ready[0]
+        stage, name, result = running.pop(done)
+        row = {**result.get(), **described, "stage": stage}
+        tables[name].add(row)
+        print(
+            f"{time.strftime('%H:%M:%S')} {name:11} {stage:10} {done.optimizer:5} batch {done.batch_size:<5} rate"
+            f" {done.learning_rate:<9.3g} eps {done.eps:<5g} seed {done.seed}: loss {row['train_loss']:<8.4g} accuracy"
+            f" {row['test_accuracy']:.3f} {'diverged ' * row['diverged']}{row['seconds']:.1f} s",
+            flush=True,
+        )
 
 
-class Table(dict[Run, Row]):
-    """The runs of a workload, and their file.
-
-    Args:
-        path: of the CSV; a last line that was not written to its end is cut off.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(read(path))
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_whole(_text(path)), encoding="utf-8")
-        if not _text(path):
-            self._write(COLUMNS)
-
-    def add(self, row: Row) -> None:
-        """Adds a row, and writes it."""
-        self[_run(row)] = row
-        written = {**row, **{column: json.dumps(row[column]) for column in JSON}, "noise": int(row["noise"])}
-        self._write([written[column] for column in COLUMNS])
-
-    def _write(self, values: list[Any]) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(values)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line.getvalue())
-
-
-def read(path: Path) -> dict[Run, Row]:
-    """The runs of a table; none where there is no file, and without a last line that was not written to its end."""
-    rows = map(_parsed, csv.DictReader(io.StringIO(_whole(_text(path)))))
-    return {_run(row): row for row in rows}
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _whole(text: str) -> str:
-    return text[: text.rfind("\n") + 1]
-
-
-def _parsed(line: dict[str, str]) -> Row:
-    row: Row = dict(line)
-    row |= {name: _READ[kind](line[name]) for name, kind in FIELDS.items()}
-    row |= {name: float(line[name]) for name in NUMBERS}
-    return row | {name: json.loads(line[name]) for name in JSON}
-
-
-def _run(row: Row) -> Run:
-    return Run(**{name: row[name] for name in FIELDS})
-
-
-# --- driver -----------------------------------------------------------------------------------------------------------
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, CLAIMS], default=[*STAGES, CLAIMS])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun after that")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -343,53 +387,6 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the workers are stopped, too
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         make_runs(pool, options)
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun after that")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")
-    return parser.parse_args(arguments)
-
-
-def make_runs(pool: Pool, options: argparse.Namespace) -> None:
-    """Gives the pool run after run, and writes each row as it comes, until nothing is wanted or the time is over."""
-    tables = {name: Table(options.output / f"{name}.csv") for name in options.workload}
-    end = time.monotonic() + 60 * options.minutes
-    described = {**machine(torch.device("cpu")), "timm": installed_version("timm")}
-    running: dict[Run, tuple[str, AsyncResult[Row]]] = {}
-    while True:
-        while len(running) < options.workers and time.monotonic() < end:
-            wanted = next_run(options.workload, options.stage, tables, running)
-            if wanted is None:
-                break
-            stage, run = wanted
-            running[run] = (stage, pool.apply_async(train, (run, options.data_dir)))
-        if not running:
-            return
-        done = _wait(running)
-        stage, result = running.pop(done)
-        row = {"stage": stage, **result.get(), **{column: described[column] for column in MACHINE}}
-        tables[done.workload].add(row)
-        print(
-            f"{time.strftime('%H:%M:%S')} {stage:10} {done.workload:4} {done.optimizer:5} batch {done.batch_size:<5}"
-            f" rate {done.learning_rate:<9.3g} eps {done.eps:<5g} seed {done.seed}: loss {row['train_loss']:<8.4g}"
-            f" accuracy {row['test_accuracy']:.3f} {'diverged ' * row['diverged']}{row['seconds']:.1f} s",
-            flush=True,
-        )
-
-
-def _wait(running: Mapping[Run, tuple[str, AsyncResult[Row]]]) -> Run:
-    while True:
-        for run, (_, result) in running.items():
-            if result.ready():
-                return run
-        time.sleep(0.02)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The section of the page on the noise scale along runs, and on its interval."""
+"""The sections of the page on the noise scale along runs, on its interval, and on what Theorem 5 predicts from it."""
 
 from __future__ import annotations
 
@@ -7,72 +7,36 @@ from collections.abc import Mapping, Sequence
 
 import figures
 import numpy as np
-from estimates import is_bounded, median_of
-from evidence import Evidence
-from page import NOT_MEASURED, Columns, Page, Row, between, number, percent, text, verdict
-from probes import DRAWS
+from evidence import FIT, MEAN, Evidence, is_bounded, median_of
+from page import Page, listed, number, percent
+from reporting import Row
+from transfers import AS_IT_IS, BEST, FACTORS, FROM_OTHERS
 
-Found = Mapping[str, Evidence]
-Group = tuple[str, str, str]
-"""Workload, weights and noise scale."""
-
-HELD = 0.9
-"""The goal for the share of intervals that hold the value."""
-ENDS = ("lower", "upper")
-SHARES: Columns = {
-    "covered": ("held", lambda point: f"{percent(point[0])} ({between(point[1:], percent)})"),
-    "of": ("of", text),
-    "unbounded": ("without a bound", percent),
-    "width": ("upper end over lower, median", number),
-}
+Group = tuple[str, str, str]  # workload, weights and noise scale
+HELD = 0.9  # the goal for the share of intervals that hold the value
+SAME = "none: the same samples"
+INTERVALS = {"Fieller": ("lower", "upper"), "bootstrap": ("bootstrap_lower", "bootstrap_upper")}
 
 
-def growth(page: Page, found: Found) -> None:
+def growth(page: Page, found: Mapping[str, Evidence]) -> None:
     """The noise scale along the runs."""
-    page.heading("Growth of the noise scale along a run")
     measured = {name: evidence for name, evidence in found.items() if evidence.noise}
     if not measured:
-        page.say(NOT_MEASURED)
         return
-    rows = [_growth_row(name, ev, size) for name, ev in measured.items() for size in ev.noise]
-    page.say(
-        "Each moment of a run has a measurement of its own, from 32 fresh gradients. Start: the initial weights. After warm-up:"
-        " the first moment after 5% of the samples. Mean: over the samples of the run, without the moments whose interval has no"
-        " bound (its upper end is infinite or its lower end zero); median: over the samples, of all moments. All are medians over"
-        " the runs of the batch size, in samples. Unbounded: share of the moments whose interval of `B_adam` has no bound."
-    )
-    page.table(
-        "noise_scale",
-        rows,
-        {
-            "workload": ("workload", text),
-            "batch_size": ("batch size", number),
-            "runs": ("runs", text),
-            "B_simple start": ("B_simple: start", number),
-            "B_simple mean": ("mean", number),
-            "B_adam start": ("B_adam: start", number),
-            "B_adam after warm-up": ("after warm-up", number),
-            "B_adam mean": ("mean", number),
-            "B_adam median": ("median", number),
-            "growth": ("last over start", number),
-            "unbounded": ("unbounded", percent),
-        },
-    )
-    page.figure(
-        "noise_scale",
-        figures.growth(
-            {n: {size: [m for _, m in runs] for size, runs in ev.noise.items()} for n, ev in measured.items()}
-        ),
-        "The noise scale along runs. Thick: the middle batch size, median over its runs, with the median ends of the intervals"
-        " (an end that is infinite or zero is cut off). Thin: the other batch sizes.",
-    )
+    rows = [_growth_row(name, evidence, size) for name, evidence in measured.items() for size in evidence.noise]
     grown = [row["growth"] for row in rows]
-    page.say(f"`B_adam` at the last moment is {number(min(grown))} to {number(max(grown))} times that at the start.")
-    unbounded = max(rows, key=lambda row: row["unbounded"])
-    if unbounded["unbounded"]:
+    page.fill(
+        "growth",
+        noise_scale=page.keep("noise_scale", rows),
+        lowest=number(min(grown)),
+        highest=number(max(grown)),
+    )
+    page.draw("noise_scale", figures.growth(measured))
+    worst = max(rows, key=lambda row: row["unbounded"])
+    if worst["unbounded"]:
         page.bad.append(
-            f"Up to {percent(unbounded['unbounded'])} of the intervals of `B_adam` along a run have no bound"
-            f" ({unbounded['workload']}, batch size {unbounded['batch_size']:,})."
+            f"Up to {percent(worst['unbounded'])} of the intervals of `B_adam` along a run have no bound"
+            f" ({worst['workload']}, batch size {worst['batch_size']:,})."
         )
 
 
@@ -91,61 +55,39 @@ def _growth_row(name: str, evidence: Evidence, size: int) -> Row:
 
 
 def coverage(page: Page, rows: Sequence[Row]) -> None:
-    """How often the interval of the noise scale holds the value from ten times the data."""
-    page.heading("Coverage of its interval", 3)
+    """How often the interval of the noise scale holds the value from ten times the data; beside it a bootstrap's."""
     if not rows:
-        page.say(NOT_MEASURED)
         return
     groups: dict[Group, list[Row]] = {}
     for row in rows:
         for workload in (row["workload"], "all"):
             groups.setdefault((workload, row["state"], row["metric"]), []).append(row)
-    table = [_coverage_row(group, own) for group, own in sorted(groups.items(), key=lambda g: (g[0][0] == "all", g[0]))]
-    page.say(
-        "Measured apart from the runs: at fixed weights, the initial ones and those after a tenth of the samples, intervals"
-        " from 32 gradients each, and whether they hold the value from ten times as many other gradients. That value has an"
-        " error of its own, about a third of theirs, so a correct 95% interval holds it in somewhat less than 95%."
-    )
-    page.table(
-        "coverage_summary",
-        table,
-        {
-            "workload": ("workload", text),
-            "state": ("weights", text),
-            "metric": ("noise scale", text),
-            **SHARES,
-            "off": ("value over that from ten times the data, median", number),
-        },
-    )
-    total = [row for row in table if row["workload"] == "all"]
-    for row in total:
-        share = percent(row["covered"][0])
-        page.say(verdict(f"{row['metric']} {row['state']}: {share} held", row["covered"][0] >= HELD, percent(HELD)))
-        if row["covered"][0] < HELD:
-            page.bad.append(f"The interval of `{row['metric']}` {row['state']} holds the value in {share}.")
-    if "bootstrap_lower" in rows[0]:
-        _bootstrap(page, {group: own for group, own in groups.items() if group[0] == "all"})
-
-
-def _bootstrap(page: Page, groups: Mapping[Group, Sequence[Row]]) -> None:
-    """A bootstrap's intervals beside Fieller's, of the same gradients."""
-    page.say(
-        f"These are Fieller's intervals. Beside them the percentile bootstrap's: the gradients of each half drawn again {DRAWS}"
-        " times, the whole measurement made again of each draw."
-    )
-    page.table(
-        "coverage_bootstrap",
-        [
-            {"interval": name, **_coverage_row(group, own, columns)}
-            for group, own in sorted(groups.items())
-            for name, columns in (("Fieller", ENDS), ("bootstrap", ("bootstrap_lower", "bootstrap_upper")))
-        ],
-        {"state": ("weights", text), "metric": ("noise scale", text), "interval": ("interval", text), **SHARES},
+    ordered = sorted(groups.items(), key=lambda group: (group[0][0] == "all", group[0]))
+    table = page.keep("coverage_summary", [_coverage_row(group, own, "Fieller") for group, own in ordered])
+    whole = [row for row in table if row["workload"] == "all"]
+    short = [row for row in whole if row["covered"][0] < HELD]
+    for row in short:
+        page.bad.append(
+            f"The interval of `{row['metric']}` {row['state']} holds the value in {percent(row['covered'][0])}."
+        )
+    beside = [
+        {"interval": name, **_coverage_row(group, own, name)}
+        for group, own in ordered
+        if group[0] == "all"
+        for name in INTERVALS
+    ]
+    page.fill(
+        "coverage",
+        coverage_summary=table,
+        met=len(whole) - len(short),
+        coverage_bootstrap=page.keep("coverage_bootstrap", beside),
     )
 
 
-def _coverage_row(group: Group, rows: Sequence[Row], ends: tuple[str, str] = ENDS) -> Row:
-    values = np.array([[float(row[key]) for key in ("value", *ends, "from_ten_times_the_data")] for row in rows])
+def _coverage_row(group: Group, rows: Sequence[Row], interval: str) -> Row:
+    values = np.array(
+        [[row[key] for key in ("value", *INTERVALS[interval], "from_ten_times_the_data")] for row in rows]
+    )
     value, lower, upper, truth = values.T
     return {
         **dict(zip(("workload", "state", "metric"), group, strict=True)),
@@ -162,3 +104,73 @@ def _share(number: int, of: int) -> tuple[float, float, float]:
     z = 1.96**2 / of
     middle, width = (number / of + z / 2) / (1 + z), math.sqrt(z * (number / of * (1 - number / of) + z / 4)) / (1 + z)
     return number / of, max(middle - width, 0.0), min(middle + width, 1.0)
+
+
+def errors(noise: np.ndarray, samples: Mapping[float, np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """Log2 of predicted over measured samples, from each size to each other, ``[..., targets, n, n]``; NaN on the diagonal.
+
+    Theorem 5 predicts the ratio ``(B + B_noise) / (B_0 + B_noise)``, the noise ``[..., n]`` being known at each size ``B_0``.
+    Steps have the same errors, as a step is always of the same size.
+    """
+    batch, known = np.array(sizes, float), noise[..., None]
+    predicted = np.log2((batch + known) / (batch[:, None] + known))
+    logs = np.log2(list(samples.values()))
+    found = predicted[..., None, :, :] - (logs[:, None, :] - logs[:, :, None])
+    return np.where(np.eye(len(sizes), dtype=bool), np.nan, found)
+
+
+def tradeoff(page: Page, found: Mapping[str, Evidence]) -> None:
+    """Steps and samples to a loss, against Theorem 5."""
+    reached = {name: evidence for name, evidence in found.items() if evidence.common}
+    if not reached:
+        return
+    needed = []
+    for name, evidence in found.items():
+        for target, by_size in ((target, of) for target, of in sorted(evidence.needed.items(), reverse=True) if of):
+            samples = "; ".join(f"{size:,}: {number(samples)}" for size, samples in by_size.items())
+            needed.append({"workload": name, "target": target, "samples": samples, "fit": evidence.fits[target]})
+    predicted = page.keep("theorem5", [row for name in reached for row in _predictions(name, reached)])
+    page.fill(
+        "theorem5",
+        needed=needed,
+        left_out=listed([name for name in found if name not in reached]),
+        predicted=[row for row in predicted if row["estimate"] in (FIT, MEAN, SAME)],
+    )
+    typical = {(row["workload"], row["estimate"]): row["typical"] for row in predicted if row["source"] == AS_IT_IS}
+    useless = [name for name in reached if typical.get((name, MEAN), 0.0) >= typical[name, SAME]]
+    if useless:
+        page.bad.append(
+            f"Theorem 5 with the {MEAN} as it is predicts no better than the same samples: {listed(useless)}."
+        )
+    page.draw("theorem5", figures.tradeoff(reached))
+
+
+def _predictions(name: str, reached: Mapping[str, Evidence]) -> list[Row]:
+    own, others = reached[name], [evidence for other, evidence in reached.items() if other != name]
+    rows = []
+    if not math.isnan(own.fitted_noise):
+        rows.append(_prediction(own, FIT, np.full((1, len(own.losses)), own.fitted_noise), AS_IT_IS, 1.0))
+    for estimate, values in own.estimates.items():
+        if not np.isnan(values).all():
+            chosen = {AS_IT_IS: 1.0, FROM_OTHERS: _best_factor(estimate, others), BEST: _best_factor(estimate, [own])}
+            rows += [_prediction(own, estimate, values, source, factor) for source, factor in chosen.items()]
+    rows.append(_prediction(own, SAME, np.full((1, len(own.losses)), 1e30), AS_IT_IS, 1.0))
+    return [row for row in rows if not math.isnan(row["factor"])]
+
+
+def _best_factor(estimate: str, found: Sequence[Evidence]) -> float:
+    """The factor with the lowest mean error over workloads; NaN without any."""
+    usable = [ev for ev in found if estimate in ev.estimates and not np.isnan(ev.estimates[estimate]).all()]
+    if not usable:
+        return math.nan
+    scaled = FACTORS[:, None, None]
+    of_each = [np.abs(errors(scaled * ev.estimates[estimate], ev.common, list(ev.losses))) for ev in usable]
+    return float(FACTORS[np.argmin(sum(np.nanmean(of.reshape(len(FACTORS), -1), 1) for of in of_each))])
+
+
+def _prediction(own: Evidence, estimate: str, values: np.ndarray, source: str, factor: float) -> Row:
+    found = np.abs(errors(factor * values, own.common, list(own.losses)))
+    known = found[~np.isnan(found)]
+    typical, worst = (2.0 ** float(of) for of in (known.mean(), known.max())) if known.size else (math.nan, math.nan)
+    method = {"workload": own.workload.name, "estimate": estimate, "source": source, "factor": factor}
+    return {**method, "typical": typical, "worst": worst}

@@ -1,96 +1,254 @@
-"""The section of the page on the optimizers for large batches."""
+"""The sections of the page on epsilon, and on the optimizers for large batches."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import figures
 import numpy as np
-from curves import measured
-from evidence import Evidence
-from page import NOT_MEASURED, Page, Row, number, percent, text, yes
+from evidence import Evidence, by_batch_size, seed_spread
+from grid import SETTINGS, Results, Setting, alike, best, half_octaves, losses, missing
+from grid import claims as wanted
+from page import Page, listed, number
+from reporting import Row
 from training import EPS, Run
 
-from lightning_gradhist.intervals import student_quantile
+from lightning_gradhist.noise.interval import student_quantile
 
 Found = Mapping[str, Evidence]
+Curve = Mapping[float, float]  # the loss at the best of three rates by epsilon, ascending
+SPACES = {"authors": ("lower", "upper"), "pooled": ("pooled_lower", "pooled_upper")}
+"""The kinds of search space, and the columns of their ends."""
+TRIAL_AND_ERROR = 16  # decades of epsilon that are tuned over without a search space, as the paper on epsilon says
+DEFAULT = EPS["Adam"]
+GOAL, FROM = 0.01, 4096  # the share of test accuracy that ALTO is to gain on Lamb, and the batch size from which on
+PAIRS = (("ALTO", "Lamb"), ("ALTO", "AdamW"), ("Lamb", "AdamW"), ("AdamE", "AdamW"))
 
 
-def optimizers(page: Page, found: Found) -> None:
-    """Adam and the optimizers for large batches at the two largest batch sizes."""
-    page.heading("Optimizers at large batches")
-    rows = []
-    for evidence in found.values():
-        for reference in evidence.references[-2:]:
-            of = {name: _optimizer_row(evidence, replace(reference, optimizer=name, eps=EPS[name])) for name in EPS}
-            if sum(row is not None for row in of.values()) > 1:
-                rows += [row for row in of.values() if row is not None]
-    if not rows:
-        page.say(NOT_MEASURED)
+def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
+    """The search space, the default and ``"auto"`` against the grid's best epsilon."""
+    spaces = {(row["workload"], row["loss_scale"]): row for row in ranges}
+    if not spaces:
         return
-    page.say(
-        "Each at its best rate (lowest final training loss, mean over seeds), at equal samples. Intervals: 95%, Student's t over"
-        " seeds."
-    )
-    page.table(
-        "optimizers",
-        rows,
-        {
-            "workload": ("workload", text),
-            "batch_size": ("batch size", number),
-            "optimizer": ("optimizer", text),
-            "rate": ("best rate", number),
-            "interior": ("interior", yes),
-            "seeds": ("seeds", text),
-            "loss": ("training loss", number),
-            "loss_error": ("±", number),
-            "accuracy": ("test accuracy", percent),
-            "accuracy_error": ("±", percent),
-        },
-    )
-    by_name = {(row["workload"], row["batch_size"], row["optimizer"]): row for row in rows}
-    for workload, size in dict.fromkeys((row["workload"], row["batch_size"]) for row in rows):
-        alto, lamb = (by_name.get((workload, size, name)) for name in ("ALTO", "Lamb"))
-        if alto is None or lamb is None:
-            continue
-        gain = alto["accuracy"] - lamb["accuracy"]
-        page.say(f"- {workload} at {size:,}: ALTO's test accuracy less Lamb's: {100 * gain:+.2f} points.")
-        if gain < 0.01:
-            page.bad.append(f"ALTO gains {100 * gain:+.2f} points of test accuracy on Lamb ({workload} at {size:,}).")
+    page.fill("epsilon_range", ranges=ranges)
+    curves = {name: curve for name, evidence in found.items() if len(curve := by_epsilon(evidence)) > 1}
+    if not curves:
+        return
+    rows = [_epsilon_row(found[name], curve, spaces[name, 1.0]) for name, curve in curves.items()]
+    page.fill("epsilon", epsilon=page.keep("epsilon", rows), judged=[_judged(page, rows, kind) for kind in SPACES])
+    pooled = {name: _ends(spaces[name, 1.0], "pooled") for name in curves}
+    page.draw("epsilon", figures.epsilon(curves, pooled, {row["workload"]: row["tolerance"] for row in rows}))
+    _scaled(page, found, curves, spaces)
 
 
-def _optimizer_row(evidence: Evidence, like: Run) -> Row | None:
-    losses = measured(evidence.results, like)
-    curve = None if losses is None else losses.curve()
-    if curve is None:
-        return None
-    best = 2**curve.best_rate
-    at_best = [
-        row
+def by_epsilon(evidence: Evidence) -> Curve:
+    """The losses at the middle batch size with seed 0."""
+    runs = {
+        run: row
         for run, row in evidence.results.items()
-        if replace(run, seed=0) == replace(like, learning_rate=best, seed=0)
-    ]
-    loss, loss_error = student([row["train_loss"] for row in at_best])
-    accuracy, accuracy_error = student([row["test_accuracy"] for row in at_best])
-    return {
-        "workload": like.workload,
-        "batch_size": like.batch_size,
-        "optimizer": like.optimizer,
-        "rate": best,
-        "interior": curve.interior,
-        "seeds": len(at_best),
-        "loss": loss,
-        "loss_error": loss_error,
-        "accuracy": accuracy,
-        "accuracy_error": accuracy_error,
+        if replace(run, eps=1.0, learning_rate=1.0, seed=0) == replace(evidence.middle, eps=1.0) and run.seed == 0
     }
+    rates = {run.learning_rate for run in runs if run.eps != DEFAULT}
+    return _lowest({run: row for run, row in runs.items() if run.learning_rate in rates})
+
+
+def _lowest(runs: Results) -> Curve:
+    found: dict[float, float] = {}
+    for run, row in runs.items():
+        loss = math.inf if row["diverged"] else row["train_loss"]
+        found[run.eps] = min(loss, found.get(run.eps, math.inf))
+    return dict(sorted(found.items()))
+
+
+def _tolerance(evidence: Evidence) -> float:
+    return 2 * seed_spread(evidence.losses[evidence.middle.batch_size])
+
+
+def _at(curve: Curve, eps: float) -> float:
+    """The loss at the epsilon of the grid that is nearest; below the grid epsilon is idle."""
+    return curve[min(curve, key=lambda known: abs(math.log(known / eps)))]
+
+
+def _ends(space: Row, kind: str) -> list[float]:
+    return [space[column] for column in SPACES[kind]]
+
+
+def _epsilon_row(evidence: Evidence, curve: Curve, space: Row) -> Row:
+    best, tolerance = min(curve, key=lambda eps: curve[eps]), _tolerance(evidence)
+    good = {eps: loss <= (1 + tolerance) * curve[best] for eps, loss in curve.items()}
+    sides = ([eps for eps in curve if eps <= best][::-1], [eps for eps in curve if eps >= best])
+    plateau = [list(itertools.takewhile(good.__getitem__, side))[-1] for side in sides]
+    at_auto, default = _at(curve, space["auto"]), curve[DEFAULT]
+    judged: Row = {}
+    for kind in SPACES:
+        lower, upper = _ends(space, kind)
+        judged |= {
+            kind: f"{number(lower)} to {number(upper)}",
+            f"{kind}_decades": math.log10(upper / lower),
+            f"{kind}_best_inside": lower <= best <= upper,
+            f"{kind}_held": plateau[0] <= upper and lower <= plateau[1],
+        }
+    return {
+        **{"workload": evidence.workload.name, "best": best, "tolerance": tolerance},
+        "plateau": f"{number(plateau[0])} to {number(plateau[1])}",
+        **judged,
+        "default_excess": default / curve[best] - 1,
+        "auto": space["auto"],
+        "auto_excess": at_auto / curve[best] - 1,
+        "auto_harmless": not at_auto > default * (1 if math.isnan(tolerance) else 1 + tolerance),
+    }
+
+
+def _judged(page: Page, rows: Sequence[Row], kind: str) -> Row:
+    """Whether search spaces of one kind hold the best epsilon, and how wide they are, against the goals."""
+    without = [row["workload"] for row in rows if not row[f"{kind}_held"]]
+    if without:
+        page.bad.append(f"Search spaces ({kind}) without an epsilon of the plateau: {listed(without)}.")
+    widths = [row[f"{kind}_decades"] for row in rows]
+    middle, widest = float(np.median(widths)), max(widths)
+    return {
+        **{"kind": kind, "held": len(rows) - len(without), "inside": sum(row[f"{kind}_best_inside"] for row in rows)},
+        **{"median": middle, "widest": widest, "narrower": TRIAL_AND_ERROR / widest if widest else math.inf},
+        "goals": not without and middle <= 4 and widest <= 8,
+    }
+
+
+def _scaled(page: Page, found: Found, curves: Mapping[str, Curve], spaces: Mapping[tuple[str, float], Row]) -> None:
+    rows: list[Row] = []
+    for name, curve in curves.items():
+        results = found[name].results
+        for scale in sorted({run.loss_scale for run in results} - {1.0}):
+            if (name, scale) not in spaces:
+                continue
+            scaled = _lowest({r: row for r, row in results.items() if r.loss_scale == scale and r.seed == 0})
+            auto, unscaled = spaces[name, scale]["auto"], curve[DEFAULT]
+            excess = {
+                "default_excess": scaled[DEFAULT] / unscaled - 1,
+                "auto": auto,
+                "auto_excess": _at(curve, auto / scale) / unscaled - 1,
+            }
+            rows.append({"workload": name, "loss_scale": scale, **excess, "tolerance": _tolerance(found[name])})
+    if not rows:
+        return
+    judged = [row for row in rows if not math.isnan(row["tolerance"])]  # the default has more than one seed
+    worse = [f"{r['workload']} times {r['loss_scale']:g}" for r in judged if r["auto_excess"] > r["tolerance"]]
+    within = {"within": len(judged) - len(worse), "judged": len(judged)}
+    page.fill("epsilon_scaled", epsilon_scaled=page.keep("epsilon_scaled", rows), **within)
+    if worse:
+        page.bad.append(f'`epsilon="auto"` is worse than the unscaled default: {listed(worse)}.')
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the width of its 95% interval; NaN of a single value."""
     if len(values) < 2:
         return values[0], math.nan
-    return float(np.mean(values)), student_quantile(0.975, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(
-        len(values)
+    return float(np.mean(values)), student_quantile(0.975, len(values) - 1) * _standard_error(values)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def optimizers(page: Page, found: Mapping[str, Evidence]) -> None:
+    """Adam and the optimizers for large batches at the two largest batch sizes."""
+    rows: list[Row] = []
+    for evidence in found.values():
+        for reference in evidence.references[-2:]:
+            likes = [replace(reference, optimizer=name, eps=EPS[name]) for name in EPS]
+            known = [like for like in likes if by_batch_size(evidence.results, [like])]
+            rows += [_row(evidence, like) for like in known] if len(known) > 1 else []
+    if not rows:
+        return
+    by_name = {(row["workload"], row["batch_size"], row["optimizer"]): row["accuracy"] for row in rows}
+    both = [key[:2] for key in by_name if key[2] == "ALTO" and (*key[:2], "Lamb") in by_name]
+    gain = {where: by_name[(*where, "ALTO")] - by_name[(*where, "Lamb")] for where in both}
+    gains = [{"workload": where[0], "batch_size": where[1], "gain": of} for where, of in gain.items()]
+    _bad(page, "ALTO gains less than a point of test accuracy on Lamb", gains)
+    page.fill("optimizers", optimizers=page.keep("optimizers", rows), gains=gains)
+
+
+def _bad(page: Page, what: str, gains: Sequence[Row]) -> None:
+    below = [f"{r['workload']} at {r['batch_size']:,} ({100 * r['gain']:+.2f})" for r in gains if r["gain"] < GOAL]
+    if below:
+        page.bad.append(f"{what}: {listed(below)}.")
+
+
+def _row(evidence: Evidence, like: Run) -> Row:
+    curve = by_batch_size(evidence.results, [like])[like.batch_size].mean()
+    at_best = [row for run, row in alike(evidence.results, like).items() if run.learning_rate == 2**curve.best_rate]
+    loss, loss_error = student([row["train_loss"] for row in at_best])
+    accuracy, accuracy_error = student([row["test_accuracy"] for row in at_best])
+    return {
+        **{"workload": like.workload, "batch_size": like.batch_size, "optimizer": like.optimizer},
+        **{"rate": 2**curve.best_rate, "interior": curve.interior, "seeds": len(at_best)},
+        **{"loss": loss, "loss_error": loss_error, "accuracy": accuracy, "accuracy_error": accuracy_error},
+    }
+
+
+def claims(page: Page, results: Results) -> None:
+    """Test accuracy by optimizer with five seeds, and the differences."""
+    finished = [setting for setting in SETTINGS if next(wanted((setting,), results), None) is None]
+    found = {setting: at_best(setting, results) for setting in finished}
+    rows = [row for setting, own in found.items() for row in _claim_rows(setting, own, results)]
+    differences = [row for setting, own in found.items() for row in _differences(setting, own)]
+    if not differences:
+        return
+    pairs = [row for row in differences if row["pair"] == "ALTO - Lamb" and row["batch_size"] >= FROM]
+    large = [{**row, "gain": row["gain"][0]} for row in pairs]
+    _bad(page, "With both rates tuned and over five seeds ALTO gains less than a point on Lamb", large)
+    page.fill(
+        "claims",
+        claims_by_optimizer=page.keep("claims_by_optimizer", rows),
+        claims_differences=page.keep("claims_differences", differences),
+        met=sum(row["gain"] >= GOAL for row in large),
+        large=len(large),
+        unfinished=listed([f"{s.workload} at {s.batch_size:,}" for s in SETTINGS if s not in finished]),
     )
+
+
+def at_best(setting: Setting, results: Results) -> dict[str, dict[int, Row]]:
+    """The rows by optimizer and seed, at the rate with the lowest mean validation error."""
+    found = {}
+    for name in setting.optimizers:
+        like = setting.run(name)
+        top = best(losses(results, like, "validation_error"))
+        own = {run.seed: row for run, row in alike(results, like).items() if half_octaves(run.learning_rate) == top}
+        if own:
+            found[name] = dict(sorted(own.items()))
+    return found
+
+
+def _claim_rows(setting: Setting, found: Mapping[str, Mapping[int, Row]], results: Results) -> list[Row]:
+    rows = []
+    for name, by_seed in found.items():
+        like = setting.run(name)
+        known = losses(results, like, "validation_error")
+        accuracies = [row["test_accuracy"] for row in by_seed.values()]
+        row = {
+            "workload": setting.workload,
+            "batch_size": setting.batch_size,
+            "steps": setting.steps,
+            "optimizer": name,
+        }
+        row |= {"rate": next(iter(by_seed.values()))["learning_rate"]}
+        row |= {"interior": not missing(known, half_octaves(like.learning_rate)), "seeds": len(accuracies)}
+        row |= {"accuracy": float(np.mean(accuracies)), "error": _standard_error(accuracies)}
+        rows.append(row | {"train_loss": float(np.mean([of["train_loss"] for of in by_seed.values()]))})
+    return rows
+
+
+def _differences(setting: Setting, found: Mapping[str, Mapping[int, Row]]) -> list[Row]:
+    rows = []
+    for one, other in PAIRS:
+        seeds = sorted(found.get(one, {}).keys() & found.get(other, {}).keys())
+        if len(seeds) < 2:
+            continue
+        gain, half = student(
+            [found[one][seed]["test_accuracy"] - found[other][seed]["test_accuracy"] for seed in seeds]
+        )
+        where = {"workload": setting.workload, "batch_size": setting.batch_size, "pair": f"{one} - {other}"}
+        rows.append({**where, "seeds": len(seeds), "gain": (gain, gain - half, gain + half)})
+    return rows

@@ -1,78 +1,81 @@
-"""A page in Markdown with its tables and figures beside it."""
+"""The page in Markdown: text and columns of tables from ``page.md``, what fills them from the sections' functions."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from reporting import Row, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
-Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
-"""Heading and format of a column, by its key in the rows."""
+TEXT = Path(__file__).parent / "page.md"
 NOT_MEASURED = "Not measured yet."
+_SECTION = re.compile(r"^<!-- (\w+) -->\n", re.MULTILINE)
+_FIELD = re.compile(r"\{(\w+)((?: \| [^|{}]+)*)\}")
+_COLUMN = re.compile(r"(?P<key>[^%=]+)(?P<percent>%*)(?:=(?P<heading>.+))?")
 
 
 class Page:
-    """Blocks of text in their order; tables go to CSV files, too, figures to PNG files.
-
-    Args:
-        folder: of the page; tables and figures go to its folder ``tables``.
-    """
+    """Sections to be filled, in a folder, with tables as CSV files and figures as PNG files in its folder ``tables``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bad: list[str] = []
-        """Sentences on what turned out badly, from all sections."""
-        self._blocks: list[str] = []
+        self.bad: list[str] = []  # sentences on what turned out badly, from all sections
+        self._filled: dict[str, Row] = {}
         (folder / "tables").mkdir(parents=True, exist_ok=True)
 
-    def heading(self, text: str, level: int = 2) -> None:
-        """Begins a section."""
-        self._blocks.append(f"{'#' * level} {text}")
+    def fill(self, section: str, **values: Any) -> None:
+        """What the fields of a section hold: text, or the rows of a table, which shows the columns that they have."""
+        self._filled[section] = values
 
-    def say(self, text: str) -> None:
-        """A paragraph, or a list."""
-        self._blocks.append(text)
+    def keep(self, name: str, rows: Sequence[Row]) -> Sequence[Row]:
+        """Rows as ``tables/<name>.csv``, a value with its interval in three columns; returns them."""
+        flat = [_flat(row) for row in rows]
+        write_csv(self.folder / "tables" / f"{name}.csv", list(flat[0]), flat, digits=6)
+        return rows
 
-    def keep(self, name: str, rows: Sequence[Row]) -> None:
-        """Rows as ``tables/<name>.csv``; a value with its interval in three columns."""
-        rows = [_flat(row) for row in rows]
-        with (self.folder / "tables" / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        self.say(f"All columns: [tables/{name}.csv](tables/{name}.csv).")
-
-    def table(self, name: str, rows: Sequence[Row], columns: Columns) -> None:
-        """The columns that are named on the page, and all of them as ``tables/<name>.csv``."""
-        self.show(rows, columns)
-        self.keep(name, rows)
-
-    def show(self, rows: Sequence[Row], columns: Columns) -> None:
-        """The columns that are named, on the page only."""
-        head = [heading for heading, _ in columns.values()]
-        cells = [[form(row[key]) for key, (_, form) in columns.items()] for row in rows]
-        lines = [head, ["---"] * len(head), *cells]
-        self._blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-
-    def figure(self, name: str, figure: Figure, text: str) -> None:
-        """A figure as ``tables/<name>.png``, with what it shows."""
+    def draw(self, name: str, figure: Figure) -> None:
+        """A figure as ``tables/<name>.png``."""
         figure.savefig(self.folder / "tables" / f"{name}.png", metadata={"Software": None})
-        self._blocks.append(f"![{text}](tables/{name}.png)\n\n{text}")
 
     def write(self) -> None:
-        """Writes the page."""
-        (self.folder / "README.md").write_text("\n\n".join(self._blocks) + "\n", encoding="utf-8")
+        """Writes the page; a section that nothing has filled says so."""
+        before, *parts = _SECTION.split(TEXT.read_text(encoding="utf-8"))
+        sections = [before, *map(self._section, parts[::2], parts[1::2])]
+        (self.folder / "README.md").write_text("\n\n".join(map(str.strip, sections)) + "\n", encoding="utf-8")
+
+    def _section(self, name: str, section: str) -> str:
+        values = self._filled.get(name)
+        if values is None:
+            return f"{section.splitlines()[0]}\n\n{NOT_MEASURED}"
+        return _FIELD.sub(lambda field: _shown(values[field[1]], field[2].split(" | ")[1:]), section)
 
 
-def text(value: Any) -> str:
-    """As it is."""
-    return str(value)
+def _shown(value: Any, columns: Sequence[str]) -> str:
+    if not columns:
+        return str(value)
+    matches = [match for match in map(_COLUMN.fullmatch, columns) if match and match["key"] in value[0]]
+    head = [match["heading"] or match["key"].replace("_", " ") for match in matches]
+    cells = [[cell(row[match["key"]], len(match["percent"])) for match in matches] for row in value]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
+
+
+def cell(value: Any, decimals: int = 0) -> str:
+    """Text, truth, a number, or one and the ends of its interval as the page shows it; with decimals it is a share in percent."""
+    if isinstance(value, tuple):
+        middle, low, high = value
+        ends = f"{cell(low, decimals)} to {cell(high, decimals)}".replace("%", "")
+        return cell(middle, decimals) if math.isnan(low) else f"{cell(middle, decimals)} ({ends})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    return f"{100 * value:.{decimals}f}%" if decimals and not math.isnan(value) else number(value)
 
 
 def number(value: float) -> str:
@@ -84,43 +87,17 @@ def number(value: float) -> str:
 
 def percent(value: float) -> str:
     """A share in percent; a dash for NaN."""
-    return "–" if math.isnan(value) else f"{100 * value:.1f}%"
+    return cell(value, 1)
 
 
-def between(ends: tuple[float, float], form: Callable[[float], str] = number) -> str:
-    """An interval."""
-    return f"{form(ends[0])} to {form(ends[1])}"
-
-
-def yes(value: bool) -> str:
-    """Yes or no."""
-    return "yes" if value else "no"
-
-
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], by: str = ", ") -> str:
     """Names in a sentence."""
-    return ", ".join(names) if names else "none"
-
-
-def count(value: int, noun: str) -> str:
-    """A number of things."""
-    return f"{value:,} {noun}{'' if value == 1 else 's'}"
-
-
-def verdict(what: str, met: bool, goal: str) -> str:
-    """Whether a goal is met."""
-    return f"- {what}; the goal, {goal}, is {'met' if met else '**not** met'}."
+    return by.join(names) if names else "none"
 
 
 def _flat(row: Row) -> Row:
     flat: Row = {}
     for key, value in row.items():
-        if isinstance(value, tuple):
-            flat |= {key: _plain(value[0]), f"{key}_lower": _plain(value[1]), f"{key}_upper": _plain(value[2])}
-        else:
-            flat[key] = _plain(value)
+        ends = (f"{key}_lower", f"{key}_upper")
+        flat |= dict(zip((key, *ends), value, strict=True)) if isinstance(value, tuple) else {key: value}
     return flat
-
-
-def _plain(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""The sections of the page on the runs, and on the best learning rates."""
+"""The sections of the page on the runs, on the best learning rates, and on the small grids beside the main one."""
 
 from __future__ import annotations
 
@@ -8,140 +8,138 @@ from collections.abc import Mapping
 
 import figures
 import numpy as np
-from curves import Measured, seed_spread
-from evidence import Evidence
+from evidence import Evidence, Measured, seed_spread
 from grid import STAGES
-from page import NOT_MEASURED, Page, Row, count, listed, number, percent, text, yes
+from page import Page, listed, number
+from reporting import Row
+from transfers import LAWS, ONE, best_factors, drawn_curves, drawn_seeds, outcomes, with_interval
 
 Found = Mapping[str, Evidence]
-
-PLATEAU = 1.02
-"""Rates whose loss is at most this many times the best are as good as the best."""
+PLATEAU = 1.02  # rates whose loss is at most this many times the best are as good as the best
 
 
 def runs(page: Page, found: Found) -> None:
     """How many runs there are, where they were made, and which stages lack."""
     rows = [row for evidence in found.values() for row in evidence.results.values()]
-    machines = Counter(
-        tuple(row[key] for key in ("cpu", "cores", "python", "torch", "lightning_gradhist")) for row in rows
-    )
-    dates = sorted({row["date"] for row in rows})
-    page.heading("The runs")
-    page.say(
-        f"{count(len(rows), 'run')}, made from {dates[0]} to {dates[-1]}, {sum(r['seconds'] for r in rows) / 3600:.1f} hours of"
-        f" one core in all, which other work shared. {sum(map(int, (r['diverged'] for r in rows)))} of them diverged. Machines: "
-        + "; ".join(
-            f"{number} runs on {cores} cores of {cpu}, Python {python}, torch {torch}, lightning_gradhist {ours}"
-            for (cpu, cores, python, torch, ours), number in machines.most_common()
-        )
-        + "."
-    )
-    table: list[Row] = [
+    known = ("cores", "cpu", "python", "torch", "lightning_gradhist")
+    machines = Counter(listed([f"{name} {row[name]}" for name in known]) for row in rows)
+    table = [
         {
             "workload": name,
             "batch_sizes": listed([f"{size:,}" for size in evidence.workload.batch_sizes]),
             "samples": evidence.workload.samples,
             "steps_at_largest": evidence.workload.samples // evidence.workload.batch_sizes[-1],
-            **Counter(dict.fromkeys(STAGES, 0)),
+            **dict.fromkeys(STAGES, 0),
             **Counter(row["stage"] for row in evidence.results.values()),
         }
         for name, evidence in found.items()
     ]
-    page.table(
+    lacking = {stage: [row["workload"] for row in table if not row[stage]] for stage in STAGES}
+    page.fill(
         "runs",
-        table,
-        {
-            "workload": ("workload", text),
-            "batch_sizes": ("batch sizes", text),
-            "samples": ("samples a run", number),
-            "steps_at_largest": ("steps at the largest batch", number),
-            **{stage: (stage, text) for stage in STAGES},
-        },
-    )
-    lacking = [f"{stage} ({listed([r['workload'] for r in table if not r[stage]])})" for stage in STAGES]
-    lacking = [line for line, stage in zip(lacking, STAGES, strict=True) if any(not r[stage] for r in table)]
-    page.say(
-        f"Stages without any run yet: {listed(lacking)}. Each stage is described in `benchmarks/calibration/grid.py`."
+        number=f"{len(rows):,} runs",
+        first=min(row["date"] for row in rows),
+        last=max(row["date"] for row in rows),
+        hours=f"{sum(row['seconds'] for row in rows) / 3600:.1f}",
+        diverged=sum(row["diverged"] for row in rows),
+        machines=listed([f"{of} runs on {machine}" for machine, of in machines.most_common()], "; "),
+        runs=page.keep("runs", table),
+        lacking=listed([f"{stage} ({listed(names)})" for stage, names in lacking.items() if names]),
     )
 
 
 def best_rates(page: Page, found: Found, draws: int) -> None:
     """The best rate at each batch size, how sharp it is, and whether it falls at the largest."""
-    page.heading("The best learning rate at each batch size")
-    page.say(
-        "Adam, epsilon at its default, the same number of samples at every batch size. Loss: final training loss, mean over"
-        " seeds. Seed noise: standard deviation of a single run, over the rates within half an octave. As good: rates whose"
-        f" loss, straight between measured rates in logs, is within {percent(PLATEAU - 1)} of the best."
-    )
-    rows = [rate_row(name, size, ev) for name, ev in found.items() for size in ev.losses]
-    page.table(
-        "best_rates",
-        rows,
-        {
-            "workload": ("workload", text),
-            "batch_size": ("batch size", number),
-            "rate": ("best rate", number),
-            "as_good_octaves": ("as good, octaves wide", number),
-            "loss": ("loss", number),
-            "seed_noise": ("seed noise", percent),
-            "seeds": ("seeds", text),
-            "rates": ("rates", text),
-            "interior": ("interior", yes),
-        },
-    )
-    page.figure(
-        "loss_curves",
-        figures.loss_curves({name: evidence.losses for name, evidence in found.items()}),
-        "Final training loss over learning rate, in percent above the best; darker: larger batches; rings: the best rates.",
-    )
+    rows = [rate_row(name, size, evidence) for name, evidence in found.items() for size in evidence.losses]
     edge = [f"{row['workload']} at {row['batch_size']:,}" for row in rows if not row["interior"]]
     if edge:
         page.bad.append(f"The optimum is at the edge of what was measured: {listed(edge)}.")
-    page.say(f"Optima at the edge of the grid: {listed(edge)}.")
-    generator = np.random.default_rng(0)
-    for title, of in (("equal samples", "losses"), ("equal steps", "losses_at_equal_steps")):
-        lines = []
-        for name, evidence in found.items():
-            losses: dict[int, Measured] = getattr(evidence, of)
+    generator, peaks = np.random.default_rng(0), []
+    for of, steps in (("losses", "samples"), ("losses_at_equal_steps", "steps")):
+        for name, losses in ((name, getattr(evidence, of)) for name, evidence in found.items()):
             if losses:
                 share, peak = falls(losses, draws, generator)
-                lines.append(
-                    f"- {name}: highest best rate at {peak:,}; in {percent(share)} of the draws a larger batch has a lower one."
-                )
-        page.say(f"Does the best rate fall again past a peak, as the surge law says? At {title}:")
-        page.say("\n".join(lines) if lines else NOT_MEASURED)
+                peaks.append({"workload": name, "equal": steps, "peak": peak, "lower": share})
+    page.fill("best_rates", best_rates=page.keep("best_rates", rows), edge=listed(edge), peaks=peaks)
+    page.draw("loss_curves", figures.loss_curves({name: evidence.losses for name, evidence in found.items()}))
 
 
 def rate_row(name: str, size: int, evidence: Evidence) -> Row:
     """The best rate of a batch size, and how sharp it is."""
     losses = evidence.losses[size]
-    curve = losses.curve()
-    assert curve is not None
+    curve = losses.mean()
     dense = np.linspace(curve.rates[0], curve.rates[-1], 1001)
     good = dense[curve.excess(dense) <= PLATEAU - 1]
     return {
-        "workload": name,
-        "batch_size": size,
-        "rate": 2**curve.best_rate,
-        "as_good_octaves": float(good[-1] - good[0]),
-        "loss": float(curve.losses.min()),
-        "seed_noise": seed_spread(losses),
-        "seeds": evidence.losses[size].seeds,
-        "rates": len(curve.rates),
-        "interior": curve.interior,
+        **{"workload": name, "batch_size": size, "rate": 2**curve.best_rate},
+        **{"as_good_octaves": float(good[-1] - good[0]), "loss": float(curve.losses.min())},
+        **{"seed_noise": seed_spread(losses), "seeds": losses.seeds},
+        **{"rates": len(curve.rates), "interior": curve.interior},
     }
 
 
 def falls(losses: Mapping[int, Measured], draws: int, generator: np.random.Generator) -> tuple[float, int]:
     """The share of draws of the seeds in which a batch larger than that with the highest best rate has a lower one; and that."""
     seeds = max(measured.losses.shape[1] for measured in losses.values())
-    falls, peak = [], 0
-    for draw in range(draws + 1):
-        weights = np.bincount(generator.integers(seeds, size=seeds), minlength=seeds) if draw else np.ones(seeds)
-        curves = [m.curve(weights[: m.losses.shape[1]]) or m.curve() for m in losses.values()]
-        best = [curve.best_rate for curve in curves if curve is not None]
-        if draw:
-            falls.append(best[-1] < max(best))
-        else:
-            peak = list(losses)[len(best) - 1 - int(np.argmax(best[::-1]))]
-    return float(np.mean(falls)) if draws else math.nan, peak
+    plain = [curve.best_rate for curve in drawn_curves(losses, None)]
+    drawn = (drawn_curves(losses, drawn_seeds(seeds, generator)) for _ in range(draws))
+    lower = [curves[-1].best_rate < max(curve.best_rate for curve in curves) for curves in drawn]
+    return float(np.mean(lower)) if draws else math.nan, list(losses)[len(plain) - 1 - int(np.argmax(plain[::-1]))]
+
+
+def surge(page: Page, side: Found, draws: int) -> None:
+    """Whether the best rate falls past a peak at the batch sizes of the surge law's paper."""
+    found = [side[name] for name in ("surge_small", "surge_large") if name in side]
+    if not found:
+        return
+    generator = np.random.default_rng(0)
+    rows = [rate_row("mlp", size, evidence) for evidence in found for size in evidence.losses]
+    seconds = sum(row["seconds"] for evidence in found for row in evidence.results.values())
+    page.fill(
+        "surge",
+        minutes=f"{seconds / 60:.0f}",
+        surge_sizes=page.keep("surge_sizes", rows),
+        peaks=[_peak(evidence, draws, generator) for evidence in found],
+    )
+
+
+def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> Row:
+    sizes, rates = list(evidence.best_rates), np.array(list(evidence.best_rates.values()))
+    share, peak = falls(evidence.losses, draws, generator)
+    samples = evidence.workload.samples
+    return {
+        **{"sizes": f"{sizes[0]:,} to {sizes[-1]:,}", "samples": samples, "steps": samples // sizes[-1]},
+        **{"first": sizes[int(np.argmax(rates))], "last": peak, "lower": share},
+        "cost": float(evidence.losses[sizes[-1]].mean().excess(np.array([rates.max()]))[0]),
+        "power": float(np.polyfit(np.log2(sizes), rates, 1)[0]) if len(sizes) > 1 else math.nan,
+    }
+
+
+def momentum(page: Page, found: Found, side: Found, draws: int) -> None:
+    """The noise scale of the laws with and without momentum."""
+    if "no_momentum" not in side or "mlp" not in found:
+        return
+    without, with_it = side["no_momentum"], found["mlp"]
+    scales = [_noise_scales(evidence, draws) for evidence in (without, with_it)]
+    rows = [
+        {"law": law, "without": a, "with": b, "ratio": a[0] / b[0]} for law, a, b in zip(LAWS, *scales, strict=True)
+    ]
+    ratios = [row["ratio"] for row in rows]
+    page.fill(
+        "momentum",
+        rates=[
+            {"batch_size": size, "without": 2**rate, "with": 2 ** with_it.best_rates[size]}
+            for size, rate in without.best_rates.items()
+            if size in with_it.best_rates
+        ],
+        momentum=page.keep("momentum", rows),
+        lowest=number(min(ratios)),
+        highest=number(max(ratios)),
+        apart=listed([row["law"] for row in rows if row["without"][1] > row["with"][2]]),
+    )
+
+
+def _noise_scales(evidence: Evidence, draws: int) -> list[tuple[float, float, float]]:
+    """The best one of each law, for all batch sizes, with its interval over the seeds."""
+    found = outcomes(evidence.losses, {}, draws, np.random.default_rng(0))
+    return [with_interval(found[law, ONE].factors[best_factors(found[law, ONE])]) for law in LAWS]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from optim_implementations import timm_lamb
+from reporting import Row
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,31 +23,26 @@ from lightning_gradhist import ALTO, AdamE, NoiseScale
 
 NOISE_GRADIENTS = 32
 """Independent gradients of one measurement of the noise scale, half of them in each of its halves."""
-_WARM_UP = 0.05
-_MOMENTS = 12
+_WARM_UP, _MOMENTS = 0.05, 12
 _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
-
 # Without weight decay, but for AdamW's 0.01. ALTO and Lamb share their moments, as Adam and AdamE do, so that each pair
 # differs by E alone.
 # timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
 _LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
+_NO_MOMENTUM: dict[str, Any] = {"betas": (0.0, 0.999)}
+_UNCLIPPED: dict[str, Any] = {"always_adapt": True, "max_grad_norm": None}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params, **options: torch.optim.Adam(params, fused=True, **options),
-    "Adam without momentum": lambda params, **options: torch.optim.Adam(
-        params, fused=True, betas=(0.0, 0.999), **options
-    ),
+    "Adam without momentum": lambda params, **options: torch.optim.Adam(params, fused=True, **_NO_MOMENTUM, **options),
     "AdamW": lambda params, **options: torch.optim.AdamW(params, fused=True, **options),
     "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **_LARGE_BATCH, **options),
     "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **_LARGE_BATCH, **options),
-    "Lamb": lambda params, **options: timm_lamb()(
-        params, always_adapt=True, max_grad_norm=None, **_LAYERWISE, **options
-    ),
+    "Lamb": lambda params, **options: timm_lamb()(params, **_UNCLIPPED, **_LAYERWISE, **options),
 }
 EPS = {"Adam": 1e-8, "Adam without momentum": 1e-8, "AdamW": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
 """What each takes if it is told nothing, but for AdamE, which takes Adam's."""
 
-Row = dict[str, Any]
 Curve = Sequence[tuple[int, float]]
 
 
@@ -54,28 +51,17 @@ class Run:
     """What a training run depends on, and all that it depends on.
 
     The learning rate rises linearly over the first 5% of the steps and then falls linearly to zero.
-
-    Attributes:
-        workload: name of one of ``WORKLOADS``.
-        optimizer: name of one of ``OPTIMIZERS``.
-        batch_size: samples of a step.
-        learning_rate: at its highest.
-        eps: of the optimizer.
-        seed: of the weights and of the order of the samples.
-        samples: how many are trained on, rounded down to whole steps.
-        loss_scale: what the loss is multiplied by before the backward pass.
-        noise: whether the noise scale is measured on the way, which does not change the training.
     """
 
     workload: str
     optimizer: str
     batch_size: int
-    learning_rate: float
+    learning_rate: float  # at its highest
     eps: float
-    seed: int
-    samples: int
-    loss_scale: float = 1.0
-    noise: bool = False
+    seed: int  # of the weights and of the order of the samples
+    samples: int  # how many are trained on, rounded down to whole steps
+    loss_scale: float = 1.0  # what the loss is multiplied by before the backward pass
+    noise: bool = False  # whether the noise scale is measured on the way, which does not change the training
 
     @property
     def steps(self) -> int:
@@ -89,10 +75,6 @@ def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
     Losses are the mean cross-entropy per prediction in evaluation mode: the final training loss over a fixed subset of
     the training data, so that batch sizes compare; the loss on the way over a quarter of that subset.
 
-    Args:
-        run: the settings.
-        folder: of Fashion-MNIST.
-
     Returns:
         The settings and ``steps``, ``train_loss``, ``test_loss``, ``test_accuracy`` (0 to 1), ``diverged`` (1 where a
         loss is not finite, or the final one is above the first; else 0), ``seconds``, ``curve`` (``[samples, loss]`` on
@@ -100,27 +82,33 @@ def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
         for each moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (forward and backward
         passes that it took, each of the workload's ``noise_batch_size``).
     """
+    model, data, row = _trained(run, folder)
+    test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
+    return {**row, "test_loss": test_loss, "test_accuracy": accuracy}
+
+
+def train_for_claim(run: Run, folder: Path = FASHION_MNIST) -> Row:
+    """As :func:`train`, the accuracy on the first half of the test data, ``validation_error`` on the second."""
+    model, data, row = _trained(run, folder)
+    half = len(data.test) // 2
+    parts = ([tensor[part] for tensor in data.test.tensors] for part in (slice(half), slice(half, None)))
+    accuracy, validated = (evaluate(model, part, half)[1] for part in parts)
+    return {**row, "validation_error": 1 - validated, "test_accuracy": accuracy}
+
+
+def _trained(run: Run, folder: Path) -> tuple[nn.Module, Data, Row]:
     torch.set_num_threads(1)
-    data, start = _data(run.workload, folder), perf_counter()
+    data, start = data_of(run.workload, folder), perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = WORKLOADS[run.workload].make_model()
         curve, noise = fit(model, run, data)
     train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
-    test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
-    return {
-        **asdict(run),
-        "steps": run.steps,
-        "train_loss": train_loss,
-        "test_loss": test_loss,
-        "test_accuracy": accuracy,
-        "diverged": int(not train_loss <= curve[0][1]),
-        "seconds": perf_counter() - start,
-        "curve": curve,
-        "samples_to_target": [(t, samples_to(t, curve)) for t in WORKLOADS[run.workload].targets],
-        "noise_scale": noise,
-        "noise_passes": NOISE_GRADIENTS * len(noise),
-    }
+    row = {"steps": run.steps, "train_loss": train_loss, "diverged": int(not train_loss <= curve[0][1])}
+    reached = [(target, samples_to(target, curve)) for target in WORKLOADS[run.workload].targets]
+    measured = {"noise_scale": noise, "noise_passes": NOISE_GRADIENTS * len(noise)}
+    along = {"seconds": perf_counter() - start, "curve": curve, "samples_to_target": reached}
+    return model, data, {**asdict(run), **row, **along, **measured}
 
 
 def evaluate(model: nn.Module, tensors: Sequence[Tensor], samples: int) -> tuple[float, float]:
@@ -161,65 +149,66 @@ def schedule(step: int, steps: int) -> float:
 def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Generator) -> dict[str, float]:
     """The noise scale at the present weights, from fresh gradients of independent samples.
 
-    The metric of ``B_adam`` is that of a batch of the run's size, and of its epsilon.
-
-    Returns:
-        ``simple`` and ``adam``, in samples, each with ``_lower`` and ``_upper``, the ends of its 95% interval.
+    ``simple`` and ``adam`` are in samples, each with ``_lower`` and ``_upper``, the ends of its 95% interval.
     """
+    fresh = gradients_of(model, data, WORKLOADS[run.workload].noise_batch_size, generator)
+    noise, found = noise_scale(fresh, run), {}
+    for name, of in (("simple", noise.simple()), ("adam", noise.adam())):
+        found |= {name: of.value, f"{name}_lower": of.lower, f"{name}_upper": of.upper}
+    return found
+
+
+def noise_scale(gradients: Iterator[Mapping[str, Tensor]], run: Run, number: int = NOISE_GRADIENTS) -> NoiseScale:
+    """The noise scale from the next gradients, with the metric of a batch of the run's size, and of its epsilon."""
     batch_size = WORKLOADS[run.workload].noise_batch_size
-    parameters = dict(model.named_parameters())
-    noise = NoiseScale(parameters, batch_size)
-    samples = batches(len(data.train), batch_size, generator)
-    for number, indices in zip(range(NOISE_GRADIENTS), samples, strict=False):
-        if number == NOISE_GRADIENTS // 2:
+    for index, gradient in enumerate(itertools.islice(gradients, number)):
+        if index == 0:
+            noise = NoiseScale(gradient, batch_size)
+        if index == number // 2:
             noise.split(run.eps, run.batch_size / batch_size)
-        gradients = torch.autograd.grad(loss_of(model, data, indices) * run.loss_scale, list(parameters.values()))
-        noise.update(dict(zip(parameters, gradients, strict=True)))
-    estimates = {"simple": noise.simple(), "adam": noise.adam()}
-    return {
-        name + end: value
-        for name, of in estimates.items()
-        for end, value in (("", of.value), ("_lower", of.lower), ("_upper", of.upper))
-    }
+        noise.update({name: values * run.loss_scale for name, values in gradient.items()})
+    return noise
 
 
 def fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, float]]]:
     """Trains a model in place; returns ``curve`` and ``noise_scale`` as :func:`train` describes them."""
+    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
+    samples_of_step = batches(len(data.train), run.batch_size, torch.Generator().manual_seed(2 * run.seed))
     fresh = torch.Generator().manual_seed(2 * run.seed + 1)
     curve: list[tuple[int, float]] = []
     noise: list[dict[str, float]] = []
     looked_at = moments(run.steps)
-    for step in stepping(model, run, data):
-        if step not in looked_at:
-            continue
-        samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
-        curve.append((samples, loss_now))
-        if step == run.steps or math.isinf(loss_now):
-            break
-        if run.noise:
-            noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
-    return curve, noise
-
-
-def stepping(model: nn.Module, run: Run, data: Data) -> Iterator[int]:
-    """Trains a model in place; yields the number of steps made, before each of them and at the end."""
-    optimizer = OPTIMIZERS[run.optimizer](model.parameters(), lr=run.learning_rate, eps=run.eps)
-    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
-    samples_of_step = batches(len(data.train), run.batch_size, torch.Generator().manual_seed(2 * run.seed))
-    for step in range(run.steps):
-        yield step
+    for step in range(run.steps + 1):
+        if step in looked_at:
+            samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
+            curve.append((samples, loss_now))
+            if step == run.steps or math.isinf(loss_now):
+                break
+            if run.noise:
+                noise.append({"samples": samples, "loss": loss_now, **measure_noise(model, run, data, fresh)})
         loss = loss_of(model, data, next(samples_of_step))
         optimizer.zero_grad()
         (loss * run.loss_scale).backward()
         optimizer.step()
         scheduler.step()
-    yield run.steps
+    return curve, noise
 
 
 def loss_of(model: nn.Module, data: Data, indices: Tensor) -> Tensor:
     """Mean cross-entropy of some of the training samples."""
     inputs, classes = (tensor[indices] for tensor in data.train.tensors)
     return functional.cross_entropy(model(inputs).flatten(0, -2), classes.flatten())
+
+
+def gradients_of(
+    model: nn.Module, data: Data, batch_size: int, generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    """Gradients of the mean loss by name of the parameter, each over samples of its own."""
+    parameters = dict(model.named_parameters())
+    for indices in batches(len(data.train), batch_size, generator):
+        gradients = torch.autograd.grad(loss_of(model, data, indices), list(parameters.values()))
+        yield dict(zip(parameters, gradients, strict=True))
 
 
 def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -231,5 +220,6 @@ def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[
 
 
 @cache
-def _data(workload: str, folder: Path) -> Data:
+def data_of(workload: str, folder: Path) -> Data:
+    """Its data, read once."""
     return WORKLOADS[workload].load(folder)

@@ -1,9 +1,6 @@
 """Four real workloads that two CPU cores bear. A sample is one image or one sequence.
 
-They are small, so that hundreds of runs of each can be made in an hour or two: the language models have 0.11 M and 0.12 M
-parameters and see 32 characters at a time. The batch sizes of a workload are a factor of four apart and span a factor of
-256. A run at equal samples is at most one pass over the data. On one core of an AMD EPYC, shared, a sample took 0.23 ms
-(``cnn``), 0.4 to 0.9 ms (``gpt``) and 0.2 to 0.6 ms (``lstm``), more at the smallest batches; a step of ``mlp`` took 0.3 ms.
+The batch sizes of a workload are a factor of four apart. A run at equal samples is at most one pass over the data.
 """
 
 from __future__ import annotations
@@ -13,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package ``dataset-fashion-mnist`` puts its four files."""
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts its four files
 CONTEXT = 32
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = len(CHARACTERS) + 1  # and one for all others
-_TEXT_BYTES = 4_000_000
-_TEST_SEQUENCES = 2048
+_TEXT_BYTES, _TEST_SEQUENCES = 4_000_000, 2048
 _COPIES, _NOISE = 16, 0.5  # the noise's standard deviation, where white is 1
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """Tensors in memory: inputs ``[n, ...]`` and the classes ``[n]`` or ``[n, context]`` to predict."""
 
     train: TensorDataset
@@ -43,40 +38,24 @@ class Data:
 class Workload:
     """A model, its data, and the size of its grid.
 
-    Attributes:
-        name: of the workload and of its table.
-        make_model: makes the model from torch's global random numbers; it maps inputs to logits ``[..., classes]``, and
-            the loss is the mean cross-entropy.
-        load: reads the data; its argument is the folder of Fashion-MNIST.
-        batch_sizes: in samples, ascending.
-        samples: of a run at equal samples.
-        steps: of a run at equal steps.
-        learning_rate: of Adam, where the search for the best one starts at the smallest batch size.
-        noise_batch_size: samples of a gradient that the noise scale is measured with.
-        targets: losses of which the samples to reach them are recorded, descending.
-        optimizer: whose rates the grid tunes.
+    The model comes from torch's global random numbers and maps inputs to logits ``[..., classes]``; the loss is the mean
+    cross-entropy.
     """
 
     name: str
     make_model: Callable[[], nn.Module]
-    load: Callable[[Path], Data]
-    batch_sizes: tuple[int, ...]
-    samples: int
-    steps: int
-    learning_rate: float
-    noise_batch_size: int
-    targets: tuple[float, ...]
-    optimizer: str = "Adam"
+    load: Callable[[Path], Data]  # from the folder of Fashion-MNIST
+    batch_sizes: tuple[int, ...]  # ascending
+    samples: int  # of a run at equal samples
+    steps: int  # of a run at equal steps
+    learning_rate: float  # of Adam, where the search for the best one starts at the smallest batch size
+    noise_batch_size: int  # samples of a gradient that the noise scale is measured with
+    targets: tuple[float, ...]  # losses of which the samples to reach them are recorded, descending
+    optimizer: str = "Adam"  # whose rates the grid tunes
 
 
 class GPT(nn.Module):
-    """A transformer that predicts the next character, layers normalised first, causal attention.
-
-    Args:
-        width: of a token.
-        layers: number of blocks.
-        heads: of the attention.
-    """
+    """A transformer that predicts the next character, layers normalised first, causal attention."""
 
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4) -> None:
         super().__init__()
@@ -97,9 +76,8 @@ class _Block(nn.Module):
         self.heads = heads
         self.norm, self.queries_keys_values = nn.LayerNorm(width), nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
-        self.perceptron = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        layers = (nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.perceptron = nn.Sequential(nn.LayerNorm(width), *layers)
 
     def forward(self, x: Tensor) -> Tensor:
         queries, keys, values = (
@@ -112,12 +90,7 @@ class _Block(nn.Module):
 
 
 class LSTM(nn.Module):
-    """One layer of long short-term memory that predicts the next character.
-
-    Args:
-        width: of a token.
-        hidden: width of the state.
-    """
+    """One layer of long short-term memory that predicts the next character."""
 
     def __init__(self, width: int = 64, hidden: int = 128) -> None:
         super().__init__()
@@ -158,10 +131,7 @@ def _images(folder: Path) -> Data:
 
 
 def _digits(folder: Path) -> Data:
-    """Scikit-learn's digits, 16 copies of each under noise of their own.
-
-    Without it the loss goes to zero, and a share of it says nothing.
-    """
+    """Scikit-learn's digits, 16 copies of each under noise, without which the loss goes to zero and a share says nothing."""
     data, generator = Digits(1), torch.Generator().manual_seed(0)
     return Data(_noisy(data.train, generator), _noisy(data.val, generator))
 
@@ -180,12 +150,8 @@ def _text(folder: Path) -> Data:
     characters = encode(b"".join(file.read_bytes() for file in files)[:_TEXT_BYTES])
     sequences = characters[: len(characters) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     sequences = sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))]
-    test, train = (TensorDataset(part[:, :-1], part[:, 1:]) for part in _cut(sequences, _TEST_SEQUENCES))
-    return Data(train, test)
-
-
-def _cut(tensor: Tensor, at: int) -> tuple[Tensor, Tensor]:
-    return tensor[:at], tensor[at:]
+    whole = TensorDataset(sequences[:, :-1], sequences[:, 1:])
+    return Data(TensorDataset(*whole[_TEST_SEQUENCES:]), TensorDataset(*whole[:_TEST_SEQUENCES]))
 
 
 WORKLOADS = {

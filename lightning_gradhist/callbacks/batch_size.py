@@ -1,71 +1,242 @@
-"""How many samples an optimizer step has."""
+"""How many samples batches and optimizer steps have: what comes is counted."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import is_sharded
 
+_FEW = 3  # batches an epoch, of which a short one is too many to leave out
+_UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
 
-def effective_batch_size(trainer: Trainer, batch_size: int | None = None) -> int | None:
-    """Samples of an optimizer step: per-device batch, times accumulation, times data-parallel ranks.
 
-    Args:
-        trainer: with its training data set up.
-        batch_size: per-device batch size where the user has given it; else it is read from the loader. Under manual
-            optimization, where only the user knows how much is accumulated, samples of a step on one device.
+def count_samples(batch: Any) -> int | None:
+    """The samples of a batch: the first length that all its tensors have in common.
+
+    Looks into mappings, sequences and dataclasses, to any depth. A tensor without dimensions has one sample, a packed
+    sequence as many as its first step, and a batch of graphs its ``num_graphs``. What is no tensor says nothing.
 
     Returns:
-        None where it cannot be read: no loader or several, one that does not tell its batch size, or manual
-        optimization.
+        None where the lengths differ, as of ragged or sequence-first data, and where there are none.
     """
-    automatic = trainer.lightning_module.automatic_optimization
-    if automatic:
-        batch_size = batch_of_rank(trainer, batch_size)
-    if not isinstance(batch_size, int):
+    try:
+        found = set(_lengths(batch))
+    except Exception:  # a class of the user's may raise whatever it likes
         return None
-    sampler = trainer.distributed_sampler_kwargs  # the ranks of a tensor-parallel group share their samples
-    ranks = sampler["num_replicas"] if sampler else trainer.world_size
-    return batch_size * (trainer.accumulate_grad_batches if automatic else 1) * ranks
+    return found.pop() or None if len(found) == 1 else None
 
 
-def batch_of_rank(trainer: Trainer, batch_size: int | None = None) -> int | None:
-    """Samples of a micro-batch on this rank: as given, else what the loader tells; None where it does not."""
-    if batch_size is None:
-        loader = trainer.train_dataloader
-        batch_size = getattr(loader, "batch_size", None)
-        if batch_size is None:
-            batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return batch_size if isinstance(batch_size, int) else None
+def _lengths(part: Any) -> Iterator[int]:
+    if isinstance(part, Tensor):
+        yield part.size(0) if part.ndim else 1
+    elif isinstance(part, PackedSequence):
+        yield int(part.batch_sizes[0])  # which is always in the host's memory
+    elif isinstance(getattr(part, "num_graphs", None), int):
+        yield part.num_graphs
+    else:
+        for member in _members(part):
+            yield from _lengths(member)
 
 
-def full_batches(trainer: Trainer) -> float:
-    """Number of batches of an epoch on this rank that are as large as the others; infinite where it is not known."""
-    loader = trainer.train_dataloader
-    batches = trainer.num_training_batches
-    uneven = (
-        isinstance(loader, DataLoader)
-        and isinstance(loader.batch_size, int)
-        and not loader.drop_last
-        and math.isfinite(batches)
-        and isinstance(loader.sampler, Sized)  # not so of an IterableDataset, which may have no length
-        and batches == len(loader)
-        and len(loader.sampler) % loader.batch_size > 0
-    )
-    return batches - 1 if uneven else batches
+def _members(part: Any) -> Sequence[Any]:
+    if isinstance(part, Mapping):
+        return list(part.values())
+    if isinstance(part, (list, tuple)):
+        return part
+    if is_dataclass(part):
+        return [getattr(part, field.name) for field in fields(part)]
+    return ()
 
 
-def is_short_step(trainer: Trainer) -> bool:
-    """Whether the present optimizer step has fewer samples than the others: the last of an epoch may."""
-    seen = trainer.fit_loop.epoch_loop.batch_idx + 1
-    short_window = seen % trainer.accumulate_grad_batches > 0
-    return trainer.is_last_batch and (short_window or full_batches(trainer) < trainer.num_training_batches)
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of an optimizer step.
+
+    Attributes:
+        first: of its first micro-batch on this rank.
+        batches: micro-batches on this rank.
+        micro_batches: over all data-parallel ranks.
+        variance: of its gradient as a multiple of one sample's, this rank's share of the sum over all ranks: the gradient
+            is the mean of its micro-batches' gradients, each with a variance by its own samples.
+        effective: samples that a step has as a rule, likewise.
+    """
+
+    first: float
+    batches: int
+    micro_batches: int
+    variance: float
+    effective: float
+
+
+class SampleCount:
+    """Counts the samples of the batches that come on this rank.
+
+    The loader's word is taken where a batch cannot be counted. Where the two contradict each other at the first batch,
+    neither is believed. Data smaller than one batch may have fewer than the loader says. What the user says is believed
+    before either.
+
+    Args:
+        given: samples of a micro-batch, as the user says it; under manual optimization, of a step.
+
+    Attributes:
+        varies: whether batches have other sizes than the first, but for a shorter one at the end of an epoch.
+        problem: why the batch size is not known, or None.
+    """
+
+    def __init__(self, given: int | None) -> None:
+        self._given = given
+        self._has_begun = False
+        self._counts = False  # whether what is counted is believed
+        self._declared: int | None = None
+        self._first = 0.0
+        self._total, self._number = 0.0, 0
+        self._short, self._epoch = 0, 0  # of the epoch, this many batches were shorter than the first
+        self._index = 0  # of the last batch in its epoch
+        self._step: list[float | None] = []  # samples of the micro-batches of the coming step so far
+        self.varies = False
+        self.problem: str | None = None
+
+    @property
+    def usual(self) -> float | None:
+        """Samples that a micro-batch has as a rule: as the first, or where they vary their average so far."""
+        if self.problem is not None:
+            return None
+        return self._total / self._number if self.varies else self._first
+
+    def start_batch(self, trainer: Trainer, batch: Any, batch_index: int) -> None:
+        """Counts a batch that is trained on; to be called at ``on_train_batch_start``."""
+        manual = not trainer.lightning_module.automatic_optimization
+        if manual or batch_index % trainer.accumulate_grad_batches == 0:
+            self._step = []
+        self._index = batch_index
+        size = self.count(trainer, batch)
+        if not self._counts and trainer.is_last_batch and batch_index >= _FEW:
+            size = None  # it may be a short one
+        self._step.append(size)
+
+    def count(self, trainer: Trainer, batch: Any) -> float | None:
+        """Samples of a batch; None where they are not known."""
+        manual = not trainer.lightning_module.automatic_optimization
+        counted = None if manual else count_samples(batch)
+        if not self._has_begun:
+            self._begin(trainer, counted)
+        if self.problem is not None or not self._counts:
+            return self.usual
+        if counted is not None:
+            self._compare(trainer, counted)
+        return None if self.problem is not None else counted
+
+    def of_step(self, trainer: Trainer) -> StepSamples | None:
+        """The samples of the step whose micro-batches have come.
+
+        None where they are not known, and for a step that is shorter than the others, as the last of an epoch may be: it
+        tells less than they do. Epochs of up to three batches have no others.
+        """
+        sizes = [size for size in self._step if size is not None]
+        usual, whole = self.usual, accumulated(trainer)
+        if usual is None or not sizes or len(sizes) < len(self._step):
+            return None
+        if not self.varies and sum(sizes) < usual * whole and self._index >= _FEW:
+            return None
+        ranks = _data_ranks(trainer)
+        alike = trainer.world_size / ranks  # ranks that share their samples
+        micro_batches = len(sizes) * ranks
+        variance = math.fsum(1 / size for size in sizes) / alike / micro_batches**2
+        return StepSamples(sizes[0], len(sizes), micro_batches, variance, usual * whole / alike)
+
+    def _begin(self, trainer: Trainer, counted: int | None) -> None:
+        self._has_begun = True
+        self._declared = self._given or _declared(trainer)
+        workers = _number(trainer.train_dataloader, "num_workers") or 0
+        few = trainer.is_last_batch or trainer.num_training_batches <= workers
+        few = few or (workers > 1 and math.isinf(trainer.num_training_batches))
+        manual = not trainer.lightning_module.automatic_optimization
+        if counted is None:
+            known = self._given if manual else self._declared
+            self._first, self.problem = known or 0.0, None if known else _UNKNOWN
+        elif self._declared in (None, counted) or (counted < (self._declared or 0) and few):
+            self._first, self._counts = counted, True
+        elif self._given:
+            self._first = self._given
+        else:
+            self._contradict(counted)
+
+    def _compare(self, trainer: Trainer, counted: int) -> None:
+        """Notices batches of other sizes; each worker's last of an epoch may be short."""
+        if self._declared and counted > self._declared and not self._given:
+            self._contradict(counted)
+            return
+        self._total, self._number = self._total + counted, self._number + 1
+        if trainer.current_epoch != self._epoch:
+            self._short, self._epoch = 0, trainer.current_epoch
+        self._short += counted < self._first
+        workers = _number(trainer.train_dataloader, "num_workers") or 0
+        self.varies |= counted > self._first or self._short > max(1, workers)
+
+    def _contradict(self, counted: int) -> None:
+        self.problem = (
+            f"the training loader says {self._declared} samples a batch, and the tensors of one that came have {counted} in"
+            " their first dimension"
+        )
+
+
+def effective_batch_size(trainer: Trainer, samples: SampleCount) -> float | None:
+    """Samples that an optimizer step has as a rule: micro-batch, times accumulation, over all data-parallel ranks.
+
+    To be called on every rank; None where one of them does not know.
+    """
+    usual = samples.usual
+    total = torch.tensor(math.nan if usual is None else usual, dtype=torch.float64)
+    if trainer.world_size > 1:
+        total = total.to(trainer.lightning_module.device)
+        torch.distributed.all_reduce(total)
+    known = float(total) * accumulated(trainer) * _data_ranks(trainer) / trainer.world_size
+    return None if math.isnan(known) else known
+
+
+def accumulated(trainer: Trainer) -> int:
+    """Micro-batches of an optimizer step on one rank; an epoch that is shorter ends one."""
+    if not trainer.lightning_module.automatic_optimization:
+        return 1
+    return int(min(trainer.accumulate_grad_batches, max(trainer.num_training_batches, 1)))
+
+
+def parts_of_a_step(trainer: Trainer) -> int:
+    """Micro-batches of a step over all ranks, where this rank's gradient of the first of them can be told; else 1."""
+    if not trainer.lightning_module.automatic_optimization or is_sharded(trainer):
+        return 1
+    return accumulated(trainer) * trainer.world_size
 
 
 def gradients_a_step(trainer: Trainer) -> int:
     """How many of the probe's gradients, over all ranks, an optimizer step is the mean of."""
-    return trainer.accumulate_grad_batches * (1 if is_sharded(trainer) else trainer.world_size)
+    return accumulated(trainer) * (1 if is_sharded(trainer) else trainer.world_size)
+
+
+def _declared(trainer: Trainer) -> int | None:
+    """What the loader says a batch has; 1, which is the default, also stands for data that are batches already."""
+    loader = trainer.train_dataloader
+    sizes = [_number(one, "batch_size") for one in (loader, getattr(loader, "batch_sampler", None))]
+    return next((size for size in sizes if size is not None and size > 1), None)
+
+
+def _number(thing: Any, name: str) -> int | None:
+    """A whole number that a user's class may have, or raise anything in place of."""
+    try:
+        value = getattr(thing, name, None)
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _data_ranks(trainer: Trainer) -> int:
+    sampler = trainer.distributed_sampler_kwargs  # the ranks of a tensor-parallel group share their samples
+    return int(sampler["num_replicas"]) if sampler else trainer.world_size

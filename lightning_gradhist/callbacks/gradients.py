@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import local
+from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 
@@ -53,6 +54,12 @@ def _dense(gradient: Tensor) -> Tensor:
     return as_real(gradient.to_dense() if gradient.layout != torch.strided else gradient)
 
 
+def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares of all values, on the device of the first gradient; 0 where there is none."""
+    norms = torch._foreach_norm([flat_values(as_real(gradient))[0] for gradient in gradients] or [torch.zeros(1)])
+    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).square().sum()
+
+
 class LocalGradients:
     """Copies of what backward leaves on this rank, before DDP averages it, until :meth:`take` or :meth:`close`.
 
@@ -77,6 +84,11 @@ class LocalGradients:
         for name, parameter in parameters.items() if self._is_open else ():
             if parameter.requires_grad and name not in self._handles:
                 self._handles[name] = parameter.register_post_accumulate_grad_hook(partial(self._copy, name))
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of the parameters that it has looked at, whether they had a gradient or not."""
+        return self._handles.keys()
 
     def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
         """The gradients, unscaled, divided by a number; nothing is copied any more.
@@ -139,6 +151,13 @@ def loss_scale(trainer: Trainer) -> float:
 def loss_scaler(trainer: Trainer) -> Any:
     """The GradScaler of 16-mixed, which may skip steps, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def rounding_unit(trainer: Trainer) -> float:
+    """The relative precision of the arithmetic that gradients come from, by the Trainer's ``precision``."""
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    precision = str(trainer.precision)
+    return torch.finfo(next((dtype for key, dtype in kinds.items() if key in precision), torch.float32)).eps
 
 
 def clips_by_norm(trainer: Trainer) -> bool:

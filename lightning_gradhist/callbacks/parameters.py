@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # what torch.compile and activation checkpointing put in
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and activation checkpointing put in
 
 
 def plain_name(name: str) -> str:
     """The name of a parameter without what wrappers of its module add, so that it is the same with and without them."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module by their plain names; one whose plain name another one has keeps its whole name."""
+    whole, plain = dict(module.named_parameters()), {}
+    for name, parameter in whole.items():
+        short = plain_name(name)
+        plain[name if short in whole or short in plain else short] = parameter
+    return plain
 
 
 def model_shapes(module: nn.Module) -> dict[str, list[int]]:
     """Names and shapes of the parameters that are trained, by which a record knows its model."""
-    return {
-        plain_name(name): list(p.shape)  # the same model, compiled or not
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
+    return {name: list(p.shape) for name, p in named_parameters(module).items() if p.requires_grad and not is_lazy(p)}
 
 
 def optimizer_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters of an optimizer by their names in the module, in the order of its groups."""
-    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {names.get(id(parameter), f"parameter_{i}"): parameter for i, parameter in enumerate(parameters)}
+    """The parameters of an optimizer by their names in the module, in the order of its groups.
+
+    One of another module is called by its place, ``parameter_<i>``; one without a shape yet is left out.
+    """
+    named = named_parameters(module)
+    names = {id(parameter): name for name, parameter in named.items()}
+    found: dict[str, nn.Parameter] = {}
+    for i, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        name = names.get(id(parameter), f"parameter_{i}")
+        while id(parameter) not in names and name in named:
+            name = f"_{name}"
+        if not is_lazy(parameter):
+            found[name] = parameter
+    return found
+
+
+def is_lazy(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has no shape before the first forward pass, as that of a ``LazyLinear``."""
+    return isinstance(parameter, UninitializedParameter)

@@ -25,6 +25,13 @@ class Replicas:
     ranks: int
 
 
+def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """20 bits of the first values of each tensor, int64 ``[1]``: the same on ranks that have the same tensors."""
+    few = [flat_values(tensor)[0][:64].float() for tensor in tensors.values()] or [torch.zeros(1)]
+    bits = torch.cat([values.to(few[0].device) for values in few]).view(torch.int32)
+    return bits.sum(dim=0, keepdim=True, dtype=torch.int64) % 2**20
+
+
 def is_a(thing: object, *names: str) -> bool:
     """Whether a class of one of these names is among a thing's own; by name, as Lightning's classes are there twice."""
     return not {cls.__name__ for cls in type(thing).__mro__}.isdisjoint(names)
@@ -94,6 +101,18 @@ class RankSum:
                 piece = table.view(-1)[start : start + _PIECE]
             torch.distributed.all_reduce(piece)
 
+    def check(self, table: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Writes into the last two places of a table, before it is added up, what tells :meth:`mark_unlike`."""
+        if self._ranks > 1:
+            bits = checksum(gradients)
+            table[-2:] = torch.cat([bits, bits**2]).to(table)
+
+    def mark_unlike(self, table: Tensor, mark: float) -> None:
+        """Fills the sum of tables, but for the last two places, if not all ranks have checked the same gradients."""
+        if self._ranks > 1:  # the sum of squares is least where all are alike
+            differ = (self._ranks * table[-1] != table[-2] ** 2) & (table[-1] >= 0)  # below 0 where a rank has no table
+            table[:-2].masked_fill_(differ, mark)
+
     def all_true(self, mine: bool) -> bool:
         """Whether something is so on every rank."""
         if self._ranks == 1:
@@ -101,13 +120,6 @@ class RankSum:
         others = self._reserve[:1].fill_(int(not mine))
         torch.distributed.all_reduce(others)
         return int(others) == 0
-
-
-def parts_of_a_step(trainer: Trainer) -> int:
-    """Micro-batches of a step over all ranks, where this rank's gradient of the first of them can be told; else 1."""
-    if not trainer.lightning_module.automatic_optimization or is_sharded(trainer):
-        return 1
-    return trainer.accumulate_grad_batches * trainer.world_size
 
 
 def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], replicas: Replicas) -> dict[str, Tensor]:

@@ -1,18 +1,19 @@
-"""How the kernels are launched."""
+"""How the kernels of a step are launched: which tensors they take, and the arguments that all of them have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_gradhist.kernels._tables import DTYPES
+from lightning_gradhist.kernels._chunks import DTYPES, INTERPRETED
+from lightning_gradhist.kernels._math import KernelScalars
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels._tables import all_contiguous
 
-BLOCK = 512
-"""Elements that a program holds in registers at a time: one 128-bit load a thread and tensor, so that many threads fit."""
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {
     "num_warps": 2 if torch.version.hip else 4,  # 128 threads; a warp of AMD's is twice as wide
     "num_stages": 1,  # loads must not be moved over the stores of an earlier block
@@ -20,31 +21,15 @@ OPTIONS = {
 }
 
 
-class Scalars(Protocol):
-    """The scalars of a step: ``optim._lists.StepScalars``, which this package does not import."""
+class Variant(NamedTuple):
+    """What a kernel is compiled for: dtypes in Triton's terms, and the branches of the step."""
 
-    @property
-    def lr(self) -> float | Tensor: ...  # noqa: D102
-    @property
-    def mix(self) -> float: ...  # noqa: D102
-    @property
-    def explore_beta(self) -> float: ...  # noqa: D102
-    @property
-    def beta1(self) -> float: ...  # noqa: D102
-    @property
-    def beta2(self) -> float: ...  # noqa: D102
-    @property
-    def step(self) -> float | Sequence[Tensor]: ...  # noqa: D102
-    @property
-    def bias_correction1(self) -> float | Sequence[Tensor]: ...  # noqa: D102
-    @property
-    def bias_correction2(self) -> float | Sequence[Tensor]: ...  # noqa: D102
-    @property
-    def eps(self) -> float: ...  # noqa: D102
-    @property
-    def weight_decay(self) -> float: ...  # noqa: D102
-    @property
-    def maximize(self) -> bool: ...  # noqa: D102
+    param: Any
+    grad: Any
+    state: Any
+    maximize: bool
+    decay: bool
+    decoupled: bool = False
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -52,45 +37,121 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def moment_arguments(s: Scalars) -> dict[str, float]:
-    """What moves ``e``, ``m`` and ``v``, by the names of the kernels' arguments."""
-    return {
-        "mix": float(s.mix),
-        "explore_beta": float(s.explore_beta),
-        "explore_rest": 1.0 - s.explore_beta,  # here, in float64
-        "beta1": float(s.beta1),
-        "rest1": 1.0 - s.beta1,
-        "beta2": float(s.beta2),
-        "rest2": 1.0 - s.beta2,
-    }
+def variant_of(tensors: StepTensors, s: StepScalars) -> Variant:
+    """What a kernel for these tensors and scalars is compiled for."""
+    param, grad, state = (DTYPES[column[0].dtype] for column in (tensors.params, tensors.grads, tensors.exp_avgs))
+    return Variant(param, grad, state, bool(s.maximize), s.decays())
 
 
-def direction_arguments(s: Scalars) -> dict[str, Any]:
-    """What makes a direction of ``m`` and ``v``, by the names of the kernels' arguments."""
-    return {
-        "unbias1": _unbias(s.bias_correction1),
-        "unbias2": _unbias(s.bias_correction2),
-        "eps": float(s.eps),
-        "STEPS_ON_DEVICE": not isinstance(s.bias_correction1, (int, float)),
-    }
+def kernel_scalars(s: StepScalars, state: torch.dtype) -> KernelScalars:
+    """The scalars as the kernels take them; the number of the step matters only for rounding to a state in bf16."""
+    return KernelScalars(
+        lr=s.lr if isinstance(s.lr, Tensor) else float(s.lr),
+        mix=float(s.mix),
+        explore_beta=_decay(s.explore_beta),
+        beta1=_decay(s.beta1),
+        beta2=_decay(s.beta2),
+        step=_of_each(s.step) if state == torch.bfloat16 else 0.0,
+        unbias1=_inverse(_of_each(s.bias_correction1)),
+        unbias2=_inverse(_of_each(s.bias_correction2)),
+        eps=float(s.eps),
+        weight_decay=float(s.weight_decay),
+    )
 
 
-def rate_arguments(s: Scalars) -> dict[str, Any]:
-    """The learning rate and where it is, by the names of the kernels' arguments."""
-    return {"lr": s.lr if isinstance(s.lr, Tensor) else float(s.lr), "LR_ON_DEVICE": isinstance(s.lr, Tensor)}
+def _decay(beta: Any) -> tuple[float, float]:
+    return float(beta), 1.0 - beta  # here, in float64
 
 
-def state_arguments(s: Scalars, dtype: torch.dtype) -> dict[str, Any]:
-    """The dtype of the state, and the number of the step, on which rounding to bf16 depends."""
-    if dtype == torch.float32:
-        step: float | Tensor = 0.0
-    else:
-        step = float(s.step) if isinstance(s.step, (int, float)) else torch.stack(list(s.step)).float()
-    return {"STATE": DTYPES[dtype], "step": step, "STEP_ON_DEVICE": isinstance(step, Tensor)}
+def _of_each(values: Any) -> float | Tensor:
+    """A number, or that of each tensor as fp32 ``[n]``."""
+    return float(values) if isinstance(values, (int, float)) else torch.stack(list(values)).float()
 
 
-def _unbias(correction: float | Sequence[Tensor]) -> float | Tensor:
-    """One over a number, or over ``[n]`` in fp32: a quotient an element less, and the registers that it takes."""
-    if isinstance(correction, (int, float)):
-        return 1.0 / correction
-    return torch.stack(list(correction)).float().reciprocal()
+def _inverse(value: float | Tensor) -> float | Tensor:
+    return value.reciprocal() if isinstance(value, Tensor) else 1.0 / value
+
+
+def unsupported(tensors: StepTensors) -> str | None:
+    """Say what keeps the kernels from these tensors.
+
+    They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any
+    strides, and state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor
+    overlaps.
+
+    Args:
+        tensors: Parameters, gradients and state.
+
+    Returns:
+        The reason, naming the entry; None if there is none.
+    """
+    if not tensors.params:
+        return None
+    device = tensors.params[0].device
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        return (
+            f"the tensors are on {device}; the kernels run on CUDA devices (TRITON_INTERPRET=1 is for tests on the CPU)"
+        )
+    if _plainly_supported(tensors):
+        return None
+    for name, column in tensors._asdict().items():
+        is_state = name not in ("params", "grads")
+        dtype = (tensors.exp_avgs if is_state else column)[0].dtype
+        if is_state and dtype not in STATE_DTYPES:
+            return f"{name} are {dtype}; they must be float32 or bfloat16"
+        if dtype not in DTYPES:
+            return f"{name} are {dtype}; they must be float32, bfloat16 or float16"
+        for index, (param, tensor) in enumerate(zip(tensors.params, column, strict=True)):
+            if tensor.device != device:
+                return f"{name}[{index}] is on {tensor.device}, not {device}"
+            if tensor.dtype != dtype:
+                return f"{name}[{index}] is {tensor.dtype}, not {dtype}"
+            if tensor.shape != param.shape:
+                return f"{name}[{index}] has shape {tuple(tensor.shape)}, its parameter {tuple(param.shape)}"
+            if name != "grads" and not _same_order(tensor, param):
+                return f"{name}[{index}] has strides {tensor.stride()}, its parameter {param.stride()}"
+            if name == "params" and not _is_dense(tensor):
+                return f"params[{index}] with strides {tensor.stride()} has gaps or overlaps in its memory"
+    return None
+
+
+def _plainly_supported(tensors: StepTensors) -> bool:
+    """Whether all is contiguous and of one kind, which is told faster than what is wrong with thousands of tensors."""
+    kinds = [{(tensor.dtype, tensor.device) for tensor in column} for column in tensors]
+    if any(len(kind) > 1 for kind in kinds) or len(set.union(*kinds[2:])) > 1:
+        return False
+    ((param, device),), ((grad, grad_device),), ((state, state_device),) = kinds[:3]
+    one_kind = {param, grad} <= DTYPES.keys() and state in STATE_DTYPES
+    if not one_kind or not device == grad_device == state_device:
+        return False
+    shapes = [[tensor.shape for tensor in column] for column in tensors]
+    return all(other == shapes[0] for other in shapes) and all(map(all_contiguous, tensors))
+
+
+def refuse_unsupported(tensors: StepTensors) -> None:
+    """Raise a ValueError if the kernels do not take these tensors, before anything is changed."""
+    reason = unsupported(tensors)
+    if reason is not None:
+        raise ValueError(f"No kernel for these tensors: {reason}. Use the eager step (fused=False).")
+
+
+def grads_in_memory_order(tensors: StepTensors) -> list[Tensor]:
+    """Gradients with the strides of their parameters: themselves, or copies of those that have others."""
+    if all_contiguous(tensors.params) and all_contiguous(tensors.grads):
+        return tensors.grads
+    return [
+        grad if _same_order(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        for grad, param in zip(tensors.grads, tensors.params, strict=True)
+    ]
+
+
+def _same_order(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.stride() == other.stride() or not tensor.numel():
+        return True
+    where = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return all(size == 1 or stride == other_stride for size, stride, other_stride in where)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()

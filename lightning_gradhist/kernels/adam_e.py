@@ -6,164 +6,80 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
 from lightning_gradhist.kernels._launch import (
-    BLOCK,
     OPTIONS,
-    Scalars,
-    direction_arguments,
-    moment_arguments,
+    grads_in_memory_order,
+    kernel_scalars,
     on_device_of,
-    rate_arguments,
-    state_arguments,
-)
-from lightning_gradhist.kernels._math import adam_direction, explored_gradient, moved, scalar, scalar_of, stored
-from lightning_gradhist.kernels._tables import (
-    ALIGNMENT,
-    CHUNK,
-    DTYPES,
-    Lists,
-    chunk_table,
-    elements,
-    in_memory_order,
-    locate,
-    read,
     refuse_unsupported,
-    write,
+    variant_of,
 )
+from lightning_gradhist.kernels._math import adam_direction, moved, scalars_of, stored
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels._tables import CHUNK, chunk_table
 
-NO_DECAY, COUPLED, DECOUPLED = 0, 1, 2
 
+def adam_e_step(tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
+    """As the eager :func:`~lightning_gradhist.optim.adam_e.adam_e_step`, in fp32.
 
-def adam_e_step(lists: Lists, s: Scalars, *, decoupled_weight_decay: bool) -> None:
-    """Make one AdamE step in place, in fp32; the gradients are not changed.
-
-    Args:
-        lists: Parameters, gradients and state.
-        s: The scalars of this step; tensors among them are on the device of the parameters, and are read there.
-        decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
+    Tensors among the scalars are on the device of the parameters, and are read there.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
     """
-    if not lists.params:
+    if not tensors.params:
         return
-    with on_device_of(lists.params[0]):
-        grads = in_memory_order(lists)
-        columns = [lists.params, grads, lists.exp_avg_grads, lists.exp_avgs, lists.exp_avg_sqs]
-        table = chunk_table(columns, lambda: refuse_unsupported(lists))
-        if not len(table.chunks):
-            return
-        adam_e_kernel[(len(table.chunks),)](
-            table.chunks,
-            table.extents,
-            table.pointers,
-            **moment_arguments(s),
-            **direction_arguments(s),
-            **rate_arguments(s),
-            weight_decay=float(s.weight_decay),
-            **state_arguments(s, lists.exp_avgs[0].dtype),
-            PARAM=DTYPES[lists.params[0].dtype],
-            GRAD=DTYPES[grads[0].dtype],
-            DECAY=NO_DECAY if s.weight_decay == 0.0 else DECOUPLED if decoupled_weight_decay else COUPLED,
-            MAXIMIZE=bool(s.maximize),
-            ALIGNMENT=ALIGNMENT,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )
+    with on_device_of(tensors.params[0]):
+        ordered = tensors._replace(grads=grads_in_memory_order(tensors))
+        table = chunk_table(ordered, lambda: refuse_unsupported(tensors))
+        if len(table.chunks):
+            adam_e_kernel[(len(table.chunks),)](
+                table,
+                kernel_scalars(s, tensors.exp_avgs[0].dtype),
+                variant_of(tensors, s)._replace(decoupled=bool(decoupled_weight_decay and s.decays())),
+                CHUNK,
+                **OPTIONS,
+            )
 
 
 @triton.jit
-def adam_e_kernel(
-    chunks,
-    extents,
-    pointers,
-    mix,
-    explore_beta,
-    explore_rest,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    unbias1,
-    unbias2,
-    eps,
-    lr,
-    weight_decay,
-    step,
-    PARAM: tl.constexpr,
-    STATE: tl.constexpr,
-    GRAD: tl.constexpr,
-    DECAY: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    LR_ON_DEVICE: tl.constexpr,
-    STEPS_ON_DEVICE: tl.constexpr,
-    STEP_ON_DEVICE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def adam_e_kernel(table, s, VARIANT: tl.constexpr, CHUNK: tl.constexpr):
     """Step one chunk."""
-    tensor, offset, size = locate(chunks, extents, tl.program_id(0), CHUNK)
-    theta_at = tl.load(pointers + 5 * tensor)
-    g_at = tl.load(pointers + 5 * tensor + 1)
-    e_at = tl.load(pointers + 5 * tensor + 2)
-    m_at = tl.load(pointers + 5 * tensor + 3)
-    v_at = tl.load(pointers + 5 * tensor + 4)
-    rate = scalar(lr, LR_ON_DEVICE)
-    unbias1 = scalar_of(unbias1, tensor, STEPS_ON_DEVICE)
-    unbias2 = scalar_of(unbias2, tensor, STEPS_ON_DEVICE)
-    if STATE == tl.bfloat16:
-        step = scalar_of(step, tensor, STEP_ON_DEVICE)
-    aligned = (theta_at | g_at | e_at | m_at | v_at) % ALIGNMENT == 0
-    if aligned & (size == CHUNK):
+    chunk = locate(table, tl.program_id(0), CHUNK)
+    at = addresses(table, chunk, 5)
+    s = scalars_of(s, chunk.tensor)
+    if is_full(chunk, at, CHUNK):
         for start in range(0, CHUNK, BLOCK):
-            _step_block(
-                theta_at, g_at, e_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
-                mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-                rate, weight_decay, step, PARAM, STATE, GRAD, DECAY, MAXIMIZE, FULL=True,
-            )  # fmt: skip
+            _step_block(at, block_of(chunk, start, BLOCK, True), s, VARIANT)
     else:
-        for start in range(0, size, BLOCK):
-            _step_block(
-                theta_at, g_at, e_at, m_at, v_at, offset, start + tl.arange(0, BLOCK), size,
-                mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-                rate, weight_decay, step, PARAM, STATE, GRAD, DECAY, MAXIMIZE, FULL=False,
-            )  # fmt: skip
+        for start in range(0, chunk.size, BLOCK):
+            _step_block(at, block_of(chunk, start, BLOCK, False), s, VARIANT)
 
 
 @triton.jit
-def _step_block(
-    theta_at, g_at, e_at, m_at, v_at, offset, offsets, size,
-    mix, explore_beta, explore_rest, beta1, rest1, beta2, rest2, unbias1, unbias2, eps,
-    lr, weight_decay, step,
-    PARAM: tl.constexpr, STATE: tl.constexpr, GRAD: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    inside = offsets < size
-    thetas = elements(theta_at, offset, offsets, PARAM, FULL)
-    gs = elements(g_at, offset, offsets, GRAD, FULL)
-    es = elements(e_at, offset, offsets, STATE, FULL)
-    ms = elements(m_at, offset, offsets, STATE, FULL)
-    vs = elements(v_at, offset, offsets, STATE, FULL)
-    theta = read(thetas, inside, FULL)
-    g = read(gs, inside, FULL)
-    e = read(es, inside, FULL)
-    m = read(ms, inside, FULL)
-    v = read(vs, inside, FULL)
+def _step_block(at, block, s, VARIANT: tl.constexpr):
+    theta_at, g_at, e_at, m_at, v_at = at
+    theta = read(theta_at, block, VARIANT.param)
+    g = read(g_at, block, VARIANT.grad)
+    e = read(e_at, block, VARIANT.state)
+    m = read(m_at, block, VARIANT.state)
+    v = read(v_at, block, VARIANT.state)
 
-    if MAXIMIZE:
+    if VARIANT.maximize:
         g = -g
-    explored = explored_gradient(g, e, mix)
-    e = moved(e, g, explore_beta, explore_rest)
-    if DECAY == 2:  # DECOUPLED
-        theta *= 1.0 - lr * weight_decay
-    elif DECAY == 1:  # COUPLED
-        explored += weight_decay * theta
-    m = moved(m, explored, beta1, rest1)
-    v = moved(v, explored * explored, beta2, rest2)
-    theta -= lr * adam_direction(m, v, unbias1, unbias2, eps)
+    explored = g + s.mix * (g - e)
+    e = moved(e, g, s.explore_beta)
+    if VARIANT.decay:
+        if VARIANT.decoupled:
+            theta *= 1.0 - s.lr * s.weight_decay
+        else:
+            explored += s.weight_decay * theta
+    m = moved(m, explored, s.beta1)
+    v = moved(v, explored * explored, s.beta2)
+    theta -= s.lr * adam_direction(m, v, s)
 
-    write(es, stored(e, step, STATE, STATE), inside, FULL)
-    write(ms, stored(m, step, STATE, STATE), inside, FULL)
-    write(vs, stored(v, step, STATE, STATE), inside, FULL)
-    write(thetas, stored(theta, step, PARAM, STATE), inside, FULL)
+    write(e_at, block, stored(e, s.step, VARIANT.state, VARIANT.state), VARIANT.state)
+    write(m_at, block, stored(m, s.step, VARIANT.state, VARIANT.state), VARIANT.state)
+    write(v_at, block, stored(v, s.step, VARIANT.state, VARIANT.state), VARIANT.state)
+    write(theta_at, block, stored(theta, s.step, VARIANT.param, VARIANT.state), VARIANT.param)

@@ -10,14 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_gradhist.kernels._chunks import (
+    ALIGNMENT,
+    DTYPES,
+    INTERPRETED,
+    addresses,
+    block_of,
+    is_full,
+    locate,
+    read,
+)
 from lightning_gradhist.kernels._launch import OPTIONS, on_device_of
-from lightning_gradhist.kernels._tables import ALIGNMENT, DTYPES, INTERPRETED, chunk_table, elements, locate, read
+from lightning_gradhist.kernels._tables import chunk_table
 
 CHUNK = 8192
-"""Elements a program: more than twice the bins that are cleared and read for them, sixteen a thread."""
-BINS = 4096
-"""Bins counted at a time, at most: 16 kB of shared memory, which every device has for several programs at once."""
-WARPS = 4 * OPTIONS["num_warps"]  # 512 threads, which share one set of bins
+"""Elements a program: four times the bins that are cleared and read for them, sixteen a thread."""
+LAUNCH = {**OPTIONS, "num_warps": 4 * OPTIONS["num_warps"]}  # 512 threads, which share one set of bins
 
 
 def supported(tensor: Tensor) -> bool:
@@ -33,7 +41,7 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
     integers, and so the same in any order. The host waits for nothing.
 
     Args:
-        table: ``[names, 254 * bins_per_octave + 3]`` in int64, contiguous, on the device of the tensors.
+        table: ``[names, columns]`` in int64, of ``254 * bins_per_octave + 3`` columns, contiguous, on the device of the tensors.
         rows: A row for each tensor.
         tensors: One-dimensional, of one dtype of fp32, bf16 and fp16. Those with gaps are copied.
 
@@ -59,62 +67,32 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
         places = chunk_table([dense, [row_of[row] for row in rows]], check, CHUNK)
         if not len(places.chunks):
             return
-        count_kernel[(len(places.chunks),)](
-            places.chunks,
-            places.extents,
-            places.pointers,
-            DTYPE=DTYPES[first.dtype],
-            **sizes(table.shape[1] // 254),
-            **{**OPTIONS, "num_warps": WARPS},
-        )
-
-
-def sizes(bins_per_octave: int) -> dict[str, int]:
-    """The sizes that the kernel is compiled for, by the names of its arguments."""
-    bins = triton.next_power_of_2(254 * bins_per_octave + 4)  # one more than the columns
-    return {"BINS_PER_OCTAVE": bins_per_octave, "ALIGNMENT": ALIGNMENT, "CHUNK": CHUNK, "BINS": min(bins, BINS)}
+        columns = table.shape[1]
+        bins = triton.next_power_of_2(columns + 1)  # one more for what is outside
+        count_kernel[(len(places.chunks),)](places, DTYPES[first.dtype], columns, bins, CHUNK, **LAUNCH)
 
 
 @triton.jit
-def count_kernel(
-    chunks,
-    extents,
-    pointers,
-    DTYPE: tl.constexpr,
-    BINS_PER_OCTAVE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
-):
+def count_kernel(table, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
     """Count one chunk."""
-    tensor, offset, size = locate(chunks, extents, tl.program_id(0), CHUNK)
-    values_at = tl.load(pointers + 2 * tensor)
-    row = tl.load(pointers + 2 * tensor + 1).to(tl.pointer_type(tl.int64))
-    if (values_at % ALIGNMENT == 0) & (size == CHUNK):
-        _count_chunk(values_at, offset, size, row, DTYPE, BINS_PER_OCTAVE, ALIGNMENT, CHUNK, BINS, FULL=True)
+    chunk = locate(table, tl.program_id(0), CHUNK)
+    values_at, row_at = addresses(table, chunk, 2)
+    row = row_at.to(tl.pointer_type(tl.int64))
+    if is_full(chunk, (values_at,), CHUNK):
+        _count_block(values_at, block_of(chunk, 0, CHUNK, True), row, DTYPE, COLUMNS, BINS)
     else:
-        _count_chunk(values_at, offset, size, row, DTYPE, BINS_PER_OCTAVE, ALIGNMENT, CHUNK, BINS, FULL=False)
+        _count_block(values_at, block_of(chunk, 0, CHUNK, False), row, DTYPE, COLUMNS, BINS)
 
 
 @triton.jit
-def _count_chunk(
-    values_at, offset, size, row,
-    DTYPE: tl.constexpr, BINS_PER_OCTAVE: tl.constexpr, ALIGNMENT: tl.constexpr, CHUNK: tl.constexpr,
-    BINS: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    offsets = tl.arange(0, CHUNK)
-    inside = offsets < size
+def _count_block(values_at, block, row, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, BINS: tl.constexpr):
     width: tl.constexpr = ALIGNMENT * 8 // DTYPE.primitive_bitwidth
-    values = read(elements(values_at, offset, offsets, DTYPE, FULL, width), inside, FULL)
-    column = column_of(values, BINS_PER_OCTAVE)
-    if not FULL:
-        column = tl.where(inside, column, -1)
+    column = column_of(read(values_at, block, DTYPE, width), COLUMNS // 254)
+    if not block.full:
+        column = tl.where(block.inside, column, BINS - 1)
+    counts = tl.histogram(column, BINS)
     bins = tl.arange(0, BINS)
-    for start in range(0, 254 * BINS_PER_OCTAVE + 3, BINS - 1):
-        # The last bin takes what lies in other columns; those before this part are huge as unsigned numbers.
-        here = tl.minimum((column - start).to(tl.uint32, bitcast=True), BINS - 1).to(tl.int32, bitcast=True)
-        counts = tl.histogram(here, BINS)
-        tl.atomic_add(row + start + bins, counts.to(tl.int64), mask=(counts > 0) & (bins < BINS - 1), sem="relaxed")
+    tl.atomic_add(row + bins, counts.to(tl.int64), mask=(counts > 0) & (bins < COLUMNS), sem="relaxed")
 
 
 @triton.jit

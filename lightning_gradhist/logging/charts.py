@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
     """Reports a histogram per name and pooled: counts over ``log10`` of the magnitude, and scalars beside them.
 
     Tags are ``<prefix>_magnitude/<name>`` for the histograms, and for the scalars ``<prefix>_median/<name>``,
-    ``<prefix>_norm/<name>`` (both in units of the values), and these shares of all values, from 0 to 1:
+    ``<prefix>_norm/<name>`` (both in units of the values; the norm leaves out what is not finite, and is NaN where nothing
+    is), and these shares of all values, from 0 to 1:
 
     - ``<prefix>_zero_share/<name>`` and ``<prefix>_nonfinite_share/<name>``,
     - ``<prefix>_fp16_loss_share/<name>``, ``<prefix>_fp8_e4m3_loss_share/<name>`` and
@@ -149,7 +151,7 @@ class _Counted:
         }
         return {
             "median": self.quantiles[:, QUANTILES.index(0.5)].nan_to_num(0.0),
-            "norm": self.bins.norm(),
+            "norm": self.bins.norm().masked_fill(self.nonfinite == self.total, math.nan),
             "zero_share": self.zeros / self.total,
             "nonfinite_share": self.nonfinite / self.total,
             **lost,

@@ -102,13 +102,10 @@ class CalibrationResult:
             rows.append(("epsilon search space, authors'", f"{found.lower:g} to {found.upper:g}"))
         if self.noise_scale is not None:
             noise = self.noise_scale
-            interval = f"{_number(noise.lower)} to {_number(noise.upper)}"
-            rows.append(
-                (
-                    f"noise scale ({self.noise_source})",
-                    f"{_samples(noise.value)}, {noise.confidence:.0%}: {interval}",
-                )
-            )
+            value = _samples(noise.value) if math.isfinite(noise.value) else "no signal out of the noise"
+            upper = "or more" if math.isinf(noise.upper) else f"to {_number(noise.upper)}"
+            interval = f"{noise.confidence:.0%}: {_number(noise.lower)} {upper}"
+            rows.append((f"noise scale ({self.noise_source})", f"{value}, {interval}"))
             if self._why_no_tradeoff() is not None:
                 rows.append((_TRADEOFF, f"not known: {self._why_no_tradeoff()}"))
             else:
@@ -177,7 +174,7 @@ class CalibrationResult:
 def _number(value: float | None) -> str:
     if value is None:
         return "unknown"
-    return "unbounded" if math.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _samples(value: float) -> str:

@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 NOT_COUNTED = -(2**48)
 """In every place of a table of counts of a rank that could not count: below zero also with 10,000 ranks' counts added."""
+NOT_ALIKE = -1
+"""In every place of a table of counts of gradients that are not the same on all ranks."""
 
 
 class Lazy(Generic[T]):
@@ -83,6 +85,11 @@ class HostHistogram:
     def __call__(self) -> MagnitudeHistogram:
         """The histogram on the host."""
         table = self._table()
+        if table.numel() and table[0, 0] == NOT_ALIKE:
+            raise RuntimeError(
+                "the gradients that the optimizer uses differ from rank to rank, as with a communication hook that does not"
+                " average them, so that the step is left out; when='local' counts those of all ranks"
+            )
         if table.numel() and table[0, 0] < 0:
             raise RuntimeError("a rank could not count its part of the gradients, so that the step is left out")
         return MagnitudeHistogram.from_table(self._names, table)

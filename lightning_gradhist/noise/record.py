@@ -165,12 +165,20 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is a file, or something else, at a path or URL."""
+    if not is_url(path):
+        return Path(path).exists()
+    filesystem, place = _file_system(str(path))
+    return bool(filesystem.exists(place))
+
+
 def path_in(directory: str, name: str = FILE_NAME) -> str:
     """The path of a file in a directory, which may be a URL."""
     return f"{directory.rstrip('/')}/{name}" if is_url(directory) else str(Path(directory) / name)
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def _file_system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path there."""
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
@@ -179,7 +187,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def _save_at_url(url: str, text: str) -> None:
-    filesystem, path = file_system(url)
+    filesystem, path = _file_system(url)
     filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
     with filesystem.open(path, "wb") as file:  # object stores show a file when it is closed, whole
         file.write(text.encode())
@@ -187,7 +195,7 @@ def _save_at_url(url: str, text: str) -> None:
 
 def _text(path: str | Path) -> str:
     if is_url(path):
-        filesystem, place = file_system(str(path))
+        filesystem, place = _file_system(str(path))
         return bytes(filesystem.cat_file(place)).decode()
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():

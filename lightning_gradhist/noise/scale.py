@@ -22,57 +22,68 @@ class GradientMoments:
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
         self.count = 0
+        self.weight = 0.0
+        """The sum of the gradients' weights."""
         self.mean = {name: _accumulator(tensor) for name, tensor in like.items()}
         self.sum_of_squares = {name: _accumulator(tensor) for name, tensor in like.items()}
 
-    def update(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Adds one gradient; a parameter that is missing or None has gradient zero."""
+    def update(self, gradients: Mapping[str, Tensor | None], weight: float = 1.0) -> None:
+        """Adds one gradient; a parameter that is missing or None has gradient zero.
+
+        Args:
+            gradients: names and gradients.
+            weight: its samples as a multiple of those of a gradient that mean and variance are told for. The variance of
+                this one is by so much smaller.
+        """
+        before = self.weight
         self.count += 1
+        self.weight += weight
         for name, mean in self.mean.items():
             deviation = _deviation(gradients.get(name), mean)
-            mean.add_(deviation, alpha=1 / self.count)
-            self.sum_of_squares[name].addcmul_(deviation, deviation, value=(self.count - 1) / self.count)
+            mean.add_(deviation, alpha=weight / self.weight)
+            self.sum_of_squares[name].addcmul_(deviation, deviation, value=weight * before / self.weight)
 
     def merge(self, other: GradientMoments) -> None:
         """Adds the gradients that another instance has seen."""
-        total = self.count + other.count
+        total = self.weight + other.weight
         if total == 0:
             return
         for name, mean in self.mean.items():
             difference = other.mean[name] - mean
-            weight = self.count * other.count / total
+            weight = self.weight * other.weight / total
             self.sum_of_squares[name].add_(other.sum_of_squares[name]).addcmul_(difference, difference, value=weight)
-            mean.add_(difference, alpha=other.count / total)
-        self.count = total
+            mean.add_(difference, alpha=other.weight / total)
+        self.count, self.weight = self.count + other.count, total
 
     def all_reduce(self, group: Any = None) -> None:
         """Merges the instances of all ranks; to be called on every rank, which then hold the same."""
         device = next(iter(self.mean.values())).device
-        count = torch.tensor(self.count, dtype=torch.int64, device=device)
-        torch.distributed.all_reduce(count, group=group)
-        total = int(count)
-        share = self.count / max(total, 1)
+        totals = torch.tensor([self.count, self.weight], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(totals, group=group)
+        count, weight = totals.tolist()
+        share = self.weight / max(weight, 1e-300)
         pooled = _all_reduced({name: mean * share for name, mean in self.mean.items()}, group)
         for name, mean in self.mean.items():
             difference = mean - pooled[name]
-            self.sum_of_squares[name].addcmul_(difference, difference, value=self.count)
-        self.mean, self.sum_of_squares, self.count = pooled, _all_reduced(self.sum_of_squares, group), total
+            self.sum_of_squares[name].addcmul_(difference, difference, value=self.weight)
+        self.mean, self.sum_of_squares = pooled, _all_reduced(self.sum_of_squares, group)
+        self.count, self.weight = int(count), weight
 
     def variance(self) -> dict[str, Tensor]:
-        """Unbiased variance of one gradient; needs two."""
+        """Unbiased variance of a gradient of weight 1; needs two gradients."""
         return {name: squares / (self.count - 1) for name, squares in self.sum_of_squares.items()}
 
     def second_moment(self, batch_ratio: float = 1.0, centered: Collection[str] = ()) -> dict[str, Tensor]:
         r"""Expected squared gradient :math:`\mu^2 + \sigma^2 / k` of a batch ``k = batch_ratio`` times as large.
 
-        The square of the measured mean is larger than :math:`\mu^2` by :math:`\sigma^2 / n`, which is taken off. Of the
-        names in ``centered`` it is the variance :math:`\sigma^2 / k`.
+        The square of the measured mean is larger than :math:`\mu^2` by :math:`\sigma^2 / W`, with ``W`` the sum of the
+        weights, which is taken off. Of the names in ``centered`` it is the variance :math:`\sigma^2 / k`.
         """
         variance = self.variance()
         return {
             name: variance[name] / batch_ratio
             if name in centered
-            else mean.square().sub_(variance[name] / self.count).clamp_(min=0).add_(variance[name] / batch_ratio)
+            else mean.square().sub_(variance[name] / self.weight).clamp_(min=0).add_(variance[name] / batch_ratio)
             for name, mean in self.mean.items()
         }
 
@@ -89,14 +100,16 @@ class NoiseScale:
     \epsilon)` for ``B_adam``, the metric in which Adam steps. The square of one measured mean counts noise as signal.
     So the first half of the gradients gives mean, variance and :math:`v`; then each gradient ``g`` of the second half
     gives one independent measurement of the signal, ``sum(w * mean * g)``, and one of the noise,
-    ``sum(w * (g - mean)**2) / (1 + 1/n)``. As ``w`` is smaller where the measured mean is larger, ``w * mean`` comes out
+    ``sum(w * (g - mean)**2) / (b/m + 1/W)``. Here ``m`` is the number of its samples, and ``W`` that of the first half as a
+    multiple of ``b``, since :math:`E(g - mean)^2 = \sigma_b^2 (b/m + 1/W)` where ``mean`` weighs each gradient by its
+    samples. As ``w`` is smaller where the measured mean is larger, ``w * mean`` comes out
     too small; Stein's lemma says by how much, and that is added. The interval is Fieller's for the ratio of the averages;
     the error of the first half is bounded by that of the second. It is the interval of ``B_adam`` in the metric that the
     first half gave, which differs from the metric of the exact :math:`v` by a few percent.
 
     Args:
         like: names and tensors whose shapes and devices the gradients have, such as the parameters.
-        batch_size: number of samples of each gradient, in samples.
+        batch_size: samples ``b`` of a gradient, unless :meth:`update` says another number.
 
     Memory: two tensors a parameter for the first half, four from :meth:`split` on.
 
@@ -129,14 +142,16 @@ class NoiseScale:
         """Number of gradients in the second half."""
         return len(self._measurements)
 
-    def update(self, gradients: Mapping[str, Tensor | None]) -> None:
+    def update(self, gradients: Mapping[str, Tensor | None], samples: float | None = None) -> None:
         """Adds one gradient: to the first half, or after :meth:`split` to the second.
 
         Args:
             gradients: names and gradients; a parameter that is missing or None has gradient zero.
+            samples: of this gradient, where they are others than ``batch_size``.
         """
+        weight = 1.0 if samples is None else samples / self.batch_size
         if self._weights is None:
-            self.first_half.update(gradients)
+            self.first_half.update(gradients, weight)
             return
         terms = []
         for name, mean in self.first_half.mean.items():
@@ -145,7 +160,7 @@ class NoiseScale:
             terms.append(
                 sums(squares, mean * gradient, self._weights[name] * squares, self._references[name] * gradient)
             )
-        inflation = 1 + 1 / self.first_half.count  # the deviation is from a measured mean
+        inflation = 1 / weight + 1 / self.first_half.weight  # the deviation is from a measured mean
         self._measurements.append((total(terms), inflation))
 
     def split(self, eps: float, batch_ratio: float = 1.0, centered: Collection[str] = ()) -> None:
@@ -168,7 +183,7 @@ class NoiseScale:
         self._references = {
             name: mean * self._weights[name]  # which does not depend on the mean
             if name in centered
-            else _unbiased_reference(mean, variance[name] / self.first_half.count, second_moment[name], eps)
+            else _unbiased_reference(mean, variance[name] / self.first_half.weight, second_moment[name], eps)
             for name, mean in self.first_half.mean.items()
         }
 
@@ -221,7 +236,7 @@ class NoiseScale:
         noise = [numbers[column] / inflation for numbers, inflation in measured]
         signal = [numbers[column + 1] for numbers, _ in measured]
         return ratio_estimate(
-            noise, signal, scale=self.batch_size, confidence=confidence, references=self.first_half.count
+            noise, signal, scale=self.batch_size, confidence=confidence, references=self.first_half.weight
         )
 
 

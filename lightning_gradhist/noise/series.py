@@ -20,14 +20,16 @@ _WAITING = 64  # bounds what a record holds of the device
 class NoiseRecord:
     """Noise scale over a run, at no extra backward pass.
 
-    Within a step, a gradient ``g`` and the mean ``p`` over one of its ``n`` parts (a micro-batch, a rank) give the noise
-    ``sum(w * (p - g)**2) / (n - 1)`` and the signal ``sum(w * g**2)`` less that noise, both without bias
-    (:func:`measure_part`).
+    Within a step, the gradient ``p`` of one micro-batch, accumulated or of one rank, and that ``g`` of the whole give the
+    noise from ``sum(w * (p - g)**2)`` and the signal from ``sum(w * g**2)`` less what noise adds to it, both without bias
+    (:func:`lightning_gradhist.noise.step.measure_part`).
 
-    Else, gradients of successive steps give the signal ``sum(w * g1 * g2)`` and the noise ``sum(w * (g1 - g2)**2) / 2``
-    (:func:`measure_pair`). Their bias: the weights of the second gradient are one step further, which the first gradient
-    took part in (by ``1 - beta1`` of its length under momentum), so that the signal comes out a little small and the
-    noise scale a little large.
+    Else, gradients of successive steps give the signal ``sum(w * g1 * g2)`` and the noise from ``sum(w * (g1 - g2)**2)``
+    (:func:`lightning_gradhist.noise.step.measure_pair`). Their bias: the weights of the second gradient are one step
+    further, which the first gradient took part in (by ``1 - beta1`` of its length under momentum), so that the signal comes
+    out a little small and the noise scale a little large.
+
+    Both know the true numbers of samples of their gradients, which may differ.
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
@@ -39,20 +41,20 @@ class NoiseRecord:
         self._samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
         self._stride = max(map(_measurements, self._samples), default=1)
         """Measurements of an entry; the last entry has fewer until it is whole."""
-        self._waiting: list[tuple[int, float, Tensor]] = []
+        self._waiting: list[tuple[int, float | Tensor, Tensor]] = []
         self._most = most
 
     def __len__(self) -> int:
         """Number of measurements."""
         return sum(map(_measurements, self._samples)) + len(self._waiting)
 
-    def add(self, step: int, batch_size: float, measurement: Tensor) -> None:
+    def add(self, step: int, batch_size: float | Tensor, measurement: Tensor) -> None:
         """Adds one measurement, without waiting for the device that makes it; every 64th waits for those before it.
 
         Args:
             step: optimizer step of the gradient, of a pair that of the first.
-            batch_size: samples of the gradient.
-            measurement: of :func:`measure_part` or :func:`measure_pair`; what is not finite is recorded as None.
+            batch_size: samples of the gradient that the noise is told for.
+            measurement: of :func:`noise_and_signal`; what is not finite is recorded as None.
         """
         if len(self._waiting) == _WAITING:
             self._take_down()
@@ -69,9 +71,9 @@ class NoiseRecord:
 
     def _take_down(self) -> None:
         for step, batch_size, measurement in self._waiting:
-            numbers = [number if math.isfinite(number) else None for number in measurement.tolist()]
-            keys = [f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")]
-            self._append({"step": step, "batch_size": batch_size, **dict(zip(keys, numbers, strict=True))})
+            numbers = [n if math.isfinite(n) else None for n in (float(batch_size), *measurement.tolist())]
+            keys = ["batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal"))]
+            self._append({"step": step, **dict(zip(keys, numbers, strict=True))})
         self._waiting.clear()
 
     def _append(self, sample: dict[str, Any]) -> None:

@@ -19,7 +19,10 @@ def adam_weight(second_moment: Tensor, eps: float) -> Tensor:
 def measure_pair(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
 ) -> Tensor:
-    """Noise and signal of two independent gradients of the same size.
+    r"""Squared distance :math:`|g_1 - g_2|^2` and product :math:`g_1 g_2` of two independent gradients.
+
+    For gradients of :math:`n_1` and :math:`n_2` samples, at fixed weights, :math:`E|g_1 - g_2|^2 = \operatorname{tr}\Sigma
+    (1/n_1 + 1/n_2)` and :math:`E\,g_1 g_2 = |G|^2`, with :math:`\Sigma` the covariance of one sample's gradient.
 
     Args:
         first: names and gradients.
@@ -27,52 +30,69 @@ def measure_pair(
         weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
 
     Returns:
-        float64 ``[4]``: noise and signal with weight 1, then with ``weights``; NaN where there is nothing to measure.
+        float64 ``[4]``: distance and product with weight 1, then with ``weights``; NaN where there is nothing to measure.
+        :func:`noise_and_signal` makes noise and signal of them, also of their sums over ranks.
     """
     shared = {name: gradient for name, gradient in first.items() if name in second}
-    return _measured(lambda one, two: ((one - two).square_().div_(2), one * two), shared, second, weights)
+    return _measured(lambda one, two: one * two, shared, second, weights)
 
 
 def measure_part(
-    part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None, parts: int
+    part: Mapping[str, Tensor], whole: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
 ) -> Tensor:
-    r"""Noise and signal of a gradient, from the mean over one of the equal parts of its samples.
+    r"""Squared distance :math:`|p - g|^2` of the gradient of a micro-batch from that of the whole step, and :math:`|g|^2`.
 
-    With :math:`\Sigma / B` the covariance of the whole, :math:`E|p - g|^2 = (n - 1) \operatorname{tr}\Sigma / B` and
-    :math:`E|g|^2 = |G|^2 + \operatorname{tr}\Sigma / B`, at fixed weights and for independent samples (McCandlish et al.
-    2018, appendix A.1, with the difference in place of two norms, which has less variance).
+    The whole is the mean of the gradients of ``K`` micro-batches, accumulated or of other ranks, whatever their sizes
+    :math:`n_k`. So at fixed weights and for independent samples its covariance is :math:`\Sigma / N` with :math:`1/N =
+    \sum_k 1/n_k / K^2`, that of the micro-batch's gradient with it :math:`\Sigma / (K n)`, and
+
+    .. math:: E|p - g|^2 = \operatorname{tr}\Sigma \left(\frac{1 - 2/K}{n} + \frac1N\right), \qquad
+        E|g|^2 = |G|^2 + \operatorname{tr}\Sigma / N,
+
+    which for equal sizes is :math:`\operatorname{tr}\Sigma (1/n - 1/N)` with :math:`N = K n` (McCandlish et al. 2018,
+    appendix A.1, with the difference in place of two norms, which has less variance).
 
     Args:
-        part: names and gradients of one part; a name that it has not had no gradient there, which is zero.
-        whole: names and gradients of all parts together, their mean.
+        part: names and gradients of one micro-batch; a name that it has not had no gradient there, which is zero.
+        whole: names and gradients of the whole step.
         weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
-        parts: number ``n`` of the parts, at least 2.
 
     Returns:
-        float64 ``[4]``: noise and signal with weight 1, then with ``weights``; NaN where there is nothing to measure.
+        float64 ``[4]``, as of :func:`measure_pair`.
     """
-    if parts < 2:
-        raise ValueError(f"parts must be at least 2, got {parts!r}: of a part that is the whole nothing can be learnt")
+    return _measured(lambda g, _: g.square(), whole, part, weights)
 
-    def noise_and_signal(g: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
-        noise = (one - g).square_().div_(parts - 1)
-        return noise, g.square().sub_(noise)
 
-    return _measured(noise_and_signal, whole, part, weights)
+def noise_and_signal(sums: Tensor, spread: Tensor | float, excess: Tensor | float, samples: Tensor | float) -> Tensor:
+    r"""Noise and signal of a gradient of so many samples, without bias.
+
+    Args:
+        sums: ``[4]`` of :func:`measure_pair` or :func:`measure_part`.
+        spread: expected distance as a multiple of :math:`\operatorname{tr}\Sigma`.
+        excess: what the expected product has more than :math:`|G|^2`, likewise: 0 of a pair, :math:`1/N` of a part.
+        samples: of the gradient that the noise is told for.
+
+    Returns:
+        float64 ``[4]``: noise :math:`\operatorname{tr}\Sigma / n` and signal :math:`|G|^2` with weight 1, then weighted.
+    """
+    distances, products = sums[0::2], sums[1::2]
+    trace = distances / spread
+    return torch.stack([trace / samples, products - trace * excess], dim=1).flatten()
 
 
 def _measured(
-    noise_and_signal: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    product: Callable[[Tensor, Tensor], Tensor],
     gradients: Mapping[str, Tensor],
     others: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None,
 ) -> Tensor:
-    """Sums over all values of what is made of a gradient and another one, ``[4]`` as of :func:`measure_pair`."""
+    """Sums over all values of squared distance and product of a gradient and another one, ``[4]``."""
     terms = []
     for some in batches(gradients):
         for one, other, weight in pieces(joined(some), joined(some, others), _joined_weights(some, weights)):
-            noise, signal = noise_and_signal(one.float(), other.float())
-            terms.append(sums(noise, signal, weight * noise, weight * signal))
+            one, other = one.float(), other.float()
+            distance, multiplied = (one - other).square_(), product(one, other)
+            terms.append(sums(distance, multiplied, weight * distance, weight * multiplied))
     return total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
 
 

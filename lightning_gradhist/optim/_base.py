@@ -1,70 +1,31 @@
-"""What AdamE and ALTO share: validation, state, and the gathering of parameters for a step."""
+"""What all optimizers with adaptor E share: the closure, the checks, and the two numbers that may be ``"auto"``."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import Optimizer
 
-from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice, resolve_explore
-from lightning_gradhist.optim._backends import Backend, backend_of
-from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
-from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
-from lightning_gradhist.optim._sharding import DTensor, local, placed_as
-
-__all__ = ["Batch", "ExploringOptimizer", "ParamsT"]
-
-BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
-_STATE = {"step", *BUFFERS}
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
-
-
-@dataclass
-class Batch:
-    """Parameters of one group, device and dtype, which are stepped together."""
-
-    lists: StepLists
-    scalars: StepScalars
-    group: dict[str, Any]
-    owners: list[Tensor]
-    """The parameters that the entries of ``lists`` are, or under FSDP2 are this rank's parts of."""
-    steps: list[Tensor]
-    """The numbers of the steps that they have made, which :attr:`scalars` is one ahead of."""
-    backend: Backend
-
-    def pieces(self, written: Sequence[str]) -> Iterator[Piece]:
-        """The parts that are stepped one after another by a function that writes to some of the lists."""
-        return self.backend.pieces(self.lists, self.scalars, written)
+from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice
+from lightning_gradhist.optim._checks import refuse_complex, refuse_sparse
 
 
 class ExploringOptimizer(Optimizer):
-    """Base of the optimizers with adaptor E; a subclass gives the step of one parameter."""
+    """Base of the optimizers with adaptor E; a subclass gives the step."""
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        "alpha": AUTO,
-        "explore_beta": AUTO,
-        "maximize": False,
-        "foreach": None,
-        "fused": None,
-        "capturable": False,
-        "state_dtype": None,
-    }
+    _added_defaults: ClassVar[dict[str, Any]] = {}
     """What a param group of a torch optimizer, or of an older pickle, may lack."""
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        """Check the hyper-parameters and register the parameters."""
-        super().__init__(params, defaults)
+    def _explore_names(self) -> tuple[str, str]:
+        """The keys of the two numbers in the param groups."""
+        return "alpha", "explore_beta"
 
     @abstractmethod
-    def _update(self, batches: list[Batch]) -> None:
-        """Update parameters and state of all batches in place."""
+    def _make_step(self) -> None:
+        """Make a step with the gradients that are there, which are neither sparse nor all None."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -80,106 +41,30 @@ class ExploringOptimizer(Optimizer):
         Raises:
             RuntimeError: If a gradient is sparse, or ``fused=True`` cannot be had (on the CPU without a C++ compiler,
                 on CUDA without Triton, elsewhere); no parameter has been changed then.
-            ValueError: If ``alpha`` and ``explore_beta`` were changed to an illegal pair.
+            ValueError: If ``alpha`` and ``explore_beta`` were changed to an illegal pair; nothing has been changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _refuse_capture(self)
+        self._complete_groups()
         for group in self.param_groups:  # all of them, so that an error leaves nothing half done
-            check_explore(group["alpha"], group["explore_beta"])
+            check_explore(*(group[name] for name in self._explore_names()))
             refuse_sparse(group, type(self).__name__)
-        self._take([batch for group in self.param_groups for batch in self._batches(group)])
+        self._make_step()
         return loss
 
-    def _take(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            torch._foreach_add_(batch.steps, _ONE, alpha=1)  # one tensor, where a number is made a tensor for each
-        self._update(batches)
-
-    def _batches(self, group: dict[str, Any], backend: Backend | None = None) -> list[Batch]:
-        """What is to be stepped, with the scalars of the coming step; nothing has been changed yet."""
-        params = [param for param in group["params"] if param.grad is not None]
-        if not params:
-            return []
-        states = [self._initialised_state(param, group) for param in params]
-        # A compiler has no use for a number that changes with each step, and would compile again for each.
-        on_device = group["capturable"] or torch.compiler.is_compiling()
-        numbers = [None] * len(states) if on_device else torch.stack([state["step"] for state in states]).tolist()
-        buckets: dict[Any, tuple[list[Tensor], list[dict[str, Tensor]]]] = {}
-        for param, state, number in zip(params, states, numbers, strict=True):
-            bucket = buckets.setdefault((param.device, param.dtype, state["exp_avg"].dtype, number), ([], []))
-            bucket[0].append(param)
-            bucket[1].append(state)
-        return [self._batch(group, *bucket, key[-1], backend) for key, bucket in buckets.items()]
-
-    def _batch(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        states: list[dict[str, Tensor]],
-        number: float | None,
-        backend: Backend | None,
-    ) -> Batch:
-        grads = [param.grad for param in params if param.grad is not None]
-        columns = [params, grads, *([state[name] for state in states] for name in BUFFERS)]
-        if any(isinstance(param, DTensor) for param in params):
-            columns[1] = [placed_as(grad, param) for grad, param in zip(grads, params, strict=True)]
-            columns = [[local(tensor) for tensor in column] for column in columns]
-        lists = StepLists(*columns)
-        steps = [state["step"] for state in states]
-        coming = list(torch._foreach_add(steps, 1)) if number is None else number + 1.0
-        scalars = self._scalars(group, coming, params[0].device)
-        chosen = backend or backend_of(group, lists, self._fault)
-        return Batch(lists, scalars, group, params, steps, chosen)
-
-    def _fault(self, backend: Backend, device: torch.device, *, again: bool = False) -> str | None:
-        """What is wrong with a backend on a device, None if nothing is; ``again`` tries anew what failed before."""
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None  # the graph would hold the trial; who captures has warmed up before
-        ours = next(cls for cls in type(self).__mro__ if cls.__module__.startswith(__name__.rpartition(".")[0]))
-        tried = ours, type(backend), device
-        if tried not in _FAULTS or (again and _FAULTS[tried] is not None):
-            _FAULTS[tried] = _fault_of(*tried)
-        return _FAULTS[tried]
-
-    def _scalars(self, group: dict[str, Any], step: float | list[Tensor], device: torch.device) -> StepScalars:
-        alpha, explore_beta = resolve_explore(group["alpha"], group["explore_beta"])
-        beta1, beta2 = map(float, group["betas"])  # of NumPy's numbers, and ints, only some backends know what to do
-        lr = group["lr"]
-        corrected = group.get("bias_correction", True)
-        return StepScalars(
-            # 0-d, so that it neither broadcasts nor promotes; never read on the host
-            lr=lr.reshape(()).to(device, non_blocking=True) if isinstance(lr, Tensor) else float(lr),
-            mix=alpha * (1.0 - explore_beta),
-            explore_beta=explore_beta,
-            beta1=beta1,
-            beta2=beta2,
-            step=step,
-            bias_correction1=_bias_correction(beta1, step) if corrected else 1.0,
-            bias_correction2=_bias_correction(beta2, step) if corrected else 1.0,
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=bool(group["maximize"]),
-        )
-
-    def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = self.state[param]
-        if _STATE <= state.keys():
-            return state
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
-        for name in BUFFERS:
-            if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
-                dtype = group["state_dtype"] or wide_dtype(param)
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        return state
+    def _complete_groups(self) -> None:
+        """Give both numbers to groups that lack them, as those of a checkpoint loaded by the inner optimizer."""
+        for group in self.param_groups:
+            for name in self._explore_names():
+                if name not in group:
+                    group[name] = self.defaults[name]
 
     def set_batch_size(self, batch_size: float) -> None:
         """Put the paper's choice for a batch size in the place of ``"auto"``, for adaptor E.
 
-        Groups whose ``alpha`` and ``explore_beta`` are numbers are left alone. ``OptimizerCalibration`` does the same.
+        Groups whose two numbers are numbers are left alone. ``OptimizerCalibration`` does the same.
 
         Args:
             batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0.
@@ -187,7 +72,10 @@ class ExploringOptimizer(Optimizer):
         Raises:
             ValueError: If ``batch_size`` is not a positive number.
         """
-        set_batch_size(self.param_groups, ("alpha", "explore_beta"), batch_size)
+        self._complete_groups()
+        choice = dict(zip(self._explore_names(), explore_choice(batch_size), strict=True))
+        for group in self.param_groups:
+            group.update({name: value for name, value in choice.items() if group[name] == AUTO})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.
@@ -197,205 +85,31 @@ class ExploringOptimizer(Optimizer):
 
         Raises:
             ValueError: If a hyper-parameter is out of range.
-            TypeError: If a parameter is complex.
+            TypeError: If a parameter is complex, or ALTO is to take the norm of a part of a flat partition (FSDP1, ZeRO).
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             self._check_group({**self._added_defaults, **self.defaults, **param_group})
-        super().add_param_group(param_group)
+        self._add(param_group)
         try:
-            refuse_complex(self.param_groups[-1], type(self).__name__)
-            _refuse_narrow_state(self.param_groups[-1])
+            self._check_params(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
+    def _add(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(
-                f"lr={lr!r} has {lr.numel()} elements: it must be a number or a tensor of one element. "
-                "For several rates, use several param groups."
-            )
-        for name in ("lr", "eps", "weight_decay"):
-            if not 0.0 <= float(group[name]) < math.inf:
-                raise ValueError(f"{name}={group[name]!r} is out of range: it must be finite and satisfy {name} >= 0.")
-        betas = group["betas"]
-        if len(betas) != 2:
-            raise ValueError(
-                f"betas={betas!r} has {len(betas)} elements: it must have two, the decays of the first and "
-                "the second moment. The decay of adaptor E is explore_beta."
-            )
-        for index, beta in enumerate(betas):
-            if not 0.0 <= beta < 1.0:
-                raise ValueError(f"betas[{index}]={beta!r} is out of range: it must satisfy 0 <= beta < 1.")
-        check_explore(group["alpha"], group["explore_beta"])
-        if group["fused"] and group["foreach"]:
-            raise ValueError("fused=True and foreach=True exclude each other: leave one of them at None.")
-        if group["state_dtype"] not in (None, torch.bfloat16):
-            raise ValueError(
-                f"state_dtype={group['state_dtype']!r} is not offered: it must be None, for fp32 (float64 for float64 "
-                "parameters), or torch.bfloat16."
-            )
+        check_explore(*(group[name] for name in self._explore_names()))
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of this class, or of torch's Adam or AdamW.
-
-        With torch's, ``exp_avg_grad`` starts at zero. The state stays in fp32 for fp16 and bf16 parameters,
-        and is copied: later steps do not write to ``state_dict``. Hyper-parameters that ``state_dict`` does
-        not have keep their present values.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned; it is not changed.
-
-        Raises:
-            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
-                has been changed then.
-        """
-        hook = self.register_load_state_dict_pre_hook(_shield_state)  # last, hence after the user's own hooks
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickled or loaded state, and complete what an older one lacks."""
-        super().__setstate__(state)
-        for name, value in self._added_defaults.items():
-            default = self.defaults.setdefault(name, value)
-            for group in self.param_groups:
-                group.setdefault(name, default)
-        groups = {param: group for group in self.param_groups for param in group["params"]}
-        for param, param_state in self.state.items():
-            for name, value in param_state.items():
-                if isinstance(value, _Shielded):
-                    param_state[name] = value.placed(param, name, groups[param])
+    def _check_params(self, group: dict[str, Any]) -> None:
+        refuse_complex(group, type(self).__name__)
 
     def __repr__(self) -> str:
         """Show the groups as torch does, with the numbers that are in force for ``"auto"``."""
-        in_force = dict(zip(("alpha", "explore_beta"), resolve_explore(AUTO, AUTO), strict=True))
-        lines = [f"{type(self).__name__} ("]
-        for index, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {index}")
-            for key in sorted(group.keys() - {"params"}):
-                note = f" ({in_force[key]} in force)" if key in in_force and group[key] == AUTO else ""
-                lines.append(f"    {key}: {group[key]}{note}")
-        return "\n".join([*lines, ")"])
+        return self._with_explore_in_force(super().__repr__())
 
-
-@dataclass(frozen=True)
-class _Shielded:
-    """A loaded value, wrapped so that torch does not cast it to the dtype of the parameter."""
-
-    value: Any
-
-    def placed(self, param: Tensor, name: str, group: dict[str, Any]) -> Any:
-        if name == "step":
-            return torch.tensor(float(self.value), dtype=torch.float32, device=_step_device(param, group))
-        if not isinstance(self.value, Tensor):
-            return self.value
-        dtype = group["state_dtype"] or wide_dtype(param)
-        if isinstance(param, DTensor) or self.value.shape != param.shape:
-            return self.value.to(device=param.device, dtype=dtype, copy=True)
-        # in the order of the parameter's memory, whatever that of the checkpoint was
-        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(self.value)
-
-
-def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
-    """Complete and check the groups of ``state_dict`` and shield its state, in a new dict."""
-    assert isinstance(optimizer, ExploringOptimizer)
-    saved = state_dict["param_groups"]
-    if len(saved) != len(optimizer.param_groups):
-        return state_dict  # torch refuses it
-    groups = [
-        {**{name: group[name] for name in optimizer.defaults if name in group}, **saved_group}
-        for group, saved_group in zip(optimizer.param_groups, saved, strict=True)
-    ]
-    for group, present in zip(groups, optimizer.param_groups, strict=True):
-        _refuse_amsgrad(optimizer, group)
-        optimizer._check_group(group)
-        _refuse_narrow_state({**group, "params": present["params"]})
-    ids = set(chain.from_iterable(group["params"] for group in groups))
-    state = {
-        key: {name: _Shielded(value) for name, value in values.items()} if key in ids else values
-        for key, values in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
-    # on the CPU reading it does not wait for the device; a captured graph needs it on the device
-    return param.device if group["capturable"] else torch.device("cpu")
-
-
-def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Tensor]:
-    if not isinstance(step, list):
-        return 1.0 - beta**step
-    corrections = list(torch._foreach_neg(torch._foreach_pow(beta, step)))
-    torch._foreach_add_(corrections, 1.0)
-    return corrections
-
-
-def _refuse_capture(optimizer: Optimizer) -> None:
-    """Raise if a step that is counted on the host is being captured in a CUDA graph."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
-        return
-    on_host = [index for index, group in enumerate(optimizer.param_groups) if not group["capturable"]]
-    if on_host and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{type(optimizer).__name__} is being captured in a CUDA graph with capturable=False in param group "
-            f"{on_host[0]}: its replays would all make the same step. Make the optimizer with capturable=True."
-        )
-
-
-def set_batch_size(groups: Sequence[dict[str, Any]], names: tuple[str, str], batch_size: float) -> None:
-    """Put the choice for a batch size in the place of ``"auto"`` under two keys of param groups."""
-    choice = dict(zip(names, explore_choice(batch_size), strict=True))
-    for group in groups:
-        group.update({name: value for name, value in choice.items() if group[name] == AUTO})
-
-
-def _refuse_amsgrad(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    if group.get("amsgrad"):
-        raise ValueError(
-            f"the state dict is of an optimizer with amsgrad=True, and {type(optimizer).__name__} keeps no maximum of the "
-            "second moment. To go on without it, set 'amsgrad' to False in its param groups and take 'max_exp_avg_sq' out "
-            "of its state before it is loaded."
-        )
-
-
-def _refuse_narrow_state(group: dict[str, Any]) -> None:
-    wide = [index for index, param in enumerate(group["params"]) if param.dtype == torch.float64]
-    if group["state_dtype"] is not None and wide:
-        raise ValueError(
-            f"state_dtype={group['state_dtype']} is for parameters of fp32, bf16 and fp16, but parameter {wide[0]} of its "
-            "group is float64. Put those into a group with state_dtype=None."
-        )
-
-
-_FAULTS: dict[tuple[type[ExploringOptimizer], type[Backend], torch.device], str | None] = {}
-"""What trials have found."""
-
-
-def _fault_of(cls: type[ExploringOptimizer], kind: type[Backend], device: torch.device) -> str | None:
-    """Try a backend on a device: two steps of one of our optimizers against the eager ones."""
-    try:
-        torch.testing.assert_close(_trial(cls, kind(), device), _trial(cls, None, device), rtol=1e-4, atol=1e-6)
-    except Exception as error:  # whatever a compiler, a driver or the comparison may raise
-        return f"a trial step failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-    return None
-
-
-@torch.no_grad()
-def _trial(cls: type[ExploringOptimizer], backend: Backend | None, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def draw(size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(device)
-
-    params = [draw(size).requires_grad_() for size in (3, 4096, 10_000)]
-    optimizer = cls(params, fused=False, weight_decay=0.1)  # type: ignore[call-arg]
-    for _ in range(2):
-        for param in params:
-            param.grad = draw(param.numel())
-        optimizer._take(optimizer._batches(optimizer.param_groups[0], backend))
-    return [param.detach() for param in params] + [s[name] for s in optimizer.state.values() for name in BUFFERS]
+    def _with_explore_in_force(self, text: str) -> str:
+        for name, value in zip(self._explore_names(), explore_choice(None), strict=True):
+            text = text.replace(f"    {name}: {AUTO}\n", f"    {name}: {AUTO} ({value} in force)\n")
+        return text

@@ -8,25 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradhist.optim._lists import StepLists, StepScalars
-from lightning_gradhist.optim._parameters import wide_dtype
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 
-STATE = ("exp_avg_grads", "exp_avgs", "exp_avg_sqs")
+STATE = StepTensors._fields[2:]
 
 # torch._foreach_* are what torch's own optimizers are made of; there is no public form of them.
 
 
-def mixed_gradients(grads: list[Tensor], exp_avg_grads: list[Tensor], mix: float | Tensor) -> list[Tensor]:
+def explored_gradients(grads: list[Tensor], exp_avg_grads: list[Tensor], mix: float | Tensor) -> list[Tensor]:
     """``g' = g + alpha * a = g + c * (g - e)`` with ``c = mix``, as new tensors."""
     if not isinstance(mix, Tensor):
         return list(torch._foreach_lerp(grads, exp_avg_grads, -mix))
-    mixed = list(torch._foreach_sub(grads, exp_avg_grads))
-    torch._foreach_mul_(mixed, mix)
-    torch._foreach_add_(mixed, grads)
-    return mixed
+    explored = list(torch._foreach_sub(grads, exp_avg_grads))
+    torch._foreach_mul_(explored, mix)
+    torch._foreach_add_(explored, grads)
+    return explored
 
 
-def move_average(averages: list[Tensor], values: list[Tensor], beta: float | Tensor) -> None:
+def move_averages(averages: list[Tensor], values: list[Tensor], beta: float | Tensor) -> None:
     """``average = beta * average + (1 - beta) * value``, in place."""
     if isinstance(beta, Tensor):
         torch._foreach_mul_(averages, beta)
@@ -35,22 +34,13 @@ def move_average(averages: list[Tensor], values: list[Tensor], beta: float | Ten
         torch._foreach_lerp_(averages, values, 1.0 - beta)
 
 
-def explored_gradients(wide: StepLists, s: StepScalars) -> list[Tensor]:
-    """``g'``, and moves ``e`` on; the gradients are not changed."""
-    grads = list(torch._foreach_neg(wide.grads)) if s.maximize else wide.grads
-    explored = mixed_gradients(grads, wide.exp_avg_grads, s.mix)
-    move_average(wide.exp_avg_grads, grads, s.explore_beta)
-    return explored
-
-
-def move_moments(explored: list[Tensor], wide: StepLists, s: StepScalars) -> None:
-    """``m = beta1 * m + (1 - beta1) * g'`` and ``v = beta2 * v + (1 - beta2) * g'^2``, in place."""
-    move_average(wide.exp_avgs, explored, s.beta1)
-    torch._foreach_mul_(wide.exp_avg_sqs, s.beta2)
-    if isinstance(s.beta2, Tensor):
-        add_multiple(wide.exp_avg_sqs, list(torch._foreach_mul(explored, explored)), 1.0 - s.beta2)
+def move_averages_of_squares(averages: list[Tensor], values: list[Tensor], beta: float | Tensor) -> None:
+    """``average = beta * average + (1 - beta) * value^2``, in place."""
+    torch._foreach_mul_(averages, beta)
+    if isinstance(beta, Tensor):
+        add_multiple(averages, list(torch._foreach_mul(values, values)), 1.0 - beta)
     else:
-        torch._foreach_addcmul_(wide.exp_avg_sqs, explored, explored, 1.0 - s.beta2)
+        torch._foreach_addcmul_(averages, values, values, 1.0 - beta)
 
 
 def add_multiple(tensors: list[Tensor], others: list[Tensor], factor: float | Tensor) -> None:
@@ -61,21 +51,21 @@ def add_multiple(tensors: list[Tensor], others: list[Tensor], factor: float | Te
         torch._foreach_add_(tensors, others, alpha=factor)
 
 
-def adam_directions(wide: StepLists, s: StepScalars) -> list[Tensor]:
+def adam_directions(ms: list[Tensor], vs: list[Tensor], s: StepScalars) -> list[Tensor]:
     """``(m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps)``; changes nothing."""
     eps, factor = _uncorrected(s)
-    directions = list(torch._foreach_div(wide.exp_avgs, _denominators(wide, eps)))
+    directions = list(torch._foreach_div(ms, _denominators(vs, eps)))
     torch._foreach_mul_(directions, factor)
     return directions
 
 
-def subtract_adam_directions(thetas: list[Tensor], wide: StepLists, s: StepScalars) -> None:
+def subtract_adam_directions(thetas: list[Tensor], ms: list[Tensor], vs: list[Tensor], s: StepScalars) -> None:
     """``theta = theta - lr * direction`` with those of :func:`adam_directions`, in place."""
     eps, factor = _uncorrected(s)
     if isinstance(factor, float) and not isinstance(s.lr, Tensor):  # in one pass
-        torch._foreach_addcdiv_(thetas, wide.exp_avgs, _denominators(wide, eps), -s.lr * factor)
+        torch._foreach_addcdiv_(thetas, ms, _denominators(vs, eps), -s.lr * factor)
     else:
-        add_multiple(thetas, adam_directions(wide, s), -s.lr)
+        add_multiple(thetas, adam_directions(ms, vs, s), -s.lr)
 
 
 def _uncorrected(s: StepScalars) -> tuple[Any, Any]:
@@ -91,25 +81,30 @@ def _uncorrected(s: StepScalars) -> tuple[Any, Any]:
     return s.eps * root, root / s.bias_correction1  # type: ignore[operator]
 
 
-def _denominators(wide: StepLists, eps: Any) -> list[Tensor]:
-    denominators = list(torch._foreach_sqrt(wide.exp_avg_sqs))
+def _denominators(vs: list[Tensor], eps: Any) -> list[Tensor]:
+    denominators = list(torch._foreach_sqrt(vs))
     torch._foreach_add_(denominators, [eps] * len(denominators) if isinstance(eps, Tensor) else eps)
     return denominators
 
 
-def widened(lists: StepLists, columns: Sequence[str] = StepLists._fields) -> StepLists:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What is computed with, and by default kept as state: fp32 for fp16 and bf16, else the dtype of the tensor."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def widened(tensors: StepTensors, columns: Sequence[str] = StepTensors._fields) -> StepTensors:
     """The lists as they are computed with: fp16 and bf16 of some columns copied to fp32, all else as it is."""
-    return lists._replace(
-        **{name: [tensor.to(wide_dtype(tensor)) for tensor in getattr(lists, name)] for name in columns}
+    return tensors._replace(
+        **{name: [tensor.to(wide_dtype(tensor)) for tensor in getattr(tensors, name)] for name in columns}
     )
 
 
-def write_back(wide: StepLists, lists: StepLists, s: StepScalars, columns: Sequence[str]) -> None:
+def write_back(wide: StepTensors, tensors: StepTensors, s: StepScalars, columns: Sequence[str]) -> None:
     """Rounds what :func:`widened` copied into its place: stochastically to bf16 where the state is bf16."""
     for name in columns:
-        for index, (value, tensor) in enumerate(zip(getattr(wide, name), getattr(lists, name), strict=True)):
+        for index, (value, tensor) in enumerate(zip(getattr(wide, name), getattr(tensors, name), strict=True)):
             if value is not tensor:
-                stochastic = tensor.dtype == lists.exp_avgs[index].dtype == torch.bfloat16
+                stochastic = tensor.dtype == tensors.exp_avgs[index].dtype == torch.bfloat16
                 step = s.step[index] if isinstance(s.step, list) else s.step
                 tensor.copy_(rounded_stochastically(value, step) if stochastic else value)  # type: ignore[arg-type]
 

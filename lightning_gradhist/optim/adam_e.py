@@ -2,48 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._formulas import (
     STATE,
     add_multiple,
     explored_gradients,
-    move_moments,
+    move_averages,
+    move_averages_of_squares,
     subtract_adam_directions,
     widened,
     write_back,
 )
-from lightning_gradhist.optim._lists import StepLists, StepScalars
+from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
 
 WRITTEN = ("params", *STATE)
 
 
-def adam_e_step(lists: StepLists, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
+def adam_e_reference(theta: Any, g: Any, e: Any, m: Any, v: Any, k: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The specification of :class:`AdamE`: the ``k``-th step of one number, as the equation in its docstring has it.
+
+    ``theta``, ``g``, ``e``, ``m`` and ``v`` are floats, or float64 tensors for many numbers at once; ``alpha`` and
+    ``explore_beta`` of ``group`` are numbers. Returns ``theta``, ``e``, ``m`` and ``v`` after the step.
+    """
+    lr, (beta1, beta2), explore_beta, decay = (group[n] for n in ("lr", "betas", "explore_beta", "weight_decay"))
+    g = -g if group["maximize"] else g
+    explored = g + group["alpha"] * (1 - explore_beta) * (g - e)
+    e = explore_beta * e + (1 - explore_beta) * g
+    if group["decoupled_weight_decay"]:
+        theta = theta * (1 - lr * decay)
+    else:
+        explored = explored + decay * theta
+    m = beta1 * m + (1 - beta1) * explored
+    v = beta2 * v + (1 - beta2) * explored**2
+    theta = theta - lr * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)) ** 0.5 + group["eps"])
+    return theta, e, m, v
+
+
+def adam_e_step(tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
     """Make one AdamE step in place, in fp32 or float64; the gradients are not changed.
 
     Args:
-        lists: Parameters, gradients and state.
+        tensors: Parameters, gradients and state.
         s: The scalars of this step.
         decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
     """
-    wide = widened(lists)
-    explored = explored_gradients(wide, s)
-    if isinstance(s.weight_decay, Tensor) or s.weight_decay != 0.0:
+    wide = widened(tensors)
+    theta, g, e, m, v = wide  # a list of tensors each
+
+    if s.maximize:
+        g = list(torch._foreach_neg(g))
+    explored = explored_gradients(g, e, s.mix)
+    move_averages(e, g, s.explore_beta)
+    if s.decays():
         if decoupled_weight_decay:
-            torch._foreach_mul_(wide.params, 1.0 - s.lr * s.weight_decay)
+            torch._foreach_mul_(theta, 1.0 - s.lr * s.weight_decay)
         else:
-            add_multiple(explored, wide.params, s.weight_decay)
-    move_moments(explored, wide, s)
-    subtract_adam_directions(wide.params, wide, s)
-    write_back(wide, lists, s, WRITTEN)
+            add_multiple(explored, theta, s.weight_decay)
+    move_averages(m, explored, s.beta1)
+    move_averages_of_squares(v, explored, s.beta2)
+    subtract_adam_directions(theta, m, v, s)
+
+    write_back(wide, tensors, s, WRITTEN)
 
 
-class AdamE(ExploringOptimizer):
+class AdamE(MomentOptimizer):
     """Adam or AdamW that sees the gradient through adaptor E ("EAdam" in the paper).
 
     At step ``k`` with gradient ``g``, ``c = alpha * (1 - explore_beta)`` and all buffers zero at first::
@@ -54,51 +84,47 @@ class AdamE(ExploringOptimizer):
         v     = beta2 * v + (1 - beta2) * g'^2
         theta = theta - lr * (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps)
 
-    ``a`` is the paper's moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 -
-    explore_beta) * (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer
-    does for its two. Weight decay: ``theta`` is first multiplied by ``1 - lr * weight_decay`` (decoupled,
-    AdamW), or ``weight_decay * theta`` is added to ``g'`` (coupled, Adam). At ``alpha = 0`` it is
-    ``torch.optim.AdamW`` or ``torch.optim.Adam``.
+    ``a`` is the paper's moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 - explore_beta) *
+    (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer does for its two.
+    Weight decay: ``theta`` is first multiplied by ``1 - lr * weight_decay`` (decoupled, AdamW), or ``weight_decay *
+    theta`` is added to ``g'`` (coupled, Adam). At ``alpha = 0`` it is ``torch.optim.AdamW`` or ``torch.optim.Adam``.
 
-    The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the
-    parameter and in fp32 (float64 for float64, or ``state_dtype``), and ``step``. For fp16 and bf16 the step is
-    computed in fp32 and its result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can
-    differ by param group and is read at each step.
+    The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the parameter and in
+    fp32 (float64 for float64, or ``state_dtype``), and ``step``. For fp16 and bf16 the step is computed in fp32 and its
+    result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can differ by param group
+    and is read at each step.
 
     Args:
         params: Parameters, named parameters or param groups. Complex ones are refused.
-        lr: Learning rate, >= 0; a number or a tensor of one element, which is read at each step.
+        lr: Learning rate, >= 0; a number or a tensor of one element.
         betas: Decays ``(beta1, beta2)`` of the first and the second moment, each in [0, 1).
-        eps: Added to the root of the second moment, >= 0; at 0 a coordinate whose gradients are all zero
-            becomes NaN.
+        eps: Added to the root of the second moment, >= 0; at 0 a coordinate whose gradients are all zero becomes NaN.
         weight_decay: Weight decay, >= 0.
-        alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along
-            valleys (large batches), positive exploits. ``"auto"`` stays in the param group until a callback
-            or :meth:`set_batch_size` writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
-            0.01, is in force.
+        alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along valleys
+            (large batches), positive exploits. ``"auto"`` is 0.5 with ``explore_beta`` 0.01, the paper's choice below
+            1,000 samples a batch, until a callback or :meth:`set_batch_size` writes numbers in its place; from 1,000
+            on, the paper takes -5 and 0.99.
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
         decoupled_weight_decay: Weight decay as in AdamW rather than as in Adam.
         maximize: Ascend instead of descend.
-        foreach: How the eager step is made: None goes through all tensors in pieces that fit a cache (CPU), or of a
-            bounded size (other devices); True takes all tensors at once, which needs memory for several copies of
-            them; False takes one tensor at a time. The result is the same.
-        fused: True makes the step in one pass over memory: on CUDA by a Triton kernel for all tensors, on the CPU by
-            the eager step compiled with ``torch.compile`` (which needs a C++ compiler and, once, its time). False
-            does not. None takes the kernels on CUDA devices where Triton is installed, they take the tensors,
-            ``foreach`` is None, and they make a small trial step there as the eager one does (if not, there is one
-            warning); elsewhere the eager step.
-        capturable: Keep ``step`` on the parameter's device and read it and a tensor ``lr`` there, so that a
-            step can be captured in a CUDA graph.
-        state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. The state
-            and parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too
-            small for bf16 are not lost; the chance comes from the values and the number of the step alone.
+        foreach: How the eager step goes through the tensors: as many at once as fit a cache, or on other devices than the
+            CPU a bounded memory (None), all at once, in several times their memory (True), or one at a time (False).
+            The result is the same.
+        fused: True makes the step in one pass over memory: on CUDA by Triton kernels, on the CPU by the eager step compiled
+            with ``torch.compile``, which needs a C++ compiler. False takes the eager step. None takes the kernels on
+            CUDA where Triton is installed, ``foreach`` is None, they take the tensors, and a small trial step of theirs
+            is the eager one (if not, there is one warning); elsewhere the eager step.
+        capturable: Keep ``step`` on the device, and read it and a tensor ``lr`` there, so that a CUDA graph can hold the step.
+        state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. State and
+            parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too small for
+            bf16 are not lost; the chance comes from the values and the number of the step alone.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or ``foreach`` and ``fused`` are both True.
         TypeError: If a parameter is complex.
 
-    Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv
-    2510.27153), adaptor E applied to Adam.
+    Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv 2510.27153), adaptor E
+    applied to Adam.
 
     Example:
         >>> import torch
@@ -112,10 +138,7 @@ class AdamE(ExploringOptimizer):
         True
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        **ExploringOptimizer._added_defaults,
-        "decoupled_weight_decay": True,
-    }
+    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, "decoupled_weight_decay": True}
 
     def __init__(
         self,
@@ -136,24 +159,18 @@ class AdamE(ExploringOptimizer):
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "explore_beta": explore_beta,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-        }
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "alpha": alpha, "explore_beta": explore_beta, "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _update(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            step = batch.backend.function(adam_e_step)
-            for piece in batch.pieces(WRITTEN):
-                for part in piece.parts:
-                    step(part, piece.scalars, decoupled_weight_decay=batch.group["decoupled_weight_decay"])
+    def _update(self, subgroups: list[Subgroup]) -> None:
+        for subgroup in subgroups:
+            subgroup.for_each_bucket(_step_bucket, WRITTEN)
+
+
+def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
+    step = subgroup.backend.function(adam_e_step)
+    for chunk in bucket.chunks:
+        step(chunk, bucket.scalars, decoupled_weight_decay=subgroup.group["decoupled_weight_decay"])

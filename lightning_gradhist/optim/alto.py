@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,116 +10,148 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from lightning_gradhist.adaptor import AUTO
-from lightning_gradhist.optim._base import Batch, ExploringOptimizer, ParamsT
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.optim._buckets import Bucket
+from lightning_gradhist.optim._checks import refuse_flat
 from lightning_gradhist.optim._formulas import (
     STATE,
     adam_directions,
     add_multiple,
     explored_gradients,
-    move_moments,
+    move_averages,
+    move_averages_of_squares,
     widened,
     write_back,
 )
-from lightning_gradhist.optim._lists import Piece, StepLists, StepScalars
-from lightning_gradhist.optim._parameters import wide_dtype
-from lightning_gradhist.optim._sharding import is_sharded, refuse_flat, sum_over_shards
+from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
+from lightning_gradhist.optim._sharding import is_sharded, sum_over_shards
 
-_READ = ("params", "exp_avgs", "exp_avg_sqs")
 EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
 EPS3 = 1e-10
 """Added to the norm of the parameters: the paper's epsilon 3."""
-_EXACT_NORM = 2**16  # elements up to which torch's norm on the CPU, which adds up one by one, is right to 1e-5
 
 
-def alto_moments(lists: StepLists, s: StepScalars) -> Tensor:
+def alto_reference(
+    theta: Tensor, g: Tensor, e: Tensor, m: Tensor, v: Tensor, k: int, group: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
+    """The specification of :class:`ALTO`: the ``k``-th step of one layer, as the equation in its docstring has it.
+
+    ``theta``, ``g``, ``e``, ``m`` and ``v`` are float64 tensors of one shape; ``alpha`` and ``explore_beta`` of ``group``
+    are numbers. Returns ``theta``, ``e``, ``m`` and ``v`` after the step.
+    """
+    (beta1, beta2), explore_beta = group["betas"], group["explore_beta"]
+    unbias1, unbias2 = (1 - beta1**k, 1 - beta2**k) if group["bias_correction"] else (1.0, 1.0)
+    g = -g if group["maximize"] else g
+    explored = g + group["alpha"] * (1 - explore_beta) * (g - e)
+    e = explore_beta * e + (1 - explore_beta) * g
+    m = beta1 * m + (1 - beta1) * explored
+    v = beta2 * v + (1 - beta2) * explored**2
+    r = (m / unbias1) / ((v / unbias2) ** 0.5 + group["eps"]) + group["weight_decay"] * theta
+    phi = theta.norm() + EPS3
+    scaled = group["layerwise"] and bool(theta.any() and r.any())
+    theta = theta - group["lr"] * r * (phi / (r.norm() + EPS2 * phi) if scaled else 1.0)
+    return theta, e, m, v
+
+
+def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
     """Move ``e``, ``m`` and ``v`` on in place.
 
     Args:
-        lists: Parameters, gradients and state; parameters and gradients are not changed.
+        tensors: Parameters, gradients and state; parameters and gradients are not changed.
         s: The scalars of this step.
 
     Returns:
-        ``[n, 2]``: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
+        ``[n, 2]`` in float64: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
     """
-    return squared_norms(*alto_updates(lists, s))
+    return squared_norms(*alto_updates(tensors, s))
 
 
-def alto_updates(lists: StepLists, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+def alto_updates(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
     """Move ``e``, ``m`` and ``v`` on in place as :func:`alto_moments`; returns ``theta`` and ``r`` themselves."""
-    wide = widened(lists)
-    move_moments(explored_gradients(wide, s), wide, s)
-    write_back(wide, lists, s, STATE)
-    wide = widened(lists, _READ)  # rounded: what a second phase reads
-    return wide.params, _updates(wide, s)
+    wide = widened(tensors)
+    _, g, e, m, v = wide  # a list of tensors each
+
+    if s.maximize:
+        g = list(torch._foreach_neg(g))
+    explored = explored_gradients(g, e, s.mix)
+    move_averages(e, g, s.explore_beta)
+    move_averages(m, explored, s.beta1)
+    move_averages_of_squares(v, explored, s.beta2)
+
+    write_back(wide, tensors, s, STATE)
+    return _theta_and_r(tensors, s)  # of what was stored, as the second phase reads it
 
 
-def squared_norms(thetas: list[Tensor], updates: list[Tensor], sizes: Tensor | None = None) -> Tensor:
-    """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
-    if sizes is not None:
-        squares = torch.cat([*thetas, *updates]).square_().view(2, -1)
-        return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
-    return torch.stack([_squared_norms_of(column) for column in (thetas, updates)], dim=1)
+def _theta_and_r(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], list[Tensor]]:
+    """``theta`` and ``r``, whose lists are new."""
+    theta, _, _, m, v = widened(tensors, ("params", "exp_avgs", "exp_avg_sqs"))
+    r = adam_directions(m, v, s)
+    if s.decays():
+        add_multiple(r, theta, s.weight_decay)
+    return theta, r
 
 
-def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
-    on_cpu = tensors[0].device.type == "cpu"
-    if on_cpu and torch.compiler.is_compiling():  # which adds up one by one, and in float64 at no cost
-        sums = [tensor.square().sum(dtype=torch.float64) for tensor in tensors]
-        return torch.stack(sums).to(tensors[0].dtype)
-    if on_cpu and any(tensor.numel() > _EXACT_NORM for tensor in tensors):
-        return torch.stack([tensor.square().sum() for tensor in tensors])
-    return torch.stack(list(torch._foreach_norm(tensors))).square_()
-
-
-def alto_apply(lists: StepLists, s: StepScalars, ratios: Tensor | None) -> None:
+def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> None:
     """Subtract ``lr * ratio * r`` from the parameters in place.
 
     Args:
-        lists: Parameters and state, as :func:`alto_moments` left them.
+        tensors: Parameters and state, as :func:`alto_moments` left them.
         s: The scalars of this step.
         ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
     """
-    subtract_updates(lists, s, _updates(widened(lists, _READ), s), ratios)
+    subtract_updates(tensors, s, _theta_and_r(tensors, s)[1], ratios)
 
 
-def subtract_updates(lists: StepLists, s: StepScalars, updates: list[Tensor], ratios: Tensor | None) -> None:
+def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], ratios: Tensor | None) -> None:
     """As :func:`alto_apply`, with updates ``r`` that are at hand; they are changed."""
-    wide = widened(lists, ("params",))
+    wide = widened(tensors, ("params",))
     if ratios is not None:
-        torch._foreach_mul_(updates, list(ratios.unbind()))
-    add_multiple(wide.params, updates, -s.lr)
-    write_back(wide, lists, s, ("params",))
+        torch._foreach_mul_(r, list(ratios.to(r[0].dtype).unbind()))
+    add_multiple(wide.params, r, -s.lr)
+    write_back(wide, tensors, s, ("params",))
 
 
-def _updates(wide: StepLists, s: StepScalars) -> list[Tensor]:
-    updates = adam_directions(wide, s)
-    if isinstance(s.weight_decay, Tensor) or s.weight_decay != 0.0:
-        add_multiple(updates, wide.params, s.weight_decay)
-    return updates
+def squared_norms(theta: list[Tensor], r: list[Tensor], sizes: Tensor | None = None) -> Tensor:
+    """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
+    if sizes is not None:
+        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_().view(2, -1)
+        return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
+    return torch.stack([_squared_norms_of(column) for column in (theta, r)], dim=1)
 
 
-def trust_ratio(squared_norms: Tensor) -> Tensor:
+def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
+    dtype = _norm_dtype(tensors[0])
+    if torch.compiler.is_compiling():  # makes one pass of it
+        return torch.stack([tensor.to(dtype).square().sum() for tensor in tensors])
+    return torch.stack(list(torch._foreach_norm(tensors, 2, dtype))).square_()
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype:
+    # In fp32 squares of 1e-23 vanish and of 1e20 overflow. Apple's devices have no float64.
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def trust_ratio(squares: Tensor) -> Tensor:
     """Compute ``phi(|theta|) / (|r| + EPS2 * phi(|theta|))`` with ``phi(x) = x + EPS3``.
 
     Args:
-        squared_norms: ``[n, 2]``, of ``theta`` and of the update ``r`` of each tensor.
+        squares: ``[n, 2]``, squared norms of ``theta`` and of the update ``r`` of each tensor.
 
     Returns:
         ``[n]``, > 0; 1 where one of the norms is zero.
     """
-    theta_norm, update_norm = squared_norms.sqrt().unbind(1)
+    theta_norm, update_norm = squares.sqrt().unbind(1)
     phi = theta_norm + EPS3
     ratio = phi / (update_norm + EPS2 * phi)
     return torch.where((theta_norm > 0) & (update_norm > 0), ratio, 1.0)
 
 
-class ALTO(ExploringOptimizer):
+class ALTO(MomentOptimizer):
     """LAMB that sees the gradient through adaptor E.
 
-    Each step has ``lr`` times the length of the layer's weights. At step ``k`` with gradient ``g``, ``c =
-    alpha * (1 - explore_beta)``, ``phi(x) = x + 1e-10`` and all buffers zero at first, for each parameter
-    tensor::
+    Each step has ``lr`` times the length of the layer's weights. At step ``k`` with gradient ``g``, ``c = alpha * (1 -
+    explore_beta)``, ``phi(x) = x + 1e-10`` and all buffers zero at first, for each parameter tensor::
 
         g'    = g + c * (g - e)                            # = g + alpha * a
         e     = explore_beta * e + (1 - explore_beta) * g
@@ -127,55 +160,51 @@ class ALTO(ExploringOptimizer):
         r     = (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps) + weight_decay * theta
         theta = theta - lr * r * phi(|theta|) / (|r| + 1e-6 * phi(|theta|))
 
-    ``a`` is the paper's moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 -
-    explore_beta) * (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer
-    does for its two. The trust ratio, the factor behind ``r``, is 1 where ``theta`` or ``r`` is zero, so that
-    a zero-initialised layer can learn.
+    ``a`` is the paper's moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 - explore_beta) *
+    (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer does for its two.
+    The trust ratio, the factor behind ``r``, is 1 where ``theta`` or ``r`` is zero, so that a zero-initialised layer can
+    learn.
 
-    The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the
-    parameter and in fp32 (float64 for float64, or ``state_dtype``), and ``step``. For fp16 and bf16 the step is
-    computed in fp32 and its result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can
-    differ by param group and is read at each step.
+    The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the parameter and in
+    fp32 (float64 for float64, or ``state_dtype``), and ``step``. For fp16 and bf16 the step is computed in fp32 and its
+    result rounded. Gradients are neither clipped nor changed. Every argument but ``params`` can differ by param group
+    and is read at each step.
 
     Args:
         params: Parameters, named parameters or param groups. Complex ones are refused.
-        lr: Learning rate, >= 0; a number or a tensor of one element, which is read at each step. It is
-            relative: 0.01 moves each layer by 1% of its length per step. A rate tuned for Adam means nothing
-            here.
+        lr: Learning rate, >= 0; a number or a tensor of one element. It is relative: 0.01 moves each layer by 1% of its
+            length per step. A rate tuned for Adam means nothing here.
         betas: Decays ``(beta1, beta2)`` of the first and the second moment, each in [0, 1).
-        eps: Added to the root of the second moment, >= 0; at 0 a coordinate whose gradients are all zero
-            becomes NaN. It turns the update's direction, not its length.
+        eps: Added to the root of the second moment, >= 0; at 0 a coordinate whose gradients are all zero becomes NaN. It
+            turns the update's direction, not its length.
         weight_decay: Weight decay, >= 0, added to the direction before its length is set.
-        alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along
-            valleys (large batches), positive exploits. ``"auto"`` stays in the param group until a callback
-            or :meth:`set_batch_size` writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
-            0.01, is in force. From 1,000 samples a batch the paper takes -5 and 0.99.
+        alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along valleys
+            (large batches), positive exploits. ``"auto"`` is 0.5 with ``explore_beta`` 0.01, the paper's choice below
+            1,000 samples a batch, until a callback or :meth:`set_batch_size` writes numbers in its place; from 1,000
+            on, the paper takes -5 and 0.99.
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
-        layerwise: Apply the trust ratio. Switch it off in the group of biases and norm layers to step them as
-            AdamE does.
+        layerwise: Apply the trust ratio. Switch it off in the group of biases and norm layers to step them as AdamE does.
         bias_correction: Divide ``m`` and ``v`` by ``1 - beta^k``; False is the paper's "ALTO Vanilla".
         maximize: Ascend instead of descend.
-        foreach: How the eager step is made: None goes through all tensors in pieces that fit a cache (CPU), or of a
-            bounded size (other devices); True takes all tensors at once, which needs memory for several copies of
-            them; False takes one tensor at a time. The result is the same but for the order of the sums in the norms (and, with
+        foreach: How the eager step goes through the tensors: as many at once as fit a cache, or on other devices than the
+            CPU a bounded memory (None), all at once, in several times their memory (True), or one at a time (False).
+            The result is the same but for the order of the sums in the norms (and, with
             ``state_dtype=torch.bfloat16``, for the neighbour that is then chosen).
-        fused: True makes the step in one pass over memory: on CUDA by a Triton kernel for all tensors, on the CPU by
-            the eager step compiled with ``torch.compile`` (which needs a C++ compiler and, once, its time). False
-            does not. None takes the kernels on CUDA devices where Triton is installed, they take the tensors,
-            ``foreach`` is None, and they make a small trial step there as the eager one does (if not, there is one
-            warning); elsewhere the eager step.
-        capturable: Keep ``step`` on the parameter's device and read it and a tensor ``lr`` there, so that a
-            step can be captured in a CUDA graph.
-        state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. The state
-            and parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too
-            small for bf16 are not lost; the chance comes from the values and the number of the step alone.
+        fused: True makes the step in one pass over memory: on CUDA by Triton kernels, on the CPU by the eager step compiled
+            with ``torch.compile``, which needs a C++ compiler. False takes the eager step. None takes the kernels on
+            CUDA where Triton is installed, ``foreach`` is None, they take the tensors, and a small trial step of theirs
+            is the eager one (if not, there is one warning); elsewhere the eager step.
+        capturable: Keep ``step`` on the device, and read it and a tensor ``lr`` there, so that a CUDA graph can hold the step.
+        state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. State and
+            parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too small for
+            bf16 are not lost; the chance comes from the values and the number of the step alone.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or ``foreach`` and ``fused`` are both True.
-        TypeError: If a parameter is complex.
+        TypeError: If a parameter is complex, or with ``layerwise`` a part of a flat partition (FSDP1, ZeRO).
 
-    Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv
-    2510.27153), adaptor E applied to LAMB.
+    Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv 2510.27153), adaptor E
+    applied to LAMB.
 
     Example:
         >>> import torch
@@ -188,11 +217,8 @@ class ALTO(ExploringOptimizer):
         0.0500
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        **ExploringOptimizer._added_defaults,
-        "layerwise": True,
-        "bias_correction": True,
-    }
+    _own_defaults: ClassVar[dict[str, Any]] = {"layerwise": True, "bias_correction": True}
+    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, **_own_defaults}
 
     def __init__(
         self,
@@ -214,66 +240,32 @@ class ALTO(ExploringOptimizer):
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "explore_beta": explore_beta,
-            "layerwise": layerwise,
-            "bias_correction": bias_correction,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-        }
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "alpha": alpha, "explore_beta": explore_beta, "layerwise": layerwise, "bias_correction": bias_correction,
+            "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
-    def _update(self, batches: list[Batch]) -> None:
+    def _update(self, subgroups: list[Subgroup]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
         if any(is_sharded(param) for param in layers):
-            self._update_shards(batches, layers)
+            _update_shards(subgroups, layers)
             return
-        for batch in batches:
-            for piece in batch.pieces((*STATE, "params")):
-                _step(batch, piece)
+        for subgroup in subgroups:
+            subgroup.for_each_bucket(_step_bucket, (*STATE, "params"))
 
-    @staticmethod
-    def _update_shards(batches: list[Batch], layers: list[Tensor]) -> None:
-        """Moves all on before anything is subtracted, so that one collective does for all norms."""
-        sums = [_all_moments(batch) for batch in batches]
-        owners = [param for batch in batches for param in batch.owners]
-        sum_over_shards(layers, dict(zip(owners, (row for rows in sums for row in rows), strict=True)))
-        for batch, squares in zip(batches, sums, strict=True):
-            for piece in batch.pieces(("params",)):
-                _apply(batch, piece, squares[piece.owners])
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, whose hyper-parameters are checked first.
-
-        Args:
-            param_group: The parameters under ``"params"``, and what is to differ from the defaults.
-
-        Raises:
-            ValueError: If a hyper-parameter is out of range.
-            TypeError: If a parameter is complex, or with ``layerwise`` a part of a flat partition (FSDP1, ZeRO).
-        """
-        super().add_param_group(param_group)
-        if self.param_groups[-1]["layerwise"]:
-            try:
-                refuse_flat(self.param_groups[-1]["params"], type(self).__name__)
-            except TypeError:
-                self.param_groups.pop()
-                raise
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        if group["layerwise"]:
+            refuse_flat(group["params"], type(self).__name__)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, of torch's Adam or AdamW, or of the authors' ALTO.
 
-        The authors' is the one in ``e-optimizer-adaptor`` 0.1.0. The state stays in fp32 for fp16 and bf16
-        parameters, and is copied: later steps do not write to ``state_dict``. Hyper-parameters that
-        ``state_dict`` does not have keep their present values. A checkpoint of the authors' ALTO goes on as
-        theirs would, except for their clipping: clip the global gradient norm to 1 yourself if it was active.
+        The authors' is the one in ``e-optimizer-adaptor`` 0.1.0. It goes on as theirs would, except for their clipping: clip
+        the global gradient norm to 1 yourself if that was active. With torch's, ``exp_avg_grad`` starts at zero. The
+        state stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not write to ``state_dict``.
+        Hyper-parameters that ``state_dict`` does not have keep their present values.
 
         Args:
             state_dict: What :meth:`state_dict` returned; it is not changed.
@@ -287,47 +279,64 @@ class ALTO(ExploringOptimizer):
         super().load_state_dict(_from_authors(state_dict) if is_authors else state_dict)
 
 
-def _step(batch: Batch, piece: Piece) -> None:
+def _update_shards(subgroups: list[Subgroup], layers: list[Tensor]) -> None:
+    """Moves all on before anything is subtracted, so that one collective does for all norms."""
+    squares: dict[Tensor, Tensor] = {}
+    for subgroup in subgroups:
+        squares.update(zip(subgroup.params, _all_moments(subgroup), strict=True))
+    sum_over_shards(layers, squares)
+    for subgroup in subgroups:
+        _apply_all(subgroup, torch.stack([squares[param] for param in subgroup.params]))
+
+
+def _all_moments(subgroup: Subgroup) -> Tensor:
+    m = subgroup.tensors.exp_avgs[0]
+    squares = torch.zeros(len(subgroup.params), 2, dtype=_norm_dtype(m), device=m.device)
+
+    def move(_: Subgroup, bucket: Bucket) -> None:
+        squares[bucket.entries] = _moments_of_bucket(subgroup, bucket)
+
+    subgroup.for_each_bucket(move, STATE)
+    return squares
+
+
+def _apply_all(subgroup: Subgroup, squares: Tensor) -> None:
+    subgroup.for_each_bucket(lambda _, bucket: _apply_bucket(subgroup, bucket, squares[bucket.entries]), ("params",))
+
+
+def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
     """Makes the step of whole tensors, while they are in the cache."""
-    if not piece.small:
-        _apply(batch, piece, _moments(batch, piece))
+    if not bucket.small:
+        _apply_bucket(subgroup, bucket, _moments_of_bucket(subgroup, bucket))
         return
-    (lists,) = piece.parts
-    thetas, updates = batch.backend.function(alto_updates)(lists, piece.scalars)
-    squares = squared_norms(thetas, updates, piece.sizes) if batch.group["layerwise"] else None
-    subtract_updates(lists, piece.scalars, updates, _ratios(piece, squares))
+    (tensors,) = bucket.chunks
+    theta, r = subgroup.backend.function(alto_updates)(tensors, bucket.scalars)
+    squares = squared_norms(theta, r, bucket.sizes) if subgroup.group["layerwise"] else None
+    subtract_updates(tensors, bucket.scalars, r, _ratios(bucket, squares))
 
 
-def _all_moments(batch: Batch) -> Tensor:
-    m = batch.lists.exp_avgs[0]
-    sums = torch.zeros(len(batch.lists.params), 2, dtype=wide_dtype(m), device=m.device)
-    for piece in batch.pieces(STATE):
-        sums[piece.owners] = _moments(batch, piece)
-    return sums
-
-
-def _moments(batch: Batch, piece: Piece) -> Tensor:
+def _moments_of_bucket(subgroup: Subgroup, bucket: Bucket) -> Tensor:
     """Moves ``e``, ``m`` and ``v`` on; the squared norms ``[n, 2]`` of the entries."""
-    if piece.sizes is not None:
-        (lists,) = piece.parts
-        return squared_norms(*batch.backend.function(alto_updates)(lists, piece.scalars), piece.sizes)
-    moments = batch.backend.function(alto_moments)
-    return torch.stack([moments(part, piece.scalars) for part in piece.parts]).sum(0)
+    if bucket.sizes is not None:
+        (tensors,) = bucket.chunks
+        return squared_norms(*subgroup.backend.function(alto_updates)(tensors, bucket.scalars), bucket.sizes)
+    moments = subgroup.backend.function(alto_moments)
+    return torch.stack([moments(chunk, bucket.scalars) for chunk in bucket.chunks]).sum(0)
 
 
-def _apply(batch: Batch, piece: Piece, squares: Tensor) -> None:
+def _apply_bucket(subgroup: Subgroup, bucket: Bucket, squares: Tensor) -> None:
     """Subtracts the updates, once the squared norms ``[n, 2]`` of the entries are known."""
-    ratios = _ratios(piece, squares if batch.group["layerwise"] else None)
-    for part in piece.parts:
-        batch.backend.function(alto_apply)(part, piece.scalars, ratios)
+    ratios = _ratios(bucket, squares if subgroup.group["layerwise"] else None)
+    for chunk in bucket.chunks:
+        subgroup.backend.function(alto_apply)(chunk, bucket.scalars, ratios)
 
 
-def _ratios(piece: Piece, squares: Tensor | None) -> Tensor | None:
+def _ratios(bucket: Bucket, squares: Tensor | None) -> Tensor | None:
     """What the entries are multiplied by: one number each, or one for each element of what holds several."""
     if squares is None:
         return None
     ratios = trust_ratio(squares)
-    return ratios if piece.sizes is None else ratios.repeat_interleave(piece.sizes)[None]
+    return ratios if bucket.sizes is None else ratios.repeat_interleave(bucket.sizes)[None]
 
 
 def _from_authors(state_dict: StateDict) -> StateDict:
@@ -342,15 +351,7 @@ def _from_authors(state_dict: StateDict) -> StateDict:
         groups.append(group)
         for key in saved["params"]:
             if key in state_dict["state"]:
-                state[key] = _state_from_authors(state_dict["state"][key], explore_beta)
+                theirs = state_dict["state"][key]
+                e = theirs["prev_grad"] - theirs["exp_grad_diff"] * (explore_beta / (1.0 - explore_beta))
+                state[key] = {"exp_avg_grad": e, **{name: theirs[name] for name in ("step", "exp_avg", "exp_avg_sq")}}
     return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _state_from_authors(saved: dict[str, Any], explore_beta: float) -> dict[str, Any]:
-    exp_avg_grad = saved["prev_grad"] - saved["exp_grad_diff"] * (explore_beta / (1.0 - explore_beta))
-    return {
-        "step": saved["step"],
-        "exp_avg_grad": exp_avg_grad,
-        "exp_avg": saved["exp_avg"],
-        "exp_avg_sq": saved["exp_avg_sq"],
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice, resolve_explore
-from lightning_gradhist.optim._base import set_batch_size
-from lightning_gradhist.optim._formulas import mixed_gradients, move_average
-from lightning_gradhist.optim._parameters import refuse_complex, refuse_sparse, wide_dtype
-from lightning_gradhist.optim._sharding import mesh_of
+from lightning_gradhist._dtensor import from_shard, local, placed_as
+from lightning_gradhist.adaptor import AUTO, check_explore, resolve_explore
+from lightning_gradhist.optim._base import ExploringOptimizer
+from lightning_gradhist.optim._checks import refuse_complex
+from lightning_gradhist.optim._formulas import explored_gradients, move_averages, wide_dtype
 
 BUFFER = "exp_avg_grad"
 
 
-class EAdaptor(Optimizer):
+def _of_inner(name: str, doc: str) -> Any:
+    return property(lambda self: getattr(self.inner, name), lambda self, new: setattr(self.inner, name, new), doc=doc)
+
+
+class EAdaptor(ExploringOptimizer):
     """Adaptor E: lets a torch optimizer see ``g + alpha * a`` in place of the gradient ``g``.
 
     ``a`` is the moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 - explore_beta) *
@@ -31,27 +35,26 @@ class EAdaptor(Optimizer):
         theta = one step of the inner optimizer with g'
         e     = explore_beta * e + (1 - explore_beta) * g
 
-    ``EAdaptor(SGD(...))`` is the paper's ESGD; ``EAdaptor(AdamW(...))`` is :class:`AdamE`, which needs less
-    memory and time.
+    ``EAdaptor(SGD(...))`` is the paper's ESGD; ``EAdaptor(AdamW(...))`` is :class:`AdamE`, which needs less memory and time.
 
-    It is an optimizer over the very ``param_groups``, ``defaults`` and ``state`` of the inner one: schedulers,
-    callbacks and ``add_param_group`` may be given either of the two. ``alpha`` and ``explore_beta`` are keys of
-    the param groups and are read at each step; where the inner optimizer has an ``alpha`` of its own (RMSprop,
-    ASGD), the key is ``explore_alpha``. The state of a parameter is the inner optimizer's and ``exp_avg_grad``
-    (e), shaped as the parameter and in fp32 (float64 for float64); ``state_dict`` holds both.
+    It is an optimizer over the very ``param_groups``, ``defaults`` and ``state`` of the inner one: schedulers, callbacks and
+    ``add_param_group`` may be given either of the two. ``alpha`` and ``explore_beta`` are keys of the param groups and
+    are read at each step; where the inner optimizer has an ``alpha`` of its own (RMSprop, ASGD), the key is
+    ``explore_alpha``. The state of a parameter is the inner optimizer's and ``exp_avg_grad`` (e), shaped as the parameter
+    and in fp32 (float64 for float64); ``state_dict`` holds both.
 
-    During the step of the inner optimizer ``.grad`` is a tensor with ``g'``, rounded to the gradient's dtype,
-    which takes as much memory as the gradients; afterwards it is the user's tensor again, unchanged. The inner
-    optimizer's own step hooks see ``g'``, those of this one ``g``. A ``GradScaler`` unscales the gradients and
-    skips steps by itself, also where the inner optimizer could do that (``fused=True``), so that clipping works.
+    During the step of the inner optimizer ``.grad`` is a tensor with ``g'``, rounded to the gradient's dtype, which takes
+    as much memory as the gradients; afterwards it is the user's tensor again, unchanged. The inner optimizer's own step
+    hooks see ``g'``, those of this one ``g``. A ``GradScaler`` unscales the gradients and skips steps by itself, also
+    where the inner optimizer could do that (``fused=True``), so that clipping works.
 
     Args:
-        optimizer: The inner optimizer: SGD, AdamW, RMSprop, Muon or any other whose ``step`` needs no closure.
-            Step this object from now on, not the inner one.
-        alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along
-            valleys (large batches), positive exploits. ``"auto"`` stays in the param group until a callback
-            or :meth:`set_batch_size` writes a number there; until then the small-batch choice, 0.5 with ``explore_beta``
-            0.01, is in force. From 1,000 samples a batch the paper takes -5 and 0.99.
+        optimizer: The inner optimizer: SGD, AdamW, RMSprop, Muon or any other whose ``step`` needs no closure. Step this
+            object from now on, not the inner one.
+        alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along valleys
+            (large batches), positive exploits. ``"auto"`` is 0.5 with ``explore_beta`` 0.01, the paper's choice below
+            1,000 samples a batch, until a callback or :meth:`set_batch_size` writes numbers in its place; from 1,000
+            on, the paper takes -5 and 0.99.
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
 
     Attributes:
@@ -85,99 +88,43 @@ class EAdaptor(Optimizer):
         _check_inner(optimizer)
         check_explore(alpha, explore_beta)
         for group in optimizer.param_groups:
-            refuse_complex(group, "EAdaptor")
+            refuse_complex(group, type(self).__name__)
         alpha_name = "explore_alpha" if "alpha" in optimizer.defaults else "alpha"
         # the inner optimizer's own add_param_group completes groups from its defaults
         optimizer.defaults.update({alpha_name: alpha, "explore_beta": explore_beta})
         self.__setstate__({"inner": optimizer})  # not super().__init__: that would make groups of its own
         self._complete_groups()
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The param groups of the inner optimizer."""
-        return self.inner.param_groups
+    param_groups = _of_inner("param_groups", "The param groups of the inner optimizer.")
+    state = _of_inner(
+        "state", "The state of the inner optimizer, with ``exp_avg_grad`` of each parameter that was stepped."
+    )
+    defaults = _of_inner("defaults", "The defaults of the inner optimizer, with those of adaptor E.")
 
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self.inner.param_groups = param_groups
-
-    @property
-    def state(self) -> Any:
-        """The state of the inner optimizer, with ``exp_avg_grad`` for each parameter that was stepped."""
-        return self.inner.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.inner.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The defaults of the inner optimizer, with those of adaptor E."""
-        return self.inner.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner.defaults = defaults
-
-    def _names(self) -> tuple[str, str]:
+    def _explore_names(self) -> tuple[str, str]:
         return ("explore_alpha" if "explore_alpha" in self.defaults else "alpha"), "explore_beta"
 
-    def _complete_groups(self) -> None:
-        """Give both numbers to groups that lack them, as those of a checkpoint loaded by the inner optimizer."""
+    def _make_step(self) -> None:
         for group in self.param_groups:
-            for name in self._names():
-                group.setdefault(name, self.defaults[name])
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        alpha, explore_beta = self._names()
-        check_explore(group[alpha], group[explore_beta])
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Make one step of the inner optimizer with the gradients that adaptor E gives it.
-
-        Args:
-            closure: Clears the gradients, computes the loss and its gradients, and returns the loss. It runs
-                first, with gradients enabled; the gradients are read after it.
-
-        Returns:
-            What ``closure`` returned; None without one.
-
-        Raises:
-            RuntimeError: If a gradient is sparse; nothing has been changed then.
-            TypeError: If a parameter is complex; nothing has been changed then.
-            ValueError: If ``alpha`` and ``explore_beta`` were changed to an illegal pair.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._complete_groups()
-        for group in self.param_groups:  # all of them, so that an error leaves nothing half done
-            self._check_group(group)
-            refuse_complex(group, "EAdaptor")
-            refuse_sparse(group, "EAdaptor")
-        self._step_with_explored_gradients()
-        return loss
-
-    def _step_with_explored_gradients(self) -> None:
+            refuse_complex(group, type(self).__name__)  # the inner optimizer may have been given one
         kept = [(param, param.grad) for group in self.param_groups for param in group["params"]]
         averages = {param: self._exp_avg_grad(param) for param, grad in kept if grad is not None}
         hidden = self._hide_averages()
         try:
-            for params, grads, es, alpha, explore_beta in self._by_group(averages):
-                mix = alpha * (1.0 - explore_beta)
-                mixed = mixed_gradients(_in_dtype_of(grads, es), es, mix)
-                for param, explored in zip(params, _in_dtype_of(mixed, grads), strict=True):
-                    param.grad = explored
+            for params, alpha, explore_beta in self._alike(averages):
+                grads, es = _grads_of(params), [local(averages[param]) for param in params]
+                explored = explored_gradients(_in_dtype_of(grads, es), es, alpha * (1.0 - explore_beta))
+                for param, grad in zip(params, _in_dtype_of(explored, grads), strict=True):
+                    param.grad = from_shard(grad, param)
             self.inner.step()
         finally:
             for param, grad in kept:
                 param.grad = grad
             for param, e in {**hidden, **averages}.items():
                 self.state[param][BUFFER] = e
-        for _, grads, es, _, explore_beta in self._by_group(averages):
-            move_average(es, _in_dtype_of(grads, es), explore_beta)
+        for params, _, explore_beta in self._alike(averages):
+            es = [local(averages[param]) for param in params]
+            move_averages(es, _in_dtype_of(_grads_of(params), es), explore_beta)
 
     def _hide_averages(self) -> dict[Tensor, Tensor]:
         """Take all ``e`` out of the state, so that the inner optimizer finds what it has put there, and no more."""
@@ -191,21 +138,12 @@ class EAdaptor(Optimizer):
                 del self.state[param]
         return hidden
 
-    def _by_group(
-        self, averages: dict[Tensor, Tensor]
-    ) -> list[tuple[list[Tensor], list[Tensor], list[Tensor], float, float]]:
-        """Parameters, gradients and ``e`` of each group, those of each device mesh apart, and the group's two numbers."""
-        lists = []
+    def _alike(self, stepped: Collection[Tensor]) -> Iterator[tuple[list[Tensor], float, float]]:
+        """The parameters of each group that are stepped, and the group's two numbers."""
         for group in self.param_groups:
-            numbers = resolve_explore(*(group[name] for name in self._names()))
-            by_mesh: dict[Any, list[Tensor]] = {}
-            for param in group["params"]:
-                if param in averages:
-                    by_mesh.setdefault(mesh_of(param), []).append(param)
-            for params in by_mesh.values():
-                grads = [param.grad for param in params if param.grad is not None]
-                lists.append((params, grads, [averages[param] for param in params], *numbers))
-        return lists
+            params = [param for param in group["params"] if param in stepped]
+            if params:
+                yield params, *resolve_explore(*(group[name] for name in self._explore_names()))
 
     def _exp_avg_grad(self, param: Tensor) -> Tensor:
         dtype = wide_dtype(param)
@@ -214,38 +152,8 @@ class EAdaptor(Optimizer):
             return e
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group to the inner optimizer.
-
-        Args:
-            param_group: The parameters under ``"params"``, and what is to differ from the defaults.
-
-        Raises:
-            TypeError: If a parameter is complex.
-            ValueError: If ``alpha`` or ``explore_beta`` is out of range.
-        """
-        if isinstance(param_group, dict):  # torch says what is wrong with anything else
-            self._check_group({**self.defaults, **param_group})
+    def _add(self, param_group: dict[str, Any]) -> None:
         self.inner.add_param_group(param_group)
-        try:
-            refuse_complex(self.param_groups[-1], "EAdaptor")
-        except TypeError:
-            self.param_groups.pop()
-            raise
-
-    def set_batch_size(self, batch_size: float) -> None:
-        """Put the paper's choice for a batch size in the place of ``"auto"``.
-
-        Groups whose two numbers are numbers are left alone. ``OptimizerCalibration`` does the same.
-
-        Args:
-            batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0.
-
-        Raises:
-            ValueError: If ``batch_size`` is not a positive number.
-        """
-        self._complete_groups()
-        set_batch_size(self.param_groups, self._names(), batch_size)
 
     def state_dict(self) -> StateDict:
         """Return the state dict of the inner optimizer, which holds adaptor E's state and numbers as well."""
@@ -290,7 +198,7 @@ class EAdaptor(Optimizer):
         if len(groups) == len(self.param_groups):  # else the inner optimizer refuses it
             self._complete_groups()
             groups = [
-                {**saved, **{name: present[name] for name in self._names() if name not in saved}}
+                {**saved, **{name: present[name] for name in self._explore_names() if name not in saved}}
                 for present, saved in zip(self.param_groups, groups, strict=True)
             ]
             for group in groups:
@@ -309,10 +217,12 @@ class EAdaptor(Optimizer):
 
     def __repr__(self) -> str:
         """Show the inner optimizer, with the numbers that are in force for ``"auto"``."""
-        text = repr(self.inner)
-        for name, value in zip(self._names(), explore_choice(None), strict=True):
-            text = text.replace(f"    {name}: {AUTO}\n", f"    {name}: {AUTO} ({value} in force)\n")
-        return f"{type(self).__name__} of {text}"
+        return f"{type(self).__name__} of {self._with_explore_in_force(repr(self.inner))}"
+
+
+def _grads_of(params: list[Tensor]) -> list[Tensor]:
+    """This rank's shards of the gradients, laid out as the parameters'."""
+    return [local(placed_as(param.grad, param)) for param in params if param.grad is not None]
 
 
 def _in_dtype_of(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
@@ -337,6 +247,12 @@ def _check_inner(optimizer: Any) -> None:
         raise TypeError(
             f"optimizer={name} calls its closure itself, as often as it likes, and adaptor E needs one gradient a "
             "step. Adapt an optimizer whose step() can do without a closure, such as SGD or AdamW."
+        )
+    saved = sorted(optimizer.state_dict())
+    if saved != ["param_groups", "state"]:
+        raise TypeError(
+            f"optimizer={name} saves {saved} in its state_dict, and adaptor E would be lost from a checkpoint: it keeps its "
+            "average in torch's own 'state'. Put EAdaptor around the optimizer that it wraps, and it around EAdaptor."
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(

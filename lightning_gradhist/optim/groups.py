@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 NORM_LAYERS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
 """Layers whose parameters do not decay, whatever their shape; subclasses included."""
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -83,24 +75,15 @@ def no_decay_groups(
     _refuse_unreal_shapes(module)
     no_decay_layers = NORM_LAYERS + (EMBEDDINGS if embeddings else ())
     exempt = _matching(module, [patterns] if isinstance(patterns, str) else list(patterns))
-    for layer, name, param in _uses(module):
-        if param.ndim <= 1 or "bias" in name.split("_") or isinstance(layer, no_decay_layers):
-            exempt.add(param)
+    for layer in module.modules():
+        for name, param in layer.named_parameters(recurse=False, remove_duplicate=False):  # tied ones repeatedly
+            if param.ndim <= 1 or "bias" in name.split("_") or isinstance(layer, no_decay_layers):
+                exempt.add(param)
     trainable = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
     decay = {"params": [pair for pair in trainable if pair[1] not in exempt], "weight_decay": weight_decay}
-    no_decay = {
-        **no_decay_options,
-        "params": [pair for pair in trainable if pair[1] in exempt],
-        "weight_decay": 0.0,
-    }
+    others = [pair for pair in trainable if pair[1] in exempt]
+    no_decay = {**no_decay_options, "params": others, "weight_decay": 0.0}
     return [group for group in (decay, no_decay) if group["params"]]
-
-
-def _uses(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Every layer with each of its own parameters and that parameter's name in it; tied ones repeatedly."""
-    for layer in module.modules():
-        for name, param in layer.named_parameters(recurse=False, remove_duplicate=False):
-            yield layer, name, param
 
 
 def _matching(module: nn.Module, patterns: list[str]) -> set[nn.Parameter]:

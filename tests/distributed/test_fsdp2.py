@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from rank_jobs import run_ranks
+from ranks import run_ranks
 from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unreduced, unused, whole
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import ALTO, NoiseScale
-from lightning_gradhist.noise.step import adam_weight, measure_pair
+from lightning_gradhist.noise.step import adam_weight, measure_pair, noise_and_signal
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
+)
 def run(request, tmp_path_factory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("shards")
     return folder, run_ranks(trained, request.param, folder)
@@ -38,6 +40,7 @@ def test_a_rank_without_a_gradient_still_joins_the_collective(tmp_path) -> None:
     assert run_ranks(unused, 2, tmp_path) == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path) -> None:
     expected = run_ranks(saved, 2, tmp_path)[0]
@@ -83,7 +86,8 @@ def test_the_monitor_counts_every_shard_once(run) -> None:
         for sample in samples:
             step = sample["step"]
             weights = {name: adam_weight(v, 1e-8) for name, v in moments[step].items()} or None
-            expected = measure_pair(gradients[step], gradients[step + 1], weights).tolist()
+            pair = measure_pair(gradients[step], gradients[step + 1], weights)
+            expected = noise_and_signal(pair, 2.0, 0.0, 1.0).tolist()
             numbers = [sample[f"{kind}_{metric}"] for metric in ("simple", "adam") for kind in ("noise", "signal")]
             assert numbers[: 4 if weights else 2] == pytest.approx(expected[: 4 if weights else 2], rel=1e-4, abs=1e-9)
             assert sample["batch_size"] == 4 * len(found)

@@ -14,20 +14,21 @@ from rank_jobs import (
     invisible,
     killed,
     monitored,
+    not_averaged,
     numbers,
     out_of_step,
-    run_ranks,
     short_of_memory,
     told_to_stop,
     uneven,
     zero,
 )
+from ranks import run_ranks
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
 from lightning_gradhist.noise.record import RunRecord
 
-RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks")]
+RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -160,7 +161,7 @@ def test_a_rank_without_finite_gradients_stops_nothing(tmp_path) -> None:
     found = run_ranks(uneven, 2, tmp_path)
     (group, reasons, gradients, _), other = found
     assert other[0] == group and other[2] == gradients == 4
-    assert any("4 of 8 batches of the probe gave no finite gradient" in reason for reason in reasons)
+    assert any("4 of 8 batches of the probe gave a gradient that is not finite" in reason for reason in reasons)
 
 
 def test_trainers_of_their_own_are_not_added_up(tmp_path) -> None:
@@ -184,7 +185,7 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["heavy"]
     assert gradients == 15 and any("1 of 16 batches of the probe ran out of memory" in problem for problem in problems)
     gradients, problems = found[0]["short"]
-    assert gradients == 14 and any("2 of 16 batches of the probe had another number" in problem for problem in problems)
+    assert gradients == 16 and not problems  # one batch of three, on one rank
     gradients, problems = found[0]["no room"]
     assert gradients == 0 and any("no probe: to hold gradients raised OutOfMemory" in problem for problem in problems)
     assert "group_by gives other groups on other ranks" in found[0]["groups"]
@@ -200,6 +201,16 @@ def test_a_rank_that_dies_ends_the_others_and_leaves_what_was_logged(tmp_path) -
     assert (tmp_path / "error.txt").read_text()
     assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 2, 4, 6]
     assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == 4
+
+
+def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path) -> None:
+    found = run_ranks(not_averaged, 2, tmp_path)[0]
+    for when, kind in (("before_clip", "gradient"), ("after_clip", "gradient_clipped"), ("local", "gradient_local")):
+        said, noise = found[when]
+        assert noise == [None, None, None]
+        logged = [tag for tag in events(tmp_path / when).Tags()["histograms"] if tag == f"{kind}_magnitude/all"]
+        assert bool(logged) == (when == "local")
+        assert [("differ from rank to rank" in one) for one in said] == ([] if when == "local" else [True])
 
 
 def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path) -> None:

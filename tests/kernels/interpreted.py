@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradhist.optim._lists import StepLists, StepScalars
-from lightning_gradhist.optim.adam_e import adam_e_step
-from lightning_gradhist.optim.alto import alto_apply, alto_moments, trust_ratio
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.optim.adam_e import adam_e_reference, adam_e_step
+from lightning_gradhist.optim.alto import alto_apply, alto_moments, alto_reference, trust_ratio
 
 CHUNK = 4096
 GUARD, SENTINEL = 64, -77.0
@@ -67,8 +67,8 @@ class Memory:
         columns = [[self.tensor(name, dtype) for name in names] for dtype in dtypes]
         for v in columns[4]:
             v.abs_()
-        self.lists = StepLists(*columns)
-        self.grads = [grad.clone() for grad in self.lists.grads]
+        self.tensors = StepTensors(*columns)
+        self.grads = [grad.clone() for grad in self.tensors.grads]
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         shape = SHAPES[name]
@@ -87,12 +87,12 @@ class Memory:
         """Nothing but parameters and state has changed."""
         for buffer in self.buffers:
             assert bool((buffer[:GUARD] == SENTINEL).all()) and bool((buffer[-GUARD:] == SENTINEL).all())
-        for grad, before in zip(self.lists.grads, self.grads, strict=True):
+        for grad, before in zip(self.tensors.grads, self.grads, strict=True):
             assert torch.equal(grad, before)
 
 
-def same(got: StepLists, expected: StepLists) -> None:
-    for field in StepLists._fields:
+def same(got: StepTensors, expected: StepTensors) -> None:
+    for field in StepTensors._fields:
         for index, (a, b) in enumerate(zip(getattr(got, field), getattr(expected, field), strict=True)):
             where = f"{field}[{index}] {tuple(a.shape)}: "
             if a.dtype == torch.float32:
@@ -103,7 +103,7 @@ def same(got: StepLists, expected: StepLists) -> None:
                 assert int(steps.max()) <= 1, where + f"{int(steps.max())} steps apart"
 
 
-def agree_on_rounding(got: StepLists, expected: StepLists) -> None:
+def agree_on_rounding(got: StepTensors, expected: StepTensors) -> None:
     """Go on from the same numbers where two that differ in the last bit of fp32 were rounded to different ones."""
     for ours, theirs in zip(got, expected, strict=True):
         for tensor, rounded in zip(ours, theirs, strict=True):
@@ -117,10 +117,10 @@ def adam_e(names: tuple[str, ...] = FEW, *, decoupled: bool = True, dtypes: Any 
     s = PLAIN._replace(**changes)
     eager, triton = Memory(names, *dtypes), Memory(names, *dtypes)
     for lr in (s.lr, 2 * s.lr):
-        adam_e_step(eager.lists, s._replace(lr=lr), decoupled_weight_decay=decoupled)
-        kernels.adam_e_step(triton.lists, s._replace(lr=lr), decoupled_weight_decay=decoupled)
-        same(triton.lists, eager.lists)
-        agree_on_rounding(triton.lists, eager.lists)
+        adam_e_step(eager.tensors, s._replace(lr=lr), decoupled_weight_decay=decoupled)
+        kernels.adam_e_step(triton.tensors, s._replace(lr=lr), decoupled_weight_decay=decoupled)
+        same(triton.tensors, eager.tensors)
+        agree_on_rounding(triton.tensors, eager.tensors)
     triton.check()
 
 
@@ -129,18 +129,18 @@ def alto(names: tuple[str, ...] = FEW, *, layerwise: bool = True, dtypes: Any = 
 
     s = PLAIN._replace(**changes)
     eager, triton = Memory(names, *dtypes), Memory(names, *dtypes)
-    params = [param.clone() for param in triton.lists.params]
-    expected, norms = alto_moments(eager.lists, s), kernels.alto_moments(triton.lists, s)
-    assert norms.shape == (len(names), 2) and norms.dtype == torch.float32
-    narrow = triton.lists.exp_avgs[0].dtype == torch.bfloat16
+    params = [param.clone() for param in triton.tensors.params]
+    expected, norms = alto_moments(eager.tensors, s), kernels.alto_moments(triton.tensors, s)
+    assert norms.shape == (len(names), 2) and norms.dtype == torch.float64
+    narrow = triton.tensors.exp_avgs[0].dtype == torch.bfloat16
     torch.testing.assert_close(norms, expected, rtol=0.03 if narrow else 2e-6, atol=0.0)
-    assert all(map(torch.equal, triton.lists.params, params))
-    same(triton.lists, eager.lists)
-    agree_on_rounding(triton.lists, eager.lists)
+    assert all(map(torch.equal, triton.tensors.params, params))
+    same(triton.tensors, eager.tensors)
+    agree_on_rounding(triton.tensors, eager.tensors)
     ratios = trust_ratio(expected) if layerwise else None
-    alto_apply(eager.lists, s, ratios)
-    kernels.alto_apply(triton.lists, s, ratios)
-    same(triton.lists, eager.lists)
+    alto_apply(eager.tensors, s, ratios)
+    kernels.alto_apply(triton.tensors, s, ratios)
+    same(triton.tensors, eager.tensors)
     triton.check()
 
 
@@ -156,22 +156,48 @@ def lists_of_corrections(step: Callable[..., None]) -> None:
     )
 
 
+def specified(step_of: str) -> None:
+    """The kernels' steps are those of the specification."""
+    from lightning_gradhist.kernels import adam_e, alto
+
+    group = {
+        "lr": PLAIN.lr,
+        "betas": (0.9, 0.999),
+        "alpha": -5.0,
+        "explore_beta": 0.99,
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+    }
+    group |= {"maximize": False, "decoupled_weight_decay": True, "layerwise": True, "bias_correction": True}
+    memory = Memory(FEW)
+    reference = adam_e_reference if step_of == "adam_e" else alto_reference
+    entries = [[tensor.double() for tensor in entry] for entry in zip(*memory.tensors, strict=True)]
+    want = [reference(*entry, 3, group) for entry in entries]
+    if step_of == "adam_e":
+        adam_e.adam_e_step(memory.tensors, PLAIN, decoupled_weight_decay=True)
+    else:
+        alto.alto_apply(memory.tensors, PLAIN, trust_ratio(alto.alto_moments(memory.tensors, PLAIN)))
+    for (theta, _, *state), (expected, *expected_state) in zip(zip(*memory.tensors, strict=True), want, strict=True):
+        torch.testing.assert_close(theta.double(), expected, **TOLERANCES["params"])
+        torch.testing.assert_close([tensor.double() for tensor in state], expected_state, **TOLERANCES["state"])
+
+
 def grads_in_other_strides(step_of: str) -> None:
     from lightning_gradhist.kernels.adam_e import adam_e_step as adam_e_kernels
     from lightning_gradhist.kernels.alto import alto_moments as alto_kernels
 
     eager, triton = Memory(("channels_last", "transposed", "odd")), Memory(("channels_last", "transposed", "odd"))
     for memory in (eager, triton):
-        memory.lists.grads[0] = memory.lists.grads[0].contiguous()
-        memory.lists.grads[1] = memory.lists.grads[1].contiguous()
-        memory.lists.grads[2] = torch.tensor(0.5).expand(31)
-        memory.grads = [grad.clone() for grad in memory.lists.grads]
+        memory.tensors.grads[0] = memory.tensors.grads[0].contiguous()
+        memory.tensors.grads[1] = memory.tensors.grads[1].contiguous()
+        memory.tensors.grads[2] = torch.tensor(0.5).expand(31)
+        memory.grads = [grad.clone() for grad in memory.tensors.grads]
     if step_of == "adam_e":
-        adam_e_step(eager.lists, PLAIN, decoupled_weight_decay=True)
-        adam_e_kernels(triton.lists, PLAIN, decoupled_weight_decay=True)
+        adam_e_step(eager.tensors, PLAIN, decoupled_weight_decay=True)
+        adam_e_kernels(triton.tensors, PLAIN, decoupled_weight_decay=True)
     else:
-        torch.testing.assert_close(alto_kernels(triton.lists, PLAIN), alto_moments(eager.lists, PLAIN))
-    same(triton.lists, eager.lists)
+        torch.testing.assert_close(alto_kernels(triton.tensors, PLAIN), alto_moments(eager.tensors, PLAIN))
+    same(triton.tensors, eager.tensors)
     triton.check()
 
 
@@ -193,7 +219,7 @@ def chosen_by_chance() -> None:
     @triton.jit
     def store(xs, step, out, N: tl.constexpr):
         at = tl.arange(0, N)
-        number = _math.scalar_of(step, 0, False)
+        number = _math.number(step, 0)
         tl.store(out + at, _math.stored(tl.load(xs + at), number, tl.bfloat16, tl.bfloat16))
 
     xs = torch.randn(1024, generator=torch.Generator().manual_seed(3)) * torch.logspace(-40, 38, 1024)
@@ -209,8 +235,8 @@ def same_bits() -> None:
     from lightning_gradhist.kernels import alto as kernels
 
     first, second = Memory(("above", "odd")), Memory(("above", "odd"))
-    assert torch.equal(kernels.alto_moments(first.lists, PLAIN), kernels.alto_moments(second.lists, PLAIN))
-    for a, b in zip(first.lists, second.lists, strict=True):
+    assert torch.equal(kernels.alto_moments(first.tensors, PLAIN), kernels.alto_moments(second.tensors, PLAIN))
+    for a, b in zip(first.tensors, second.tensors, strict=True):
         assert all(map(torch.equal, a, b))
 
 
@@ -218,12 +244,12 @@ def many_chunks() -> None:
     """More chunks than the reduction takes in one block."""
     from lightning_gradhist.kernels import alto as kernels
 
-    count = kernels.BLOCK + 3
-    sums = torch.arange(2.0 * (count + 2)).view(-1, 2)
+    count = kernels.BLOCK.value + 3
+    sums = torch.arange(2.0 * (count + 2), dtype=torch.float64).view(-1, 2)
     extents = torch.tensor([[CHUNK + 1, 0], [0, 2], [CHUNK * count, 2]])
-    norms = torch.empty(3, 2)
-    kernels.sum_chunks_kernel[(3,)](extents, sums, norms, CHUNK=CHUNK, BLOCK=kernels.BLOCK)
-    expected = torch.stack([sums[:2].sum(0), torch.zeros(2), sums[2:].sum(0)])
+    norms = torch.empty(3, 2, dtype=torch.float64)
+    kernels.sum_chunks_kernel[(3,)](extents, sums, norms, CHUNK)
+    expected = torch.stack([sums[:2].sum(0), torch.zeros_like(sums[0]), sums[2:].sum(0)])
     torch.testing.assert_close(norms, expected)
 
 
@@ -232,16 +258,18 @@ def tables() -> None:
 
     assert _tables.CHUNK == CHUNK
     checks: list[int] = []
-    lists = Memory(("odd", "empty", "above")).lists
+    tensors = Memory(("odd", "empty", "above")).tensors
     table = partial(_tables.chunk_table, check=lambda: checks.append(1))
-    first = table([lists.params, lists.exp_avgs])
-    assert first.pointers.tolist() == [[p.data_ptr(), m.data_ptr()] for p, m in zip(lists[0], lists[3], strict=True)]
+    first = table([tensors.params, tensors.exp_avgs])
+    assert first.pointers.tolist() == [
+        [p.data_ptr(), m.data_ptr()] for p, m in zip(tensors[0], tensors[3], strict=True)
+    ]
     assert first.extents.tolist() == [[31, 0], [0, 1], [CHUNK + 1, 1]]
     assert first.chunks.tolist() == [[0, 0], [2, 0], [2, 1]]
-    again = table([[param.detach() for param in lists.params], lists.exp_avgs])
+    again = table([[param.detach() for param in tensors.params], tensors.exp_avgs])
     assert all(a is b for a, b in zip(again, first, strict=True)) and len(checks) == 1
-    moved = [*lists.exp_avgs[:2], lists.exp_avgs[2].clone()]
-    other = table([lists.params, moved])
+    moved = [*tensors.exp_avgs[:2], tensors.exp_avgs[2].clone()]
+    other = table([tensors.params, moved])
     assert other.pointers[2, 1] == moved[2].data_ptr() and other.chunks is first.chunks and len(checks) == 2
     transposed = torch.zeros(4, 4)
     table([[transposed]])
@@ -256,9 +284,9 @@ def captured_table() -> None:
     """The table of a CUDA graph, made without a copy, is the same one."""
     from lightning_gradhist.kernels import _tables
 
-    lists = Memory(("odd", "empty", "above", "one")).lists
-    columns = [lists.params, lists.exp_avgs, lists.exp_avg_sqs]
-    numels = _tables.array("q", [t.numel() for t in lists.params])
+    tensors = Memory(("odd", "empty", "above", "one")).tensors
+    columns = [tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs]
+    numels = _tables.array("q", [t.numel() for t in tensors.params])
     addresses = _tables.array("q", [t.data_ptr() for column in columns for t in column])
     got = _tables._captured(addresses, numels, CHUNK, torch.device("cpu"))
     for a, b in zip(got, _tables.chunk_table(columns, lambda: None), strict=True):
@@ -266,15 +294,15 @@ def captured_table() -> None:
 
 
 def unsupported() -> None:
-    from lightning_gradhist.kernels import _tables
+    from lightning_gradhist.kernels import _launch
     from lightning_gradhist.kernels.adam_e import adam_e_step as kernels
 
     def reason(**changes: list[Tensor]) -> str:
-        one = {field: [torch.zeros(4, 6)] for field in StepLists._fields}
-        lists = StepLists(**{**one, **changes})
-        assert _tables.unsupported(lists)
+        one = {field: [torch.zeros(4, 6)] for field in StepTensors._fields}
+        tensors = StepTensors(**{**one, **changes})
+        assert _launch.unsupported(tensors)
         try:
-            kernels(lists, PLAIN, decoupled_weight_decay=True)
+            kernels(tensors, PLAIN, decoupled_weight_decay=True)
         except ValueError as error:
             return str(error)
         raise AssertionError("not refused")
@@ -289,50 +317,52 @@ def unsupported() -> None:
     gaps = [torch.zeros(4, 12)[:, ::2] for _ in range(4)]
     names = ("params", "exp_avg_grads", "exp_avgs", "exp_avg_sqs")
     assert "gaps" in reason(**{name: [gap] for name, gap in zip(names, gaps, strict=True)})
-    assert _tables.unsupported(Memory(tuple(SHAPES)).lists) is None
+    assert _launch.unsupported(Memory(tuple(SHAPES)).tensors) is None
 
 
 def nothing_to_do() -> None:
     from lightning_gradhist.kernels import adam_e as kernels
     from lightning_gradhist.kernels import alto as alto_kernels
 
-    for lists in (StepLists([], [], [], [], []), Memory(("empty", "empty")).lists):
-        kernels.adam_e_step(lists, PLAIN, decoupled_weight_decay=True)
-        norms = alto_kernels.alto_moments(lists, PLAIN)
-        assert norms.tolist() == [[0.0, 0.0]] * len(lists.params)
-        alto_kernels.alto_apply(lists, PLAIN, trust_ratio(norms))
+    for tensors in (StepTensors([], [], [], [], []), Memory(("empty", "empty")).tensors):
+        kernels.adam_e_step(tensors, PLAIN, decoupled_weight_decay=True)
+        norms = alto_kernels.alto_moments(tensors, PLAIN)
+        assert norms.tolist() == [[0.0, 0.0]] * len(tensors.params)
+        alto_kernels.alto_apply(tensors, PLAIN, trust_ratio(norms))
 
 
 def offsets_beyond_32_bits() -> None:
     """Where the chunks of a tensor of 2^33 elements are, without the tensor."""
-    global tl, _tables
+    global tl, _chunks
     import triton
     import triton.language as tl
 
-    from lightning_gradhist.kernels import _tables
+    from lightning_gradhist.kernels import _chunks
+    from lightning_gradhist.kernels._tables import ChunkTable
 
     @triton.jit
-    def place(chunks, extents, address, out):
-        tensor, offset, size = _tables.locate(chunks, extents, tl.program_id(0), 4096)
-        tl.store(out, offset)
-        at = _tables.elements(tl.load(address), offset, tl.arange(0, 4), tl.float32, True)
+    def place(table, out):
+        chunk = _chunks.locate(table, tl.program_id(0), 4096)
+        tl.store(out, chunk.offset)
+        (address,) = _chunks.addresses(table, chunk, 1)
+        at = _chunks.elements(address, _chunks.block_of(chunk, 0, 4, True), tl.float32)
         tl.store(out + 1 + tl.arange(0, 4), at.to(tl.int64))
 
     chunks, extents = torch.tensor([[0, 2**21 - 1]], dtype=torch.int32), torch.tensor([[2**33, 0]])
     out = torch.zeros(5, dtype=torch.int64)
-    place[(1,)](chunks, extents, torch.tensor([2**40]), out)
+    place[(1,)](ChunkTable(torch.tensor([[2**40]]), extents, chunks), out)
     first = (2**21 - 1) * 4096
     assert out.tolist() == [first, *(2**40 + 4 * (first + i) for i in range(4))]
 
 
 def whole_optimizers() -> None:
     """ALTO and AdamE, stepping with the kernels and without: what is tried on each GPU before they are used."""
-    from lightning_gradhist.optim import ALTO, AdamE, _base
+    from lightning_gradhist.optim import ALTO, AdamE, _moments
     from lightning_gradhist.optim._backends import Kernels
 
     for cls in (AdamE, ALTO):
-        assert _base._fault_of(cls, Kernels, torch.device("cpu")) is None
-        got, expected = (_base._trial(cls, backend, torch.device("cpu")) for backend in (Kernels(), None))
+        assert _moments._fault_of(cls, Kernels, torch.device("cpu")) is None
+        got, expected = (_moments._trial(cls, backend, torch.device("cpu")) for backend in (Kernels(), None))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -367,11 +397,11 @@ def the_same_neighbours() -> None:
         assert min(same_bits) > 0.9 and min(v) > 0.78, (cls, options, same_bits, v)  # to the nearest, it would be 0.75
 
 
-def norms_in_fp32() -> None:
+def norms_in_float64() -> None:
     """Whatever the user's default dtype is."""
     from lightning_gradhist.kernels import alto as kernels
 
-    one, other = Memory(("above", "odd")).lists, Memory(("above", "odd")).lists
+    one, other = Memory(("above", "odd")).tensors, Memory(("above", "odd")).tensors
     norms = kernels.alto_moments(one, PLAIN)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -463,7 +493,7 @@ def histogram_in_the_metric() -> None:
     }
     histogram = metric.MagnitudeHistogram(list(values))
     launches = []
-    kernel.count_kernel.add_pre_run_hook(lambda *args, **kwargs: launches.append(kwargs["DTYPE"]))
+    kernel.count_kernel.add_pre_run_hook(lambda *args, **kwargs: launches.append(args[1]))
     histogram.update(values)
     assert sorted(map(str, launches)) == ["fp16", "fp32"]
     for row, tensor in zip(histogram.table, values.values(), strict=True):
@@ -489,6 +519,7 @@ for _name, _step in (("adam_e", adam_e), ("alto", alto)):
         f"{_name}-no_bias_correction": partial(_step, bias_correction1=1.0, bias_correction2=1.0),
         f"{_name}-tensor_lr": partial(_step, lr=torch.tensor([0.0, 0.01])[1]),
         f"{_name}-tensor_corrections": partial(lists_of_corrections, _step),
+        f"{_name}-specified": partial(specified, _name),
         f"{_name}-grads_in_other_strides": partial(grads_in_other_strides, _name),
     }
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -510,7 +541,7 @@ CASES |= {
     "offsets_beyond_32_bits": offsets_beyond_32_bits,
     "whole_optimizers": whole_optimizers,
     "the_same_neighbours": the_same_neighbours,
-    "norms_in_fp32": norms_in_fp32,
+    "norms_in_float64": norms_in_float64,
 }
 
 

@@ -13,7 +13,7 @@ from kernels.interpreted import CASES
 
 from lightning_gradhist.kernels import available
 
-pytestmark = pytest.mark.skipif(not available(), reason="Triton is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not available(), reason="Triton is not installed")]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
     code = """if True:
         import torch
         from lightning_gradhist.kernels.adam_e import adam_e_step
-        from lightning_gradhist.optim._lists import StepLists
+        from lightning_gradhist.kernels._operands import StepTensors
         from kernels.interpreted import PLAIN
-        lists = StepLists(*([torch.zeros(3)] for _ in range(5)))
+        tensors = StepTensors(*([torch.zeros(3)] for _ in range(5)))
         try:
-            adam_e_step(lists, PLAIN, decoupled_weight_decay=True)
+            adam_e_step(tensors, PLAIN, decoupled_weight_decay=True)
         except ValueError as error:
             print(error)
     """

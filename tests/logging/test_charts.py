@@ -33,6 +33,15 @@ def reported(values: dict[str, Tensor]) -> MagnitudeReport:
     return magnitude_report(counted(values), "gradient")
 
 
+def test_the_norm_leaves_out_what_is_not_finite_and_is_nan_where_nothing_is() -> None:
+    histogram = MagnitudeHistogram(["some", "none", "zero"])
+    values = {"some": [3.0, math.inf, math.nan], "none": [math.inf, math.nan], "zero": [0.0, 0.0]}
+    histogram.update({name: torch.tensor(value) for name, value in values.items()})
+    found = magnitude_report(histogram, "gradient").scalars
+    assert found["gradient_norm/some"] == pytest.approx(3.0, rel=0.07) == found["gradient_norm/all"]
+    assert math.isnan(found["gradient_norm/none"]) and found["gradient_norm/zero"] == 0
+
+
 def test_tags_and_values() -> None:
     weight = 10 ** torch.linspace(-9, 1, 5001, dtype=torch.float64)
     bias = torch.tensor([0.0, 0.0, 1.0, math.nan, math.inf])
@@ -102,7 +111,8 @@ def test_nothing_was_counted() -> None:
 
 def test_nothing_is_finite() -> None:
     found = reported({"a": torch.tensor([math.nan, math.inf])})
-    assert found.histograms == {} and all(math.isfinite(value) for value in found.scalars.values())
+    others = [value for name, value in found.scalars.items() if not name.startswith("gradient_norm/")]
+    assert found.histograms == {} and len(others) > 4 and all(map(math.isfinite, others))
     assert found.scalars["gradient_nonfinite_share/all"] == 1.0
 
 

@@ -42,6 +42,12 @@ def result(**changes: Any) -> CalibrationResult:
     return CalibrationResult(**{**plain, **changes})
 
 
+def test_numbers_without_an_end_and_intervals_without_a_width_read_well() -> None:
+    rows = dict(result(noise_scale=NoiseEstimate(math.inf, 20.06, math.inf, 0.95, 16)).rows())
+    assert rows["noise scale (probe)"] == "no signal out of the noise, 95%: 20.1 or more"
+    assert dict(result(ratio=1.993, ratio_interval=(1.991, 1.994)).rows())["learning rate"] == "times 1.993 (surge)"
+
+
 def test_rows() -> None:
     assert result().rows() == [
         ("optimizer", "AdamW"),
@@ -49,7 +55,7 @@ def test_rows() -> None:
         ("samples a step of the reference", "256"),
         ("epsilon search space, pooled", "1e-09 to 0.01"),
         ("epsilon search space, authors'", "1e-12 to 0.01"),
-        ("noise scale (probe)", "1,234 samples, 95%: 20.1 to unbounded"),
+        ("noise scale (probe)", "1,234 samples, 95%: 20.1 or more"),
         (
             "what more GPUs would buy",
             "not known: the noise scale of a probe at the start of a run is far too small for it; record a run with"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_gradhist.noise import GradientMoments, NoiseRecord, NoiseScale
 from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate, student_quantile
-from lightning_gradhist.noise.step import adam_weight, measure_pair, measure_part
+from lightning_gradhist.noise.step import adam_weight, measure_pair, measure_part, noise_and_signal
 from lightning_gradhist.tensors import elementwise
 
 SHAPES = {"weight": (3, 4), "bias": (5,), "scalar": ()}
@@ -206,6 +206,36 @@ def test_converges_to_the_closed_form(kind: str, eps: float, ratio: float) -> No
     assert noise.simple().value == pytest.approx(synthetic.truth(), rel=0.02)
     assert noise.adam().value == pytest.approx(synthetic.truth(synthetic.exact_weight(eps, ratio)), rel=0.02)
     assert noise.adam().lower < noise.adam().value < noise.adam().upper
+
+
+@pytest.mark.parametrize("sizes", [(2, 8, 32), (1, 1, 64)], ids=str)
+def test_gradients_of_different_sizes_give_the_closed_form(sizes: tuple[int, ...]) -> None:
+    synthetic = Synthetic("scaled", coordinates=3000)
+    noise = NoiseScale(synthetic.like(), BATCH)
+    for half in range(2):
+        for i in range(200 if half == 0 else 90):
+            n, (drawn,) = sizes[i % len(sizes)], synthetic(1)
+            mu = dict(zip(drawn, synthetic.mu.split([1000, 2000]), strict=True))
+            # the noise of a gradient of n samples in place of 8
+            noise.update({name: mu[name] + (g - mu[name]) * (BATCH / n) ** 0.5 for name, g in drawn.items()}, n)
+        if half == 0:
+            noise.split(eps=1e-8)
+    assert noise.simple().value == pytest.approx(synthetic.truth(), rel=0.03)
+    assert noise.adam().value == pytest.approx(synthetic.truth(synthetic.exact_weight(1e-8, 1.0)), rel=0.03)
+
+
+def test_the_order_and_the_merging_of_different_sizes_do_not_matter() -> None:
+    batch, weights = gradients(9), [0.5, 1.0, 4.0] * 3
+    together, one, other = (GradientMoments(like()) for _ in range(3))
+    for i, (gradient, weight) in enumerate(zip(batch, weights, strict=True)):
+        together.update(gradient, weight)
+        (one if i % 2 else other).update(gradient, weight)
+    one.merge(other)
+    mean = sum(w * g["weight"].double() for w, g in zip(weights, batch, strict=True)) / sum(weights)
+    for moments in (together, one):
+        assert (moments.count, moments.weight) == (9, sum(weights))
+        torch.testing.assert_close(moments.mean["weight"].double(), mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments.variance()["weight"], together.variance()["weight"], rtol=1e-5, atol=1e-6)
 
 
 COVERAGE = [
@@ -540,7 +570,8 @@ def test_the_interval_of_a_record_covers(pairs: int) -> None:
     for _ in range(repetitions):
         record, batch = NoiseRecord(), synthetic(2 * pairs)
         for i in range(pairs):
-            record.add(i, BATCH, measure_pair(batch[2 * i], batch[2 * i + 1], weights))
+            pair = measure_pair(batch[2 * i], batch[2 * i + 1], weights)
+            record.add(i, BATCH, noise_and_signal(pair, 2 / BATCH, 0.0, BATCH))
         for metric, truth in truths.items():
             found = record.estimate(metric)
             covered[metric] += found.lower <= truth <= found.upper
@@ -558,7 +589,7 @@ def test_measure_pair() -> None:
         one, two, w = (x[name].double().numpy() for x in (first, second, weights))
         noise, signal = (one - two) ** 2 / 2, one * two
         expected += [noise.sum(), signal.sum(), (w * noise).sum(), (w * signal).sum()]
-    found = measure_pair(first, second, weights)
+    found = noise_and_signal(measure_pair(first, second, weights), 2 / 8, 0.0, 8)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
@@ -582,31 +613,48 @@ def test_measure_pair_without_weights_or_gradients() -> None:
     assert half[:2].tolist() == [0.0, 90_000.0]  # which float16 could not hold
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_part_and_the_whole_tell_noise_and_signal_without_bias(parts: int) -> None:
-    """Over many steps at fixed weights: the means are tr(Sigma) / B and |G|^2 within five standard errors."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 8, 8, 8), (2, 8), (1, 3, 16), (30, 1, 1, 1)], ids=str)
+def test_a_part_and_the_whole_tell_noise_and_signal_without_bias(sizes: tuple[int, ...]) -> None:
+    """Over many steps at fixed weights: the means are tr(Sigma) / n and |G|^2 within five standard errors."""
     mean, deviation, weight = torch.linspace(-1, 1, 20), torch.linspace(0.5, 3, 20), torch.linspace(0.1, 2, 20)
+    variance = sum(1 / n for n in sizes) / len(sizes) ** 2
+    spread = (1 - 2 / len(sizes)) / sizes[0] + variance
+    assert sizes != (8, 8, 8, 8) or spread == 1 / 8 - 1 / 32
+    generator, roots = torch.Generator().manual_seed(0), torch.tensor(sizes).sqrt().unsqueeze(1)
     found = []
-    for _ in range(2000):
-        of_parts = mean + deviation * torch.randn(parts, 20, generator=generator)
-        part, whole = {"w": of_parts[0]}, {"w": of_parts.mean(0)}
-        found.append(measure_part(part, whole, {"w": weight}, parts))
-    measured = torch.stack(found)
-    variance = deviation.double().square() / parts
+    for _ in range(4000):
+        of_parts = mean + deviation * torch.randn(len(sizes), 20, generator=generator) / roots
+        sums = measure_part({"w": of_parts[0]}, {"w": of_parts.mean(0)}, {"w": weight})
+        found.append(noise_and_signal(sums, spread, variance, 10.0))
+    assert_without_bias(found, mean, deviation, weight)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (2, 8), (40, 1)], ids=str)
+def test_a_pair_of_different_sizes_tells_noise_and_signal_without_bias(sizes: tuple[int, int]) -> None:
+    mean, deviation, weight = torch.linspace(-1, 1, 20), torch.linspace(0.5, 3, 20), torch.linspace(0.1, 2, 20)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(4000):
+        one, other = (mean + deviation * torch.randn(20, generator=generator) / n**0.5 for n in sizes)
+        sums = measure_pair({"w": one}, {"w": other}, {"w": weight})
+        found.append(noise_and_signal(sums, 1 / sizes[0] + 1 / sizes[1], 0.0, 10.0))
+    assert_without_bias(found, mean, deviation, weight)
+
+
+def assert_without_bias(found: list[Tensor], mean: Tensor, deviation: Tensor, weight: Tensor) -> None:
+    """The noise of a gradient of ten samples, and the signal."""
+    measured, variance = torch.stack(found), deviation.double().square() / 10
     expected = [variance.sum(), mean.double().square().sum()]
     expected += [(weight * variance).sum(), (weight * mean.double().square()).sum()]
     error = measured.std(0) / len(found) ** 0.5
     assert ((measured.mean(0) - torch.stack(expected)).abs() < 5 * error).all()
 
 
-def test_a_part_without_a_gradient_is_zero_there_and_a_single_part_tells_nothing() -> None:
+def test_a_part_without_a_gradient_is_zero_there() -> None:
     whole = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
-    got = measure_part({"a": torch.tensor([0.0, 4.0])}, whole, None, 3)
-    assert got[:2].tolist() == [(1 + 4 + 9) / 2, 14 - 7] and got[2:].isnan().all()
-    assert measure_part({}, {}, None, 2).isnan().all()
-    with pytest.raises(ValueError, match="parts must be at least 2, got 1"):
-        measure_part(whole, whole, None, 1)
+    sums = measure_part({"a": torch.tensor([0.0, 4.0])}, whole, None)
+    got = noise_and_signal(sums, 1 - 1 / 3, 1 / 3, 3)  # one of three samples
+    assert got[:2].tolist() == pytest.approx([(1 + 4 + 9) / 2, 14 - 7]) and got[2:].isnan().all()
+    assert measure_part({}, {}, None).isnan().all()
 
 
 def test_a_record_holds_few_measurements_of_the_device() -> None:
@@ -629,14 +677,14 @@ def test_large_gradients_are_measured_in_pieces_as_in_one(monkeypatch: pytest.Mo
     whole = [
         measure_pair(first, second, weights),
         measure_pair(first, second, None),
-        measure_part(first, second, weights, 4),
+        measure_part(first, second, weights),
     ]
     roots = elementwise(torch.sqrt, weights)
     monkeypatch.setattr("lightning_gradhist.tensors._BATCH", 1000)
     pieces = [
         measure_pair(first, second, weights),
         measure_pair(first, second, None),
-        measure_part(first, second, weights, 4),
+        measure_part(first, second, weights),
     ]
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -14,7 +14,7 @@ from torch._inductor import config as inductor
 from torch.nn import Parameter
 
 from lightning_gradhist.kernels import available
-from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, _backends, _base
+from lightning_gradhist.optim import ALTO, AdamE, EAdaptor, _backends, _moments
 from lightning_gradhist.optim._formulas import rounded_stochastically
 
 OPTIMIZERS = pytest.mark.parametrize("optimizer_class", [AdamE, ALTO])
@@ -25,7 +25,7 @@ SHAPES = [(30, 20), (3,), (), (0,), (2, 3, 5, 7), (130, 129), (1,)]
 @pytest.fixture(autouse=True)
 def _fresh_answers() -> Any:
     yield
-    _base._FAULTS.clear()
+    _moments._FAULTS.clear()
     _backends._warn_once.cache_clear()
 
 
@@ -46,7 +46,7 @@ def trained(params: list[Parameter], optimizer: Any, steps: int = 3) -> list[Ten
         if not isinstance(optimizer.param_groups[0]["lr"], Tensor):
             optimizer.param_groups[0]["lr"] = 0.01 * (k + 1)
         optimizer.step()
-    state = [optimizer.state[param][name] for param in params for name in (*_base.BUFFERS, "step")]
+    state = [optimizer.state[param][name] for param in params for name in (*_moments.BUFFERS, "step")]
     return [param.detach() for param in params] + state
 
 
@@ -190,8 +190,9 @@ def test_kernels_that_fail_their_trial_are_not_used(optimizer_class: Any, monkey
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="older torch cannot compile a step into one graph")
 @pytest.mark.parametrize("fused", [True, None])
-def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_pieces(fused: bool | None) -> None:
+def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_chunks(fused: bool | None) -> None:
     params = parameters(shapes=[(8000, 1000)])
     optimizer = AdamE(params, fused=fused)
     counter = CompileCounter()
@@ -199,7 +200,7 @@ def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_pieces(fused: bool | 
     for _ in range(2):
         params[0].grad = torch.ones_like(params[0])
         step()
-    assert counter.op_count < 150  # of two graphs; each of sixteen pieces would have some twenty
+    assert counter.op_count < 150  # of two graphs; each of sixteen chunks would have some twenty
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -223,8 +224,8 @@ def test_numbers_of_any_kind_are_taken(optimizer_class: Any) -> None:
     numbers = {"lr": np.float32(0.5), "betas": (np.float32(0.5), 0), "eps": 1, "weight_decay": np.float64(0.5)}
     optimizer.param_groups[0].update(numbers, maximize=np.bool_(True))
     params[0].grad = torch.ones_like(params[0])
-    (batch,) = optimizer._batches(optimizer.param_groups[0])
-    assert {type(number) for number in batch.scalars} == {float, bool}
+    (subgroup,) = optimizer._subgroups(optimizer.param_groups[0])
+    assert {type(number) for number in subgroup.scalars} == {float, bool}
     optimizer.step()
 
 
@@ -247,7 +248,7 @@ def test_a_checkpoint_is_laid_out_as_the_parameter_is() -> None:
     param = Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
     optimizer = AdamE([param])
     optimizer.load_state_dict(saved.state_dict())
-    assert {optimizer.state[param][name].stride() for name in _base.BUFFERS} == {param.stride()}
+    assert {optimizer.state[param][name].stride() for name in _moments.BUFFERS} == {param.stride()}
 
 
 # state_dtype
@@ -258,7 +259,7 @@ def test_bf16_state_takes_half_the_memory_and_is_saved(optimizer_class: Any) -> 
     params = parameters(torch.bfloat16)
     optimizer = optimizer_class(params, state_dtype=torch.bfloat16)
     trained(params, optimizer)
-    assert all(optimizer.state[p][name].dtype == torch.bfloat16 for p in params for name in _base.BUFFERS)
+    assert all(optimizer.state[p][name].dtype == torch.bfloat16 for p in params for name in _moments.BUFFERS)
     other = [Parameter(param.detach().clone()) for param in params]
     resumed = optimizer_class(other, state_dtype=torch.bfloat16)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -285,7 +286,7 @@ def test_a_checkpoint_of_fp32_state_is_loaded_into_bf16_state() -> None:
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["state_dtype"] == torch.bfloat16
     optimizer.step()
-    assert {optimizer.state[params[0]][name].dtype for name in _base.BUFFERS} == {torch.bfloat16}
+    assert {optimizer.state[params[0]][name].dtype for name in _moments.BUFFERS} == {torch.bfloat16}
 
 
 @OPTIMIZERS

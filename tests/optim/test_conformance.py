@@ -32,6 +32,8 @@ from lightning_gradhist.optim.e_adaptor import EAdaptor
 pytest.importorskip("expecttest")  # torch's suite imports it
 from torch.testing._internal import common_optimizers as suite  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # that import freezes torch.backends' flags, which Lightning's Trainer sets
 torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 

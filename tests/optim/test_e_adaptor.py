@@ -493,7 +493,7 @@ def test_an_alpha_of_the_inner_optimizer_stays_its_own(base: Any) -> None:
     assert (group["alpha"], group["explore_alpha"], group["explore_beta"]) == (own, -5.0, 0.9)
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert other.param_groups[0]["explore_alpha"] == -5.0
-        assert other._names() == ("explore_alpha", "explore_beta")
+        assert other._explore_names() == ("explore_alpha", "explore_beta")
 
 
 # state
@@ -531,7 +531,7 @@ def test_a_checkpoint_of_the_inner_optimizer_loads(make: Any) -> None:
     for one, other in zip(fresh, params, strict=True):
         one.data.copy_(other.data)
     optimizer.load_state_dict(saved_and_loaded(inner.state_dict()))
-    alpha_name, _ = optimizer._names()
+    alpha_name, _ = optimizer._explore_names()
     group = optimizer.param_groups[0]
     assert (group[alpha_name], group["explore_beta"]) == (-5.0, 0.9)
     assert all("exp_avg_grad" not in optimizer.state[param] for param in fresh)

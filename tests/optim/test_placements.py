@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_gradhist.optim._sharding import _sharded_dims, is_sharded, placed_as
+from lightning_gradhist._dtensor import placed_as
+from lightning_gradhist.optim._sharding import _sharded_dims, is_sharded
 
 
 @pytest.fixture

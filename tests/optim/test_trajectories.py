@@ -1,7 +1,8 @@
 """Trajectories of AdamE and ALTO against independent oracles.
 
 The first oracle is written from the paper's equations, in float64 and with the paper's two buffers; it
-imports nothing of the package. The second is the authors' package, the third torch's own Adam and AdamW.
+imports nothing of the package. The second is the authors' package, the third torch's own Adam and AdamW, the
+last the package's own specification of a step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from lightning_gradhist.optim import ALTO, AdamE, alto
+from lightning_gradhist.optim.adam_e import adam_e_reference
+from lightning_gradhist.optim.alto import alto_reference
 
 STEPS = 200
 LR, EPS, BETAS = 0.02, 1e-6, (0.9, 0.99)
@@ -189,6 +192,53 @@ def test_the_oracle_tells_the_variants_apart() -> None:
     for i, one in enumerate(variants):
         for other in variants[:i]:
             assert np.abs(one - other).max() > 1e-4
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize(("alpha", "explore_beta"), [(-5.0, 0.99), (0.5, 0.01)])
+@pytest.mark.parametrize(
+    ("optimizer_class", "reference", "options"),
+    [
+        pytest.param(AdamE, adam_e_reference, {}, id="AdamE"),
+        pytest.param(AdamE, adam_e_reference, {"decoupled_weight_decay": False}, id="AdamE-coupled"),
+        pytest.param(AdamE, adam_e_reference, {"maximize": True}, id="AdamE-maximize"),
+        pytest.param(ALTO, alto_reference, {}, id="ALTO"),
+        pytest.param(ALTO, alto_reference, {"layerwise": False, "bias_correction": False}, id="ALTO-plain"),
+        pytest.param(ALTO, alto_reference, {"maximize": True}, id="ALTO-maximize"),
+    ],
+)
+def test_each_step_is_the_specified_one(
+    optimizer_class: Any,
+    reference: Any,
+    options: dict[str, Any],
+    alpha: float,
+    explore_beta: float,
+    foreach: bool | None,
+) -> None:
+    problem = Problem(scale=-1.0 if "maximize" in options else 1.0)
+    params = [*problem.parameters(), torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))]
+    common: dict[str, Any] = {"alpha": alpha, "explore_beta": explore_beta, "foreach": foreach}
+    optimizer = optimizer_class(params, LR, BETAS, EPS, 0.1, **common, **options)
+    zeros = [torch.zeros_like(param, requires_grad=False) for param in params]
+    want = [(param.detach().clone(), zero, zero, zero) for param, zero in zip(params, zeros, strict=True)]
+    for k in range(50):
+        problem.set_grads(params[:-1], k)
+        params[-1].grad = zeros[-1] if k < 2 else zeros[-1] + 1.0
+        want = [
+            reference(theta, param.grad, *rest, k + 1, optimizer.param_groups[0])
+            for (theta, *rest), param in zip(want, params, strict=True)
+        ]
+        optimizer.step()
+    names = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
+    got = [(param.detach(), *(optimizer.state[param][name] for name in names)) for param in params]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_specification_of_adam_e_is_one_of_plain_numbers() -> None:
+    group = AdamE(Problem().parameters(), LR, BETAS, EPS, 0.1, alpha=-2.0, explore_beta=0.9).param_groups[0]
+    numbers, tensors = (1.0, 0.5, 0.25, 0.125, 0.0625), torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625]).double()
+    got, want = adam_e_reference(*numbers, 3, group), adam_e_reference(*tensors, 3, group)
+    np.testing.assert_allclose(got, torch.stack(want), rtol=1e-15)
 
 
 @pytest.mark.parametrize("maximizer", [AdamE, ALTO])

@@ -17,7 +17,7 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_gradhist.callbacks.batch_size import effective_batch_size
+from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults
@@ -77,8 +77,9 @@ class OptimizerCalibration(Callback):
 
     Without arguments it lowers an epsilon that damps the optimizer's steps. Told at which batch size a learning rate is
     trusted, by ``reference_batch_size`` or by the record of a run (``reference``), it carries that rate over to the batch
-    size of this run: the per-device batch, times accumulation, times data-parallel ranks. The report goes to the console
-    and the loggers, and stays in :attr:`result`, which is None in a run that goes on from a checkpoint.
+    size of this run: the samples counted in the batches that come, times accumulation, over all data-parallel ranks. The
+    report goes to the console and the loggers, and stays in :attr:`result`, which is None in a run that goes on from a
+    checkpoint.
 
     *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, on copies: of the
     module with all that it holds, of optimizers, schedulers, callbacks, loaders, samplers and datasets, and of what the
@@ -86,15 +87,15 @@ class OptimizerCalibration(Callback):
     numpy and Python are put back. So the run goes on as if there had been no probe. What cannot be copied, as a generator
     or an open file, ends the probe where it is used, and the report says its path. Tensors and arrays of the data of more
     than 1 MiB are read in place, and the probe ends where one is written into. Out of reach are files that
-    ``training_step`` writes, and other processes. The copies take the memory of the parameters and buffers once, and what
+    ``training_step`` writes, other processes, and what installed packages keep to themselves. The copies take the memory of the parameters and buffers once, and what
     is measured several times that of the parameters. Under FSDP2 the parameters themselves are used, and put back; all
-    else is copied. A batch that runs out of memory, is not finite or has another size than the first is left out, and the
-    report says so.
+    else is copied. A batch that runs out of memory or is not finite is left out, and the report says so.
 
     *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
     some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch
     size, clipping, adaptor E). ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers
-    another to the largest power of ten that does. It never raises one, but to 1e-7 where torch's optimizer would step in
+    another to the largest power of ten that does; what is zero but for rounding, as the gradient of a bias before a
+    normalization, counts as zero. It never raises one, but to 1e-7 where torch's optimizer would step in
     float16, in which 1e-8 is zero.
 
     *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
@@ -126,12 +127,13 @@ class OptimizerCalibration(Callback):
         probe_batches: batches of the probe on each rank, at least 4. Half of them go into epsilon and the metric, half
             into the noise scale.
         apply: False to report only; the run then ends in the same bits as without the callback.
-        batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
-            optimization, samples of one optimizer step on one device.
+        batch_size: samples of one micro-batch on one device, where they cannot be counted; under manual optimization,
+            samples of one optimizer step on one device.
         fallback: the law in place of ``"surge"`` where that is refused: one of the other four.
 
     Attributes:
-        result: what was found, with the report; None before, and in a run that goes on from a checkpoint.
+        result: what was found, with the report; None before, in a run that goes on from a checkpoint, and in the main
+            process of ``ddp_spawn`` and ``ddp_fork``, whose ranks keep it.
 
     Raises:
         MisconfigurationException: for an argument out of its range, ``reference`` together with
@@ -216,15 +218,18 @@ class OptimizerCalibration(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Calibrates at the first batch, when the module has seen the start of training and of the epoch."""
         phase, self._phase = self._phase, _Phase.IDLE
+        samples = SampleCount(self.batch_size)
+        if phase is not _Phase.IDLE:
+            samples.count(trainer, batch)
         if phase is _Phase.RESUMED:
-            self._look_at_batch_size(trainer)
+            self._look_at_batch_size(trainer, samples)
         elif phase is _Phase.WAITING:
-            self._calibrate(trainer, pl_module)
+            self._calibrate(trainer, pl_module, samples)
             self._groups = len(trainer.optimizers[0].param_groups)
         self._look_at_groups(trainer)
 
-    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
-        result = decide(self, gather(self, trainer, module, self._recorded))
+    def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
+        result = decide(self, gather(self, trainer, module, samples, self._recorded))
         if result.problems:
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
@@ -248,9 +253,9 @@ class OptimizerCalibration(Callback):
         set_defaults(optimizer, self._applied.changes)
         self._groups = len(optimizer.param_groups)
 
-    def _look_at_batch_size(self, trainer: Trainer) -> None:
+    def _look_at_batch_size(self, trainer: Trainer, samples: SampleCount) -> None:
         """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
-        before, now = self._applied.batch_size, effective_batch_size(trainer, self.batch_size)
+        before, now = self._applied.batch_size, effective_batch_size(trainer, samples)
         if before is None or now is None or before == now or not self._applied.changes:
             return
         rank_zero_warn(

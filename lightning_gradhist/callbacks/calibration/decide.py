@@ -63,7 +63,8 @@ def choose_explore(evidence: Evidence) -> Decision:
     """Adaptor E's two numbers, where they were left on ``"auto"``."""
     waiting = [(index, group.alpha) for index, group in enumerate(evidence.groups) if group.alpha is not None]
     if waiting and evidence.batch_size is None:
-        return Decision(problems=[_no_batch_size("alpha and explore_beta stay on their choice for small batches")])
+        consequence = "alpha and explore_beta stay on their choice for small batches"
+        return Decision(problems=[explain.no_batch_size(evidence.why_no_batch_size, consequence)])
     alpha, explore_beta = explore_choice(evidence.batch_size)
     changes = [GroupChange(index, key, AUTO, alpha) for index, key in waiting]
     return Decision(changes + [GroupChange(index, "explore_beta", AUTO, explore_beta) for index, _ in waiting])
@@ -112,6 +113,8 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
         fallback=options.fallback,
     )
     (decision.problems if ratio.law != options.learning_rate else decision.reasons).extend(ratio.reasons)
+    if evidence.later_accumulation:
+        decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
     own = [group.lr or 0.0 for group in evidence.groups]
     trusted, reason = _trusted_rates(evidence, own, ratio) if ratio.law != "keep" else (own, None)
     changes = [
@@ -155,7 +158,7 @@ def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
     if _reference(options, evidence) is None:
         return explain.no_reference(law)
     if evidence.batch_size is None:
-        return _no_batch_size("the learning rate is kept")
+        return explain.no_batch_size(evidence.why_no_batch_size, "the learning rate is kept")
     if law == SURGE and not evidence.adaptive:
         return explain.not_adaptive(law, evidence.optimizer)
     return explain.no_rate(evidence.optimizer) if any(group.lr is None for group in evidence.groups) else None
@@ -172,10 +175,6 @@ def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -
         return recorded.learning_rates, explain.recorded_rate(ratio.value, recorded.learning_rates, own)
     why = f"is of {recorded.name}" if recorded.name != evidence.optimizer else "has other parameter groups"
     return own, explain.ratio_only(why, evidence.optimizer, own, recorded.batch_size)
-
-
-def _no_batch_size(consequence: str) -> str:
-    return explain.NO_BATCH_SIZE.format(consequence=consequence)
 
 
 def _after(changes: Sequence[GroupChange], otherwise: Any) -> float | None:

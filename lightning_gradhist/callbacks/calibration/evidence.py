@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,18 +12,18 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.adaptor import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.callbacks._lightning import LightningModule, MisconfigurationException, Trainer
-from lightning_gradhist.callbacks.batch_size import batch_of_rank, effective_batch_size, gradients_a_step
+from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
-from lightning_gradhist.callbacks.gradients import clips_by_norm
+from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
 from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
-from lightning_gradhist.callbacks.strategies import is_sharded
-from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range
+from lightning_gradhist.callbacks.strategies import is_a, is_sharded
+from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
@@ -108,6 +108,9 @@ class Evidence:
         adaptive: whether its step is divided by the root of an average of squares, plus its epsilon.
         groups: its parameter groups.
         batch_size: samples of an optimizer step; None if unknown.
+        why_no_batch_size: why it is unknown, where this rank knows.
+        accumulation: micro-batches of a step on one rank.
+        later_accumulation: what that will be, by epoch, where a callback changes it.
         recorded: of an earlier run, or None.
         stray: says, of factors for the rates of the groups, which scheduler would not follow them, or None.
         probe: what the probe has found; nothing where there was none.
@@ -119,6 +122,9 @@ class Evidence:
     batch_size: float | None
     recorded: OptimizerRecord | None = None
     stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None
+    why_no_batch_size: str | None = None
+    accumulation: int = 1
+    later_accumulation: Mapping[int, int] = field(default_factory=dict)
     probe: ProbeFindings = field(default_factory=ProbeFindings)
 
     @property
@@ -127,13 +133,20 @@ class Evidence:
         return self.adaptive and all(group.eps is not None for group in self.groups)
 
 
-def gather(options: Options, trainer: Trainer, module: LightningModule, recorded: OptimizerRecord | None) -> Evidence:
+def gather(
+    options: Options,
+    trainer: Trainer,
+    module: LightningModule,
+    samples: SampleCount,
+    recorded: OptimizerRecord | None,
+) -> Evidence:
     """Gathers all there is, with a probe where one is needed; to be called on every rank, at the first batch.
 
     Args:
         options: what the user asked for.
         trainer: at its first batch.
         module: at its first batch.
+        samples: that has counted the first batch.
         recorded: of an earlier run, or None.
     """
     optimizer: Optimizer = trainer.optimizers[0]
@@ -147,15 +160,19 @@ def gather(options: Options, trainer: Trainer, module: LightningModule, recorded
             _param_group(optimizer, group, rate, adaptive)
             for group, rate in zip(optimizer.param_groups, rates, strict=True)
         ],
-        batch_size=effective_batch_size(trainer, options.batch_size),
+        batch_size=effective_batch_size(trainer, samples),
         recorded=recorded,
         stray=partial(stray_schedule, optimizer, horizons),
+        why_no_batch_size=samples.problem,
+        accumulation=trainer.accumulate_grad_batches,
+        later_accumulation=_later_accumulation(trainer),
     )
     if needs_probe(options, evidence):
-        measurement = _Measurement(options, trainer, evidence)
+        measurement = _Measurement(options, trainer, evidence, samples)
         why_none = run_probe(trainer, module, options.probe_batches, MIN_BATCHES, measurement.measure)
         if why_none is not None:
             evidence.probe.problems.append(explain.no_probe(why_none))
+        evidence = replace(evidence, batch_size=measurement.batch_size, why_no_batch_size=samples.problem)
     return evidence
 
 
@@ -169,40 +186,54 @@ def needs_probe(options: Options, evidence: Evidence) -> bool:
 class _Measurement:
     """The two halves of a probe: the search space of epsilon, then the noise scale in the metric that it gives."""
 
-    def __init__(self, options: Options, trainer: Trainer, evidence: Evidence) -> None:
+    def __init__(self, options: Options, trainer: Trainer, evidence: Evidence, samples: SampleCount) -> None:
         self._options, self._trainer, self._evidence = options, trainer, evidence
-        self._found = evidence.probe
+        self._found, self._samples = evidence.probe, samples
+        self.batch_size = evidence.batch_size
+        """Samples of a step, as far as the batches of the probe tell."""
         self._micro_batches = gradients_a_step(trainer)
         self._centered: set[str] = set()
 
     def measure(self, apart: Apart, planned: int, tick: Callable[[], Any]) -> None:
         """Reads up to ``planned`` batches on each rank."""
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
-        probe = Probe(apart, batch_of_rank(trainer, self._options.batch_size), tick)
+        probe = Probe(apart, partial(self._samples.count, trainer), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
         first = (planned + 1) // 2
         for gradient in probe.gradients(first):
-            noise.update(gradient)
+            noise.update(gradient, probe.samples)
         pool(noise, trainer)
         if noise.first_half.count < 2:
-            self._found.problems.append(explain.no_gradients(noise.first_half.count, probe.batches))
+            too_few = explain.no_probe(f"it needs {MIN_BATCHES} batches, and an epoch has {probe.batches}")
+            none = explain.no_gradients(noise.first_half.count, probe.batches)
+            self._found.problems.append(too_few if probe.batches < MIN_BATCHES else none)
             self._found.problems.extend(probe.left_out())
             return
+        self._note_batch_size(noise)
         batch_ratio = self._batch_ratio(optimizer.param_groups[0])
         clipping = self._find_search_space(noise, probe, batch_ratio)
         eps = self._evidence.groups[0].chosen_eps(self._options.epsilon, self._found.search_space) / clipping
         on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio, self._centered))
         for gradient in probe.gradients(planned - first):
-            noise.update(gradient)
+            noise.update(gradient, probe.samples)
         pool(noise, trainer)
-        self._found.noise = noise.adam() if self._evidence.batch_size is not None else None
+        self._found.noise = noise.adam() if self.batch_size is not None else None
         self._found.gradients = noise.first_half.count + noise.measurements
         if probe.batches < self._options.probe_batches:
             enough = probe.batches >= MIN_BATCHES
             (self._found.reasons if enough else self._found.problems).append(explain.few_batches(probe.batches))
         self._found.problems.extend(probe.left_out())
+
+    def _note_batch_size(self, noise: NoiseScale) -> None:
+        """Where batches vary, the average over the first half of the probe is what a step has."""
+        if self._samples.problem is not None:
+            self.batch_size = None
+        elif self._samples.varies and self.batch_size is not None:
+            mean = noise.batch_size * noise.first_half.weight / noise.first_half.count
+            self.batch_size = mean * self._micro_batches
+            self._found.reasons.append(explain.batches_vary(self.batch_size))
 
     def _find_search_space(self, noise: NoiseScale, probe: Probe, batch_ratio: float) -> float:
         """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
@@ -222,7 +253,10 @@ class _Measurement:
         if is_sharded(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
         try:
-            self._found.search_space = epsilon_range(histogram.to("cpu"))
+            space = epsilon_range(histogram.to("cpu"))
+            # The search space is the paper's; an epsilon is chosen for what is more than rounding noise.
+            known = without_rounding_noise(space.histogram, rounding_unit(self._trainer))
+            self._found.search_space = replace(space, histogram=known)
         except ValueError as error:
             self._found.problems.append(f"no epsilon range: {error}")
         return factor
@@ -250,6 +284,14 @@ def _param_group(optimizer: Optimizer, group: dict[str, Any], rate: float | None
 def _alpha_key(group: dict[str, Any]) -> str:
     """Adaptor E's key in a group where the inner optimizer may have an alpha of its own, as RMSprop has."""
     return "explore_alpha" if "explore_alpha" in group else "alpha"
+
+
+def _later_accumulation(trainer: Trainer) -> dict[int, int]:
+    schedules = [c.scheduling for c in getattr(trainer, "callbacks", ()) if is_a(c, "GradientAccumulationScheduler")]
+    factors = {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
+    last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    later = {epoch: factor for epoch, factor in factors.items() if trainer.current_epoch < epoch < last}
+    return later if set(later.values()) - {trainer.accumulate_grad_batches} else {}
 
 
 def _horizons(trainer: Trainer) -> list[tuple[Any, float]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_gradhist.epsilon import EpsilonRange
 
-NO_BATCH_SIZE = (
-    "the batch size cannot be read from the training loader, or not under manual optimization, so {consequence}; pass the"
-    " samples of one micro-batch on one device (under manual optimization, of one step), OptimizerCalibration(batch_size=...)"
-)
+
+def no_batch_size(why: str | None, consequence: str) -> str:
+    """The samples of a step are not known."""
+    return (
+        f"{why or 'the batch size is not known on another rank'}, so {consequence}; pass the samples of one micro-batch on"
+        " one device (under manual optimization, of one step), OptimizerCalibration(batch_size=...)"
+    )
 
 
 def no_probe(why: str) -> str:
@@ -18,16 +21,27 @@ def no_probe(why: str) -> str:
 
 
 def no_gradients(found: int, batches: int) -> str:
-    """The probe got fewer than two gradients."""
-    return (
-        f"the probe got {found} finite gradients from {batches} batches a rank: the loss or its gradient is not finite, or no"
-        " parameter has a gradient; look at the first batches with Trainer(detect_anomaly=True)"
-    )
+    """The probe got fewer than two gradients; another sentence says what became of the batches."""
+    return f"no probe: of {batches} batches a rank, {found} gave a gradient, and two are needed"
 
 
 def few_batches(found: int) -> str:
-    """The loader has fewer batches than the probe was to take."""
-    return f"the probe took all {found} full batches of the loader"
+    """An epoch has fewer batches than the probe was to take."""
+    return f"the probe used all {found} batches of an epoch"
+
+
+def batches_vary(mean: float) -> str:
+    """Batches have different numbers of samples."""
+    return f"batches vary in size; a step is taken as {mean:.4g} samples, the average over the probe"
+
+
+def accumulation_changes(now: int, later: Mapping[int, int]) -> str:
+    """A schedule changes the effective batch size later on."""
+    changes = ", ".join(f"{factor} from epoch {epoch} on" for epoch, factor in sorted(later.items()))
+    return (
+        f"accumulation changes during the run, from {now} micro-batches a step to {changes}; the learning rate is for"
+        f" {now}, and stays as it is"
+    )
 
 
 def clipped(limit: float, factor: float) -> str:
@@ -59,8 +73,11 @@ def epsilon_chosen(search_space: EpsilonRange, group: int, before: float, after:
     )
 
 
+NO_REFERENCE = "learning rate kept: no reference given (reference_batch_size=..., or reference='.../calibration.json')"
+
+
 def no_reference(law: str) -> str:
-    """Nobody said at which batch size a rate is trusted."""
+    """A law was asked for, and nobody said at which batch size a rate is trusted."""
     return (
         f"learning rate kept: no reference given, and learning_rate={law!r} needs a rate that is trusted; pass"
         " reference_batch_size=... or reference='.../calibration.json'"

@@ -6,18 +6,30 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from lightning_gradhist.callbacks.gradients import LocalGradients
+from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
+from lightning_gradhist.callbacks.gradients import LocalGradients, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
+from lightning_gradhist.callbacks.strategies import is_sharded
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.charts import magnitude_report, worst_layers
-from lightning_gradhist.logging.writer import NOT_COUNTED, HostHistogram, Lazy, send_heatmap
+from lightning_gradhist.logging.writer import NOT_ALIKE, NOT_COUNTED, HostHistogram, Lazy, send_heatmap
 
 When = Literal["before_clip", "after_clip", "local"]
 _PREFIXES = {"before_clip": "gradient", "after_clip": "gradient_clipped", "local": "gradient_local"}
+
+
+def check_when(when: When, trainer: Trainer) -> None:
+    """Refuses to count local gradients where no rank has any."""
+    if when == "local" and is_sharded(trainer):
+        raise MisconfigurationException(
+            "when='local' counts what each rank computed before averaging, which ModelParallelStrategy does not leave in"
+            " any parameter; use when='before_clip', or strategy='ddp'"
+        )
 
 
 class GradientReport:
@@ -70,7 +82,7 @@ class MagnitudeMonitor(StepObserver):
         if due and self._when == "local":
             self._local = LocalGradients(self._watched.parameters)
 
-    def before_batch(self) -> None:
+    def before_backward(self) -> None:
         """Copies what has been unfrozen since, too."""
         if self._local is not None:
             self._local.extend(self._watched.parameters)
@@ -83,17 +95,17 @@ class MagnitudeMonitor(StepObserver):
         """Counts, but for what is counted after clipping."""
         if not step.due or self._when == "after_clip":
             return
-        parts = step.parts
+        gradients, parts = step.gradients, step.parts
         if self._local is not None:
-            parts = None
+            gradients, parts = {}, None  # they are not the same on all ranks
             with self._fit.guard.attempt("copy the gradients before ranks average them"):
-                parts = self._local.take(self._fit.trainer)
-        step.histogram = self._count(parts)
+                parts = _not_thrown_away(self._local.take(self._fit.trainer), self._watched.parameters)
+        step.histogram = self._count(gradients, parts)
 
     def at_update(self, step: Step) -> None:
         """Counts what is counted after clipping, and logs."""
         if self._when == "after_clip":
-            step.histogram = self._count(self._watched.gradients()[1])
+            step.histogram = self._count(*self._watched.gradients())
         if step.histogram is None or step.skipped or not self._fit.trainer.is_global_zero:
             return
         with self._fit.guard.attempt("log"):
@@ -115,14 +127,33 @@ class MagnitudeMonitor(StepObserver):
             self._local.close()
         self._local = None
 
-    def _count(self, parts: Mapping[str, Tensor] | None) -> MagnitudeHistogram | None:
-        """The histogram of all ranks' parts, None where this rank could not count its own."""
-        rows, counted = self._watched.find_rows(), None
+    def _count(
+        self, gradients: Mapping[str, Tensor] | None, parts: Mapping[str, Tensor] | None
+    ) -> MagnitudeHistogram | None:
+        """The histogram of all ranks' parts of the gradients, None where this rank could not count its own."""
+        rows, table, fit = self._watched.find_rows(), None, self._fit
         names = list(dict.fromkeys(rows.values()))
-        if parts is not None:
-            with self._fit.guard.attempt("count the gradients"):
-                histogram = MagnitudeHistogram(names, self._fit.module.device)
+        size = len(names) * COLUMNS
+        if gradients is not None and parts is not None:
+            with fit.guard.attempt("count the gradients"):
+                counts = torch.zeros(size + 2, dtype=torch.int64, device=fit.module.device)
+                histogram = MagnitudeHistogram.from_table(names, counts[:size].view(len(names), COLUMNS))
                 histogram.update({name: part for name, part in parts.items() if name in rows and part.numel()}, rows)
-                counted = histogram
-        self._fit.sums.add_up(None if counted is None else counted.table, len(names) * COLUMNS, NOT_COUNTED)
-        return counted
+                fit.sums.check(counts, self._watched.replicated(gradients))
+                table = counts
+        fit.sums.add_up(table, size + 2, NOT_COUNTED)
+        if table is None:
+            return None
+        with fit.guard.attempt("count the gradients"):
+            fit.sums.mark_unlike(table, NOT_ALIKE)
+        return histogram
+
+
+def _not_thrown_away(copies: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of gradients without those that ``zero_grad`` has taken away since; zeros where it has left zeros."""
+    found: dict[str, Tensor] = {}
+    for name, copied in copies.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            found[name] = copied.masked_fill(squared_norm([gradient]).to(copied.device) == 0, 0)
+    return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional, Union, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import (
@@ -18,19 +18,18 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_gradhist.callbacks.batch_size import effective_batch_size
-from lightning_gradhist.callbacks.guard import Guard
-from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When
+from lightning_gradhist.callbacks.batch_size import SampleCount
+from lightning_gradhist.callbacks.monitor import messages
+from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When, check_when
 from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor
 from lightning_gradhist.callbacks.monitor.observer import Fit, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
 from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
-from lightning_gradhist.callbacks.monitor.progress import Progress
-from lightning_gradhist.callbacks.monitor.record import RecordFile, run_directory
+from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
+from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.strategies import RankSum, is_sharded, least_over_ranks, replicas
+from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.noise import NoiseRecord
-from lightning_gradhist.noise.interval import ENOUGH
 
 
 class GradientHistogramMonitor(Callback):
@@ -50,14 +49,13 @@ class GradientHistogramMonitor(Callback):
         include: regular expression; only parameters are counted in whose names it is found, or of whose layer it
             matches the class name in whole, or that of a base: ``"Linear"``, ``"Conv.d"``, ``"encoder"``.
         exclude: likewise, what is not counted: ``".*Norm.*|bias"``. Noise is measured of all parameters regardless.
-        when: ``"before_clip"``; ``"after_clip"`` for what the optimizer really uses; ``"local"`` for what each rank
-            computed itself, before DDP averages it, over all ranks together, and with accumulation summed over the
-            step's micro-batches (a logged step then holds a copy of the gradients).
+        when: ``"before_clip"``; ``"after_clip"`` for what the optimizer really uses; ``"local"`` for what each rank computed
+            itself, before DDP averages it, summed over micro-batches (a logged step then holds a copy of the gradients).
         optimizer_state: whether to log the optimizer's update and second moment as well. A logged step then costs one
             more all-reduce, and memory for a copy of this rank's part of the weights and of the second moment.
         noise_scale: whether to measure the noise scale.
-        batch_size: samples of one micro-batch on one device, where the loader does not tell it; under manual
-            optimization, samples of one optimizer step on one device.
+        batch_size: samples of one micro-batch on one device where the loader does not tell it; of one optimizer step on
+            one device under manual optimization.
         name: tells this monitor from another one in the same Trainer that counts the same rows ``when`` this one does, or
             groups by a ``lambda``, too. It goes into :attr:`state_key`, by which a checkpoint knows the monitor.
 
@@ -70,8 +68,9 @@ class GradientHistogramMonitor(Callback):
 
     - ``gradient_magnitude/<row>``: histogram with :math:`\log_{10}|g|` on the horizontal axis, and
       ``gradient_magnitude/all``.
-    - ``gradient_median/<row>``, ``gradient_norm/<row>``, and the shares of values that are zero, not finite, or lost in
-      float16 and float8: see :func:`lightning_gradhist.logging.charts.magnitude_report`.
+    - ``gradient_median/<row>``, ``gradient_norm/<row>`` (of the finite values, NaN where there is none), and the
+      shares of values that are zero, not finite, or lost in float16 and float8: see
+      :func:`lightning_gradhist.logging.charts.magnitude_report`.
     - ``gradient_worst_layers``, a table, and ``gradient_magnitude_by_layer``, a heatmap (with matplotlib): at the 1st, 2nd,
       4th, 8th, ... logged step and at the end.
     - ``gradient_skipped_steps``: steps that the loss scaler of 16-mixed has skipped. They are not logged otherwise.
@@ -92,8 +91,8 @@ class GradientHistogramMonitor(Callback):
     The noise scale (:class:`lightning_gradhist.noise.NoiseRecord`) goes into the checkpoint and into ``calibration.json`` in
     the log directory, which ``OptimizerCalibration(reference=...)`` reads; some ten logged steps make it of use. Under DDP
     or accumulation it is measured, without bias, from the gradients of a step's first micro-batch on each rank against
-    those of the whole step; else from a logged step and the one after it. This holds a copy of the gradients, between
-    two steps also one of the second moment. A step with fewer samples than the others is not measured.
+    those of the whole step; else from a logged step and the next. This holds a copy of the gradients, between two steps also
+    one of the second moment. A step with fewer samples than others, or whose gradients a hook has changed, is not measured.
 
     Works with one device, DDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
     and several optimizers. With other strategies it warns and stays off. Under manual optimization the step begins where
@@ -125,15 +124,14 @@ class GradientHistogramMonitor(Callback):
         self._rows = Rows(group_by, include, exclude)
         self._progress: list[Progress] = []
         self._restored: list[dict[str, Any]] = []
-        self._measures_noise = False
-        self._log_dir: Path | None = None
+        self._record_path: str | None = None
         self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
         self._record: RecordFile | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay with the optimizers of this process, and threads in it.
+        # Hooks and threads stay in this process.
         return {**self.__dict__, "_module": None, "_fit": None, "_optimizers": [], "_record": None}
 
     @property
@@ -162,7 +160,7 @@ class GradientHistogramMonitor(Callback):
         present = {one.state_key for one in _monitors(trainer)}
         others = [key for key in states if str(key).startswith(f"{type(self).__qualname__}[") and key not in present]
         if self.state_key not in states and others:
-            self.load_state_dict(states[max(others, key=partial(_likeness, self.state_key))])
+            self.load_state_dict(states[max(others, key=partial(likeness, self.state_key))])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state up; it is given to the optimizers when training goes on, also in the middle of a run."""
@@ -181,37 +179,33 @@ class GradientHistogramMonitor(Callback):
         self._fit = self._record = None
         spread = replicas(trainer)
         if spread is None:
-            _warn_of_strategy(trainer)
+            self._turn_off(messages.unknown_strategy(type(trainer.strategy).__name__))
             return
-        if self.when == "local" and is_sharded(trainer):
-            raise MisconfigurationException(
-                "when='local' counts what each rank computed before averaging, which ModelParallelStrategy does not leave in"
-                " any parameter; use when='before_clip', or strategy='ddp'"
-            )
+        check_when(self.when, trainer)
         self._rows.check_start(trainer, pl_module)
-        self._fit = fit = Fit(trainer, pl_module, spread, Guard(), RankSum(spread, pl_module.device))
-        self._log_dir = self._directory(fit)
-        if self._log_dir is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._log_dir, fit.guard)
-        known = False
-        with fit.guard.attempt("tell the batch size"):
-            known = effective_batch_size(trainer, self.batch_size) is not None
-        self._measures_noise = self.noise_scale and least_over_ranks(float(known), trainer) > 0
+        fit = Fit.start(trainer, pl_module, spread, SampleCount(self.batch_size))
+        if fit is None:
+            self._turn_off(messages.NO_MEMORY)
+            return
+        self._fit = fit
+        self._record_path = self._path_of_record(fit)
+        if self._record_path is not None and trainer.is_global_zero:
+            self._record = RecordFile(self._record_path, fit.guard)
+        self._measures_noise = self.noise_scale and not messages.overfits(trainer)
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
         self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
-        if self._fit is not None:
-            self._warn_of_lacks(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Goes on where a checkpoint was restored, as ``LearningRateFinder`` does, or optimizers were made, in mid-run."""
         if self._fit is None:
             return
+        if self._measures_noise:
+            self._fit.samples.start_batch(trainer, batch, batch_idx)
+        messages.tell_of_lacks(self._fit, self.noise_scale, self._record_path)
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
-        for each in self._optimizers:
-            each.before_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
@@ -219,10 +213,15 @@ class GradientHistogramMonitor(Callback):
             if each.watched.optimizer is optimizer:
                 each.before_step()
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Begins a micro-batch."""
+        for observer in self._observers:
+            observer.before_backward()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends a micro-batch."""
-        for each in self._optimizers:
-            each.after_backward()
+        for observer in self._observers:
+            observer.after_backward()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -232,40 +231,35 @@ class GradientHistogramMonitor(Callback):
             each.settle()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the record, where there is something new in it."""
+        """Writes the record, where there is something new in it, and says which optimizers' steps are not seen."""
+        for each in self._optimizers:
+            each.warn_if_unseen()
         if self._record is not None and self._record.lacks(self._progress):
             self._save_record()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the last heatmap, writes the record, and waits for what is still to be written."""
-        for each in self._optimizers:
-            each.finish()
+        for observer in self._observers:
+            observer.finish()
+        fit = self._fit
+        if fit is not None and self._measures_noise and fit.samples.problem is None and self._record_path is not None:
+            messages.tell_at_end(self.noise_records, self.every_n_steps)
         self._finish()
-        fewest = min(map(len, self.noise_records), default=0)
-        if self.noise_scale and self._log_dir is not None and fewest < ENOUGH:
-            rank_zero_info(
-                f"GradientHistogramMonitor measured the noise scale at {fewest} steps, and some {ENOUGH} are wanted to calibrate"
-                f" another run from the record of this one; lower every_n_steps={self.every_n_steps}, or train longer."
-            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._finish()
 
-    def _directory(self, fit: Fit) -> Path | None:
+    def _path_of_record(self, fit: Fit) -> str | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
         trainer, path = fit.trainer, ""
-        if (
-            getattr(trainer, "fast_dev_run", False)
-            or trainer.barebones
-            or self is not next(iter(_monitors(trainer)), self)
-        ):
-            return None  # of several monitors the first writes the record
+        is_first = self is next(iter(_monitors(trainer)), self)  # of several monitors the first writes the record
+        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or not is_first:
+            return None
         if trainer.is_global_zero:
             with fit.guard.attempt("find the logger's directory"):
-                path = run_directory(trainer)
-        path = trainer.strategy.broadcast(path)
-        return Path(path) if path else None
+                path = record_path(trainer, self._record_path)
+        return trainer.strategy.broadcast(path) or None
 
     def _watch(self, fit: Fit, states: Sequence[dict[str, Any]]) -> None:
         """Watches the optimizers that there are now from these states on, or from their first step."""
@@ -274,7 +268,7 @@ class GradientHistogramMonitor(Callback):
         optimizers = list(fit.trainer.optimizers)
         hookless = [optimizer for optimizer in optimizers if not has_step_hooks(optimizer)]
         if hookless:
-            self._turn_off(hookless[0])
+            self._turn_off(messages.no_step_hooks(type(hookless[0]).__name__))
             return
         self._progress = [Progress.from_state_dict(state) for state in states[: len(optimizers)]]
         seen = fit.trainer.global_step if len(optimizers) == 1 else 0  # so that a resumed run logs the same steps
@@ -283,11 +277,15 @@ class GradientHistogramMonitor(Callback):
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
             watched = WatchedOptimizer(fit, optimizer, suffix, rows)
-            observers = self._observers(watched, progress)
+            observers = self._observers_of(watched, progress)
             self._optimizers.append(OptimizerMonitor(watched, progress, self.every_n_steps, observers))
 
-    def _observers(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
-        noise = [NoiseMonitor(watched, progress, self.batch_size)] if self._measures_noise else []
+    @property
+    def _observers(self) -> list[StepObserver]:
+        return [observer for each in self._optimizers for observer in each.observers]
+
+    def _observers_of(self, watched: WatchedOptimizer, progress: Progress) -> list[StepObserver]:
+        noise = [NoiseMonitor(watched, progress)] if self._measures_noise else []
         updates = [UpdateMonitor(watched)] if self.optimizer_state else []
         return [*noise, MagnitudeMonitor(watched, progress, self.when, self._save_record), *updates]
 
@@ -300,6 +298,8 @@ class GradientHistogramMonitor(Callback):
         self._save_record()
         if self._record is not None:
             self._record.close()
+            if self._record.saved:
+                rank_zero_info(f"GradientHistogramMonitor: the record of this run is {self._record_path}.")
         self._release()
         if self._fit is not None:
             self._fit.close()
@@ -310,28 +310,11 @@ class GradientHistogramMonitor(Callback):
             each.close()
         self._optimizers = []
 
-    def _turn_off(self, hookless: Optimizer) -> None:
+    def _turn_off(self, reason: str) -> None:
         if self._record is not None:
             self._record.close()
-        self._fit = self._record = self._log_dir = None
-        rank_zero_warn(
-            f"GradientHistogramMonitor is off: {type(hookless).__name__} has no step hooks, as it does not call the"
-            " constructor of torch.optim.Optimizer. Have it call super().__init__(), or remove the callback."
-        )
-
-    def _warn_of_lacks(self, trainer: Trainer) -> None:
-        if self.noise_scale and not self._measures_noise:
-            rank_zero_warn(
-                "GradientHistogramMonitor records no noise scale: the batch size cannot be read from the training loader,"
-                " or not under manual optimization. Give the samples of one micro-batch on one device (under manual"
-                " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with"
-                " noise_scale=False."
-            )
-        elif not trainer.loggers and not trainer.barebones:
-            rank_zero_warn(
-                "GradientHistogramMonitor has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
-                + (f" The noise scale is still recorded in {self._log_dir}." if self.noise_scale else "")
-            )
+        self._fit = self._record = self._record_path = None
+        rank_zero_warn(f"GradientHistogramMonitor is off: {reason}")
 
 
 def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> None:
@@ -343,20 +326,5 @@ def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> N
         raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
 
 
-def _likeness(key: str, other: str) -> int:
-    """How many arguments are the same in two keys, less those that differ."""
-    mine = key.rstrip("]").partition("[")[2].split(",")
-    return sum((part in other) - (part not in other and part.partition("=")[0] + "=" in other) for part in mine)
-
-
 def _monitors(trainer: Trainer) -> list[GradientHistogramMonitor]:
     return [one for one in getattr(trainer, "callbacks", ()) if isinstance(one, GradientHistogramMonitor)]
-
-
-def _warn_of_strategy(trainer: Trainer) -> None:
-    rank_zero_warn(
-        f"GradientHistogramMonitor is off: it does not know how {type(trainer.strategy).__name__} spreads the gradients"
-        " of this model over ranks. One device, DDP, and ModelParallelStrategy where every mesh has all ranks are"
-        " supported; use one of them (for FSDP and DeepSpeed, ModelParallelStrategy with fully_shard), or remove the"
-        " callback."
-    )

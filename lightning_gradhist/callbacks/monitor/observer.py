@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import lies_otherwise, ready_gradients
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
-from lightning_gradhist.callbacks.strategies import RankSum, Replicas, local, own_parts
+from lightning_gradhist.callbacks.strategies import RankSum, Replicas, least_over_ranks, local, own_parts
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.sinks import Sink
 from lightning_gradhist.logging.writer import LoggerQueues
@@ -28,8 +30,18 @@ class Fit:
     replicas: Replicas
     guard: Guard
     sums: RankSum
+    samples: SampleCount
     warned: set[str] = field(default_factory=set)
     _loggers: LoggerQueues | None = None
+
+    @classmethod
+    def start(cls, trainer: Trainer, module: LightningModule, replicas: Replicas, samples: SampleCount) -> Fit | None:
+        """A fit, None where a rank has no memory for it; to be called on every rank."""
+        guard, sums = Guard(), None
+        with guard.attempt("take memory"):
+            sums = RankSum(replicas, module.device)
+        everywhere = least_over_ranks(float(sums is not None), trainer) > 0
+        return cls(trainer, module, replicas, guard, sums, samples) if everywhere and sums is not None else None
 
     def send(self, job: Callable[[Sink], None]) -> None:
         """Has the sink of each logger given to a job."""
@@ -72,6 +84,11 @@ class WatchedOptimizer:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its parameters now, by their names in the module."""
         return optimizer_parameters(self.fit.module, self.optimizer)
+
+    def replicated(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those gradients that every rank should have whole."""
+        parameters = self.parameters
+        return {name: g for name, g in gradients.items() if not isinstance(parameters[name], DTensor)}
 
     def gradients(self) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
         """The gradients that it will use, and this rank's part of them; None where there is no memory for them."""
@@ -123,8 +140,8 @@ class StepObserver:
     def prepare(self, due: bool) -> None:
         """The step before is over; the backward passes of the coming one, which may be due, begin."""
 
-    def before_batch(self) -> None:
-        """A batch begins; parameters may have been unfrozen since the one before."""
+    def before_backward(self) -> None:
+        """A micro-batch is about to go backward; parameters may have been made or unfrozen since the one before."""
 
     def after_backward(self) -> None:
         """A micro-batch has gone backward."""

@@ -28,8 +28,10 @@ class OptimizerMonitor:
         self.watched = watched
         self._progress = progress
         self._every_n_steps = every_n_steps
-        self._observers = observers
+        self.observers = observers
         self._last_step = -1
+        self._has_seen_gradients = False
+        self._first_versions = self._versions()
         self._coming: Step | None = None
         self._taken: Step | None = None
         optimizer = watched.optimizer
@@ -39,16 +41,6 @@ class OptimizerMonitor:
         ]
         self._prepare()
 
-    def before_batch(self) -> None:
-        """A batch begins."""
-        for observer in self._observers:
-            observer.before_batch()
-
-    def after_backward(self) -> None:
-        """A micro-batch has gone backward."""
-        for observer in self._observers:
-            observer.after_backward()
-
     def before_step(self) -> None:
         """The optimizer is about to step, for all that Lightning knows."""
         number = self.watched.fit.trainer.global_step
@@ -57,9 +49,11 @@ class OptimizerMonitor:
         self.settle()
         self._last_step = number
         step = self._coming = Step(number, self._is_due())
-        if any(observer.wants_gradients(step.due) for observer in self._observers):
+        if not self._has_seen_gradients:
+            self._has_seen_gradients = any(p.grad is not None for p in self.watched.parameters.values())
+        if any(observer.wants_gradients(step.due) for observer in self.observers):
             step.gradients, step.parts = self.watched.gradients()
-        for observer in self._observers:
+        for observer in self.observers:
             observer.before_step(step)
         self._progress.steps += 1
         self._prepare()
@@ -74,34 +68,38 @@ class OptimizerMonitor:
         if step.due:
             self._log_skipped(step)
 
-    def finish(self) -> None:
-        """Training has come to its end."""
-        for observer in self._observers:
-            observer.finish()
+    def warn_if_unseen(self) -> None:
+        """Says after some training that the weights have changed, and no step or no gradient of one was seen."""
+        if not self._has_seen_gradients and self._versions() != self._first_versions:
+            self._warn_unseen()
 
     def close(self) -> None:
         """Lets go of the optimizer and of the model."""
         for handle in self._handles:
             handle.remove()
-        for observer in self._observers:
+        for observer in self.observers:
             observer.close()
+
+    def _versions(self) -> int:
+        return sum(parameter._version for parameter in self.watched.parameters.values())
 
     def _is_due(self) -> bool:
         return self._progress.steps % self._every_n_steps == 0
 
     def _prepare(self) -> None:
         due = self._is_due()
-        for observer in self._observers:
+        for observer in self.observers:
             observer.prepare(due)
 
     def _discard(self) -> None:
-        for observer in self._observers:
+        for observer in self.observers:
             observer.discard()
 
     def _at_update(self) -> None:
         step, self._coming = self._coming, None
         if step is None:
-            self._warn_unseen()
+            if self._last_step < 0:  # others are LBFGS's evaluations, or steps of a run within this one
+                self._warn_unseen()
             return
         skips = found_inf(self.watched.optimizer)
         if skips is not None:
@@ -110,7 +108,7 @@ class OptimizerMonitor:
             return
         self._taken = step
         step.skipped = skips is not None and bool(skips)
-        for observer in self._observers:
+        for observer in self.observers:
             observer.at_update(step)
         if step.skipped:
             self._discard()
@@ -119,17 +117,17 @@ class OptimizerMonitor:
     def _after_update(self, *_hook: Any) -> None:
         step, self._taken = self._taken, None
         if step is not None:
-            for observer in self._observers:
+            for observer in self.observers:
                 observer.after_update(step)
 
     def _warn_unseen(self) -> None:
-        if self._last_step >= 0:  # LBFGS's evaluations, or a step of a run within this one
-            return
         self.watched.fit.warn_once(
             "unseen",
-            f"does not see the steps of {type(self.watched.optimizer).__name__}: they go past Lightning, and so past"
-            " on_before_optimizer_step. Step the optimizers that self.optimizers() gives, not those of"
-            " self.optimizers(use_pl_optimizer=False), and pass the closure on in an optimizer_step of your own.",
+            f"does not see the steps of {type(self.watched.optimizer).__name__}, or no gradient at them, and logs none of them:"
+            " they go past Lightning, and so past on_before_optimizer_step. Call step(), and no other method (as"
+            " first_step() of SAM), of the optimizers that self.optimizers() gives, not of those of"
+            " self.optimizers(use_pl_optimizer=False), pass the closure on in an optimizer_step of your own, and do not step"
+            " within the backward pass.",
         )
 
     def _log_skipped(self, step: Step) -> None:

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_gradhist.callbacks.gradients import rounding_unit
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
 from lightning_gradhist.callbacks.optimizers import damping_epsilons, second_moment
 from lightning_gradhist.callbacks.strategies import local, own_parts
-from lightning_gradhist.epsilon import IDLE_SHARE
+from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.charts import distributions
 from lightning_gradhist.logging.writer import HostTensor, Lazy, send_heatmap
-from lightning_gradhist.tensors import as_real, batches, copies, elementwise, joined
+from lightning_gradhist.tensors import as_real, batches, copies, elementwise, joined, with_float64
 
 _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
@@ -54,25 +55,38 @@ class UpdateReport:
                 found[f"optimizer_damped_share/{name}"] = damped / counted
         return found
 
-    def alarm(self) -> str | None:
-        """A sentence about the row where epsilon damps most weights, and the way out; None if 10% or less of each row."""
+    def alarm(self, unit: float) -> str | None:
+        """A sentence about the row where epsilon damps most weights, and the way out.
+
+        What is rounding noise to :func:`without_rounding_noise`, as the calibration sees it, is left out.
+
+        Args:
+            unit: the relative precision of the arithmetic.
+
+        Returns:
+            None if 10% or less of each row is damped, or 2% or less of all, which ``OptimizerCalibration`` leaves as it is.
+        """
         if self._on_host()[:, -1].isnan().any():  # of which send() has spoken
             return None
         damped, counted = self._table()[:, 2:_SUMS].unbind(1)
+        known = without_rounding_noise(self.histogram(), unit)
+        noise = self.histogram().counts - known.counts
+        eps = torch.tensor([[self.eps.get(name, 0.0)] for name in self.names], dtype=torch.float64)
+        damped_noise = (noise * (known.edges[1:] <= eps)).sum(1)
+        damped, counted = (damped - damped_noise).clamp(min=0), counted - noise.sum(1)
         shares = (damped / counted).nan_to_num(0.0)  # a row without a second moment
         alarming = shares > _ALARM
-        if not alarming.any():
+        if not alarming.any() or damped.sum() <= IDLE_SHARE * counted.sum():
             return None
         worst = int((damped * alarming).argmax())
-        least = float(self.histogram().quantile(IDLE_SHARE)[worst])
+        least = float(known.quantile(IDLE_SHARE)[worst])
         idle = 10.0 ** math.floor(math.log10(least)) if least > 0 else 0.0  # NaN where all are below float32's range
         return (
             f"finds that eps={self.eps[self.names[worst]]:g} damps {float(shares[worst]):.1%} of the weights"
             f" of {self.names[worst]!r} at step {self.step}: the root of their second moment is below it, and their step"
             f" less than half of what it would be without. More than {_ALARM:.0%} are damped in {int(alarming.sum())} of"
             f" {len(self.names)} rows, and most weights in this one. Lower eps (eps={idle:g} damps {IDLE_SHARE:.0%} of it at"
-            " most), or have OptimizerCalibration choose it. Parameters whose gradient is only rounding noise, as that of a"
-            " bias before a normalization, are rightly damped; leave them out with exclude=."
+            " most), or have OptimizerCalibration choose it."
         )
 
     def send(self, send: Send) -> None:
@@ -145,7 +159,9 @@ class UpdateMonitor(StepObserver):
 
     def _warn_of_damping(self) -> None:
         report = self._reports.last
-        alarm = None if report is None or "damping" in self._fit.warned else report.alarm()
+        if report is None or "damping" in self._fit.warned:
+            return
+        alarm = report.alarm(rounding_unit(self._fit.trainer))
         if alarm is not None:
             self._fit.warn_once("damping", alarm)
 
@@ -162,7 +178,7 @@ class UpdateMonitor(StepObserver):
         roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._fit.replicas))
         histogram.update({name: root for name, root in roots.items() if root.numel()}, rows)
         row_of = {row: index for index, row in enumerate(histogram.names)}
-        counts = histogram.table.double()
+        counts = with_float64(histogram.table).double()
         sums = counts.new_zeros(len(row_of), _SUMS)
         for batch in batches(before):
             index = torch.tensor([row_of[rows[name]] for name in batch])
@@ -181,8 +197,8 @@ def _largest(eps: Mapping[str, float], rows: Mapping[str, str]) -> dict[str, flo
 
 def _sums(before: Mapping[str, Tensor], after: Tensor, roots: Tensor, eps: list[float]) -> Tensor:
     """Of the parts of a batch, the first columns of :class:`UpdateReport`'s table, float64 ``[len(before), 4]``."""
-    weights = joined(before)
-    update = _wide(after) - weights
+    weights, roots = with_float64(joined(before)), with_float64(roots)
+    update = _wide(with_float64(after)) - weights
     touched = roots > 0  # others have not had a gradient yet, and make no step to be damped
     if len(before) == 1:
         squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, weights)]

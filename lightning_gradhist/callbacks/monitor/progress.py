@@ -16,6 +16,12 @@ from lightning_gradhist.noise.series import METRICS
 _MEASURED = ("batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")))
 
 
+def likeness(key: str, other: str) -> int:
+    """How many arguments are the same in two monitors' keys of a checkpoint, less those that differ."""
+    mine = key.rstrip("]").partition("[")[2].split(",")
+    return sum((part in other) - (part not in other and part.partition("=")[0] + "=" in other) for part in mine)
+
+
 @dataclass
 class Progress:
     """The steps of one optimizer, and the noise measured at them.
@@ -25,7 +31,7 @@ class Progress:
         logged: steps that rank zero has logged.
         skipped: steps that the loss scaler skipped; a tensor where only the device knows.
         learning_rates: the highest base rate of each group so far: what a schedule rises to or falls from.
-        batch_size: samples of the last step that was measured.
+        batch_size: samples of a step, of which a checkpoint told.
         noise: what was measured.
     """
 
@@ -33,7 +39,7 @@ class Progress:
     logged: int = 0
     skipped: int | Tensor = 0
     learning_rates: list[float] = field(default_factory=list)
-    batch_size: int = 0
+    batch_size: float = 0
     noise: NoiseRecord = field(default_factory=NoiseRecord)
 
     @classmethod
@@ -47,7 +53,7 @@ class Progress:
             int(state["logged"]),
             int(state["skipped"]),
             [float(rate) for rate in state["learning_rates"]],
-            int(state["batch_size"]),
+            float(state["batch_size"]),
             NoiseRecord(samples),
         )
 
@@ -58,17 +64,23 @@ class Progress:
             "logged": self.logged,
             "samples": [dict(sample) for sample in self.noise.samples],
             "learning_rates": list(self.learning_rates),
-            "batch_size": self.batch_size,
+            "batch_size": self.last_batch_size,
             "skipped": int(self.skipped),
         }
 
-    def measures(self, batch_size: int, rates: Sequence[float | None]) -> None:
-        """Takes down what a record says of a step that is measured: samples and base rates, None where one is no number."""
+    @property
+    def last_batch_size(self) -> float:
+        """Samples that a step has as a rule, by the last measurement."""
+        known = (sample.get("batch_size") for sample in reversed(self.noise.samples))
+        return next((size for size in known if size), self.batch_size)
+
+    def measures(self, rates: Sequence[float | None]) -> None:
+        """Takes down the base rates of a step that is measured, None where one is no number."""
         known = [rate for rate in rates if rate is not None]
         self.learning_rates = [max(pair) for pair in zip_longest(known, self.learning_rates, fillvalue=0.0)]
-        self.batch_size = batch_size
 
-    def record(self, name: str) -> OptimizerRecord:
-        """The noise so far, of the optimizer of this class name."""
+    def record(self, name: str, parameters: Sequence[str]) -> OptimizerRecord:
+        """The noise so far, of the optimizer of this class name and of these parameters."""
         noise = {metric: self.noise.estimate(metric) for metric in METRICS}
-        return OptimizerRecord(name, self.learning_rates, self.batch_size, noise, list(self.noise.samples))
+        samples = list(self.noise.samples)
+        return OptimizerRecord(name, self.learning_rates, self.last_batch_size, noise, samples, list(parameters))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from itertools import count
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
-from lightning_gradhist.callbacks.parameters import model_shapes
+from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import LoggerQueues, Writer
-from lightning_gradhist.noise.record import FILE_NAME, RunRecord
+from lightning_gradhist.noise.record import FILE_NAME, RunRecord, exists, path_in
 
 _TASK = f"write {FILE_NAME}"
 
@@ -23,14 +23,15 @@ class RecordFile:
     """``calibration.json`` of a run, made and written in a thread, as that takes long after many steps.
 
     Args:
-        directory: that it goes to.
+        path: of the file, or its URL.
         guard: which tells of failures.
     """
 
-    def __init__(self, directory: Path, guard: Guard) -> None:
-        self._path = directory / FILE_NAME
+    def __init__(self, path: str, guard: Guard) -> None:
+        self._path = path
         self._guard = guard
-        self._saved = 0  # measurements that it has, or is about to have
+        self.saved = 0
+        """Measurements that it has, or is about to have."""
         self._writer = Writer()
         self._errors: list[Exception] = []
 
@@ -38,17 +39,17 @@ class RecordFile:
         self, module: LightningModule, steps: int, optimizers: Sequence[Optimizer], progress: Sequence[Progress]
     ) -> None:
         """Has the record as it is now written, where there is something in it."""
-        self._saved = sum(len(one.noise) for one in progress)
-        if self._saved:
+        self.saved = sum(len(one.noise) for one in progress)
+        if self.saved:
             with self._guard.attempt(_TASK):
                 copies = [one.state_dict() for one in progress]  # which training does not change
-                names = [type(optimizer).__name__ for optimizer in optimizers]
-                self._writer.submit(partial(self._write, model_shapes(module), steps, names, copies))
+                known = [(type(one).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
+                self._writer.submit(partial(self._write, model_shapes(module), steps, known, copies))
         self._tell()
 
     def lacks(self, progress: Sequence[Progress]) -> bool:
         """Whether something was measured since it was last saved."""
-        return self._saved != sum(len(one.noise) for one in progress)
+        return self.saved != sum(len(one.noise) for one in progress)
 
     def close(self) -> None:
         """Waits until it is written."""
@@ -57,10 +58,14 @@ class RecordFile:
         self._tell()
 
     def _write(
-        self, shapes: dict[str, list[int]], steps: int, names: Sequence[str], states: Sequence[Mapping[str, Any]]
+        self,
+        shapes: dict[str, list[int]],
+        steps: int,
+        optimizers: Sequence[tuple[str, list[str]]],
+        states: Sequence[Mapping[str, Any]],
     ) -> None:
         try:
-            entries = [Progress.from_state_dict(state).record(name) for state, name in zip(states, names, strict=True)]
+            entries = [Progress.from_state_dict(s).record(*known) for s, known in zip(states, optimizers, strict=True)]
             RunRecord(shapes, steps, entries).save(self._path)
         except Exception as error:
             self._errors.append(error)  # of which the training thread tells
@@ -70,10 +75,19 @@ class RecordFile:
             self._guard.warn(_TASK, self._errors.pop(0))
 
 
-def run_directory(trainer: Trainer) -> str:
-    """The directory of a run, of its own where the logger has none."""
+def record_path(trainer: Trainer, before: str | None) -> str:
+    """Where the record of a run goes: into the directory of its logger, or to a file of its own in the root directory.
+
+    Args:
+        trainer: of the run.
+        before: where that of the last run of this process went; where that run goes on, it is taken again.
+    """
     logger: Any = trainer.loggers[0] if trainer.loggers else None
-    if getattr(logger, "log_dir", None):
-        return str(logger.log_dir)
-    path = Path(getattr(logger, "save_dir", None) or trainer.default_root_dir)
-    return str(path if logger is None else path / str(logger.name) / str(logger.version))
+    directory, root = getattr(logger, "log_dir", None), str(trainer.default_root_dir)
+    if not directory and getattr(logger, "save_dir", None) and logger.version is not None:
+        directory = path_in(path_in(str(logger.save_dir), str(logger.name)), str(logger.version))
+    if directory:
+        return path_in(str(directory), FILE_NAME)
+    names = (FILE_NAME if i == 0 else FILE_NAME.replace(".", f"-{i}.") for i in count())
+    paths = (path_in(root, name) for name in names)
+    return next(path for path in paths if (path == before and trainer.global_step > 0) or not exists(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, rank_zero_info, rank_zero_warn
-from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters, plain_name
+from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters, plain_name
 from lightning_gradhist.callbacks.strategies import least_over_ranks
 
 _NAMED = 12
@@ -44,7 +44,9 @@ class Rows:
     def of(self, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
         """The rows of those parameters that are counted, by name; one for which there is no group has its own."""
         layers = _layers(module) if any(self._filters.values()) else {}
-        return {name: self._group(name) or _own_row(name) for name in names if self._is_counted(name, layers)}
+        groups = {name: self._group(name) for name in names if self._is_counted(name, layers)}
+        taken = {group for group in self._groups.values() if group is not None}
+        return {name: group or self._own_row(name, taken) for name, group in groups.items()}
 
     def of_optimizer(self, module: nn.Module, optimizers: Sequence[Optimizer], index: int) -> dict[str, str]:
         """The rows of one of several optimizers; one that another of them has as well ends in the optimizer's index."""
@@ -59,9 +61,9 @@ class Rows:
             MisconfigurationException: naming what there is.
         """
         layers = _layers(module)
-        trained = {plain_name(name): p.requires_grad for name, p in module.named_parameters()}
+        trained = {name: p.requires_grad for name, p in named_parameters(module).items()}
         names = list(trained)
-        classes = sorted({layers[_layer_of(name)][0] for name in names if layers[_layer_of(name)]})
+        classes = sorted({_classes(name, layers)[0] for name in names if _classes(name, layers)})
         there = f"The parameters are {_listed(names)}; the layers {_listed(classes)}."
         for argument, pattern in self._filters.items():
             if pattern is not None and not any(_matches(pattern, name, layers) for name in names):
@@ -111,15 +113,18 @@ class Rows:
                 self._has_warned = True
         return self._groups[name]
 
+    def _own_row(self, name: str, taken: Set[str]) -> str:
+        """The name of a parameter, or another one where a group has that, or what is over all rows."""
+        row = name
+        while _POOLED.fullmatch(row) or row in taken or (row != name and row in self._groups):
+            row = f"parameter_{row}"
+        return row
+
     def _is_counted(self, name: str, layers: Mapping[str, list[str]]) -> bool:
         include, exclude = self._filters.values()
         if include is not None and not _matches(include, name, layers):
             return False
         return exclude is None or not _matches(exclude, name, layers)
-
-
-def _own_row(name: str) -> str:
-    return f"parameter_{name}" if _POOLED.fullmatch(name) else name
 
 
 def distinct_rows(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, str]:
@@ -169,21 +174,24 @@ def _compiled(argument: str, pattern: str) -> re.Pattern[str]:
 
 
 def _layers(module: nn.Module) -> dict[str, list[str]]:
-    """By the prefix of its parameters' names, the names of a layer's class and its bases below ``nn.Module``."""
+    """By name, the names of a layer's class and its bases below ``nn.Module``."""
     return {
-        plain_name(f"{name}." if name else ""): [
+        plain_name(name): [
             cls.__name__ for cls in type(layer).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module
         ]
         for name, layer in module.named_modules()
     }
 
 
-def _layer_of(name: str) -> str:
-    return name[: name.rfind(".") + 1]
+def _classes(name: str, layers: Mapping[str, list[str]]) -> list[str]:
+    """The class names of a parameter's layer; of a parametrized one also of the layer whose weight it makes."""
+    owner, parametrized, _ = name.partition("parametrizations.")
+    owners = layers.get(owner.rstrip("."), []) if parametrized else []
+    return owners + layers.get(name.rpartition(".")[0], [])
 
 
 def _matches(pattern: re.Pattern[str], name: str, layers: Mapping[str, list[str]]) -> bool:
-    return bool(pattern.search(name)) or any(map(pattern.fullmatch, layers.get(_layer_of(name), ())))
+    return bool(pattern.search(name)) or any(map(pattern.fullmatch, _classes(name, layers)))
 
 
 def _listed(names: list[str]) -> str:

@@ -160,7 +160,9 @@ class Copier:
         kind = type(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
-        if isinstance(value, (type, enum.Enum, types.BuiltinFunctionType, *_LOCKS)) or _is_of(value, _NOT_COPIED):
+        # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
+        lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
+        if lent or isinstance(value, (type, enum.Enum, types.BuiltinFunctionType, *_LOCKS)):
             owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
             return value if owner is None else self._method(value, owner)
         if is_logger(value):

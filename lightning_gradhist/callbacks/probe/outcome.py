@@ -21,8 +21,8 @@ class Outcome(IntEnum):
 
     DONE = 0
     NOT_FINITE = 1
-    OUT_OF_MEMORY = 2
-    ODD_SIZE = 3
+    NO_LOSS = 2
+    OUT_OF_MEMORY = 3
     OVERFLOW = 4
     NO_BATCH = 5
     FAILED = 6
@@ -30,9 +30,9 @@ class Outcome(IntEnum):
 
 
 WHY_LEFT_OUT = {
-    Outcome.NOT_FINITE: "gave no finite gradient",
+    Outcome.NOT_FINITE: "gave a gradient that is not finite (Trainer(detect_anomaly=True) finds out where)",
+    Outcome.NO_LOSS: "gave no loss that depends on a parameter of the optimizer, as where training_step returns None",
     Outcome.OUT_OF_MEMORY: "ran out of memory (a smaller batch, or a model without the probe's copies, may fit)",
-    Outcome.ODD_SIZE: "had another number of samples than the others, on one rank at least",
 }
 
 

@@ -54,26 +54,28 @@ class Probe:
         apart: what :func:`lightning_gradhist.callbacks.probe.restore.no_trace` gives: the module whose ``training_step`` is
             called, the first optimizer, whose parameters are asked for, and the training data. Neither a DDP wrapper nor
             an override of ``backward`` has a part in it.
-        batch_size: samples of a batch on this rank, where known. If the first batch can be counted and has as many, later
-            ones with another number are passed over.
+        count: counts the samples of a batch, where they can be told.
         tick: called for each batch that was read.
 
     Attributes:
         parameters: names and real parameters, or parts of them, that gradients are given for.
         batches: number of batches that were read.
+        samples: of the gradient that was given last, None where they are not known. Where parameters are sharded, of the
+            mean over ranks: as many as of a single batch with the same variance.
     """
 
     def __init__(
         self,
         apart: Apart,
-        batch_size: float | None = None,
+        count: Callable[[Any], float | None] = lambda batch: None,
         tick: Callable[[], Any] = lambda: None,
     ) -> None:
         self.batches = 0
         self._trainer = trainer = apart.trainer
         self._module = module = apart.module
         optimizer: Optimizer = trainer.optimizers[0]
-        self._batch_size = batch_size
+        self.samples: float | None = None
+        self._count = count
         self._tick = tick
         known = optimizer_parameters(module, optimizer)
         self._parameters = {name: p for name, p in known.items() if p.requires_grad and not p.is_meta}
@@ -90,8 +92,8 @@ class Probe:
 
         Yields:
             names and gradients, None for a parameter that the batch did not use. A batch is passed over if it has no
-            loss, or a gradient that is not finite, or another size than the first, or runs out of memory; under 16-mixed
-            the loss scale is lowered first, as the scaler would.
+            loss, or a gradient that is not finite, or runs out of memory; under 16-mixed the loss scale is lowered first,
+            as the scaler would.
 
         Raises:
             ProbeRefusedError: where the training step fails, or cannot be differentiated without the hooks of the
@@ -111,6 +113,7 @@ class Probe:
                 gradient, worst = self._of_batch(batch)
             self.batches += 1
             self._tick()
+            self.samples = self._samples(self._count(batch))
             if worst is Outcome.DONE:
                 yield gradient
             else:
@@ -140,11 +143,14 @@ class Probe:
             return None, Outcome.FAILED, error
         if batch is None:
             return None, Outcome.NO_BATCH, None
-        samples = _samples(batch)
-        if self.batches == 0 and samples != self._batch_size:
-            self._batch_size = None  # what can be counted in a batch is not its samples
-        odd = self._batch_size is not None and samples != self._batch_size
-        return batch, Outcome.ODD_SIZE if odd else Outcome.DONE, None
+        return batch, Outcome.DONE, None
+
+    def _samples(self, counted: float | None) -> float | None:
+        """The samples of a gradient, of which the ranks have each counted their batch; to be called on every rank."""
+        if self._replicas is None:
+            return counted
+        variance = self.over_shards(math.nan if counted is None else 1 / counted)
+        return None if math.isnan(variance) else self._trainer.world_size**2 / variance
 
     def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
         while True:
@@ -171,12 +177,14 @@ class Probe:
         """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
         loss = _loss(self._trainer, self._module, batch, self.batches)
         loss = loss if loss is not None and loss.requires_grad else None
-        missing = Outcome.NOT_FINITE if loss is None else Outcome.DONE
+        missing = Outcome.NO_LOSS if loss is None else Outcome.DONE
         if self._replicas is not None:
             missing = self._worst(missing)  # a backward pass is a collective
         if loss is None or missing is not Outcome.DONE:
-            return {}, Outcome.NOT_FINITE
+            return {}, Outcome.NO_LOSS
         gradients = self._whole(loss) if self._replicas is None else self._sharded(loss)
+        if not any(gradient is not None for gradient in gradients.values()):
+            return {}, Outcome.NO_LOSS
         if _all_finite(gradients):
             return gradients, Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())
@@ -238,19 +246,6 @@ class Probe:
 
 def _real(parameter: nn.Parameter) -> Tensor:
     return as_real(local(parameter.detach()))
-
-
-def _samples(batch: Any) -> int | None:
-    """The length that all tensors of a batch have in common, or None; to tell it, nothing may be guessed."""
-    sizes: set[int] = set()
-    waiting = [batch]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Tensor):
-            sizes.add(part.size(0) if part.ndim else 1)
-        elif isinstance(part, (Mapping, list, tuple)):
-            waiting.extend(part.values() if isinstance(part, Mapping) else part)
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _batches(apart: Apart) -> Iterator[Any]:

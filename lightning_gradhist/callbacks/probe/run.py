@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
-from lightning_gradhist.callbacks.batch_size import full_batches
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
 from lightning_gradhist.callbacks.probe.progress import progress
 from lightning_gradhist.callbacks.probe.restore import Apart, no_trace
@@ -29,17 +28,17 @@ def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int
         module: at its first batch.
         wanted: batches on each rank.
         least: the fewest that do.
-        measure: what is done with as many full batches as are wanted, or the loader has.
+        measure: what is done with as many batches as are wanted, or an epoch has.
 
     Returns:
         Why there is no probe, or None. What does not end the training ends it on no rank.
     """
     impossible = why_impossible(trainer, module)
-    available = 0.0 if impossible else full_batches(trainer)
+    available = 0.0 if impossible else trainer.num_training_batches
     # Loaders may differ in length between ranks, and all must come to the same decision.
     planned = int(least_over_ranks(min(wanted, available), trainer))
     if impossible is None and planned < least:
-        impossible = f"it needs {least} full batches, and the loader has {planned}"
+        impossible = f"it needs {least} batches, and an epoch has {planned}"
     return impossible or _tried(trainer, module, planned, measure)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -14,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.datasets import load_digits
-from support import Batches, Net, TwoOptimizers, dataset, events, fit, loader, trainer
+from support import Net, OpaqueBatches, TwoOptimizers, dataset, events, fit, loader, trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -663,7 +664,7 @@ CASES = [
     ),
     pytest.param(
         {"reference_batch_size": 4, "probe_batches": 8},
-        {"data": lambda: Batches(8)},
+        {"data": lambda: OpaqueBatches(8)},
         r"batch size cannot be read from the training loader.*OptimizerCalibration\(batch_size=\.\.\.\)",
         id="unknown batch size",
     ),
@@ -676,14 +677,8 @@ CASES = [
     pytest.param(
         {"learning_rate": "keep"},
         {"data": lambda: loader(64)},
-        "no probe: it needs 4 full batches, and the loader has 2",
+        "no probe: it needs 4 batches, and an epoch has 2",
         id="far too few batches",
-    ),
-    pytest.param(
-        {"learning_rate": "keep"},
-        {"data": lambda: DataLoader(Endless(3), batch_size=None)},
-        "the probe took all 3 full batches of the loader",
-        id="shorter than it said",
     ),
     pytest.param(
         {"learning_rate": "keep"},
@@ -694,7 +689,7 @@ CASES = [
     pytest.param(
         {"learning_rate": "keep"},
         {"fast_dev_run": True},
-        "no probe: it needs 4 full batches, and the loader has 1",
+        "no probe: it needs 4 batches, and an epoch has 1",
         id="fast_dev_run",
     ),
 ]
@@ -707,6 +702,80 @@ def test_what_cannot_be_done_is_said_once_and_loses_nothing(tmp_path, options, r
         made = fit(tmp_path, OptimizerCalibration(**options), max_epochs=1, **run)
     assert len(warned(caught)) == 1
     assert made.global_step > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "reason"),
+    [
+        pytest.param({}, lambda: loader(8), "learning rate kept: no reference given", id="no reference"),
+        pytest.param({}, lambda: loader(8), "the probe used all 16 batches of an epoch", id="fewer batches"),
+        pytest.param(
+            {},
+            lambda: DataLoader(Endless(3), batch_size=None),
+            "the probe used all 3 batches of an epoch",
+            id="shorter than it said",
+        ),
+    ],
+)
+def test_what_is_only_a_default_is_reported_and_not_warned_of(tmp_path, options, data, reason) -> None:
+    calibration = OptimizerCalibration(**options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, calibration, max_epochs=1, data=data())
+    assert not warned(caught) and not calibration.result.problems
+    assert any(said.startswith(reason) for said in calibration.result.reasons), calibration.result.reasons
+
+
+class Varied(IterableDataset):
+    """Batches of the sizes that it is told; nobody but the batches tells."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
+
+    def __iter__(self) -> Any:
+        inputs, labels = dataset(64).tensors
+        return ((inputs[:size], labels[:size]) for size in self.sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        pytest.param((2,), 2, id="less than a batch"),
+        pytest.param((8, 8, 8, 8, 8, 3), 8, id="a short last one"),
+        pytest.param((4, 12, 8, 20, 6, 10), 10, id="average of few"),
+        pytest.param((4, 12, 8, 20) * 8, 11, id="average of many"),
+    ],
+)
+def test_the_batches_that_come_are_counted(tmp_path, sizes: tuple[int, ...], found: int) -> None:
+    calibration = OptimizerCalibration(reference_batch_size=4, learning_rate="sqrt", probe_batches=32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="OptimizerCalibration: no probe: it needs 4 batches")
+        fit(tmp_path, calibration, max_epochs=1, data=DataLoader(Varied(*sizes), batch_size=None))
+    assert calibration.result.effective_batch_size == pytest.approx(found)
+    assert calibration.result.ratio == pytest.approx((found / 4) ** 0.5)
+    vary = any("batches vary in size" in reason for reason in calibration.result.reasons)
+    assert vary is (len(set(sizes)) > 2)
+
+
+def test_a_loader_that_contradicts_what_comes_is_not_believed(tmp_path) -> None:
+    class Lies(DataLoader):
+        def __iter__(self) -> Any:
+            return map(lambda batch: [torch.cat([part, part]) for part in batch], super().__iter__())
+
+    said = "the training loader says 4 samples a batch, and the tensors of one that came have 8"
+    for batch_size, found in ((None, None), (8, 8), (5, 5)):  # what the user says is believed
+        calibration = OptimizerCalibration(reference_batch_size=4, learning_rate="sqrt", batch_size=batch_size)
+        with pytest.warns(UserWarning, match=said) if batch_size is None else nullcontext():
+            fit(tmp_path, calibration, max_epochs=1, data=Lies(dataset(), 4))
+        assert calibration.result.effective_batch_size == found
+
+
+def test_a_change_of_accumulation_later_in_the_run_is_said(tmp_path) -> None:
+    calibration = OptimizerCalibration(reference_batch_size=4, learning_rate="sqrt", epsilon="keep")
+    schedule = GradientAccumulationScheduler({0: 2, 1: 4})
+    with pytest.warns(UserWarning, match="from 2 micro-batches a step to 4 from epoch 1 on"):
+        fit(tmp_path, calibration, schedule, max_epochs=2, data=loader(8))
+    assert calibration.result.effective_batch_size == 16
 
 
 class Broken(Net):
@@ -729,9 +798,16 @@ class Broken(Net):
 @pytest.mark.parametrize(
     ("how", "message", "lowered"),
     [
-        pytest.param("some", "4 of 16 batches of the probe gave no finite gradient", True, id="some not finite"),
-        pytest.param("all", "0 finite gradients from 8 batches.*detect_anomaly", False, id="none finite"),
-        pytest.param("none", "0 finite gradients from 8 batches.*no parameter has a gradient", False, id="no gradient"),
+        pytest.param(
+            "some", "4 of 16 batches of the probe gave a gradient that is not finite", True, id="some not finite"
+        ),
+        pytest.param("all", "of 8 batches a rank, 0 gave a gradient.*detect_anomaly", False, id="none finite"),
+        pytest.param(
+            "none",
+            "of 8 batches a rank, 0 gave a gradient.*no loss that depends on a parameter",
+            False,
+            id="no gradient",
+        ),
     ],
 )
 def test_gradients_that_are_not_finite_are_left_out(tmp_path, how: str, message: str, lowered: bool) -> None:

@@ -116,7 +116,9 @@ def test_groups_keep_their_ratio_and_a_frozen_one_its_zero() -> None:
 @pytest.mark.parametrize(
     ("known", "problem"),
     [
-        pytest.param({"batch_size": None}, "the batch size cannot be read", id="batch size"),
+        pytest.param(
+            {"batch_size": None, "why_no_batch_size": "it is odd"}, "it is odd, so the learning rate", id="batch size"
+        ),
         pytest.param({}, "surge law refused: there is no noise scale", id="noise"),
     ],
 )

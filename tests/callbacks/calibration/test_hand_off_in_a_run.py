@@ -149,3 +149,26 @@ def test_a_state_that_cannot_be_read_begins_anew(state: dict[str, Any]) -> None:
     assert calibration.state_dict() == OptimizerCalibration().state_dict()
     calibration.load_state_dict(GOOD)
     assert calibration.state_dict()["changes"] == GOOD["changes"]
+
+
+class KeyBias(L.LightningModule):
+    """Attention of few features, so that the bias of its keys, whose gradient is zero, is 5% of all coordinates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        tokens = batch[0].view(-1, 2, 4)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), eps=1e-6)
+
+
+def test_an_epsilon_is_not_lowered_for_rounding_noise(tmp_path) -> None:
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8)
+    fit(tmp_path, calibration, module=KeyBias)
+    lowest = calibration.result.epsilon_range.per_name["attention.in_proj_bias"][0]
+    assert lowest < 1e-7  # which is more than 2% of the coordinates
+    assert calibration.result.epsilon == 1e-6 and not calibration.result.changes

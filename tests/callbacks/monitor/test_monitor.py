@@ -21,9 +21,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
-    Batches,
     GradientSpy,
     Net,
+    OpaqueBatches,
     TwoOptimizers,
     dataset,
     events,
@@ -341,6 +341,75 @@ def test_noise_is_measured_within_a_step_of_several_micro_batches(tmp_path) -> N
     assert noise_adam == pytest.approx(float((weight * noise).sum()), rel=1e-4)
 
 
+class Still(Net):
+    """Noise that can be told from all samples: the weights stay, and a hook of the test's own is called."""
+
+    def __init__(self, after_backward: Any = None, skips: Any = lambda batch: False) -> None:
+        super().__init__(lambda p: torch.optim.SGD(p, lr=0.0))
+        self.hook, self.skips = after_backward, skips
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if self.skips(batch_idx) else super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        if self.hook is not None:
+            self.hook(self)
+
+
+def clip_a_little(module: Any) -> None:
+    nn.utils.clip_grad_norm_(module.parameters(), 0.2)
+
+
+class ClipEarly(L.Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        clip_a_little(pl_module)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "hook"),
+    [
+        pytest.param([], clip_a_little, id="after backward"),
+        pytest.param([ClipEarly()], None, id="by a callback before"),
+        pytest.param([], lambda module: [p.grad.mul_(0.9) for p in module.head.parameters()], id="in mid-accumulation"),
+    ],
+)
+def test_gradients_that_somebody_changes_are_not_taken_for_noise(tmp_path, callbacks: Any, hook: Any) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    options = {"accumulate_grad_batches": 4, "max_epochs": 3}
+    with pytest.warns(
+        UserWarning, match="measured the noise scale at 0 of 12 steps.*clip with Trainer.gradient_clip_val"
+    ):
+        fit(tmp_path / "changed", *callbacks, monitor, module=Still(hook), **options)
+    fit(tmp_path / "clipped after", monitor, module=Still(), gradient_clip_val=0.2, **options)
+    assert monitor.noise_records[0].estimate("simple").measurements == 12
+    fit(
+        tmp_path / "unchanged",
+        monitor,
+        module=Still(lambda m: nn.utils.clip_grad_norm_(m.parameters(), 1e3)),
+        **options,
+    )
+    assert monitor.noise_records[0].estimate("simple").measurements == 12
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_micro_batch_without_a_loss_is_not_taken_for_noise(tmp_path, accumulate: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    module = Still(skips=lambda batch: batch % (2 * accumulate) == 2 * accumulate - 1)
+    fit(tmp_path, monitor, module=module, accumulate_grad_batches=accumulate)
+    measured = [sample["step"] for sample in monitor.noise_records[0].samples if sample["noise_simple"] is not None]
+    assert measured == ([] if accumulate == 1 else list(range(0, 16 // accumulate, 2)))
+
+
+def test_steps_on_the_same_few_batches_are_not_measured(tmp_path, caplog) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, monitor, overfit_batches=2, max_epochs=6, data=DataLoader(dataset(), 8))
+    assert not len(monitor.noise_records[0]) and not (tmp_path / "calibration.json").exists()
+    assert len([record for record in caplog.records if "overfit_batches trains on the same" in record.message]) == 1
+
+
 def test_the_record_knows_the_run(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=2)
     schedule = {"scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.03, total_steps=40)}
@@ -402,7 +471,7 @@ def test_a_state_that_cannot_be_read_is_said_and_begun_anew(tmp_path, state: Any
     torch.save(checkpoint, tmp_path / "one.ckpt")
     with pytest.warns(UserWarning, match="cannot read its state in the checkpoint, and begins anew"):
         trainer(tmp_path / "second", monitor, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "one.ckpt")
-    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [0, 4, 8, 12]
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == [16, 20, 24, 28]  # nothing of before
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
@@ -480,12 +549,94 @@ def test_fast_dev_run_writes_nothing(tmp_path) -> None:
 
 
 def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:
-    batches = Batches(8)
+    batches = OpaqueBatches(8)
     with pytest.warns(UserWarning, match=r"GradientHistogramMonitor\(batch_size=\.\.\.\)"):
         fit(tmp_path / "a", GradientHistogramMonitor(every_n_steps=1), data=batches)
     assert not (tmp_path / "a" / "calibration.json").exists()
     fit(tmp_path / "b", GradientHistogramMonitor(every_n_steps=1, batch_size=8), data=batches)
     assert RunRecord.load(tmp_path / "b" / "calibration.json").optimizers[0].batch_size == 8
+
+
+class Sizes:
+    """Batches of other samples in each epoch, of the sizes that it is told; nobody but the batches tells."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes, self.generator = sizes, torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Any:
+        for size in self.sizes:
+            inputs = torch.randn(size, 4, generator=self.generator)
+            yield inputs, inputs.sum(1, keepdim=True) + torch.randn(size, 1, generator=self.generator)
+
+
+class Sized(Sizes):
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+class Frozen(L.LightningModule):
+    """Linear regression at weights that hardly move: of a known noise scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        nn.init.zeros_(self.layer.weight), nn.init.zeros_(self.layer.bias)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.layer(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:GradientHistogramMonitor has no logger")
+@pytest.mark.parametrize(
+    ("sizes", "accumulated", "effective"),
+    [
+        pytest.param((8,) * 4, 1, 8, id="equal"),
+        pytest.param((2, 30, 8, 8), 1, 12, id="of many sizes"),
+        pytest.param((30, 2), 1, 30, id="two batches an epoch"),
+        pytest.param((2,), 1, 2, id="less than a batch"),
+        pytest.param((8, 8, 8), 2, 16, id="a short last window in a short epoch"),
+        pytest.param((2, 30, 8, 4) * 2, 4, 44, id="accumulated, of many sizes"),
+        pytest.param((8, 8), 4, 16, id="more accumulation than batches"),
+    ],
+)
+def test_steps_of_any_size_give_the_noise_scale(tmp_path, sizes: Any, accumulated: int, effective: int) -> None:
+    # The gradient of a sample is -2 y (x, 1), with y = sum(x) + noise.
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(10**6, 4, generator=generator)
+    targets = inputs.sum(1, keepdim=True) + torch.randn(10**6, 1, generator=generator)
+    each = -2 * targets * torch.cat([inputs, torch.ones(10**6, 1)], dim=1)
+    truth = float(each.var(0).sum() / each.mean(0).square().sum())
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    data = (Sizes if sizes == (30, 2) else Sized)(*sizes)
+    options = {"logger": False, "max_epochs": 400, "max_steps": 300, "accumulate_grad_batches": accumulated}
+    fit(tmp_path, monitor, module=Frozen, data=data, **options)
+    found = monitor.noise_records[0].estimate("simple")
+    assert found.value == pytest.approx(truth, rel=0.4)
+    saved = RunRecord.load(tmp_path / "calibration.json").optimizers[0]
+    assert saved.batch_size == pytest.approx(effective, rel=0.05)
+
+
+def test_runs_without_a_logger_have_records_of_their_own_and_say_where(tmp_path, caplog) -> None:
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.filterwarnings("ignore", message="GradientHistogramMonitor has no logger")
+        for _ in range(2):
+            fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), logger=False)
+    names = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert names == ["calibration-1.json", "calibration.json"]
+    for name in names:
+        assert f"the record of this run is {tmp_path / name}." in caplog.text
+        assert RunRecord.load(tmp_path / name).optimizers[0].parameters
+
+
+def test_a_log_directory_that_is_a_url_gets_the_record(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = CSVLogger("memory://bucket/logs")
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), logger=logger)
+    assert RunRecord.load(f"{logger.log_dir}/calibration.json").optimizers[0].samples
+    assert not list(tmp_path.rglob("calibration.json")) and not (tmp_path / "memory:").exists()
 
 
 def test_a_logger_that_fails_costs_one_warning(tmp_path) -> None:
@@ -705,6 +856,66 @@ def test_on_one_device_local_gradients_are_the_gradients(tmp_path, module: Any, 
     assert not any(p._post_accumulate_grad_hooks for p in made.lightning_module.parameters())
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_local_gradients_that_were_thrown_away_are_not_counted(tmp_path, set_to_none: bool) -> None:
+    class Twice(TwoOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            self.manual_backward(self.two(self.one(batch[0])).square().mean())
+            optimizer.zero_grad(set_to_none)
+            self.manual_backward(self.one(batch[0]).square().mean())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    monitors = [GradientHistogramMonitor(2, noise_scale=False, when=when) for when in ("before_clip", "local")]
+    fit(tmp_path, *monitors, module=Twice)
+    found = events(tmp_path)
+    usual, local = (found.Histograms(f"gradient{kind}_magnitude/all") for kind in ("", "_local"))
+    assert len(usual) == 8 and [e.histogram_value for e in usual] == [e.histogram_value for e in local]
+    assert "gradient_local_magnitude/two.weight" not in found.Tags()["histograms"]
+
+
+class Lazy(Net):
+    """Layers that get their shape from the first batch, and one that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.never = nn.Sequential(nn.LazyLinear(16), nn.Tanh()), nn.LazyLinear(4)
+
+
+@pytest.mark.parametrize("when", ["before_clip", "local"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lazy_layers_are_counted_from_their_first_step(tmp_path, accumulate: int, when: Any) -> None:
+    spy, monitor = GradientSpy(), GradientHistogramMonitor(every_n_steps=1, when=when, optimizer_state=True)
+    fit(tmp_path, monitor, spy, module=Lazy, accumulate_grad_batches=accumulate, limit_train_batches=8)
+    kind = "gradient_local" if when == "local" else "gradient"
+    for step, seen in enumerate(spy.seen):
+        assert set(seen) == {"body.0.weight", "body.0.bias", "head.weight", "head.bias"}
+        for name, gradient in seen.items():
+            assert logged_counts(tmp_path, f"{kind}_magnitude/{name}", step) == expected_counts(gradient)
+    samples = monitor.noise_records[0].samples
+    assert samples and all(sample["noise_simple"] is not None for sample in samples)
+
+
+def test_lazily_conjugated_gradients_are_counted(tmp_path) -> None:
+    class Complex(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.SGD(p, lr=0.0))
+            self.factor = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+            self.factor.register_hook(lambda gradient: gradient.conj())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(((batch[0] * self.factor).abs(), batch[1]), batch_idx)
+
+    spy = GradientSpy()
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), spy, module=Complex)  # a warning is an error
+    whole = torch.view_as_real(spy.seen[4]["factor"].resolve_conj())
+    assert logged_counts(tmp_path, "gradient_magnitude/factor", 4) == expected_counts(whole)
+
+
 class Compiled(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -915,6 +1126,61 @@ def test_steps_that_it_does_not_see_are_said(tmp_path) -> None:
     with pytest.warns(UserWarning, match="does not see the steps of") as caught:
         fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=PastLightning())
     assert len([one for one in caught if "does not see" in str(one.message)]) == 1
+
+
+class FirstAndSecond(torch.optim.SGD):
+    """Steps in two halves, as SAM is often written."""
+
+    def first_step(self) -> None:
+        self.zero_grad()
+
+    def second_step(self) -> None:
+        super().step()
+
+
+class ByHalves(AllInTurn):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for half in (self.optimizers().first_step, self.optimizers().second_step):
+            self.manual_backward(self.two(self.one(batch[0])).square().mean())
+            half()
+
+    def configure_optimizers(self) -> Any:
+        return FirstAndSecond(self.parameters(), lr=0.1)
+
+
+class WithinBackward(AllInTurn):
+    """Each parameter has an optimizer of its own, which steps as soon as there is a gradient; Lightning's has none."""
+
+    def on_fit_start(self) -> None:
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(self.step)
+
+    def step(self, parameter: Any) -> None:
+        torch.optim.SGD([parameter], lr=0.1).step()
+        parameter.grad = None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.two(self.one(batch[0])).square().mean())
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("module", [ByHalves, WithinBackward])
+def test_steps_of_which_it_sees_no_gradient_are_said(tmp_path, module: Any) -> None:
+    with pytest.warns(UserWarning, match="does not see the steps of .*first_step.*within the backward pass") as caught:
+        fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=module, max_epochs=2)
+    assert len([one for one in caught if "does not see" in str(one.message)]) == 1
+
+
+def test_an_optimizer_that_makes_no_step_is_not_said_to_be_unseen(tmp_path) -> None:
+    class OneOnly(TwoOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.one(batch[0]).square().mean())
+            self.optimizers()[0].step()
+
+    fit(tmp_path, GradientHistogramMonitor(batch_size=8), module=OneOnly)  # a warning is an error
 
 
 def _raises(*args: Any, **kwargs: Any) -> Any:

@@ -69,7 +69,7 @@ def test_rows_with_several_epsilons_count_each_with_its_own(tmp_path) -> None:
             return torch.optim.AdamW(groups, lr=1e-2)
 
     spy = StateSpy()
-    with pytest.warns(UserWarning, match="rightly damped"):
+    with pytest.warns(UserWarning, match="finds that eps"):
         fit(tmp_path, monitor(group_by=1, exclude="bias"), spy, module=Groups, max_steps=6)
     for step in (0, 5):
         roots = {name: root[root > 0] for name, root in spy.seen.roots[step + 1].items()}
@@ -119,12 +119,36 @@ def test_there_is_no_alarm_up_to_a_tenth(tmp_path) -> None:
     assert logged_scalars(tmp_path, "optimizer_damped_share/body.0.weight") == {0: 12 / 128, 1: 12 / 128}
 
 
+class KeyBias(L.LightningModule):
+    """The bias of an attention's keys has no gradient but rounding noise, 1e-9 beside 0.3 for that of the values."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+        self.eps = eps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        tokens = batch[0][:, None] * torch.linspace(0.5, 2.0, 5)[:, None]
+        return nn.functional.cross_entropy(self.head(self.attention(tokens, tokens, tokens)[0].mean(1)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, eps=self.eps)
+
+
+def test_rounding_noise_is_no_alarm(tmp_path) -> None:
+    fit(tmp_path / "noise", monitor(2), module=KeyBias(1e-7), max_steps=5)  # a warning is an error
+    assert logged_scalars(tmp_path / "noise", "optimizer_damped_share/attention.in_proj_bias")[4] >= 1 / 3
+    with pytest.warns(UserWarning, match="eps=0.03 damps"):  # what is small and no noise
+        fit(tmp_path / "small", monitor(2), module=KeyBias(3e-2), max_steps=5)
+
+
 @pytest.mark.filterwarnings("ignore:.*has no logger to write histograms to")
 def test_the_alarm_needs_neither_a_second_report_nor_a_logger(tmp_path) -> None:
     with pytest.warns(UserWarning, match="'body.0.weight' at step 0.*in 1 of 1 rows") as caught:
         watch = monitor(include=r"0\.weight", exclude="head")
         fit(tmp_path, watch, module=Net(partly_damped(13 / 128)), max_steps=2, logger=False)
-    assert len([warning for warning in caught if "rightly damped" in str(warning.message)]) == 1
+    assert len([warning for warning in caught if "finds that eps" in str(warning.message)]) == 1
 
 
 class Embedding(Net):

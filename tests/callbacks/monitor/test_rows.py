@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_gradhist.callbacks.monitor.rows import Rows, distinct_rows
-from lightning_gradhist.callbacks.parameters import plain_name
+from lightning_gradhist.callbacks.parameters import optimizer_parameters, plain_name
 
 
 class Block(nn.Module):
@@ -82,6 +82,41 @@ def test_filters_choose_by_name_or_class(include: str | None, exclude: str | Non
             rows(None, include, exclude)
     else:
         assert list(rows(None, include, exclude)) == expected
+
+
+def test_the_weights_of_parametrized_layers_are_found_by_the_class_of_the_layer() -> None:
+    model = Model()
+    nn.utils.parametrizations.weight_norm(model.blocks[0].mix)
+    nn.utils.parametrizations.spectral_norm(model.head)
+    found = rows(None, "Linear", "blocks.1", model=model)
+    assert [name.rpartition("mix.")[2] for name in found] == [
+        "bias",
+        "parametrizations.weight.original0",
+        "parametrizations.weight.original1",
+        "head.bias",
+        "head.parametrizations.weight.original",
+    ]
+    assert set(rows(None, None, ".*Norm|token", model=model)) >= set(found)
+
+
+def test_no_name_of_a_user_is_changed_into_another() -> None:
+    model = nn.ModuleDict({"my_orig_mod": nn.Linear(2, 2), "myweight": nn.Linear(2, 2)})
+    model["_orig_mod"] = nn.ParameterDict({"bias": torch.zeros(1)})
+    model.bias = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
+    model.parameter_6 = nn.Parameter(torch.zeros(1))  # the name of the optimizer's last, which is of no module
+    optimizer.add_param_group({"params": [model.parameter_6]})
+    names = [name for name, _ in model.named_parameters()]
+    assert set(optimizer_parameters(model, optimizer)) == {*names, "_parameter_6"} and "_orig_mod.bias" in names
+
+
+def test_a_parameter_without_a_group_is_in_no_group() -> None:
+    model = nn.ModuleDict({"head": nn.Linear(2, 2)})
+    model.weight = nn.Parameter(torch.zeros(3))
+    model.parameter_weight = nn.Parameter(torch.zeros(3))
+    found = rows(r"\.(weight|bias)$", model=model)
+    assert found["head.weight"] == "weight" and found["weight"] == "parameter_parameter_weight"
+    assert len(set(found.values())) == 4
 
 
 def test_filters_that_leave_nothing_are_refused() -> None:

@@ -6,13 +6,14 @@ import signal
 import weakref
 from collections import Counter, deque
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
@@ -21,6 +22,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDa
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import loss_scale
 from lightning_gradhist.callbacks.probe.probe import Probe
 from lightning_gradhist.callbacks.probe.restore import no_trace
@@ -548,11 +550,11 @@ def test_a_training_step_that_fails_in_the_probe_is_no_end_of_training(tmp_path)
     assert made.global_step == 3
 
 
-def test_a_short_last_batch_is_not_used(tmp_path) -> None:
+def test_a_short_last_batch_is_measured_with_its_samples(tmp_path) -> None:
     calibration = silent()
-    with pytest.warns(UserWarning, match="the loader has 7 full batches"):
-        fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
-    assert calibration.result.gradients == 7
+    fit(tmp_path, calibration, data=loader(8, samples=60), max_steps=1)  # seven full batches, and one of four
+    assert calibration.result.gradients == 8 and calibration.result.effective_batch_size == 8
+    assert "the probe used all 8 batches of an epoch" in calibration.result.reasons
 
 
 def test_complex_parameters_count_as_pairs_of_real_ones(tmp_path) -> None:
@@ -650,57 +652,22 @@ def test_no_memory_for_the_probes_own_copies_is_a_refusal(tmp_path, monkeypatch,
     assert calibration.result.gradients == 0 and made.global_step == 2
 
 
-class Short(IterableDataset):  # type: ignore[type-arg]
-    """Batches of eight, but one; nobody but the batches tells."""
+class Sizes(Callback):
+    """What a probe finds its batches to have."""
 
-    def __init__(self, sizes: list[int]) -> None:
-        self.sizes = sizes
-
-    def __iter__(self) -> Any:
-        inputs, labels = dataset(8).tensors
-        return ({"x": inputs[:size], "y": [labels[:size]]} for size in self.sizes)
-
-
-class Dictionaries(Net):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step((batch["x"], batch["y"][0]), batch_idx)
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            counted = SampleCount(None)
+            with no_trace(trainer, pl_module) as apart:
+                probe = Probe(apart, partial(counted.count, trainer))
+                self.found = [probe.samples for _ in probe.gradients(8)]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "batch_size", "used"),
-    [
-        pytest.param([8] * 7 + [5], 8, 7, id="a short last one"),
-        pytest.param([8, 8, 3, 8, 8, 8, 8, 8], 8, 7, id="a short one in between"),
-        pytest.param([8] * 7 + [5], 16, 8, id="not samples, or not these, so not to be judged by"),
-    ],
-)
-def test_a_batch_of_another_size_is_not_used(tmp_path, sizes: list[int], batch_size: int, used: int) -> None:
-    calibration = silent(batch_size=batch_size)
-    data = DataLoader(Short(sizes), batch_size=None)
-    said = pytest.warns(UserWarning, match="1 of 8 batches of the probe had another number of samples than the others")
-    with said if used < 8 else nullcontext():
-        fit(tmp_path, calibration, module=Dictionaries, data=data)
-    assert calibration.result.gradients == used
-
-
-class ByHand(Sampler):  # type: ignore[type-arg]
-    """Batches of eight, the last one short; it says its size, and not that."""
-
-    batch_size = 8
-
-    def __iter__(self) -> Any:
-        return iter(torch.arange(60).split(8))
-
-    def __len__(self) -> int:
-        return 8
-
-
-def test_a_short_batch_of_a_users_batch_sampler_is_noticed(tmp_path) -> None:
-    calibration = silent()
-    data = DataLoader(dataset(60), batch_sampler=ByHand())
-    with pytest.warns(UserWarning, match="1 of 8 batches of the probe had another number of samples"):
-        fit(tmp_path, calibration, data=data)
-    assert calibration.result.gradients == 7
+def test_batches_are_counted_wherever_their_sizes_come_from(tmp_path) -> None:
+    by_hand = torch.arange(60).split([8, 3, 8, 8, 8, 8, 8, 9])
+    spy = Sizes()
+    fit(tmp_path, spy, data=DataLoader(dataset(60), batch_sampler=[part.tolist() for part in by_hand]))
+    assert spy.found == [len(part) for part in by_hand]
 
 
 def test_data_that_hold_a_generator_are_refused(tmp_path) -> None:
@@ -768,3 +735,18 @@ def test_sigterm_ends_the_probe_and_the_run_as_soon_as_a_batch_ends(tmp_path) ->
         fit(tmp_path, calibration, module=module)
     assert batches.read_text() == "xxx" and module.calls == 0
     assert calibration.result is None and calibration.state_dict()["report"] is None
+
+
+def test_layers_within_a_checkpoint_wrapper_are_copied_too(tmp_path) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    class Wrapped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body[1] = checkpoint_wrapper(self.body[1])  # a BatchNorm, which a pass changes
+
+    plain = final_state(fit(tmp_path / "a", module=Wrapped, max_steps=3))
+    calibration = OptimizerCalibration(learning_rate="keep", probe_batches=8, apply=False)
+    made = final_state(fit(tmp_path / "b", calibration, module=Wrapped, max_steps=3))
+    assert calibration.result.gradients == 8
+    torch.testing.assert_close(made["weights"], plain["weights"], rtol=0, atol=0)

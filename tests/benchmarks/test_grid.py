@@ -1,3 +1,5 @@
+"""The runs of the grids: one run, which runs are wanted, and that the driver goes on where it was."""
+
 from __future__ import annotations
 
 import math
@@ -10,6 +12,9 @@ from typing import Any
 import grid
 import pytest
 import torch
+from grid import CLEAR, Setting, Table, best, losses, missing, rate, read
+from known_runs import claimed, row_of
+from reporting import read_csv
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
@@ -110,7 +115,7 @@ def test_a_gpt_does_not_look_ahead() -> None:
 
 def test_resume_skips_what_is_there_and_drops_a_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WORKLOADS, "mlp", replace(WORKLOADS["mlp"], batch_sizes=(8, 32), samples=320))
-    options = grid.parse(["--workload", "mlp", "--stage", "rates", "--workers", "1", "--output", str(tmp_path)])
+    options = grid.parse(["--table", "mlp", "--stage", "rates", "--workers", "1", "--output", str(tmp_path)])
     path = tmp_path / "mlp.csv"
 
     def lines() -> list[str]:
@@ -119,17 +124,19 @@ def test_resume_skips_what_is_there_and_drops_a_torn_line(tmp_path: Path, monkey
         return path.read_text().splitlines()
 
     first = lines()
-    table = grid.Table(path)
+    table = Table(path, grid.COLUMNS)
     for size in (8, 32):
         of_size = [run for run in table if run.batch_size == size]
-        assert grid.missing(grid.losses(table, of_size[0]), 0) == []
+        assert missing(losses(table, of_size[0]), 0) == []
     assert next(iter(table.values()))["curve"][-1][0] == 320
     path.write_text("\n".join(first)[:-5])
     torn = path.read_text().splitlines()
     assert torn[:-1] == first[:-1] and torn[-1] != first[-1]
     again = lines()
     assert again[:-1] == first[:-1] and len(again) == len(first)
-    assert without(list(grid.Table(path).values())[-1], {"seconds"}) == without(list(table.values())[-1], {"seconds"})
+    assert without(list(Table(path, grid.COLUMNS).values())[-1], {"seconds"}) == without(
+        list(table.values())[-1], {"seconds"}
+    )
     assert lines() == again
 
 
@@ -142,33 +149,33 @@ def bowl(run: Run) -> float:
 def test_the_grid_is_finished_with_its_optima_interior() -> None:
     workload, table = WORKLOADS["gpt"], {}
     while (wanted := grid.next_run(["gpt"], grid.STAGES, {"gpt": table}, [])) is not None:
-        run = wanted[1]
+        stage, _, run = wanted
         assert run not in table and len(table) < 1000
-        table[run] = {"stage": wanted[0], "train_loss": bowl(run), "diverged": run.learning_rate > 0.5}
+        table[run] = {"stage": stage, "train_loss": bowl(run), "diverged": run.learning_rate > 0.5}
     for size in workload.batch_sizes:
         at_size = [run for run in table if run.batch_size == size and run.optimizer == "Adam" and run.eps == 1e-8]
         like = next(run for run in at_size if run.samples == workload.samples)
-        by_rate = grid.losses(table, like)
-        top = grid.best(by_rate)
+        by_rate = losses(table, like)
+        top = best(by_rate)
         assert top is not None and by_rate[top] == min(
-            bowl(replace(like, learning_rate=grid.rate(k))) for k in range(-30, 9)
+            bowl(replace(like, learning_rate=rate(k))) for k in range(-30, 9)
         )
-        assert max(loss for k, loss in by_rate.items() if k < top) > grid.CLEAR * by_rate[top]
-        assert max(loss for k, loss in by_rate.items() if k > top) > grid.CLEAR * by_rate[top]
+        assert max(loss for k, loss in by_rate.items() if k < top) > CLEAR * by_rate[top]
+        assert max(loss for k, loss in by_rate.items() if k > top) > CLEAR * by_rate[top]
         assert {run.seed for run in at_size if run.noise} == {0, 1, 2}
-        assert {run.learning_rate for run in at_size if run.noise} == {grid.rate(top)}
+        assert {run.learning_rate for run in at_size if run.noise} == {rate(top)}
         equal = grid.at_equal_steps(workload, like)
-        at_top = replace(equal, learning_rate=grid.rate(grid.best(grid.losses(table, equal))))
+        at_top = replace(equal, learning_rate=rate(best(losses(table, equal))))
         assert all(replace(at_top, seed=seed) in table for seed in (0, 1, 2))
-        carried = [grid.best(grid.losses(table, replace(like, batch_size=other))) for other in workload.batch_sizes]
+        carried = [best(losses(table, replace(like, batch_size=other))) for other in workload.batch_sizes]
         low, high = min(carried), max(carried)  # the rate is kept
         assert min(by_rate) <= low or by_rate[min(by_rate)] >= grid.FAR * by_rate[top]
         assert max(by_rate) >= high or by_rate[max(by_rate)] >= grid.FAR * by_rate[top]
 
 
 def test_rates_are_lowered_where_all_diverge() -> None:
-    assert grid.missing({-4: math.inf, -6: math.inf}, 0) == [-8]
-    assert grid.missing({-4: math.inf, -6: 1.0, -8: 1.04}, 0) == [-10]
+    assert missing({-4: math.inf, -6: math.inf}, 0) == [-8]
+    assert missing({-4: math.inf, -6: 1.0, -8: 1.04}, 0) == [-10]
 
 
 def test_a_workload_waits_for_its_stage_and_another_one_goes_on() -> None:
@@ -176,7 +183,71 @@ def test_a_workload_waits_for_its_stage_and_another_one_goes_on() -> None:
     tables: dict[str, Any] = {"mlp": {}, "gpt": {}}
     wanted = [grid.next_run(list(tables), grid.STAGES, tables, running)]
     while wanted[-1] is not None:
-        running.append(wanted[-1][1])
+        running.append(wanted[-1][2])
         wanted.append(grid.next_run(list(tables), grid.STAGES, tables, running))
     assert [run.workload for run in running] == ["mlp"] * 15 + ["gpt"] * 15
     assert len(set(running)) == 30
+
+
+def made(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a table once the driver has nothing left to do."""
+    asked = grid.parse(["--table", name, "--workers", "1", "--output", str(folder)])
+    with ThreadPool(1) as pool:
+        grid.make_runs(pool, asked)
+    return read_csv(folder / f"{name}.csv")
+
+
+def test_side_grids_are_finished_and_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workload = replace(grid.SIDE["no_momentum"], batch_sizes=(8, 32), samples=2048)
+    monkeypatch.setitem(grid.SIDE, "no_momentum", workload)
+    monkeypatch.setattr(grid, "train", lambda run, folder: row_of(run, ""))
+    rows = made(tmp_path, "no_momentum")
+    assert {row["optimizer"] for row in rows} == {"Adam without momentum"} and {row["seed"] for row in rows} == {
+        0,
+        1,
+        2,
+    }
+    assert {row["stage"] for row in rows} == set(grid.SIDE_STAGES)
+    capsys.readouterr()
+    assert made(tmp_path, "no_momentum") == rows and capsys.readouterr().out == ""
+
+
+COMPARED = Setting("mlp", 16, 6, optimizers=("ALTO", "AdamW"))
+
+
+def test_every_optimizer_gets_five_seeds_at_an_interior_optimum() -> None:
+    results: dict[Run, dict[str, Any]] = {}
+    while (run := next(grid.claims((COMPARED,), results), None)) is not None:
+        results[run] = claimed(run)
+    for name in COMPARED.optimizers:
+        known = losses(results, COMPARED.run(name), "validation_error")
+        assert best(known) == -10 and min(known) <= -12 and max(known) >= -8
+        at_best = [run.seed for run in results if run.optimizer == name and run.learning_rate == 2**-5]
+        assert sorted(at_best) == list(range(grid.SEEDS))
+
+
+def test_claims_run_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "SETTINGS", (COMPARED,))
+    monkeypatch.setattr(grid, "missing", lambda known, start: [start] if not known else [])
+    rows = made(tmp_path, "claims")
+    assert list(rows[0]) == grid.CLAIMS_COLUMNS and len(rows) == 2 * grid.SEEDS
+    assert {row["seed"] for row in rows} == set(range(grid.SEEDS))
+    assert len({row["test_accuracy"] for row in rows}) > grid.SEEDS
+    assert all(0 < row["test_accuracy"] < 1 and 0 < row["validation_error"] < 1 for row in rows)
+    path = tmp_path / "claims.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    monkeypatch.setattr(grid, "train_for_claim", lambda run, folder: claimed(run))
+    again = made(tmp_path, "claims")
+    assert [{**row, "seconds": 1.0} for row in again[:-1]] == [{**row, "seconds": 1.0} for row in rows[:-1]]
+    assert len(again) == len(rows) and sum(row["seconds"] == 1.0 for row in again) == 1
+
+
+def test_the_tables_of_the_repository_are_read_back() -> None:
+    found = {name: read(grid.FOLDER / f"{name}.csv") for name in grid.NAMES}
+    assert {name: len(results) > 80 for name, results in found.items()} == dict.fromkeys(grid.NAMES, True)
+    run, row = next((run, row) for run, row in found["mlp"].items() if run.noise)
+    assert run.steps == row["steps"] and row["curve"][0][0] == 0 and row["noise_scale"][0]["adam"] > 0
+    assert list(read_csv(grid.FOLDER / "mlp.csv")[0]) == grid.COLUMNS
+    assert list(read_csv(grid.FOLDER / "claims.csv")[0]) == grid.CLAIMS_COLUMNS

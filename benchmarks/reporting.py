@@ -1,0 +1,118 @@
+"""What all benchmarks report alike: the machine and the versions, tables as CSV and in print, and targets."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lightning_gradhist
+
+RESULTS, TARGETS = (Path(__file__).parent / name for name in ("results", "targets.csv"))
+CPU = torch.device("cpu")
+Row = dict[str, Any]
+
+
+def machine(device: torch.device = CPU, *distributions: str) -> dict[str, str]:
+    """Describe the machine and the software, without names of hosts, users or folders; and versions of distributions."""
+    file = Path("/proc/cpuinfo")
+    info = file.read_text().splitlines() if file.exists() else []
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "device": device.type,
+        "cpu": next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor()),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning_gradhist": lightning_gradhist.__version__,
+        **{name: installed_version(name) for name in distributions},
+    }
+
+
+def installed_version(distribution: str) -> str:
+    """Look up the version of a distribution; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a table, a cell that reads as a number or as JSON as what it says; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: _value(cell) for name, cell in line.items()} for line in csv.DictReader(file)]
+
+
+def _value(cell: str) -> Any:
+    for read in (json.loads, float):
+        try:
+            return read(cell)
+        except ValueError:
+            pass
+    return cell
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row], digits: int | None = 4) -> None:
+    """Write columns of rows beside the old table and put it in its place; floats with that many significant digits, or all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    with beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _rounded(value, digits) for key, value in row.items()} for row in rows)
+    beside.replace(path)
+
+
+def _rounded(value: Any, digits: int | None) -> Any:
+    return f"{value:.{digits}g}" if digits and isinstance(value, float) else value
+
+
+def quartiles(column: str, values: Sequence[float]) -> Row:
+    """A median, and the quartiles beside it."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Print some columns of rows, one below the other."""
+    lines = [list(columns), *([str(_rounded(row.get(name, ""), 4)) for name in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_verdicts(benchmark: str, rows: Sequence[Row], names: str, measured_on: str) -> None:
+    """Print how far the targets of ``targets.csv`` are met on both devices, a line a row; without a model they are for all.
+
+    The column ``names`` of the rows has the target's name.
+    """
+    targets = [target for target in read_csv(TARGETS) if target["benchmark"] == benchmark]
+    for device in ("cpu", "cuda"):
+        for target in (target for target in targets if target[device] != ""):
+            mine = [row for row in rows if row[names] == target["name"] and target["model"] in ("", row["model"])]
+            sign = ">=" if target["at_least"] else "<="
+            missing = {**target, "note": f"python benchmarks/{benchmark}.py --device {device}"}
+            for row in (mine if device == measured_on else []) or [missing]:
+                name = ", ".join(filter(None, (row["model"], target["name"])))
+                wanted = f"{target['column']} {sign} {target[device]:g}"
+                print(f"  {device:4}  {name}  {wanted}: {_judged(row, target, device)}")
+
+
+def _judged(row: Row, target: Row, device: str) -> str:
+    value, limit = row.get(target["column"]), target[device]
+    if value is None:
+        return f"not measured: {row.get('note') or 'the row of its peer is missing'}"
+    return f"{value:.4g}, {'met' if (value >= limit if target['at_least'] else value <= limit) else 'NOT MET'}"

@@ -1,0 +1,79 @@
+"""What the monitor says at the start of training and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
+from lightning_gradhist.callbacks.monitor.observer import Fit
+from lightning_gradhist.noise import NoiseRecord
+from lightning_gradhist.noise.interval import ENOUGH
+
+NO_MEMORY = "a rank has no memory for the 4 MiB that it takes; have the model or the batch take less."
+
+
+def unknown_strategy(name: str) -> str:
+    """Why it is off under a strategy, and the way out."""
+    return (
+        f"it does not know how {name} spreads the gradients of this model over ranks. One device, DDP, and"
+        " ModelParallelStrategy where every mesh has all ranks are supported; use one of them (for FSDP and DeepSpeed,"
+        " ModelParallelStrategy with fully_shard), or remove the callback."
+    )
+
+
+def no_step_hooks(name: str) -> str:
+    """Why it is off with a class of optimizers, and the way out."""
+    return (
+        f"{name} has no step hooks, as it does not call the constructor of torch.optim.Optimizer. Have it call"
+        " super().__init__(), or remove the callback."
+    )
+
+
+def overfits(trainer: Trainer) -> bool:
+    """Whether the Trainer trains on the same few batches again."""
+    return bool(getattr(trainer, "overfit_batches", False))
+
+
+def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
+    """Says once, when the first batch has come, what is not recorded, and where nothing is logged."""
+    if "lacks" in fit.warned:
+        return
+    if wants_noise and overfits(fit.trainer):
+        fit.warned.add("lacks")
+        rank_zero_info(
+            "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
+            " their gradients do not tell of others."
+        )
+    elif wants_noise and fit.samples.problem is not None:
+        fit.warn_once(
+            "lacks",
+            f"records no noise scale: {fit.samples.problem}. Give the samples of one micro-batch on one device (under manual"
+            " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with noise_scale=False.",
+        )
+    elif not fit.trainer.loggers and not fit.trainer.barebones:
+        fit.warn_once(
+            "lacks",
+            "has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
+            + (f" The noise scale is still recorded in {record}." if wants_noise else ""),
+        )
+
+
+def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int) -> None:
+    """Says why the record is of no use to calibrate another run from, where it is not."""
+    measured, tried = min(
+        ((one.estimate("simple").measurements, len(one)) for one in records), default=(ENOUGH, ENOUGH)
+    )
+    if measured >= ENOUGH:
+        return
+    said = (
+        f"GradientHistogramMonitor measured the noise scale at {measured} of {tried} steps, and some {ENOUGH} are wanted to"
+        " calibrate another run from the record of this one: "
+    )
+    if tried < ENOUGH or 2 * measured > tried:
+        rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
+        rank_zero_info(f"{said}{rarer}train longer.")
+    else:
+        rank_zero_warn(
+            f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step; clip"
+            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
+        )

@@ -1,0 +1,64 @@
+"""What a step is made from, whoever makes it: the eager functions, or the kernels of the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class StepTensors(NamedTuple):
+    """Parameters, gradients and state of one step: lists with one entry a parameter, or a chunk of one."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avg_grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+
+
+class StepScalars(NamedTuple):
+    """The scalars of one step, numbers or 0-d tensors.
+
+    Where parameters have made different numbers of steps, those that depend on it have one 0-d tensor for each entry of
+    the lists.
+    """
+
+    lr: float | Tensor
+    mix: float | Tensor
+    """``c = alpha * (1 - explore_beta)``."""
+    explore_beta: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    step: float | Tensor | Sequence[Tensor]
+    """The number ``k`` of the step, from 1 up."""
+    bias_correction1: float | Tensor | Sequence[Tensor]
+    """``1 - beta1^k``, or 1 without bias correction."""
+    bias_correction2: float | Tensor | Sequence[Tensor]
+    """``1 - beta2^k``, or 1 without bias correction."""
+    eps: float | Tensor
+    weight_decay: float | Tensor
+    """The number 0.0 for none."""
+    maximize: bool
+
+    def of(self, entries: slice | int) -> StepScalars:
+        """The scalars of some of the entries, or of one of them, then without lists."""
+        chosen: dict[str, Any] = {
+            name: value[entries] for name, value in self._asdict().items() if isinstance(value, list)
+        }
+        return self._replace(**chosen)
+
+    def as_tensors(self) -> StepScalars:
+        """All numbers as 0-d float64 tensors, so that a compiled step does not depend on their values."""
+        numbers: dict[str, Any] = {
+            name: torch.tensor(value, dtype=torch.float64, device="cpu")
+            for name, value in self._asdict().items()
+            if isinstance(value, float) and not (name == "weight_decay" and value == 0.0)
+        }
+        return self._replace(**numbers)
+
+    def decays(self) -> bool:
+        """Whether there is weight decay."""
+        return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0.0

@@ -1,0 +1,279 @@
+"""What AdamE and ALTO share: state, the step's scalars, and which parameters are stepped together."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from lightning_gradhist._dtensor import is_dtensor, local, placed_as
+from lightning_gradhist.adaptor import AUTO, resolve_explore
+from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.optim._backends import Backend, backend_of
+from lightning_gradhist.optim._base import ExploringOptimizer
+from lightning_gradhist.optim._buckets import Bucket
+from lightning_gradhist.optim._checks import (
+    check_hyper_parameters,
+    refuse_amsgrad,
+    refuse_capture,
+    refuse_narrow_state,
+)
+from lightning_gradhist.optim._formulas import wide_dtype
+
+__all__ = ["MomentOptimizer", "ParamsT", "Subgroup"]
+
+BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
+State = dict[str, Tensor]
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
+
+@dataclass
+class Subgroup:
+    """Parameters of one param group, on one device, of one dtype and with one number of steps: what a backend is given.
+
+    It steps them in buckets, and those in chunks.
+    """
+
+    tensors: StepTensors
+    scalars: StepScalars
+    group: dict[str, Any]
+    params: list[Tensor]
+    """The parameters that the entries of :attr:`tensors` are, or under FSDP2 are this rank's shards of."""
+    steps: list[Tensor]
+    """The numbers of the steps that they have made, which :attr:`scalars` is one ahead of."""
+    backend: Backend
+
+    def for_each_bucket(self, do: Callable[[Subgroup, Bucket], None], written: Sequence[str]) -> None:
+        """Do something that writes to some of the lists with one bucket after another."""
+        self.backend.for_each_bucket(partial(do, self), self.tensors, self.scalars, written)
+
+
+class MomentOptimizer(ExploringOptimizer):
+    """Base of AdamE and ALTO, whose state is ``e``, ``m`` and ``v``."""
+
+    _added_defaults: ClassVar[dict[str, Any]] = {
+        "alpha": AUTO,
+        "explore_beta": AUTO,
+        "maximize": False,
+        "foreach": None,
+        "fused": None,
+        "capturable": False,
+        "state_dtype": None,
+    }
+
+    @abstractmethod
+    def _update(self, subgroups: list[Subgroup]) -> None:
+        """Update parameters and state in place."""
+
+    def _make_step(self) -> None:
+        refuse_capture(self)
+        self._take([subgroup for group in self.param_groups for subgroup in self._subgroups(group)])
+
+    def _take(self, subgroups: list[Subgroup]) -> None:
+        for subgroup in subgroups:
+            torch._foreach_add_(subgroup.steps, _ONE, alpha=1)  # one tensor, where a number is made a tensor for each
+        self._update(subgroups)
+
+    def _subgroups(self, group: dict[str, Any], backend: Backend | None = None) -> list[Subgroup]:
+        """What is to be stepped, with the scalars of the coming step; nothing has been changed yet."""
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return []
+        states = [self._initialised_state(param, group) for param in params]
+        # A compiler has no use for a number that changes with each step, and would compile again for each.
+        on_device = group["capturable"] or torch.compiler.is_compiling()
+        numbers = [None] * len(states) if on_device else torch.stack([state["step"] for state in states]).tolist()
+        by_kind: dict[Any, list[tuple[Tensor, State]]] = {}
+        for param, state, number in zip(params, states, numbers, strict=True):
+            assert param.grad is not None
+            kind = param.device, param.dtype, param.grad.dtype, state["exp_avg"].dtype, number
+            by_kind.setdefault(kind, []).append((param, state))
+        return [self._subgroup(group, alike, number, backend) for (*_, number), alike in by_kind.items()]
+
+    def _subgroup(
+        self, group: dict[str, Any], alike: list[tuple[Tensor, State]], number: float | None, backend: Backend | None
+    ) -> Subgroup:
+        params = [param for param, _ in alike]
+        grads = [param.grad for param in params if param.grad is not None]
+        steps, *buffers = ([state[name] for _, state in alike] for name in ("step", *BUFFERS))
+        if wide_dtype(grads[0]) != wide_dtype(params[0]):  # one of the two is float64
+            grads = [grad.to(wide_dtype(param)) for grad, param in zip(grads, params, strict=True)]
+        columns = [params, grads, *buffers]
+        if any(map(is_dtensor, params)):
+            columns[1] = [placed_as(grad, param) for grad, param in zip(grads, params, strict=True)]
+            columns = [[local(tensor) for tensor in column] for column in columns]
+        tensors = StepTensors(*columns)
+        coming = list(torch._foreach_add(steps, 1)) if number is None else number + 1.0
+        scalars = self._scalars(group, coming, params[0].device)
+        return Subgroup(tensors, scalars, group, params, steps, backend or backend_of(group, tensors, self._fault))
+
+    def _fault(self, backend: Backend, device: torch.device, *, again: bool = False) -> str | None:
+        """What is wrong with a backend on a device, None if nothing is; ``again`` tries anew what failed before."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None  # the graph would hold the trial; who captures has warmed up before
+        ours = next(cls for cls in type(self).__mro__ if cls.__module__.startswith(__name__.rpartition(".")[0]))
+        tried = ours, type(backend), device
+        if tried not in _FAULTS or (again and _FAULTS[tried] is not None):
+            _FAULTS[tried] = _fault_of(*tried)
+        return _FAULTS[tried]
+
+    def _scalars(self, group: dict[str, Any], step: float | list[Tensor], device: torch.device) -> StepScalars:
+        alpha, explore_beta = resolve_explore(group["alpha"], group["explore_beta"])
+        beta1, beta2 = map(float, group["betas"])  # of NumPy's numbers, and ints, only some backends know what to do
+        lr = group["lr"]
+        corrected = group.get("bias_correction", True)
+        return StepScalars(
+            # 0-d, so that it neither broadcasts nor promotes; never read on the host
+            lr=lr.reshape(()).to(device, non_blocking=True) if isinstance(lr, Tensor) else float(lr),
+            mix=alpha * (1.0 - explore_beta),
+            explore_beta=explore_beta,
+            beta1=beta1,
+            beta2=beta2,
+            step=step,
+            bias_correction1=_bias_correction(beta1, step) if corrected else 1.0,
+            bias_correction2=_bias_correction(beta2, step) if corrected else 1.0,
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=bool(group["maximize"]),
+        )
+
+    def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        state = self.state[param]
+        if {"step", *BUFFERS} <= state.keys():
+            return state
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
+        for name in BUFFERS:
+            if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
+                dtype = group["state_dtype"] or wide_dtype(param)
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_hyper_parameters(group)
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        super()._check_params(group)
+        refuse_narrow_state(group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict of this class, or of torch's Adam or AdamW.
+
+        With torch's, ``exp_avg_grad`` starts at zero. The state stays in fp32 for fp16 and bf16 parameters,
+        and is copied: later steps do not write to ``state_dict``. Hyper-parameters that ``state_dict`` does
+        not have keep their present values.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned; it is not changed.
+
+        Raises:
+            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
+                has been changed then.
+        """
+        hook = self.register_load_state_dict_pre_hook(_shield_state)  # last, hence after the user's own hooks
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled or loaded state, and complete what an older one lacks."""
+        super().__setstate__(state)
+        for name, value in self._added_defaults.items():
+            default = self.defaults.setdefault(name, value)
+            for group in self.param_groups:
+                group.setdefault(name, default)
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        for param, param_state in self.state.items():
+            for name, value in param_state.items():
+                if isinstance(value, _Shielded):
+                    param_state[name] = value.placed(param, name, groups[param])
+
+
+@dataclass(frozen=True)
+class _Shielded:
+    """A loaded value, wrapped so that torch does not cast it to the dtype of the parameter."""
+
+    value: Any
+
+    def placed(self, param: Tensor, name: str, group: dict[str, Any]) -> Any:
+        if name == "step":
+            return torch.tensor(float(self.value), dtype=torch.float32, device=_step_device(param, group))
+        if not isinstance(self.value, Tensor):
+            return self.value
+        dtype = group["state_dtype"] or wide_dtype(param)
+        if is_dtensor(param) or self.value.shape != param.shape:
+            return self.value.to(device=param.device, dtype=dtype, copy=True)
+        # in the order of the parameter's memory, whatever that of the checkpoint was
+        return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(self.value)
+
+
+def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
+    """Complete and check the groups of ``state_dict`` and shield its state, in a new dict."""
+    assert isinstance(optimizer, MomentOptimizer)
+    saved = state_dict["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        return state_dict  # torch refuses it
+    groups = [
+        {**{name: group[name] for name in optimizer.defaults if name in group}, **saved_group}
+        for group, saved_group in zip(optimizer.param_groups, saved, strict=True)
+    ]
+    for group, present in zip(groups, optimizer.param_groups, strict=True):
+        refuse_amsgrad(group, type(optimizer).__name__)
+        check_hyper_parameters(group)
+        refuse_narrow_state({**group, "params": present["params"]})
+    ids = set(chain.from_iterable(group["params"] for group in groups))
+    state = {
+        key: {name: _Shielded(value) for name, value in values.items()} if key in ids else values
+        for key, values in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+    # on the CPU reading it does not wait for the device; a captured graph needs it on the device
+    return param.device if group["capturable"] else torch.device("cpu")
+
+
+def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Tensor]:
+    if not isinstance(step, list):
+        return 1.0 - beta**step
+    corrections = list(torch._foreach_neg(torch._foreach_pow(beta, step)))
+    torch._foreach_add_(corrections, 1.0)
+    return corrections
+
+
+_FAULTS: dict[tuple[type[MomentOptimizer], type[Backend], torch.device], str | None] = {}
+"""What trials have found."""
+
+
+def _fault_of(cls: type[MomentOptimizer], kind: type[Backend], device: torch.device) -> str | None:
+    """Try a backend on a device: two steps of one of our optimizers against the eager ones."""
+    try:
+        torch.testing.assert_close(_trial(cls, kind(), device), _trial(cls, None, device), rtol=1e-4, atol=1e-6)
+    except Exception as error:  # whatever a compiler, a driver or the comparison may raise
+        return f"a trial step failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    return None
+
+
+@torch.no_grad()
+def _trial(cls: type[MomentOptimizer], backend: Backend | None, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def draw(size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+    params = [draw(size).requires_grad_() for size in (3, 4096, 10_000)]
+    optimizer = cls(params, fused=False, weight_decay=0.1)  # type: ignore[call-arg]
+    for _ in range(2):
+        for param in params:
+            param.grad = draw(param.numel())
+        optimizer._take(optimizer._subgroups(optimizer.param_groups[0], backend))
+    return [param.detach() for param in params] + [s[name] for s in optimizer.state.values() for name in BUFFERS]
