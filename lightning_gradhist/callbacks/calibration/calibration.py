@@ -87,9 +87,10 @@ class OptimizerCalibration(Callback):
     numpy and Python are put back. So the run goes on as if there had been no probe. What cannot be copied, as a generator
     or an open file, ends the probe where it is used, and the report says its path. Tensors and arrays of the data of more
     than 1 MiB are read in place, and the probe ends where one is written into. Out of reach are files that
-    ``training_step`` writes, other processes, and what installed packages keep to themselves. The copies take the memory of the parameters and buffers once, and what
-    is measured several times that of the parameters. Under FSDP2 the parameters themselves are used, and put back; all
-    else is copied. A batch that runs out of memory or is not finite is left out, and the report says so.
+    ``training_step`` writes, other processes, and what installed packages keep to themselves. The copies take the memory
+    of the parameters and buffers once, and what is measured several times that of the parameters. Under FSDP2 the
+    parameters themselves are used, and put back; all else is copied. A batch that runs out of memory or is not finite is
+    left out, and the report says so.
 
     *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
     some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch
