@@ -59,9 +59,9 @@ def predicted(
     )  # noise is measured within a step, from what each rank has before averaging
     pairs = steps // 2 if every_n_steps == 1 else sum(step + 1 < steps for step in logged)  # no step in two of them
     measurements = len(logged) if within_steps else pairs
-    # counts, measurements, and once whether all ranks know the batch size
-    counts = len(logged) * len(sizes) * BINS
-    reduced = WORD * (counts + 4 * measurements + 1) if ranks > 1 else 0
+    # counts with a checksum of two words, measurements with sizes and checksum, and once whether all ranks have memory
+    counts = len(logged) * (len(sizes) * BINS + 2)
+    reduced = WORD * (counts + 9 * measurements + 1) if ranks > 1 else 0
     return {
         **{"ranks": ranks, "tensors": len(sizes), "parameters": parameters},
         **{"steps": steps, "every_n_steps": every_n_steps, "logged_steps": len(logged)},

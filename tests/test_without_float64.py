@@ -56,9 +56,9 @@ def test_the_device_refuses_float64(device: WithoutFloat64) -> None:
 def test_noise_is_measured(device: WithoutFloat64) -> None:
     one, two = ({"a": torch.randn(50), "b": torch.randn(3)} for _ in range(2))
     weights = {name: torch.rand_like(tensor) for name, tensor in one.items()}
-    expected = [measure_pair(one, two, weights), measure_part(one, two, weights, 4)]
+    expected = [measure_pair(one, two, weights), measure_part(one, two, weights)]
     with device:
-        found = [measure_pair(one, two, weights), measure_part(one, two, weights, 4)]
+        found = [measure_pair(one, two, weights), measure_part(one, two, weights)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -187,7 +187,7 @@ def test_the_model_of_bytes_equals_what_is_measured(ranks: int) -> None:
     row = capture_scale.check(ranks, steps=3)
     for what in capture_scale.MEASURED:
         assert row[f"{what}_bytes"] == row[f"{what}_bytes_measured"], what
-    counts, noise = 2 * 12 * (254 * 8 + 3) * 8, (2 * 4 + 1) * 8  # two logged steps, twelve tensors
+    counts, noise = 2 * (12 * (254 * 8 + 3) + 2) * 8, (2 * 9 + 1) * 8  # two logged steps, twelve tensors, checksums
     assert row["all_reduced_bytes"] == (ranks > 1) * (counts + noise)
     assert row["ring_bytes_a_rank"] == row["all_reduced_bytes"] * 2 * (ranks - 1) // ranks
 
@@ -201,7 +201,7 @@ def test_a_wrong_model_of_bytes_is_noticed() -> None:
 def test_seventy_billion_parameters() -> None:
     default = capture_scale.large_rows(steps=100)[0]  # two of them logged
     assert default["tensors"] == 723 and default["parameters"] == pytest.approx(70.6e9, rel=1e-3)
-    assert default["all_reduced_bytes"] == 2 * 723 * (254 * 8 + 3) * 8 + (2 * 4 + 1) * 8
+    assert default["all_reduced_bytes"] == 2 * (723 * (254 * 8 + 3) + 2) * 8 + (2 * 9 + 1) * 8
     assert default["held_bytes_a_rank"] == 8 * default["parameters"] // 1024
     assert capture_scale.MOST_BUCKETS * 16 * 724 * 2 < default["logged_histograms_bytes"] < 1.02 * 512 * 16 * 724 * 2
 

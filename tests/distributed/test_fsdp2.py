@@ -144,6 +144,6 @@ def test_a_calibration_of_shards_is_invisible_and_the_same_on_all_ranks(run) -> 
             assert int(result.epsilon_range.histogram.total().sum()) == sum(w.numel() for w in seen["weights"].values())
             assert result.effective_batch_size == 8 * len(found)  # two batches of four, on each rank
             assert result.noise_scale == found[0][how][0].noise_scale and result.noise_source == "probe"
-    lost = 2 * len(found)
-    assert f"{lost} of {8 * len(found)} batches of the probe gave no finite" in " ".join(found[0]["noisy"][0].problems)
+    said, every = " ".join(found[0]["noisy"][0].problems), f"{len(found)} of {8 * len(found)} batches of the probe gave"
+    assert f"{every} a gradient that is not finite" in said and f"{every} no loss that depends on a parameter" in said
     assert "no probe: parameter 'head.weight' is not sharded" in found[0]["partly"][0]

@@ -222,8 +222,7 @@ class _Measurement:
         self._found.noise = noise.adam() if self.batch_size is not None else None
         self._found.gradients = noise.first_half.count + noise.measurements
         if probe.batches < self._options.probe_batches:
-            enough = probe.batches >= MIN_BATCHES
-            (self._found.reasons if enough else self._found.problems).append(explain.few_batches(probe.batches))
+            self._found.reasons.append(explain.few_batches(probe.batches))
         self._found.problems.extend(probe.left_out())
 
     def _note_batch_size(self, noise: NoiseScale) -> None:

@@ -652,7 +652,7 @@ def test_what_is_only_a_default_is_not_warned_of(tmp_path) -> None:
     result, _ = calibrated(tmp_path, OptimizerCalibration())
     assert result.problems == ()
     assert any("learning rate kept: no reference given" in reason for reason in result.reasons)
-    assert "the probe took all 16 full batches of the loader" in result.reasons
+    assert "the probe used all 16 batches of an epoch" in result.reasons
 
 
 CASES = [
