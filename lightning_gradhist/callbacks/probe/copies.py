@@ -300,7 +300,8 @@ class Copier:
         return copied
 
     def _loader(self, loader: Any) -> Any:
-        attributes = dict(vars(loader))
+        # Lightning keeps a loader's arguments in it, too: last, so that paths are those of its own attributes.
+        attributes = dict(sorted(vars(loader).items(), key=lambda item: item[0].startswith("__pl_")))
         attributes["_iterator"] = None  # persistent workers hang on it: the copy starts its own
         iterators = [name for name, value in attributes.items() if is_a(value, "_BaseDataLoaderIter")]
         if attributes.get("num_workers"):
