@@ -14,7 +14,7 @@ help:
 	@echo "make test    the tests (some 5 minutes on two cores)"
 	@echo "make test-all  the slow ones too: torch's conformance suite, the kernels' sweeps, three ranks (some 9 minutes)"
 	@echo "make nightly the property tests with 12,000 new cases (a minute or two)"
-	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml promises (Python 3.11; 6 GB on Linux,"
+	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml promises (Python 3.11; 7 GB on Linux,"
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
