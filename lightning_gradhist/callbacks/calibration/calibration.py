@@ -23,7 +23,7 @@ from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gathe
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
-from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS
+from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.report import CalibrationResult, GroupChange
 from lightning_gradhist.logging.sinks import sinks
@@ -152,11 +152,11 @@ class OptimizerCalibration(Callback):
         reference_batch_size: Optional[int] = None,  # noqa: UP045 - LightningCLI on Python 3.10 reads the plain types
         reference: Optional[str] = None,  # noqa: UP045
         epsilon: Union[float, Literal["auto", "keep"]] = "auto",  # noqa: UP007
-        learning_rate: Literal["surge", "sqrt", "fourth_root", "linear", "keep"] = "surge",
+        learning_rate: Law = "surge",
         probe_batches: int = 32,
         apply: bool = True,
         batch_size: Optional[int] = None,  # noqa: UP045
-        fallback: Literal["sqrt", "fourth_root", "linear", "keep"] = "keep",
+        fallback: PlainLaw = "keep",
     ) -> None:
         for name, size in (("reference_batch_size", reference_batch_size), ("batch_size", batch_size)):
             if size is not None and not size > 0:
