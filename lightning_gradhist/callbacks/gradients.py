@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gradhist._dtensor import local, placed_as
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.strategies import local
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
@@ -46,7 +46,7 @@ def lies_otherwise(parameter: nn.Parameter) -> bool:
 def _as_laid_out(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     gradient = parameter.grad.detach()
-    return gradient.redistribute(placements=parameter.placements) if lies_otherwise(parameter) else gradient  # type: ignore[attr-defined]
+    return placed_as(gradient, parameter)
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks.strategies import local
+from lightning_gradhist._dtensor import local
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON
 from lightning_gradhist.noise.step import adam_weight
 from lightning_gradhist.tensors import as_real, elementwise

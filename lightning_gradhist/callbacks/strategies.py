@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
@@ -163,11 +164,6 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     if like.is_contiguous():
         return tensor.reshape(-1)
     return tensor.permute(sorted(range(like.dim()), key=like.stride, reverse=True)).reshape(-1)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def slice_of(

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import lies_otherwise, ready_gradients
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
-from lightning_gradhist.callbacks.strategies import RankSum, Replicas, least_over_ranks, local, own_parts
+from lightning_gradhist.callbacks.strategies import RankSum, Replicas, least_over_ranks, own_parts
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.sinks import Sink
 from lightning_gradhist.logging.writer import LoggerQueues

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks.gradients import rounding_unit
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
 from lightning_gradhist.callbacks.optimizers import damping_epsilons, second_moment
-from lightning_gradhist.callbacks.strategies import local, own_parts
+from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.charts import distributions

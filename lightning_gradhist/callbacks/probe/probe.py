@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
@@ -31,7 +32,7 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
 )
 from lightning_gradhist.callbacks.probe.restore import Apart
-from lightning_gradhist.callbacks.strategies import is_sharded, local, own_parts, replicas
+from lightning_gradhist.callbacks.strategies import is_sharded, own_parts, replicas
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
 

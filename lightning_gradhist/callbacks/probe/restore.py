@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
 from lightning_gradhist.callbacks.probe.copies import Copier
 from lightning_gradhist.callbacks.probe.places import copies_in_place
-from lightning_gradhist.callbacks.strategies import is_sharded, local
+from lightning_gradhist.callbacks.strategies import is_sharded
 
 
 @dataclass(frozen=True)
