@@ -1,8 +1,15 @@
-"""How many cases the property tests try: few in every run, many and new ones with ``--hypothesis-profile nightly``."""
+"""What holds for every test: how many cases a property tries, and that no test leaves anything behind for the next."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Few cases in every run, many and new ones with ``--hypothesis-profile nightly``.
 
 settings.register_profile(
     "suite",
@@ -16,3 +23,15 @@ settings.register_profile(
     "nightly", settings.get_profile("suite"), max_examples=1500, derandomize=False, print_blob=True
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def leave_no_ranks_behind() -> Iterator[None]:
+    """Takes back what a Trainer with DDP leaves in the process: Lightning launches no ranks where it finds LOCAL_RANK."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
