@@ -9,7 +9,7 @@ DEVICE ?= cpu
 .PHONY: help demo test test-all test-lowest nightly lint format peers bench-optim bench-capture bench-scale evidence evidence-full clean
 
 help:
-	@echo "make demo    train on two ranks, look at the gradients, calibrate a larger batch (half a minute)"
+	@echo "make demo    rescue a frozen run, and carry a learning rate to 32 times the batch, on two ranks (under a minute)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (2 minutes)"
 	@echo "make test    the tests (some 5 minutes on two cores)"
 	@echo "make test-all  the slow ones too: torch's conformance suite, the kernels' sweeps, three ranks (some 9 minutes)"
