@@ -55,7 +55,7 @@ nightly: $(READY)
 LOWEST := .venv-lowest
 
 $(LOWEST)/.ready: pyproject.toml constraints.txt
-	python3.11 -m venv --clear $(LOWEST)
+	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints.txt uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[dev]"
 	touch $@
