@@ -46,12 +46,10 @@ def ratio_estimate(
         signal: measurements of the signal, one for each of the noise.
         scale: factor of the ratio.
         confidence: from 0 to 1.
-        references: number of gradients in the reference that all were measured against; its error adds that of as many
-            measurements.
+        references: number of gradients in the reference that all were measured against, whose error is added.
     """
     pairs = [pair for pair in zip(noise, signal, strict=True) if all(map(math.isfinite, pair))]
-    noise, signal = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    number = len(pairs)
+    noise, signal, number = [pair[0] for pair in pairs], [pair[1] for pair in pairs], len(pairs)
     top, bottom = average(noise), average(signal)
     value = scale * top / bottom if bottom > 0 else math.inf
     if number < 3:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradhist.adaptor import AUTO, explore_choice
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options
+from lightning_gradhist.explore import AUTO, explore_choice
 from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
 from lightning_gradhist.logging.report import CalibrationResult, GroupChange
 from lightning_gradhist.noise import NoiseEstimate

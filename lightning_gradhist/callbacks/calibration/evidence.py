@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.adaptor import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.callbacks._lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
@@ -24,6 +23,7 @@ from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_a, is_sharded
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
+from lightning_gradhist.explore import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord

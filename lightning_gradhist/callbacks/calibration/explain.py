@@ -73,9 +73,6 @@ def epsilon_chosen(search_space: EpsilonRange, group: int, before: float, after:
     )
 
 
-NO_REFERENCE = "learning rate kept: no reference given (reference_batch_size=..., or reference='.../calibration.json')"
-
-
 def no_reference(law: str) -> str:
     """A law was asked for, and nobody said at which batch size a rate is trusted."""
     return (
