@@ -133,9 +133,7 @@ def without_rounding_noise(rms: MagnitudeHistogram, unit: float) -> MagnitudeHis
     large as the layer's largest gradient. What is left was 0.02 to 9 units in the last place of that one in float32, 0.01
     to 2 in bfloat16. Noise is what lies below 16 of them; in 16-bit arithmetic below 1, as true gradients are not far above.
 
-    Args:
-        rms: of the root mean square of gradients; a layer is what comes before the last dot of a name.
-        unit: the relative precision of the arithmetic, ``torch.finfo(dtype).eps``.
+    A layer is what comes before the last dot of a name; ``unit`` is the arithmetic's ``torch.finfo(dtype).eps``.
     """
     layers = [name.rpartition(".")[0] or name for name in rms.names]
     largest: dict[str, float] = {}
@@ -153,10 +151,6 @@ def choose_epsilon(current: float, search_space: EpsilonRange) -> float:
     """The current epsilon while it is idle, else the largest power of ten that is; so it is never raised.
 
     It is idle while it halves the step, or more, of at most 2% of all coordinates together.
-
-    Args:
-        current: from 0 up.
-        search_space: of the gradients that the optimizer will see.
     """
     if search_space.damped_share(current) <= IDLE_SHARE:
         return current

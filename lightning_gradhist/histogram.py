@@ -29,15 +29,10 @@ _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
 
 @dataclass(frozen=True)
 class Bins:
-    """Counts of finite values on bins, with what can be told from them alone.
+    """Counts of finite values on bins, with what can be told from them alone."""
 
-    Attributes:
-        edges: of the bins, float64 ``[bins + 1]``.
-        counts: int64 ``[rows, bins]``.
-    """
-
-    edges: Tensor
-    counts: Tensor
+    edges: Tensor  # of the bins, float64 [bins + 1]
+    counts: Tensor  # int64 [rows, bins]
 
     def quantiles(self, shares: Sequence[float]) -> Tensor:
         """As :meth:`MagnitudeHistogram.quantile`, of several shares: float64 ``[rows, len(shares)]``."""
@@ -246,13 +241,7 @@ class MagnitudeHistogram:
 
 
 def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Adds the counts of tensors to rows of a table, without a kernel.
-
-    Args:
-        table: ``[names, 2035]`` in int64, contiguous, on the device of the tensors.
-        rows: of the table, one for each tensor.
-        tensors: real floating-point tensors of one dtype and device, of any shape and layout.
-    """
+    """Adds the counts of tensors of one dtype and device to rows of a table, a row each, without a kernel."""
     small: list[tuple[int, Tensor]] = []
     for row, tensor in zip(rows, tensors, strict=True):
         values, implicit_zeros = flat_values(tensor)

@@ -77,21 +77,13 @@ class SurgeLaw:
 
 @dataclass(frozen=True)
 class RateRatio:
-    """A ratio of learning rates, its interval, and what to know about it.
+    """A ratio of learning rates, its interval, and what to know about it."""
 
-    Attributes:
-        value: learning rate as a multiple of the reference's.
-        lower: smallest ratio at the noise scale and the two ends of its interval.
-        upper: largest of the three.
-        law: name of the law that it comes from.
-        reasons: sentences, in the order in which the decisions were made.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    law: str
-    reasons: tuple[str, ...] = ()
+    value: float  # the rate as a multiple of the reference's
+    lower: float  # the smallest ratio at the noise scale and the two ends of its interval
+    upper: float  # the largest of the three
+    law: str  # that it comes from
+    reasons: tuple[str, ...] = ()  # sentences, in the order of the decisions
 
 
 def plain_law(name: str) -> PowerLaw:

@@ -40,14 +40,8 @@ def ratio_estimate(
 ) -> NoiseEstimate:
     """Fieller's interval for ``scale * average(noise) / average(signal)`` from independent pairs of measurements.
 
-    Pairs that are not finite are left out.
-
-    Args:
-        noise: measurements of the noise.
-        signal: measurements of the signal, one for each of the noise.
-        scale: factor of the ratio.
-        confidence: from 0 to 1.
-        references: number of gradients in the reference that all were measured against, whose error is added.
+    Pairs that are not finite are left out. ``references`` is the number of gradients in the reference that all were measured
+    against, whose error is added.
     """
     pairs = [pair for pair in zip(noise, signal, strict=True) if all(map(math.isfinite, pair))]
     if not pairs:

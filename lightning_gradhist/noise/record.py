@@ -84,7 +84,7 @@ class RunRecord:
         """Reads a record.
 
         Args:
-            path: of a file, or a URL that fsspec knows.
+            path: as for :meth:`save`.
 
         Raises:
             RecordError: for a file that is missing, is no whole record, is of another version, or has illegal numbers.
@@ -121,11 +121,7 @@ class RunRecord:
         return record
 
     def of_optimizer(self, name: str, parameters: Collection[str]) -> OptimizerRecord:
-        """The entry of an optimizer: of the same parameters, and of several that have them of the same class.
-
-        Args:
-            name: class of the optimizer.
-            parameters: names of its parameters.
+        """The entry of an optimizer, by the names of its parameters, of several that have them by its class.
 
         Raises:
             RecordError: where none fits, or more than one.
@@ -142,14 +138,7 @@ class RunRecord:
         return fitting[0]
 
     def check_model(self, model: Mapping[str, list[int]]) -> None:
-        """Refuses a record of another model.
-
-        Args:
-            model: names and shapes of the parameters that are to be trained.
-
-        Raises:
-            RecordError: naming the first parameter that differs.
-        """
+        """Refuses a record of another model than that with these names and shapes: a ``RecordError`` names what differs."""
         for name in [*self.model, *model]:
             recorded, present = self.model.get(name), model.get(name)
             if recorded != present:

@@ -48,7 +48,7 @@ class NoiseRecord:
         Args:
             step: optimizer step of the gradient, of a pair that of the first.
             batch_size: samples of the gradient that the noise is told for.
-            measurement: of :func:`noise_and_signal`; what is not finite is recorded as None.
+            measurement: of :func:`lightning_gradhist.noise.step.noise_and_signal`; what is not finite is recorded as None.
         """
         if len(self._waiting) == _WAITING:
             self._take_down()

@@ -24,10 +24,8 @@ def measure_pair(
     Of :math:`n_1` and :math:`n_2` samples, at fixed weights, :math:`E|g_1 - g_2|^2 = \operatorname{tr}\Sigma (1/n_1 + 1/n_2)`
     and :math:`E\,g_1 g_2 = |G|^2`, with :math:`\Sigma` the covariance of one sample's gradient.
 
-    Args:
-        first: names and gradients.
-        second: names and gradients; a name that only one of the two has is left out.
-        weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
+    A name that only one of the two has is left out. ``weights`` are those of :func:`adam_weight`, None if the optimizer has
+    no second moment.
 
     Returns:
         float64 ``[4]``: distance and product with weight 1, then with ``weights``; NaN where there is nothing to measure.
@@ -50,13 +48,7 @@ def measure_part(
 
     (McCandlish et al. 2018, appendix A.1, with the difference in place of two norms, which has less variance).
 
-    Args:
-        part: names and gradients of one micro-batch; a name that it has not had no gradient there, which is zero.
-        whole: names and gradients of the whole step.
-        weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
-
-    Returns:
-        float64 ``[4]``, as of :func:`measure_pair`.
+    A name that ``part`` has not had no gradient there, which is zero. Weights and result are as of :func:`measure_pair`.
     """
     return _measured(lambda g, _: g.square(), whole, part, weights)
 

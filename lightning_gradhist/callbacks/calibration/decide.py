@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options
+from lightning_gradhist.callbacks.calibration.handoff import rate_factors
 from lightning_gradhist.explore import AUTO, explore_choice
 from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
 from lightning_gradhist.logging.report import CalibrationResult, GroupChange
@@ -111,21 +112,13 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
         for index, (before, rate) in enumerate(zip(own, trusted, strict=True))
         if before > 0 and not math.isclose(rate * ratio.value, before, rel_tol=1e-12)
     ]
-    stray = evidence.stray(_factors(own, changes)) if changes else None
+    stray = evidence.stray(rate_factors(own, changes)) if changes else None
     if stray is not None:
         decision.problems.append(explain.stray_schedule(stray))
         return _KEPT, decision
     decision.reasons.extend([reason] if reason else [])
     decision.changes.extend(changes)
     return ratio, decision
-
-
-def _factors(own: Sequence[float], changes: Sequence[GroupChange]) -> list[float | None]:
-    """What the rate of each group is multiplied by; None where it is 0."""
-    factors: list[float | None] = [1.0 if rate > 0 else None for rate in own]
-    for change in changes:
-        factors[change.group] = change.after / float(change.before)
-    return factors
 
 
 def known_noise(options: Options, evidence: Evidence) -> tuple[NoiseEstimate | None, str | None]:

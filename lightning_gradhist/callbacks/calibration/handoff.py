@@ -54,13 +54,20 @@ def holds_before(optimizer: Optimizer, schedulers: Iterable[Any], change: GroupC
 
 def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:
     """Writes changes into the groups; ``"lr"``, in terms of :func:`base_rates`, scales the whole schedule of its group."""
-    factors: list[float | None] = [1.0 if rate else None for rate in base_rates(optimizer, schedulers)]
+    factors = rate_factors(base_rates(optimizer, schedulers), changes)
+    for change in changes:
+        if change.name != "lr":
+            optimizer.param_groups[change.group][change.name] = change.after
+    _scale(optimizer, _of(optimizer, schedulers), factors)
+
+
+def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:
+    """What changes multiply the base rate of each group by; None where it is 0 or no number."""
+    factors: list[float | None] = [1.0 if rate else None for rate in rates]
     for change in changes:
         if change.name == "lr":
             factors[change.group] = change.after / float(change.before)
-        else:
-            optimizer.param_groups[change.group][change.name] = change.after
-    _scale(optimizer, _of(optimizer, schedulers), factors)
+    return factors
 
 
 def set_defaults(optimizer: Optimizer, changes: Sequence[GroupChange]) -> None:
