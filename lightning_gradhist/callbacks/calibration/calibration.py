@@ -25,7 +25,7 @@ from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_para
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
-from lightning_gradhist.logging.report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
 from lightning_gradhist.logging.sinks import sinks
 from lightning_gradhist.noise.record import OptimizerRecord, RecordError, RunRecord
 

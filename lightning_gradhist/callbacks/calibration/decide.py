@@ -12,7 +12,7 @@ from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options
 from lightning_gradhist.callbacks.calibration.handoff import rate_factors
 from lightning_gradhist.explore import AUTO, explore_choice
 from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
-from lightning_gradhist.logging.report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
 from lightning_gradhist.noise import NoiseEstimate
 
 _KEPT = RateRatio(1.0, 1.0, 1.0, "keep")

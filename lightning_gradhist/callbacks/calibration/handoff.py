@@ -14,7 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import isolate_rng
 from lightning_gradhist.callbacks.optimizers import innermost
-from lightning_gradhist.logging.report import GroupChange
+from lightning_gradhist.logging.calibration_report import GroupChange
 
 _IS_RATE = re.compile(r"_?(\w+_)?(lrs?|lr_m(in|ax))|eta_m(in|ax)")
 """Names under which groups and schedulers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``warmup_start_lr``."""

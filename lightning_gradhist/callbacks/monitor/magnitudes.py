@@ -16,7 +16,7 @@ from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
 from lightning_gradhist.callbacks.strategies import is_cut_up
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
-from lightning_gradhist.logging.charts import magnitude_report, worst_layers
+from lightning_gradhist.logging.magnitude_report import magnitude_report, worst_layers
 from lightning_gradhist.logging.writer import NOT_ALIKE, NOT_COUNTED, HostHistogram, Lazy, send_heatmap
 
 When = Literal["before_clip", "after_clip", "local"]
