@@ -273,7 +273,7 @@ class OptimizerCalibration(Callback):
         try:
             if isinstance(outcome, RecordError):
                 raise outcome
-            outcome.check_model(model_shapes(module))
+            outcome.check_model(model_shapes(trainer))
             return outcome.of_optimizer(type(optimizer).__name__, [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
@@ -283,7 +283,7 @@ def _obstacle(trainer: Trainer) -> str | None:
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
     if not is_known(trainer):
-        return f"{type(trainer.strategy).__name__} is not supported, only one device, DDP and ModelParallelStrategy (FSDP2) are"
+        return f"{type(trainer.strategy).__name__} is not supported, only one device, DDP, FSDP and ModelParallelStrategy are"
     if trainer.global_step > 0:
         return (
             f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"

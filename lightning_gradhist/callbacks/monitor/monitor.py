@@ -292,7 +292,7 @@ class GradientHistogramMonitor(Callback):
     def _save_record(self) -> None:
         if self._record is not None and self._fit is not None:
             optimizers = [each.watched.optimizer for each in self._optimizers]
-            self._record.save(self._fit.module, self._fit.trainer.global_step, optimizers, self._progress)
+            self._record.save(self._fit.trainer, optimizers, self._progress)
 
     def _finish(self) -> None:
         self._save_record()
