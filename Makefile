@@ -40,11 +40,14 @@ demo: $(READY)
 	@echo "(tensorboard is at $(BIN)/tensorboard)"
 
 # One thread a process: there is a process for each core, and threads that wait for a busy core cost more than they do.
+# Tests that share what a module's fixture has computed are a group, which one process runs: no two compute it.
+PARALLEL := --numprocesses auto --dist loadgroup
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 nightly: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --hypothesis-profile nightly -k test_property tests
@@ -60,7 +63,7 @@ $(LOWEST)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 test-lowest: $(LOWEST)/.ready
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses auto --override-ini filterwarnings=ignore -m "not slow" \
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(PARALLEL) --override-ini filterwarnings=ignore -m "not slow" \
 		--ignore tests/benchmarks --ignore tests/kernels --ignore tests/optim/test_conformance.py
 
 lint: $(READY)
