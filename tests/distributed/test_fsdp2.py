@@ -12,7 +12,6 @@ from support import assert_state_is_logged, events, expected_counts, logged_coun
 from lightning_gradhist import ALTO, NoiseScale
 from lightning_gradhist.noise.step import adam_weight, measure_pair, noise_and_signal
 
-
 TWO_RANKS = pytest.param(2, id="two ranks", marks=pytest.mark.xdist_group("two ranks"))
 THREE_RANKS = pytest.param(3, id="three ranks", marks=[pytest.mark.xdist_group("three ranks"), pytest.mark.slow])
 
