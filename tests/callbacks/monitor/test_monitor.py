@@ -1334,7 +1334,7 @@ class Sixteen(L.LightningModule):
         return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 def test_sixteen_tensors_make_no_more_than_forty_charts_with_the_noise_scale_among_them(tmp_path) -> None:
