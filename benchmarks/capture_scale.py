@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.histogram import COLUMNS as BINS
 from lightning_gradhist.logging.magnitude_report import magnitude_report
+from lightning_gradhist.logging.noise_report import noise_margins
 
 WORD = 8  # int64, and a number in a checkpoint
-MOST_BUCKETS = 512
+MOST_BUCKETS = 64
 MOST_MEASUREMENTS, NUMBERS_A_MEASUREMENT = 4096, 6
 MEASURED = "all_reduced logged_histograms logged_scalars kept".split()
 COLUMNS = [
@@ -44,14 +45,22 @@ COLUMNS = [
 _FRAME = 16  # around an event: its length in 8 bytes, and a checksum of either in 4
 
 Buckets = Callable[[str, int], int]  # how many are shown of a histogram, by its tag and the step
+Events = Sequence[tuple[int, Sequence[str]]]  # of scalars: the step and the tags of each
 
 
 def predicted(
-    sizes: Mapping[str, int], ranks: int, steps: int, every_n_steps: int, buckets: Buckets, sharded: bool = False
+    sizes: Mapping[str, int],
+    ranks: int,
+    steps: int,
+    every_n_steps: int,
+    buckets: Buckets,
+    scalars: Events | None = None,
+    sharded: bool = False,
 ) -> Row:
     """The model: bytes of a whole run, with one optimizer of one group, gradients in fp32, and tensors by name.
 
-    Where it is ``sharded``, a rank has its share of the parameters, as under FSDP2, else all of them, as under DDP.
+    Which scalars a row has depends on its values: ``scalars`` says it, else each has its norm, and each step has the noise
+    scale. Where it is ``sharded``, a rank has its share of the parameters, as under FSDP2, else all of them, as under DDP.
     """
     logged, parameters = range(0, steps, every_n_steps), sum(sizes.values())
     within_steps = (
@@ -70,19 +79,25 @@ def predicted(
         "ring_bytes_a_rank": 2 * (ranks - 1) * reduced // ranks,
         "kept_bytes": WORD * (5 + NUMBERS_A_MEASUREMENT * min(measurements, MOST_MEASUREMENTS)),
         "held_bytes_a_rank": (4 if within_steps else 8) * parameters // (ranks if sharded else 1),
-        **_logged_bytes(list(sizes), logged, buckets),
+        **_logged_bytes(list(sizes), logged, buckets, scalars),
     }
 
 
-def _logged_bytes(names: Sequence[str], steps: Sequence[int], buckets: Buckets) -> Row:
+def _logged_bytes(names: Sequence[str], steps: Sequence[int], buckets: Buckets, scalars: Events | None) -> Row:
     counted = MagnitudeHistogram(names)
     counted.table[:, BINS // 2] = 1  # so that every name has something to be logged
     report = magnitude_report(counted, "gradient")
     histograms = ([_histogram_bytes(len(tag.encode()), buckets(tag, s)) for tag in report.histograms] for s in steps)
-    scalars = [_scalar_bytes(len(tag.encode())) for tag in report.scalars]
+    noise = [tag for tags in noise_margins().values() for tag in tags]
+    noise += [f"noise_scale/{kind}batch_size" for kind in ("", "critical_")]
+    events = (
+        scalars if scalars is not None else [(step, tags) for step in steps for tags in (list(report.scalars), noise)]
+    )
     return {
         "logged_histograms_bytes": sum(map(_event_bytes, histograms, steps)),
-        "logged_scalars_bytes": sum(_event_bytes(scalars, step) for step in steps),
+        "logged_scalars_bytes": sum(
+            _event_bytes([_scalar_bytes(len(tag.encode())) for tag in tags], step) for step, tags in events
+        ),
     }
 
 
@@ -168,12 +183,14 @@ def _numbers_in(state: Any) -> int:
         return sum(map(_numbers_in, state.values()))
     return sum(map(_numbers_in, state)) if isinstance(state, list) else 1
 
+    """Bytes of the records of an event file by their kind, the buckets of histograms by tag and step, and the scalars."""
 
-def read_events(folder: Path) -> tuple[Counter[str], dict[tuple[str, int], int]]:
-    """Bytes of the records of the event file in a folder by their kind, and the buckets of histograms by tag and step."""
+
+def read_events(folder: Path) -> tuple[Counter[str], dict[tuple[str, int], int], Events]:
+    """Bytes of the records of the event file in a folder by their kind, the buckets of histograms by tag and step, and the scalars."""
     [path] = folder.glob("events.out.tfevents.*")
     found: Counter[str] = Counter()
-    buckets = {}
+    buckets, scalars = {}, []
     for record in RawEventFileLoader(str(path)).Load():
         event = Event.FromString(record)
         kind = "+".join({value.WhichOneof("value") for value in event.summary.value})
@@ -181,7 +198,9 @@ def read_events(folder: Path) -> tuple[Counter[str], dict[tuple[str, int], int]]
         found[f"logged_{named}_bytes"] += _FRAME + len(record)
         if kind == "histo":
             buckets |= {(value.tag, event.step): len(value.histo.bucket) for value in event.summary.value}
-    return found, buckets
+        if kind == "simple_value":
+            scalars.append((event.step, [value.tag for value in event.summary.value]))
+    return found, buckets, scalars
 
 
 def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
@@ -194,8 +213,8 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), steps, every_n_steps)
         of_ranks = run_ranks(train, ranks, *arguments, seconds=600) if ranks > 1 else [train(*arguments)]
-        logged, shown = read_events(Path(folder) / "with")
-    expected = predicted(sizes, ranks, steps, every_n_steps, lambda tag, step: shown[tag, step])
+        logged, shown, scalars = read_events(Path(folder) / "with")
+    expected = predicted(sizes, ranks, steps, every_n_steps, lambda tag, step: shown[tag, step], scalars)
     for of_rank in of_ranks:
         compare({**of_rank, **logged}, expected, ranks)
     measured = {f"{name}_measured": number for name, number in {**of_ranks[0], **logged}.items()}
@@ -224,11 +243,11 @@ def llama_sizes() -> dict[str, int]:
 
 
 def large_rows(ranks: int = 1024, steps: int = 10_000) -> list[Row]:
-    """The model of 70 B under FSDP2, at several cadences and numbers of buckets that are shown."""
+    """The model of 70 B under FSDP2, at two cadences."""
     rows = []
-    for every, buckets in [(50, MOST_BUCKETS), (50, 128), (1, 128)]:
-        row = predicted(llama_sizes(), ranks, steps, every, lambda _tag, _step, n=buckets: n, sharded=True)
-        rows.append({"case": "model", **row, "buckets": buckets})
+    for every in (50, 1):
+        row = predicted(llama_sizes(), ranks, steps, every, lambda _tag, _step: MOST_BUCKETS, sharded=True)
+        rows.append({"case": "model", **row, "buckets": MOST_BUCKETS})
     return rows
 
 
