@@ -183,11 +183,9 @@ def _numbers_in(state: Any) -> int:
         return sum(map(_numbers_in, state.values()))
     return sum(map(_numbers_in, state)) if isinstance(state, list) else 1
 
-    """Bytes of the records of an event file by their kind, the buckets of histograms by tag and step, and the scalars."""
-
 
 def read_events(folder: Path) -> tuple[Counter[str], dict[tuple[str, int], int], Events]:
-    """Bytes of the records of the event file in a folder by their kind, the buckets of histograms by tag and step, and the scalars."""
+    """Bytes of the records of an event file by their kind, the buckets of histograms by tag and step, and the scalars."""
     [path] = folder.glob("events.out.tfevents.*")
     found: Counter[str] = Counter()
     buckets, scalars = {}, []
