@@ -57,19 +57,22 @@ def parts(device: str, out: Path, tiny: bool) -> list[Part]:
         "large step": ["--parameters", "4e5" if tiny else "1.5e9", "--repeats", "1" if tiny else "3"],
         "capture": ["--scale", "1e-3", "--rounds", "1"] if tiny else ["--rounds", "2"],
     }
+    longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
     return [
-        Part("correctness", [*tests, "tests/gpu"], 120),
-        Part("step", [*optim, *sizes["step"], "--output", str(out / f"optim_step_{device}.csv")], 90),
-        Part("capture", [*capture, *sizes["capture"], "--output", str(out / f"capture_cost_{device}.csv")], 100),
-        Part("sanitizer", sanitized, 60, program="compute-sanitizer"),
+        Part("correctness", [*tests, "tests/gpu"], 120 * longer),
+        Part("step", [*optim, *sizes["step"], "--output", str(out / f"optim_step_{device}.csv")], 90 * longer),
+        Part(
+            "capture", [*capture, *sizes["capture"], "--output", str(out / f"capture_cost_{device}.csv")], 100 * longer
+        ),
+        Part("sanitizer", sanitized, 60 * longer, program="compute-sanitizer"),
         Part(
             "large step, bfloat16",
             [*optim, *sizes["large step"], "--dtype", "bfloat16", *few, "--output", str(out / "optim_step_large.csv")],
-            60,
+            60 * longer,
         ),
-        Part("rates of a character GPT", [*rates, "rates", "--output", str(out / "gpu_rates.csv")], 150),
-        Part("ResNet-20 at large batches", [*rates, "resnet", "--output", str(out / "gpu_resnet.csv")], 150),
+        Part("rates of a character GPT", [*rates, "rates", "--output", str(out / "gpu_rates.csv")], 150 * longer),
+        Part("ResNet-20 at large batches", [*rates, "resnet", "--output", str(out / "gpu_resnet.csv")], 150 * longer),
     ]
 
 
@@ -140,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     described = machine(torch.device(args.device), "triton")
     rows: list[Row] = []
-    for row in results(wanted, args.seconds, log, args.device):
+    for row in results(wanted, args.seconds * (4 if args.tiny else 1), log, args.device):
         rows.append({**row, **described})
         write_csv(args.output / "gpu_parts.csv", COLUMNS, rows)
         (args.output / "summary.md").write_text(summary(rows, args.output), encoding="utf-8")

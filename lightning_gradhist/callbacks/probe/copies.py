@@ -301,7 +301,7 @@ class Copier:
 
     def _loader(self, loader: Any) -> Any:
         # Lightning keeps a loader's arguments in it, too: last, so that paths are those of its own attributes.
-        attributes = dict(sorted(vars(loader).items(), key=lambda item: item[0].startswith("__pl_")))
+        attributes = dict(sorted(vars(loader).items(), key=lambda item: item[0].startswith("__")))
         attributes["_iterator"] = None  # persistent workers hang on it: the copy starts its own
         iterators = [name for name, value in attributes.items() if is_a(value, "_BaseDataLoaderIter")]
         if attributes.get("num_workers"):
