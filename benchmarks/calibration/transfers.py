@@ -23,8 +23,7 @@ SAMPLES, STEPS, ACROSS, LENGTH = "samples", "steps", "across", "length"
 KINDS = (SAMPLES, STEPS, ACROSS, LENGTH, f"{SAMPLES}, long", f"{ACROSS}, long")
 """Transfers at equal samples, at equal steps, all others, those of them at one batch size, and without short runs."""
 GOALS = {SAMPLES: 0.025, STEPS: 0.035, ACROSS: 0.04, f"{SAMPLES}, long": 0.018}
-POWERS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
-SCALES = 2.0 ** np.arange(0, 20.25, 0.25)  # noise scales in samples that are tried where one is fitted
+POWERS, SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35), 2.0 ** np.arange(0, 20.25, 0.25)  # tried; noise scales in samples
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,19 @@ def power(exponent: float) -> Law:
     return lambda _noise, to, known: (to.batch_size / known.batch_size) ** exponent
 
 
-def mixed(law: Law, exponent: float) -> Law:
-    """A law at equal samples, a power of the batch size at equal steps, between them as the steps go with the batch size."""
+def within(law: Law, exponent: float) -> Law:
+    """A law, kept between 1 and a power of the batch size."""
+    bound = power(exponent)
+    return lambda *of: float(np.clip(law(*of), *sorted((1.0, bound(*of)))))
+
+
+def mixed(samples: Law, steps: Law) -> Law:
+    """One law at equal samples, another one at equal steps, and between them as the steps go with the batch size."""
 
     def ratio(noise: float, to: Cell, known: Cell) -> float:
         larger = math.log(to.batch_size / known.batch_size)
         share = min(max(math.log(known.steps / to.steps) / larger, 0.0), 1.0) if larger else 0.0
-        return law(noise, to, known) ** share * math.exp((1 - share) * exponent * larger)
+        return samples(noise, to, known) ** share * steps(noise, to, known) ** (1 - share)
 
     return ratio
 
@@ -79,14 +84,15 @@ def by_samples(noise: float, to: Cell, known: Cell) -> float:
     return at_equal_samples(noise, to, known) * longer ** (-0.32 / (1 + to.batch_size / noise))
 
 
-BEFORE, NOW, OTHERS = "surge", "surge, fourth root at equal steps", "surge, power of the others at equal steps"
+BEFORE, NOW = "surge", "surge, within the fourth root at equal steps"
+OTHERS = NOW.replace("the fourth root", "a power of the others")
 LAWS: dict[str, Law] = {
     **{name: power(plain_law(name).exponent) for name in PLAIN_LAWS},
     BEFORE: at_equal_samples,
     "falling": falling,
-    NOW: mixed(at_equal_samples, 0.25),
-    "falling, fourth root at equal steps": mixed(falling, 0.25),
-    "falling, power 0.2 at equal steps": mixed(falling, 0.2),
+    NOW: mixed(at_equal_samples, within(at_equal_samples, 0.25)),
+    "surge, fourth root at equal steps": mixed(at_equal_samples, power(0.25)),
+    "falling, power 0.2 at equal steps": mixed(falling, power(0.2)),
     "surge of the steps, samples^0.25": by_steps,
     "surge, samples^-0.32 at small batches": by_samples,
 }
@@ -124,12 +130,8 @@ class Transfers:
             for law, of_law in shifts.items():
                 excess = self.arrive(of_law, curves)[0]
                 for kind, mask in self.kinds.items():
-                    found[law, kind].append(_mean(excess, mask))
+                    found[law, kind].append(float(excess @ mask / (mask.sum() or math.nan)))
         return {key: np.array(values) for key, values in found.items()}
-
-
-def _mean(values: np.ndarray, mask: np.ndarray) -> float:
-    return float(values[mask].mean()) if mask.any() else math.nan
 
 
 def _kinds(known: Cell, to: Cell) -> set[str]:
@@ -182,7 +184,7 @@ def lengths(mlp: Evidence, side: Mapping[str, Evidence]) -> list[Cell]:
 def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -> list[Row]:
     """How each law does by kind and workload, and on average over some of the workloads."""
     shifts = {name: {law: own.shifts(ratio) for law, ratio in LAWS.items()} for name, own in of.items()}
-    powers = {power: mixed(at_equal_samples, power) for power in POWERS}
+    powers = {power: mixed(at_equal_samples, within(at_equal_samples, power)) for power in POWERS}
     tried = {name: own.means({str(p): own.shifts(law) for p, law in powers.items()}, 0) for name, own in of.items()}
     for name, own in of.items():
         others = [tried[other] for other in averaged if other != name]
@@ -193,12 +195,13 @@ def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -
     rows = []
     for kind, law in itertools.product(KINDS, [*LAWS, OTHERS]):
         worse = [n for n in of if with_interval(means[n][law, kind] - means[n][BEFORE, kind])[1] > 0]
+        there = [(*arrived[name, law], of[name].kinds[kind]) for name in averaged]
         rows.append(
             {
                 **{"kind": kind, "law": law, **{name: with_interval(means[name][law, kind]) for name in of}},
                 "mean": with_interval(np.mean([means[name][law, kind] for name in averaged], 0)),
-                "octaves": float(np.mean([_mean(arrived[name, law][1], of[name].kinds[kind]) for name in averaged])),
-                "worst": max(float(arrived[name, law][0][of[name].kinds[kind]].max(initial=0)) for name in averaged),
+                "octaves": float(np.mean([octaves @ mask / (mask.sum() or math.nan) for _, octaves, mask in there])),
+                "worst": max(float(excess[mask].max(initial=0)) for excess, _, mask in there),
                 "worse": listed(worse, " "),
             }
         )
@@ -208,19 +211,16 @@ def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -
 def carrying(page: Page, found: Mapping[str, Evidence], side: Mapping[str, Evidence], draws: int) -> None:
     """What it costs to carry a rate, on the workloads and on ``mlp`` of other lengths, which chose nothing."""
     of = {name: Transfers(cells_of(evidence)) for name, evidence in found.items() if evidence.losses_at_equal_steps}
-    names = [name for name, own in of.items() if own.all]
-    if not names:
+    if not (names := [name for name, own in of.items() if own.all]):
         return
     of |= {"mlp, all lengths": Transfers(lengths(found["mlp"], side))} if "mlp" in names else {}
     rows = page.keep("transfers", scored(of, draws, names))
     means = {(row["kind"], row["law"]): row["mean"] for row in rows}
     goals = [f"{kind} {percent(means[kind, NOW][0])} (goal {percent(goal)})" for kind, goal in GOALS.items()]
     page.fill(
-        "transfers",
-        draws=draws,
+        **{"section": "transfers", "draws": draws, "goals": listed(goals)},
         means=[{"law": law, **{kind: means[kind, law] for kind in KINDS}} for law in [*LAWS, OTHERS]],
         by_workload=[row for row in rows if row["law"] in (BEFORE, NOW) and row["kind"] in (SAMPLES, STEPS, ACROSS)],
-        goals=listed(goals),
     )
     worse = [f"{row['kind']} ({row['worse']})" for row in rows if row["law"] == NOW and row["worse"] != "none"]
     page.bad.append(f"The surge law's mean excess loss: {listed(goals)}. Worse with the length: {listed(worse)}.")

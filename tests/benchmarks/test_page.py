@@ -81,15 +81,15 @@ def test_transfers_are_told_apart_by_batch_size_and_steps() -> None:
     assert counts == {SAMPLES: 6, STEPS: 10, ACROSS: 14, LENGTH: 6, "samples, long": 2, "across, long": 8}
 
 
-def test_the_length_changes_nothing_at_equal_samples_and_is_the_fourth_root_at_equal_steps() -> None:
-    small, large, long = (
-        Cell(SAMPLES, size, steps, bowl(0, np.arange(1))) for size, steps in ((8, 64), (32, 16), (32, 64))
+def test_at_equal_steps_the_law_stays_within_the_fourth_root() -> None:
+    small, large, long, back = (
+        Cell(SAMPLES, size, steps, bowl(0, np.arange(1))) for size, steps in ((8, 64), (32, 16), (32, 64), (8, 16))
     )
-    assert LAWS[NOW](64.0, large, small) == LAWS[BEFORE](64.0, large, small)
-    assert LAWS[NOW](64.0, long, small) == pytest.approx(4**0.25)
-    assert LAWS[NOW](64.0, long, large) == 1
-    between = replace(large, steps=32)
-    assert LAWS[NOW](64.0, between, small) == pytest.approx(math.sqrt(4**0.25 * LAWS[BEFORE](64.0, large, small)))
+    before, now = LAWS[BEFORE], LAWS[NOW]
+    assert now(64.0, large, small) == before(64.0, large, small)  # at equal samples
+    assert now(64.0, long, small) == pytest.approx(4**0.25) and now(64.0, back, large) == pytest.approx(4**-0.25)
+    assert now(1.0, long, small) == now(64.0, long, large) == 1  # far beyond the noise scale, and at one batch size
+    assert now(64.0, replace(large, steps=32), small) == pytest.approx(math.sqrt(4**0.25 * before(64.0, large, small)))
 
 
 def test_the_vertex_of_a_curve() -> None:
