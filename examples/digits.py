@@ -36,17 +36,38 @@ class Digits(L.LightningDataModule):
         return DataLoader(self.val, 500)
 
 
+class NoisyDigits(Digits):
+    """11,520 samples of :class:`Digits`, shuffled, with noise on the pixels and a tenth of the labels drawn at random."""
+
+    def __init__(self, batch_size: int, data_dir: str | None = None) -> None:
+        super().__init__(batch_size, data_dir)
+        generator = torch.Generator().manual_seed(0)
+        images, labels = self.train.tensors
+        chosen = torch.randperm(8 * 1440, generator=generator) % len(labels)
+        images = images[chosen] + 0.3 * torch.randn(images[chosen].shape, generator=generator)
+        drawn = torch.randint(10, labels[chosen].shape, generator=generator)
+        wrong = torch.rand(drawn.shape, generator=generator) < 0.1
+        self.train = TensorDataset(images, torch.where(wrong, drawn, labels[chosen]))
+
+
 class Classifier(L.LightningModule):
     """A convolutional network of five layers.
 
     Args:
         optimizer: makes the optimizer from the parameters.
         width: channels of the first layer.
+        unit: what the loss is multiplied by, as another unit of measurement would.
     """
 
-    def __init__(self, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, width: int = 16, **options) -> None:
+    def __init__(
+        self,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        width: int = 16,
+        unit: float = 1.0,
+        **options,
+    ) -> None:
         super().__init__()
-        self.optimizer, self.options = optimizer, options
+        self.optimizer, self.unit, self.options = optimizer, unit, options
         self.body = nn.Sequential(
             *_block(1, width),
             nn.MaxPool2d(2),
@@ -62,11 +83,11 @@ class Classifier(L.LightningModule):
         return self.head(self.body(images).mean((2, 3)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
+        """Cross-entropy, in the unit of the loss."""
         images, labels = batch
         loss = nn.functional.cross_entropy(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
-        return loss
+        return loss * self.unit
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy."""

@@ -46,17 +46,24 @@ def test_epsilon_is_tuned_within_its_search_space(monkeypatch, capsys) -> None:
     assert lines[chosen] == ["best:", "eps", f"{epsilons[best]},", "lr", rates[best]]
 
 
-def test_the_demo_does_its_whole_job(tmp_path) -> None:
+def test_the_demo_does_both_things(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "demo.py")], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "noise scale (record)" in done.stdout and "tensorboard --logdir demo_logs" in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("AdamW", "ALTO"))]
-    accuracies = [float(row[-1]) for row in rows]
-    assert len(accuracies) == 2 and min(accuracies) > 0.9
-    for run in ("reference", "large_batch"):
-        tags = events(tmp_path / "demo_logs" / run / "version_0").Tags()
-        assert "gradient_magnitude/all" in tags["histograms"]
-        assert "gradient_magnitude_by_layer" in tags["images"]
-    assert "calibration/report/text_summary" in tags["tensors"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    frozen, rescued = next(line for line in lines if line[:1] == ["1e-08"])[1:3]
+    assert float(frozen.strip("%")) < 20 and float(rescued.strip("%,")) > 90
+    rates = {
+        name: float(line[-3])
+        for name in ("keep", "from the record", "square root", "linear", "best of 9")
+        for line in lines
+        if line[: len(name.split())] == name.split() and len(line) == len(name.split()) + 3
+    }
+    assert len(rates) == 5 and rates["keep"] < rates["from the record"] < rates["square root"] < rates["linear"]
+    logs = tmp_path / "demo_logs"
+    assert all((logs / picture).stat().st_size > 10_000 for picture in ("epsilon.png", "rate.png"))
+    assert "gradient_magnitude_by_layer" in events(logs / "loss_times_1e-08").Tags()["images"]
+    assert "calibration/epsilon_search_space" in events(logs / "loss_times_1e-08_calibrated").Tags()["images"]
+    assert "noise_scale/adam" in events(logs / "batch_8").Tags()["scalars"]
+    assert "noise scale (record)" in done.stderr

@@ -17,11 +17,12 @@ import lightning_gradhist
 PACKAGE = Path(lightning_gradhist.__file__).parent
 # Bottom to top. A module may import what stands in its own layer (but for cycles) or below.
 LAYERS = [
-    {"_dtensor", "_version", "adaptor", "kernels", "tensors"},
+    {"_dtensor", "_version", "explore", "kernels", "tensors"},
     {"histogram", "noise"},
     {"epsilon", "learning_rate", "metric", "tradeoff"},
+    {"plan"},
     {"logging", "optim"},
-    {"callbacks"},
+    {"__main__", "callbacks"},
 ]
 RESULTS = {"EpsilonRange", "NoiseEstimate"}  # only ever returned: the example is that of what returns them
 

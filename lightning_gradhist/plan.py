@@ -1,0 +1,173 @@
+"""What the record of one run says of other batch sizes: the learning rate, and the steps and samples to the same loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
+from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.noise.record import OptimizerRecord, RunRecord
+from lightning_gradhist.tradeoff import Band, batch_size_tradeoff, critical_batch_size
+
+_HEADER = ("samples a step", "learning rate", "times", "steps to the same loss", "samples to the same loss")
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What a run at one batch size needs.
+
+    Attributes:
+        batch_size: samples of an optimizer step.
+        learning_rates: of each parameter group.
+        ratio: those rates as a multiple of the recorded ones, with its band, the law and its reasons.
+        steps: optimizer steps to the loss that the recorded run ends with; None where the noise scale has no bound.
+        samples: samples to that loss, likewise.
+    """
+
+    batch_size: float
+    learning_rates: tuple[float, ...]
+    ratio: RateRatio
+    steps: Band | None
+    samples: Band | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the record of a run says of other batch sizes, for one optimizer.
+
+    Attributes:
+        optimizer: class of the optimizer.
+        learning_rates: of each parameter group of the recorded run.
+        batch_size: samples of an optimizer step of the recorded run.
+        steps: optimizer steps of the run at that batch size.
+        noise: ``B_adam`` over the recorded run, in samples; None where it has none.
+        critical: batch size at which half of the samples are spent on noise; None where the noise scale has no bound.
+        rows: one a batch size.
+    """
+
+    optimizer: str
+    learning_rates: tuple[float, ...]
+    batch_size: float
+    steps: int
+    noise: NoiseEstimate | None
+    critical: NoiseEstimate | None
+    rows: tuple[PlanRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as what JSON can hold; an infinite number is None."""
+        content: dict[str, Any] = _finite(asdict(self))
+        return content
+
+    def to_text(self) -> str:
+        """The plan as plain lines, for a console."""
+        title = (
+            f"{self.optimizer}, recorded at {self.batch_size:,g} samples a step; a run of {self.steps:,} steps there"
+        )
+        facts = []
+        if self.noise is not None:
+            facts.append(f"  noise scale {_estimate(self.noise)} ({self.noise.measurements} measurements)")
+        if self.critical is not None:
+            facts.append(f"  critical batch size {_estimate(self.critical)}: beyond it more samples save few steps")
+        table = [_HEADER, *(_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        reasons = [
+            f"  - {reason}" for reason in dict.fromkeys(reason for row in self.rows for reason in row.ratio.reasons)
+        ]
+        if self.critical is None:
+            reasons.append("  - steps and samples are not known: the noise scale has no bound; record a longer run")
+        return "\n".join([title, *facts, "", *lines, "", *reasons])
+
+
+def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = None) -> tuple[Plan, ...]:
+    """What a recorded run says of other batch sizes; nothing is trained.
+
+    Learning rates are the recorded ones times :func:`lightning_gradhist.learning_rate.choose_ratio`, as
+    ``OptimizerCalibration(reference=...)`` sets them. Steps and samples are :func:`batch_size_tradeoff` of the critical
+    batch size; their bands are those of its interval, typically a factor of 1.3 to 3.5.
+
+    Args:
+        record: of a run, ``RunRecord.load("lightning_logs/version_3/calibration.json")``.
+        batch_sizes: samples of an optimizer step, positive.
+        steps: optimizer steps of the run at the recorded batch size; those of the record by default.
+
+    Returns:
+        a plan for each optimizer of the record.
+
+    Raises:
+        ValueError: for a batch size or a number of steps that is not positive, and for no batch size.
+
+    Example:
+        >>> noise = NoiseEstimate(value=1000.0, lower=800.0, upper=1300.0, confidence=0.95, measurements=200)
+        >>> entry = OptimizerRecord("AdamW", [1e-3], batch_size=64, noise={"adam": noise}, samples=[])
+        >>> (found,) = plan(RunRecord(model={}, steps=10_000, optimizers=[entry]), [256])
+        >>> round(found.rows[0].learning_rates[0], 5), round(found.rows[0].steps.value)
+        (0.00169, 5109)
+    """
+    if not batch_sizes:
+        raise ValueError("batch_sizes must have one at least, got none")
+    for name, number in (
+        ("steps", record.steps if steps is None else steps),
+        *(("batch_sizes", b) for b in batch_sizes),
+    ):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive, got {number!r}")
+    return tuple(_plan(entry, batch_sizes, steps or record.steps) for entry in record.optimizers)
+
+
+def _plan(entry: OptimizerRecord, batch_sizes: Sequence[float], steps: int) -> Plan:
+    noise = entry.noise.get("adam")
+    critical = critical_batch_size(noise) if noise is not None and noise.bounded else None
+    rows = tuple(_row(entry, noise, critical, batch_size, steps) for batch_size in batch_sizes)
+    return Plan(entry.name, tuple(entry.learning_rates), entry.batch_size, steps, noise, critical, rows)
+
+
+def _row(
+    entry: OptimizerRecord, noise: NoiseEstimate | None, critical: NoiseEstimate | None, batch_size: float, steps: int
+) -> PlanRow:
+    ratio = choose_ratio(SURGE, batch_size, entry.batch_size, noise, from_record=True)
+    rates = tuple(rate * ratio.value for rate in entry.learning_rates)
+    if critical is None:
+        return PlanRow(batch_size, rates, ratio, None, None)
+    (needs,) = batch_size_tradeoff(critical, entry.batch_size, [batch_size / entry.batch_size])
+    return PlanRow(
+        batch_size, rates, ratio, _times(needs.steps, steps), _times(needs.samples, steps * entry.batch_size)
+    )
+
+
+def _times(band: Band, factor: float) -> Band:
+    return Band(band.value * factor, band.lower * factor, band.upper * factor)
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(row.learning_rates))
+    ratio = Band(row.ratio.value, row.ratio.lower, row.ratio.upper)
+    return (f"{row.batch_size:,g}", rates, _band(ratio), _band(row.steps), _band(row.samples))
+
+
+def _band(band: Band | None) -> str:
+    if band is None:
+        return "not known"
+    value, lower, upper = map(_number, (band.value, band.lower, band.upper))
+    return value if lower == upper else f"{value} ({lower} to {upper})"
+
+
+def _estimate(noise: NoiseEstimate) -> str:
+    upper = f"to {_number(noise.upper)}" if math.isfinite(noise.upper) else "or more"
+    return f"{_number(noise.value)} samples, {noise.confidence:.0%}: {_number(noise.lower)} {upper}"
+
+
+def _number(value: float) -> str:
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
