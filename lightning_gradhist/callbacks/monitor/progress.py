@@ -69,7 +69,7 @@ class Progress:
             "learning_rates": list(self.learning_rates),
             "batch_size": self.last_batch_size,
             "skipped": int(self.skipped),
-            "length": asdict(self.length),
+            **({"length": asdict(self.length)} if self.length != RunLength() else {}),
         }
 
     @property
