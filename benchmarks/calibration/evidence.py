@@ -19,6 +19,7 @@ CAP = FAR - 1  # an excess loss is counted up to here: beyond it the grid is not
 WARM = 0.05  # the first moment after this share of the samples is the one after warm-up
 METRICS = {"simple": "B_simple", "adam": "B_adam"}
 FIT, MEAN = "Theorem 5 fit", "B_adam mean"
+SAMPLES, STEPS = "samples", "steps"  # what all runs of a grid have as many of
 
 Moments = Sequence[Mapping[str, Any]]  # what a run measured of the noise scale, one after another
 
@@ -95,6 +96,17 @@ class Measured:
         weight = np.where(weight.any(1, keepdims=True), weight, there)
         means = (np.where(weight > 0, self.losses, 0.0) * weight).sum(1) / weight.sum(1)
         return Curve(self.rates, means) if np.isfinite(means).any() else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Losses over the learning rate of runs of one batch size and length."""
+
+    grid: str  # cells of a grid have equal samples, or equal steps
+    batch_size: int
+    steps: int
+    measured: Measured
+    noise: Sequence[float] = ()  # in samples, of each run that measured it
 
 
 def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Measured]:
@@ -246,6 +258,15 @@ class Evidence:
                     for name, value in of_a_run(moments, metric, run.samples).items():
                         found.setdefault(f"{called} {name}", np.full(shape, math.nan))[row, column] = value
         return found
+
+
+def cells_of(evidence: Evidence) -> list[Cell]:
+    """The cells of a workload, at equal samples and then at equal steps, those without a noise scale too."""
+    workload, noise = evidence.workload, evidence.estimates.get(MEAN, np.empty((0, len(evidence.losses))))
+    by_size = {size: noise[:, i][~np.isnan(noise[:, i])] for i, size in enumerate(evidence.losses)}
+    cells = [Cell(SAMPLES, n, workload.samples // n, m, by_size[n]) for n, m in evidence.losses.items()]
+    equal = {n: m for n, m in evidence.losses_at_equal_steps.items() if workload.samples // n != workload.steps}
+    return cells + [Cell(STEPS, n, workload.steps, m, by_size.get(n, ())) for n, m in equal.items()]
 
 
 def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:

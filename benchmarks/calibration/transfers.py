@@ -6,43 +6,42 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import figures
 import numpy as np
-from evidence import MEAN, Curve, Evidence, Measured, drawn_curves, drawn_seeds, with_interval
+from evidence import SAMPLES, STEPS, Cell, Curve, Evidence, Measured, cells_of, drawn_curves, drawn_seeds, with_interval
 from page import Page, listed, percent
 from reporting import Row, read_csv
 
-from lightning_gradhist.learning_rate import PLAIN_LAWS, SurgeLaw, plain_law, surge_ratio
+from lightning_gradhist.learning_rate import (
+    PLAIN_LAWS,
+    SHORT_RUN,
+    SurgeLaw,
+    plain_law,
+    share_of_equal_samples,
+    surge_ratio,
+)
 
-SHORT, CLOSE = 50, 1.25  # runs of fewer steps are short; those less than this factor apart have equal steps
-SAMPLES, STEPS, ACROSS, LENGTH = "samples", "steps", "across", "length"
+CLOSE = 1.25  # runs whose numbers of steps are less than this factor apart have equal steps
+ACROSS, LENGTH = "across", "length"
 KINDS = (SAMPLES, STEPS, ACROSS, LENGTH, f"{SAMPLES}, long", f"{ACROSS}, long")
 """Transfers at equal samples, at equal steps, all others, those of them at one batch size, and without short runs."""
 GOALS = {SAMPLES: 0.025, STEPS: 0.035, ACROSS: 0.04, f"{SAMPLES}, long": 0.018}
 POWERS, SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35), 2.0 ** np.arange(0, 20.25, 0.25)  # tried; noise scales in samples
 
-
-@dataclass(frozen=True)
-class Cell:
-    """Losses over the learning rate of runs of one batch size and length."""
-
-    grid: str  # cells of a grid have equal samples, or equal steps
-    batch_size: int
-    steps: int
-    measured: Measured
-    noise: Sequence[float] = ()  # in samples, of each run that measured it
-
-
 Law = Callable[[float, Cell, Cell], float]  # of a noise scale: the rate at a cell over that at a known one
 
 
 def at_equal_samples(noise: float, to: Cell, known: Cell) -> float:
-    """The surge law that levels off, as the package has it where nothing is known of the lengths."""
+    """The package's law where nothing is known of the lengths: surge, which levels off."""
     return surge_ratio(noise, to.batch_size, known.batch_size, from_record=True)
+
+
+def _share(to: Cell, known: Cell) -> float:
+    return share_of_equal_samples(to.batch_size, known.batch_size, to.steps, known.steps)
 
 
 def falling(noise: float, to: Cell, known: Cell) -> float:
@@ -63,13 +62,7 @@ def within(law: Law, exponent: float) -> Law:
 
 def mixed(samples: Law, steps: Law) -> Law:
     """One law at equal samples, another one at equal steps, and between them as the steps go with the batch size."""
-
-    def ratio(noise: float, to: Cell, known: Cell) -> float:
-        larger = math.log(to.batch_size / known.batch_size)
-        share = min(max(math.log(known.steps / to.steps) / larger, 0.0), 1.0) if larger else 0.0
-        return samples(noise, to, known) ** share * steps(noise, to, known) ** (1 - share)
-
-    return ratio
+    return lambda noise, *pair: samples(noise, *pair) ** _share(*pair) * steps(noise, *pair) ** (1 - _share(*pair))
 
 
 def by_steps(noise: float, to: Cell, known: Cell) -> float:
@@ -90,7 +83,7 @@ LAWS: dict[str, Law] = {
     **{name: power(plain_law(name).exponent) for name in PLAIN_LAWS},
     BEFORE: at_equal_samples,
     "falling": falling,
-    NOW: mixed(at_equal_samples, within(at_equal_samples, 0.25)),
+    NOW: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
     "surge, fourth root at equal steps": mixed(at_equal_samples, power(0.25)),
     "falling, power 0.2 at equal steps": mixed(falling, power(0.2)),
     "surge of the steps, samples^0.25": by_steps,
@@ -139,7 +132,7 @@ def _kinds(known: Cell, to: Cell) -> set[str]:
     if many < CLOSE * few and not length:
         return {STEPS}
     kind = SAMPLES if known.grid == to.grid != STEPS else ACROSS
-    return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= SHORT)}
+    return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= SHORT_RUN)}
 
 
 def fitted(cells: Sequence[Cell], law: Law, draws: int = 0) -> np.ndarray:
@@ -147,15 +140,6 @@ def fitted(cells: Sequence[Cell], law: Law, draws: int = 0) -> np.ndarray:
     of_one = Transfers([replace(cell, noise=(1.0,)) for cell in cells])
     means = of_one.means({str(n): of_one.shifts(lambda _, *pair, n=n: law(n, *pair)) for n in SCALES}, draws)
     return SCALES[np.argmin([means[str(noise), SAMPLES] for noise in SCALES], 0)]
-
-
-def cells_of(evidence: Evidence) -> list[Cell]:
-    """The cells of a workload, at equal samples and then at equal steps, those without a noise scale too."""
-    workload, noise = evidence.workload, evidence.estimates.get(MEAN, np.empty((0, len(evidence.losses))))
-    by_size = {size: noise[:, i][~np.isnan(noise[:, i])] for i, size in enumerate(evidence.losses)}
-    cells = [Cell(SAMPLES, n, workload.samples // n, m, by_size[n]) for n, m in evidence.losses.items()]
-    equal = {n: m for n, m in evidence.losses_at_equal_steps.items() if workload.samples // n != workload.steps}
-    return cells + [Cell(STEPS, n, workload.steps, m, by_size.get(n, ())) for n, m in equal.items()]
 
 
 def public_cells(path: Path) -> dict[Any, list[Cell]]:

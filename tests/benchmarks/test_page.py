@@ -28,7 +28,7 @@ from page import Page
 from probes import coverage, epsilon_ranges, kept
 from reporting import read_csv
 from training import EPS, Run
-from transfers import ACROSS, BEFORE, LAWS, LENGTH, NOW, OTHERS, SAMPLES, STEPS, Cell, Transfers, fitted
+from transfers import ACROSS, BEFORE, LAWS, LENGTH, NOW, OTHERS, SAMPLES, STEPS, Cell, Transfers, fitted, mixed, within
 from workloads import WORKLOADS
 
 SIZES = (8, 32, 128)
@@ -86,6 +86,10 @@ def test_at_equal_steps_the_law_stays_within_the_fourth_root() -> None:
         Cell(SAMPLES, size, steps, bowl(0, np.arange(1))) for size, steps in ((8, 64), (32, 16), (32, 64), (8, 16))
     )
     before, now = LAWS[BEFORE], LAWS[NOW]
+    by_hand = mixed(before, within(before, 0.25))
+    assert all(
+        now(n, *two) == pytest.approx(by_hand(n, *two)) for n in (1, 64) for two in ((large, small), (back, long))
+    )
     assert now(64.0, large, small) == before(64.0, large, small)  # at equal samples
     assert now(64.0, long, small) == pytest.approx(4**0.25) and now(64.0, back, large) == pytest.approx(4**-0.25)
     assert now(1.0, long, small) == now(64.0, long, large) == 1  # far beyond the noise scale, and at one batch size
