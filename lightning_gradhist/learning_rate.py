@@ -1,4 +1,4 @@
-"""Learning rate from batch size: the surge law and its plain peers, and how far a rate is carried."""
+"""Learning rate from batch size and length of the run: the surge law and its plain peers, and how far a rate is carried."""
 
 from __future__ import annotations
 
