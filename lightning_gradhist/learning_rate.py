@@ -1,4 +1,4 @@
-"""Learning rate from batch size: the surge law and its plain peers, and how far a rate is carried."""
+"""Learning rate from batch size and length of the run: the surge law and its plain peers, and how far a rate is carried."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ BOUND = math.pi / 2
 """Theorem 3 holds up to this multiple of the noise scale, over all coordinates together; from there the rate is constant."""
 MAX_SPREAD = 2.0
 """A learning rate that is not known to this factor is not worth setting."""
+SHORT_RUN = 50
+"""Steps below which the best rates of runs follow no law that is known (``benchmarks/calibration``)."""
 _EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
 
 
@@ -84,6 +86,7 @@ class RateRatio:
     upper: float  # the largest of the three
     law: str  # that it comes from
     reasons: tuple[str, ...] = ()  # sentences, in the order of the decisions
+    share: float = 1.0  # of equal samples, that the surge law was used with
 
 
 def plain_law(name: str) -> PowerLaw:
@@ -93,14 +96,43 @@ def plain_law(name: str) -> PowerLaw:
     return PowerLaw(_EXPONENTS[name])
 
 
-def surge_ratio(noise_scale: float, batch_size: float, reference_batch_size: float, from_record: bool) -> float:
+def share_of_equal_samples(
+    batch_size: float, reference_batch_size: float, steps: float, reference_steps: float
+) -> float:
+    r"""How near a run is to one of as many samples as the reference's, 1, from one of as many steps, 0.
+
+    .. math:: h = \log(S_0 / S) \Big/ \log(B / B_0), \qquad 0 \le h \le 1
+
+    Args:
+        batch_size: samples :math:`B` of an optimizer step.
+        reference_batch_size: those of the run whose rate is trusted; at the same batch size :math:`h` is 1.
+        steps: optimizer steps :math:`S` of the run, positive.
+        reference_steps: those of the run whose rate is trusted, positive.
+
+    Example:
+        >>> share_of_equal_samples(256, 64, steps=1000, reference_steps=4000), share_of_equal_samples(256, 64, 4000, 4000)
+        (1.0, 0.0)
+    """
+    if batch_size == reference_batch_size:
+        return 1.0
+    return min(max(math.log(reference_steps / steps) / math.log(batch_size / reference_batch_size), 0.0), 1.0)
+
+
+def surge_ratio(
+    noise_scale: float, batch_size: float, reference_batch_size: float, from_record: bool, share: float = 1.0
+) -> float:
     """The ratio of the surge law, within the bounds that :func:`choose_ratio` states; noise scales from 0 up."""
     if noise_scale <= 0:  # no noise: nothing is gained by a larger batch
         return 1.0
     ratio = SurgeLaw(noise_scale, valid_until=BOUND * noise_scale).ratio(batch_size, reference_batch_size)
-    if from_record:
-        return ratio
-    low, high = sorted((1.0, math.sqrt(batch_size / reference_batch_size)))
+    if not from_record:
+        return _from_one_to(ratio, math.sqrt(batch_size / reference_batch_size))
+    at_equal_steps = _from_one_to(ratio, (batch_size / reference_batch_size) ** _EXPONENTS["fourth_root"])
+    return ratio**share * at_equal_steps ** (1 - share)
+
+
+def _from_one_to(ratio: float, bound: float) -> float:
+    low, high = sorted((1.0, bound))
     return min(max(ratio, low), high)
 
 
@@ -112,13 +144,16 @@ def choose_ratio(
     *,
     from_record: bool = False,
     fallback: str = "keep",
+    share: float = 1.0,
 ) -> RateRatio:
     r"""Applies a law with care: bounds what a probe may do, and refuses what the data do not support.
 
     Of the surge law:
 
     - With the noise scale of a probe, which is far too small, the ratio stays between 1 and the square root of the ratio of
-      batch sizes. With that of a record the full law is used.
+      batch sizes. With that of a record the full law is used, for a run of as many samples as the recorded one; for one of as
+      many steps the same ratio, but kept between 1 and the fourth root; and between these their geometric mean, with the
+      weights :math:`h` and :math:`1 - h`.
     - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio levels off.
     - It is refused, and the fallback used, where no signal stands out of the noise, and where the interval of the noise
       scale is not within positive bounds, or its ends give ratios of the full law a factor of two or more apart. At the
@@ -131,6 +166,7 @@ def choose_ratio(
         noise: ``B_adam``; needed for ``"surge"``.
         from_record: whether it was measured over a run rather than at its start.
         fallback: the law that is used on a refusal: one of :data:`PLAIN_LAWS`.
+        share: :math:`h` of :func:`share_of_equal_samples`, from 0 to 1; equal samples by default.
 
     Raises:
         ValueError: for another law or fallback, and for a batch size that is not positive.
@@ -149,13 +185,13 @@ def choose_ratio(
         value = plain_law(law).ratio(batch_size, reference_batch_size)
         return RateRatio(value, value, value, law)
     plain = choose_ratio(fallback, batch_size, reference_batch_size)
-    why = _why_refused(batch_size, reference_batch_size, noise, from_record)
+    why = _why_refused(batch_size, reference_batch_size, noise, from_record, share)
     if why is not None and batch_size == reference_batch_size:  # where every law, whatever the noise, gives 1
         return replace(plain, law=law)
     if why is not None or noise is None:
         return replace(plain, reasons=(f"surge law refused: {why}; fallback={fallback!r} is used",))
     value, *ends = (
-        surge_ratio(scale, batch_size, reference_batch_size, from_record)
+        surge_ratio(scale, batch_size, reference_batch_size, from_record, share)
         for scale in (noise.value, noise.lower, noise.upper)
     )
     reasons = [_origin(from_record)]
@@ -163,11 +199,11 @@ def choose_ratio(
         reasons.append(
             f"{batch_size:g} samples are beyond the bound of the law, {BOUND * noise.value:.3g}: the rate levels off"
         )
-    return RateRatio(value, min(value, *ends), max(value, *ends), law, tuple(reasons))
+    return RateRatio(value, min(value, *ends), max(value, *ends), law, tuple(reasons), share)
 
 
 def _why_refused(
-    batch_size: float, reference_batch_size: float, noise: NoiseEstimate | None, from_record: bool
+    batch_size: float, reference_batch_size: float, noise: NoiseEstimate | None, from_record: bool, share: float
 ) -> str | None:
     """What keeps the surge law from these batch sizes and this noise scale, or None."""
     why = None
@@ -177,7 +213,7 @@ def _why_refused(
         why = "no signal stands out of the noise of the gradients"
     else:
         scales = (noise.value, noise.lower, noise.upper)
-        full = [surge_ratio(scale, batch_size, reference_batch_size, from_record=True) for scale in scales]
+        full = [surge_ratio(scale, batch_size, reference_batch_size, True, share) for scale in scales]
         if not 0 < noise.lower <= noise.upper < math.inf or max(full) >= MAX_SPREAD * min(full):
             samples = f"{noise.lower:.3g} " + (f"to {noise.upper:.3g} samples" if noise.bounded else "samples or more")
             least, most = f"{min(full):.3g}", f"{max(full):.3g}"

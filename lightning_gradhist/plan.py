@@ -86,8 +86,9 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
     """What a recorded run says of other batch sizes; nothing is trained.
 
     Learning rates are the recorded ones times :func:`lightning_gradhist.learning_rate.choose_ratio`, as
-    ``OptimizerCalibration(reference=...)`` sets them. Steps and samples are :func:`batch_size_tradeoff` of the critical
-    batch size; their bands are those of its interval, typically a factor of 1.3 to 3.5.
+    ``OptimizerCalibration(reference=...)`` sets them for a run of as many samples. Steps and samples are
+    :func:`batch_size_tradeoff` of the critical batch size; their bands are those of its interval, typically a factor of 1.3
+    to 3.5.
 
     Args:
         record: of a run, ``RunRecord.load("lightning_logs/version_3/calibration.json")``.

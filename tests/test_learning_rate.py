@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gradhist.learning_rate import PLAIN_LAWS, PowerLaw, SurgeLaw, choose_ratio, plain_law, surge_ratio
+from lightning_gradhist.learning_rate import (
+    PLAIN_LAWS,
+    PowerLaw,
+    SurgeLaw,
+    choose_ratio,
+    plain_law,
+    share_of_equal_samples,
+    surge_ratio,
+)
 from lightning_gradhist.noise import NoiseEstimate
 
 SIZES = [(32, 32), (64, 1024), (1024, 64), (300, 7), (1, 65_536)]
@@ -93,6 +101,45 @@ def test_a_record_gives_the_full_law(batch: float, reference: float, value: floa
     ratio = choose_ratio("surge", batch, reference, noise(value), from_record=True)
     assert ratio.value == pytest.approx(SurgeLaw(value, valid_until=math.pi / 2 * value).ratio(batch, reference))
     assert ratio.reasons == ("surge law with the noise scale of a recorded run",)
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "share"),
+    [
+        pytest.param(1024, 1000, 1.0, id="equal samples"),
+        pytest.param(1024, 4000, 0.0, id="equal steps"),
+        pytest.param(1024, 2000, 0.5, id="between"),
+        pytest.param(1024, 10, 1.0, id="fewer samples"),
+        pytest.param(1024, 9000, 0.0, id="more steps"),
+        pytest.param(64, 16_000, 1.0, id="equal samples, smaller"),
+        pytest.param(64, 8000, 0.5, id="between, smaller"),
+        pytest.param(256, 40, 1.0, id="one batch size"),
+    ],
+)
+def test_how_near_a_run_is_to_equal_samples(batch: float, steps: float, share: float) -> None:
+    assert share_of_equal_samples(batch, 256, steps, reference_steps=4000) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("batch", [16, 64, 256, 1024, 65_536])
+@pytest.mark.parametrize("value", [10.0, 900.0, 1e6])
+def test_at_equal_steps_a_record_stays_within_the_fourth_root(batch: float, value: float) -> None:
+    samples, steps, between = (surge_ratio(value, batch, 256, True, share) for share in (1.0, 0.0, 0.5))
+    assert samples == surge_ratio(value, batch, 256, from_record=True)
+    low, high = sorted((1.0, plain_law("fourth_root").ratio(batch, 256)))
+    assert low <= steps <= high and (steps == samples or steps in (low, high))
+    assert between == pytest.approx(math.sqrt(samples * steps))
+    assert choose_ratio("surge", batch, 256, noise(value), from_record=True, share=0.0).value == steps
+
+
+def test_a_probe_knows_no_length() -> None:
+    assert surge_ratio(900, 1024, 256, False, share=0.0) == surge_ratio(900, 1024, 256, from_record=False)
+
+
+def test_what_no_noise_scale_could_make_uncertain_is_not_refused() -> None:
+    far = noise(500, 20.0, 300_000.0)
+    assert choose_ratio("surge", 4096, 256, far, from_record=True).law == "keep"
+    found = choose_ratio("surge", 1024, 256, far, from_record=True, share=0.0)
+    assert (found.law, found.share, found.upper) == ("surge", 0.0, pytest.approx(math.sqrt(2))) and found.lower == 1
 
 
 def test_a_record_may_lower_the_rate_past_the_peak() -> None:

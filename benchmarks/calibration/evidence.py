@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ CAP = FAR - 1  # an excess loss is counted up to here: beyond it the grid is not
 WARM = 0.05  # the first moment after this share of the samples is the one after warm-up
 METRICS = {"simple": "B_simple", "adam": "B_adam"}
 FIT, MEAN = "Theorem 5 fit", "B_adam mean"
+SAMPLES, STEPS = "samples", "steps"  # what all runs of a grid have as many of
 
 Moments = Sequence[Mapping[str, Any]]  # what a run measured of the noise scale, one after another
 
@@ -33,6 +35,16 @@ class Curve:
     def best_rate(self) -> float:
         """Log2 of the rate with the lowest loss."""
         return float(self.rates[np.argmin(self.losses)])
+
+    @cached_property
+    def vertex(self) -> float:
+        """Log2 of the rate at the vertex of the parabola through the lowest loss and its neighbours, in logs; else the best."""
+        k = int(np.argmin(self.losses))
+        rates, logs = self.rates[max(k - 1, 0) : k + 2], np.log(self.losses[max(k - 1, 0) : k + 2])
+        if len(rates) < 3 or not np.isfinite(logs).all():
+            return self.best_rate
+        bend, slope, _ = np.polyfit(rates - self.rates[k], logs, 2)
+        return float(self.rates[k] - slope / bend / 2) if bend > 0 else self.best_rate
 
     @property
     def interior(self) -> bool:
@@ -54,10 +66,6 @@ class Curve:
         """Whether the measured rate next to each of the log2 rates diverged."""
         middles = (self.rates[1:] + self.rates[:-1]) / 2
         return np.isinf(self.losses)[np.searchsorted(middles, rates)]
-
-    def is_bound(self, rates: np.ndarray) -> np.ndarray:
-        """Whether the excess at each of the log2 rates is only known to be at least as high as :meth:`excess` says."""
-        return (rates < self.rates[0]) | (rates > self.rates[-1]) | (self.excess(rates) >= CAP)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,17 @@ class Measured:
         return Curve(self.rates, means) if np.isfinite(means).any() else None
 
 
+@dataclass(frozen=True)
+class Cell:
+    """Losses over the learning rate of runs of one batch size and length."""
+
+    grid: str  # cells of a grid have equal samples, or equal steps
+    batch_size: int
+    steps: int
+    measured: Measured
+    noise: Sequence[float] = ()  # in samples, of each run that measured it
+
+
 def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Measured]:
     """The losses of runs like the references, at each batch size that has a rate which did not diverge."""
     found = {}
@@ -103,6 +122,22 @@ def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Meas
         if measured.curve() is not None:
             found[like.batch_size] = measured
     return found
+
+
+def drawn_seeds(seeds: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each seed comes in a draw with repetition, ``[seeds]``."""
+    return np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
+
+
+def drawn_curves(losses: Iterable[Measured], weights: np.ndarray | None) -> list[Curve]:
+    """Of every batch size, the seeds weighted; the plain one where all rates with a weight diverged."""
+    return [m.curve(None if weights is None else weights[: m.losses.shape[1]]) or m.mean() for m in losses]
+
+
+def with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """A value ``[0]``, and the ends of the 95% interval of what was drawn ``[1:]``; NaN where nothing was."""
+    low, high = np.quantile(values[1:], [0.025, 0.975]) if len(values) > 1 else (math.nan, math.nan)
+    return float(values[0]), float(low), float(high)
 
 
 def seed_spread(losses: Measured) -> float:
@@ -200,7 +235,6 @@ class Evidence:
         self.middle = next(run for run in self.references if run.batch_size == middle(workload))
         # Adam's losses by batch size; at equal steps none until every batch size has some
         self.losses = by_batch_size(results, self.references)
-        self.losses_without_largest = dict(list(self.losses.items())[:-1])
         equal = by_batch_size(results, [at_equal_steps(workload, like) for like in self.references])
         self.losses_at_equal_steps = equal if len(equal) == len(self.references) else {}
         self.best_rates = {size: losses.mean().best_rate for size, losses in self.losses.items()}
@@ -225,12 +259,14 @@ class Evidence:
                         found.setdefault(f"{called} {name}", np.full(shape, math.nan))[row, column] = value
         return found
 
-    def noise_scales(self, sizes: Collection[int]) -> dict[str, np.ndarray]:
-        """The estimates at some of the batch sizes, and that of Theorem 5's fit."""
-        columns = [list(self.losses).index(size) for size in sizes]
-        found = {name: values[:, columns] for name, values in self.estimates.items()}
-        fit = {} if math.isnan(self.fitted_noise) else {FIT: np.full((1, len(sizes)), self.fitted_noise)}
-        return found | fit
+
+def cells_of(evidence: Evidence) -> list[Cell]:
+    """The cells of a workload, at equal samples and then at equal steps, those without a noise scale too."""
+    workload, noise = evidence.workload, evidence.estimates.get(MEAN, np.empty((0, len(evidence.losses))))
+    by_size = {size: noise[:, i][~np.isnan(noise[:, i])] for i, size in enumerate(evidence.losses)}
+    cells = [Cell(SAMPLES, n, workload.samples // n, m, by_size[n]) for n, m in evidence.losses.items()]
+    equal = {n: m for n, m in evidence.losses_at_equal_steps.items() if workload.samples // n != workload.steps}
+    return cells + [Cell(STEPS, n, workload.steps, m, by_size.get(n, ())) for n, m in equal.items()]
 
 
 def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:

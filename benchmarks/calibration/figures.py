@@ -35,41 +35,24 @@ def loss_curves(losses: Mapping[str, Mapping[int, Measured]]) -> Figure:
     return figure
 
 
-def excess_by_factor(outcomes: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], estimate: str) -> Figure:
-    """Mean excess ``[1 + draws, factors]`` over the factors of an estimate: a panel a law, a line a workload."""
-    figure, panels = _panels(list(outcomes), width=3.4)
-    for axes, by_workload in zip(panels, outcomes.values(), strict=True):
-        for color, (name, (factors, means)) in zip(_WORKLOADS, by_workload.items(), strict=False):
-            low, high = np.quantile(means, [0.025, 0.975], axis=0)
-            axes.fill_between(factors, 100 * low, 100 * high, color=color, alpha=0.15, linewidth=0)
-            axes.plot(factors, 100 * means[0], color=color, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([2.0**k for k in range(-8, 9, 4)], ["1/256", "1/16", "1", "16", "256"])
-        _percents(axes, "y", [1, 2, 5, 10, 20, 50])
-        axes.set_ylim(0.4, 60)
-        axes.axhline(2, color=_GREY, linestyle=":", linewidth=1)
-        axes.set_xlabel(f"factor on {estimate}")
-    panels[0].set_ylabel("mean excess loss (%)")
-    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
-    return figure
-
-
-def scores_by_method(labels: Sequence[str], means: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
-    """Mean excess of methods from the top, a dot with its interval for each workload."""
-    figure = Figure(figsize=(7.2, 0.9 + 0.3 * len(labels)), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for number, (color, (name, values)) in enumerate(zip(_WORKLOADS, means.items(), strict=False)):
-        rows = np.arange(len(labels)) + 0.16 * (number - 1.5)
-        mean, low, high = 100 * np.array(values, float).T
-        axes.hlines(rows, low, high, color=color, linewidth=1.2)
-        axes.plot(mean, rows, "o", color=color, markersize=4, label=name)
-    axes.axvline(2, color=_GREY, linestyle=":", linewidth=1)
-    _percents(axes, "x", [0.5, 1, 2, 5, 10, 20, 50, 100])
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("mean excess loss over all transfers (%)")
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    _bare(axes)
+def scores_by_law(rows: Sequence[Mapping[str, Any]], names: Sequence[str], kinds: Sequence[str]) -> Figure:
+    """Mean excess of the laws from the top, a panel for each kind of transfer, a dot with its interval for each workload."""
+    laws = list(dict.fromkeys(row["law"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(kinds) + 2.5, 0.9 + 0.3 * len(laws)), dpi=100, layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True)
+    for axes, kind in zip(panels, kinds, strict=True):
+        for number, (color, name) in enumerate(zip((*_WORKLOADS, _GREY), names, strict=False)):
+            at = np.arange(len(laws)) + 0.14 * (number - 2)
+            mean, low, high = 100 * np.array([row[name] for row in rows if row["kind"] == kind], float).T
+            axes.hlines(at, low, high, color=color, linewidth=1.2)
+            axes.plot(mean, at, "o", color=color, markersize=4, label=name)
+        _percents(axes, "x", [0.5, 2, 5, 10, 20, 50, 100])
+        axes.set_title(f"at equal {kind}" if kind != "across" else kind, fontsize=10, loc="left")
+        _bare(axes)
+    panels[0].set_yticks(range(len(laws)), laws, fontsize=8)
+    panels[0].invert_yaxis()
+    panels[0].set_xlabel("mean excess loss (%)")
+    panels[-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

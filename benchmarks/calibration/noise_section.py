@@ -10,10 +10,12 @@ import numpy as np
 from evidence import FIT, MEAN, Evidence, is_bounded, median_of
 from page import Page, listed, number, percent
 from reporting import Row
-from transfers import AS_IT_IS, BEST, FACTORS, FROM_OTHERS
 
 Group = tuple[str, str, str]  # workload, weights and noise scale
 HELD = 0.9  # the goal for the share of intervals that hold the value
+AS_IT_IS, FROM_OTHERS, BEST = "1", "from the others", "best"
+"""Where the factor of an estimate comes from: there is none, from the other workloads, from the workload itself."""
+FACTORS = 2.0 ** np.arange(-8, 8.25, 0.25)
 SAME = "none: the same samples"
 INTERVALS = {"Fieller": ("lower", "upper"), "bootstrap": ("bootstrap_lower", "bootstrap_upper")}
 

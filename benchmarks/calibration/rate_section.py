@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 import figures
 import numpy as np
-from evidence import Evidence, Measured, seed_spread
+from evidence import Evidence, Measured, drawn_curves, drawn_seeds, seed_spread, with_interval
 from grid import STAGES
 from page import Page, listed, number
 from reporting import Row
-from transfers import LAWS, ONE, best_factors, drawn_curves, drawn_seeds, outcomes, with_interval
+from transfers import SAMPLES, at_equal_samples, cells_of, falling, fitted
 
 Found = Mapping[str, Evidence]
 PLATEAU = 1.02  # rates whose loss is at most this many times the best are as good as the best
@@ -81,8 +81,8 @@ def rate_row(name: str, size: int, evidence: Evidence) -> Row:
 def falls(losses: Mapping[int, Measured], draws: int, generator: np.random.Generator) -> tuple[float, int]:
     """The share of draws of the seeds in which a batch larger than that with the highest best rate has a lower one; and that."""
     seeds = max(measured.losses.shape[1] for measured in losses.values())
-    plain = [curve.best_rate for curve in drawn_curves(losses, None)]
-    drawn = (drawn_curves(losses, drawn_seeds(seeds, generator)) for _ in range(draws))
+    plain = [curve.best_rate for curve in drawn_curves(losses.values(), None)]
+    drawn = (drawn_curves(losses.values(), drawn_seeds(seeds, generator)) for _ in range(draws))
     lower = [curves[-1].best_rate < max(curve.best_rate for curve in curves) for curves in drawn]
     return float(np.mean(lower)) if draws else math.nan, list(losses)[len(plain) - 1 - int(np.argmax(plain[::-1]))]
 
@@ -120,10 +120,11 @@ def momentum(page: Page, found: Found, side: Found, draws: int) -> None:
     if "no_momentum" not in side or "mlp" not in found:
         return
     without, with_it = side["no_momentum"], found["mlp"]
-    scales = [_noise_scales(evidence, draws) for evidence in (without, with_it)]
-    rows = [
-        {"law": law, "without": a, "with": b, "ratio": a[0] / b[0]} for law, a, b in zip(LAWS, *scales, strict=True)
-    ]
+    cells = [[cell for cell in cells_of(evidence) if cell.grid == SAMPLES] for evidence in (without, with_it)]
+    rows: list[Row] = []
+    for law, ratio in {"surge": at_equal_samples, "falling": falling}.items():
+        a, b = (with_interval(fitted(own, ratio, draws)) for own in cells)
+        rows.append({"law": law, "without": a, "with": b, "ratio": a[0] / b[0]})
     ratios = [row["ratio"] for row in rows]
     page.fill(
         "momentum",
@@ -137,9 +138,3 @@ def momentum(page: Page, found: Found, side: Found, draws: int) -> None:
         highest=number(max(ratios)),
         apart=listed([row["law"] for row in rows if row["without"][1] > row["with"][2]]),
     )
-
-
-def _noise_scales(evidence: Evidence, draws: int) -> list[tuple[float, float, float]]:
-    """The best one of each law, for all batch sizes, with its interval over the seeds."""
-    found = outcomes(evidence.losses, {}, draws, np.random.default_rng(0))
-    return [with_interval(found[law, ONE].factors[best_factors(found[law, ONE])]) for law in LAWS]

@@ -32,22 +32,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=200, help="draws of the seeds for the intervals")
     parser.add_argument("--again", action="store_true", help="measure the search spaces and the coverage again")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
+    parser.add_argument(
+        "--public", type=Path, help="folder of the public grids step_law_dense.csv and step_law_moe.csv"
+    )
     options = parser.parse_args(arguments)
     found, side = collect(options.results), collect(options.results, side=True)
     if not found:
         raise SystemExit(f"--results must be a folder with the tables of grid.py, got {options.results}; run it first")
     page, draws = Page(options.output), options.draws
     tables, measure = options.output / "tables", (options.data_dir, options.again)
-    results = transfers.carried(found, "losses", draws)
-    transfers.in_short(page, transfers.ranked(results), list(found))
     rate_section.runs(page, found)
     rate_section.best_rates(page, found, draws)
     rate_section.surge(page, side, draws)
     rate_section.momentum(page, found, side, draws)
-    transfers.carrying(page, found, results, draws)
-    transfers.factors(page, results)
-    transfers.without_largest(page, found, draws)
-    transfers.equal_steps(page, found, draws)
+    transfers.carrying(page, found, side, draws)
+    transfers.public(page, options.public)
     noise_section.growth(page, found)
     noise_section.coverage(page, probes.kept(tables / "coverage.csv", found, probes.coverage, *measure))
     noise_section.tradeoff(page, found)

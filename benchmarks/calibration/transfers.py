@@ -1,344 +1,234 @@
-"""What it costs to carry the best learning rate of one batch size to another, by law and estimate of the noise scale.
-
-The arithmetic comes first, then the sections of the page.
-"""
+"""What it costs to carry the best learning rate of a run to another batch size and length, by law."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import figures
 import numpy as np
-from evidence import FIT, MEAN, Curve, Evidence, Measured
-from page import Page, cell, listed, number, percent
-from reporting import Row
-from training import NOISE_GRADIENTS
+from evidence import SAMPLES, STEPS, Cell, Curve, Evidence, Measured, cells_of, drawn_curves, drawn_seeds, with_interval
+from page import Page, listed, percent
+from reporting import Row, read_csv
 
-from lightning_gradhist.learning_rate import BOUND, PLAIN_LAWS, SurgeLaw, plain_law
+from lightning_gradhist.learning_rate import (
+    PLAIN_LAWS,
+    SHORT_RUN,
+    SurgeLaw,
+    plain_law,
+    share_of_equal_samples,
+    surge_ratio,
+)
 
-Ratio = Callable[[float, float], float]  # the rate at a batch size as a multiple of that at another one
+CLOSE = 1.25  # runs whose numbers of steps are less than this factor apart have equal steps
+ACROSS, LENGTH = "across", "length"
+KINDS = (SAMPLES, STEPS, ACROSS, LENGTH, f"{SAMPLES}, long", f"{ACROSS}, long")
+"""Transfers at equal samples, at equal steps, all others, those of them at one batch size, and without short runs."""
+GOALS = {SAMPLES: 0.025, STEPS: 0.035, ACROSS: 0.04, f"{SAMPLES}, long": 0.018}
+POWERS, SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35), 2.0 ** np.arange(0, 20.25, 0.25)  # tried; noise scales in samples
+
+Law = Callable[[float, Cell, Cell], float]  # of a noise scale: the rate at a cell over that at a known one
 
 
-def saturating(noise_scale: float) -> Ratio:
-    """The rate goes with ``(1 + noise_scale / B) ** -0.5``: it rises like the square root, then levels off."""
-    return lambda batch, known: (batch / known * ((known + noise_scale) / (batch + noise_scale))) ** 0.5
+def at_equal_samples(noise: float, to: Cell, known: Cell) -> float:
+    """The package's law where nothing is known of the lengths: surge, which levels off."""
+    return surge_ratio(noise, to.batch_size, known.batch_size, from_record=True)
 
 
-LAWS: dict[str, Callable[[float], Ratio]] = {
-    "falling_surge": lambda scale: SurgeLaw(scale).ratio,
-    "surge": lambda scale: SurgeLaw(scale, valid_until=BOUND * scale).ratio,
-    "saturating": saturating,
+def _share(to: Cell, known: Cell) -> float:
+    return share_of_equal_samples(to.batch_size, known.batch_size, to.steps, known.steps)
+
+
+def falling(noise: float, to: Cell, known: Cell) -> float:
+    """Theorem 3 for all batch sizes."""
+    return SurgeLaw(noise).ratio(to.batch_size, known.batch_size)
+
+
+def power(exponent: float) -> Law:
+    """A power of the batch size."""
+    return lambda _noise, to, known: (to.batch_size / known.batch_size) ** exponent
+
+
+def within(law: Law, exponent: float) -> Law:
+    """A law, kept between 1 and a power of the batch size."""
+    bound = power(exponent)
+    return lambda *of: float(np.clip(law(*of), *sorted((1.0, bound(*of)))))
+
+
+def mixed(samples: Law, steps: Law) -> Law:
+    """One law at equal samples, another one at equal steps, and between them as the steps go with the batch size."""
+    return lambda noise, *pair: samples(noise, *pair) ** _share(*pair) * steps(noise, *pair) ** (1 - _share(*pair))
+
+
+def by_steps(noise: float, to: Cell, known: Cell) -> float:
+    """As the surge law at the batch size that would have as many steps at equal samples, times the samples^0.25."""
+    alike = replace(to, batch_size=known.batch_size * known.steps / to.steps)
+    return at_equal_samples(noise, alike, known) * (to.batch_size / alike.batch_size) ** 0.25
+
+
+def by_samples(noise: float, to: Cell, known: Cell) -> float:
+    """The surge law times samples^-0.32 where the batch is small against the noise scale (arXiv 2409.19913)."""
+    longer = to.batch_size * to.steps / (known.batch_size * known.steps)
+    return at_equal_samples(noise, to, known) * longer ** (-0.32 / (1 + to.batch_size / noise))
+
+
+BEFORE, NOW = "surge", "surge, within the fourth root at equal steps"
+OTHERS = NOW.replace("the fourth root", "a power of the others")
+LAWS: dict[str, Law] = {
+    **{name: power(plain_law(name).exponent) for name in PLAIN_LAWS},
+    BEFORE: at_equal_samples,
+    "falling": falling,
+    NOW: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
+    "surge, fourth root at equal steps": mixed(at_equal_samples, power(0.25)),
+    "falling, power 0.2 at equal steps": mixed(falling, power(0.2)),
+    "surge of the steps, samples^0.25": by_steps,
+    "surge, samples^-0.32 at small batches": by_samples,
 }
-"""The laws that take a noise scale; the second levels off at Theorem 3's bound, as in the package."""
-NONE, ONE = "none", "one for all"
-"""Estimates: none at all, and one noise scale for every batch size and workload, which nobody measures."""
-AS_IT_IS, FROM_OTHERS, BEST = "1", "from the others", "best"
-"""Where the factor of an estimate comes from: there is none, from the other workloads, from the workload itself."""
-FACTORS = 2.0 ** np.arange(-8, 8.25, 0.25)
-SCALES = 2.0 ** np.arange(0, 20.25, 0.25)
-"""Factors of an estimate that are tried, and noise scales in samples for :data:`ONE`."""
-_LOW, _HIGH, _STEPS_AN_OCTAVE = -12, 40, 4
-
-GOAL_MEAN, GOAL_WORST = 0.02, 0.10
-SHOWN = 8
-DEFAULT = ("surge", MEAN, AS_IT_IS)  # what the package does with the record of a run
 
 
-Method = tuple[str, str]  # law and estimate
-Noise = Mapping[str, np.ndarray]
-"""Noise scales in samples by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
+class Transfers:
+    """Every ordered pair of cells, with each noise scale that was measured at the first."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = cells
+        self.all = [(i, j, n) for i, j in itertools.permutations(range(len(cells)), 2) for n in cells[i].noise]
+        self.origins, self.targets = np.array([(i, j) for i, j, _ in self.all], int).reshape(-1, 2).T
+        self.kinds = {k: np.array([k in _kinds(cells[i], cells[j]) for i, j, _ in self.all], bool) for k in KINDS}
+
+    def shifts(self, law: Law) -> np.ndarray:
+        """Octaves by which a law changes the rate, ``[transfers]``."""
+        return np.log2([law(noise, self.cells[j], self.cells[i]) for i, j, noise in self.all])
+
+    def arrive(self, shifts: np.ndarray, curves: Sequence[Curve] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Excess loss, and octaves from the best rate, of the rates that arrive, both ``[transfers]``."""
+        curves = curves or [cell.measured.mean() for cell in self.cells]
+        best = np.array([curve.vertex for curve in curves])
+        rates = best[self.origins] + shifts
+        excess = np.empty(len(rates))
+        for j, curve in enumerate(curves):
+            excess[self.targets == j] = curve.excess(rates[self.targets == j])
+        return excess, np.abs(rates - best[self.targets])
+
+    def means(self, shifts: Mapping[str, np.ndarray], draws: int) -> dict[tuple[str, str], np.ndarray]:
+        """Mean excess by law and kind, ``[1 + draws]``: as measured, then with the seeds drawn again."""
+        generator, found, losses = np.random.default_rng(0), defaultdict(list), [cell.measured for cell in self.cells]
+        seeds = max(measured.losses.shape[1] for measured in losses)
+        for draw in range(draws + 1):
+            curves = drawn_curves(losses, drawn_seeds(seeds, generator) if draw else None)
+            for law, of_law in shifts.items():
+                excess = self.arrive(of_law, curves)[0]
+                for kind, mask in self.kinds.items():
+                    found[law, kind].append(float(excess @ mask / (mask.sum() or math.nan)))
+        return {key: np.array(values) for key, values in found.items()}
 
 
-class Outcome(NamedTuple):
-    """Excess losses of one law with one estimate on one workload."""
-
-    factors: np.ndarray  # of the estimate that were tried, [factors]
-    means: np.ndarray  # over all transfers, [1 + draws, factors]: as measured, then with the seeds drawn again
-    excess: np.ndarray  # as measured, [factors, runs, from, to]; NaN from a size to itself and where the estimate lacks
-    diverged: np.ndarray
-    bounds: np.ndarray  # where the excess is a lower bound
-
-    @property
-    def usable(self) -> bool:
-        """Whether there is an estimate for any transfer."""
-        return not np.isnan(self.excess).all()
+def _kinds(known: Cell, to: Cell) -> set[str]:
+    (few, many), length = sorted((known.steps, to.steps)), known.batch_size == to.batch_size
+    if many < CLOSE * few and not length:
+        return {STEPS}
+    kind = SAMPLES if known.grid == to.grid != STEPS else ACROSS
+    return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= SHORT_RUN)}
 
 
-Found = Mapping[str, Evidence]
-Outcomes = Mapping[str, Mapping[Method, Outcome]]
+def fitted(cells: Sequence[Cell], law: Law, draws: int = 0) -> np.ndarray:
+    """The noise scale, one for all cells of a grid of equal samples, with the lowest mean excess, ``[1 + draws]``."""
+    of_one = Transfers([replace(cell, noise=(1.0,)) for cell in cells])
+    means = of_one.means({str(n): of_one.shifts(lambda _, *pair, n=n: law(n, *pair)) for n in SCALES}, draws)
+    return SCALES[np.argmin([means[str(noise), SAMPLES] for noise in SCALES], 0)]
 
 
-def outcomes(
-    losses: Mapping[int, Measured], noise: Noise, draws: int, generator: np.random.Generator
-) -> dict[Method, Outcome]:
-    """Every law with every estimate, of the losses by batch size.
-
-    In a draw the seeds are drawn again, with repetition; the losses are averaged over them and the best rate of each
-    batch size is chosen again. Of the runs that measured the noise scale, too, as many are drawn.
-    """
-    seeds = max(of_size.losses.shape[1] for of_size in losses.values())
-    runs = max((values.shape[0] for values in noise.values()), default=1)
-    curves, drawn = [drawn_curves(losses, None)], [np.arange(runs)]
-    for _ in range(draws):
-        curves.append(drawn_curves(losses, drawn_seeds(seeds, generator)))
-        drawn.append(generator.integers(runs, size=runs))
-    sizes = list(losses)
-    rows = np.ones((1, len(sizes)))
-    found = {}
-    for law in PLAIN_LAWS:
-        ratios = _log_ratios(lambda _scale, law=law: plain_law(law).ratio, sizes, rows[None])
-        found[law, NONE] = _outcome(ratios, curves, drawn, np.ones(1))
-    for law, make in LAWS.items():
-        for estimate, scales in {**noise, ONE: rows}.items():
-            factors = SCALES if estimate == ONE else FACTORS
-            ratios = _log_ratios(make, sizes, factors[:, None, None] * scales)
-            found[law, estimate] = _outcome(ratios, curves, drawn, factors)
+def public_cells(path: Path) -> dict[Any, list[Cell]]:
+    """The cells of Step Law's grids by model, their losses smoothed as published, one grid an amount of tokens."""
+    losses: dict[Any, dict[float, float]] = defaultdict(dict)
+    for row in read_csv(path):
+        if row["smooth loss"] != "":
+            key = (row["N"], row.get("Na")), f"{row['D']:g}", row["bs"], row["ti"]
+            losses[key][math.log2(row["lr"])] = row["smooth loss"]
+    found = defaultdict(list)
+    for (model, *cell), by_rate in losses.items():
+        rates, of_rates = np.array(sorted(by_rate.items())).T
+        found[model].append(Cell(*cell, Measured(rates, of_rates[:, None])))
     return found
 
 
-def drawn_seeds(seeds: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each seed comes in a draw with repetition, ``[seeds]``."""
-    return np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
+def lengths(mlp: Evidence, side: Mapping[str, Evidence]) -> list[Cell]:
+    """The cells of ``mlp`` of all lengths, each with the median noise scale at the nearest batch size that has one."""
+    own = cells_of(mlp)
+    beside = [name for name in ("surge_small", "surge_large") if name in side]
+    found = own + [replace(cell, grid=name) for name in beside for cell in cells_of(side[name])]
+    known = {cell.batch_size: [np.median(cell.noise)] for cell in own if len(cell.noise)}
+    return [replace(c, noise=known[min(known, key=lambda n, c=c: abs(math.log(n / c.batch_size)))]) for c in found]
 
 
-def drawn_curves(losses: Mapping[int, Measured], weights: np.ndarray | None) -> list[Curve]:
-    """Of every batch size, the seeds weighted; the plain one where all rates with a weight diverged."""
-    return [m.curve(None if weights is None else weights[: m.losses.shape[1]]) or m.mean() for m in losses.values()]
-
-
-def _log_ratios(make: Callable[[float], Ratio], sizes: list[int], scales: np.ndarray) -> np.ndarray:
-    """Log2 of a law's ratio of rates from each batch size to each other, ``[..., n, n]``.
-
-    The noise scales ``[..., n]`` are those measured at each size; infinite is the limit of the law, NaN is NaN. Ratios
-    are exact at quarter octaves of the noise scale and straight between.
-    """
-    known = np.arange(_LOW * _STEPS_AN_OCTAVE, _HIGH * _STEPS_AN_OCTAVE + 1) / _STEPS_AN_OCTAVE
-    laws = [make(scale) for scale in 2.0**known]
-    at = np.clip(np.log2(np.where(np.isnan(scales), 1.0, scales)), _LOW, _HIGH)
-    ratios = np.empty((*scales.shape, len(sizes)))
-    for i, origin in enumerate(sizes):
-        for j, target in enumerate(sizes):
-            ratios[..., i, j] = np.interp(at[..., i], known, [math.log2(ratio(target, origin)) for ratio in laws])
-    ratios[np.isnan(scales)] = np.nan
-    return ratios
-
-
-def _outcome(ratios: np.ndarray, curves: list[list[Curve]], drawn: list[np.ndarray], factors: np.ndarray) -> Outcome:
-    """Of log2 ratios ``[factors, runs, n, n]``, on curves and with runs as measured and as drawn."""
-    means = []
-    for at, runs in zip(curves, drawn, strict=True):
-        flat = _carried(ratios[:, runs] if ratios.shape[1] > 1 else ratios, at, Curve.excess).reshape(len(ratios), -1)
-        there = ~np.isnan(flat)
-        means.append(np.where(there, flat, 0.0).sum(1) / np.where(there.any(1), there.sum(1), np.nan))
-    excess, diverged, bounds = (
-        _carried(ratios, curves[0], of) for of in (Curve.excess, Curve.diverges, Curve.is_bound)
-    )
-    return Outcome(factors, np.array(means), excess, diverged == 1, bounds == 1)
-
-
-def _carried(ratios: np.ndarray, curves: list[Curve], of: Callable[[Curve, np.ndarray], np.ndarray]) -> np.ndarray:
-    """What a curve says of the rates carried to it, ``[factors, runs, from, to]``; NaN where nothing is carried."""
-    rates = np.array([curve.best_rate for curve in curves])[:, None] + ratios
-    arrived = np.stack([of(curve, rates[..., j]) for j, curve in enumerate(curves)], -1)
-    return np.where(np.isnan(ratios) | np.eye(len(curves), dtype=bool), np.nan, arrived)
-
-
-def best_factors(*outcomes: Outcome) -> np.ndarray:
-    """Index of the factor with the lowest mean excess, over several workloads where there are, ``[1 + draws]``."""
-    return np.argmin(sum(outcome.means for outcome in outcomes), 1)
-
-
-def with_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """A value ``[0]``, and the ends of the 95% interval of what was drawn ``[1:]``; NaN where nothing was."""
-    low, high = np.quantile(values[1:], [0.025, 0.975]) if len(values) > 1 else (math.nan, math.nan)
-    return float(values[0]), float(low), float(high)
-
-
-def scores(found: Mapping[str, Mapping[Method, Outcome]], name: str) -> list[Row]:
-    """How every law with every estimate and source of its factor does on a workload, where it can be had.
-
-    ``means`` is the mean excess over all transfers, ``[1 + draws]``; ``transfers`` are over all runs that measured a noise
-    scale, and ``left_out`` the pairs of batch sizes without an estimate.
-    """
+def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -> list[Row]:
+    """How each law does by kind and workload, and on average over some of the workloads."""
+    shifts = {name: {law: own.shifts(ratio) for law, ratio in LAWS.items()} for name, own in of.items()}
+    powers = {power: mixed(at_equal_samples, within(at_equal_samples, power)) for power in POWERS}
+    tried = {name: own.means({str(p): own.shifts(law) for p, law in powers.items()}, 0) for name, own in of.items()}
+    for name, own in of.items():
+        others = [tried[other] for other in averaged if other != name]
+        cost = {p: sum(means[str(p), kind][0] for means in others for kind in (STEPS, ACROSS)) for p in POWERS}
+        shifts[name][OTHERS] = own.shifts(powers[min(POWERS, key=cost.__getitem__)])
+    means = {name: own.means(shifts[name], draws) for name, own in of.items()}
+    arrived = {(name, law): of[name].arrive(shift) for name, own in shifts.items() for law, shift in own.items()}
     rows = []
-    for method, outcome in found[name].items():
-        if outcome.usable:
-            others = [own[method] for n, own in found.items() if n != name and method in own and own[method].usable]
-            rows += [_score(method, source, outcome, at) for source, at in _chosen(method, outcome, others).items()]
+    for kind, law in itertools.product(KINDS, [*LAWS, OTHERS]):
+        worse = [n for n in of if with_interval(means[n][law, kind] - means[n][BEFORE, kind])[1] > 0]
+        there = [(*arrived[name, law], of[name].kinds[kind]) for name in averaged]
+        rows.append(
+            {
+                **{"kind": kind, "law": law, **{name: with_interval(means[name][law, kind]) for name in of}},
+                "mean": with_interval(np.mean([means[name][law, kind] for name in averaged], 0)),
+                "octaves": float(np.mean([octaves @ mask / (mask.sum() or math.nan) for _, octaves, mask in there])),
+                "worst": max(float(excess[mask].max(initial=0)) for excess, _, mask in there),
+                "worse": listed(worse, " "),
+            }
+        )
     return rows
 
 
-def _chosen(method: Method, outcome: Outcome, others: list[Outcome]) -> dict[str, np.ndarray]:
-    """Index of the factor by its source, ``[1 + draws]``."""
-    one = np.full(len(outcome.means), int(np.argmin(np.abs(np.log(outcome.factors)))))
-    if method[1] == NONE:
-        return {AS_IT_IS: one}
-    chosen = {BEST: best_factors(outcome)} | ({} if method[1] == ONE else {AS_IT_IS: one})
-    return chosen | ({FROM_OTHERS: best_factors(*others)} if others else {})
-
-
-def _score(method: Method, source: str, outcome: Outcome, indices: np.ndarray) -> Row:
-    at, means = indices[0], np.take_along_axis(outcome.means, indices[:, None], 1)[:, 0]
-    excess = outcome.excess[at]
-    transfers = int((~np.isnan(excess)).sum())
-    return {
-        **{"law": method[0], "estimate": method[1], "source": source, "factor": float(outcome.factors[at])},
-        **{"means": means, "mean": with_interval(means), "worst": float(np.nanmax(excess))},
-        **{"diverged": int(outcome.diverged[at].sum()), "at_least": int(outcome.bounds[at].sum())},
-        **{"transfers": transfers, "left_out": excess.size - excess.shape[0] * excess.shape[1] - transfers},
-    }
-
-
-def carried(found: Found, losses: str, draws: int) -> Outcomes:
-    """All transfers on every workload, of the losses that an attribute of the evidence has."""
-    generator = np.random.default_rng(0)
-    of_each = {name: getattr(evidence, losses) for name, evidence in found.items()}
-    return {name: outcomes(own, found[name].noise_scales(own), draws, generator) for name, own in of_each.items()}
-
-
-def ranked(results: Outcomes) -> list[Row]:
-    """How the methods that can be had on every workload do there and on average, the lowest mean excess first."""
-    found = {name: {_method(row): row for row in scores(results, name)} for name in results}
-    plain = {n: min(row["means"][0] for row in of.values() if row["estimate"] == NONE) for n, of in found.items()}
-    rows = []
-    for method in set.intersection(*map(set, found.values())):
-        own = {name: of[method] for name, of in found.items()}
-        sums = {key: sum(row[key] for row in own.values()) for key in ("diverged", "at_least")}
-        rows.append(
-            {
-                **dict(zip(("law", "estimate", "source"), method, strict=True)),
-                **{name: row["mean"] for name, row in own.items()},
-                "mean": with_interval(np.mean([row["means"] for row in own.values()], 0)),
-                "worst": max(row["worst"] for row in own.values()),
-                **{"diverged": sums["diverged"], "bounds": sums["at_least"]},
-                "beaten": sum(row["means"][0] < plain[name] for name, row in own.items()),
-            }
-        )
-    return sorted(rows, key=lambda row: (row["mean"][0], _method(row)))
-
-
-def _method(row: Row) -> tuple[str, str, str]:
-    return row["law"], row["estimate"], row["source"]
-
-
-def label(row: Row) -> str:
-    """The name of a method in a sentence."""
-    law, estimate, source = _method(row)
-    sources = {AS_IT_IS: "", FROM_OTHERS: " (factor of the others)", BEST: " (oracle)"}
-    return law if estimate == NONE else f"{law} with {estimate}{sources[source]}"
-
-
-def in_short(page: Page, methods: Sequence[Row], names: Sequence[str]) -> None:
-    """The best methods, and which meet the goals, of those that need no run at the batch size they carry a rate to."""
-    honest = [row for row in methods if row["source"] != BEST and row["estimate"] != FIT]
-    below = [row for row in honest if row["mean"][0] <= GOAL_MEAN and row["beaten"] == len(names)]
-    safe = [row for row in honest if row["worst"] <= GOAL_WORST and not row["diverged"]]
-    both = [row for row in below if row in safe]
-    if not both:
-        page.bad.append("No law with any estimate meets the goals for the mean and for the worst transfer together.")
-
-    def told(rows: Sequence[Row], which: str = "") -> str:
-        if not rows:
-            return "not measured yet."
-        by_workload = listed([f"{name} {cell(rows[0][name], 1)}" for name in names])
-        return (
-            f"{which}**{label(rows[0])}**: mean excess loss {cell(rows[0]['mean'], 1)} over all transfers, worst"
-            f" {percent(rows[0]['worst'])}, {rows[0]['diverged']} divergences; by workload {by_workload}."
-        )
-
-    groups = {
-        "measured": [row for row in honest if row["estimate"] not in (NONE, ONE)],
-        "never_measured": [row for row in honest if row["estimate"] == ONE],
-        "without": [row for row in honest if row["estimate"] == NONE],
-    }
-    page.fill(
-        "in_short",
-        **{name: told(group, f"the best of {len(group)}: ") for name, group in groups.items()},
-        default=told([row for row in methods if _method(row) == DEFAULT]),
-        **{name: listed([*map(label, of)], "; ") for name, of in (("below", below), ("safe", safe), ("both", both))},
-    )
-
-
-def carrying(page: Page, found: Found, results: Outcomes, draws: int) -> None:
-    """What it costs to carry a rate."""
-    rows = [{"workload": name, **row} for name in results for row in scores(results, name)]
-    page.keep("transfers", [{key: value for key, value in row.items() if key != "means"} for row in rows])
-    methods = ranked(results)
-    candidates = _candidates(methods)
-    always = [row for row in candidates if row["estimate"] in (NONE, ONE) or _method(row)[1:] == (MEAN, AS_IT_IS)]
-    page.fill(
-        "transfers",
-        draws=draws,
-        best=[row for row in candidates if row in always or row in candidates[:SHOWN]],
-        candidates=len(candidates),
-        shown=SHOWN,
-        cost=[_cost(name, evidence) for name, evidence in found.items()],
-    )
-    wanted = ((MEAN, AS_IT_IS), (MEAN, FROM_OTHERS), (ONE, FROM_OTHERS), (ONE, BEST), (FIT, AS_IT_IS))
-    drawn = [row for row in methods if row["estimate"] == NONE or _method(row)[1:] in wanted]
-    points = {name: [row[name] for row in drawn] for name in found}
-    page.draw("transfers", figures.scores_by_method([label(row) for row in drawn], points))
-
-
-def _candidates(methods: Sequence[Row]) -> list[Row]:
-    return [row for row in methods if row["source"] != BEST or row["estimate"] == ONE]
-
-
-def _cost(name: str, evidence: Evidence) -> Row:
-    """What tuning costs against a measurement of the noise scale."""
-    tuning = sum(row["stage"] in ("rates", "refine") for row in evidence.results.values())
-    share = NOISE_GRADIENTS * evidence.workload.noise_batch_size / evidence.workload.samples
-    return {"workload": name, "runs": tuning / len(evidence.losses), "passes": NOISE_GRADIENTS, "share": share}
-
-
-def factors(page: Page, results: Outcomes) -> None:
-    """Whether one factor links an estimate to the noise scale of a law on every workload."""
-    linked: dict[Method, dict[str, Outcome]] = {}
-    for method in next(iter(results.values())):
-        own = {name: of[method] for name, of in results.items() if method in of and of[method].usable}
-        if method[1] != NONE and len(own) == len(results):
-            linked[method] = own
-    if (next(iter(LAWS)), MEAN) not in linked:
+def carrying(page: Page, found: Mapping[str, Evidence], side: Mapping[str, Evidence], draws: int) -> None:
+    """What it costs to carry a rate, on the workloads and on ``mlp`` of other lengths, which chose nothing."""
+    of = {name: Transfers(cells_of(evidence)) for name, evidence in found.items() if evidence.losses_at_equal_steps}
+    if not (names := [name for name, own in of.items() if own.all]):
         return
-    rows = page.keep("factors", [_factor_row(*method, own) for method, own in linked.items()])
-    apart = [f"{row['law']} with {MEAN}" for row in rows if row["overlap"] == "none" and row["estimate"] == MEAN]
-    if apart:
-        page.bad.append(f"No one factor lies in the intervals of all workloads: {listed(apart)}.")
-    shown = [row for row in rows if row["estimate"] == ONE or row["estimate"].endswith(" mean")]
-    page.fill("factors", lowest=number(FACTORS[0]), highest=number(FACTORS[-1]), factors=shown)
-    of_mean = {law: {name: (of.factors, of.means) for name, of in linked[law, MEAN].items()} for law in LAWS}
-    page.draw("factors", figures.excess_by_factor(of_mean, MEAN))
+    of |= {"mlp, all lengths": Transfers(lengths(found["mlp"], side))} if "mlp" in names else {}
+    rows = page.keep("transfers", scored(of, draws, names))
+    means = {(row["kind"], row["law"]): row["mean"] for row in rows}
+    goals = [f"{kind} {percent(means[kind, NOW][0])} (goal {percent(goal)})" for kind, goal in GOALS.items()]
+    page.fill(
+        **{"section": "transfers", "draws": draws, "goals": listed(goals)},
+        means=[{"law": law, **{kind: means[kind, law] for kind in KINDS}} for law in [*LAWS, OTHERS]],
+        by_workload=[row for row in rows if row["law"] in (BEFORE, NOW) and row["kind"] in (SAMPLES, STEPS, ACROSS)],
+    )
+    worse = [f"{row['kind']} ({row['worse']})" for row in rows if row["law"] == NOW and row["worse"] != "none"]
+    page.bad.append(f"The surge law's mean excess loss: {listed(goals)}. Worse with the length: {listed(worse)}.")
+    page.draw("transfers", figures.scores_by_law(rows, list(of), (SAMPLES, STEPS, ACROSS)))
 
 
-def _factor_row(law: str, estimate: str, own: Mapping[str, Outcome]) -> Row:
-    best = {name: with_interval(outcome.factors[best_factors(outcome)]) for name, outcome in own.items()}
-    low, high = max(point[1] for point in best.values()), min(point[2] for point in best.values())
-    one = int(best_factors(*own.values())[0])
-    return {
-        **{"law": law, "estimate": estimate, **best},
-        "overlap": f"{number(low)} to {number(high)}" if low <= high else "none",
-        "one": float(next(iter(own.values())).factors[one]),
-        "mean": float(np.mean([outcome.means[0, one] for outcome in own.values()])),
-    }
+def public(page: Page, folder: Path | None) -> None:
+    """The same on the public grids, read from a folder that is not ours; what was found there before where there is none."""
+    rows = read_csv(page.folder / "tables" / "public.csv")
+    if folder is not None:
+        grids = {name: public_cells(folder / f"step_law_{name}.csv") for name in ("dense", "moe")}
+        rows = [_public_row(name, law, models) for name, models in grids.items() for law in LAWS]
+    if rows:
+        page.fill("public", public=page.keep("public", rows))
 
 
-def without_largest(page: Page, found: Found, draws: int) -> None:
-    """The same without the largest batch sizes, whose runs are short."""
-    steps = min(evidence.workload.samples // list(evidence.losses)[-2] for evidence in found.values())
-    page.fill("without_largest", steps=steps, transfers=_again(page, found, "losses_without_largest", draws))
-
-
-def equal_steps(page: Page, found: Found, draws: int) -> None:
-    """The same at equal steps."""
-    equal = {name: evidence for name, evidence in found.items() if evidence.losses_at_equal_steps}
-    if equal:
-        fewest = {name: min(of.seeds for of in ev.losses_at_equal_steps.values()) for name, ev in equal.items()}
-        rows = _again(page, equal, "losses_at_equal_steps", draws)
-        page.fill("at_equal_steps", seeds=listed([f"{name} {n}" for name, n in fewest.items()]), transfers=rows)
-
-
-def _again(page: Page, found: Found, losses: str, draws: int) -> list[Row]:
-    rows = page.keep(f"transfers_{losses}", _candidates(ranked(carried(found, losses, draws))))
-    return [row for row in rows if row["estimate"] in (NONE, ONE, MEAN)]
+def _public_row(name: str, law: str, models: Mapping[Any, list[Cell]]) -> Row:
+    """How a law does with the noise scale, one an amount of tokens, that fits it best at equal samples."""
+    row, ratio, of = {"grid": name, "law": law}, LAWS[law], []
+    for cells in models.values():
+        noise = {grid: fitted([cell for cell in cells if cell.grid == grid], ratio) for grid in {c.grid for c in cells}}
+        of.append(Transfers([replace(cell, noise=noise[cell.grid]) for cell in cells]))
+    arrived = [(own, *own.arrive(own.shifts(ratio))) for own in of]
+    for kind in (SAMPLES, STEPS, ACROSS, LENGTH):
+        excess, octaves = (np.concatenate([one[i][one[0].kinds[kind]] for one in arrived]) for i in (1, 2))
+        row |= {kind: float(excess.mean()), f"{kind}_octaves": float(octaves.mean()), f"{kind}_number": len(excess)}
+    return row

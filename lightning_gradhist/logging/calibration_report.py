@@ -47,6 +47,7 @@ class CalibrationResult:
         noise_source: ``"record"``, ``"probe"`` or None.
         effective_batch_size: samples of an optimizer step, or None if unknown.
         reference_batch_size: that of the run whose rate is carried over, or None.
+        equal_samples_share: how near this run is to as many samples as that one, 1, from as many steps, 0; 1 where not known.
         changes: what differs from before, group by group.
         reasons: one sentence for each decision that a user may wonder about.
         problems: one sentence for each thing that could not be done, with the way out; they are also warned of.
@@ -65,6 +66,7 @@ class CalibrationResult:
     noise_source: str | None = None
     effective_batch_size: float | None = None
     reference_batch_size: float | None = None
+    equal_samples_share: float = 1.0
     changes: tuple[GroupChange, ...] = ()
     reasons: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()

@@ -161,7 +161,8 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
     if noise is not None:
 
         def ratios(scale: float) -> list[float]:
-            return [surge_ratio(scale, b, reference, result.noise_source == "record") for b in batches]
+            from_record = result.noise_source == "record"
+            return [surge_ratio(scale, b, reference, from_record, result.equal_samples_share) for b in batches]
 
         ends = (ratios(noise.lower), ratios(noise.upper))
         axes.fill_between(batches, *ends, color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")

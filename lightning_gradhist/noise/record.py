@@ -23,6 +23,33 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True)
+class RunLength:
+    """How long a run was planned to be, and how its learning rate was to go.
+
+    Attributes:
+        planned: optimizer steps; None where nobody knew, as of an endless loader without ``max_steps``.
+        warm_up: steps before the learning rate is first at its highest, 0 without a schedule; None where not known.
+        schedule: the learning rate at 0, 1/16, ... and 1 of the run as a share of its highest; empty where not known.
+    """
+
+    planned: int | None = None
+    warm_up: int | None = None
+    schedule: list[float] = field(default_factory=list)
+
+    @property
+    def rises(self) -> bool:
+        """Whether the learning rate is first at its highest when the run is over: its warm-up is as long, or longer."""
+        return bool(self.planned and self.warm_up == self.planned)
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> RunLength:
+        """The inverse of ``asdict``; what lacks is not known, and what is no number from 0 up raises ``ValueError``."""
+        steps = {key: entry.get(key) for key in ("planned", "warm_up")}
+        known = {key: None if value is None else int(_number(key, value)) for key, value in steps.items()}
+        return cls(**known, schedule=[_number("schedule", share) for share in entry.get("schedule", ())])
+
+
+@dataclass(frozen=True)
 class OptimizerRecord:
     """What a run found for one optimizer.
 
@@ -33,6 +60,7 @@ class OptimizerRecord:
         noise: noise scale over the run by metric, ``"simple"`` and ``"adam"``.
         samples: the measurements behind it, see :class:`lightning_gradhist.noise.NoiseRecord`.
         parameters: names of its parameters; empty in records that do not know them.
+        length: of its run, and its schedule; in records of older releases nothing is known of them.
     """
 
     name: str
@@ -41,6 +69,7 @@ class OptimizerRecord:
     noise: dict[str, NoiseEstimate]
     samples: list[dict[str, Any]]
     parameters: list[str] = field(default_factory=list)
+    length: RunLength = field(default_factory=RunLength)
 
 
 @dataclass(frozen=True)
@@ -197,8 +226,9 @@ def _optimizer_record(entry: dict[str, Any]) -> OptimizerRecord:
         raise ValueError(f"learning_rates must have one above 0, got {rates}")
     batch_size = _number("batch_size", entry["batch_size"])
     parameters = [str(name) for name in entry.get("parameters", ())]
-    read = {"name": str(entry["name"]), "learning_rates": rates, "batch_size": batch_size}
-    return OptimizerRecord(**{**entry, **read, "noise": noise, "parameters": parameters})
+    read: dict[str, Any] = {"name": str(entry["name"]), "learning_rates": rates, "batch_size": batch_size}
+    read |= {"noise": noise, "parameters": parameters, "length": RunLength.read(entry.get("length", {}))}
+    return OptimizerRecord(**{**entry, **read})
 
 
 def _noise_estimate(entry: dict[str, Any]) -> NoiseEstimate:

@@ -14,7 +14,15 @@ import torch
 
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import NoiseEstimate
-from lightning_gradhist.noise.record import FILE_NAME, SCHEMA_VERSION, OptimizerRecord, RecordError, RunRecord, path_in
+from lightning_gradhist.noise.record import (
+    FILE_NAME,
+    SCHEMA_VERSION,
+    OptimizerRecord,
+    RecordError,
+    RunLength,
+    RunRecord,
+    path_in,
+)
 
 
 def record() -> RunRecord:
@@ -36,6 +44,28 @@ def test_round_trip(tmp_path: Path) -> None:
     record().save(path)
     assert RunRecord.load(path) == record() == RunRecord.load(str(path))
     assert os.listdir(path.parent) == [FILE_NAME]
+
+
+def test_the_length_of_the_run_is_kept(tmp_path: Path) -> None:
+    known = RunLength(planned=400, warm_up=20, schedule=[0.1, 1.0, 0.5])
+    run = replace(record(), optimizers=[replace(entry, length=known) for entry in record().optimizers])
+    run.save(tmp_path / FILE_NAME)
+    assert RunRecord.load(tmp_path / FILE_NAME) == run
+    assert known.rises is False and replace(known, warm_up=400).rises and not RunLength().rises
+
+
+@pytest.mark.parametrize("length", [..., {}, {"planned": None, "warm_up": None, "schedule": []}])
+def test_a_record_of_an_older_release_knows_no_length(tmp_path: Path, length: Any) -> None:
+    entry = OPTIMIZER if length is ... else {**OPTIMIZER, "length": length}
+    (tmp_path / FILE_NAME).write_text(edited(optimizers=[entry]))
+    assert RunRecord.load(tmp_path / FILE_NAME).optimizers[0].length == RunLength()
+
+
+@pytest.mark.parametrize("length", [3, {"planned": "many"}, {"warm_up": -1}, {"schedule": [None]}, {"schedule": 1}])
+def test_a_length_that_is_none_is_refused(tmp_path: Path, length: Any) -> None:
+    (tmp_path / FILE_NAME).write_text(edited(optimizers=[{**OPTIMIZER, "length": length}]))
+    with pytest.raises(RecordError, match="is not whole"):
+        RunRecord.load(tmp_path / FILE_NAME)
 
 
 def test_an_empty_record(tmp_path: Path) -> None:

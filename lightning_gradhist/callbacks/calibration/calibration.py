@@ -92,7 +92,9 @@ class OptimizerCalibration(Callback):
     - ``"surge"``, :class:`lightning_gradhist.SurgeLaw`, needs the noise scale ``B_adam``: the one over the recorded run, or
       the probe's, which at the start of a run is far too small, so that the ratio then stays between 1 and the square
       root of the ratio of batch sizes. Past its bound it levels off. What the data do not support is refused: then
-      ``fallback`` is used, and the report says why.
+      ``fallback`` is used, and the report says why. It is for runs of as many samples. Of a record that knows its length
+      the steps count, too, against those that the Trainer will make: at as many the ratio is kept between 1 and the fourth
+      root, and between the two mixed (:func:`lightning_gradhist.learning_rate.choose_ratio`). Else equal samples are taken.
     - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none.
 
     *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and

@@ -11,9 +11,10 @@ from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options
 from lightning_gradhist.callbacks.calibration.handoff import rate_factors
 from lightning_gradhist.explore import AUTO, explore_choice
-from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
+from lightning_gradhist.learning_rate import SHORT_RUN, SURGE, RateRatio, choose_ratio, share_of_equal_samples
 from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
 from lightning_gradhist.noise import NoiseEstimate
+from lightning_gradhist.noise.record import RunLength
 
 _KEPT = RateRatio(1.0, 1.0, 1.0, "keep")
 
@@ -48,6 +49,7 @@ def decide(options: Options, evidence: Evidence) -> CalibrationResult:
         noise_source=source,
         effective_batch_size=evidence.batch_size,
         reference_batch_size=_reference(options, evidence),
+        equal_samples_share=ratio.share,
         changes=(*rate.changes, *eps.changes, *explore.changes),
         reasons=(*probe.reasons, *clipping, *eps.reasons, *rate.reasons),
         problems=tuple(dict.fromkeys((*explore.problems, *probe.problems, *eps.problems, *rate.problems))),
@@ -101,8 +103,13 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
         return _KEPT, decision
     noise, source = known_noise(options, evidence)
     law, from_record = options.learning_rate, source == "record"
-    ratio = choose_ratio(law, batch_size, reference, noise, from_record=from_record, fallback=options.fallback)
+    share, why = _equal_samples(evidence, batch_size, reference)
+    ratio = choose_ratio(
+        law, batch_size, reference, noise, from_record=from_record, fallback=options.fallback, share=share
+    )
     (decision.problems if ratio.law != law else decision.reasons).extend(ratio.reasons)
+    decision.reasons.extend([why] if ratio.law == SURGE and batch_size != reference else [])
+    decision.reasons.extend(_of_short_runs(evidence))
     if evidence.later_accumulation:
         decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
     own = [group.lr or 0.0 for group in evidence.groups]
@@ -119,6 +126,24 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     decision.reasons.extend([reason] if reason else [])
     decision.changes.extend(changes)
     return ratio, decision
+
+
+def _equal_samples(evidence: Evidence, batch_size: float, reference: float) -> tuple[float, str]:
+    """How near this run is to as many samples as the recorded one, and a sentence on it."""
+    steps, recorded = evidence.length.planned, evidence.recorded
+    reference_steps = recorded.length.planned if recorded is not None else None
+    if not steps or not reference_steps:
+        return 1.0, explain.equal_samples_assumed(recorded is not None, bool(steps))
+    share = share_of_equal_samples(batch_size, reference, steps, reference_steps)
+    return share, explain.lengths(steps, reference_steps, share)
+
+
+def _of_short_runs(evidence: Evidence) -> list[str]:
+    """What to know where this run or the recorded one is short."""
+    recorded = evidence.recorded.length if evidence.recorded else RunLength()
+    runs = (("this run", evidence.length), ("the recorded run", recorded))
+    short = [explain.short_run(name, run.planned) for name, run in runs if run.planned and run.planned < SHORT_RUN]
+    return short + [explain.never_at_its_peak(name, run.planned) for name, run in runs if run.planned and run.rises]
 
 
 def known_noise(options: Options, evidence: Evidence) -> tuple[NoiseEstimate | None, str | None]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._lightning import LightningModule, MisconfigurationException, Trainer
+from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
@@ -21,12 +21,14 @@ from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
-from lightning_gradhist.callbacks.strategies import is_a, is_sharded
+from lightning_gradhist.callbacks.schedules import horizons, later_accumulation, run_length
+from lightning_gradhist.callbacks.strategies import is_sharded
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
+from lightning_gradhist.noise.record import RunLength
 
 MIN_BATCHES = 4
 """The fewest batches of a probe: two for a variance, two to measure against."""
@@ -90,6 +92,7 @@ class Evidence:
     why_no_batch_size: str | None = None  # where this rank knows
     accumulation: int = 1  # micro-batches of a step on one rank
     later_accumulation: Mapping[int, int] = field(default_factory=dict)  # by epoch, where a callback changes it
+    length: RunLength = field(default_factory=RunLength)
     probe: ProbeFindings = field(default_factory=ProbeFindings)
 
     @property
@@ -107,8 +110,8 @@ def gather(
 ) -> Evidence:
     """Gathers all there is, with a probe where one is needed; to be called on every rank, when the first batch is counted."""
     optimizer: Optimizer = trainer.optimizers[0]
-    adaptive, horizons = rule_of(optimizer).adaptive, _horizons(trainer)
-    rates = base_rates(optimizer, [scheduler for scheduler, _ in horizons])
+    adaptive, schedules = rule_of(optimizer).adaptive, horizons(trainer)
+    rates = base_rates(optimizer, [scheduler for scheduler, _ in schedules])
     evidence = Evidence(
         optimizer=type(optimizer).__name__,
         adaptive=adaptive,
@@ -123,10 +126,11 @@ def gather(
         ],
         batch_size=effective_batch_size(trainer, samples),
         recorded=recorded,
-        stray=partial(stray_schedule, optimizer, horizons),
+        stray=partial(stray_schedule, optimizer, schedules),
+        length=run_length(trainer, optimizer),
         why_no_batch_size=samples.problem,
         accumulation=trainer.accumulate_grad_batches,
-        later_accumulation=_later_accumulation(trainer),
+        later_accumulation=later_accumulation(trainer),
     )
     if needs_probe(options, evidence):
         measurement = _Measurement(options, trainer, evidence, samples)
@@ -233,23 +237,3 @@ class _Measurement:
 def _alpha_key(group: dict[str, Any]) -> str:
     """Adaptor E's key in a group where the inner optimizer may have an alpha of its own, as RMSprop has."""
     return "explore_alpha" if "explore_alpha" in group else "alpha"
-
-
-def _later_accumulation(trainer: Trainer) -> dict[int, int]:
-    schedules = [c.scheduling for c in getattr(trainer, "callbacks", ()) if is_a(c, "GradientAccumulationScheduler")]
-    factors = {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
-    last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-    later = {epoch: factor for epoch, factor in factors.items() if trainer.current_epoch < epoch < last}
-    return later if set(later.values()) - {trainer.accumulate_grad_batches} else {}
-
-
-def _horizons(trainer: Trainer) -> list[tuple[Any, float]]:
-    """The schedulers, and how many times each is stepped; infinite where that is not known."""
-    configs, epochs = trainer.lr_scheduler_configs, trainer.max_epochs
-    try:
-        steps = trainer.estimated_stepping_batches if configs else 0
-    except MisconfigurationException:  # with accumulation that changes
-        steps = math.inf
-    known = trainer.lightning_module.automatic_optimization and epochs is not None and epochs >= 0
-    times = {"step": steps, "epoch": epochs if known and epochs is not None else steps}
-    return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning_gradhist.epsilon import EpsilonRange
+from lightning_gradhist.learning_rate import SHORT_RUN
 
 
 def no_batch_size(why: str | None, consequence: str) -> str:
@@ -89,6 +90,39 @@ def stray_schedule(scheduler: str) -> str:
     return (
         f"{scheduler} would not follow a changed rate at every step, as a copy of it showed, so the rate is kept; set its"
         " rates where it is made, or pass learning_rate='keep'"
+    )
+
+
+def equal_samples_assumed(recorded: bool, knows_steps: bool) -> str:
+    if not recorded:
+        why = "reference_batch_size alone tells no length; the record of a run does, reference='.../calibration.json'"
+    elif knows_steps:
+        why = "the record does not tell the length of its run"
+    else:
+        why = "the length of this run is not known; Trainer(max_steps=...) tells it"
+    return f"this run is taken to see as many samples as that of the reference: {why}"
+
+
+def lengths(steps: int, reference_steps: int, share: float) -> str:
+    told = f"this run is to make {steps:,} steps, and the recorded one was to make {reference_steps:,}"
+    if round(share, 2) == 1:
+        return f"{told}: as at equal samples, the surge law"
+    within = "kept between 1 and the fourth root of the ratio of batch sizes"
+    if round(share, 2) == 0:
+        return f"{told}: as at equal steps, the ratio of the surge law is {within}"
+    return f"{told}: {share:.0%} equal samples, the surge law, and the rest equal steps, its ratio {within}"
+
+
+def short_run(which: str, steps: int) -> str:
+    return (
+        f"{which} has {steps:,} steps: below some {SHORT_RUN} the best rates follow no law that is known. On four small workloads"
+        " a rate that was carried to or from such a run lost 8% in the mean and 93% at worst, one between longer runs 2% and 20%"
+    )
+
+
+def never_at_its_peak(which: str, steps: int) -> str:
+    return (
+        f"the warm-up of {which} does not end within its {steps:,} steps, so the rate that is set is not reached before"
     )
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import isolate_rng
-from lightning_gradhist.callbacks.optimizers import innermost
+from lightning_gradhist.callbacks.schedules import parts, schedulers_of, twin, walk
 from lightning_gradhist.logging.calibration_report import GroupChange
 
 _IS_RATE = re.compile(r"_?(\w+_)?(lrs?|lr_m(in|ax))|eta_m(in|ax)")
@@ -27,7 +26,6 @@ _FOLLOW = (
     lr_scheduler.ChainedScheduler,
 )
 """Not tried: they multiply what is scaled, or what they are made of is tried; some call functions of the user's."""
-_ONE_BY_ONE = 2048
 
 
 def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | None]:
@@ -35,7 +33,7 @@ def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | 
 
     What a scheduler has left in a group that is no longer in use counts for nothing. None where it is no number.
     """
-    used = list(_parts(_of(optimizer, schedulers)))
+    used = list(parts(schedulers_of(optimizer, schedulers)))
     one_cycle = any(isinstance(scheduler, lr_scheduler.OneCycleLR) for scheduler in used)
     scheduled = any(hasattr(scheduler, "base_lrs") for scheduler in used)
     key = "max_lr" if one_cycle else "initial_lr" if scheduled else "lr"
@@ -58,7 +56,7 @@ def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequ
     for change in changes:
         if change.name != "lr":
             optimizer.param_groups[change.group][change.name] = change.after
-    _scale(optimizer, _of(optimizer, schedulers), factors)
+    _scale(optimizer, schedulers_of(optimizer, schedulers), factors)
 
 
 def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:
@@ -93,7 +91,7 @@ def stray_schedule(
         factors: of each group; None where its rate is 0.
     """
     for scheduler, horizon in horizons:
-        for part in _parts(_of(optimizer, [scheduler])):
+        for part in parts(schedulers_of(optimizer, [scheduler])):
             if type(part) not in _FOLLOW and not _follows(part, horizon, factors):
                 groups = len(factors)  # as many numbers may be rates, whatever their name
                 kept = [name for name, value in vars(part).items() if isinstance(value, list) and len(value) == groups]
@@ -108,46 +106,15 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
     try:
         with warnings.catch_warnings(), isolate_rng():
             warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
-            plain, scaled = _twin(scheduler), _twin(scheduler)
+            plain, scaled = twin(scheduler), twin(scheduler)
             _scale(scaled.optimizer, [scaled], factors)
             return all(
                 math.isclose(after, factor * rate, rel_tol=1e-6, abs_tol=rounding * factor)
-                for one, other in zip(_walk(plain, horizon), _walk(scaled, horizon), strict=True)
+                for (_, one), (_, other) in zip(walk(plain, horizon), walk(scaled, horizon), strict=True)
                 for rate, after, factor in zip(one, other, expected, strict=True)
             )
     except Exception:  # whatever it is, it cannot be tried
         return False
-
-
-def _twin(scheduler: Any) -> Any:
-    """A copy of a scheduler, with groups of its own that have no parameters."""
-    optimizer = Optimizer.__new__(Optimizer)
-    optimizer.__dict__.update(defaults={}, state={}, _opt_called=True)
-    optimizer.param_groups = [
-        {key: copy.deepcopy(value) for key, value in group.items() if key != "params"} | {"params": []}
-        for group in scheduler.optimizer.param_groups
-    ]
-    return copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
-
-
-def _walk(scheduler: Any, horizon: float) -> Iterator[list[float]]:
-    """The rates of the groups after each of the first steps, and then after ever more of them, where it can jump."""
-    for step in range(int(min(horizon, _ONE_BY_ONE))):
-        try:
-            scheduler.step()
-        except ValueError:  # as of OneCycleLR, which is at its end
-            if step == 0:
-                raise
-            return
-        yield [float(group["lr"]) for group in scheduler.optimizer.param_groups]
-    step = _ONE_BY_ONE
-    while step < min(horizon, 10**8):
-        step = min(math.ceil(step * 1.1), int(min(horizon, 10**8)))
-        try:
-            scheduler.step(step)
-        except Exception:  # it cannot jump
-            return
-        yield [float(group["lr"]) for group in scheduler.optimizer.param_groups]
 
 
 def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[float | None]) -> None:
@@ -155,7 +122,7 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
     filled, common = _filled(factors), _common(factors)
     if all(factor == 1.0 for factor in filled):
         return
-    for part in _parts(schedulers):
+    for part in parts(schedulers):
         for name, rates in _rates(vars(part)).items():
             if isinstance(rates, list) and len(rates) == len(filled):
                 setattr(part, name, [rate * factor for rate, factor in zip(rates, filled, strict=True)])
@@ -183,18 +150,6 @@ def _filled(factors: Sequence[float | None]) -> list[float]:
     """A group whose rate is 0 keeps it; what a scheduler raises it to goes with the others."""
     common = _common(factors)
     return [(common or 1.0) if factor is None else factor for factor in factors]
-
-
-def _of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
-    own = (optimizer, innermost(optimizer))
-    return [s for s in schedulers if any(getattr(s, "optimizer", None) is one for one in own)]
-
-
-def _parts(schedulers: Iterable[Any]) -> Iterator[Any]:
-    """Schedulers, and what SequentialLR and ChainedScheduler are made of."""
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _parts(getattr(scheduler, "_schedulers", ()))
 
 
 def _rates(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
 from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
+from lightning_gradhist.callbacks.schedules import run_length
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.noise import NoiseRecord
 
@@ -278,6 +279,8 @@ class GradientHistogramMonitor(Callback):
         seen = fit.trainer.global_step if len(optimizers) == 1 else 0  # so that a resumed run logs the same steps
         self._progress += [Progress(seen) for _ in range(len(optimizers) - len(self._progress))]
         for index, (optimizer, progress) in enumerate(zip(optimizers, self._progress, strict=True)):
+            with fit.guard.attempt("tell the length of the run"):
+                progress.length = run_length(fit.trainer, optimizer, progress.length)
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
             watched = WatchedOptimizer(fit, optimizer, suffix, rows)

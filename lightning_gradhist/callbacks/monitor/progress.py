@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
 
 from lightning_gradhist.noise import NoiseRecord
-from lightning_gradhist.noise.record import OptimizerRecord
+from lightning_gradhist.noise.record import OptimizerRecord, RunLength
 from lightning_gradhist.noise.series import METRICS
 
 _MEASURED = ("batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")))
@@ -33,6 +33,7 @@ class Progress:
         learning_rates: the highest base rate of each group so far: what a schedule rises to or falls from.
         batch_size: samples of a step, of which a checkpoint told.
         noise: what was measured.
+        length: of the run, as it was planned.
     """
 
     steps: int = 0
@@ -41,6 +42,7 @@ class Progress:
     learning_rates: list[float] = field(default_factory=list)
     batch_size: float = 0
     noise: NoiseRecord = field(default_factory=NoiseRecord)
+    length: RunLength = field(default_factory=RunLength)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
@@ -55,6 +57,7 @@ class Progress:
             [float(rate) for rate in state["learning_rates"]],
             float(state["batch_size"]),
             NoiseRecord(samples),
+            RunLength.read(state.get("length", {})),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class Progress:
             "learning_rates": list(self.learning_rates),
             "batch_size": self.last_batch_size,
             "skipped": int(self.skipped),
+            **({"length": asdict(self.length)} if self.length != RunLength() else {}),
         }
 
     @property
@@ -82,4 +86,5 @@ class Progress:
         """The noise so far, of the optimizer of this class name and of these parameters."""
         noise = {metric: self.noise.estimate(metric) for metric in METRICS}
         samples = list(self.noise.samples)
-        return OptimizerRecord(name, self.learning_rates, self.last_batch_size, noise, samples, list(parameters))
+        rates, size = self.learning_rates, self.last_batch_size
+        return OptimizerRecord(name, rates, size, noise, samples, list(parameters), self.length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from lightning_gradhist.callbacks.calibration.evidence import Evidence, ParamGro
 from lightning_gradhist.epsilon import epsilon_range
 from lightning_gradhist.logging.calibration_report import GroupChange
 from lightning_gradhist.noise import NoiseEstimate, OptimizerRecord
+from lightning_gradhist.noise.record import RunLength
 
 
 @dataclass
@@ -93,6 +94,59 @@ def test_a_record_brings_rate_and_noise() -> None:
     assert result.ratio == pytest.approx(expected) and result.noise_source == "record"
     (change,) = result.changes
     assert (change.name, change.before) == ("lr", 1e-3) and change.after == pytest.approx(4e-3 * expected)
+
+
+def of_length(steps: int | None, reference: int | None, batch_size: int = 1024) -> Any:
+    record = replace(recorded(), length=RunLength(reference))
+    return decide(Asked(epsilon="keep"), evidence(recorded=record, length=RunLength(steps), batch_size=batch_size))
+
+
+@pytest.mark.parametrize(
+    ("steps", "reference", "ratio", "said"),
+    [
+        pytest.param(100, 400, 1.241, "as at equal samples, the surge law", id="equal samples"),
+        pytest.param(400, 400, 1.241, "as at equal steps, the ratio of the surge law is kept", id="equal steps"),
+        pytest.param(200, 400, 1.241, "50% equal samples", id="between"),
+        pytest.param(None, 400, 1.241, "the length of this run is not known; Trainer(max_steps", id="this run"),
+        pytest.param(400, None, 1.241, "the record does not tell the length of its run", id="record"),
+    ],
+)
+def test_the_lengths_of_the_runs_count_and_are_told(steps: Any, reference: Any, ratio: float, said: str) -> None:
+    result = of_length(steps, reference)
+    assert result.ratio == pytest.approx(ratio, abs=1e-3) and said in " ".join(result.reasons)
+
+
+def test_at_equal_steps_the_rate_stays_within_the_fourth_root() -> None:
+    small = replace(recorded(), batch_size=16.0)
+    results = [
+        decide(
+            Asked(epsilon="keep"),
+            evidence(recorded=replace(small, length=RunLength(400)), length=RunLength(steps), batch_size=256),
+        )
+        for steps in (25, 100, 400)
+    ]
+    full = math.sqrt(16) * (1000 + 16) / (1000 + 256)
+    assert [result.ratio for result in results] == pytest.approx([full, math.sqrt(full * 2), 2.0])
+    assert [result.equal_samples_share for result in results] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_reference_batch_size_alone_takes_equal_samples_and_says_so() -> None:
+    asked = Asked(reference_batch_size=256, epsilon="keep")
+    result = decide(asked, evidence(probe=ProbeFindings(noise=NOISE), length=RunLength(400)))
+    assert "taken to see as many samples as that of the reference: reference_batch_size" in result.reasons[-1]
+    same = decide(asked, evidence(probe=ProbeFindings(noise=NOISE), batch_size=256))
+    assert "as many samples" not in " ".join(same.reasons)  # every length gives 1
+
+
+@pytest.mark.parametrize("law", ["surge", "sqrt"])
+def test_short_runs_and_warm_ups_that_do_not_end_are_named(law: str) -> None:
+    record = replace(recorded(), length=RunLength(30))
+    known = evidence(recorded=record, length=RunLength(20, warm_up=20))
+    reasons = " ".join(decide(Asked(epsilon="keep", learning_rate=law), known).reasons)
+    assert "this run has 20 steps: below some 50" in reasons and "the recorded run has 30 steps" in reasons
+    assert "the warm-up of this run does not end within its 20 steps" in reasons
+    longer = evidence(recorded=replace(record, length=RunLength(50)), length=RunLength(50, warm_up=3))
+    assert "steps: below" not in " ".join(decide(Asked(epsilon="keep", learning_rate=law), longer).reasons)
 
 
 @pytest.mark.parametrize(

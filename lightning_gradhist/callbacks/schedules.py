@@ -1,0 +1,153 @@
+"""How long a run is to be, and how its learning rate will go: asked of the Trainer, and of copies of its schedulers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+from torch.optim import Optimizer, lr_scheduler
+
+from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, isolate_rng
+from lightning_gradhist.callbacks.optimizers import innermost
+from lightning_gradhist.callbacks.strategies import is_a
+from lightning_gradhist.noise.record import RunLength
+
+_ONE_BY_ONE = 2048
+_PARTS = 16  # of a run, at whose ends the shape of a schedule is taken down
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where nobody knows, as of an endless loader or under manual optimization."""
+    if not trainer.lightning_module.automatic_optimization or later_accumulation(trainer):
+        return None
+    try:
+        steps = trainer.estimated_stepping_batches
+    except Exception:  # of a loader of the user's; where nobody can tell, nobody needs to know
+        return None
+    return int(steps) if 0 < steps < math.inf else None
+
+
+def run_length(trainer: Trainer, optimizer: Optimizer, before: RunLength | None = None) -> RunLength:
+    """The planned steps, warm-up and shape of the schedule, as far as they are known; the latter only before the run.
+
+    Args:
+        trainer: of the run.
+        optimizer: of the trainer.
+        before: what was known when the run began, where it goes on.
+    """
+    planned = planned_steps(trainer)
+    if trainer.global_step > 0:
+        return replace(before or RunLength(), planned=planned)
+    rates = _planned_rates(trainer, optimizer) if planned else {}
+    peak = max(rates.values(), default=0.0)
+    if planned is None or not peak > 0:
+        return RunLength(planned)
+    first = next(at for at, rate in rates.items() if rate >= (1 - 1e-9) * peak)
+    known = [max(at for at in rates if at <= part / _PARTS) for part in range(_PARTS + 1)]
+    return RunLength(planned, warm_up=round(first * planned), schedule=[rates[at] / peak for at in known])
+
+
+def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]:
+    """The highest rate of a group by the share of the run that is over; empty where it is not known."""
+    mine = [(scheduler, times) for scheduler, times in horizons(trainer) if schedulers_of(optimizer, [scheduler])]
+    if not mine:
+        return {0.0: 1.0}
+    ((scheduler, times), *others) = mine
+    if others or not 1 <= times < math.inf or not all(map(_can_be_tried, parts([scheduler]))):
+        return {}
+    try:
+        with warnings.catch_warnings(), isolate_rng():
+            warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
+            tried = twin(scheduler)
+            rates = {0.0: max(float(group["lr"]) for group in tried.optimizer.param_groups)}
+            rates |= {step / times: max(of_groups) for step, of_groups in walk(tried, times)}
+    except Exception:  # whatever it is, it cannot be tried
+        return {}
+    return rates if max(rates) * times >= int(times) - 1 else {}  # OneCycleLR ends a step before the run
+
+
+def _can_be_tried(part: Any) -> bool:
+    """Whether copies of a scheduler can be stepped without a trace: torch's own, without functions that may have a state."""
+    if type(part).__module__ != lr_scheduler.__name__ or isinstance(part, lr_scheduler.ReduceLROnPlateau):
+        return False
+    return all(map(_is_pure, [getattr(part, "_scale_fn_ref", None), *getattr(part, "lr_lambdas", ())]))
+
+
+def _is_pure(value: Any) -> bool:
+    """Whether it is a plain value, or a function that closes over none but such."""
+    if isinstance(value, partial):
+        return all(map(_is_pure, (value.func, *value.args, *value.keywords.values())))
+    if isinstance(value, FunctionType):
+        return all(_is_pure(cell.cell_contents) for cell in value.__closure__ or ())
+    return value is None or isinstance(value, (int, float, str))
+
+
+def later_accumulation(trainer: Trainer) -> dict[int, int]:
+    """Micro-batches of a step by epoch, where a callback changes them later in the run."""
+    schedules = [c.scheduling for c in getattr(trainer, "callbacks", ()) if is_a(c, "GradientAccumulationScheduler")]
+    factors = {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
+    last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    later = {epoch: factor for epoch, factor in factors.items() if trainer.current_epoch < epoch < last}
+    return later if set(later.values()) - {trainer.accumulate_grad_batches} else {}
+
+
+def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
+    """The schedulers, and how many times each is stepped; infinite where that is not known."""
+    configs, epochs = trainer.lr_scheduler_configs, trainer.max_epochs
+    try:
+        steps = trainer.estimated_stepping_batches if configs else 0
+    except MisconfigurationException:  # with accumulation that changes
+        steps = math.inf
+    known = trainer.lightning_module.automatic_optimization and epochs is not None and epochs >= 0
+    times = {"step": steps, "epoch": epochs if known and epochs is not None else steps}
+    return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]
+
+
+def schedulers_of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
+    """Those that schedule an optimizer, or the one that it wraps."""
+    own = (optimizer, innermost(optimizer))
+    return [s for s in schedulers if any(getattr(s, "optimizer", None) is one for one in own)]
+
+
+def parts(schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Schedulers, and what SequentialLR and ChainedScheduler are made of."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from parts(getattr(scheduler, "_schedulers", ()))
+
+
+def twin(scheduler: Any) -> Any:
+    """A copy of a scheduler, with groups of its own that have no parameters."""
+    optimizer = Optimizer.__new__(Optimizer)
+    optimizer.__dict__.update(defaults={}, state={}, _opt_called=True)
+    optimizer.param_groups = [
+        {key: copy.deepcopy(value) for key, value in group.items() if key != "params"} | {"params": []}
+        for group in scheduler.optimizer.param_groups
+    ]
+    return copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
+
+
+def walk(scheduler: Any, horizon: float) -> Iterator[tuple[int, list[float]]]:
+    """Numbers of steps and the rates of the groups after them: of each of the first, then of ever more, where it can jump."""
+    for step in range(int(min(horizon, _ONE_BY_ONE))):
+        try:
+            scheduler.step()
+        except ValueError:  # as of OneCycleLR, which is at its end
+            if step == 0:
+                raise
+            return
+        yield step + 1, [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+    step = _ONE_BY_ONE
+    while step < min(horizon, 10**8):
+        step = min(math.ceil(step * 1.1), int(min(horizon, 10**8)))
+        try:
+            scheduler.step(step)
+        except Exception:  # it cannot jump
+            return
+        yield step, [float(group["lr"]) for group in scheduler.optimizer.param_groups]
