@@ -1,0 +1,38 @@
+"""What the build of the docs does beside mkdocs: docstrings' reStructuredText roles, and formulas without a script."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+from griffe import Extension, Object
+from latex2mathml.converter import convert
+
+_MATH_BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n(?:\1 +.*)?$)*)", re.MULTILINE)
+_LINK = re.compile(r":(?:class|func|meth|mod|attr|data):`~?([\w.]+)`")
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[([](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def in_markdown(docstring: str) -> str:
+    """A docstring with Markdown in place of the roles of reStructuredText."""
+    docstring = _MATH_BLOCK.sub(lambda found: f"{found[1]}$${' '.join(found[2].split())}$$\n", docstring)
+    docstring = re.sub(r":math:`(.+?)`", lambda found: f"${' '.join(found[1].split())}$", docstring, flags=re.DOTALL)
+    docstring = _LINK.sub(lambda found: f"`{found[1].removeprefix('lightning_gradhist.')}`", docstring)
+    return re.sub(r"::\n\n", ":\n\n", docstring).replace("``", "`")
+
+
+class Roles(Extension):
+    """Rewrites each docstring before it is read."""
+
+    def on_object(self, *, obj: Object, **kwargs: Any) -> None:
+        """Called by griffe for each module, class, function and attribute."""
+        if obj.docstring is not None:
+            obj.docstring.value = in_markdown(obj.docstring.value)
+
+
+def on_page_content(content: str, **kwargs: Any) -> str:
+    """Formulas as MathML, which browsers show by themselves."""
+    return _FORMULA.sub(
+        lambda found: convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline"), content
+    )
