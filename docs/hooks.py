@@ -8,6 +8,7 @@ from typing import Any
 
 from griffe import Extension, Object
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
 
 _MATH_BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n(?:\1 +.*)?$)*)", re.MULTILINE)
 _LINK = re.compile(r":(?:class|func|meth|mod|attr|data):`~?([\w.]+)`")
@@ -19,6 +20,7 @@ def in_markdown(docstring: str) -> str:
     docstring = _MATH_BLOCK.sub(lambda found: f"{found[1]}$${' '.join(found[2].split())}$$\n", docstring)
     docstring = re.sub(r":math:`(.+?)`", lambda found: f"${' '.join(found[1].split())}$", docstring, flags=re.DOTALL)
     docstring = _LINK.sub(lambda found: f"`{found[1].removeprefix('lightning_gradhist.')}`", docstring)
+    docstring = re.sub(r"^Example:$", "Examples:", docstring, flags=re.MULTILINE)  # which griffe knows
     return re.sub(r"::\n\n", ":\n\n", docstring).replace("``", "`")
 
 
@@ -29,6 +31,11 @@ class Roles(Extension):
         """Called by griffe for each module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = in_markdown(obj.docstring.value)
+
+
+def on_files(files: Files, *, config: Any, **kwargs: Any) -> None:
+    """The README's picture is shown here, too."""
+    files.append(File.generated(config, "pictures/readme.png", abs_src_path="examples/readme.png"))
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:

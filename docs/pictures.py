@@ -1,16 +1,19 @@
 """The pictures of the docs and of the README, each from a small training run on scikit-learn's handwritten digits.
 
-``PYTHONPATH=examples python docs/pictures.py`` makes them all, in a minute or two; names after it make only those. Runs are
+``PYTHONPATH=examples python docs/pictures.py`` makes them all, in three minutes; names after it make only those. Runs are
 real, with the real callbacks: what is broken is broken in the model. Two pictures without data are drawn.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -289,8 +292,15 @@ def over_steps(album: Album, title: str) -> Figure:
         row.index_add_(0, (torch.bucketize(middles, edges) - 1).clamp(0, len(row) - 1), shown.counts.double())
         row /= row.sum()
     last, steps = len(finite) - 0.5, len(album.histograms) - 0.5
-    axes.imshow(table.T.numpy(), aspect="auto", origin="lower", cmap="Blues", interpolation="nearest", extent=(-0.5, last, -6, 40),
-                vmax=float(table[table > 0].quantile(0.95)))  # fmt: skip
+    axes.imshow(
+        table.T.numpy(),
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="Blues",
+        vmax=float(table[table > 0].quantile(0.95)),
+        extent=(-0.5, last, -6, 40),
+    )
     axes.axvspan(last, steps, color=RED, alpha=0.12)
     axes.text((last + steps) / 2, 17, "not finite", rotation=90, ha="center", va="center", color=RED)
     axes.set_xlim(-0.5, steps)
@@ -351,16 +361,11 @@ def epsilon() -> Image.Image:
     return beside(*pair)
 
 
-_recorded: list[Album] = []
-
-
+@functools.cache
 def recorded() -> Album:
     """The demo's run at 8 samples a step, with its record; made once."""
-    if not _recorded:
-        L.seed_everything(0, verbose=False)
-        monitor = GradientHistogramMonitor(2)
-        _recorded.append(train(Mlp(64, lr=0.006), monitor, batch_size=8, steps=1440, data=NoisyDigits))
-    return _recorded[0]
+    L.seed_everything(0, verbose=False)
+    return train(Mlp(64, lr=0.006), GradientHistogramMonitor(2), batch_size=8, steps=1440, data=NoisyDigits)
 
 
 def noise() -> Figure:
@@ -451,26 +456,24 @@ def noise_scale() -> Figure:
     return figure
 
 
-_carried: list[Album] = []
-
-
-def carried() -> Album:
-    """A run at 256 samples a step, calibrated from the record of the one at 8; made once."""
-    if not _carried:
-        L.seed_everything(0, verbose=False)
-        calibration = OptimizerCalibration(reference=str(recorded().record))
-        _carried.append(train(Mlp(64, lr=0.006), calibration, batch_size=256, steps=2, data=NoisyDigits))
-    return _carried[0]
+@functools.cache
+def carried() -> tuple[Album, str]:
+    """A run at 256 samples a step, calibrated from the record of the one at 8, and its report; made once."""
+    L.seed_everything(0, verbose=False)
+    calibration = OptimizerCalibration(reference=str(recorded().record))
+    album = train(Mlp(64, lr=0.006), calibration, batch_size=256, steps=2, data=NoisyDigits)
+    assert calibration.result is not None
+    return album, calibration.result.to_text()
 
 
 def reference() -> Figure:
     """The calibration's own figure of the rate over the batch size."""
-    return carried().figures["calibration/learning_rate_over_batch_size"]
+    return carried()[0].figures["calibration/learning_rate_over_batch_size"]
 
 
 def search_space() -> Figure:
     """The calibration's own figure of epsilon."""
-    return carried().figures["calibration/epsilon_search_space"]
+    return carried()[0].figures["calibration/epsilon_search_space"]
 
 
 def record() -> Figure:
@@ -512,12 +515,23 @@ def probe() -> Figure:
 
 
 def plan() -> Image.Image:
-    """The figure of the command ``plan``."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The figure of the command ``plan``; what it prints, and the report of the run that is calibrated so, are texts."""
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(printed):
         path = Path(folder) / "plan.png"
-        print("gradhist plan calibration.json --batch-size 32 256 2048 --save plan.png")
         gradhist(["plan", str(recorded().record), "--batch-size", "32", "256", "2048", "--save", str(path)])
-        return Image.open(path).convert("RGB")
+        image = Image.open(path).convert("RGB")
+    (OUT / "plan.txt").write_text(printed.getvalue(), encoding="utf-8")
+    report = "\n".join(line for line in carried()[1].splitlines() if not line.startswith("    "))
+    (OUT / "report.txt").write_text(report.partition("  what more GPUs")[0].rstrip() + "\n", encoding="utf-8")
+    return image
+
+
+def tune() -> None:
+    """What ``examples/tune_epsilon.py`` prints; two minutes."""
+    command = [sys.executable, str(README.with_name("tune_epsilon.py"))]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+    (OUT / "tune_epsilon.txt").write_text(found, encoding="utf-8")
 
 
 # The README
@@ -566,6 +580,8 @@ def main(names: list[str]) -> None:
             save(make(), OUT / f"{make.__name__}.png")
     if not names or "readme" in names:
         save(readme(), README)
+    if not names or "tune" in names:
+        tune()
     for path in (*sorted(OUT.glob("*.png")), README):
         print(f"{path.stat().st_size / 1024:6.1f} KB  {path.relative_to(HERE.parent)}")
 
