@@ -39,7 +39,8 @@ def on_files(files: Files, *, config: Any, **kwargs: Any) -> None:
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
-    """Formulas as MathML, which browsers show by themselves."""
+    """Formulas as MathML, which browsers show by themselves, and long names of tests in words that may be broken."""
+    content = re.sub(r"<code>test_\w+</code>", lambda found: found[0].replace("_", "_<wbr>"), content)
     return _FORMULA.sub(
         lambda found: convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline"), content
     )

@@ -59,7 +59,7 @@ class Album(Logger):
         """Of the module's own, which no picture shows."""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Likewise."""
+        """Nor these."""
 
     @property
     def record(self) -> Path:
@@ -114,9 +114,6 @@ class Module(L.LightningModule):
         """The optimizer."""
         return self.optimizer(self.net.parameters())
 
-    def on_fit_start(self) -> None:
-        """Nothing of the net's own place in the module."""
-
 
 class Residual(nn.Module):
     """A block ``x + down(act(up(x)))``."""
@@ -130,7 +127,7 @@ class Residual(nn.Module):
         return x + self.gain * self.down(self.act(self.up(x)))
 
 
-def residual_net(blocks: int = 5, width: int = 48) -> nn.Sequential:
+def residual_net(blocks: int = 4, width: int = 48) -> nn.Sequential:
     """A residual network that trains well."""
     net = nn.Sequential()
     net.add_module("stem", nn.Linear(64, width))
@@ -236,6 +233,17 @@ def save(image: Image.Image | Figure, path: Path) -> None:
     image.quantize(256, dither=Image.Dither.NONE, kmeans=1).save(path, optimize=True)
 
 
+def above(*figures: Figure) -> Image.Image:
+    """Images one above the other, of one width."""
+    images = [image_of(figure) for figure in figures]
+    whole = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    return whole
+
+
 def beside(*figures: Figure) -> Image.Image:
     """Images in a row, as high as the highest."""
     images = [image_of(figure) for figure in figures]
@@ -329,14 +337,14 @@ def dead() -> Image.Image:
     }
     names = [name for name, _ in Module(residual_net(), adamw()).net.named_parameters() if "bias" not in name]
     names = [name for name in names if "norm" not in name]
-    bars, axes = blank(3.9, figure.get_size_inches()[1])
+    bars, axes = blank(figure.get_size_inches()[0], 2.4)
     shares = [100 * zeros.get(name, 0.0) for name in names]
     axes.barh(names, shares, color=[RED if share == 100 else BLUE for share in shares])
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel("gradient_zero_share, percent")
     axes.set_title("Its share of zeros is 100%", fontsize=10, loc="left")
-    return beside(figure, bars)
+    return above(figure, bars)
 
 
 def fp16() -> Figure:
@@ -358,7 +366,10 @@ def epsilon() -> Image.Image:
             warnings.simplefilter("ignore")
             album = train(Module(seeded(residual_net), adamw(), unit=1e-7), *callbacks, monitor)
         pair.append(heatmap(album, title, "optimizer_second_moment"))
-    return beside(*pair)
+    limits = [figure.axes[0].get_xlim() for figure in pair]
+    for figure in pair:
+        figure.axes[0].set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+    return above(*pair)
 
 
 @functools.cache
@@ -537,34 +548,33 @@ def tune() -> None:
 # The README
 
 
-class Amplified(Residual):
-    """A block that multiplies what it adds, as attention without its ``1 / sqrt(width)`` does."""
-
-
 def sick_net() -> nn.Sequential:
     """A residual network with a saturated layer, and one that multiplies its gradient."""
-    net = residual_net(6)
+    net = residual_net()
     net.block1.act = nn.Tanh()
-    net.block4.gain = 400.0
+    net.block3.gain = 400.0
     with torch.no_grad():
         net.block1.up.weight.mul_(60)
         net.block1.up.bias.add_(25)
-        net.block4.down.weight.mul_(1 / 400)
-        net.block4.down.bias.mul_(1 / 400)
+        net.block3.down.weight.mul_(1 / 400)
+        net.block3.down.bias.mul_(1 / 400)
     return net
 
 
 def readme() -> Image.Image:
     """A heatmap with a dead and an exploding layer beside epsilon's figure."""
     album = train(Module(seeded(sick_net), adamw(1e-4)), GradientHistogramMonitor(10, exclude="bias|norm"), steps=60)
-    layers = heatmap(album, "Every layer's gradients, step 50")
-    point_at(layers, "block1.up.weight", "dead: its tanh is saturated", -7.5, (0.3, 0.88))
-    point_at(layers, "block4.down.weight", "exploding: its output is multiplied by 400", -1.1, (0.37, 0.25))
+    layers = heatmap(album, "The gradients of every layer")
+    layers.set_size_inches(4.9, 3.5)
+    point_at(layers, "block1.up.weight", "dead: its tanh is saturated", -7.5, (0.36, 0.9))
+    point_at(layers, "block3.down.weight", "exploding: its output\nis multiplied by 400", -1.1, (0.36, 0.16))
     L.seed_everything(0, verbose=False)
     calibration = OptimizerCalibration(probe_batches=16)
     small = train(Module(seeded(residual_net), adamw(), unit=1e-6), calibration, steps=2)
     eps = small.figures["calibration/epsilon_search_space"]
+    eps.set_size_inches(4.6, 3.5)
     eps.axes[0].set_title("Epsilon, before and after the calibration", fontsize=10, loc="left")
+    eps.axes[0].legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return beside(layers, eps)
 
 
