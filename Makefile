@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-all test-lowest nightly lint format docs pictures peers bench-optim bench-capture bench-scale evidence evidence-full clean
+.PHONY: help demo test test-all test-lowest nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu evidence \
+	evidence-full clean
 
 help:
 	@echo "make demo    rescue a frozen run, and carry a learning rate to 32 times the batch, on two ranks (under a minute)"
@@ -25,6 +26,7 @@ help:
 	@echo "make bench-capture  what the monitor adds to a training step, against its peers (some 20 minutes on two idle cores)"
 	@echo "             DEVICE=cuda measures on a GPU"
 	@echo "make bench-scale    bytes that the monitor all-reduces, logs and keeps: model, and check on 8 ranks (3 minutes)"
+	@echo "make gpu     all that only a GPU can show: correctness, speed, cost, evidence (8 minutes on a GPU)"
 	@echo "make evidence       redraw the tables and figures of the calibration's evidence (half a minute)"
 	@echo "make evidence-full  make the runs that it lacks first (some seven hours on two cores; can be stopped and goes on)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST from there"
@@ -56,7 +58,7 @@ nightly: $(READY)
 LOWEST := .venv-lowest
 
 $(LOWEST)/.ready: pyproject.toml constraints.txt
-	python3.11 -m venv --clear $(LOWEST)
+	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints.txt uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[dev]"
 	touch $@
@@ -99,6 +101,10 @@ bench-scale: $(READY)
 	$(BIN)/python benchmarks/capture_scale.py
 
 CALIBRATION := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration
+
+# On a bare machine without a registry: PYTHON=python3 BIN= and the wheels of requirements-peers.txt on PYTHONPATH.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 evidence: $(READY)
 	$(CALIBRATION)/tables.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")

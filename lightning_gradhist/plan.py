@@ -40,6 +40,7 @@ class Plan:
 
     Attributes:
         optimizer: class of the optimizer.
+        learning_rates: of each parameter group of the recorded run.
         batch_size: samples of an optimizer step of the recorded run.
         steps: optimizer steps of the run at that batch size.
         noise: ``B_adam`` over the recorded run, in samples; None where it has none.
@@ -48,6 +49,7 @@ class Plan:
     """
 
     optimizer: str
+    learning_rates: tuple[float, ...]
     batch_size: float
     steps: int
     noise: NoiseEstimate | None
@@ -120,7 +122,7 @@ def _plan(entry: OptimizerRecord, batch_sizes: Sequence[float], steps: int) -> P
     noise = entry.noise.get("adam")
     critical = critical_batch_size(noise) if noise is not None and noise.bounded else None
     rows = tuple(_row(entry, noise, critical, batch_size, steps) for batch_size in batch_sizes)
-    return Plan(entry.name, entry.batch_size, steps, noise, critical, rows)
+    return Plan(entry.name, tuple(entry.learning_rates), entry.batch_size, steps, noise, critical, rows)
 
 
 def _row(

@@ -20,8 +20,9 @@ LAYERS = [
     {"_dtensor", "_version", "adaptor", "kernels", "tensors"},
     {"histogram", "noise"},
     {"epsilon", "learning_rate", "metric", "tradeoff"},
+    {"plan"},
     {"logging", "optim"},
-    {"callbacks"},
+    {"__main__", "callbacks"},
 ]
 RESULTS = {"EpsilonRange", "NoiseEstimate"}  # only ever returned: the example is that of what returns them
 

@@ -18,7 +18,8 @@ from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_law, surge_ratio
 from lightning_gradhist.logging.charts import shown_buckets
 from lightning_gradhist.logging.report import CalibrationResult
-from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
+from lightning_gradhist.plan import Plan
+from lightning_gradhist.tradeoff import Band, batch_size_tradeoff, critical_batch_size
 
 if TYPE_CHECKING:
     import numpy
@@ -211,6 +212,38 @@ def tradeoff_figure(result: CalibrationResult) -> Figure:
     _log2(axes)
     _legend(axes)
     return figure
+
+
+def plan_figure(plan: Plan) -> Figure:
+    """The learning rate, and the steps and samples, over the planned batch sizes, with their bands."""
+    rows = sorted(plan.rows, key=lambda row: row.batch_size)
+    batches = [row.batch_size for row in rows]
+    ratios = [Band(row.ratio.value, row.ratio.lower, row.ratio.upper) for row in rows]
+    figure = _figure(width=10.0, height=4.0)
+    rate, cost = figure.subplots(1, 2)
+    _band(rate, batches, ratios, _BLUE, f"learning rate / {max(plan.learning_rates):g}")
+    rate.set_title(f"{plan.optimizer}: learning rate over batch size", fontsize=10, loc="left")
+    for name, color, whole in (("steps", _BLUE, plan.steps), ("samples", _ORANGE, plan.steps * plan.batch_size)):
+        bands = [getattr(row, name) for row in rows]
+        if None not in bands:
+            shares = [Band(b.value / whole, b.lower / whole, b.upper / whole) for b in bands]
+            _band(cost, batches, shares, color, f"{name} / {whole:,g}")
+    if plan.critical is not None:
+        span = (plan.critical.lower, plan.critical.upper)
+        cost.axvspan(*span, color=_GREY, alpha=0.12, label="critical batch size")
+    cost.set_title("Steps and samples to the same loss", fontsize=10, loc="left")
+    for axes in (rate, cost):
+        axes.plot([plan.batch_size], [1.0], "o", color=_GREY, label=f"recorded at {plan.batch_size:g}")
+        axes.set_xlabel("samples of an optimizer step")
+        axes.set_ylabel("multiple of the recorded run's")
+        _log2(axes)
+        _legend(axes)
+    return figure
+
+
+def _band(axes: Any, batches: Sequence[float], bands: Sequence[Band], color: str, label: str) -> None:
+    axes.fill_between(batches, [band.lower for band in bands], [band.upper for band in bands], color=color, alpha=0.15)
+    axes.plot(batches, [band.value for band in bands], "o-", color=color, label=label)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -1,0 +1,122 @@
+"""One project's own example, trained some thirty steps in one way: ``python ways.py PROJECT WAY FOLDER``; prints JSON.
+
+A project is a file in ``projects/`` with a function ``train(callbacks, batch_factor, optimizer)``, which trains as the
+project's users do and returns the module. ``optimizer`` is None for the project's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+
+RECORD = "calibration.json"
+
+
+def bits(module: torch.nn.Module) -> str:
+    """A hash of all weights and buffers."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            found.update(
+                name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+    return found.hexdigest()
+
+
+def plain(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+    """Without us."""
+    return {"bits": bits(train([], 1, None))}
+
+
+def monitor(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+    """With the monitor, which must change nothing and leave a record."""
+    watched = train([GradientHistogramMonitor(every_n_steps=2)], 1, None)
+    records = sorted(Path.cwd().rglob(RECORD))
+    if records:
+        (folder / RECORD).write_bytes(records[-1].read_bytes())
+    return {"bits": bits(watched), "note": "" if records else "no record"}
+
+
+def dry(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+    """With a probe that must change nothing."""
+    calibration = OptimizerCalibration(reference_batch_size=8, apply=False)
+    return {"bits": bits(train([calibration], 1, None)), "note": said(calibration)}
+
+
+def applied(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+    """With a probe whose values are used."""
+    calibration = OptimizerCalibration(reference_batch_size=8)
+    train([calibration], 1, None)
+    return {"note": said(calibration)}
+
+
+def record(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+    """At four times the batch, from the record of the monitored run."""
+    if not (folder / RECORD).exists():
+        return {"note": "there is no record"}
+    calibration = OptimizerCalibration(reference=str(folder / RECORD))
+    train([calibration], 4, None)
+    return {"note": said(calibration)}
+
+
+def alto(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+    """With ALTO as the project's optimizer, where it can be chosen."""
+    module = train([GradientHistogramMonitor(every_n_steps=5)], 1, ALTO)
+    finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+    return {"note": "" if finite else "weights are not finite"}
+
+
+WAYS = {
+    "plain": plain,
+    "monitor": monitor,
+    "apply=False": dry,
+    "apply=True": applied,
+    "record x4": record,
+    "ALTO": alto,
+}
+
+
+def said(calibration: OptimizerCalibration) -> str:
+    """What the calibration found, in a line."""
+    result = calibration.result
+    if result is None:
+        return "no result"
+    problems = "; ".join(result.problems)
+    return (
+        f"eps {result.epsilon}, lr {result.learning_rate}, times {result.ratio:.3g} ({result.law}). {problems}".strip()
+    )
+
+
+def main(project: str, way: str, folder: Path) -> None:
+    """Trains, and prints what came of it as the last line."""
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(Path(__file__).parent / "projects"))
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    try:
+        found = {"status": "ran", **WAYS[way](importlib.import_module(project).train, folder)}
+    except NotImplementedError as reason:
+        found = {"status": "not possible", "note": str(reason)}
+    except BaseException as error:
+        traceback.print_exc()
+        found = {"status": "failed", "note": f"{type(error).__name__}: {error}"[:300]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,152 @@
+"""All that only a GPU can show, in one call of at most 8 minutes: ``make gpu``, or ``python benchmarks/gpu.py``.
+
+The parts run one after another, the most important first, each in a process of its own with its own limit of time. What
+is found is written part by part, so that a kill loses nothing: CSVs, ``gpu_parts.csv`` and ``summary.md``.
+``--device cpu --tiny`` runs every part on the host, small, to show that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import torch
+from reporting import RESULTS, Row, machine, read_csv, write_csv
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+WHOLE = 480
+COLUMNS = [*"part status seconds last_line date device cpu gpu python torch triton lightning_gradhist".split()]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that is measured or checked.
+
+    Args:
+        name: of the part.
+        command: what runs it, but for the interpreter.
+        seconds: after which it is killed.
+        program: that it needs beside Python.
+    """
+
+    name: str
+    command: list[str]
+    seconds: int
+    program: str = ""
+
+
+def parts(device: str, out: Path, tiny: bool) -> list[Part]:
+    """All, the most important first."""
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini", "filterwarnings=ignore", "--tb=short"]
+    small = ["tests/gpu/test_steps.py", "-k", "same_bits and AdamE"]
+    few = ["--only", "AdamW fused", "AdamE", "AdamE fused", "ALTO", "ALTO fused"]
+    optim = [str(HERE / "optim_step.py"), "--device", device]
+    capture = [str(HERE / "capture_cost.py"), "--device", device]
+    rates = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]
+    sizes = {
+        "step": ["--parameters", "2e5", "--repeats", "1"] if tiny else ["--repeats", "5"],
+        "large step": ["--parameters", "4e5" if tiny else "1.5e9", "--repeats", "1" if tiny else "3"],
+        "capture": ["--scale", "1e-3", "--rounds", "1"] if tiny else ["--rounds", "2"],
+    }
+    sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
+    return [
+        Part("correctness", [*tests, "tests/gpu"], 120),
+        Part("step", [*optim, *sizes["step"], "--output", str(out / f"optim_step_{device}.csv")], 90),
+        Part("capture", [*capture, *sizes["capture"], "--output", str(out / f"capture_cost_{device}.csv")], 100),
+        Part("sanitizer", sanitized, 60, program="compute-sanitizer"),
+        Part(
+            "large step, bfloat16",
+            [*optim, *sizes["large step"], "--dtype", "bfloat16", *few, "--output", str(out / "optim_step_large.csv")],
+            60,
+        ),
+        Part("rates of a character GPT", [*rates, "rates", "--output", str(out / "gpu_rates.csv")], 150),
+        Part("ResNet-20 at large batches", [*rates, "resnet", "--output", str(out / "gpu_resnet.csv")], 150),
+    ]
+
+
+def run(part: Part, seconds: float, log: Path, device: str) -> Row:
+    """Runs one part for at most so many seconds; its output goes to the log."""
+    if part.program and shutil.which(part.program) is None:
+        return {"part": part.name, "status": "not measured", "last_line": f"{part.program} is not installed"}
+    if seconds <= 1:
+        return {"part": part.name, "status": "not measured", "last_line": "no time was left"}
+    command = part.command if part.program else [sys.executable, *part.command]
+    folders = (ROOT, HERE, HERE / "calibration", ROOT / "examples", ROOT / "tests")  # the package need not be installed
+    quiet = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **quiet, "GRADHIST_DEVICE": device}
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    start = monotonic()
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n===== {part.name}\n")
+        file.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = "passed" if process.wait(seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return {"part": part.name, "status": status, "seconds": monotonic() - start, "last_line": lines[-1][:200]}
+
+
+def results(wanted: list[Part], whole: float, log: Path, device: str) -> Iterator[Row]:
+    """Runs the parts, each within its own limit and what is left of the whole."""
+    end = monotonic() + whole
+    for part in wanted:
+        yield run(part, min(part.seconds, end - monotonic()), log, device)
+
+
+def summary(rows: list[Row], out: Path) -> str:
+    """What was found so far, in Markdown."""
+    found = [f"| {row['part']} | {row['status']} | {row.get('seconds', 0):.0f} | {row['last_line']} |" for row in rows]
+    lines = ["| part | status | seconds | last line |", "|---|---|---|---|", *found, ""]
+    for path in sorted(out.glob("*.csv")):
+        if path.name != "gpu_parts.csv":
+            lines.append(f"- {path.name}: {len(read_csv(path))} rows")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs all parts from the command line; the exit status is 1 where a part has failed."""
+    parser = argparse.ArgumentParser(description="All that only a GPU can show, within 8 minutes.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="every part, small: shows that it runs, measures nothing")
+    parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all parts together (default: {WHOLE})")
+    parser.add_argument("--only", nargs="+", metavar="PART")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; --device cpu --tiny shows that every part runs")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is killed, too
+    args.output.mkdir(parents=True, exist_ok=True)
+    log = args.output / "log.txt"
+    log.write_text("", encoding="utf-8")
+    wanted = [
+        part for part in parts(args.device, args.output.resolve(), args.tiny) if not args.only or part.name in args.only
+    ]
+    described = machine(torch.device(args.device), "triton")
+    rows: list[Row] = []
+    for row in results(wanted, args.seconds, log, args.device):
+        rows.append({**row, **described})
+        write_csv(args.output / "gpu_parts.csv", COLUMNS, rows)
+        (args.output / "summary.md").write_text(summary(rows, args.output), encoding="utf-8")
+        print(f"{row['part']}: {row['status']}, {row.get('seconds', 0):.0f} s: {row['last_line']}", flush=True)
+    return int(any(row["status"] == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Two questions that are too large for a CPU, each resumable: ``python benchmarks/gpu_evidence.py rates|resnet``.
+
+``rates``: a character GPT of 10 M parameters, AdamW, learning rates over batch sizes at equal samples and at equal steps,
+with the noise scale along the run. ``resnet``: a ResNet-20 on Fashion-MNIST at the large batches of ALTO's paper, ALTO
+beside LAMB, AdamW and AdamE, rates tuned on one seed. Every finished run is a row of the CSV, and is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from optim_implementations import LeftOut, timm_lamb
+from reporting import RESULTS, Row, machine, read_csv, write_csv
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from workloads import CONTEXT, FASHION_MNIST, GPT, WORKLOADS, Data
+
+from lightning_gradhist import ALTO, AdamE, NoiseScale, no_decay_groups
+
+SETTINGS = ["question", "optimizer", "alpha", "explore_beta", "learning_rate", "batch_size", "steps", "seed"]
+COLUMNS = [
+    *SETTINGS,
+    *"loss accuracy noise_scale noise_lower noise_upper".split(),
+    *"date device gpu torch lightning_gradhist".split(),
+]
+PAIRS = [(-5.0, 0.99), (0.5, 0.01), (-2.0, 0.9), (-5.0, 0.96), (-50.0, 0.99), (-80.0, 0.99)]
+"""alpha and explore_beta: the paper's for large and small batches, and four whose slow average weighs 0.2, 0.2, 0.5, 0.8."""
+_EVERY = 10  # steps between two measurements of the noise scale
+
+
+class ResNet20(nn.Module):
+    """Three stages of three residual blocks, 16, 32 and 64 channels wide, batch norm."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        widths = [width] * 3 + [2 * width] * 3 + [4 * width] * 3
+        self.stem = _convolution(1, width, 1)
+        self.blocks = nn.Sequential(
+            *(_Residual(before, after) for before, after in itertools.pairwise([width, *widths]))
+        )
+        self.head = nn.Linear(4 * width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[n, 10]`` of images ``[n, 1, height, width]``."""
+        return self.head(self.blocks(self.stem(images).relu()).mean((2, 3)))
+
+
+class _Residual(nn.Module):
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        stride = 2 if after > before else 1
+        self.first, self.second = _convolution(before, after, stride), _convolution(after, after, 1)
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.shortcut(x) + self.second(self.first(x).relu())).relu()
+
+
+def _convolution(before: int, after: int, stride: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after))
+
+
+def make_optimizer(settings: Row, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run."""
+    name, rate = settings["optimizer"], settings["learning_rate"]
+    groups, options = no_decay_groups(module, 5e-4), {"lr": rate, "betas": (0.9, 0.99)}
+    explore = {"alpha": settings["alpha"], "explore_beta": settings["explore_beta"]}
+    if name == "LAMB":
+        return timm_lamb()(groups, **options, eps=1e-6, always_adapt=True, max_grad_norm=None)
+    if name == "AdamW":
+        return torch.optim.AdamW(groups, **options)
+    return {"ALTO": ALTO, "AdamE": AdamE}[name](groups, **options, **explore)
+
+
+def train(settings: Row, make_model: Callable[[], nn.Module], data: Data, device: torch.device) -> Row:
+    """Trains once: warm-up over a twentieth, linear decay; and what came of it."""
+    torch.manual_seed(settings["seed"])
+    module = make_model().to(device)
+    optimizer = make_optimizer(settings, module)
+    steps, size = settings["steps"], settings["batch_size"]
+    warm_up = max(1, steps // 20)
+    schedule = LambdaLR(optimizer, lambda k: min((k + 1) / warm_up, (steps - k) / max(1, steps - warm_up)))
+    inputs, labels = data.train.tensors
+    noise, number = None, 0
+    for number, batch in enumerate(itertools.islice(batches(len(inputs), size, device), steps)):
+        halves = batch.chunk(2) if number % _EVERY == 0 and settings["question"] == "rates" else [batch]
+        gradients = []
+        for half in halves:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = module(inputs[half])
+            loss = functional.cross_entropy(logits.float().flatten(0, -2), labels[half].flatten())
+            gradients.append(torch.autograd.grad(loss, list(module.parameters())))
+        names = [name for name, _ in module.named_parameters()]
+        if len(halves) == 2:
+            noise = noise or NoiseScale({name: g for name, g in zip(names, gradients[0], strict=True)}, size // 2)
+            for gradient in gradients:
+                noise.update(dict(zip(names, gradient, strict=True)))
+        for parameter, *parts in zip(module.parameters(), *gradients, strict=True):
+            parameter.grad = sum(parts) / len(parts)
+        optimizer.step()
+        schedule.step()
+    estimate = noise.simple() if noise is not None else None
+    measured = {} if estimate is None else {
+        "noise_scale": estimate.value, "noise_lower": estimate.lower, "noise_upper": estimate.upper
+    }  # fmt: skip
+    return {**settings, **evaluated(module, data, device), **measured}
+
+
+def batches(samples: int, size: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices without end, shuffled anew for each epoch; the last, short batch of an epoch is left out."""
+    while True:
+        yield from torch.randperm(samples, device=device).split(size)[: max(1, samples // size)]
+
+
+@torch.no_grad()
+def evaluated(module: nn.Module, data: Data, device: torch.device) -> Row:
+    """Loss and accuracy on the test data."""
+    module.eval()
+    loss = right = count = 0.0
+    for inputs, labels in zip(*(tensor.split(1000) for tensor in data.test.tensors), strict=True):
+        logits, wanted = module(inputs).float().flatten(0, -2), labels.flatten()
+        loss += float(functional.cross_entropy(logits, wanted, reduction="sum"))
+        right += float((logits.argmax(-1) == wanted).sum())
+        count += len(wanted)
+    return {"loss": loss / count, "accuracy": right / count}
+
+
+def rate_runs(tiny: bool) -> Iterator[Row]:
+    """Batch sizes a factor of four apart, rates a factor of two, at equal samples and at equal steps."""
+    sizes, samples, steps = ((16, 64), 512, 8) if tiny else ((16, 64, 256, 1024, 4096), 98_304, 256)
+    rates = (1e-3, 2e-3) if tiny else tuple(2.0**-power for power in range(13, 6, -1))
+    for size, rate in itertools.product(reversed(sizes), rates):
+        for length in dict.fromkeys((max(1, samples // size), steps)):
+            yield _settings("rates", "AdamW", rate, size, length)
+
+
+def resnet_runs(tiny: bool, found: Callable[[], list[Row]]) -> Iterator[Row]:
+    """At each batch size: every optimizer at its rates with one seed, then its best one with two more."""
+    sizes, epochs = ((64,), 1) if tiny else ((16_384, 4096), 100)
+    samples = 128 if tiny else 60_000
+    layerwise, plain = ((0.02,), (3e-3,)) if tiny else ((0.01, 0.02, 0.04, 0.08), (2e-3, 4e-3, 8e-3, 1.6e-2))
+    pairs = PAIRS[:1] if tiny else PAIRS
+    contestants = [("LAMB", 0.0, 0.0, layerwise), ("AdamW", 0.0, 0.0, plain)]
+    contestants += [
+        (name, *pair, layerwise if name == "ALTO" else plain) for pair in pairs for name in ("ALTO", "AdamE")
+    ]
+    for size, (name, alpha, explore_beta, rates) in itertools.product(sizes, contestants):
+        make = partial(_settings, "resnet", name, batch_size=size, steps=max(1, epochs * samples // size))
+        tuned = [make(rate, alpha=alpha, explore_beta=explore_beta) for rate in rates]
+        yield from tuned
+        done = [row for row in found() if any(_same(row, settings) for settings in tuned)]
+        if done:
+            best = max(done, key=lambda row: row["accuracy"])["learning_rate"]
+            yield from (make(best, alpha=alpha, explore_beta=explore_beta, seed=seed) for seed in (1, 2))
+
+
+def _settings(
+    question: str, optimizer: str, learning_rate: float, batch_size: int, steps: int,
+    alpha: float = 0.0, explore_beta: float = 0.0, seed: int = 0,
+) -> Row:  # fmt: skip
+    values = (question, optimizer, alpha, explore_beta, learning_rate, batch_size, steps, seed)
+    return dict(zip(SETTINGS, values, strict=True))
+
+
+def _same(row: Row, settings: Row) -> bool:
+    return all(row[key] == value or str(row[key]) == str(value) for key, value in settings.items())
+
+
+def run_all(wanted: Iterable[Row], rows: list[Row], train_one: Callable[[Row], Row], output: Path, extra: Any) -> None:
+    """Makes the runs that the table lacks, and writes it after each."""
+    for settings in wanted:
+        if any(_same(row, settings) for row in rows):
+            continue
+        try:
+            row = train_one(settings)
+        except LeftOut as reason:
+            print(f"left out: {settings['optimizer']}: {reason}")
+            continue
+        rows.append({**row, **extra})
+        write_csv(output, COLUMNS, rows, digits=None)
+        print("  ".join(f"{key} {row[key]}" for key in (*SETTINGS[1:], "loss", "accuracy")), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Makes the runs of one question."""
+    parser = argparse.ArgumentParser(description="Evidence that takes a GPU.")
+    parser.add_argument("question", choices=["rates", "resnet"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="the four idx files of Fashion-MNIST")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    output = args.output or RESULTS / "gpu" / f"gpu_{args.question}.csv"
+    workload = WORKLOADS[{"rates": "gpt", "resnet": "mlp" if args.tiny else "cnn"}[args.question]]
+    data = on_device(workload.load(args.data_dir), device, 128 if args.tiny else None)
+    rows = read_csv(output)
+    if args.question == "rates":
+        make_model = partial(GPT, 32, 1, 2) if args.tiny else partial(GPT, 368, 6, 8)
+        wanted = rate_runs(args.tiny)
+    else:
+        make_model = partial(ResNet20, 4 if args.tiny else 16)
+        wanted = resnet_runs(args.tiny, lambda: rows)
+    print(f"{args.question}: {sum(p.numel() for p in make_model().parameters()):,} parameters, context {CONTEXT}")
+    run_all(wanted, rows, lambda one: train(one, make_model, data, device), output, machine(device))
+
+
+def on_device(data: Data, device: torch.device, samples: int | None) -> Data:
+    """The data, or so many samples of it, in the memory of a device."""
+    parts = (tuple(tensor[:samples].to(device) for tensor in part.tensors) for part in data)
+    return Data(*(torch.utils.data.TensorDataset(*tensors) for tensors in parts))
+
+
+if __name__ == "__main__":
+    main()

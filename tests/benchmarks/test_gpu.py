@@ -1,0 +1,71 @@
+"""The script for a GPU, on the host: every part runs, and a kill loses nothing that was found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu
+import pytest
+from gpu import COLUMNS, Part, results, summary
+from reporting import read_csv
+
+pytestmark = pytest.mark.slow
+RATES, RESNET = "rates of a character GPT", "ResNet-20 at large batches"
+
+
+def started(out: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, gpu.__file__, "--device", "cpu", "--tiny", "--output", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_every_part_runs(tmp_path) -> None:
+    process = started(tmp_path)
+    printed, _ = process.communicate(timeout=900)
+    rows = {row["part"]: row for row in read_csv(tmp_path / "gpu_parts.csv")}
+    assert process.returncode == 0, printed + (tmp_path / "log.txt").read_text()[-3000:]
+    assert list(rows) == [part.name for part in gpu.parts("cpu", tmp_path, tiny=True)]
+    assert {row["status"] for name, row in rows.items() if name != "sanitizer"} == {"passed"}
+    found = (tmp_path / "summary.md").read_text()
+    assert all(name in found for name in (*rows, "optim_step_cpu.csv", "capture_cost_cpu.csv", "gpu_rates.csv"))
+    assert "skipped" in rows["correctness"]["last_line"] and "failed" not in rows["correctness"]["last_line"]
+
+
+def test_a_kill_in_mid_run_loses_nothing_and_finished_runs_are_not_made_again(tmp_path) -> None:
+    process = started(tmp_path, "--only", RATES, RESNET)
+    table = tmp_path / "gpu_rates.csv"
+    deadline = time.monotonic() + 120
+    while len(read_csv(table)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    before = read_csv(table)
+    assert 2 <= len(before) < 6
+    process = started(tmp_path, "--only", RATES)
+    process.communicate(timeout=120)
+    after = read_csv(table)
+    assert process.returncode == 0 and len(after) == 6 and after[: len(before)] == before
+
+
+def test_a_part_that_takes_too_long_or_fails_is_named_and_the_next_one_runs(tmp_path) -> None:
+    wanted = [
+        Part("endless", ["-c", "import time; print('begun', flush=True); time.sleep(99)"], 2),
+        Part("wrong", ["-c", "raise SystemExit('no luck')"], 20),
+        Part("absent", [], 20, program="a-program-that-nobody-has"),
+        Part("right", ["-c", "print('done')"], 20),
+    ]
+    rows = list(results(wanted, 60, tmp_path / "log.txt", "cpu"))
+    assert [row["status"] for row in rows] == ["out of time", "failed", "not measured", "passed"]
+    assert [row["last_line"] for row in rows] == [
+        "begun",
+        "no luck",
+        "a-program-that-nobody-has is not installed",
+        "done",
+    ]
+    assert set(rows[0]) <= set(COLUMNS) and "| wrong | failed |" in summary(rows, tmp_path)
+    (late,) = results(wanted[3:], 0.5, tmp_path / "log.txt", "cpu")
+    assert late["status"] == "not measured" and late["last_line"] == "no time was left"
