@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,3 +133,10 @@ def test_pictures_are_small() -> None:
         path.stat().st_size for path in [*(ROOT / "docs" / "pictures").glob("*.png"), ROOT / "examples" / "readme.png"]
     ]
     assert max(sizes) <= 100_000 and sum(sizes) <= 1_000_000
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_are_made_from_runs(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    script["save"](script["vanishing"](), tmp_path / "picture.png")
+    assert 5_000 < (tmp_path / "picture.png").stat().st_size < 100_000
