@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.histogram import COLUMNS as BINS
-from lightning_gradhist.logging.charts import magnitude_report
+from lightning_gradhist.logging.magnitude_report import magnitude_report
 
 WORD = 8  # int64, and a number in a checkpoint
 MOST_BUCKETS = 512

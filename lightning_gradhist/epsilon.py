@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_gradhist.adaptor import AUTO, resolve_explore
+from lightning_gradhist.explore import AUTO, resolve_explore
 from lightning_gradhist.histogram import MagnitudeHistogram
 
 IDLE_SHARE = 0.02
@@ -22,11 +22,10 @@ FAMILIES = ("adam", "rmsprop", "adabelief", "adamomentum", "adame", "alto")
 
 @dataclass(frozen=True)
 class EpsilonRange:
-    r"""The search spaces of epsilon, as :func:`epsilon_range` finds them. Epsilon is in the units of the gradient.
+    r"""The search spaces of epsilon, in the units of the gradient, as :func:`epsilon_range` finds them.
 
-    The authors' goes from the lowest end of any tensor to the highest one; the pooled one is that of all coordinates
-    together. A bias before a normalization, whose gradient is rounding noise, widens the former by decades, and the latter
-    only where such coordinates are more than 2% of all.
+    A bias before a normalization, whose gradient is rounding noise, widens the authors' by decades, and the pooled one only
+    where such coordinates are more than 2% of all.
 
     Attributes:
         lower: lower end of the authors', a power of ten. Below it an epsilon is idle in every tensor, up to the rounding.
@@ -69,9 +68,8 @@ def epsilon_range(
     Adam's step is :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, so epsilon damps a coordinate by :math:`r / (r +
     \epsilon)`. Per tensor, zeros are dropped and ``r`` is sorted ascending; the ends are ``r[int(lower * n)]`` and
     ``r[int(upper * n)]``. The authors' search space goes from the smallest lower end to the largest upper end over all
-    tensors, each rounded to a power of ten, ``10 ** round(log10(.))``. The pooled one goes between the same quantiles of
-    all coordinates together, rounded alike. On four workloads each held an epsilon within the noise of seeds of the best
-    one; the pooled ones were 1 to 4 decades wide, the authors' 2 to 10 (``benchmarks/results/calibration``).
+    tensors, each rounded to a power of ten, ``10 ** round(log10(.))``. The pooled one, which is narrower, goes between the
+    same quantiles of all coordinates together, rounded alike.
 
     Source: Silva and Rodriguez, "Fine-tuning adaptive stochastic optimizers: determining the optimal hyperparameter
     epsilon via gradient magnitude histogram analysis", Neural Computing and Applications 2024 (arXiv 2311.11532).
@@ -99,30 +97,27 @@ def epsilon_range(
     """
     if not 0.0 <= lower <= upper <= 1.0:
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper <= 1, got {lower!r} and {upper!r}")
-    histogram = (
-        MagnitudeHistogram.from_table(rms.names, rms.table.clone())
-        if isinstance(rms, MagnitudeHistogram)
-        else _histogram_of(rms)
-    )
-    if int((histogram.infs + histogram.nans).sum()):
-        raise ValueError("rms must be finite; leave out the gradients that are not")
     if isinstance(rms, MagnitudeHistogram):
+        histogram = MagnitudeHistogram.from_table(rms.names, rms.table.clone())
         ends = zip(rms.quantile(lower).tolist(), rms.quantile(upper).tolist(), strict=True)
         per_name = {name: pair for name, pair in zip(rms.names, ends, strict=True) if not math.isnan(pair[0])}
         pooled = [float(rms.quantile(q, pooled=True)) for q in (lower, upper)]
     else:
+        histogram = MagnitudeHistogram(list(rms))
+        histogram.update(rms)
         per_name = {name: _sorted_ends(values, lower, upper) for name, values in rms.items() if values.any()}
         pooled = [*_sorted_ends(_joined(rms), lower, upper)] if per_name else []
+    if int((histogram.infs + histogram.nans).sum()):
+        raise ValueError("rms must be finite; leave out the gradients that are not")
     if not per_name:
         raise ValueError("rms must hold a value other than zero; every coordinate is zero")
     low = min(pair[0] for pair in per_name.values())
     high = max(pair[1] for pair in per_name.values())
-    pooled_lower, pooled_upper = map(_power_of_ten, pooled)
     return EpsilonRange(
         lower=_power_of_ten(low),
         upper=_power_of_ten(high),
-        pooled_lower=pooled_lower,
-        pooled_upper=pooled_upper,
+        pooled_lower=_power_of_ten(pooled[0]),
+        pooled_upper=_power_of_ten(pooled[1]),
         lower_unrounded=low,
         upper_unrounded=high,
         per_name=per_name,
@@ -134,14 +129,11 @@ def epsilon_range(
 def without_rounding_noise(rms: MagnitudeHistogram, unit: float) -> MagnitudeHistogram:
     r"""A copy of a histogram in which what is zero but for rounding counts as zero.
 
-    The gradient of a bias before a normalization, or of an attention's keys, is a sum of terms that cancel, and that are
-    about as large as the layer's other gradients. What is left is a few units in the last place of these: 0.02 to 9 of the
-    largest of the layer were measured in float32, 0.01 to 2 in bfloat16, on small transformers and convolutions. Noise is
-    what lies below 16 of them; in 16-bit arithmetic below 1, as true gradients are not far above.
+    The gradient of a bias before a normalization, or of an attention's keys, is a sum of terms that cancel, each about as
+    large as the layer's largest gradient. What is left was 0.02 to 9 units in the last place of that one in float32, 0.01
+    to 2 in bfloat16. Noise is what lies below 16 of them; in 16-bit arithmetic below 1, as true gradients are not far above.
 
-    Args:
-        rms: of the root mean square of gradients; a layer is what comes before the last dot of a name.
-        unit: the relative precision of the arithmetic, ``torch.finfo(dtype).eps``.
+    A layer is what comes before the last dot of a name; ``unit`` is the arithmetic's ``torch.finfo(dtype).eps``.
     """
     layers = [name.rpartition(".")[0] or name for name in rms.names]
     largest: dict[str, float] = {}
@@ -156,25 +148,12 @@ def without_rounding_noise(rms: MagnitudeHistogram, unit: float) -> MagnitudeHis
 
 
 def choose_epsilon(current: float, search_space: EpsilonRange) -> float:
-    """The epsilon that does no harm: the current one while it is idle, else one that is.
+    """The current epsilon while it is idle, else the largest power of ten that is; so it is never raised.
 
-    It is idle while it halves the step, or more, of at most 2% of all coordinates together. Else it is lowered to the
-    largest power of ten that is idle. It is never raised: what is gained between the ends of the search space, no
-    histogram shows.
-
-    All coordinates count alike, since the lower end of the authors' search space is that of its lowest tensor.
-
-    Args:
-        current: from 0 up.
-        search_space: of the gradients that the optimizer will see.
+    It is idle while it halves the step, or more, of at most 2% of all coordinates together.
     """
     if search_space.damped_share(current) <= IDLE_SHARE:
         return current
-    return largest_idle(search_space)
-
-
-def largest_idle(search_space: EpsilonRange) -> float:
-    """The largest power of ten that halves the step, or more, of at most 2% of all coordinates together."""
     highest = math.floor(math.log10(float(search_space.histogram.quantile(IDLE_SHARE, pooled=True))))
     powers = (float(f"1e{exponent}") for exponent in (highest, highest - 1))  # the first may lie in the quantile's bin
     return next(eps for eps in powers if search_space.damped_share(eps) <= IDLE_SHARE)
@@ -195,9 +174,8 @@ class SecondMoment:
       :math:`e_t = b e_{t-1} + (1 - b) g_t`, where ``b`` is ``explore_beta``.
 
     With the gradients of an epoch at frozen weights, ``epsilon_range(moment.rms())`` is the search space exactly as the
-    authors of the rule find it (Silva and Rodriguez 2024, arXiv 2311.11532). AdaBelief adds its epsilon to ``v``, inside
-    the root: its search space is that of ``r ** 2``, and of ``(1 - beta2) * r ** 2`` where the epsilon is added at every
-    step to the running average, as AdaBelief's authors do.
+    authors of the rule find it (Silva and Rodriguez 2024, arXiv 2311.11532). AdaBelief adds its epsilon inside the root: its
+    search space is that of ``r ** 2``, and of ``(1 - beta2) * r ** 2`` where it adds it at every step, as its authors do.
 
     Args:
         family: one of ``"adam"``, ``"rmsprop"``, ``"adabelief"``, ``"adamomentum"``, ``"adame"`` and ``"alto"``.
@@ -287,12 +265,6 @@ class SecondMoment:
             return adapted
         m = before.lerp_(g, 1 - self.beta1)
         return g - m if self.family == "adabelief" else m
-
-
-def _histogram_of(rms: Mapping[str, Tensor]) -> MagnitudeHistogram:
-    histogram = MagnitudeHistogram(list(rms))
-    histogram.update(rms)
-    return histogram
 
 
 def _sorted_ends(values: Tensor, lower: float, upper: float) -> tuple[float, float]:

@@ -29,15 +29,10 @@ _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
 
 @dataclass(frozen=True)
 class Bins:
-    """Counts of finite values on bins, with what can be told from them alone.
+    """Counts of finite values on bins, with what can be told from them alone."""
 
-    Attributes:
-        edges: of the bins, float64 ``[bins + 1]``.
-        counts: int64 ``[rows, bins]``.
-    """
-
-    edges: Tensor
-    counts: Tensor
+    edges: Tensor  # of the bins, float64 [bins + 1]
+    counts: Tensor  # int64 [rows, bins]
 
     def quantiles(self, shares: Sequence[float]) -> Tensor:
         """As :meth:`MagnitudeHistogram.quantile`, of several shares: float64 ``[rows, len(shares)]``."""
@@ -64,14 +59,12 @@ class MagnitudeHistogram:
     r"""Counts of :math:`|x|` on log-spaced bins, one row of bins a name.
 
     The bin of a value is its float32 exponent and its top 3 mantissa bits, ``(bits(x) & 0x7fffffff) >> 20``. So every
-    power of two is split into 8 bins of equal width, and a bin is 1/16 to 1/8 of its magnitude wide. The same value
-    falls into the same bin on every device and rank, so that counts add exactly, and a loss scale of ``2**n`` moves every
-    count by ``8 * n`` bins.
+    power of two is split into 8 bins of equal width, the same on every device and rank: counts add exactly, and a loss
+    scale of ``2**n`` moves every count by ``8 * n`` bins.
 
-    float16, bfloat16 and float8 values are converted to float32, which is exact. float64 values are truncated to their
-    bin, not rounded. Zeros and magnitudes below ``2**-126`` (subnormal in float32) are counted in :attr:`zeros`,
-    infinities and magnitudes of ``2**128`` or more in :attr:`infs`, and NaN in :attr:`nans`, so that every value is
-    counted once. Values that a sparse tensor does not store are zeros.
+    Values of other dtypes are converted to float32; float64 is truncated to its bin, not rounded. Every value is counted
+    once: zeros and magnitudes below ``2**-126`` (subnormal in float32) in :attr:`zeros`, infinities and magnitudes of
+    ``2**128`` or more in :attr:`infs`, NaN in :attr:`nans`. Values that a sparse tensor does not store are zeros.
 
     Args:
         names: the names of the rows; they must differ.
@@ -141,13 +134,12 @@ class MagnitudeHistogram:
     def update(self, values: Mapping[str, Tensor], rows: Mapping[str, str] | None = None) -> None:
         """Counts the magnitudes of floating-point tensors of any shape, layout and device.
 
-        On CUDA, with Triton, those of one dtype of float32, bfloat16 and float16 are counted in one launch. The host does
-        not wait for tensors on the device of :attr:`table`, with or without Triton.
+        The host does not wait for tensors on the device of :attr:`table`. On CUDA, with Triton, those of one dtype of
+        float32, bfloat16 and float16 are counted in one launch.
 
         Args:
             values: from a name of :attr:`names` to a tensor. Names may be missing.
-            rows: from each name in ``values`` to the one of :attr:`names` under which its tensor is counted, where that
-                is another one; several may be counted under one.
+            rows: from each name in ``values`` to that of :attr:`names` under which it is counted; itself by default.
 
         Raises:
             ValueError: for a name that the histogram does not have.
@@ -233,18 +225,11 @@ class MagnitudeHistogram:
         return self._bins.shares_below([magnitude])[:, 0]
 
     def norm(self) -> Tensor:
-        """Euclidean norm of the values in :attr:`counts`, float64 ``[len(names)]``, taking them as uniform in a bin.
-
-        The error of one value is at most half a bin, and that of many values far less. Values that are not finite are
-        left out.
-        """
+        """Euclidean norm of the values in :attr:`counts`, float64 ``[len(names)]``, taking them as uniform in a bin."""
         return self._bins.norm()
 
     def occupied(self) -> Bins:
-        """The bins from the first to the last that has a count in any row, and after the rows one of all together.
-
-        Of 254 octaves few are in use, so that this is much less to look at. Without any count it is one bin.
-        """
+        """The bins from the first to the last that has a count in any row, or one bin; a last row is of all together."""
         pooled = self.counts.sum(0, keepdim=True)
         there = pooled[0].nonzero()[:, 0].tolist() or [0]
         first, end = there[0], there[-1] + 1
@@ -256,13 +241,7 @@ class MagnitudeHistogram:
 
 
 def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Adds the counts of tensors to rows of a table, without a kernel.
-
-    Args:
-        table: ``[names, 2035]`` in int64, contiguous, on the device of the tensors.
-        rows: a row for each tensor.
-        tensors: real floating-point tensors of one dtype and device, of any shape and layout.
-    """
+    """Adds the counts of tensors of one dtype and device to rows of a table, a row each, without a kernel."""
     small: list[tuple[int, Tensor]] = []
     for row, tensor in zip(rows, tensors, strict=True):
         values, implicit_zeros = flat_values(tensor)

@@ -34,9 +34,8 @@ class PowerLaw:
 
     def ratio(self, batch_size: float, reference_batch_size: float) -> float:
         """Learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
-        return (
-            _samples("batch_size", batch_size) / _samples("reference_batch_size", reference_batch_size)
-        ) ** self.exponent
+        batch = _samples("batch_size", batch_size)
+        return (batch / _samples("reference_batch_size", reference_batch_size)) ** self.exponent
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class SurgeLaw:
     .. math:: \eta(B) = \eta_{max} \Big/ \tfrac12\left(\sqrt{B_n / B} + \sqrt{B / B_n}\right)
 
     Li et al., "Surge Phenomenon in Optimal Learning Rate and Batch Size Scaling", NeurIPS 2024 (arXiv 2405.14578),
-    Theorem 3, which holds for :math:`B \ll \pi\sigma^2 / (2\mu^2)`; for much larger batches the rate is constant (Theorem
-    4). So beyond ``valid_until`` the ratio stays what it is there. In a ratio the peak :math:`\eta_{max}` cancels.
+    Theorem 3, for :math:`B \ll \pi\sigma^2 / (2\mu^2)`; far above, and here beyond ``valid_until``, the rate is constant
+    (Theorem 4). In a ratio the peak :math:`\eta_{max}` cancels.
 
     Args:
         noise_scale: :math:`B_n` in samples, positive; infinite gives the square-root law, which has no peak.
@@ -78,43 +77,24 @@ class SurgeLaw:
 
 @dataclass(frozen=True)
 class RateRatio:
-    """A ratio of learning rates, its interval, and what to know about it.
+    """A ratio of learning rates, its interval, and what to know about it."""
 
-    Attributes:
-        value: learning rate as a multiple of the reference's.
-        lower: smallest ratio at the noise scale and the two ends of its interval.
-        upper: largest of the three.
-        law: name of the law that it comes from.
-        reasons: sentences, in the order in which the decisions were made.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    law: str
-    reasons: tuple[str, ...] = ()
+    value: float  # the rate as a multiple of the reference's
+    lower: float  # the smallest ratio at the noise scale and the two ends of its interval
+    upper: float  # the largest of the three
+    law: str  # that it comes from
+    reasons: tuple[str, ...] = ()  # sentences, in the order of the decisions
 
 
 def plain_law(name: str) -> PowerLaw:
-    """The law of a name that needs no noise scale: ``"sqrt"``, ``"fourth_root"``, ``"linear"`` or ``"keep"``.
-
-    Raises:
-        ValueError: for another name.
-    """
+    """The law of a name of :data:`PLAIN_LAWS`; ``ValueError`` for another."""
     if name not in _EXPONENTS:
         raise ValueError(f"the name of a law must be one of {LAWS}, got {name!r}")
     return PowerLaw(_EXPONENTS[name])
 
 
 def surge_ratio(noise_scale: float, batch_size: float, reference_batch_size: float, from_record: bool) -> float:
-    """The ratio of the surge law, within the bounds that :func:`choose_ratio` states.
-
-    Args:
-        noise_scale: ``B_adam`` as it is measured, in samples, from 0 up.
-        batch_size: in samples.
-        reference_batch_size: in samples.
-        from_record: whether it was measured over a run rather than at its start.
-    """
+    """The ratio of the surge law, within the bounds that :func:`choose_ratio` states; noise scales from 0 up."""
     if noise_scale <= 0:  # no noise: nothing is gained by a larger batch
         return 1.0
     ratio = SurgeLaw(noise_scale, valid_until=BOUND * noise_scale).ratio(batch_size, reference_batch_size)
@@ -135,14 +115,14 @@ def choose_ratio(
 ) -> RateRatio:
     r"""Applies a law with care: bounds what a probe may do, and refuses what the data do not support.
 
-    Of the surge law, which needs a noise scale:
+    Of the surge law:
 
-    - From a probe at the start of a run the noise scale is far too small, so the ratio stays between 1 and the square
-      root of the ratio of batch sizes. From the record of a run the full law is used.
+    - With the noise scale of a probe, which is far too small, the ratio stays between 1 and the square root of the ratio of
+      batch sizes. With that of a record the full law is used.
     - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio levels off.
-    - Where no signal stands out of the noise, where the interval of the noise scale has no bound above or none but zero
-      below, and where its ends give ratios of the full law a factor of two or more apart, the law is refused, and the
-      fallback is used instead. At the reference's own batch size nothing is refused: the ratio is 1.
+    - It is refused, and the fallback used, where no signal stands out of the noise, and where the interval of the noise
+      scale is not within positive bounds, or its ends give ratios of the full law a factor of two or more apart. At the
+      reference's own batch size nothing is refused: the ratio is 1.
 
     Args:
         law: one of :data:`LAWS`.

@@ -1,4 +1,4 @@
-"""The histogram as a metric of torchmetrics, which resets and synchronises itself among a module's other metrics."""
+"""The histogram as a metric of torchmetrics."""
 
 from __future__ import annotations
 

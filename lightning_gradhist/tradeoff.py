@@ -41,9 +41,8 @@ class TradeoffRow:
 def critical_batch_size(noise: NoiseEstimate) -> NoiseEstimate:
     """The noise scale of Theorem 5, where half of the samples are spent on noise, from ``B_adam`` over a run.
 
-    They are not the same quantity: on the three workloads where both could be measured (``benchmarks/calibration``)
-    Theorem 5 fitted best with 0.044, 0.074 and 0.5 times the mean ``B_adam``. So the value is 0.12 of it, and the interval
-    goes from 0.04 of the lower end to 0.5 of the upper one.
+    It is 0.12 of ``B_adam``, with an interval from 0.04 of the lower end to 0.5 of the upper one: on three workloads
+    Theorem 5 fitted best with 0.044, 0.074 and 0.5 times the mean (``benchmarks/calibration``).
 
     Args:
         noise: ``B_adam`` over a whole run; one at its start is far too small.
@@ -68,8 +67,7 @@ def batch_size_tradeoff(
 
     Li et al. 2024 (arXiv 2405.14578), Theorem 5, after McCandlish et al. 2018 (arXiv 1812.06162). Against the present
     batch size :math:`B_0` the minima cancel: with :math:`q = (B + B_n) / (B_0 + B_n)` samples are multiplied by
-    :math:`q` and steps by :math:`q B_0 / B`. Far below the noise scale twice the batch halves the steps at no cost in
-    samples, far above it it doubles the samples and saves no step.
+    :math:`q` and steps by :math:`q B_0 / B`.
 
     Args:
         noise: the noise scale :math:`B_n` with a bounded interval, as :func:`critical_batch_size` gives it.

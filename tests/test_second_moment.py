@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_gradhist.adaptor import variance_factor
 from lightning_gradhist.epsilon import FAMILIES, SecondMoment, epsilon_range
+from lightning_gradhist.explore import variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.noise import GradientMoments
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.strategies import is_sharded
+from lightning_gradhist.callbacks.strategies import is_cut_up
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
 _UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
@@ -211,14 +211,14 @@ def accumulated(trainer: Trainer) -> int:
 
 def parts_of_a_step(trainer: Trainer) -> int:
     """Micro-batches of a step over all ranks, where this rank's gradient of the first of them can be told; else 1."""
-    if not trainer.lightning_module.automatic_optimization or is_sharded(trainer):
+    if not trainer.lightning_module.automatic_optimization or is_cut_up(trainer):
         return 1
     return accumulated(trainer) * trainer.world_size
 
 
 def gradients_a_step(trainer: Trainer) -> int:
     """How many of the probe's gradients, over all ranks, an optimizer step is the mean of."""
-    return accumulated(trainer) * (1 if is_sharded(trainer) else trainer.world_size)
+    return accumulated(trainer) * (1 if is_cut_up(trainer) else trainer.world_size)
 
 
 def _declared(trainer: Trainer) -> int | None:

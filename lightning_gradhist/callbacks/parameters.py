@@ -6,7 +6,11 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what torch.compile and activation checkpointing put in
+from lightning_gradhist.callbacks._fsdp import flat_pieces
+from lightning_gradhist.callbacks._lightning import Trainer
+
+# What torch.compile, activation checkpointing and FSDP1 put in.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def plain_name(name: str) -> str:
@@ -23,9 +27,11 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return plain
 
 
-def model_shapes(module: nn.Module) -> dict[str, list[int]]:
-    """Names and shapes of the parameters that are trained, by which a record knows its model."""
-    return {name: list(p.shape) for name, p in named_parameters(module).items() if p.requires_grad and not is_lazy(p)}
+def model_shapes(trainer: Trainer) -> dict[str, list[int]]:
+    """Names and whole shapes of the parameters that are trained, by which a record knows its model."""
+    pieces, named = flat_pieces(trainer), named_parameters(trainer.lightning_module)
+    trained = {name: p for name, p in named.items() if p.requires_grad and not is_lazy(p)}
+    return {name: list(pieces[id(p)].shape if id(p) in pieces else p.shape) for name, p in trained.items()}
 
 
 def optimizer_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_gradhist._dtensor import local
+from lightning_gradhist.callbacks._fsdp import FlatPiece, flat_pieces, is_fsdp
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
@@ -20,10 +21,29 @@ _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 @dataclass(frozen=True)
 class Replicas:
-    """How a whole tensor lies on the ranks: every one of ``ranks`` holds all of it, and this is ``rank``."""
+    """How tensors lie on the ranks: every one of ``ranks`` holds all of a whole tensor, and this is ``rank``.
+
+    Attributes:
+        rank: from 0 to ``ranks - 1``.
+        ranks: number of ranks.
+        pieces: the parameters of which FSDP1 has left each rank a flat piece, by ``id``.
+    """
 
     rank: int
     ranks: int
+    pieces: Mapping[int, FlatPiece] = field(default_factory=dict, compare=False)
+
+    def holders(self, parameter: Tensor) -> Replicas:
+        """The ranks that hold the same of a parameter as this one does."""
+        piece = self.pieces.get(id(parameter))
+        if piece is not None:
+            group = piece.group
+            return Replicas(0, 1) if group is None else Replicas(group.rank(), group.size())
+        return _replicated(parameter) if isinstance(parameter, DTensor) else self
+
+    def are_whole(self, parameter: Tensor) -> bool:
+        """Whether every rank holds all of a parameter."""
+        return not isinstance(parameter, DTensor) and id(parameter) not in self.pieces
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -36,6 +56,11 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
 def is_a(thing: object, *names: str) -> bool:
     """Whether a class of one of these names is among a thing's own; by name, as Lightning's classes are there twice."""
     return not {cls.__name__ for cls in type(thing).__mro__}.isdisjoint(names)
+
+
+def is_cut_up(trainer: Trainer) -> bool:
+    """Whether ranks hold parts of parameters, so that none has a gradient of its own before they are averaged."""
+    return is_sharded(trainer) or is_fsdp(trainer)
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -58,6 +83,8 @@ def replicas(trainer: Trainer) -> Replicas | None:
         sharded = [p for p in trainer.lightning_module.parameters() if isinstance(p, DTensor)]
         whole = all(p.device_mesh.size() == trainer.world_size for p in sharded)
         return Replicas(trainer.global_rank, trainer.world_size) if whole else None
+    if is_fsdp(trainer):
+        return Replicas(trainer.global_rank, trainer.world_size, flat_pieces(trainer))
     if is_a(strategy, "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy"):
         return Replicas(strategy.global_rank, strategy.world_size)
     return Replicas(0, 1) if is_a(strategy, "SingleDeviceStrategy") else None
@@ -137,10 +164,11 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
         tensors together.
     """
     own = {name: as_real(local(parameter.detach())) for name, parameter in parameters.items()}
-    flat = {name: _flat(tensor, own[name]) for name, tensor in tensors.items()}
+    lengths = {name: getattr(replicas.pieces.get(id(p)), "values", None) for name, p in parameters.items()}
+    flat = {name: _flat(tensor, own[name])[: lengths[name]] for name, tensor in tensors.items()}
     by_holders: dict[Replicas, dict[str, int]] = {}
     for name, parameter in parameters.items():
-        by_holders.setdefault(_holders(parameter, replicas), {})[name] = own[name].numel()
+        by_holders.setdefault(replicas.holders(parameter), {})[name] = own[name].numel()
     shared = {holders: sizes for holders, sizes in by_holders.items() if holders.ranks > 1}
     pieces = {name: tensor[:0] for sizes in shared.values() for name, tensor in flat.items() if name in sizes}
     for holders, sizes in shared.items():
@@ -148,10 +176,8 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
     return flat | pieces
 
 
-def _holders(parameter: Tensor, replicas: Replicas) -> Replicas:
-    """The ranks that hold the same of a parameter as this one does."""
-    if not isinstance(parameter, DTensor):
-        return replicas
+def _replicated(parameter: DTensor) -> Replicas:
+    """The ranks that hold the same shard of a DTensor as this one does."""
     mesh, rank, ranks = parameter.device_mesh, 0, 1
     for dim, (placement, position) in enumerate(zip(parameter.placements, mesh.get_coordinate() or (), strict=False)):
         if placement.is_replicate():

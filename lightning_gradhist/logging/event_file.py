@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_gradhist.logging.charts import Distribution
+from lightning_gradhist.logging.magnitude_report import Distribution
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary

@@ -16,8 +16,8 @@ import torch
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_law, surge_ratio
-from lightning_gradhist.logging.charts import shown_buckets
-from lightning_gradhist.logging.report import CalibrationResult
+from lightning_gradhist.logging.calibration_report import CalibrationResult
+from lightning_gradhist.logging.magnitude_report import shown_buckets
 from lightning_gradhist.plan import Plan
 from lightning_gradhist.tradeoff import Band, batch_size_tradeoff, critical_batch_size
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning_gradhist.logging import event_file
-from lightning_gradhist.logging.charts import Distribution
 from lightning_gradhist.logging.figures import pixels
+from lightning_gradhist.logging.magnitude_report import Distribution
 
 
 class Sink:

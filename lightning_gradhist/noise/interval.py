@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import covariance, fmean
 
 ENOUGH = 10
 """Measurements along a run from which its noise scale can be told, as a rule."""
@@ -39,23 +40,17 @@ def ratio_estimate(
 ) -> NoiseEstimate:
     """Fieller's interval for ``scale * average(noise) / average(signal)`` from independent pairs of measurements.
 
-    Pairs that are not finite are left out.
-
-    Args:
-        noise: measurements of the noise.
-        signal: measurements of the signal, one for each of the noise.
-        scale: factor of the ratio.
-        confidence: from 0 to 1.
-        references: number of gradients in the reference that all were measured against; its error adds that of as many
-            measurements.
+    Pairs that are not finite are left out. ``references`` is the number of gradients in the reference that all were measured
+    against, whose error is added.
     """
     pairs = [pair for pair in zip(noise, signal, strict=True) if all(map(math.isfinite, pair))]
-    noise, signal = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    number = len(pairs)
-    top, bottom = average(noise), average(signal)
+    if not pairs:
+        return NoiseEstimate(math.inf, 0.0, math.inf, confidence, 0)
+    noise, signal = zip(*pairs, strict=True)
+    number, top, bottom = len(pairs), fmean(noise), fmean(signal)
     value = scale * top / bottom if bottom > 0 else math.inf
     if number < 3:
-        return NoiseEstimate(value if number else math.inf, 0.0, math.inf, confidence, number)
+        return NoiseEstimate(value, 0.0, math.inf, confidence, number)
     t = student_quantile(0.5 + confidence / 2, number - 1)
     error = t * t * (1 / number + 1 / references)
     # The ratios R with (top - R * bottom)^2 <= t^2 var(top - R * bottom): a R^2 - 2 b R + c <= 0.
@@ -89,14 +84,3 @@ def _student_distribution(angle: float, degrees: int) -> float:
         total += term
     within = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
     return (1 + within) / 2
-
-
-def average(values: Sequence[float]) -> float:
-    """Average without loss of digits; NaN of nothing."""
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def covariance(x: Sequence[float], y: Sequence[float]) -> float:
-    """Unbiased covariance of pairs; needs two."""
-    mean_x, mean_y = average(x), average(y)
-    return math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (len(x) - 1)

@@ -63,9 +63,9 @@ class RunRecord:
         Args:
             path: of a file, whose folder is made, or a URL that fsspec knows (``s3://``, ``gs://``, ``memory://``).
         """
-        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-        if is_url(path):
+        content = _finite({"schema_version": SCHEMA_VERSION, **asdict(self)})
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        if _is_url(path):
             _save_at_url(str(path), text)
             return
         path = Path(path)
@@ -84,11 +84,10 @@ class RunRecord:
         """Reads a record.
 
         Args:
-            path: of a file, or a URL that fsspec knows.
+            path: as for :meth:`save`.
 
         Raises:
-            RecordError: where the file is missing, is no whole record, has another schema version, or has numbers out of
-                their range.
+            RecordError: for a file that is missing, is no whole record, is of another version, or has illegal numbers.
         """
         try:
             content = json.loads(_text(path))
@@ -122,11 +121,7 @@ class RunRecord:
         return record
 
     def of_optimizer(self, name: str, parameters: Collection[str]) -> OptimizerRecord:
-        """The entry of an optimizer: of the same parameters, and of several that have them of the same class.
-
-        Args:
-            name: class of the optimizer.
-            parameters: names of its parameters.
+        """The entry of an optimizer, by the names of its parameters, of several that have them by its class.
 
         Raises:
             RecordError: where none fits, or more than one.
@@ -143,14 +138,7 @@ class RunRecord:
         return fitting[0]
 
     def check_model(self, model: Mapping[str, list[int]]) -> None:
-        """Refuses a record of another model.
-
-        Args:
-            model: names and shapes of the parameters that are to be trained.
-
-        Raises:
-            RecordError: naming the first parameter that differs.
-        """
+        """Refuses a record of another model than that with these names and shapes: a ``RecordError`` names what differs."""
         for name in [*self.model, *model]:
             recorded, present = self.model.get(name), model.get(name)
             if recorded != present:
@@ -160,14 +148,9 @@ class RunRecord:
                 )
 
 
-def is_url(path: str | Path) -> bool:
-    """Whether fsspec is asked for a path, as Lightning's loggers do."""
-    return "://" in str(path)
-
-
 def exists(path: str | Path) -> bool:
     """Whether there is a file, or something else, at a path or URL."""
-    if not is_url(path):
+    if not _is_url(path):
         return Path(path).exists()
     filesystem, place = _file_system(str(path))
     return bool(filesystem.exists(place))
@@ -175,7 +158,11 @@ def exists(path: str | Path) -> bool:
 
 def path_in(directory: str, name: str = FILE_NAME) -> str:
     """The path of a file in a directory, which may be a URL."""
-    return f"{directory.rstrip('/')}/{name}" if is_url(directory) else str(Path(directory) / name)
+    return f"{directory.rstrip('/')}/{name}" if _is_url(directory) else str(Path(directory) / name)
+
+
+def _is_url(path: str | Path) -> bool:
+    return "://" in str(path)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -194,7 +181,7 @@ def _save_at_url(url: str, text: str) -> None:
 
 
 def _text(path: str | Path) -> str:
-    if is_url(path):
+    if _is_url(path):
         filesystem, place = _file_system(str(path))
         return bytes(filesystem.cat_file(place)).decode()
     path = Path(path)
@@ -208,16 +195,10 @@ def _optimizer_record(entry: dict[str, Any]) -> OptimizerRecord:
     rates = [_number("learning_rates", rate) for rate in entry["learning_rates"]]
     if not any(rates):
         raise ValueError(f"learning_rates must have one above 0, got {rates}")
-    return OptimizerRecord(
-        **{
-            **entry,
-            "name": str(entry["name"]),
-            "learning_rates": rates,
-            "batch_size": _number("batch_size", entry["batch_size"]),
-            "noise": noise,
-            "parameters": [str(name) for name in entry.get("parameters", ())],
-        }
-    )
+    batch_size = _number("batch_size", entry["batch_size"])
+    parameters = [str(name) for name in entry.get("parameters", ())]
+    read = {"name": str(entry["name"]), "learning_rates": rates, "batch_size": batch_size}
+    return OptimizerRecord(**{**entry, **read, "noise": noise, "parameters": parameters})
 
 
 def _noise_estimate(entry: dict[str, Any]) -> NoiseEstimate:

@@ -14,7 +14,7 @@ from lightning_gradhist.tensors import sums, total
 
 
 class GradientMoments:
-    """Streaming mean and variance of gradients, coordinate by coordinate (Welford; merged as Chan et al. 1983).
+    """Streaming mean and variance of gradients, coordinate by coordinate (Welford; over ranks as Chan et al. 1983).
 
     Args:
         like: names and tensors whose shapes and devices the gradients have. Kept in float32, or float64 for float64.
@@ -32,8 +32,7 @@ class GradientMoments:
 
         Args:
             gradients: names and gradients.
-            weight: its samples as a multiple of those of a gradient that mean and variance are told for. The variance of
-                this one is by so much smaller.
+            weight: its samples as a multiple of those of a gradient that mean and variance are told for.
         """
         before = self.weight
         self.count += 1
@@ -42,18 +41,6 @@ class GradientMoments:
             deviation = _deviation(gradients.get(name), mean)
             mean.add_(deviation, alpha=weight / self.weight)
             self.sum_of_squares[name].addcmul_(deviation, deviation, value=weight * before / self.weight)
-
-    def merge(self, other: GradientMoments) -> None:
-        """Adds the gradients that another instance has seen."""
-        total = self.weight + other.weight
-        if total == 0:
-            return
-        for name, mean in self.mean.items():
-            difference = other.mean[name] - mean
-            weight = self.weight * other.weight / total
-            self.sum_of_squares[name].add_(other.sum_of_squares[name]).addcmul_(difference, difference, value=weight)
-            mean.add_(difference, alpha=other.weight / total)
-        self.count, self.weight = self.count + other.count, total
 
     def all_reduce(self, group: Any = None) -> None:
         """Merges the instances of all ranks; to be called on every rank, which then hold the same."""
@@ -76,16 +63,14 @@ class GradientMoments:
     def second_moment(self, batch_ratio: float = 1.0, centered: Collection[str] = ()) -> dict[str, Tensor]:
         r"""Expected squared gradient :math:`\mu^2 + \sigma^2 / k` of a batch ``k = batch_ratio`` times as large.
 
-        The square of the measured mean is larger than :math:`\mu^2` by :math:`\sigma^2 / W`, with ``W`` the sum of the
-        weights, which is taken off. Of the names in ``centered`` it is the variance :math:`\sigma^2 / k`.
+        Of the names in ``centered`` it is the variance :math:`\sigma^2 / k`.
         """
-        variance = self.variance()
-        return {
-            name: variance[name] / batch_ratio
-            if name in centered
-            else mean.square().sub_(variance[name] / self.weight).clamp_(min=0).add_(variance[name] / batch_ratio)
-            for name, mean in self.mean.items()
-        }
+        moments = {}
+        for name, variance in self.variance().items():
+            moments[name] = variance / batch_ratio
+            if name not in centered:  # the square of the measured mean is too large by its variance
+                moments[name] += self.mean[name].square().sub_(variance / self.weight).clamp_(min=0)
+        return moments
 
 
 class NoiseScale:
@@ -97,15 +82,13 @@ class NoiseScale:
     .. math:: B = b \, \sum_i w_i \sigma_{b,i}^2 / \sum_i w_i \mu_i^2,
 
     with :math:`w = 1` for ``B_simple`` (McCandlish et al. 2018, arXiv 1812.06162, eq. 2.9) and :math:`w = 1 / (\sqrt{v} +
-    \epsilon)` for ``B_adam``, the metric in which Adam steps. The square of one measured mean counts noise as signal.
-    So the first half of the gradients gives mean, variance and :math:`v`; then each gradient ``g`` of the second half
-    gives one independent measurement of the signal, ``sum(w * mean * g)``, and one of the noise,
-    ``sum(w * (g - mean)**2) / (b/m + 1/W)``. Here ``m`` is the number of its samples, and ``W`` that of the first half as a
-    multiple of ``b``, since :math:`E(g - mean)^2 = \sigma_b^2 (b/m + 1/W)` where ``mean`` weighs each gradient by its
-    samples. As ``w`` is smaller where the measured mean is larger, ``w * mean`` comes out
-    too small; Stein's lemma says by how much, and that is added. The interval is Fieller's for the ratio of the averages;
-    the error of the first half is bounded by that of the second. It is the interval of ``B_adam`` in the metric that the
-    first half gave, which differs from the metric of the exact :math:`v` by a few percent.
+    \epsilon)` for ``B_adam``, the metric in which Adam steps. The first half of the gradients gives mean, variance and
+    :math:`v`. Each gradient ``g`` of the second half, of ``m`` samples, then measures the signal, ``sum(w * mean * g)``, and
+    the noise, ``sum(w * (g - mean)**2) / (b/m + 1/W)``, where ``W`` is the number of samples of the first half as a multiple
+    of ``b``. What ``w * mean`` has too little, as ``w`` falls with the measured mean, is added by Stein's lemma.
+
+    The interval is Fieller's for the ratio of the averages. That of ``B_adam`` is in the metric that the first half gave,
+    which differs from the metric of the exact :math:`v` by a few percent.
 
     Args:
         like: names and tensors whose shapes and devices the gradients have, such as the parameters.
@@ -187,17 +170,6 @@ class NoiseScale:
             for name, mean in self.first_half.mean.items()
         }
 
-    def merge(self, other: NoiseScale) -> None:
-        """Adds what another instance with the same ``batch_size`` has seen.
-
-        Both must be in the same half. In the second each keeps being measured against its own first half, which is as
-        unbiased as against a common one.
-        """
-        if (self._weights is None) != (other._weights is None) or self.batch_size != other.batch_size:
-            raise ValueError("other must have the same batch_size and be in the same half to be merged")
-        self.first_half.merge(other.first_half)
-        self._measurements += other._measurements
-
     def all_reduce(self, group: Any = None) -> None:
         """Merges over all ranks; to be called on every rank, at the end of each half.
 
@@ -207,9 +179,8 @@ class NoiseScale:
             self.first_half.all_reduce(group)
             return
         gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(
-            gathered, [(m.cpu(), inflation) for m, inflation in self._measurements], group=group
-        )
+        own = [(numbers.cpu(), inflation) for numbers, inflation in self._measurements]
+        torch.distributed.all_gather_object(gathered, own, group=group)
         self._measurements = [measurement for of_rank in gathered for measurement in of_rank]
 
     def all_reduce_shards(self, group: Any = None) -> None:
@@ -218,10 +189,10 @@ class NoiseScale:
         The first half needs nothing of the other ranks. Every rank has seen the same gradients.
         """
         if self._measurements:
-            sums = torch.stack([measurement for measurement, _ in self._measurements])
-            torch.distributed.all_reduce(sums, group=group)
-            inflations = [inflation for _, inflation in self._measurements]
-            self._measurements = list(zip(sums.unbind(), inflations, strict=True))
+            measured, inflations = zip(*self._measurements, strict=True)
+            summed = torch.stack(measured)
+            torch.distributed.all_reduce(summed, group=group)
+            self._measurements = list(zip(summed.unbind(), inflations, strict=True))
 
     def simple(self, confidence: float = 0.95) -> NoiseEstimate:
         """``B_simple``, in samples, with its interval."""
@@ -232,12 +203,10 @@ class NoiseScale:
         return self._estimate(2, confidence)
 
     def _estimate(self, column: int, confidence: float) -> NoiseEstimate:
-        measured = [(m.tolist(), inflation) for m, inflation in self._measurements]
-        noise = [numbers[column] / inflation for numbers, inflation in measured]
-        signal = [numbers[column + 1] for numbers, _ in measured]
-        return ratio_estimate(
-            noise, signal, scale=self.batch_size, confidence=confidence, references=self.first_half.weight
-        )
+        noise = [float(numbers[column]) / inflation for numbers, inflation in self._measurements]
+        signal = [float(numbers[column + 1]) for numbers, _ in self._measurements]
+        references = self.first_half.weight
+        return ratio_estimate(noise, signal, scale=self.batch_size, confidence=confidence, references=references)
 
 
 def _all_reduced(tensors: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]:
@@ -262,16 +231,9 @@ def _deviation(gradient: Tensor | None, mean: Tensor) -> Tensor:
 
 
 def _unbiased_reference(mean: Tensor, variance: Tensor, second_moment: Tensor, eps: float) -> Tensor:
-    """``w * mean - variance * dw/dmean``, whose expectation is ``E[w] * E[mean]`` (Stein's lemma for a normal mean).
-
-    Args:
-        mean: measured mean.
-        variance: of the measured mean.
-        second_moment: as :meth:`GradientMoments.second_moment` makes it of the two: it moves with ``mean**2`` above
-            ``variance``, and not below.
-        eps: Adam's epsilon.
-    """
+    """``w * mean - variance * dw/dmean``, whose expectation is ``E[w] * E[mean]`` (Stein's lemma for a normal mean)."""
     weight = adam_weight(second_moment, eps)
-    # dw/dmean = -weight**2 * mean / sqrt(v), factored so that nothing leaves the range of float32
+    # The second moment moves with mean**2 above the variance of the mean, and not below. There dw/dmean is
+    # -weight**2 * mean / sqrt(v), factored so that nothing leaves the range of float32.
     slope = torch.where(mean.square() > variance, weight * (mean / second_moment.sqrt()), 0)
     return weight * (mean + variance * slope)

@@ -20,21 +20,15 @@ _WAITING = 64  # bounds what a record holds of the device
 class NoiseRecord:
     """Noise scale over a run, at no extra backward pass.
 
-    Within a step, the gradient ``p`` of one micro-batch, accumulated or of one rank, and that ``g`` of the whole give the
-    noise from ``sum(w * (p - g)**2)`` and the signal from ``sum(w * g**2)`` less what noise adds to it, both without bias
-    (:func:`lightning_gradhist.noise.step.measure_part`).
-
-    Else, gradients of successive steps give the signal ``sum(w * g1 * g2)`` and the noise from ``sum(w * (g1 - g2)**2)``
-    (:func:`lightning_gradhist.noise.step.measure_pair`). Their bias: the weights of the second gradient are one step
-    further, which the first gradient took part in (by ``1 - beta1`` of its length under momentum), so that the signal comes
-    out a little small and the noise scale a little large.
-
-    Both know the true numbers of samples of their gradients, which may differ.
+    Within a step, a micro-batch, accumulated or of one rank, is measured against the whole, without bias
+    (:func:`lightning_gradhist.noise.step.measure_part`). Else successive steps are measured against each other
+    (:func:`lightning_gradhist.noise.step.measure_pair`): as the first gradient took part in the step to the second, the
+    signal then comes out a little small, and the noise scale a little large.
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
-        most: entries that a record may have, so that it does not grow for ever. Beyond it two neighbours become one, and
-            from then on an entry is the average of twice as many successive measurements, so that all weigh the same.
+        most: entries that a record may have. Beyond it two neighbours become one, and from then on an entry is the average
+            of twice as many successive measurements, so that all weigh the same.
     """
 
     def __init__(self, samples: Sequence[Mapping[str, Any]] = (), most: int = 4096) -> None:
@@ -54,7 +48,7 @@ class NoiseRecord:
         Args:
             step: optimizer step of the gradient, of a pair that of the first.
             batch_size: samples of the gradient that the noise is told for.
-            measurement: of :func:`noise_and_signal`; what is not finite is recorded as None.
+            measurement: of :func:`lightning_gradhist.noise.step.noise_and_signal`; what is not finite is recorded as None.
         """
         if len(self._waiting) == _WAITING:
             self._take_down()
@@ -89,15 +83,17 @@ class NoiseRecord:
     def estimate(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
         """The noise scale averaged over the run, in samples.
 
-        It grows during a run, so the run is cut into windows of equally many steps, each gives a ratio with Fieller's
-        interval, and the ratios are averaged, errors in quadrature. There are as many windows, up to eight, as leave
-        every interval bounded.
+        As it grows during a run, the ratios of windows of equally many steps, with Fieller's intervals, are averaged,
+        errors in quadrature. There are as many windows, up to eight, as leave every interval bounded.
 
         Args:
             metric: ``"simple"`` or ``"adam"``.
             confidence: of the interval.
         """
-        samples = self._known(metric)
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        whole = [sample for sample in self.samples if _measurements(sample) == self._stride]
+        samples = [s for s in whole if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
         measured = sum(map(_measurements, samples))
         for number in range(max(1, min(_MAX_WINDOWS, measured // _MIN_WINDOW)), 0, -1):
             spans, cut = _cut(samples, number)
@@ -106,12 +102,6 @@ class NoiseRecord:
                 break
         found = _average(windows, spans) if len(windows) > 1 else windows[0]
         return replace(found, measurements=sum(window.measurements for window in windows) * self._stride)
-
-    def _known(self, metric: str) -> list[dict[str, Any]]:
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        whole = [sample for sample in self.samples if _measurements(sample) == self._stride]
-        return [s for s in whole if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
 
 
 def _measurements(sample: Mapping[str, Any]) -> int:
@@ -122,13 +112,12 @@ def _averaged(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The average of neighbours, each with the weight of its measurements."""
     if len(samples) == 1:
         return dict(samples[0])
-    averaged: dict[str, Any] = {}
-    for key in samples[0].keys() - {"step", "measurements"}:
+    averaged: dict[str, Any] = {"step": samples[0]["step"]}
+    for key in [key for key in samples[0] if key not in ("step", "measurements")]:
         known = [(sample[key], _measurements(sample)) for sample in samples if sample[key] is not None]
         weight = sum(count for _, count in known)
         averaged[key] = math.fsum(value * count for value, count in known) / weight if known else None
-    ordered = {key: averaged[key] for key in samples[0] if key in averaged}
-    return {"step": samples[0]["step"], **ordered, "measurements": sum(map(_measurements, samples))}
+    return {**averaged, "measurements": sum(map(_measurements, samples))}
 
 
 def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: float) -> NoiseEstimate:
@@ -139,10 +128,10 @@ def _of_window(samples: Sequence[Mapping[str, Any]], metric: str, confidence: fl
 
 
 def _average(windows: Sequence[NoiseEstimate], spans: Sequence[float]) -> NoiseEstimate:
-    shares = [span / math.fsum(spans) for span in spans]
-    value = math.fsum(share * window.value for share, window in zip(shares, windows, strict=True))
-    below = math.hypot(*(share * (window.value - window.lower) for share, window in zip(shares, windows, strict=True)))
-    above = math.hypot(*(share * (window.upper - window.value) for share, window in zip(shares, windows, strict=True)))
+    weighed = [(span / math.fsum(spans), window) for span, window in zip(spans, windows, strict=True)]
+    value = math.fsum(share * window.value for share, window in weighed)
+    below = math.hypot(*(share * (window.value - window.lower) for share, window in weighed))
+    above = math.hypot(*(share * (window.upper - window.value) for share, window in weighed))
     return NoiseEstimate(value, max(value - below, 0.0), value + above, windows[0].confidence, 0)
 
 
@@ -156,8 +145,7 @@ def _cut(samples: Sequence[dict[str, Any]], number: int) -> tuple[list[float], l
     windows: list[list[dict[str, Any]]] = [[] for _ in range(number)]
     spans = [0.0] * number
     for sample, start, end in zip(samples, starts[:-1], starts[1:], strict=True):
-        index = math.ceil(number * (end - first) / (starts[-1] - first) - 1e-9) - 1
-        index = min(max(index, 0), number - 1)
+        index = min(max(math.ceil(number * (end - first) / (starts[-1] - first) - 1e-9) - 1, 0), number - 1)
         windows[index].append(sample)
         spans[index] += end - start
     return spans, windows

@@ -21,13 +21,11 @@ def measure_pair(
 ) -> Tensor:
     r"""Squared distance :math:`|g_1 - g_2|^2` and product :math:`g_1 g_2` of two independent gradients.
 
-    For gradients of :math:`n_1` and :math:`n_2` samples, at fixed weights, :math:`E|g_1 - g_2|^2 = \operatorname{tr}\Sigma
-    (1/n_1 + 1/n_2)` and :math:`E\,g_1 g_2 = |G|^2`, with :math:`\Sigma` the covariance of one sample's gradient.
+    Of :math:`n_1` and :math:`n_2` samples, at fixed weights, :math:`E|g_1 - g_2|^2 = \operatorname{tr}\Sigma (1/n_1 + 1/n_2)`
+    and :math:`E\,g_1 g_2 = |G|^2`, with :math:`\Sigma` the covariance of one sample's gradient.
 
-    Args:
-        first: names and gradients.
-        second: names and gradients; a name that only one of the two has is left out.
-        weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
+    A name that only one of the two has is left out. ``weights`` are those of :func:`adam_weight`, None if the optimizer has
+    no second moment.
 
     Returns:
         float64 ``[4]``: distance and product with weight 1, then with ``weights``; NaN where there is nothing to measure.
@@ -42,23 +40,15 @@ def measure_part(
 ) -> Tensor:
     r"""Squared distance :math:`|p - g|^2` of the gradient of a micro-batch from that of the whole step, and :math:`|g|^2`.
 
-    The whole is the mean of the gradients of ``K`` micro-batches, accumulated or of other ranks, whatever their sizes
-    :math:`n_k`. So at fixed weights and for independent samples its covariance is :math:`\Sigma / N` with :math:`1/N =
-    \sum_k 1/n_k / K^2`, that of the micro-batch's gradient with it :math:`\Sigma / (K n)`, and
+    The whole is the mean of the gradients of ``K`` micro-batches of :math:`n_k` samples, accumulated or of other ranks. At
+    fixed weights and for independent samples its covariance is :math:`\Sigma / N` with :math:`1/N = \sum_k 1/n_k / K^2`, and
 
     .. math:: E|p - g|^2 = \operatorname{tr}\Sigma \left(\frac{1 - 2/K}{n} + \frac1N\right), \qquad
-        E|g|^2 = |G|^2 + \operatorname{tr}\Sigma / N,
+        E|g|^2 = |G|^2 + \operatorname{tr}\Sigma / N
 
-    which for equal sizes is :math:`\operatorname{tr}\Sigma (1/n - 1/N)` with :math:`N = K n` (McCandlish et al. 2018,
-    appendix A.1, with the difference in place of two norms, which has less variance).
+    (McCandlish et al. 2018, appendix A.1, with the difference in place of two norms, which has less variance).
 
-    Args:
-        part: names and gradients of one micro-batch; a name that it has not had no gradient there, which is zero.
-        whole: names and gradients of the whole step.
-        weights: names and :func:`adam_weight`; None if the optimizer has no second moment.
-
-    Returns:
-        float64 ``[4]``, as of :func:`measure_pair`.
+    A name that ``part`` has not had no gradient there, which is zero. Weights and result are as of :func:`measure_pair`.
     """
     return _measured(lambda g, _: g.square(), whole, part, weights)
 

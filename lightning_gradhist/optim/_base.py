@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import Optimizer
 
-from lightning_gradhist.adaptor import AUTO, check_explore, explore_choice
+from lightning_gradhist.explore import AUTO, check_explore, explore_choice
 from lightning_gradhist.optim._checks import refuse_complex, refuse_sparse
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_gradhist.adaptor import check_explore
+from lightning_gradhist.explore import check_explore
 
 
 def check_hyper_parameters(group: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
-from lightning_gradhist.adaptor import AUTO, resolve_explore
+from lightning_gradhist.explore import AUTO, resolve_explore
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Backend, backend_of
 from lightning_gradhist.optim._base import ExploringOptimizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from lightning_gradhist.adaptor import AUTO
+from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._checks import refuse_flat

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist._dtensor import from_shard, local, placed_as
-from lightning_gradhist.adaptor import AUTO, check_explore, resolve_explore
+from lightning_gradhist.explore import AUTO, check_explore, resolve_explore
 from lightning_gradhist.optim._base import ExploringOptimizer
 from lightning_gradhist.optim._checks import refuse_complex
 from lightning_gradhist.optim._formulas import explored_gradients, move_averages, wide_dtype

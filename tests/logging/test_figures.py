@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_gradhist.epsilon import epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.logging.calibration_report import CalibrationResult
 from lightning_gradhist.logging.figures import (
     available,
     epsilon_figure,
@@ -22,7 +23,6 @@ from lightning_gradhist.logging.figures import (
     magnitude_heatmap,
     tradeoff_figure,
 )
-from lightning_gradhist.logging.report import CalibrationResult
 from lightning_gradhist.noise.interval import NoiseEstimate
 
 

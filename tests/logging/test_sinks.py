@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging import sinks as module
-from lightning_gradhist.logging.charts import Distribution, MagnitudeReport, magnitude_report
+from lightning_gradhist.logging.magnitude_report import Distribution, MagnitudeReport, magnitude_report
 from lightning_gradhist.logging.sinks import (
     LoggerSink,
     Sink,

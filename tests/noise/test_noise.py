@@ -93,22 +93,6 @@ def test_the_gradients_are_neither_kept_nor_changed() -> None:
     assert not any(m.requires_grad for m in moments.mean.values())
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0)], ids=str)
-def test_moments_merge_in_any_order(order: tuple[int, ...]) -> None:
-    batch = gradients(17, mean=3.0)
-    parts = [batch[:1], batch[1:6], batch[6:]]
-    first, *rest = [moments_of(parts[i]) for i in order]
-    first.merge(GradientMoments(like()))
-    for other in rest:
-        first.merge(other)
-    assert_moments(first, batch, 2e-5)
-    empty = GradientMoments(like())
-    empty.merge(GradientMoments(like()))
-    assert empty.count == 0
-    empty.merge(first)
-    assert_moments(empty, batch, 2e-5)
-
-
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 8.0, 64.0])
 def test_second_moment_is_unbiased_where_there_is_signal(ratio: float) -> None:
     number, coordinates, sigma = 16, 100_000, 2.0
@@ -224,13 +208,13 @@ def test_gradients_of_different_sizes_give_the_closed_form(sizes: tuple[int, ...
     assert noise.adam().value == pytest.approx(synthetic.truth(synthetic.exact_weight(1e-8, 1.0)), rel=0.03)
 
 
-def test_the_order_and_the_merging_of_different_sizes_do_not_matter() -> None:
+def test_the_order_of_different_sizes_does_not_matter() -> None:
     batch, weights = gradients(9), [0.5, 1.0, 4.0] * 3
-    together, one, other = (GradientMoments(like()) for _ in range(3))
-    for i, (gradient, weight) in enumerate(zip(batch, weights, strict=True)):
+    together, one = (GradientMoments(like()) for _ in range(2))
+    for gradient, weight in zip(batch, weights, strict=True):
         together.update(gradient, weight)
-        (one if i % 2 else other).update(gradient, weight)
-    one.merge(other)
+    for gradient, weight in reversed(list(zip(batch, weights, strict=True))):
+        one.update(gradient, weight)
     mean = sum(w * g["weight"].double() for w, g in zip(weights, batch, strict=True)) / sum(weights)
     for moments in (together, one):
         assert (moments.count, moments.weight) == (9, sum(weights))
@@ -301,36 +285,6 @@ def test_no_noise_is_a_noise_scale_of_zero() -> None:
     assert noise.simple() == NoiseEstimate(0.0, 0.0, 0.0, 0.95, 4) == noise.adam()
 
 
-def test_merging_equals_one_process() -> None:
-    synthetic = Synthetic("scaled")
-    first, second = synthetic(12), synthetic(10)
-    alone, one, other = (NoiseScale(synthetic.like(), BATCH) for _ in range(3))
-    for i, gradient in enumerate(first):
-        alone.update(gradient)
-        (one if i % 3 else other).update(gradient)
-    one.merge(other)
-    assert one.first_half.count == 12
-    for noise in (alone, one):
-        noise.split(eps=1e-3, batch_ratio=2.0)
-        for gradient in second:
-            noise.update(gradient)
-    for merged, single in ((one.simple(), alone.simple()), (one.adam(), alone.adam())):
-        assert (merged.value, merged.lower, merged.upper) == pytest.approx(
-            (single.value, single.lower, single.upper), rel=1e-4
-        )
-
-
-def test_merging_second_halves_adds_measurements() -> None:
-    synthetic = Synthetic("scaled", coordinates=2000)
-    one, other = synthetic.measure(8, 8), synthetic.measure(8, 8)
-    apart = [one.simple(), other.simple()]
-    one.merge(other)
-    together = one.simple()
-    assert together.measurements == 16
-    assert min(e.value for e in apart) <= together.value <= max(e.value for e in apart)
-    assert together.upper - together.lower < min(e.upper - e.lower for e in apart)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -338,13 +292,6 @@ def test_merging_second_halves_adds_measurements() -> None:
         pytest.param(lambda: NoiseScale({}, math.nan), ValueError, "got nan", id="batch-nan"),
         pytest.param(lambda: NoiseScale(like(), 1).split(0.0), RuntimeError, "needs two gradients", id="none-yet"),
         pytest.param(lambda: Synthetic("scaled").measure(2, 2).split(0.0), RuntimeError, "called once", id="twice"),
-        pytest.param(lambda: NoiseScale(like(), 1).merge(NoiseScale(like(), 2)), ValueError, "batch_size", id="merge"),
-        pytest.param(
-            lambda: NoiseScale(Synthetic("scaled").like(), BATCH).merge(Synthetic("scaled").measure(2, 2)),
-            ValueError,
-            "in the same half",
-            id="merge-halves",
-        ),
         pytest.param(lambda: NoiseRecord().estimate("lion"), ValueError, "got 'lion'", id="metric"),
     ],
 )

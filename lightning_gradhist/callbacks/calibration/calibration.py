@@ -25,7 +25,7 @@ from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_para
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
-from lightning_gradhist.logging.report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
 from lightning_gradhist.logging.sinks import sinks
 from lightning_gradhist.noise.record import OptimizerRecord, RecordError, RunRecord
 
@@ -41,28 +41,15 @@ class _Phase(Enum):
 
 @dataclass(frozen=True)
 class _Applied:
-    """What a run was calibrated to, which its checkpoints hold.
+    """What a run was calibrated to, which its checkpoints hold."""
 
-    Attributes:
-        report: as text; None where nothing was applied.
-        changes: of the optimizer's groups.
-        batch_size: samples of an optimizer step that they are for.
-    """
-
-    report: str | None = None
+    report: str | None = None  # None where nothing was applied
     changes: tuple[GroupChange, ...] = ()
-    batch_size: float | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"report": self.report, "changes": [asdict(c) for c in self.changes], "batch_size": self.batch_size}
+    batch_size: float | None = None  # samples of an optimizer step that they are for
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
-        """Reads a state, also one of an older version, which may lack keys and have others.
-
-        Raises:
-            Exception: for anything else.
-        """
+        """Reads a state, also one of an older version, which may lack keys and have others; raises for anything else."""
         changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
         found = cls(state["report"], changes, state.get("batch_size"))
         numbers = [found.batch_size or 0.0, *(change.after for change in changes)]
@@ -78,26 +65,25 @@ class OptimizerCalibration(Callback):
     Without arguments it lowers an epsilon that damps the optimizer's steps. Told at which batch size a learning rate is
     trusted, by ``reference_batch_size`` or by the record of a run (``reference``), it carries that rate over to the batch
     size of this run: the samples counted in the batches that come, times accumulation, over all data-parallel ranks. The
-    report goes to the console and the loggers, and stays in :attr:`result`, which is None in a run that goes on from a
-    checkpoint.
+    report goes to the console and the loggers, and stays in :attr:`result`.
 
-    *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, on copies: of the
-    module with all that it holds, of optimizers, schedulers, callbacks, loaders, samplers and datasets, and of what the
-    user's own functions, classes and modules keep in variables; loggers are silent, and the random generators of torch,
-    numpy and Python are put back. So the run goes on as if there had been no probe. What cannot be copied, as a generator
-    or an open file, ends the probe where it is used, and the report says its path. Tensors and arrays of the data of more
-    than 1 MiB are read in place, and the probe ends where one is written into. Out of reach are files that
-    ``training_step`` writes, other processes, and what installed packages keep to themselves. The copies take the memory
-    of the parameters and buffers once, and what is measured several times that of the parameters. Under FSDP2 the
-    parameters themselves are used, and put back; all else is copied. A batch that runs out of memory or is not finite is
-    left out, and the report says so.
+    *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, on copies: of
+    the module with all that it holds, of optimizers, schedulers, callbacks, loaders, samplers and datasets, and of what the
+    user's own functions, classes and modules keep in variables. Loggers are silent, and the random generators of torch,
+    numpy and Python are put back. So the run goes on as if there had been no probe.
 
-    *Epsilon* matters to most coordinates within the pooled search space of :func:`lightning_gradhist.epsilon_range`, and to
-    some within the authors', here of :math:`r = \sqrt{E g^2}` for gradients as large as the optimizer will see them (batch
-    size, clipping, adaptor E). ``"auto"`` keeps an epsilon that damps at most 2% of all coordinates together, and lowers
-    another to the largest power of ten that does; what is zero but for rounding, as the gradient of a bias before a
-    normalization, counts as zero. It never raises one, but to 1e-7 where torch's optimizer would step in
-    float16, in which 1e-8 is zero.
+    - What cannot be copied, as a generator or an open file, ends the probe where it is used, and the report says its path.
+    - Tensors and arrays of the data of more than 1 MiB are read in place; the probe ends where one is written into.
+    - Out of reach are files that ``training_step`` writes, other processes, and what installed packages keep to themselves.
+    - The copies take the memory of the parameters and buffers once, and what is measured several times that of the
+      parameters. Under FSDP2 the parameters themselves are used, and put back.
+    - A batch that runs out of memory or is not finite is left out, and the report says so.
+
+    *Epsilon* matters within the search spaces of :func:`lightning_gradhist.epsilon_range`, here of :math:`r = \sqrt{E g^2}`
+    for gradients as large as the optimizer will see them (batch size, clipping, adaptor E). ``"auto"`` keeps an epsilon that
+    damps at most 2% of all coordinates together, and lowers another to the largest power of ten that does; what is zero but
+    for rounding, as the gradient of a bias before a normalization, counts as zero. It never raises one, but to 1e-7 where
+    torch's optimizer would step in float16, in which 1e-8 is zero.
 
     *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
     recorded run of the same class of optimizer; another class takes the record's ratio alone, for its own rate. It is
@@ -105,18 +91,19 @@ class OptimizerCalibration(Callback):
 
     - ``"surge"``, :class:`lightning_gradhist.SurgeLaw`, needs the noise scale ``B_adam``: the one over the recorded run, or
       the probe's, which at the start of a run is far too small, so that the ratio then stays between 1 and the square
-      root of the ratio of batch sizes. Past its bound it levels off, as Theorem 4 has it. What the data do not support is
-      refused: then ``fallback`` is used, and the report says why.
+      root of the ratio of batch sizes. Past its bound it levels off. What the data do not support is refused: then
+      ``fallback`` is used, and the report says why.
     - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none.
 
     *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and
     ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
-    and the schedulers, with the rates that these keep of their own (``eta_min``). Copies of them are stepped through the run
-    first: where one would not follow at every step, the rate is kept, and the report names it. Groups that are added later,
-    as by ``BackboneFinetuning``, begin with the calibrated epsilon; their rate is left as it was added, with a warning.
-    All is done once: a resumed run keeps its values, and warns where it goes on at another batch size.
-    Callbacks that read the learning rate at the first batch, such as ``LearningRateMonitor``, see the new one if they come
-    after this one.
+    and the schedulers, with the rates that these keep of their own (``eta_min``).
+
+    - The rate is kept, and the report names the scheduler, where a copy of one does not follow at every step.
+    - Groups that are added later, as by ``BackboneFinetuning``, begin with the calibrated epsilon and the rate that they are
+      added with; a warning says so.
+    - A resumed run keeps its values, and warns where it goes on at another batch size.
+    - Callbacks that read the learning rate at the first batch, such as ``LearningRateMonitor``, must come after this one.
 
     Args:
         reference_batch_size: samples of an optimizer step at which the optimizer's own learning rate is trusted.
@@ -189,7 +176,7 @@ class OptimizerCalibration(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
-        return self._applied.state_dict()
+        return {**asdict(self._applied), "changes": [asdict(change) for change in self._applied.changes]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Marks the calibration as done if it was, and takes up its changes."""
@@ -286,7 +273,7 @@ class OptimizerCalibration(Callback):
         try:
             if isinstance(outcome, RecordError):
                 raise outcome
-            outcome.check_model(model_shapes(module))
+            outcome.check_model(model_shapes(trainer))
             return outcome.of_optimizer(type(optimizer).__name__, [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
@@ -296,7 +283,7 @@ def _obstacle(trainer: Trainer) -> str | None:
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
     if not is_known(trainer):
-        return f"{type(trainer.strategy).__name__} is not supported, only one device, DDP and ModelParallelStrategy (FSDP2) are"
+        return f"{type(trainer.strategy).__name__} is not supported, only one device, DDP, FSDP and ModelParallelStrategy are"
     if trainer.global_step > 0:
         return (
             f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradhist.adaptor import AUTO, explore_choice
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options
+from lightning_gradhist.callbacks.calibration.handoff import rate_factors
+from lightning_gradhist.explore import AUTO, explore_choice
 from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
-from lightning_gradhist.logging.report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
 from lightning_gradhist.noise import NoiseEstimate
 
 _KEPT = RateRatio(1.0, 1.0, 1.0, "keep")
@@ -27,12 +28,7 @@ class Decision:
 
 
 def decide(options: Options, evidence: Evidence) -> CalibrationResult:
-    """Decides on adaptor E's two numbers, on epsilon and on the learning rate.
-
-    Args:
-        options: what the user asked for.
-        evidence: what is known.
-    """
+    """Decides on alpha and explore_beta, on epsilon and on the learning rate."""
     probe = evidence.probe
     clipping = [explain.clipped(*probe.clipping)] if probe.clipping else []
     explore, eps = choose_explore(evidence), decide_epsilon(options, evidence)
@@ -104,15 +100,9 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     if options.learning_rate == "keep" or obstacle is not None or batch_size is None or reference is None:
         return _KEPT, decision
     noise, source = known_noise(options, evidence)
-    ratio = choose_ratio(
-        options.learning_rate,
-        batch_size,
-        reference,
-        noise,
-        from_record=source == "record",
-        fallback=options.fallback,
-    )
-    (decision.problems if ratio.law != options.learning_rate else decision.reasons).extend(ratio.reasons)
+    law, from_record = options.learning_rate, source == "record"
+    ratio = choose_ratio(law, batch_size, reference, noise, from_record=from_record, fallback=options.fallback)
+    (decision.problems if ratio.law != law else decision.reasons).extend(ratio.reasons)
     if evidence.later_accumulation:
         decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
     own = [group.lr or 0.0 for group in evidence.groups]
@@ -122,21 +112,13 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
         for index, (before, rate) in enumerate(zip(own, trusted, strict=True))
         if before > 0 and not math.isclose(rate * ratio.value, before, rel_tol=1e-12)
     ]
-    stray = evidence.stray(_factors(own, changes)) if changes else None
+    stray = evidence.stray(rate_factors(own, changes)) if changes else None
     if stray is not None:
         decision.problems.append(explain.stray_schedule(stray))
         return _KEPT, decision
     decision.reasons.extend([reason] if reason else [])
     decision.changes.extend(changes)
     return ratio, decision
-
-
-def _factors(own: Sequence[float], changes: Sequence[GroupChange]) -> list[float | None]:
-    """What the rate of each group is multiplied by; None where it is 0."""
-    factors: list[float | None] = [1.0 if rate > 0 else None for rate in own]
-    for change in changes:
-        factors[change.group] = change.after / float(change.before)
-    return factors
 
 
 def known_noise(options: Options, evidence: Evidence) -> tuple[NoiseEstimate | None, str | None]:
@@ -172,7 +154,7 @@ def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -
     rates = recorded.learning_rates
     alike = len(rates) == len(own) and not any(rate == 0 < before for rate, before in zip(rates, own, strict=True))
     if recorded.name == evidence.optimizer and alike:
-        return recorded.learning_rates, explain.recorded_rate(ratio.value, recorded.learning_rates, own)
+        return rates, explain.recorded_rate(ratio.value, rates, own)
     why = f"is of {recorded.name}" if recorded.name != evidence.optimizer else "has other parameter groups"
     return own, explain.ratio_only(why, evidence.optimizer, own, recorded.batch_size)
 

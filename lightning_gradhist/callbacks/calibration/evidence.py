@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.adaptor import AUTO, explore_choice, resolve_explore, variance_factor
 from lightning_gradhist.callbacks._lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
@@ -24,8 +23,9 @@ from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.strategies import is_a, is_sharded
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
+from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.learning_rate import SURGE
+from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 
 MIN_BATCHES = 4
@@ -35,37 +35,22 @@ MIN_BATCHES = 4
 class Options(Protocol):
     """What the user of :class:`lightning_gradhist.OptimizerCalibration` asked for."""
 
-    @property
-    def reference_batch_size(self) -> int | None: ...  # noqa: D102
-    @property
-    def epsilon(self) -> float | str: ...  # noqa: D102
-    @property
-    def learning_rate(self) -> str: ...  # noqa: D102
-    @property
-    def probe_batches(self) -> int: ...  # noqa: D102
-    @property
-    def apply(self) -> bool: ...  # noqa: D102
-    @property
-    def batch_size(self) -> int | None: ...  # noqa: D102
-    @property
-    def fallback(self) -> str: ...  # noqa: D102
+    reference_batch_size: int | None
+    epsilon: float | Literal["auto", "keep"]
+    learning_rate: Law
+    probe_batches: int
+    apply: bool
+    fallback: PlainLaw
 
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """What a calibration asks of a parameter group.
+    """What a calibration asks of a parameter group."""
 
-    Attributes:
-        lr: the rate that its schedule is a multiple of; None where that is no number.
-        eps: its epsilon; None where that is no number.
-        least_eps: the smallest epsilon that it can hold.
-        alpha: key of adaptor E's alpha; None where its two numbers are not to be chosen.
-    """
-
-    lr: float | None
-    eps: float | None
-    least_eps: float
-    alpha: str | None
+    lr: float | None  # the rate that its schedule is a multiple of; None where that is no number
+    eps: float | None  # None where it is no number
+    least_eps: float  # the smallest epsilon that it can hold
+    alpha: str | None  # key of adaptor E's alpha; None where its two numbers are not to be chosen
 
     def chosen_eps(self, epsilon: float | str, search_space: EpsilonRange | None) -> float:
         """The epsilon that an option asks for, from a search space where there is one; 0 of a group without."""
@@ -80,51 +65,31 @@ class ParamGroup:
 
 @dataclass
 class ProbeFindings:
-    """What a probe has found, as far as it came.
-
-    Attributes:
-        search_space: of epsilon.
-        noise: ``B_adam`` in samples.
-        gradients: number of gradients behind them, over all ranks.
-        clipping: the norm that gradients are clipped to, and the factor that this makes.
-        reasons: what is worth knowing of it.
-        problems: a sentence for each thing that could not be done.
-    """
+    """What a probe has found, as far as it came."""
 
     search_space: EpsilonRange | None = None
-    noise: NoiseEstimate | None = None
-    gradients: int = 0
-    clipping: tuple[float, float] | None = None
+    noise: NoiseEstimate | None = None  # B_adam
+    gradients: int = 0  # behind them, over all ranks
+    clipping: tuple[float, float] | None = (
+        None  # the norm that gradients are clipped to, and the factor that this makes
+    )
     reasons: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a calibration is decided from.
+    """What a calibration is decided from."""
 
-    Attributes:
-        optimizer: class of the optimizer.
-        adaptive: whether its step is divided by the root of an average of squares, plus its epsilon.
-        groups: its parameter groups.
-        batch_size: samples of an optimizer step; None if unknown.
-        why_no_batch_size: why it is unknown, where this rank knows.
-        accumulation: micro-batches of a step on one rank.
-        later_accumulation: what that will be, by epoch, where a callback changes it.
-        recorded: of an earlier run, or None.
-        stray: says, of factors for the rates of the groups, which scheduler would not follow them, or None.
-        probe: what the probe has found; nothing where there was none.
-    """
-
-    optimizer: str
-    adaptive: bool
+    optimizer: str  # its class
+    adaptive: bool  # whether its step is divided by the root of an average of squares, plus its epsilon
     groups: Sequence[ParamGroup]
-    batch_size: float | None
+    batch_size: float | None  # samples of an optimizer step; None if unknown
     recorded: OptimizerRecord | None = None
-    stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None
-    why_no_batch_size: str | None = None
-    accumulation: int = 1
-    later_accumulation: Mapping[int, int] = field(default_factory=dict)
+    stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None  # see handoff.stray_schedule
+    why_no_batch_size: str | None = None  # where this rank knows
+    accumulation: int = 1  # micro-batches of a step on one rank
+    later_accumulation: Mapping[int, int] = field(default_factory=dict)  # by epoch, where a callback changes it
     probe: ProbeFindings = field(default_factory=ProbeFindings)
 
     @property
@@ -140,24 +105,20 @@ def gather(
     samples: SampleCount,
     recorded: OptimizerRecord | None,
 ) -> Evidence:
-    """Gathers all there is, with a probe where one is needed; to be called on every rank, at the first batch.
-
-    Args:
-        options: what the user asked for.
-        trainer: at its first batch.
-        module: at its first batch.
-        samples: that has counted the first batch.
-        recorded: of an earlier run, or None.
-    """
+    """Gathers all there is, with a probe where one is needed; to be called on every rank, when the first batch is counted."""
     optimizer: Optimizer = trainer.optimizers[0]
-    adaptive = rule_of(optimizer).adaptive
-    horizons = _horizons(trainer)
+    adaptive, horizons = rule_of(optimizer).adaptive, _horizons(trainer)
     rates = base_rates(optimizer, [scheduler for scheduler, _ in horizons])
     evidence = Evidence(
         optimizer=type(optimizer).__name__,
         adaptive=adaptive,
         groups=[
-            _param_group(optimizer, group, rate, adaptive)
+            ParamGroup(
+                lr=rate,
+                eps=group["eps"] if adaptive and isinstance(group.get("eps"), (int, float)) else None,
+                least_eps=least_epsilon(optimizer, group),
+                alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
+            )
             for group, rate in zip(optimizer.param_groups, rates, strict=True)
         ],
         batch_size=effective_batch_size(trainer, samples),
@@ -189,8 +150,7 @@ class _Measurement:
     def __init__(self, options: Options, trainer: Trainer, evidence: Evidence, samples: SampleCount) -> None:
         self._options, self._trainer, self._evidence = options, trainer, evidence
         self._found, self._samples = evidence.probe, samples
-        self.batch_size = evidence.batch_size
-        """Samples of a step, as far as the batches of the probe tell."""
+        self.batch_size = evidence.batch_size  # of a step, as far as the batches of the probe tell
         self._micro_batches = gradients_a_step(trainer)
         self._centered: set[str] = set()
 
@@ -201,10 +161,13 @@ class _Measurement:
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
-        first = (planned + 1) // 2
-        for gradient in probe.gradients(first):
-            noise.update(gradient, probe.samples)
-        pool(noise, trainer)
+
+        def read(batches: int) -> None:
+            for gradient in probe.gradients(batches):
+                noise.update(gradient, probe.samples)
+            pool(noise, trainer)
+
+        read((planned + 1) // 2)
         if noise.first_half.count < 2:
             too_few = explain.no_probe(f"it needs {MIN_BATCHES} batches, and an epoch has {probe.batches}")
             none = explain.no_gradients(noise.first_half.count, probe.batches)
@@ -216,9 +179,7 @@ class _Measurement:
         clipping = self._find_search_space(noise, probe, batch_ratio)
         eps = self._evidence.groups[0].chosen_eps(self._options.epsilon, self._found.search_space) / clipping
         on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio, self._centered))
-        for gradient in probe.gradients(planned - first):
-            noise.update(gradient, probe.samples)
-        pool(noise, trainer)
+        read(planned // 2)
         self._found.noise = noise.adam() if self.batch_size is not None else None
         self._found.gradients = noise.first_half.count + noise.measurements
         if probe.batches < self._options.probe_batches:
@@ -264,20 +225,9 @@ class _Measurement:
         # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.
         if "explore_beta" not in group:
             return self._micro_batches
-        alpha, explore_beta = group[_alpha_key(group)], group["explore_beta"]
-        waiting = explore_beta == AUTO and self._evidence.batch_size is not None
-        chosen = explore_choice(self._evidence.batch_size) if waiting else resolve_explore(alpha, explore_beta)
+        numbers = group[_alpha_key(group)], group["explore_beta"]
+        chosen = explore_choice(self._evidence.batch_size) if AUTO in numbers else numbers
         return self._micro_batches / variance_factor(*chosen)
-
-
-def _param_group(optimizer: Optimizer, group: dict[str, Any], rate: float | None, adaptive: bool) -> ParamGroup:
-    eps = group.get("eps")
-    return ParamGroup(
-        lr=rate,
-        eps=eps if adaptive and isinstance(eps, (int, float)) else None,
-        least_eps=least_epsilon(optimizer, group),
-        alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
-    )
 
 
 def _alpha_key(group: dict[str, Any]) -> str:

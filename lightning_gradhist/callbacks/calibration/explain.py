@@ -1,4 +1,5 @@
 """The sentences of a calibration: what was decided and why, and what could not be done, with the way out."""
+# ruff: noqa: D103 - each says what it is about
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ from lightning_gradhist.epsilon import EpsilonRange
 
 
 def no_batch_size(why: str | None, consequence: str) -> str:
-    """The samples of a step are not known."""
     return (
         f"{why or 'the batch size is not known on another rank'}, so {consequence}; pass the samples of one micro-batch on"
         " one device (under manual optimization, of one step), OptimizerCalibration(batch_size=...)"
@@ -16,27 +16,22 @@ def no_batch_size(why: str | None, consequence: str) -> str:
 
 
 def no_probe(why: str) -> str:
-    """There is no probe."""
     return f"no probe: {why}. What needs one is left as it is (epsilon='keep' asks for none)"
 
 
 def no_gradients(found: int, batches: int) -> str:
-    """The probe got fewer than two gradients; another sentence says what became of the batches."""
     return f"no probe: of {batches} batches a rank, {found} gave a gradient, and two are needed"
 
 
 def few_batches(found: int) -> str:
-    """An epoch has fewer batches than the probe was to take."""
     return f"the probe used all {found} batches of an epoch"
 
 
 def batches_vary(mean: float) -> str:
-    """Batches have different numbers of samples."""
     return f"batches vary in size; a step is taken as {mean:.4g} samples, the average over the probe"
 
 
 def accumulation_changes(now: int, later: Mapping[int, int]) -> str:
-    """A schedule changes the effective batch size later on."""
     changes = ", ".join(f"{factor} from epoch {epoch} on" for epoch, factor in sorted(later.items()))
     return (
         f"accumulation changes during the run, from {now} micro-batches a step to {changes}; the learning rate is for"
@@ -45,17 +40,14 @@ def accumulation_changes(now: int, later: Mapping[int, int]) -> str:
 
 
 def clipped(limit: float, factor: float) -> str:
-    """Gradients reach the optimizer clipped."""
     return f"gradients are clipped to a norm of {limit:g}: taken times {factor:.3g}"
 
 
 def no_epsilon(optimizer: str) -> str:
-    """The optimizer's epsilon is not known to be Adam's."""
     return f"{optimizer} is not known to have an epsilon of Adam's kind, so none is set; pass epsilon='keep'"
 
 
 def epsilon_raised(optimizer: str, group: int, before: float, after: float) -> str:
-    """Float16 does not hold the epsilon."""
     return (
         f"eps {before:g} of group {group} is raised to {after:g}: {optimizer} steps float16 parameters in float16, which"
         " holds nothing below 6e-8 but zero"
@@ -63,7 +55,6 @@ def epsilon_raised(optimizer: str, group: int, before: float, after: float) -> s
 
 
 def epsilon_chosen(search_space: EpsilonRange, group: int, before: float, after: float) -> str:
-    """The epsilon is kept or lowered."""
     share = _share(search_space.damped_share(before))
     if after == before:
         return f"eps {before:g} of group {group} is kept: it halves the step, or more, of {share} of the coordinates"
@@ -73,11 +64,7 @@ def epsilon_chosen(search_space: EpsilonRange, group: int, before: float, after:
     )
 
 
-NO_REFERENCE = "learning rate kept: no reference given (reference_batch_size=..., or reference='.../calibration.json')"
-
-
 def no_reference(law: str) -> str:
-    """A law was asked for, and nobody said at which batch size a rate is trusted."""
     return (
         f"learning rate kept: no reference given, and learning_rate={law!r} needs a rate that is trusted; pass"
         " reference_batch_size=... or reference='.../calibration.json'"
@@ -85,7 +72,6 @@ def no_reference(law: str) -> str:
 
 
 def not_adaptive(law: str, optimizer: str) -> str:
-    """The law is for optimizers of another kind."""
     return (
         f"the {law} law is for optimizers like Adam, and {optimizer} is not known to be one, so the rate is kept; pass"
         " learning_rate='linear', 'sqrt' or 'keep'"
@@ -93,7 +79,6 @@ def not_adaptive(law: str, optimizer: str) -> str:
 
 
 def no_rate(optimizer: str) -> str:
-    """The optimizer has no number for a rate."""
     return (
         f"{optimizer} has a group whose lr is no number, as where an optimizer makes its own, so the rate is kept; pass"
         " learning_rate='keep'"
@@ -101,7 +86,6 @@ def no_rate(optimizer: str) -> str:
 
 
 def stray_schedule(scheduler: str) -> str:
-    """A scheduler would not follow a changed rate."""
     return (
         f"{scheduler} would not follow a changed rate at every step, as a copy of it showed, so the rate is kept; set its"
         " rates where it is made, or pass learning_rate='keep'"
@@ -109,14 +93,12 @@ def stray_schedule(scheduler: str) -> str:
 
 
 def recorded_rate(ratio: float, recorded: Sequence[float], own: Sequence[float]) -> str:
-    """The record's rate replaces the optimizer's."""
     return (
         f"times {ratio:.4g} of the recorded rate {_rates(recorded)}, which replaces the {_rates(own)} of the optimizer"
     )
 
 
 def ratio_only(why: str, optimizer: str, own: Sequence[float], batch_size: float) -> str:
-    """The record's ratio is taken, for the optimizer's own rate."""
     return (
         f"the record {why}, so only the ratio is used: {optimizer}'s own rate {_rates(own)} is taken as right for"
         f" {batch_size:g} samples a step"

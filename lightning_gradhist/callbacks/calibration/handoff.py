@@ -14,7 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import isolate_rng
 from lightning_gradhist.callbacks.optimizers import innermost
-from lightning_gradhist.logging.report import GroupChange
+from lightning_gradhist.logging.calibration_report import GroupChange
 
 _IS_RATE = re.compile(r"_?(\w+_)?(lrs?|lr_m(in|ax))|eta_m(in|ax)")
 """Names under which groups and schedulers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``warmup_start_lr``."""
@@ -53,20 +53,21 @@ def holds_before(optimizer: Optimizer, schedulers: Iterable[Any], change: GroupC
 
 
 def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:
-    """Writes changes into the groups; a learning rate scales the whole schedule of its group.
+    """Writes changes into the groups; ``"lr"``, in terms of :func:`base_rates`, scales the whole schedule of its group."""
+    factors = rate_factors(base_rates(optimizer, schedulers), changes)
+    for change in changes:
+        if change.name != "lr":
+            optimizer.param_groups[change.group][change.name] = change.after
+    _scale(optimizer, _of(optimizer, schedulers), factors)
 
-    Args:
-        optimizer: whose ``param_groups`` are written.
-        schedulers: all schedulers; those of other optimizers are left alone.
-        changes: ``"lr"`` is in terms of :func:`base_rates`; other names are keys of the group.
-    """
-    factors: list[float | None] = [1.0 if rate else None for rate in base_rates(optimizer, schedulers)]
+
+def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:
+    """What changes multiply the base rate of each group by; None where it is 0 or no number."""
+    factors: list[float | None] = [1.0 if rate else None for rate in rates]
     for change in changes:
         if change.name == "lr":
             factors[change.group] = change.after / float(change.before)
-        else:
-            optimizer.param_groups[change.group][change.name] = change.after
-    _scale(optimizer, _of(optimizer, schedulers), factors)
+    return factors
 
 
 def set_defaults(optimizer: Optimizer, changes: Sequence[GroupChange]) -> None:
@@ -88,7 +89,7 @@ def stray_schedule(
 
     Args:
         optimizer: whose rates are to be multiplied.
-        horizons: schedulers, and how many times each is stepped; those of other optimizers are passed over.
+        horizons: schedulers, and how many times each is stepped.
         factors: of each group; None where its rate is 0.
     """
     for scheduler, horizon in horizons:
@@ -198,9 +199,10 @@ def _parts(schedulers: Iterable[Any]) -> Iterator[Any]:
 
 def _rates(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """The rates in a group, or in the attributes of a scheduler: numbers and lists of numbers."""
-    found = {name: value for name, value in attributes.items() if _IS_RATE.fullmatch(name)}
     return {
-        n: value for n, value in found.items() if all(map(_is_number, value if isinstance(value, list) else [value]))
+        name: value
+        for name, value in attributes.items()
+        if _IS_RATE.fullmatch(name) and all(map(_is_number, value if isinstance(value, list) else [value]))
     }
 
 

@@ -14,9 +14,9 @@ from lightning_gradhist.callbacks.gradients import LocalGradients, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
-from lightning_gradhist.callbacks.strategies import is_sharded
+from lightning_gradhist.callbacks.strategies import is_cut_up
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
-from lightning_gradhist.logging.charts import magnitude_report, worst_layers
+from lightning_gradhist.logging.magnitude_report import magnitude_report, worst_layers
 from lightning_gradhist.logging.writer import NOT_ALIKE, NOT_COUNTED, HostHistogram, Lazy, send_heatmap
 
 When = Literal["before_clip", "after_clip", "local"]
@@ -25,10 +25,10 @@ _PREFIXES = {"before_clip": "gradient", "after_clip": "gradient_clipped", "local
 
 def check_when(when: When, trainer: Trainer) -> None:
     """Refuses to count local gradients where no rank has any."""
-    if when == "local" and is_sharded(trainer):
+    if when == "local" and is_cut_up(trainer):
         raise MisconfigurationException(
-            "when='local' counts what each rank computed before averaging, which ModelParallelStrategy does not leave in"
-            " any parameter; use when='before_clip', or strategy='ddp'"
+            "when='local' counts what each rank computed before averaging, which a sharded strategy does not leave"
+            " in any parameter; use when='before_clip', or strategy='ddp'"
         )
 
 

@@ -15,8 +15,8 @@ NO_MEMORY = "a rank has no memory for the 4 MiB that it takes; have the model or
 def unknown_strategy(name: str) -> str:
     """Why it is off under a strategy, and the way out."""
     return (
-        f"it does not know how {name} spreads the gradients of this model over ranks. One device, DDP, and"
-        " ModelParallelStrategy where every mesh has all ranks are supported; use one of them (for FSDP and DeepSpeed,"
+        f"it does not know how {name} spreads the gradients of this model over ranks. One device, DDP, FSDP, and"
+        " ModelParallelStrategy where every mesh has all ranks are supported; use one of them (for DeepSpeed,"
         " ModelParallelStrategy with fully_shard), or remove the callback."
     )
 

@@ -70,7 +70,7 @@ class GradientHistogramMonitor(Callback):
       ``gradient_magnitude/all``.
     - ``gradient_median/<row>``, ``gradient_norm/<row>`` (of the finite values, NaN where there is none), and the
       shares of values that are zero, not finite, or lost in float16 and float8: see
-      :func:`lightning_gradhist.logging.charts.magnitude_report`.
+      :func:`lightning_gradhist.logging.magnitude_report.magnitude_report`.
     - ``gradient_worst_layers``, a table, and ``gradient_magnitude_by_layer``, a heatmap (with matplotlib): at the 1st, 2nd,
       4th, 8th, ... logged step and at the end.
     - ``gradient_skipped_steps``: steps that the loss scaler of 16-mixed has skipped. They are not logged otherwise.
@@ -292,7 +292,7 @@ class GradientHistogramMonitor(Callback):
     def _save_record(self) -> None:
         if self._record is not None and self._fit is not None:
             optimizers = [each.watched.optimizer for each in self._optimizers]
-            self._record.save(self._fit.module, self._fit.trainer.global_step, optimizers, self._progress)
+            self._record.save(self._fit.trainer, optimizers, self._progress)
 
     def _finish(self) -> None:
         self._save_record()

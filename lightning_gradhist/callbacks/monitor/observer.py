@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
@@ -89,7 +88,7 @@ class WatchedOptimizer:
     def replicated(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those gradients that every rank should have whole."""
         parameters = self.parameters
-        return {name: g for name, g in gradients.items() if not isinstance(parameters[name], DTensor)}
+        return {name: g for name, g in gradients.items() if self.fit.replicas.are_whole(parameters[name])}
 
     def gradients(self) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
         """The gradients that it will use, and this rank's part of them; None where there is no memory for them."""

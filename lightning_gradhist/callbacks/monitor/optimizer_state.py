@@ -16,7 +16,7 @@ from lightning_gradhist.callbacks.optimizers import damping_epsilons, second_mom
 from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
-from lightning_gradhist.logging.charts import distributions
+from lightning_gradhist.logging.magnitude_report import distributions
 from lightning_gradhist.logging.writer import HostTensor, Lazy, send_heatmap
 from lightning_gradhist.tensors import as_real, batches, copies, elementwise, joined, with_float64
 

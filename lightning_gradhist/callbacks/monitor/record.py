@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
@@ -35,16 +35,16 @@ class RecordFile:
         self._writer = Writer()
         self._errors: list[Exception] = []
 
-    def save(
-        self, module: LightningModule, steps: int, optimizers: Sequence[Optimizer], progress: Sequence[Progress]
-    ) -> None:
+    def save(self, trainer: Trainer, optimizers: Sequence[Optimizer], progress: Sequence[Progress]) -> None:
         """Has the record as it is now written, where there is something in it."""
         self.saved = sum(len(one.noise) for one in progress)
         if self.saved:
             with self._guard.attempt(_TASK):
                 copies = [one.state_dict() for one in progress]  # which training does not change
-                known = [(type(one).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
-                self._writer.submit(partial(self._write, model_shapes(module), steps, known, copies))
+                known = [
+                    (type(one).__name__, [*optimizer_parameters(trainer.lightning_module, one)]) for one in optimizers
+                ]
+                self._writer.submit(partial(self._write, model_shapes(trainer), trainer.global_step, known, copies))
         self._tell()
 
     def lacks(self, progress: Sequence[Progress]) -> bool:

@@ -89,7 +89,7 @@ class Rows:
         """
         rows = self.check(module)
         if trainer.world_size > 1 and callable(self._group_by):
-            mine = list(self.of(module, model_shapes(module)).items())
+            mine = list(self.of(module, model_shapes(trainer)).items())
             if not least_over_ranks(float(mine == trainer.strategy.broadcast(mine)), trainer):
                 raise MisconfigurationException(
                     "group_by gives other groups on other ranks; it must depend on nothing but the parameter's name, not"

@@ -10,6 +10,7 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_gradhist.callbacks._fsdp import is_fsdp
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
 from lightning_gradhist.callbacks.probe.progress import progress
@@ -78,6 +79,11 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
         )
     if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
         return "the model has lazy parameters; let it see a batch before training"
+    if is_fsdp(trainer):
+        return (
+            "FSDPStrategy leaves each rank flat pieces of the parameters, whose gradients a probe cannot tell apart; the rate can"
+            " be calibrated from a record, reference='.../calibration.json', and epsilon under ModelParallelStrategy"
+        )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the loader's iterator itself"
     return _why_not_sharded(trainer, module) if is_sharded(trainer) else None

@@ -12,7 +12,7 @@ import torch
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import Evidence, ParamGroup, ProbeFindings, needs_probe
 from lightning_gradhist.epsilon import epsilon_range
-from lightning_gradhist.logging.report import GroupChange
+from lightning_gradhist.logging.calibration_report import GroupChange
 from lightning_gradhist.noise import NoiseEstimate, OptimizerRecord
 
 

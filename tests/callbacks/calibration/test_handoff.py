@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler as schedules
 
 from lightning_gradhist import AdamE
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, base_rates, stray_schedule
-from lightning_gradhist.logging.report import GroupChange
+from lightning_gradhist.logging.calibration_report import GroupChange
 
 FACTORS = (2.0, 0.5)
 

@@ -1,8 +1,8 @@
-"""The two numbers of adaptor E, ``alpha`` and ``explore_beta``: their defaults, what is legal, what they do to noise.
+"""The choice of ``alpha`` and ``explore_beta`` of ALTO, AdamE and EAdaptor: defaults, what is legal, what they do to noise.
 
-Adaptor E (Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025, arXiv 2510.27153) lets any
-optimizer see ``g + alpha * a`` in place of the gradient ``g``, where ``a`` is the moving average, with decay
-``explore_beta``, of the change of the gradient. ALTO, AdamE, EAdaptor and the callbacks take their numbers from here.
+They are the numbers of adaptor E (Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025, arXiv
+2510.27153): an optimizer sees ``g + alpha * a`` in place of the gradient ``g``, where ``a`` is the moving average, with decay
+``explore_beta``, of the change of the gradient.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def check_explore(alpha: float | str, explore_beta: float | str) -> None:
         explore_beta: Decay of that average, ``0 <= explore_beta < 1``.
 
     Raises:
-        ValueError: If one is ``"auto"`` and the other is not, if either is neither a number nor ``"auto"``, or if a number
-            is out of range.
+        ValueError: For any other pair.
     """
     if alpha == AUTO and explore_beta == AUTO:
         return
@@ -86,17 +85,14 @@ def resolve_explore(alpha: float | str, explore_beta: float | str) -> tuple[floa
         ((0.5, 0.01), (-2.0, 0.9))
     """
     check_explore(alpha, explore_beta)
-    if alpha == AUTO:
-        return explore_choice(None)
-    return float(alpha), float(explore_beta)
+    return explore_choice(None) if alpha == AUTO else (float(alpha), float(explore_beta))
 
 
 def variance_factor(alpha: float, explore_beta: float) -> float:
     """The variance of ``g + alpha * a`` as a multiple ``q`` of that of ``g``, for noise that is independent between steps.
 
-    With ``c = alpha * (1 - explore_beta)`` the adapted gradient is ``(1 + c) * g - c * e``, where ``e`` is the moving average
-    of the gradients before, so that ``q = (1 + c)^2 + alpha^2 * (1 - explore_beta)^3 / (1 + explore_beta)``. The optimizer
-    sees the noise of a batch that is ``q`` times smaller.
+    ``q = (1 + c)^2 + alpha^2 * (1 - explore_beta)^3 / (1 + explore_beta)``, with ``c = alpha * (1 - explore_beta)``. The
+    optimizer sees the noise of a batch that is ``q`` times smaller.
 
     Raises:
         ValueError: If :func:`check_explore` refuses the pair, or it is ``"auto"``.

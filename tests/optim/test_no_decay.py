@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_gradhist.optim import ALTO, AdamE
 from lightning_gradhist.optim.e_adaptor import EAdaptor
-from lightning_gradhist.optim.groups import no_decay_groups
+from lightning_gradhist.optim.no_decay import no_decay_groups
 
 
 def names(groups: list[dict[str, Any]]) -> tuple[list[str], list[str]]:

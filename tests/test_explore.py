@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from lightning_gradhist import adaptor
-from lightning_gradhist.adaptor import (
+from lightning_gradhist import explore
+from lightning_gradhist.explore import (
     AUTO,
     check_explore,
     explore_choice,
@@ -104,7 +104,7 @@ def test_variance_factor_refuses() -> None:
 
 
 def test_needs_the_standard_library_only() -> None:
-    imports = [node for node in ast.walk(ast.parse(inspect.getsource(adaptor)))]
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(explore)))]
     modules = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in modules} <= sys.stdlib_module_names

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.logging.charts import (
+from lightning_gradhist.logging.magnitude_report import (
     QUANTILES,
     MagnitudeReport,
     magnitude_report,

@@ -1,0 +1,96 @@
+"""FSDP1: each rank has a flat piece of the parameters, and every value is counted once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from fsdp1_jobs import WAYS, calibrated, hybrid, watched
+from ranks import run_ranks
+from support import events, expected_counts, logged_counts, logged_scalars
+
+from lightning_gradhist.noise.step import measure_pair, noise_and_signal
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp("fsdp1")
+    return folder, run_ranks(watched, 2, folder)
+
+
+def whole(found: Any, way: str, step: int) -> dict[str, torch.Tensor]:
+    """The gradients of a step, put together from the ranks' pieces."""
+    first, second = (rank[way][0][step] for rank in found)
+    if way == "NO_SHARD":  # both ranks hold all
+        for name, gradient in first.items():
+            assert torch.equal(gradient, second[name])
+        return first
+    return {name: torch.cat([gradient.flatten(), second[name].flatten()]) for name, gradient in first.items()}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "accumulated"])
+def test_every_value_is_counted_once_whatever_the_way(found, way: str) -> None:
+    folder, ranks = found
+    tags = events(folder / way).Tags()["histograms"]
+    assert not [tag for tag in tags if "fsdp" in tag]
+    for step in (0, 2):
+        gradients = whole(ranks, way, step)
+        pooled = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        assert logged_counts(folder / way, "gradient_magnitude/all", step) == expected_counts(pooled)
+        for name, gradient in gradients.items():
+            assert logged_counts(folder / way, f"gradient_magnitude/{name}", step) == expected_counts(gradient), name
+    size = sum(gradient.numel() for gradient in whole(ranks, "NO_SHARD", 0).values())
+    event = events(folder / way).Histograms("gradient_magnitude/all")[0].histogram_value
+    assert event.num == size  # what torch has padded is not counted
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "flat"])
+def test_gradients_and_noise_are_those_of_whole_tensors(found, way: str) -> None:
+    _, ranks = found
+    plain = [whole(ranks, "NO_SHARD", step) for step in range(5)]
+    for step in range(5):
+        for name, gradient in whole(ranks, way, step).items():
+            torch.testing.assert_close(gradient.flatten(), plain[step][name].flatten(), rtol=1e-4, atol=1e-6)
+    samples = ranks[0][way][1]
+    assert samples == ranks[1][way][1]
+    if way == "NO_SHARD":
+        return
+    assert [sample["step"] for sample in samples] == [0, 2]
+    gradients = [whole(ranks, way, step) for step in range(5)]
+    for sample in samples:
+        pair = measure_pair(gradients[sample["step"]], gradients[sample["step"] + 1], None)
+        noise, signal, *_ = noise_and_signal(pair, 2.0, 0.0, 1.0).tolist()
+        assert [sample["noise_simple"], sample["signal_simple"]] == pytest.approx([noise, signal], rel=1e-4, abs=1e-9)
+        assert sample["batch_size"] == 8
+
+
+def test_the_second_moment_and_the_update_are_seen_through_the_pieces(found) -> None:
+    folder, _ = found
+    for way in WAYS:
+        assert list(logged_scalars(folder / way, "optimizer_update_ratio/all")) == [0, 2, 4]
+    for way in ("FULL_SHARD", "SHARD_GRAD_OP", "one unit"):
+        for step, ratio in logged_scalars(folder / way, "optimizer_update_ratio/all").items():
+            same = logged_scalars(folder / "NO_SHARD", "optimizer_update_ratio/all")[step]
+            assert ratio == pytest.approx(same, rel=1e-3), (way, step)
+
+
+@pytest.mark.slow
+def test_pieces_that_several_ranks_hold_are_counted_once(tmp_path) -> None:
+    ranks = run_ranks(hybrid, 4, tmp_path)
+    for name in ranks[0][0]:
+        first, second, again, once_more = (rank[0][name] for rank in ranks)
+        assert torch.equal(first, again) and torch.equal(second, once_more)
+        gradient = torch.cat([first.flatten(), second.flatten()])
+        assert logged_counts(tmp_path, f"gradient_magnitude/{name}", 0) == expected_counts(gradient)
+
+
+def test_the_rate_is_calibrated_from_a_record(tmp_path) -> None:
+    first, second = run_ranks(calibrated, 2, tmp_path)
+    assert first == second
+    assert first["ratio"] == pytest.approx(2.0)  # the square root of four times the batch
+    assert first["rate"] == pytest.approx(2e-2)
+    assert any("FSDPStrategy" in problem and "from a record" in problem for problem in first["problems"])
+    model = json.loads((tmp_path / "first" / "calibration.json").read_text())["model"]
+    assert model["body.0.weight"] == [7, 8] and model["head.bias"] == [3]
