@@ -44,11 +44,16 @@ demo: $(READY)
 	@echo "(tensorboard is at $(BIN)/tensorboard)"
 
 # One thread a process: there is a process for each core, and threads that wait for a busy core cost more than they do.
+# Nor has torch's compiler processes of its own, which would import torch each.
+# Tests that share what a module's fixture has computed are a group, which one process runs: no two compute it.
+ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+PARALLEL := --numprocesses auto --dist loadgroup
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PARALLEL)
 
 nightly: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --hypothesis-profile nightly -k test_property tests
@@ -64,7 +69,7 @@ $(LOWEST)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 test-lowest: $(LOWEST)/.ready
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses auto --override-ini filterwarnings=ignore -m "not slow" \
+	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest $(PARALLEL) --override-ini filterwarnings=ignore -m "not slow" \
 		--ignore tests/benchmarks --ignore tests/kernels --ignore tests/optim/test_conformance.py
 
 lint: $(READY)

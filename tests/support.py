@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -149,13 +150,29 @@ def logged_counts(folder: Path, tag: str, step: int) -> dict[float, float]:
     return {round(limit, 9): count for limit, count in pairs if count}
 
 
-def expected_counts(gradient: Tensor, bins_per_octave: int = 8) -> dict[float, float]:
+class Counts(dict[float, float]):
+    """Counts by the upper edge of their bin; equal to those of any buckets that these bins fill up, each bin once."""
+
+    def __eq__(self, logged: object) -> bool:
+        assert isinstance(logged, dict)
+        merged: dict[float, float] = {}
+        for edge, count in self.items():
+            bucket = min((limit for limit in logged if limit >= edge), default=math.nan)
+            merged[bucket] = merged.get(bucket, 0.0) + count
+        return dict.__eq__(merged, logged)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def expected_counts(gradient: Tensor, bins_per_octave: int = 8) -> Counts:
     """The same for a whole tensor, counted by numpy's way: exponent and mantissa."""
     mantissa, exponent = torch.frexp(gradient.double().abs()[gradient != 0])
     upper = torch.floor((2 * mantissa - 1) * bins_per_octave) + 1
     limits = torch.ldexp(1 + upper / bins_per_octave, exponent - 1).log10()
     values, counts = limits.unique(return_counts=True)
-    return {round(limit, 9): float(count) for limit, count in zip(values.tolist(), counts.tolist(), strict=True)}
+    return Counts(
+        (round(limit, 9), float(count)) for limit, count in zip(values.tolist(), counts.tolist(), strict=True)
+    )
 
 
 class TwoOptimizers(L.LightningModule):

@@ -12,7 +12,9 @@ from torch import Tensor
 from lightning_gradhist.histogram import MagnitudeHistogram
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-_MAX_BUCKETS = 512
+_MAX_BUCKETS = 64  # TensorBoard's page shows 30
+_TELLING = 1e-3  # a share below it has no chart of its own
+_BY_ROW = ("zero_share", "nonfinite_share", "fp16_loss_share")
 # From a number format to the magnitude below which rounding gives zero, half its smallest subnormal number, and the one
 # above which it finds no number, the largest one and half a unit of its last place.
 _RANGES = {
@@ -28,7 +30,7 @@ class Distribution:
 
     Attributes:
         edges: ``log10`` of the magnitude, float64 ``[n + 1]``, increasing.
-        counts: int64 ``[n]``, with ``n`` from 1 to 512.
+        counts: int64 ``[n]``, with ``n`` from 1 to 64.
         quantiles: the magnitude below which a share of the values lies, for each share of :data:`QUANTILES`.
     """
 
@@ -48,15 +50,18 @@ class MagnitudeReport:
 def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: str = "all") -> MagnitudeReport:
     """Reports a histogram per name and pooled: counts over ``log10`` of the magnitude, and scalars beside them.
 
-    Tags are ``<prefix>_magnitude/<name>`` for the histograms, and for the scalars ``<prefix>_median/<name>``,
-    ``<prefix>_norm/<name>`` (both in units of the values; the norm leaves out what is not finite, and is NaN where nothing
-    is), and these shares of all values, from 0 to 1:
+    Tags are ``<prefix>_magnitude/<name>`` for the histograms. Scalars, of all values together:
 
-    - ``<prefix>_zero_share/<name>`` and ``<prefix>_nonfinite_share/<name>``,
-    - ``<prefix>_fp16_loss_share/<name>``, ``<prefix>_fp8_e4m3_loss_share/<name>`` and
-      ``<prefix>_fp8_e5m2_loss_share/<name>``: values, neither zero nor infinite, that are out of the range of float16,
-      float8_e4m3fn or float8_e5m2: a cast without a scale turns them into zero, infinity or NaN, or, torch's newer ones to
-      e4m3, into 448. Digits that a cast rounds off are no loss here.
+    - ``<prefix>_median`` and ``<prefix>_norm``, in units of the values; the norm leaves out what is not finite, and is NaN
+      where nothing is.
+    - ``<prefix>_zero_share`` and ``<prefix>_nonfinite_share``, shares of all values from 0 to 1.
+    - ``<prefix>_fp16_loss_share``, ``<prefix>_fp8_e4m3_loss_share`` and ``<prefix>_fp8_e5m2_loss_share``: of values, neither
+      zero nor infinite, that are out of the range of float16, float8_e4m3fn or float8_e5m2: a cast without a scale turns
+      them into zero, infinity or NaN, or, torch's newer ones to e4m3, into 448. Digits that a cast rounds off are no loss
+      here.
+
+    Each name has its norm, and of the shares of zeros, of what is not finite and of what float16 loses those that are
+    0.1% or more.
 
     There is none for bfloat16: it has the exponents of float32, so that a cast flushes nothing that has a bin, and only
     the topmost 1/256 of the last octave before float32 ends becomes infinite, far less than a bin.
@@ -72,8 +77,10 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
     counted = _Counted(histogram)
     scalars: dict[str, float] = {}
     for tag, column in counted.columns().items():
-        rows = zip([*histogram.names, pooled_name], column.tolist(), counted.total.tolist(), strict=True)
-        scalars |= {f"{prefix}_{tag}/{name}": value for name, value, number in rows if number}
+        *rows, pooled = zip([*histogram.names, pooled_name], column.tolist(), counted.total.tolist(), strict=True)
+        least = -math.inf if tag == "norm" else _TELLING if tag in _BY_ROW else math.inf
+        shown = [row for row in rows if not row[1] < least]  # a norm may be NaN
+        scalars |= {f"{prefix}_{tag}/{name}": value for name, value, number in [*shown, pooled] if number}
     return MagnitudeReport(scalars, counted.distributions(f"{prefix}_magnitude", pooled_name))
 
 
@@ -114,7 +121,7 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
     return head + "\n".join(lines) + "\n"
 
 
-def shown_buckets(edges: Tensor, counts: Tensor, most: int = _MAX_BUCKETS) -> tuple[Tensor, Tensor]:
+def shown_buckets(edges: Tensor, counts: Tensor, most: int = 512) -> tuple[Tensor, Tensor]:
     """The occupied buckets and their edges, neighbours merged until there are at most ``most``."""
     occupied = counts.nonzero()[:, 0]
     return _merged(edges, counts, int(occupied[0]), int(occupied[-1]) + 1, most)

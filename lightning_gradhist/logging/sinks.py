@@ -35,6 +35,9 @@ class Sink:
     def text(self, tag: str, markdown: str, step: int) -> None:
         """A text in Markdown."""
 
+    def margins(self, title: str, charts: Mapping[str, tuple[str, str, str]]) -> None:
+        """Charts to be shown under a title: by name the tags of a value and of the lower and upper end of its interval."""
+
     @property
     def shows_figures(self) -> bool:
         """Whether it is of use to draw a figure."""
@@ -77,6 +80,10 @@ class SummarySink(Sink):
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Text page."""
         self.writer.add_text(tag, markdown, step)
+
+    def margins(self, title: str, charts: Mapping[str, tuple[str, str, str]]) -> None:
+        """Custom scalars page."""
+        self.writer.add_custom_scalars({title: {name: ["Margin", list(tags)] for name, tags in charts.items()}})
 
 
 class TensorBoardSink(SummarySink):

@@ -63,6 +63,11 @@ class NoiseRecord:
         self._take_down()
         return self._samples
 
+    @property
+    def batch_size(self) -> float:
+        """Samples of the last step whose measurement has been taken down, as a rule; 0 where none is known."""
+        return next((sample["batch_size"] for sample in reversed(self._samples) if sample.get("batch_size")), 0.0)
+
     def _take_down(self) -> None:
         for step, batch_size, measurement in self._waiting:
             numbers = [n if math.isfinite(n) else None for n in (float(batch_size), *measurement.tolist())]
@@ -80,7 +85,7 @@ class NoiseRecord:
             self._samples = [_averaged(samples[i : i + 2]) for i in range(0, len(samples), 2)]
             self._stride *= 2
 
-    def estimate(self, metric: str = "adam", confidence: float = 0.95) -> NoiseEstimate:
+    def estimate(self, metric: str = "adam", confidence: float = 0.95, *, wait: bool = True) -> NoiseEstimate:
         """The noise scale averaged over the run, in samples.
 
         As it grows during a run, the ratios of windows of equally many steps, with Fieller's intervals, are averaged,
@@ -89,10 +94,13 @@ class NoiseRecord:
         Args:
             metric: ``"simple"`` or ``"adam"``.
             confidence: of the interval.
+            wait: for what a device measures still; else it is left out.
         """
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        whole = [sample for sample in self.samples if _measurements(sample) == self._stride]
+        if wait or all(measurement.device.type == "cpu" for _, _, measurement in self._waiting):
+            self._take_down()
+        whole = [sample for sample in self._samples if _measurements(sample) == self._stride]
         samples = [s for s in whole if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
         measured = sum(map(_measurements, samples))
         for number in range(max(1, min(_MAX_WINDOWS, measured // _MIN_WINDOW)), 0, -1):

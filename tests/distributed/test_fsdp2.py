@@ -12,10 +12,11 @@ from support import assert_state_is_logged, events, expected_counts, logged_coun
 from lightning_gradhist import ALTO, NoiseScale
 from lightning_gradhist.noise.step import adam_weight, measure_pair, noise_and_signal
 
+TWO_RANKS = pytest.param(2, id="two ranks", marks=pytest.mark.xdist_group("two ranks"))
+THREE_RANKS = pytest.param(3, id="three ranks", marks=[pytest.mark.xdist_group("three ranks"), pytest.mark.slow])
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
-)
+
+@pytest.fixture(scope="module", params=[TWO_RANKS, THREE_RANKS])
 def run(request, tmp_path_factory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("shards")
     return folder, run_ranks(trained, request.param, folder)

@@ -14,7 +14,11 @@ from kernels.compiled import TARGETS, variants
 
 from lightning_gradhist.kernels import available
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not available(), reason="Triton is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not available(), reason="Triton is not installed"),
+    pytest.mark.xdist_group("compiled kernels"),
+]
 
 # Of a full chunk, by kernel: loads and stores of 128 bits where the parameters are fp32; of fp16 and bf16 they are 64.
 WIDE = {"adam_e_kernel": (5, 4), "alto_moments_kernel": (5, 3), "alto_apply_kernel": (3, 1)}

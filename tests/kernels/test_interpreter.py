@@ -13,7 +13,11 @@ from kernels.interpreted import CASES
 
 from lightning_gradhist.kernels import available
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not available(), reason="Triton is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not available(), reason="Triton is not installed"),
+    pytest.mark.xdist_group("interpreted kernels"),
+]
 
 
 @pytest.fixture(scope="module")

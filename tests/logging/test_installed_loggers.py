@@ -35,7 +35,7 @@ def test_wandb(tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: py
     histogram = last["gradient_magnitude/all"]
     assert histogram["_type"] == "histogram" and len(histogram["bins"]) == len(histogram["values"]) + 1 <= 513
     assert 200 < sum(histogram["values"]) <= 227  # of all parameters, those that are not zero
-    assert 0 < last["gradient_median/head.weight"] < 10 and last["train_loss"] > 0
+    assert 0 < last["gradient_norm/head.weight"] < 10 and last["train_loss"] > 0
     assert "<pre>| layer |" in next(tmp_path.rglob("gradient_worst_layers*.html")).read_text()
     assert len(list(tmp_path.rglob("gradient_magnitude_by_layer*.png"))) == len(DRAWN)
     wandb.finish()
@@ -47,7 +47,7 @@ def test_mlflow(tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: p
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'mlruns'}")
     run(tmp_path, logger, MLflowSink, recwarn)
     client, of_run = logger.experiment, logger.run_id
-    for tag in ("gradient_median/head.weight", "gradient_magnitude_p01/all", "gradient_fp8_e5m2_loss_share/all"):
+    for tag in ("gradient_norm/head.weight", "gradient_magnitude_p01/all", "gradient_fp8_e5m2_loss_share/all"):
         assert [metric.step for metric in client.get_metric_history(of_run, tag)] == STEPS
     assert len(client.get_metric_history(of_run, "train_loss")) == 16  # the training thread's own
     for tag, kind in (("gradient_magnitude_by_layer", "png"), ("gradient_worst_layers", "md")):
@@ -66,7 +66,7 @@ def test_comet(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     with zipfile.ZipFile(archive) as opened:
         messages = [json.loads(line) for line in opened.read("messages.json").decode().splitlines()]
     metrics = [message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"]
-    for tag in ("gradient_median/head.weight", "gradient_magnitude_p99/all"):
+    for tag in ("gradient_norm/head.weight", "gradient_magnitude_p99/all"):
         assert [metric["step"] for metric in metrics if metric["metricName"] == tag] == STEPS
     uploads = [message["payload"] for message in messages if message["type"] == "file_upload"]
     for kind in ("visualization", "text-sample"):

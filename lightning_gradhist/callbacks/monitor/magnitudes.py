@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
-from lightning_gradhist.callbacks.gradients import LocalGradients, squared_norm
+from lightning_gradhist.callbacks.gradients import LocalGradients, clips_by_norm, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
@@ -40,17 +40,26 @@ class GradientReport:
         step: the trainer's ``global_step``.
         prefix: of all names.
         suffix: of the names of what is over all rows.
+        clip_norm: to which the gradients are then clipped; None where they are not, or not all of them are counted.
     """
 
-    def __init__(self, histogram: MagnitudeHistogram, step: int, prefix: str, suffix: str) -> None:
+    def __init__(
+        self, histogram: MagnitudeHistogram, step: int, prefix: str, suffix: str, clip_norm: float | None
+    ) -> None:
         self._histogram = HostHistogram(histogram)
-        self._step, self._prefix, self._suffix = step, prefix, suffix
+        self._step, self._prefix, self._suffix, self._clip_norm = step, prefix, suffix, clip_norm
 
     def send(self, send: Send) -> None:
         """Has loggers write the scalars and histograms."""
         report = Lazy(lambda: magnitude_report(self._histogram(), self._prefix, f"all{self._suffix}"))
-        send(lambda sink: sink.scalars(report().scalars, self._step))
+        send(lambda sink: sink.scalars({**report().scalars, **self._clip_factor(report().scalars)}, self._step))
         send(lambda sink: sink.histograms(report().histograms, self._step))
+
+    def _clip_factor(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        norm = scalars.get(f"{self._prefix}_norm/all{self._suffix}", math.nan)
+        if self._clip_norm is None or not norm > 0:
+            return {}
+        return {f"{self._prefix}_clip_factor{self._suffix}": min(1.0, self._clip_norm / norm)}
 
     def draw(self, send: Send) -> None:
         """Has loggers show the worst layers and the heatmap."""
@@ -109,12 +118,21 @@ class MagnitudeMonitor(StepObserver):
         if step.histogram is None or step.skipped or not self._fit.trainer.is_global_zero:
             return
         with self._fit.guard.attempt("log"):
-            report = GradientReport(step.histogram, step.number, _PREFIXES[self._when], self._watched.suffix)
+            prefix, suffix = _PREFIXES[self._when], self._watched.suffix
+            report = GradientReport(step.histogram, step.number, prefix, suffix, self._clip_norm())
             self._progress.logged += 1
             step.drawn = math.log2(self._progress.logged).is_integer()
             self._reports.log(report, step.drawn)
             if step.drawn:
                 self._on_draw()
+
+    def _clip_norm(self) -> float | None:
+        """The norm that the Trainer clips to, where this is before it and all gradients are counted."""
+        trainer = self._fit.trainer
+        if self._when != "before_clip" or not clips_by_norm(trainer) or not trainer.gradient_clip_val:
+            return None
+        counts_all = self._watched.find_rows().keys() >= self._watched.parameters.keys()
+        return float(trainer.gradient_clip_val) if counts_all and self._fit.module.automatic_optimization else None
 
     def finish(self) -> None:
         """Draws the last report."""

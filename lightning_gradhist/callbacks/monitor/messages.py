@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
@@ -56,6 +57,24 @@ def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
             "has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
             + (f" The noise scale is still recorded in {record}." if wants_noise else ""),
         )
+
+
+def tell_of_record(records: Sequence[NoiseRecord], path: str) -> None:
+    """Says at the end what was recorded, and where."""
+    estimates = [(record.estimate("adam"), record) for record in records]
+    estimates = [(found if math.isfinite(found.value) else one.estimate("simple"), one) for found, one in estimates]
+    said = [
+        f"noise scale {_samples(found.value)} samples ({_samples(found.lower)} "
+        + (f"to {_samples(found.upper)}" if math.isfinite(found.upper) else "or more")
+        + f") over {found.measurements:,} measurements"
+        for found, _ in estimates
+        if math.isfinite(found.value)
+    ]
+    rank_zero_info(f"GradientHistogramMonitor: {'; '.join(said) or 'no noise scale could be told'}: {path}")
+
+
+def _samples(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int) -> None:

@@ -15,7 +15,6 @@ from lightning_gradhist.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    rank_zero_info,
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.batch_size import SampleCount
@@ -68,9 +67,14 @@ class GradientHistogramMonitor(Callback):
 
     - ``gradient_magnitude/<row>``: histogram with :math:`\log_{10}|g|` on the horizontal axis, and
       ``gradient_magnitude/all``.
-    - ``gradient_median/<row>``, ``gradient_norm/<row>`` (of the finite values, NaN where there is none), and the
-      shares of values that are zero, not finite, or lost in float16 and float8: see
+    - ``gradient_norm/<row>``: of the finite values, NaN where there is none.
+    - ``gradient_zero_share``, ``gradient_nonfinite_share``, ``gradient_fp16_loss_share`` ``/all``, and ``/<row>`` where it is
+      0.1% or more: values that are zero, not finite, or lost in float16. ``gradient_median/all`` and the losses in float8: see
       :func:`lightning_gradhist.logging.magnitude_report.magnitude_report`.
+    - ``gradient_clip_factor``: what all gradients are multiplied by, where the Trainer clips by norm and no row is left out.
+    - ``noise_scale/adam``, ``noise_scale/simple``: over the run so far, in samples, with ``_lower`` and ``_upper``, the ends
+      of their intervals (a chart on the custom scalars page), beside ``noise_scale/batch_size`` and
+      ``noise_scale/critical_batch_size``; eight times until there are twice as many logged steps.
     - ``gradient_worst_layers``, a table, and ``gradient_magnitude_by_layer``, a heatmap (with matplotlib): at the 1st, 2nd,
       4th, 8th, ... logged step and at the end.
     - ``gradient_skipped_steps``: steps that the loss scaler of 16-mixed has skipped. They are not logged otherwise.
@@ -94,7 +98,7 @@ class GradientHistogramMonitor(Callback):
     those of the whole step; else from a logged step and the next. This holds a copy of the gradients, between two steps also
     one of the second moment. A step with fewer samples than others, or whose gradients a hook has changed, is not measured.
 
-    Works with one device, DDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
+    Works with one device, DDP, FSDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
     and several optimizers. With other strategies it warns and stays off. Under manual optimization the step begins where
     the module calls ``optimizer.step()``: ``"before_clip"`` counts, and noise is measured, after ``clip_gradients``.
 
@@ -298,8 +302,8 @@ class GradientHistogramMonitor(Callback):
         self._save_record()
         if self._record is not None:
             self._record.close()
-            if self._record.saved:
-                rank_zero_info(f"GradientHistogramMonitor: the record of this run is {self._record_path}.")
+            if self._record.saved and self._record_path is not None:
+                messages.tell_of_record(self.noise_records, self._record_path)
         self._release()
         if self._fit is not None:
             self._fit.close()

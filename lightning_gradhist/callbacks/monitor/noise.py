@@ -17,6 +17,7 @@ from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, Wa
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
 from lightning_gradhist.callbacks.strategies import own_parts
+from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
 from lightning_gradhist.tensors import copies
 
@@ -96,6 +97,17 @@ class NoiseMonitor(StepObserver):
             self._complete_pair(step)
         elif step.due and self._may_measure:
             self._begin_pair(step.parts)
+
+    def at_update(self, step: Step) -> None:
+        """Logs the noise scale so far: the first times, then eight times until there are twice as many logged steps."""
+        logged, fit = self._progress.logged, self._fit
+        if step.skipped or not fit.trainer.is_global_zero or logged % max(1, logged // 8):
+            return
+        with fit.guard.attempt("log"):
+            found = noise_scalars(self._progress.noise, self._watched.suffix)
+            if found:
+                fit.show_margins()
+                fit.send(lambda sink: sink.scalars(found, step.number))
 
     def discard(self) -> None:
         """Measures nothing of the step before."""

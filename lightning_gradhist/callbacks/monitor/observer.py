@@ -17,6 +17,7 @@ from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.strategies import RankSum, Replicas, least_over_ranks, own_parts
 from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.logging.noise_report import noise_margins
 from lightning_gradhist.logging.sinks import Sink
 from lightning_gradhist.logging.writer import LoggerQueues
 
@@ -32,6 +33,7 @@ class Fit:
     sums: RankSum
     samples: SampleCount
     warned: set[str] = field(default_factory=set)
+    shows_margins: bool = False
     _loggers: LoggerQueues | None = None
 
     @classmethod
@@ -55,6 +57,14 @@ class Fit:
         if kind not in self.warned:
             rank_zero_warn(f"GradientHistogramMonitor {message}")
         self.warned.add(kind)
+
+    def show_margins(self) -> None:
+        """Has the noise scale of every optimizer shown with its interval, where a logger has charts of that kind."""
+        number = len(self.trainer.optimizers)
+        charts = noise_margins([f"_{index}" for index in range(number)] if number > 1 else [""])
+        if not self.shows_margins:
+            self.send(lambda sink: sink.margins("noise scale", charts))
+        self.shows_margins = True
 
     def close(self) -> None:
         """Waits for what is still to be logged."""

@@ -62,7 +62,7 @@ class Progress:
         return {
             "steps": self.steps,
             "logged": self.logged,
-            "samples": [dict(sample) for sample in self.noise.samples],
+            "samples": [dict(sample) for sample in self.noise.samples],  # before the batch size, which they tell
             "learning_rates": list(self.learning_rates),
             "batch_size": self.last_batch_size,
             "skipped": int(self.skipped),
@@ -71,8 +71,7 @@ class Progress:
     @property
     def last_batch_size(self) -> float:
         """Samples that a step has as a rule, by the last measurement."""
-        known = (sample.get("batch_size") for sample in reversed(self.noise.samples))
-        return next((size for size in known if size), self.batch_size)
+        return self.noise.batch_size or self.batch_size
 
     def measures(self, rates: Sequence[float | None]) -> None:
         """Takes down the base rates of a step that is measured, None where one is no number."""

@@ -1,0 +1,49 @@
+"""What is reported of the noise scale while a run goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_gradhist.noise import NoiseRecord
+from lightning_gradhist.noise.series import METRICS
+from lightning_gradhist.tradeoff import critical_batch_size
+
+_KIND = "noise_scale"
+
+
+def noise_scalars(record: NoiseRecord, suffix: str = "") -> dict[str, float]:
+    """The noise scale over the run so far, by tag, in samples; what is not known or not finite is left out.
+
+    ``noise_scale/simple`` and ``noise_scale/adam`` with ``_lower`` and ``_upper``, the ends of their intervals; beside them
+    ``noise_scale/batch_size``, that of the run, and ``noise_scale/critical_batch_size``.
+
+    Args:
+        record: of the run; what the device has not measured yet is not waited for.
+        suffix: of all names.
+    """
+    found: dict[str, float] = {}
+    for metric in METRICS:
+        estimate = record.estimate(metric, wait=False)
+        tags = interval_tags(metric)
+        found |= dict(zip(tags, (estimate.value, estimate.lower, estimate.upper), strict=True))
+        if metric == "adam" and estimate.bounded:
+            found[f"{_KIND}/critical_batch_size"] = critical_batch_size(estimate).value
+    if any(math.isfinite(found[f"{_KIND}/{metric}"]) for metric in METRICS):
+        found[f"{_KIND}/batch_size"] = record.batch_size
+    return {f"{tag}{suffix}": value for tag, value in found.items() if math.isfinite(value)}
+
+
+def noise_margins(suffixes: Sequence[str] = ("",)) -> dict[str, tuple[str, str, str]]:
+    """Charts of a value with its interval, by title: the tags of the value and of its ends."""
+    charts = {}
+    for suffix in suffixes:
+        for metric in METRICS:
+            value, lower, upper = (f"{tag}{suffix}" for tag in interval_tags(metric))
+            charts[f"{metric}{suffix}"] = (value, lower, upper)
+    return charts
+
+
+def interval_tags(metric: str) -> tuple[str, str, str]:
+    """Of the noise scale in a metric, and of the ends of its interval."""
+    return f"{_KIND}/{metric}", f"{_KIND}/{metric}_lower", f"{_KIND}/{metric}_upper"
