@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.__main__ import main as gradhist
 from lightning_gradhist.logging import Sink, register_sink
-from lightning_gradhist.noise import NoiseRecord, RunRecord
+from lightning_gradhist.noise import RunRecord
 
 HERE = Path(__file__).parent
 OUT = HERE / "pictures"
@@ -380,24 +381,25 @@ def recorded() -> Album:
 
 
 def noise() -> Figure:
-    """The noise scale over a run, in six windows."""
-    (entry,) = RunRecord.load(recorded().record).optimizers
+    """The noise scale over a run so far, as it is charted."""
+    charted = [(step, values) for step, values in recorded().scalars if step >= 40 and "noise_scale/adam" in values]
+    steps = [step for step, _ in charted]
+    value, low, high, size, critical = (
+        [values.get(f"noise_scale/{name}", math.nan) for _, values in charted]
+        for name in ("adam", "adam_lower", "adam_upper", "batch_size", "critical_batch_size")
+    )
     figure, axes = blank()
-    width = len(entry.samples) // 6
-    windows = [entry.samples[i * width : (i + 1) * width] for i in range(6)]
-    middles = [window[len(window) // 2]["step"] for window in windows]
-    found = [NoiseRecord(window).estimate("adam") for window in windows]
-    top = 8 * max(one.value for one in found)
-    axes.vlines(middles, [one.lower for one in found], [min(one.upper, top) for one in found], color=BLUE, alpha=0.5)
-    beyond = [middle for middle, one in zip(middles, found, strict=True) if one.upper > top]
-    axes.plot(beyond, [top] * len(beyond), "^", color=BLUE, alpha=0.5)
-    axes.plot(middles, [one.value for one in found], "o-", color=BLUE, label="noise scale, with its 95% interval")
-    axes.axhline(entry.batch_size, color=ORANGE, linestyle="--", label=f"batch size, {entry.batch_size:g}")
+    top = 8 * max(value)
+    axes.fill_between(steps, low, [min(one, top) if one > 0 else top for one in high], color=BLUE, alpha=0.15)
+    axes.plot(steps, value, color=BLUE, label="noise_scale/adam, with its interval")
+    axes.plot(steps, critical, color=GREY, label="noise_scale/critical_batch_size")
+    axes.plot(steps, size, color=ORANGE, linestyle="--", label="noise_scale/batch_size")
     axes.set_yscale("log")
+    axes.set_ylim(0.7, top)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("samples")
-    axes.set_title("Noise growing: far above the batch size at the end", fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=9)
+    axes.set_title("Noise growing: far above the batch size", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 

@@ -33,7 +33,7 @@ NO_MESSAGES = (
     "no signal out of the noise",
     "samples a step of the reference",
     "epsilon search space, ",
-    "noise scale … (",
+    "noise scale … (…",
     "…, recorded at … samples a step",
     "critical batch size",
     "(apply=False: nothing was changed)",
