@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -97,14 +96,15 @@ class Kernels(Backend):
         torch.autograd.graph.increment_version(tensor for name in written for tensor in getattr(tensors, name))
 
 
-def backend_of(group: dict[str, Any], tensors: StepTensors, fault: Callable[..., str | None]) -> Backend:
+def backend_of(
+    group: dict[str, Any], tensors: StepTensors, fault: Callable[[Backend, torch.device], str | None]
+) -> Backend:
     """Decide who steps the tensors of a group, before anything is changed.
 
     Args:
         group: The param group, with ``foreach`` and ``fused``.
         tensors: What is to be stepped, all on one device.
-        fault: Says what is wrong with a backend on a device, None if nothing is; with ``again=True`` it tries anew what
-            failed before.
+        fault: Says what is wrong with a backend on a device, None if nothing is.
 
     Raises:
         RuntimeError: If ``fused=True`` cannot be had on that device.
@@ -114,36 +114,25 @@ def backend_of(group: dict[str, Any], tensors: StepTensors, fault: Callable[...,
     foreach, fused = group["foreach"], group["fused"]
     if torch.compiler.is_compiling():  # that compiler makes one pass of all of it, whatever the device
         return Eager(foreach is not False)
-    if fused:
-        if device.type != "cpu" and not kernels.run_on(device):
-            raise RuntimeError(
-                _no_fused(f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}")
-            )
-        backend = Kernels() if kernels.run_on(device) else Compiled()
-        reason = fault(backend, device, again=True)
-        if reason is not None:
-            hint = " It is compiled there, for which g++ or clang is needed." if device.type == "cpu" else ""
-            raise RuntimeError(_no_fused(f"on {device} {reason}.{hint}"))
-        unsupported = backend.unsupported(tensors)
-        if unsupported is not None:
-            raise ValueError(_no_fused(f"{unsupported}."))
-        return backend
-    if fused is None and foreach is None and kernels.run_on(device):
-        triton_kernels = Kernels()
-        reason = fault(triton_kernels, device)
-        if reason is None:
-            return triton_kernels if triton_kernels.unsupported(tensors) is None else Eager(None)
-        _warn_once(f"Triton's kernels are not used on {device}: {reason}. The eager steps are.")
-    return Eager(foreach)
+    if not fused:  # also None: no kernel of ours has been shown right and faster on a GPU yet
+        return Eager(foreach)
+    if device.type != "cpu" and not kernels.run_on(device):
+        raise RuntimeError(
+            _no_fused(f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}")
+        )
+    backend = Kernels() if kernels.run_on(device) else Compiled()
+    reason = fault(backend, device)
+    if reason is not None:
+        hint = " It is compiled there, for which g++ or clang is needed." if device.type == "cpu" else ""
+        raise RuntimeError(_no_fused(f"on {device} {reason}.{hint}"))
+    unsupported = backend.unsupported(tensors)
+    if unsupported is not None:
+        raise ValueError(_no_fused(f"{unsupported}."))
+    return backend
 
 
 def _no_fused(reason: str) -> str:
     return f"fused=True is not to be had: {reason} Use the eager step, fused=False."
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 @functools.cache

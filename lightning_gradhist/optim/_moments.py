@@ -114,13 +114,13 @@ class MomentOptimizer(ExploringOptimizer):
         scalars = self._scalars(group, coming, params[0].device)
         return Subgroup(tensors, scalars, group, params, steps, backend or backend_of(group, tensors, self._fault))
 
-    def _fault(self, backend: Backend, device: torch.device, *, again: bool = False) -> str | None:
-        """What is wrong with a backend on a device, None if nothing is; ``again`` tries anew what failed before."""
+    def _fault(self, backend: Backend, device: torch.device) -> str | None:
+        """What is wrong with a backend on a device, None if nothing is; what failed before is tried anew."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # the graph would hold the trial; who captures has warmed up before
         ours = next(cls for cls in type(self).__mro__ if cls.__module__.startswith(__name__.rpartition(".")[0]))
         tried = ours, type(backend), device
-        if tried not in _FAULTS or (again and _FAULTS[tried] is not None):
+        if _FAULTS.get(tried, "not tried") is not None:
             _FAULTS[tried] = _fault_of(*tried)
         return _FAULTS[tried]
 

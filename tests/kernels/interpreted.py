@@ -388,12 +388,9 @@ def the_same_neighbours() -> None:
         (ALTO, alto),
         (ALTO, {**alto, "capturable": True, "bias_correction": False}),
     ):
-        if True:
-            kernel, eager = (
-                stepped(cls, state_dtype=torch.bfloat16, fused=fused, **options) for fused in (None, False)
-            )
-            same_bits = [(a == b).float().mean() for a, b in zip(kernel, eager, strict=True)]
-            v = [same_bits.pop(7), same_bits.pop(4)]  # which the two add up in another order
+        kernel, eager = (stepped(cls, state_dtype=torch.bfloat16, fused=fused, **options) for fused in (True, False))
+        same_bits = [(a == b).float().mean() for a, b in zip(kernel, eager, strict=True)]
+        v = [same_bits.pop(7), same_bits.pop(4)]  # which the two add up in another order
         assert min(same_bits) > 0.9 and min(v) > 0.78, (cls, options, same_bits, v)  # to the nearest, it would be 0.75
 
 
