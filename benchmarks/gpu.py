@@ -48,7 +48,7 @@ def parts(device: str, out: Path, tiny: bool) -> list[Part]:
     """All, the most important first."""
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini", "filterwarnings=ignore", "--tb=short"]
     small = ["tests/gpu/test_steps.py", "-k", "same_bits and AdamE"]
-    few = ["--only", "AdamW fused", "AdamE", "AdamE fused", "ALTO", "ALTO fused"]
+    few = ["--only", "AdamW fused", "AdamE fused", "AdamE compiled", "ALTO fused", "ALTO compiled"]
     optim = [str(HERE / "optim_step.py"), "--device", device]
     capture = [str(HERE / "capture_cost.py"), "--device", device]
     rates = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from workloads import CONTEXT, FASHION_MNIST, GPT, WORKLOADS, Data
 
-from lightning_gradhist import ALTO, AdamE, NoiseScale, no_decay_groups
+from lightning_gradhist import ALTO, AdamE, no_decay_groups
+from lightning_gradhist.callbacks.optimizers import metric_weights
+from lightning_gradhist.noise import NoiseRecord
+from lightning_gradhist.noise.step import measure_part, noise_and_signal
 
 SETTINGS = ["question", "optimizer", "alpha", "explore_beta", "learning_rate", "batch_size", "steps", "seed"]
 COLUMNS = [
@@ -88,7 +91,7 @@ def train(settings: Row, make_model: Callable[[], nn.Module], data: Data, device
     warm_up = max(1, steps // 20)
     schedule = LambdaLR(optimizer, lambda k: min((k + 1) / warm_up, (steps - k) / max(1, steps - warm_up)))
     inputs, labels = data.train.tensors
-    noise, number = None, 0
+    record = NoiseRecord()
     for number, batch in enumerate(itertools.islice(batches(len(inputs), size, device), steps)):
         halves = batch.chunk(2) if number % _EVERY == 0 and settings["question"] == "rates" else [batch]
         gradients = []
@@ -97,20 +100,25 @@ def train(settings: Row, make_model: Callable[[], nn.Module], data: Data, device
                 logits = module(inputs[half])
             loss = functional.cross_entropy(logits.float().flatten(0, -2), labels[half].flatten())
             gradients.append(torch.autograd.grad(loss, list(module.parameters())))
-        names = [name for name, _ in module.named_parameters()]
-        if len(halves) == 2:
-            noise = noise or NoiseScale({name: g for name, g in zip(names, gradients[0], strict=True)}, size // 2)
-            for gradient in gradients:
-                noise.update(dict(zip(names, gradient, strict=True)))
         for parameter, *parts in zip(module.parameters(), *gradients, strict=True):
             parameter.grad = sum(parts) / len(parts)
+        if len(halves) == 2:
+            record.add(number, size, _measured(module, optimizer, gradients[0], size))
         optimizer.step()
         schedule.step()
-    estimate = noise.simple() if noise is not None else None
-    measured = {} if estimate is None else {
-        "noise_scale": estimate.value, "noise_lower": estimate.lower, "noise_upper": estimate.upper
-    }  # fmt: skip
+    estimate = record.estimate("adam")
+    noise = (estimate.value, estimate.lower, estimate.upper) if estimate.measurements else ()
+    measured = dict(zip(("noise_scale", "noise_lower", "noise_upper"), noise, strict=False))
     return {**settings, **evaluated(module, data, device), **measured}
+
+
+def _measured(module: nn.Module, optimizer: torch.optim.Optimizer, half: Sequence[Tensor], size: int) -> Tensor:
+    """Noise and signal, from the gradient of half a batch of ``size`` samples against that of the whole."""
+    parameters = dict(module.named_parameters())
+    whole = {name: parameter.grad for name, parameter in parameters.items()}
+    part = dict(zip(parameters, half, strict=True))
+    sums = measure_part(part, whole, metric_weights(optimizer, parameters))
+    return noise_and_signal(sums, 1 / size, 1 / size, size)
 
 
 def batches(samples: int, size: int, device: torch.device) -> Iterator[Tensor]:

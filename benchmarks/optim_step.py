@@ -183,7 +183,9 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
 
 def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: int, only: list[str] | None) -> list[Row]:
     """Check and measure everything; the rows of the CSV but for the machine, with a note where nothing can be built."""
-    wanted = [implementation for implementation in implementations() if only is None or implementation.name in only]
+    wanted = [
+        one for one in implementations() if one.device in ("", device.type) and (only is None or one.name in only)
+    ]
     good, reasons = built(wanted, lambda implementation: check(implementation, device, dtype))
     print(f"correct: {', '.join(implementation.name for implementation in good)}", flush=True)
     contestants = [*copies({one.bytes_per_parameter(dtype) for one in good}), *good]

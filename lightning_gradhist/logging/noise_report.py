@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from lightning_gradhist.noise import NoiseRecord
@@ -13,7 +12,7 @@ _KIND = "noise_scale"
 
 
 def noise_scalars(record: NoiseRecord, suffix: str = "") -> dict[str, float]:
-    """The noise scale over the run so far, by tag, in samples; what is not known or not finite is left out.
+    """The noise scale over the run so far, by tag, in samples; one whose interval has no bound is left out.
 
     ``noise_scale/simple`` and ``noise_scale/adam`` with ``_lower`` and ``_upper``, the ends of their intervals; beside them
     ``noise_scale/batch_size``, that of the run, and ``noise_scale/critical_batch_size``.
@@ -25,13 +24,14 @@ def noise_scalars(record: NoiseRecord, suffix: str = "") -> dict[str, float]:
     found: dict[str, float] = {}
     for metric in METRICS:
         estimate = record.estimate(metric, wait=False)
-        tags = interval_tags(metric)
-        found |= dict(zip(tags, (estimate.value, estimate.lower, estimate.upper), strict=True))
-        if metric == "adam" and estimate.bounded:
+        if not estimate.bounded:  # a chart with margins takes all three, or none
+            continue
+        found |= dict(zip(interval_tags(metric), (estimate.value, estimate.lower, estimate.upper), strict=True))
+        if metric == "adam":
             found[f"{_KIND}/critical_batch_size"] = critical_batch_size(estimate).value
-    if any(math.isfinite(found[f"{_KIND}/{metric}"]) for metric in METRICS):
+    if found:
         found[f"{_KIND}/batch_size"] = record.batch_size
-    return {f"{tag}{suffix}": value for tag, value in found.items() if math.isfinite(value)}
+    return {f"{tag}{suffix}": value for tag, value in found.items()}
 
 
 def noise_margins(suffixes: Sequence[str] = ("",)) -> dict[str, tuple[str, str, str]]:

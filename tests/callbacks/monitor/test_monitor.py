@@ -1348,14 +1348,12 @@ def test_sixteen_tensors_make_no_more_than_forty_charts_with_the_noise_scale_amo
     ]
     record = RunRecord.load(tmp_path / "calibration.json").optimizers[0]
     scales = logged_scalars(tmp_path, "noise_scale/simple")
-    assert 8 < len(scales) < made.global_step / 2 and max(scales) > made.global_step / 2
+    assert 4 < len(scales) < made.global_step / 2 and max(scales) > made.global_step / 2
+    assert list(scales.values())[-1] == pytest.approx(record.noise["simple"].value, rel=0.5)
+    ends = [logged_scalars(tmp_path, f"noise_scale/simple_{end}") for end in ("lower", "upper")]
+    assert ends[0].keys() == ends[1].keys() == scales.keys()  # else TensorBoard refuses to draw the chart
+    assert all(ends[0][step] <= scale <= ends[1][step] for step, scale in scales.items())
     assert logged_scalars(tmp_path, "noise_scale/batch_size")[max(scales)] == 8
-    assert "noise_scale/adam" in tags and list(scales.values())[-1] == pytest.approx(
-        record.noise["simple"].value, rel=1.0
-    )
-    last = max(logged_scalars(tmp_path, "noise_scale/simple_upper"))
-    ends = [logged_scalars(tmp_path, f"noise_scale/simple_{end}")[last] for end in ("lower", "upper")]
-    assert ends[0] <= scales[last] <= ends[1]
     layout = str(found.Tensors("custom_scalars__config__")[0].tensor_proto)
     assert "noise_scale/adam_lower" in layout and "noise_scale/simple_upper" in layout
 
