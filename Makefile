@@ -6,7 +6,8 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-all test-lowest nightly lint format peers bench-optim bench-capture bench-scale gpu evidence evidence-full clean
+.PHONY: help demo test test-all test-lowest nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu evidence \
+	evidence-full clean
 
 help:
 	@echo "make demo    rescue a frozen run, and carry a learning rate to 32 times the batch, on two ranks (under a minute)"
@@ -18,6 +19,8 @@ help:
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
+	@echo "make docs    the docs, site/index.html (some seconds); every warning is an error"
+	@echo "make pictures  make the pictures of docs and README again, from small runs (some 3 minutes)"
 	@echo "make bench-optim  time and memory of the optimizers' step against their peers (20 minutes on two idle cores)"
 	@echo "             DEVICE=cuda measures on a GPU"
 	@echo "make bench-capture  what the monitor adds to a training step, against its peers (some 20 minutes on two idle cores)"
@@ -28,12 +31,12 @@ help:
 	@echo "make evidence-full  make the runs that it lacks first (some seven hours on two cores; can be stopped and goes on)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST from there"
 	@echo "make peers   install those peers that are not ours to depend on"
-	@echo "make clean   remove the virtual environments and what the demo wrote"
+	@echo "make clean   remove the virtual environments and what demo and docs wrote"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	touch $(READY)
 
 demo: $(READY)
@@ -78,6 +81,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The docs read the sources and import nothing of the package. The variable hides an advertisement, the path is for ruff.
+docs: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+pictures: $(READY)
+	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python docs/pictures.py
+
 # Without their dependencies: requirements-peers.txt names those that they need.
 $(VENV)/.peers: $(READY) benchmarks/requirements-peers.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/requirements-peers.txt
@@ -109,4 +119,4 @@ evidence-full: $(VENV)/.peers
 	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo_logs lightning_logs
+	rm -rf $(VENV) $(LOWEST) demo_logs lightning_logs site
