@@ -98,6 +98,8 @@ class GradientHistogramMonitor(Callback):
     or accumulation it is measured, without bias, from the gradients of a step's first micro-batch on each rank against
     those of the whole step; else from a logged step and the next. This holds a copy of the gradients, between two steps also
     one of the second moment. A step with fewer samples than others, or whose gradients a hook has changed, is not measured.
+    The record also has the steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a
+    copy is stepped through the run before it begins.
 
     Works with one device, DDP, FSDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
     and several optimizers. With other strategies it warns and stays off. Under manual optimization the step begins where
