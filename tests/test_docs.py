@@ -46,6 +46,8 @@ NO_MESSAGES = (
     "The parameters are …; the layers",
     "lower every_n_steps=…, or",
     "parameter … of its group",
+    "the recorded run",
+    "tell the length of the run",
     "The param groups of the inner",
     "The state of the inner",
     "The defaults of the inner",
