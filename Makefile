@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-all test-lowest nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu evidence \
+.PHONY: help demo test test-all test-lowest nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu ecosystem evidence \
 	evidence-full clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "             DEVICE=cuda measures on a GPU"
 	@echo "make bench-scale    bytes that the monitor all-reduces, logs and keeps: model, and check on 8 ranks (3 minutes)"
 	@echo "make gpu     all that only a GPU can show: correctness, speed, cost, evidence (8 minutes on a GPU)"
+	@echo "make ecosystem  other people's projects with the callbacks in them (an hour, some 30 GB in .ecosystem)"
 	@echo "make evidence       redraw the tables and figures of the calibration's evidence (half a minute)"
 	@echo "make evidence-full  make the runs that it lacks first (some seven hours on two cores; can be stopped and goes on)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST from there"
@@ -110,6 +111,10 @@ CALIBRATION := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python be
 # On a bare machine without a registry: PYTHON=python3 BIN= and the wheels of requirements-peers.txt on PYTHONPATH.
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
+
+# Each project has a virtual environment of its own, in .ecosystem.
+ecosystem: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ecosystem/run.py
 
 evidence: $(READY)
 	$(CALIBRATION)/tables.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")

@@ -1,8 +1,8 @@
 """Other people's projects with our callbacks in them: ``make ecosystem``, or ``python run.py [PROJECT ...]``.
 
 Each project gets a virtual environment of its own, and trains its own example on generated data in six ways, each in a
-process of its own (``ways.py``). A row of ``results/ecosystem.csv`` is written after each way; what is there for the same
-versions is not run again.
+process of its own (``ways.py``). A row of ``results/ecosystem.csv`` is written after each way. Without names, projects that
+have all their rows are left alone, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -133,7 +133,10 @@ def main() -> None:
     for project in PROJECTS:
         if args.projects and project.name not in args.projects:
             continue
-        rows = [row for row in read_csv(args.output) if row["project"] != project.name]
+        there = read_csv(args.output)
+        if not args.projects and sum(row["project"] == project.name for row in there) == len(WAYS):
+            continue
+        rows = [row for row in there if row["project"] != project.name]
         try:
             interpreter = environment(project, args.environments)
         except subprocess.CalledProcessError as error:

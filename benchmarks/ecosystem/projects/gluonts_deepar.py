@@ -15,6 +15,7 @@ def train(callbacks, batch_factor, optimizer):
     rows = [{"start": start, "target": draw.normal(size=100).cumsum()} for _ in range(20)]
     more = options(callbacks)
     more.pop("max_steps")
+    more.pop("enable_checkpointing")  # it has a checkpoint of its own
     estimator = DeepAREstimator(
         freq="D",
         prediction_length=4,
