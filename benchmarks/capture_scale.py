@@ -34,6 +34,7 @@ from lightning_gradhist.logging.noise_report import noise_margins
 
 WORD = 8  # int64, and a number in a checkpoint
 MOST_BUCKETS = 64
+LENGTH = 2 + 17  # planned steps, warm-up, and the rate at the ends of sixteenths of the run
 MOST_MEASUREMENTS, NUMBERS_A_MEASUREMENT = 4096, 6
 MEASURED = "all_reduced logged_histograms logged_scalars kept".split()
 COLUMNS = [
@@ -77,7 +78,7 @@ def predicted(
         "all_reduces": len(logged) + measurements + 1 if ranks > 1 else 0,
         "all_reduced_bytes": reduced,
         "ring_bytes_a_rank": 2 * (ranks - 1) * reduced // ranks,
-        "kept_bytes": WORD * (5 + NUMBERS_A_MEASUREMENT * min(measurements, MOST_MEASUREMENTS)),
+        "kept_bytes": WORD * (5 + LENGTH + NUMBERS_A_MEASUREMENT * min(measurements, MOST_MEASUREMENTS)),
         "held_bytes_a_rank": (4 if within_steps else 8) * parameters // (ranks if sharded else 1),
         **_logged_bytes(list(sizes), logged, buckets, scalars),
     }
