@@ -122,7 +122,8 @@ def short_run(which: str, steps: int) -> str:
 
 def never_at_its_peak(which: str, steps: int) -> str:
     return (
-        f"the warm-up of {which} does not end within its {steps:,} steps, so the rate that is set is not reached before"
+        f"the warm-up of {which} does not end within its {steps:,} steps, so the rate that is set is not reached before;"
+        " no run behind the law was like that"
     )
 
 
