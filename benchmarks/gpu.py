@@ -48,19 +48,26 @@ def parts(device: str, out: Path, tiny: bool) -> list[Part]:
     """All, the most important first."""
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini", "filterwarnings=ignore", "--tb=short"]
     small = ["tests/gpu/test_steps.py", "-k", "same_bits and AdamE"]
-    few = ["--only", "AdamW fused", "AdamE fused", "AdamE compiled", "ALTO fused", "ALTO compiled"]
+    few = (
+        ["--only", "AdamW fused", "AdamE"]
+        if tiny
+        else ["--only", "AdamW fused", "AdamE fused", "AdamE compiled", "ALTO fused", "ALTO compiled"]
+    )
     optim = [str(HERE / "optim_step.py"), "--device", device]
     capture = [str(HERE / "capture_cost.py"), "--device", device]
     rates = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]
     sizes = {
-        "step": ["--parameters", "2e5", "--repeats", "1"] if tiny else ["--repeats", "5"],
+        "correctness": ["-k", "not float16"] if tiny else [],
+        "step": ["--parameters", "2e5", "--repeats", "1", "--only", "AdamW fused", "AdamE", "ALTO"]
+        if tiny
+        else ["--repeats", "5"],
         "large step": ["--parameters", "4e5" if tiny else "1.5e9", "--repeats", "1" if tiny else "3"],
-        "capture": ["--scale", "1e-3", "--rounds", "1"] if tiny else ["--rounds", "2"],
+        "capture": ["--scale", "1e-3", "--rounds", "1", "--models", "CNN"] if tiny else ["--rounds", "2"],
     }
     longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
     return [
-        Part("correctness", [*tests, "tests/gpu"], 120 * longer),
+        Part("correctness", [*tests, "tests/gpu", *sizes["correctness"]], 120 * longer),
         Part("step", [*optim, *sizes["step"], "--output", str(out / f"optim_step_{device}.csv")], 90 * longer),
         Part(
             "capture", [*capture, *sizes["capture"], "--output", str(out / f"capture_cost_{device}.csv")], 100 * longer
