@@ -33,6 +33,11 @@ class PlanRow:
     steps: Band | None
     samples: Band | None
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the record does not support a rate at this batch size, so that the recorded one stands here."""
+        return self.ratio.law != SURGE
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -74,9 +79,12 @@ class Plan:
         table = [_HEADER, *(_cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        reasons = [
-            f"  - {reason}" for reason in dict.fromkeys(reason for row in self.rows for reason in row.ratio.reasons)
-        ]
+        said = (
+            f"{row.batch_size:,g} samples: {reason}" if row.is_refused else reason
+            for row in self.rows
+            for reason in row.ratio.reasons
+        )
+        reasons = [f"  - {reason}" for reason in dict.fromkeys(said)]
         if self.critical is None:
             reasons.append("  - steps and samples are not known: the noise scale has no bound; record a longer run")
         return "\n".join([title, *facts, "", *lines, "", *reasons])
@@ -146,7 +154,8 @@ def _times(band: Band, factor: float) -> Band:
 def _cells(row: PlanRow) -> tuple[str, ...]:
     rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(row.learning_rates))
     ratio = Band(row.ratio.value, row.ratio.lower, row.ratio.upper)
-    return (f"{row.batch_size:,g}", rates, _band(ratio), _band(row.steps), _band(row.samples))
+    times = "refused" if row.is_refused else _band(ratio)
+    return (f"{row.batch_size:,g}", rates, times, _band(row.steps), _band(row.samples))
 
 
 def _band(band: Band | None) -> str:

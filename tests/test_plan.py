@@ -51,7 +51,8 @@ def test_what_the_record_does_not_support_is_refused_with_the_reason(noise: Nois
     (found,) = plan(record(noise), [256])
     (row,) = found.rows
     assert row.learning_rates == (1e-3, 1e-2) and row.ratio.law == "keep" and "refused" in row.ratio.reasons[0]
-    assert row.steps is row.samples is found.critical is None
+    assert row.steps is row.samples is found.critical is None and row.is_refused
+    assert "refused" in found.to_text().splitlines()[-4] and "  - 256 samples: surge law refused" in found.to_text()
     assert "steps and samples are not known" in found.to_text() and "not known" in found.to_text().splitlines()[-4]
 
 

@@ -219,10 +219,11 @@ def plan_figure(plan: Plan) -> Figure:
     """The learning rate, and the steps and samples, over the planned batch sizes, with their bands."""
     rows = sorted(plan.rows, key=lambda row: row.batch_size)
     batches = [row.batch_size for row in rows]
-    ratios = [Band(row.ratio.value, row.ratio.lower, row.ratio.upper) for row in rows]
+    known = [row for row in rows if not row.is_refused]
+    ratios = [Band(row.ratio.value, row.ratio.lower, row.ratio.upper) for row in known]
     figure = _figure(width=10.0, height=4.0)
     rate, cost = figure.subplots(1, 2)
-    _band(rate, batches, ratios, _BLUE, f"learning rate / {max(plan.learning_rates):g}")
+    _band(rate, [row.batch_size for row in known], ratios, _BLUE, f"learning rate / {max(plan.learning_rates):g}")
     rate.set_title(f"{plan.optimizer}: learning rate over batch size", fontsize=10, loc="left")
     for name, color, whole in (("steps", _BLUE, plan.steps), ("samples", _ORANGE, plan.steps * plan.batch_size)):
         bands = [getattr(row, name) for row in rows]
