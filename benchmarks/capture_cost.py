@@ -344,7 +344,7 @@ def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[
 def run(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
     """Check everything, then measure; the rows of the CSV, but for the machine, of one model after another."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    tasks = [task for task in cases.tasks(args.scale) if task.name in args.models]
+    tasks = [task for task in cases.tasks(args.scale) if task.name in args.models and task.only_on in ("", device.type)]
     for task in tasks:
         check(task, device)
         print(f"correct: {task.name}: logged counts are numpy's, weights are those without a monitor", flush=True)

@@ -35,10 +35,11 @@ class Task:
     batch_size: int
     batch_shape: str  # for the reader
     steps: int  # of a turn
+    only_on: str = ""  # a device, where another one would take too long
 
 
 def tasks(scale: float = 1.0) -> list[Task]:
-    """The three models; below a scale of 1, for a try-out, with about that share of the parameters, and shorter turns."""
+    """The models; below a scale of 1, for a try-out, with about that share of the parameters, and shorter turns."""
     many, some, few = (128, 32, 16) if scale == 1 else (16, 16, 16)
     width = max(8, 8 * round(64 * scale**0.5 / 8))
     layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
@@ -48,6 +49,15 @@ def tasks(scale: float = 1.0) -> list[Task]:
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", many),
         Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(_text, words), 4, "4 x 128 tokens", some),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", few),
+        Task(
+            "transformer, 350 M",
+            partial(Decoder, 4 * layers, 2 * inner, 4 * words),
+            partial(_text, 4 * words),
+            4,
+            "4 x 128 tokens",
+            few,
+            only_on="cuda",
+        ),
     ]
 
 
