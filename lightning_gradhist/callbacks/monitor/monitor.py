@@ -305,14 +305,16 @@ class GradientHistogramMonitor(Callback):
 
     def _finish(self) -> None:
         self._save_record()
-        if self._record is not None:
-            self._record.close()
-            if self._record.saved and self._record_path is not None:
-                messages.tell_of_record(self.noise_records, self._record_path)
-        self._release()
-        if self._fit is not None:
-            self._fit.close()
+        fit, record = self._fit, self._record
         self._fit = self._record = None
+        self._release()
+        if record is not None:
+            record.close()
+        if fit is not None:
+            fit.close()
+        if fit is not None and record is not None and record.saved and self._record_path is not None:
+            with fit.guard.attempt("say what was recorded"):
+                messages.tell_of_record(self.noise_records, self._record_path)
 
     def _release(self) -> None:
         for each in self._optimizers:
