@@ -47,31 +47,27 @@ class Part:
 def parts(device: str, out: Path, tiny: bool) -> list[Part]:
     """All, the most important first."""
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini", "filterwarnings=ignore", "--tb=short"]
+    at_once = ["--numprocesses", str(min(8, os.cpu_count() or 1))]  # much of their time is numpy's and the compilers'
     small = ["tests/gpu/test_steps.py", "-k", "same_bits and AdamE"]
-    few = (
-        ["--only", "AdamW fused", "AdamE"]
-        if tiny
-        else ["--only", "AdamW fused", "AdamE fused", "AdamE compiled", "ALTO fused", "ALTO compiled"]
-    )
+    few = ["--only", "AdamW fused", "AdamE fused", "ALTO fused"]
     optim = [str(HERE / "optim_step.py"), "--device", device]
-    capture = [str(HERE / "capture_cost.py"), "--device", device]
+    kernels = [str(HERE / "kernel_speed.py"), "--device", device, "--output", str(out / "kernels.csv")]
     rates = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]
     sizes = {
         "correctness": ["-k", "not float16"] if tiny else [],
         "step": ["--parameters", "2e5", "--repeats", "1", "--only", "AdamW fused", "AdamE", "ALTO"]
         if tiny
-        else ["--repeats", "5"],
+        else ["--repeats", "3"],
         "large step": ["--parameters", "4e5" if tiny else "1.5e9", "--repeats", "1" if tiny else "3"],
-        "capture": ["--scale", "1e-3", "--rounds", "1", "--models", "CNN"] if tiny else ["--rounds", "2"],
+        "kernels": ["--size", "20000", "--parameters", "1"] if tiny else [],
     }
     longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
     return [
-        Part("correctness", [*tests, "tests/gpu", *sizes["correctness"]], 120 * longer),
+        Part("correctness", [*tests, *at_once, "tests/gpu", *sizes["correctness"]], 120 * longer),
         Part("step", [*optim, *sizes["step"], "--output", str(out / f"optim_step_{device}.csv")], 90 * longer),
-        Part(
-            "capture", [*capture, *sizes["capture"], "--output", str(out / f"capture_cost_{device}.csv")], 100 * longer
-        ),
+        Part("kernels", [*kernels, *sizes["kernels"]], 60 * longer),
+        *captures(device, out, tiny),
         Part("sanitizer", sanitized, 60 * longer, program="compute-sanitizer"),
         Part(
             "large step, bfloat16",
@@ -80,6 +76,21 @@ def parts(device: str, out: Path, tiny: bool) -> list[Part]:
         ),
         Part("rates of a character GPT", [*rates, "rates", "--output", str(out / "gpu_rates.csv")], 150 * longer),
         Part("ResNet-20 at large batches", [*rates, "resnet", "--output", str(out / "gpu_resnet.csv")], 150 * longer),
+    ]
+
+
+def captures(device: str, out: Path, tiny: bool) -> list[Part]:
+    """What the monitor costs, one model after another; the peers take minutes on the largest, and so are left out there."""
+    output = ["--device", device, "--output", str(out / f"capture_cost_{device}.csv")]
+    command = [str(HERE / "capture_cost.py"), *output, "--rounds", "1" if tiny else "2"]
+    ours = ["--only", "none, again", "monitor", "monitor, every step", "monitor, off-steps"]
+    if tiny:
+        return [Part("capture, CNN", [*command, "--scale", "1e-3", "--models", "CNN", *ours], 240)]
+    limits = {"CNN": (60, ["add_histogram", "wandb.watch"]), "transformer": (90, ["add_histogram", "wandb.watch"])}
+    limits |= {"small tensors": (60, []), "transformer, 350 M": (90, [])}
+    return [
+        Part(f"capture, {name}", [*command, "--models", name, *ours, *peers], seconds)
+        for name, (seconds, peers) in limits.items()
     ]
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_gradhist.optim import ALTO, AdamE, EAdaptor
-from lightning_gradhist.optim._backends import Compiled
 
 BETAS = (0.9, 0.99)
 ALPHA, EXPLORE_BETA = -5.0, 0.99
@@ -90,7 +89,6 @@ class Implementation:
     layerwise: bool | None = None  # which reference ours must agree with; None for the others'
     checked_in: torch.dtype | None = None  # None for the dtype of the run
     fixed_bytes: int = 0  # for any dtype: those of a copy
-    device: str = ""  # the only kind that it is of interest on
 
     def bytes_per_parameter(self, dtype: torch.dtype) -> int:
         """Bytes that a step moves at least, for a parameter of ``dtype``."""
@@ -114,9 +112,6 @@ def implementations() -> list[Implementation]:
         Implementation("AdamE fused", ours, ADAM_E, partial(_ours, AdamE, fused=True), layerwise=False),
         Implementation("ALTO", ours, LAYERWISE_E, partial(_ours, ALTO), layerwise=True),
         Implementation("ALTO fused", ours, LAYERWISE_E, partial(_ours, ALTO, fused=True), layerwise=True),
-        # on the CPU this is what fused=True does
-        Implementation("AdamE compiled", ours, ADAM_E, partial(_compiled, AdamE), layerwise=False, device="cuda"),
-        Implementation("ALTO compiled", ours, LAYERWISE_E, partial(_compiled, ALTO), layerwise=True, device="cuda"),
     ]
 
 
@@ -127,13 +122,6 @@ def adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Opt
 
 def _ours(cls: Any, params: list[Parameter], lr: float, **options: bool) -> torch.optim.Optimizer:
     return cls(params, lr, **COMMON, **EXPLORE, **options)
-
-
-def _compiled(cls: Any, params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    """The eager step compiled, where fused=True would take the kernels; there is no public way to it."""
-    optimizer = _ours(cls, params, lr, fused=False)
-    optimizer._subgroups = partial(optimizer._subgroups, backend=Compiled())  # type: ignore[attr-defined]
-    return optimizer
 
 
 def _e_adaptor(params: list[Parameter], lr: float) -> torch.optim.Optimizer:

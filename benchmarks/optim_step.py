@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,24 @@ from typing import Any
 import torch
 from measuring import extra_peak_bytes, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
-from reporting import RESULTS, Row, installed_version, machine, print_table, print_verdicts, quartiles, write_csv
+from reporting import (
+    RESULTS,
+    Row,
+    installed_version,
+    machine,
+    print_table,
+    print_verdicts,
+    quartiles,
+    read_csv,
+    write_csv,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
 LR, WARM_UP = 1e-4, 2
 GRADIENT = 1e-5  # a norm of 0.1 at 100 M parameters
 STEPS = {"cpu": 2, "cuda": 20}
+TURN = 0.25  # seconds on a GPU, after which slow implementations make no more steps
 BASELINES = {
     "ratio_to_adamw": "AdamW",
     "ratio_to_adamw_fused": "AdamW fused",
@@ -128,9 +139,9 @@ def state_bytes(optimizer: Any) -> int:
 def timed(model: Model, implementation: Implementation) -> float:
     """Seconds of a step, the mean of some."""
     optimizer = model.build(implementation)
-    for _ in range(WARM_UP):
-        optimizer.step()
-    return seconds_per_call(optimizer.step, STEPS[model.device.type], model.device)
+    warm = seconds_per_call(optimizer.step, WARM_UP, model.device)
+    steps = STEPS[model.device.type] if model.device.type == "cpu" else min(STEPS["cuda"], 1 + int(TURN / warm))
+    return seconds_per_call(optimizer.step, steps, model.device)
 
 
 def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
@@ -181,22 +192,24 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
     return statistics.median(mine / theirs for mine, theirs in zip(seconds, baseline, strict=True))
 
 
-def run(device: torch.device, dtype: torch.dtype, parameters: float, repeats: int, only: list[str] | None) -> list[Row]:
-    """Check and measure everything; the rows of the CSV but for the machine, with a note where nothing can be built."""
-    wanted = [
-        one for one in implementations() if one.device in ("", device.type) and (only is None or one.name in only)
-    ]
+MODELS = {"transformer": transformer_shapes, "small tensors": small_shapes}
+
+
+_KEPT = f"{', '.join(MODELS)}; the rows of others that the output has are kept"
+
+
+def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[list[Row]]:
+    """Check everything, then measure; the rows of a model but for the machine, with a note where nothing can be built."""
+    wanted = [one for one in implementations() if args.only is None or one.name in args.only]
     good, reasons = built(wanted, lambda implementation: check(implementation, device, dtype))
     print(f"correct: {', '.join(implementation.name for implementation in good)}", flush=True)
     contestants = [*copies({one.bytes_per_parameter(dtype) for one in good}), *good]
-    rows: list[Row] = []
     gc.freeze()  # a collection between two turns then does not go through all that is imported
-    for name, shapes in (("transformer", transformer_shapes), ("small tensors", small_shapes)):
-        model = Model(name, shapes(parameters), device, dtype)
-        rows += measure_model(model, contestants, repeats)
-        rows += [{**model.columns(), "implementation": name, "note": note} for name, note in reasons.items()]
+    for name in args.models:
+        model = Model(name, MODELS[name](args.parameters), device, dtype)
+        rows = measure_model(model, contestants, args.repeats)
+        yield rows + [{**model.columns(), "implementation": name, "note": note} for name, note in reasons.items()]
     gc.unfreeze()
-    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,14 +220,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parameters", type=float, default=100e6, help="fewer for a try-out (default: 100e6)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
     parser.add_argument("--only", nargs="+", choices=[one.name for one in implementations()], metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help=_KEPT)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/optim_step_<device>.csv")
     args = parser.parse_args(arguments)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
 
     described = machine(device, "triton")
     print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
-    rows = [{**row, **described} for row in run(device, dtype, args.parameters, args.repeats, args.only)]
-    write_csv(args.output or RESULTS / f"optim_step_{args.device}.csv", COLUMNS, rows)
+    output = args.output or RESULTS / f"optim_step_{args.device}.csv"
+    rows: list[Row] = []
+    for of_model in run(args, device, dtype):
+        rows += [{**row, **described} for row in of_model]
+        measured = {row["model"] for row in rows}
+        write_csv(output, COLUMNS, [*(row for row in read_csv(output) if row["model"] not in measured), *rows])
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")

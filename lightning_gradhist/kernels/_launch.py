@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradhist.kernels._chunks import DTYPES, INTERPRETED
 from lightning_gradhist.kernels._math import KernelScalars
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import all_contiguous
+from lightning_gradhist.kernels._tables import ChunkTable, all_contiguous, chunk_table
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {
@@ -128,14 +128,33 @@ def _plainly_supported(tensors: StepTensors) -> bool:
     return all(other == shapes[0] for other in shapes) and all(map(all_contiguous, tensors))
 
 
-def refuse_unsupported(tensors: StepTensors) -> None:
-    """Raise a ValueError if the kernels do not take these tensors, before anything is changed."""
-    reason = unsupported(tensors)
-    if reason is not None:
-        raise ValueError(f"No kernel for these tensors: {reason}. Use the eager step (fused=False).")
+class Operands(NamedTuple):
+    """Tensors that the kernels take, gradients in the order of the memory of their parameters, and where they are."""
+
+    tensors: StepTensors
+    table: ChunkTable
 
 
-def grads_in_memory_order(tensors: StepTensors) -> list[Tensor]:
+def operands_of(tensors: StepTensors) -> Operands:
+    """What the kernels of a step are launched on.
+
+    Raises:
+        ValueError: If they do not take these tensors; nothing has been changed then.
+    """
+
+    def check() -> None:
+        reason = unsupported(tensors)
+        if reason is not None:
+            raise ValueError(reason)
+
+    if tensors.params[0].device.type != ("cpu" if INTERPRETED else "cuda"):
+        check()
+    with on_device_of(tensors.params[0]):
+        ordered = tensors._replace(grads=_in_memory_order(tensors))
+        return Operands(ordered, chunk_table(ordered, check))
+
+
+def _in_memory_order(tensors: StepTensors) -> list[Tensor]:
     """Gradients with the strides of their parameters: themselves, or copies of those that have others."""
     if all_contiguous(tensors.params) and all_contiguous(tensors.grads):
         return tensors.grads

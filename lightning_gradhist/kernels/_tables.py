@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 4096
+CHUNK = 2048
 """Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
-_KEPT = 64  # tables of each kind; a table of a whole model takes 0.05% of its fp32 parameters
+_KEPT = 64  # tables of each kind; a table of a whole model takes 0.1% of its fp32 parameters
 
 
 class ChunkTable(NamedTuple):

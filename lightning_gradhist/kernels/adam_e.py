@@ -9,30 +9,33 @@ import triton.language as tl
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
 from lightning_gradhist.kernels._launch import (
     OPTIONS,
-    grads_in_memory_order,
+    Operands,
     kernel_scalars,
     on_device_of,
-    refuse_unsupported,
+    operands_of,
     variant_of,
 )
 from lightning_gradhist.kernels._math import adam_direction, moved, scalars_of, stored
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import CHUNK, chunk_table
+from lightning_gradhist.kernels._tables import CHUNK
 
 
-def adam_e_step(tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
+def adam_e_step(
+    tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay: bool, operands: Operands | None = None
+) -> None:
     """As the eager :func:`~lightning_gradhist.optim.adam_e.adam_e_step`, in fp32.
 
-    Tensors among the scalars are on the device of the parameters, and are read there.
+    Tensors among the scalars are on the device of the parameters, and are read there. The operands are those of the
+    tensors, where they are known.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
     """
     if not tensors.params:
         return
+    operands = operands or operands_of(tensors)  # held: it may have copies of gradients
+    table = operands.table
     with on_device_of(tensors.params[0]):
-        ordered = tensors._replace(grads=grads_in_memory_order(tensors))
-        table = chunk_table(ordered, lambda: refuse_unsupported(tensors))
         if len(table.chunks):
             adam_e_kernel[(len(table.chunks),)](
                 table,

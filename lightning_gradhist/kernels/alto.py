@@ -11,22 +11,23 @@ from torch import Tensor
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
 from lightning_gradhist.kernels._launch import (
     OPTIONS,
-    grads_in_memory_order,
+    Operands,
     kernel_scalars,
     on_device_of,
-    refuse_unsupported,
+    operands_of,
     variant_of,
 )
 from lightning_gradhist.kernels._math import adam_direction, moved, number, scalars_of, square, stored
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import CHUNK, chunk_table
+from lightning_gradhist.kernels._tables import CHUNK
 
 
-def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
+def alto_moments(tensors: StepTensors, s: StepScalars, operands: Operands | None = None) -> Tensor:
     """As the eager :func:`~lightning_gradhist.optim.alto.alto_moments`, in fp32.
 
     The squares are summed by chunk in float64, and those sums in a fixed order: the same bits from run to run. Tensors among the
-    scalars are on the device of the parameters, and are read there.
+    scalars are on the device of the parameters, and are read there. The operands are those of the tensors, where they
+    are known.
 
     Raises:
         ValueError: If the kernels do not take these tensors; nothing has been changed then.
@@ -34,9 +35,9 @@ def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
     if not tensors.params:
         return torch.zeros(0, 2, dtype=torch.float64)
     device = tensors.params[0].device
+    operands = operands or operands_of(tensors)  # held: it may have copies of gradients
+    table = operands.table
     with on_device_of(tensors.params[0]):
-        ordered = tensors._replace(grads=grads_in_memory_order(tensors))
-        table = chunk_table(ordered, lambda: refuse_unsupported(tensors))
         sums = torch.empty(len(table.chunks), 2, dtype=torch.float64, device=device)
         if len(sums):
             scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)
@@ -46,7 +47,7 @@ def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
     return squared_norms
 
 
-def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> None:
+def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None, operands: Operands | None = None) -> None:
     """As the eager :func:`~lightning_gradhist.optim.alto.alto_apply`, in fp32; ratios are ``[n]``.
 
     Raises:
@@ -54,9 +55,9 @@ def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> N
     """
     if not tensors.params:
         return
+    operands = operands or operands_of(tensors)  # held: it may have copies of gradients
+    table = operands.table
     with on_device_of(tensors.params[0]):
-        columns = [tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs]
-        table = chunk_table(columns, lambda: refuse_unsupported(tensors))
         if len(table.chunks):
             alto_apply_kernel[(len(table.chunks),)](
                 table,
@@ -139,7 +140,8 @@ def alto_apply_kernel(table, ratios, s, VARIANT: tl.constexpr, CHUNK: tl.constex
     """Compute ``r`` of one chunk again, and apply it."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # from the end, which the first phase left in the cache
     chunk = locate(table, program, CHUNK)
-    at = addresses(table, chunk, 3)
+    theta_at, _g_at, _e_at, m_at, v_at = addresses(table, chunk, 5)
+    at = (theta_at, m_at, v_at)
     s = scalars_of(s, chunk.tensor)
     rate = s.lr * number(ratios, chunk.tensor)
     if is_full(chunk, at, CHUNK):

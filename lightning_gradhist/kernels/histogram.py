@@ -23,8 +23,12 @@ from lightning_gradhist.kernels._chunks import (
 from lightning_gradhist.kernels._launch import OPTIONS, on_device_of
 from lightning_gradhist.kernels._tables import chunk_table
 
-CHUNK = 8192
-"""Elements a program: four times the bins that are cleared and read for them, sixteen a thread."""
+CHUNK = 16384
+"""Elements a program: 32 a thread, so that few programs add to the same row of the table."""
+_SHARED = not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+WINDOW = 2048 if _SHARED else 256
+"""Bins that are counted together: all, where Triton counts in shared memory. Before 3.8, and on AMD, each of them takes
+time, and the magnitudes of a chunk nearly always lie within 32 octaves: those of a window, one after another."""
 LAUNCH = {**OPTIONS, "num_warps": 4 * OPTIONS["num_warps"]}  # 512 threads, which share one set of bins
 
 
@@ -68,37 +72,48 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
         if not len(places.chunks):
             return
         columns = table.shape[1]
-        bins = triton.next_power_of_2(columns + 1)  # one more for what is outside
-        count_kernel[(len(places.chunks),)](places, DTYPES[first.dtype], columns, bins, CHUNK, **LAUNCH)
+        count_kernel[(len(places.chunks),)](places, DTYPES[first.dtype], columns, WINDOW, CHUNK, **LAUNCH)
 
 
 @triton.jit
-def count_kernel(table, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr):
+def count_kernel(table, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """Count one chunk."""
     chunk = locate(table, tl.program_id(0), CHUNK)
     values_at, row_at = addresses(table, chunk, 2)
     row = row_at.to(tl.pointer_type(tl.int64))
     if is_full(chunk, (values_at,), CHUNK):
-        _count_block(values_at, block_of(chunk, 0, CHUNK, True), row, DTYPE, COLUMNS, BINS)
+        _count_block(values_at, block_of(chunk, 0, CHUNK, True), 0, row, DTYPE, COLUMNS, WINDOW)
     else:
-        _count_block(values_at, block_of(chunk, 0, CHUNK, False), row, DTYPE, COLUMNS, BINS)
+        _count_block(values_at, block_of(chunk, 0, CHUNK, False), CHUNK - chunk.size, row, DTYPE, COLUMNS, WINDOW)
 
 
 @triton.jit
-def _count_block(values_at, block, row, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, BINS: tl.constexpr):
+def _count_block(values_at, block, outside, row, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr):
     width: tl.constexpr = ALIGNMENT * 8 // DTYPE.primitive_bitwidth
-    column = column_of(read(values_at, block, DTYPE, width), COLUMNS // 254)
-    if not block.full:
-        column = tl.where(block.inside, column, BINS - 1)
-    counts = tl.histogram(column, BINS)
-    bins = tl.arange(0, BINS)
-    tl.atomic_add(row + bins, counts.to(tl.int64), mask=(counts > 0) & (bins < COLUMNS), sem="relaxed")
+    zeros_end: tl.constexpr = COLUMNS // 254  # the bins of zeros and subnormals, which are column 0
+    bin_ = bin_of(read(values_at, block, DTYPE, width), COLUMNS // 254)  # those outside are read as zeros
+    slots = tl.arange(0, WINDOW)
+    if WINDOW >= 256 * zeros_end:
+        counts = tl.histogram(bin_, WINDOW) - tl.where(slots == 0, outside, 0)
+        column = tl.maximum(slots - (zeros_end - 1), 0)
+        tl.atomic_add(row + column, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    else:
+        zeros = tl.sum((bin_ < zeros_end).to(tl.int32), axis=0) - outside
+        tl.atomic_add(row, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
+        first = tl.min(tl.where(bin_ < zeros_end, COLUMNS, bin_), axis=0)
+        for start in range(first, tl.max(bin_, axis=0) + 1, WINDOW - 1):
+            # bins below the window wrap round to large numbers; its last slot is for all that are not in it
+            slot = tl.minimum((bin_ - start).to(tl.uint32, bitcast=True), WINDOW - 1).to(tl.int32)
+            counts = tl.histogram(slot, WINDOW)
+            here = (counts > 0) & (slots < WINDOW - 1)
+            columns = row + (start - (zeros_end - 1)) + slots
+            tl.atomic_add(columns, counts.to(tl.int64), mask=here, sem="relaxed")
 
 
 @triton.jit
-def column_of(values, BINS_PER_OCTAVE: tl.constexpr):
-    """The column of the table: of zeros and subnormals 0, then that of the bits, of infinity and of NaN."""
-    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    bin_ = bits // (8388608 // BINS_PER_OCTAVE)  # 2**23 is an octave
-    column = tl.maximum(bin_ - (BINS_PER_OCTAVE - 1), 0)
-    return tl.where(bits > 0x7F800000, 254 * BINS_PER_OCTAVE + 2, column)
+def bin_of(values, BINS_PER_OCTAVE: tl.constexpr):
+    """Exponent and first bits of the mantissa; of all NaN the bin after that of infinity."""
+    octave: tl.constexpr = 8388608  # 2**23
+    bits = values.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.where(bits > 0x7F800000, 0x7F800000 + octave // BINS_PER_OCTAVE, bits)
+    return (bits // (octave // BINS_PER_OCTAVE)).to(tl.int32)

@@ -7,6 +7,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -77,34 +78,42 @@ class Compiled(Backend):
 class Kernels(Backend):
     """The Triton kernels, which take all tensors at once."""
 
+    def __init__(self) -> None:
+        self.operands: Any = None  # of the coming step, once it is known that the kernels take its tensors
+
     def function(self, step: Step) -> Step:
         """The launcher of the same name."""
         from lightning_gradhist.kernels import adam_e, alto  # imports Triton
 
-        return cast(Step, getattr(adam_e if hasattr(adam_e, step.__name__) else alto, step.__name__))
+        launch = getattr(adam_e if hasattr(adam_e, step.__name__) else alto, step.__name__)
+        return cast(Step, functools.partial(launch, operands=self.operands))
 
     def unsupported(self, tensors: StepTensors) -> str | None:
         """As the kernels say."""
         from lightning_gradhist.kernels import _launch
 
-        return _launch.unsupported(tensors)
+        try:
+            self.operands = _launch.operands_of(tensors)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
         """All at once."""
         do(one_bucket(tensors, scalars, small=False))
         # A kernel is handed addresses: nobody else tells autograd what it has written.
-        torch.autograd.graph.increment_version(tensor for name in written for tensor in getattr(tensors, name))
+        torch.autograd.graph.increment_version([*chain.from_iterable(getattr(tensors, name) for name in written)])
 
 
 def backend_of(
-    group: dict[str, Any], tensors: StepTensors, fault: Callable[[Backend, torch.device], str | None]
+    group: dict[str, Any], tensors: StepTensors, fault: Callable[[Backend, torch.device, bool], str | None]
 ) -> Backend:
     """Decide who steps the tensors of a group, before anything is changed.
 
     Args:
         group: The param group, with ``foreach`` and ``fused``.
         tensors: What is to be stepped, all on one device.
-        fault: Says what is wrong with a backend on a device, None if nothing is.
+        fault: Says what is wrong with a backend on a device, None if nothing is; tries again, if told to.
 
     Raises:
         RuntimeError: If ``fused=True`` cannot be had on that device.
@@ -114,14 +123,18 @@ def backend_of(
     foreach, fused = group["foreach"], group["fused"]
     if torch.compiler.is_compiling():  # that compiler makes one pass of all of it, whatever the device
         return Eager(foreach is not False)
-    if not fused:  # also None: no kernel of ours has been shown right and faster on a GPU yet
+    if fused is None and foreach is None and kernels.run_on(device):
+        backend: Backend = Kernels()
+        if fault(backend, device, False) is None and backend.unsupported(tensors) is None:
+            return backend
+    if not fused:
         return Eager(foreach)
     if device.type != "cpu" and not kernels.run_on(device):
         raise RuntimeError(
             _no_fused(f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}")
         )
     backend = Kernels() if kernels.run_on(device) else Compiled()
-    reason = fault(backend, device)
+    reason = fault(backend, device, True)
     if reason is not None:
         hint = " It is compiled there, for which g++ or clang is needed." if device.type == "cpu" else ""
         raise RuntimeError(_no_fused(f"on {device} {reason}.{hint}"))
@@ -190,7 +203,7 @@ def _flat_copy(
     entries = StepTensors(*([column[index] for index in indices] for column in tensors))
     # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
     flat = _one_entry([torch._utils._flatten_dense_tensors(column) for column in entries])
-    sizes = torch.tensor([param.numel() for param in entries.params], device="cpu")
+    sizes = torch.tensor([param.numel() for param in entries.params], device=flat.params[0].device)
     places = torch.tensor(indices, device="cpu")
     yield Bucket([flat], scalars.of(indices[0]), places, small=True, sizes=sizes)
     for name in written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from lightning_gradhist.optim._formulas import wide_dtype
 __all__ = ["MomentOptimizer", "ParamsT", "Subgroup"]
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
+_STATE = {"step", *BUFFERS}
 State = dict[str, Tensor]
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
@@ -47,7 +49,7 @@ class Subgroup:
     params: list[Tensor]
     """The parameters that the entries of :attr:`tensors` are, or under FSDP2 are this rank's shards of."""
     steps: list[Tensor]
-    """The numbers of the steps that they have made, which :attr:`scalars` is one ahead of."""
+    """The numbers of the steps that they have made, of each or of all, which :attr:`scalars` is one ahead of."""
     backend: Backend
 
     def for_each_bucket(self, do: Callable[[Subgroup, Bucket], None], written: Sequence[str]) -> None:
@@ -78,7 +80,8 @@ class MomentOptimizer(ExploringOptimizer):
 
     def _take(self, subgroups: list[Subgroup]) -> None:
         for subgroup in subgroups:
-            torch._foreach_add_(subgroup.steps, _ONE, alpha=1)  # one tensor, where a number is made a tensor for each
+            # one tensor, where a number is made a tensor for each; on a device it is an argument of one kernel
+            torch._foreach_add_(subgroup.steps, _ONE if subgroup.steps[0].is_cpu else 1)
         self._update(subgroups)
 
     def _subgroups(self, group: dict[str, Any], backend: Backend | None = None) -> list[Subgroup]:
@@ -89,13 +92,17 @@ class MomentOptimizer(ExploringOptimizer):
         states = [self._initialised_state(param, group) for param in params]
         # A compiler has no use for a number that changes with each step, and would compile again for each.
         on_device = group["capturable"] or torch.compiler.is_compiling()
-        numbers = [None] * len(states) if on_device else torch.stack([state["step"] for state in states]).tolist()
+        whole = None if on_device else _together(states)
+        numbers = [None] * len(states) if whole is None else whole.tolist()
         by_kind: dict[Any, list[tuple[Tensor, State]]] = {}
         for param, state, number in zip(params, states, numbers, strict=True):
             assert param.grad is not None
             kind = param.device, param.dtype, param.grad.dtype, state["exp_avg"].dtype, number
             by_kind.setdefault(kind, []).append((param, state))
-        return [self._subgroup(group, alike, number, backend) for (*_, number), alike in by_kind.items()]
+        subgroups = [self._subgroup(group, alike, number, backend) for (*_, number), alike in by_kind.items()]
+        if whole is not None and len(subgroups) == 1:
+            subgroups[0].steps = [whole]
+        return subgroups
 
     def _subgroup(
         self, group: dict[str, Any], alike: list[tuple[Tensor, State]], number: float | None, backend: Backend | None
@@ -106,7 +113,7 @@ class MomentOptimizer(ExploringOptimizer):
         if wide_dtype(grads[0]) != wide_dtype(params[0]):  # one of the two is float64
             grads = [grad.to(wide_dtype(param)) for grad, param in zip(grads, params, strict=True)]
         columns = [params, grads, *buffers]
-        if any(map(is_dtensor, params)):
+        if any(map(is_dtensor, {type(param): param for param in params}.values())):  # one of each kind, for speed
             columns[1] = [placed_as(grad, param) for grad, param in zip(grads, params, strict=True)]
             columns = [[local(tensor) for tensor in column] for column in columns]
         tensors = StepTensors(*columns)
@@ -114,14 +121,19 @@ class MomentOptimizer(ExploringOptimizer):
         scalars = self._scalars(group, coming, params[0].device)
         return Subgroup(tensors, scalars, group, params, steps, backend or backend_of(group, tensors, self._fault))
 
-    def _fault(self, backend: Backend, device: torch.device) -> str | None:
-        """What is wrong with a backend on a device, None if nothing is; what failed before is tried anew."""
+    def _fault(self, backend: Backend, device: torch.device, again: bool) -> str | None:
+        """What is wrong with a backend on a device, None if nothing is; what failed before is tried again, if told to."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # the graph would hold the trial; who captures has warmed up before
         ours = next(cls for cls in type(self).__mro__ if cls.__module__.startswith(__name__.rpartition(".")[0]))
         tried = ours, type(backend), device
-        if _FAULTS.get(tried, "not tried") is not None:
+        if tried not in _FAULTS or (again and _FAULTS[tried] is not None):
             _FAULTS[tried] = _fault_of(*tried)
+            if _FAULTS[tried] is not None and not again:
+                warnings.warn(
+                    f"{type(self).__name__} makes its steps on {device} without the Triton kernels: {_FAULTS[tried]}",
+                    stacklevel=2,
+                )
         return _FAULTS[tried]
 
     def _scalars(self, group: dict[str, Any], step: float | list[Tensor], device: torch.device) -> StepScalars:
@@ -146,7 +158,7 @@ class MomentOptimizer(ExploringOptimizer):
 
     def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> State:
         state = self.state[param]
-        if {"step", *BUFFERS} <= state.keys():
+        if state.keys() >= _STATE:
             return state
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
@@ -235,6 +247,21 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         for key, values in state_dict["state"].items()
     }
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _together(states: list[State]) -> Tensor:
+    """The numbers of steps as one tensor ``[n]``, of which those in the states are views: one addition does for all."""
+    steps = [state["step"] for state in states]
+    first = steps[0].data_ptr()
+    places = range(first, first + 4 * len(steps), 4)  # memory of its own would be further apart
+    if steps[0].is_cpu and len(steps) > 1 and [step.data_ptr() for step in steps] == [*places]:
+        return steps[0].as_strided((len(steps),), (1,))
+    whole = torch.stack(steps).to(
+        "cpu", torch.float32
+    )  # where Lightning has moved them elsewhere, each would be waited for
+    for state, step in zip(states, whole.unbind(), strict=True):
+        state["step"] = step
+    return whole
 
 
 def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:

@@ -112,7 +112,8 @@ class AdamE(MomentOptimizer):
             The result is the same.
         fused: True makes the step in one pass over memory: on CUDA by Triton kernels, on the CPU by the eager step compiled
             with ``torch.compile``, which needs a C++ compiler. A small trial step must agree with the eager one first.
-            None and False take the eager step, also on CUDA: the kernels have not run on a GPU yet.
+            False takes the eager step. None takes the kernels on CUDA where they can run and pass their trial (else, with
+            one warning, the eager step), and the eager step on the CPU, or where ``foreach`` is given.
         capturable: Keep ``step`` on the device, and read it and a tensor ``lr`` there, so that a CUDA graph can hold the step.
         state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. State and
             parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too small for

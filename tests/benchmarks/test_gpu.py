@@ -31,7 +31,9 @@ def test_every_part_runs(tmp_path) -> None:
     assert list(rows) == [part.name for part in gpu.parts("cpu", tmp_path, tiny=True)]
     assert {row["status"] for name, row in rows.items() if name != "sanitizer"} == {"passed"}
     found = (tmp_path / "summary.md").read_text()
-    assert all(name in found for name in (*rows, "optim_step_cpu.csv", "capture_cost_cpu.csv", "gpu_rates.csv"))
+    assert all(
+        name in found for name in (*rows, "optim_step_cpu.csv", "kernels.csv", "capture_cost_cpu.csv", "gpu_rates.csv")
+    )
     assert "skipped" in rows["correctness"]["last_line"] and "failed" not in rows["correctness"]["last_line"]
 
 

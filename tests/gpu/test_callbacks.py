@@ -56,20 +56,23 @@ def test_a_probe_without_apply_leaves_the_same_bits(tmp_path, precision: str) ->
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("every_n_steps", [10**9, 1], ids=["unlogged steps", "logged steps"])
 def test_the_monitor_waits_for_no_device(tmp_path, every_n_steps: int) -> None:
-    class Watch(L.Callback):
+    class First(L.Callback):
         """From the third step on nothing may wait: by then kernels are compiled, and buffers made."""
 
         def on_before_optimizer_step(self, run: L.Trainer, *_: Any) -> None:
             if run.global_step >= 3:
                 torch.cuda.set_sync_debug_mode("error")
 
-        def on_before_zero_grad(self, *_: Any) -> None:
+    class Last(L.Callback):
+        """Lightning itself reads what the module logs after this."""
+
+        def on_train_batch_end(self, *_: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
-    try:
-        fit(tmp_path, Watch(), GradientHistogramMonitor(every_n_steps=every_n_steps))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        def on_exception(self, *_: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    fit(tmp_path, First(), GradientHistogramMonitor(every_n_steps=every_n_steps), Last())
 
 
 def two_ranks(folder: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist import MagnitudeHistogram
+from lightning_gradhist.histogram import _kernel
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1.0, -1.0, 2.0**-126, 2.0**-127, 2.0**-149, 65504.0, 3.0e38]
@@ -80,6 +81,11 @@ def test_more_elements_than_32_bits_can_address(device: torch.device) -> None:
     tensor[-3:] = torch.tensor([0.0, 4.0, torch.nan], dtype=torch.bfloat16)
     table = counted(tensor)
     assert table.sum() == 2**31 + 5 and table[0] == 1 and table[-1] == 1 and table.max() == 2**31 + 2
+
+
+@pytest.mark.cuda_only
+def test_the_kernel_counts_as_torch_does(device: torch.device) -> None:
+    assert _kernel(device) is not None  # tried, and not left out
 
 
 @pytest.mark.cuda_only

@@ -88,7 +88,7 @@ class Compiler:
         from lightning_gradhist.kernels import _chunks, _launch, histogram
 
         self.gpus, self.kernels = Gpus(), {}
-        self.options = (_launch.OPTIONS, histogram.LAUNCH)
+        self.options, self.histogram, self.window = (_launch.OPTIONS, histogram.LAUNCH), histogram, histogram.WINDOW
         self.warps = [options["num_warps"] for options in self.options]
         driver.set_active(self.gpus)
         _launch.INTERPRETED = histogram.INTERPRETED = True  # what tells the launchers where they are
@@ -102,6 +102,7 @@ class Compiler:
         self.gpus.target = target
         for options, warps in zip(self.options, self.warps, strict=True):
             options["num_warps"] = warps // 2 if target == "gfx942" else warps  # as on a machine with such a GPU
+        self.histogram.WINDOW = 256 if target == "gfx942" else self.window
 
 
 def launch(dtype: str, s: StepScalars, decoupled: bool, ratios: Tensor | None, state: Any = torch.float32) -> None:
@@ -133,7 +134,7 @@ def compiled(compiler: Compiler, name: str, dtype: str, target: str, options: di
         of_target = {**_of_cubin(result.asm["cubin"]), **_of_ptx(result.asm["ptx"])}
     else:
         of_target = _of_amdgcn(result.asm["amdgcn"])
-    return {**of_target, "shared_bytes": result.metadata.shared}
+    return {**of_target, "shared_bytes": result.metadata.shared, "window": compiler.histogram.WINDOW}
 
 
 def compilations(compiler: Compiler) -> dict[str, int]:

@@ -20,7 +20,7 @@ from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim.adam_e import adam_e_reference, adam_e_step
 from lightning_gradhist.optim.alto import alto_apply, alto_moments, alto_reference, trust_ratio
 
-CHUNK = 4096
+CHUNK = 2048
 GUARD, SENTINEL = 64, -77.0
 TOLERANCES = {"state": {"rtol": 1e-6, "atol": 1e-6}, "params": {"rtol": 1e-5, "atol": 1e-6}}
 SHAPES: dict[str, Any] = {
@@ -418,11 +418,13 @@ def bit_patterns(dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(values)
 
 
-def histogram(dtype: torch.dtype) -> None:
+def histogram(dtype: torch.dtype, window: int) -> None:
     from lightning_gradhist.histogram import COLUMNS
     from lightning_gradhist.histogram import add_magnitudes as plainly
+    from lightning_gradhist.kernels import histogram
     from lightning_gradhist.kernels.histogram import CHUNK, add_magnitudes
 
+    histogram.WINDOW = window
     values = bit_patterns(dtype)
     tensors = [
         values,  # chunks that are full, and one that is not
@@ -520,7 +522,8 @@ for _name, _step in (("adam_e", adam_e), ("alto", alto)):
         f"{_name}-grads_in_other_strides": partial(grads_in_other_strides, _name),
     }
 for _dtype in (torch.float32, torch.bfloat16, torch.float16):
-    CASES[f"histogram-{str(_dtype)[6:]}"] = partial(histogram, _dtype)
+    for _window in (256, 2048):
+        CASES[f"histogram-{str(_dtype)[6:]}-{_window}"] = partial(histogram, _dtype, _window)
 CASES |= {
     "histogram-beyond_32_bits": histogram_beyond_32_bits,
     "histogram-refuses": histogram_refuses,

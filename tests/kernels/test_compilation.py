@@ -24,9 +24,8 @@ pytestmark = [
 WIDE = {"adam_e_kernel": (5, 4), "alto_moments_kernel": (5, 3), "alto_apply_kernel": (3, 1)}
 HALF = {"adam_e_kernel": (2, 1), "alto_moments_kernel": (2, 0), "alto_apply_kernel": (1, 1)}
 REGISTERS = 80  # of 65,536: six programs of 128 threads on a multiprocessor, 60 kB of loads in flight
-# Four programs of 512 threads, so that some count while others load. AMD has twice as many registers, and Triton's
-# ballots in place of atomics on shared memory take them.
-COUNT_REGISTERS = {"cuda": 32, "hip": 256}
+COUNT_REGISTERS = {2048: 64, 256: 128}
+"""By the window: two programs of 512 threads count at a time, or one where Triton counts by ballots, and 256 bins."""
 ACCESSES = {
     "cuda": ("ld.global.v4.b32", "st.global.v4.b32", "ld.global.v2.b32", "st.global.v2.b32"),
     "hip": ("buffer_load_dwordx4", "buffer_store_dwordx4", "buffer_load_dwordx2", "buffer_store_dwordx2"),
@@ -52,10 +51,10 @@ def results(found: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("variant", variants())
 def test_no_spills(variant: str, results: dict[str, Any]) -> None:
-    kernel, _, target = variant.split("-")[:3]
-    assert results[variant]["local_bytes"] == 0
-    limit = COUNT_REGISTERS[TARGETS[target][0]] if kernel == "count_kernel" else REGISTERS
-    assert results[variant]["registers"] <= limit
+    result = results[variant]
+    assert result["local_bytes"] == 0
+    limit = COUNT_REGISTERS[result["window"]] if variant.startswith("count") else REGISTERS
+    assert result["registers"] <= limit
 
 
 @pytest.mark.parametrize("variant", [name for name in variants() if not name.startswith(("sum_chunks", "count"))])
@@ -65,7 +64,9 @@ def test_full_chunks_are_read_and_written_in_wide_accesses(variant: str, results
     wide = tuple(all_of - of_half for all_of, of_half in zip(WIDE[kernel], narrow, strict=True))
     names = ACCESSES[TARGETS[target][0]]
     accesses = results[variant]["accesses"]
-    assert tuple(accesses.get(name, 0) for name in names) == (*wide, *narrow)
+    found = [accesses.get(name, 0) for name in names]
+    unrolled = max(1, sum(found) // sum((*wide, *narrow)))  # where the compiler makes all blocks of a chunk at once
+    assert found == [unrolled * count for count in (*wide, *narrow)]
 
 
 @pytest.mark.parametrize("variant", [name for name in variants() if "-sm_" in name])
@@ -86,16 +87,15 @@ COUNTS = [name for name in variants() if name.startswith("count")]
 def test_a_full_chunk_is_counted_from_loads_of_128_bits(variant: str, results: dict[str, Any]) -> None:
     _, dtype, target = variant.split("-")
     name = ACCESSES[TARGETS[target][0]][0]
-    assert results[variant]["accesses"][name] == (4 if dtype == "fp32" else 2)  # sixteen elements a thread
+    assert results[variant]["accesses"][name] % (8 if dtype == "fp32" else 4) == 0  # 32 elements a thread
 
 
 @pytest.mark.parametrize("variant", COUNTS)
 def test_counts_are_private_to_a_program(variant: str, results: dict[str, Any]) -> None:
     result = results[variant]
-    assert result["shared_bytes"] == 8192
-    if "-sm_" in variant:
-        branches = result["shared_atomics"] // 16  # the compiler may give full and other chunks one count
-        assert branches >= 1 and result["global_atomics"] == 4 * branches
+    assert result["shared_bytes"] == 4 * result["window"]
+    if result["window"] == 2048:  # the compiler may give full and other chunks one count
+        assert result["shared_atomics"] in (32, 64) and result["global_atomics"] == result["shared_atomics"] // 8
 
 
 def test_numbers_that_change_with_the_step_do_not_compile_again(found: dict[str, Any]) -> None:

@@ -170,11 +170,18 @@ def test_contradictions_raise(optimizer_class: Any) -> None:
 
 @pytest.mark.skipif(not available(), reason="Triton is not installed")
 @OPTIMIZERS
-def test_kernels_run_where_asked_for_and_pass_a_trial(optimizer_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_fail_their_trial_are_left_out(optimizer_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here they do fail: without TRITON_INTERPRET they do not run on the CPU. The interpreter's tests have the other case."""
     monkeypatch.setattr(_backends.kernels, "run_on", lambda device: True)
-    params = parameters()
-    trained(params, optimizer_class(params))  # the eager step, without a word
+    monkeypatch.setattr(_moments, "_FAULTS", {})
+    plain, params = parameters(), parameters()
+    trained(plain, optimizer_class(plain, fused=False))
+    with pytest.warns(
+        UserWarning, match="makes its steps on cpu without the Triton kernels: a trial step failed"
+    ) as told:
+        trained(params, optimizer_class(params))
+    assert len(told) == 1 and all(map(torch.equal, params, plain))
+    trained(params, optimizer_class(params, foreach=False))
     with pytest.raises(RuntimeError, match="fused=True is not to be had: on cpu a trial step failed"):
         trained(params, optimizer_class(params, fused=True))
 
@@ -182,8 +189,8 @@ def test_kernels_run_where_asked_for_and_pass_a_trial(optimizer_class: Any, monk
         def __init__(self, params: Any, needed: int) -> None:
             super().__init__(params)
 
-    fault = Theirs(params, 1)._fault(_backends.Kernels(), torch.device("cpu"))
-    assert fault == optimizer_class(params)._fault(_backends.Kernels(), torch.device("cpu")) is not None
+    fault = Theirs(params, 1)._fault(_backends.Kernels(), torch.device("cpu"), True)
+    assert fault == optimizer_class(params)._fault(_backends.Kernels(), torch.device("cpu"), True) is not None
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
