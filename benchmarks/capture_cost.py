@@ -166,15 +166,20 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
     if not variant.draws:
         each = float(beyond[len(beyond) // 2 :].mean())  # where the report of the first step is written
         return Added(each, 0.0, each)
-    every = variant.every_n_steps_in_turn
     # the first and the second half of the steps from the last heatmap but one to the last
-    power = (len(seconds) // every + 1).bit_length() - 1
-    first, last = (every * (2**k - 1) for k in (power - 1, power))
-    middle = first + every * 2 ** (power - 2)
+    every = variant.every_n_steps_in_turn
+    power = _heatmaps(len(seconds) // every + 1) - 1
+    first, last = (every * (4**k - 1) for k in (power - 1, power))
+    middle = first + every * (3 * 4 ** (power - 1) // 2)
     logged = every * float(beyond[middle:last].mean())
     drawn = float(beyond[first:middle].sum()) - (middle - first) / every * logged
     reports = cases.RUN // variant.every_n_steps
-    return Added(logged, drawn, (reports * logged + reports.bit_length() * drawn) / cases.RUN)
+    return Added(logged, drawn, (reports * logged + _heatmaps(reports) * drawn) / cases.RUN)
+
+
+def _heatmaps(reports: int) -> int:
+    """How many of the 1st, 4th, 16th, 64th, ... logged step there are."""
+    return (reports.bit_length() + 1) // 2
 
 
 def check(task: Task, device: torch.device) -> None:

@@ -49,6 +49,16 @@ Buckets = Callable[[str, int], int]  # how many are shown of a histogram, by its
 Events = Sequence[tuple[int, Sequence[str]]]  # of scalars: the step and the tags of each
 
 
+def _measurements(logged: Sequence[int], steps: int, within_steps: bool) -> int:
+    """How often noise is measured: within a step, or from a pair of steps, and after 1,000 at most every tenth time."""
+    count = earliest = 0
+    for step in logged:
+        if step >= earliest and (within_steps or step + 1 < steps):
+            count += 1
+            earliest = step + (10 if step >= 1000 else 1 if within_steps else 2)
+    return count
+
+
 def predicted(
     sizes: Mapping[str, int],
     ranks: int,
@@ -67,8 +77,7 @@ def predicted(
     within_steps = (
         ranks > 1 and not sharded
     )  # noise is measured within a step, from what each rank has before averaging
-    pairs = steps // 2 if every_n_steps == 1 else sum(step + 1 < steps for step in logged)  # no step in two of them
-    measurements = len(logged) if within_steps else pairs
+    measurements = _measurements(logged, steps, within_steps)
     # counts with a checksum of two words, measurements with sizes and checksum, and once whether all ranks have memory
     counts = len(logged) * (len(sizes) * BINS + 2)
     reduced = WORD * (counts + 9 * measurements + 1) if ranks > 1 else 0

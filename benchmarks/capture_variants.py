@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_gradhist import GradientHistogramMonitor
 
-DEFAULT_CADENCE, CADENCE_IN_TURN = 50, 4
+DEFAULT_CADENCE, CADENCE_IN_TURN = 50, 2
 TRANSFORMER = "transformer"
 RUN = 10_000  # steps of the run that an added time a step is given for
 NONE, NONE_AGAIN = "none", "none, again"
@@ -40,14 +40,14 @@ class Task:
 
 def tasks(scale: float = 1.0) -> list[Task]:
     """The models; below a scale of 1, for a try-out, with about that share of the parameters, and shorter turns."""
-    many, some, few = (128, 32, 16) if scale == 1 else (16, 16, 16)
+    many, few = (128, 32) if scale == 1 else (32, 32)  # 16 logged steps at least, and so three heatmaps
     width = max(8, 8 * round(64 * scale**0.5 / 8))
     layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
     linears = max(4, round(1000 * scale))
     images, vectors = partial(_noise, (3, 32, 32)), partial(_noise, (32,))
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", many),
-        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(_text, words), 4, "4 x 128 tokens", some),
+        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(_text, words), 4, "4 x 128 tokens", few),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", few),
         Task(
             "transformer, 350 M",
@@ -146,7 +146,7 @@ class Variant:
     callbacks: Callable[[Task], list[L.Callback]]  # raises LeftOut where they cannot be
     every_n_steps: int = 1  # from one logged step of a run to the next
     every_n_steps_in_turn: int = 1
-    draws: bool = False  # a heatmap at the 1st, 2nd, 4th, 8th, ... logged step
+    draws: bool = False  # a heatmap at the 1st, 4th, 16th, 64th, ... logged step
     logs: bool = True
     depends_on_batch: bool = False  # what it takes; most take as long for a batch of one sample
     distribution: str = ""  # of a peer; ours and torch's versions have columns of their own

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _WITHOUT_FLOAT64 = ("mps",)
 _BATCH = 2**17  # of float32, which stay in a core's cache
+_DEVICE_BATCH = 2**22  # where a launch costs more than the memory of a copy
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -18,12 +19,12 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def batches(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Tensors of one dtype and device at a time, as many as have 131,072 values in all, or one that has more."""
+    """Tensors of one dtype and device at a time, as many as have 131,072 values in all (4 million on a GPU), or one alone."""
     filling: dict[Any, tuple[dict[str, Tensor], int]] = {}
     for name, tensor in tensors.items():
         kind = tensor.dtype, tensor.device
         batch, size = filling.get(kind, ({}, 0))
-        if batch and size + tensor.numel() > _BATCH:
+        if batch and size + tensor.numel() > (_BATCH if tensor.device.type == "cpu" else _DEVICE_BATCH):
             yield batch
             batch, size = {}, 0
         batch[name] = tensor

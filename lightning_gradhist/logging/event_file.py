@@ -29,7 +29,7 @@ def scalar_summary(values: Mapping[str, float]) -> Summary:
 
 def histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
     """Histograms by tag, at least one, each as ``SummaryWriter.add_histogram_raw`` writes it."""
-    from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
     counts = torch.cat([shown.counts for shown in histograms.values()]).double()  # as they are written
     edges = torch.cat([shown.edges for shown in histograms.values()])
@@ -46,16 +46,11 @@ def histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
     ends = sizes.cumsum(0).tolist()
     summary = Summary()
     for tag, start, end, (number, total, squares) in zip(histograms, [0, *ends], ends, sums.tolist(), strict=False):
-        histogram = HistogramProto(
-            min=minima[start],
-            max=limits[end - 1],
-            num=number,
-            sum=total,
-            sum_squares=squares,
-            bucket_limit=limits[start:end],
-            bucket=buckets[start:end],
-        )
-        summary.value.add(tag=tag, histo=histogram)
+        shown = summary.value.add(tag=tag).histo
+        shown.min, shown.max = minima[start], limits[end - 1]
+        shown.num, shown.sum, shown.sum_squares = number, total, squares
+        shown.bucket_limit.extend(limits[start:end])
+        shown.bucket.extend(buckets[start:end])
     return summary
 
 

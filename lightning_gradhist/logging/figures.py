@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -77,8 +77,10 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     every = math.ceil(len(names) / _MAX_LABELS)
     labels = _labels(names)[::every]
     width = max(6.2, 4.4 + 0.07 * max(map(len, labels)))  # inches: the labels' and as much for the rows at any length
-    figure = _figure(width=width, height=min(max(2.4, 1.3 + 0.2 * len(names)), 11.0))
-    axes = figure.add_subplot()
+    height = min(max(2.4, 1.3 + 0.2 * len(names)), 11.0)
+    figure = _figure(width, height, layout=None)  # to find margins takes longer than to draw
+    left, right = 0.3 + 0.06 * max(map(len, labels)), width - 1.0
+    axes = figure.add_axes((left / width, 0.52 / height, (right - left) / width, (height - 1.0) / height))
     rows_each = math.ceil(len(names) / _MAX_ROWS)
     image = axes.imshow(
         _largest_of(density, rows_each).numpy(),
@@ -90,9 +92,9 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
         vmax=_darkest(density),
     )
     medians = histogram.quantile(0.5)[rows].log10()
-    for color, width in (("white", 2.4), (_ORANGE, 1.4)):
+    for color, thick in (("white", 2.4), (_ORANGE, 1.4)):
         ticks = torch.arange(len(names))
-        axes.vlines(medians.tolist(), (ticks + 0.15).tolist(), (ticks + 0.85).tolist(), color=color, linewidth=width)
+        axes.vlines(medians.tolist(), (ticks + 0.15).tolist(), (ticks + 0.85).tolist(), color=color, linewidth=thick)
     if eps is not None:
         tops, bottoms = range(len(names)), range(1, len(names) + 1)
         axes.vlines(lines, tops, bottoms, color="white", linewidth=2.4)
@@ -107,7 +109,10 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     shown = "|gradient|  (orange: median" if eps is None else "sqrt(second moment)  (red: epsilon, orange: median"
     axes.set_xlabel(f"log10 {shown} of the layer)")
     axes.set_title(title, fontsize=10, loc="left", pad=14)
-    figure.colorbar(image, ax=axes, label="share of the layer per decade", extend="max", fraction=0.04, pad=0.02)
+    beside = figure.add_axes(((right + 0.12) / width, 0.52 / height, 0.16 / width, (height - 1.0) / height))
+    figure.colorbar(image, cax=beside, extend="max", extendfrac=0.12 / (height - 1.0))
+    beside.tick_params(labelsize=8)
+    beside.set_ylabel("share of the layer per decade", fontsize=8)
     return figure
 
 
@@ -248,10 +253,10 @@ def _band(axes: Any, batches: Sequence[float], bands: Sequence[Band], color: str
     axes.plot(batches, [band.value for band in bands], "o-", color=color, label=label)
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     from matplotlib.figure import Figure  # not pyplot: no global state, no window, safe in any thread
 
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return Figure(figsize=(width, height), dpi=130, layout=layout)
 
 
 def _log2(axes: Any) -> None:

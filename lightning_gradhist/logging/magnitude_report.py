@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist.histogram import MagnitudeHistogram
+
+if TYPE_CHECKING:
+    import numpy
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _MAX_BUCKETS = 64  # TensorBoard's page shows 30
@@ -124,18 +128,19 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
 def shown_buckets(edges: Tensor, counts: Tensor, most: int = 512) -> tuple[Tensor, Tensor]:
     """The occupied buckets and their edges, neighbours merged until there are at most ``most``."""
     occupied = counts.nonzero()[:, 0]
-    return _merged(edges, counts, int(occupied[0]), int(occupied[-1]) + 1, most)
+    cuts = _cuts(int(occupied[0]), int(occupied[-1]) + 1, len(counts), most)
+    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return edges[cuts], below[cuts].diff()
 
 
-def _merged(edges: Tensor, counts: Tensor, first: int, last: int, most: int = _MAX_BUCKETS) -> tuple[Tensor, Tensor]:
-    width = 1
-    while -(-(last - first) // width) > most:
-        width *= 2
-    if width == 1:  # by far the commonest, and once for each tensor of a model
-        return edges[first : last + 1], counts[first:last]
-    cuts = torch.arange(first, last + width, width, device=counts.device).clamp_(max=counts.numel())
-    cumulative = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return edges[cuts], cumulative[cuts].diff()
+def _cuts(first: int, last: int, bins: int, most: int) -> numpy.ndarray:
+    """The edges that stay where neighbours among the bins from one to another are merged, a power of two of them each."""
+    import numpy  # comes with whatever draws or logs histograms
+
+    width = 1 << max(0, math.ceil(math.log2((last - first) / most)))
+    cuts = numpy.arange(first, last + width, width)
+    cuts[-1] = min(cuts[-1], bins)
+    return cuts
 
 
 class _Counted:
@@ -166,12 +171,17 @@ class _Counted:
 
     def distributions(self, kind: str, pooled_name: str) -> dict[str, Distribution]:
         """What to draw of each row that has a count, by tag."""
-        edges = self.bins.edges.log10()
+        edges, bins = self.bins.edges.log10().numpy(), self.bins.counts.shape[1]
+        below = torch.nn.functional.pad(
+            self.bins.counts.cumsum(1), (1, 0)
+        ).numpy()  # its slices cost far less than torch's
         found: dict[str, Distribution] = {}
-        rows = zip([*self.names, pooled_name], self.bins.counts, self.quantiles.tolist(), self._ranges(), strict=True)
-        for name, counts, values, (first, last) in rows:
+        rows = zip([*self.names, pooled_name], below, self.quantiles.tolist(), self._ranges(), strict=True)
+        for name, row, values, (first, last) in rows:
             if last:
-                shown = _merged(edges, counts, first, last)
+                cuts = _cuts(first, last, bins, _MAX_BUCKETS)
+                counts = row[cuts[1:]] - row[cuts[:-1]]
+                shown = torch.from_numpy(edges[cuts]), torch.from_numpy(counts)
                 found[f"{kind}/{name}"] = Distribution(*shown, dict(zip(QUANTILES, values, strict=True)))
         return found
 

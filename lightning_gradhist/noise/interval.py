@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import covariance, fmean
 
 ENOUGH = 10
@@ -63,6 +64,7 @@ def ratio_estimate(
     return NoiseEstimate(value, scale * lower, scale * upper, confidence, number)
 
 
+@lru_cache
 def student_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t, by bisection of its distribution (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
     low, high = -math.pi / 2, math.pi / 2  # of atan(t / sqrt(degrees))

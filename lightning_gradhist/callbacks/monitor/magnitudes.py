@@ -76,12 +76,14 @@ class MagnitudeMonitor(StepObserver):
         watched: the optimizer.
         progress: its steps so far.
         when: as for ``GradientHistogramMonitor``.
-        on_draw: is called after the 1st, 2nd, 4th, 8th, ... logged step, at which figures are drawn.
+        on_double: is called after the 1st, 2nd, 4th, 8th, ... logged step; at every second of them figures are drawn.
     """
 
-    def __init__(self, watched: WatchedOptimizer, progress: Progress, when: When, on_draw: Callable[[], None]) -> None:
+    def __init__(
+        self, watched: WatchedOptimizer, progress: Progress, when: When, on_double: Callable[[], None]
+    ) -> None:
         self._watched, self._fit, self._progress = watched, watched.fit, progress
-        self._when, self._on_draw = when, on_draw
+        self._when, self._on_double = when, on_double
         self._local: LocalGradients | None = None
         self._reports: Reports[GradientReport] = Reports(self._fit.send)
 
@@ -121,10 +123,11 @@ class MagnitudeMonitor(StepObserver):
             prefix, suffix = _PREFIXES[self._when], self._watched.suffix
             report = GradientReport(step.histogram, step.number, prefix, suffix, self._clip_norm())
             self._progress.logged += 1
-            step.drawn = math.log2(self._progress.logged).is_integer()
+            doublings = math.log2(self._progress.logged)
+            step.drawn = doublings % 2 == 0
             self._reports.log(report, step.drawn)
-            if step.drawn:
-                self._on_draw()
+            if doublings.is_integer():
+                self._on_double()
 
     def _clip_norm(self) -> float | None:
         """The norm that the Trainer clips to, where this is before it and all gradients are counted."""

@@ -22,6 +22,8 @@ from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_
 from lightning_gradhist.tensors import copies
 
 _ALIKE = 1e-3  # relative difference of squared norms of gradients that nobody has changed
+_AS_OFTEN_AS_LOGGED = 1000  # steps, after which a noise scale moves slowly
+_APART = 10  # steps from one measurement to the next from then on
 
 
 @dataclass
@@ -48,6 +50,8 @@ class NoiseMonitor(StepObserver):
     the whole step; else the gradients of two successive steps are held against each other, each of them in one pair, so
     that pairs are independent.
 
+    The first 1,000 steps are measured as often as they are logged, later ones at most every tenth time.
+
     Args:
         watched: the optimizer.
         progress: its steps and noise so far.
@@ -56,7 +60,8 @@ class NoiseMonitor(StepObserver):
     def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:
         self._watched, self._fit, self._progress = watched, watched.fit, progress
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
-        self._in_pair = False  # the same on all ranks
+        self._in_pair = False  # the same on all ranks, as the next
+        self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
@@ -66,7 +71,7 @@ class NoiseMonitor(StepObserver):
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
         self._backwards, self._left, self._changed = 0, None, []
-        if due and self._may_measure and parts_of_a_step(self._fit.trainer) > 1:
+        if self._begins(due) and parts_of_a_step(self._fit.trainer) > 1:
             self._part = LocalGradients(self._watched.parameters)
 
     def before_backward(self) -> None:
@@ -87,16 +92,20 @@ class NoiseMonitor(StepObserver):
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
-        return (due and self._may_measure) or self._in_pair
+        return self._begins(due) or self._in_pair
 
     def before_step(self, step: Step) -> None:
         """Measures."""
+        begins, now = self._begins(step.due), self._progress.steps
         if self._part is not None:
             self._measure_part(self._part, step)
         elif self._in_pair:
             self._complete_pair(step)
-        elif step.due and self._may_measure:
+            return
+        elif begins:
             self._begin_pair(step.parts)
+        if begins and now >= _AS_OFTEN_AS_LOGGED:
+            self._not_before = now + _APART
 
     def at_update(self, step: Step) -> None:
         """Logs the noise scale so far: the first times, then eight times until there are twice as many logged steps."""
@@ -123,10 +132,10 @@ class NoiseMonitor(StepObserver):
             self._part.close()
         self._part = None
 
-    @property
-    def _may_measure(self) -> bool:
-        """Whether a measurement may come about; the same on all ranks, of which others may know their samples."""
-        return self._fit.samples.problem is None or self._fit.replicas.ranks > 1
+    def _begins(self, due: bool) -> bool:
+        """Whether a measurement begins at the coming step; the same on all ranks, of which others may know their samples."""
+        may = self._fit.samples.problem is None or self._fit.replicas.ranks > 1
+        return due and may and self._progress.steps >= self._not_before
 
     def _samples(self) -> StepSamples | None:
         """The samples of this step; None where they are not known, and where a micro-batch had no loss."""

@@ -89,11 +89,19 @@ class WatchedOptimizer:
     optimizer: Optimizer
     suffix: str
     find_rows: Callable[[], dict[str, str]]
+    _named: dict[tuple[int, ...], dict[str, nn.Parameter]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Its parameters now, by their names in the module."""
-        return optimizer_parameters(self.fit.module, self.optimizer)
+        """Its parameters now, by the names in the module that they had when the optimizer was given them."""
+        now = tuple(id(parameter) for group in self.optimizer.param_groups for parameter in group["params"])
+        if now not in self._named:
+            found = optimizer_parameters(self.fit.module, self.optimizer)
+            if len(found) < len(now):  # lazy ones are still to come
+                return found
+            self._named.clear()
+            self._named[now] = found
+        return self._named[now]
 
     def replicated(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those gradients that every rank should have whole."""
