@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-all test-lowest nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu ecosystem evidence \
+.PHONY: help demo test test-all test-lowest test-triton nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu ecosystem evidence \
 	evidence-full clean
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make nightly the property tests with 12,000 new cases (a minute or two)"
 	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml promises (Python 3.11; 7 GB on Linux,"
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"
+	@echo "make test-triton  the kernels compiled by Triton 3.6, too (half a minute, after a download of 190 MB)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
 	@echo "make docs    the docs, site/index.html (some seconds); every warning is an error"
@@ -73,6 +74,15 @@ test-lowest: $(LOWEST)/.ready
 	$(ONE_THREAD) $(LOWEST)/bin/python -m pytest $(PARALLEL) --override-ini filterwarnings=ignore -m "not slow" \
 		--ignore tests/benchmarks --ignore tests/kernels --ignore tests/optim/test_conformance.py
 
+# A Triton that counts in another way; torch 2.11 comes with it. Without torch's CUDA build nothing else would bring it.
+TRITON := .triton-3.6
+
+$(TRITON): | $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
+
+test-triton: $(TRITON)
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/kernels/test_compilation.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -124,4 +134,4 @@ evidence-full: $(VENV)/.peers
 	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo_logs lightning_logs site
+	rm -rf $(VENV) $(LOWEST) $(TRITON) demo_logs lightning_logs site
