@@ -41,19 +41,11 @@ ALL_SMALL = 2**26
 """Bytes of the data's smaller ones that are copied; the others are lent, too."""
 
 
-_WRITTEN = (
-    "{} is written into when data are read, and too large to be copied; let workers read: DataLoader(num_workers=1)"
-)
-
-
 class Missing:
     """In the place of what cannot be copied. To use it ends the probe."""
 
     def __init__(self, why: str) -> None:
         vars(self)["why"] = why
-
-    def __getattr__(self, name: str) -> Any:
-        raise ProbeRefusedError(vars(self)["why"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Missing, (vars(self)["why"],)  # on its way to a worker
@@ -61,8 +53,9 @@ class Missing:
     def _use(self, *args: Any, **kwargs: Any) -> Any:
         raise ProbeRefusedError(vars(self)["why"])
 
-    __call__ = __iter__ = __next__ = __getitem__ = __setitem__ = __len__ = __bool__ = __enter__ = __setattr__ = _use
-    __contains__ = __exit__ = __float__ = __int__ = __add__ = __radd__ = __mul__ = __rmul__ = __delitem__ = _use
+    __call__ = __iter__ = __next__ = __len__ = __bool__ = __float__ = __int__ = __enter__ = __exit__ = _use
+    __contains__ = __getitem__ = __setitem__ = __delitem__ = __getattr__ = __setattr__ = _use
+    __add__ = __radd__ = __mul__ = __rmul__ = _use
 
 
 class Copier:
@@ -152,7 +145,8 @@ class Copier:
             except ValueError as error:
                 if self._lent and "read-only" in str(error):  # so numpy has it
                     raise ProbeRefusedError(
-                        _WRITTEN.format(" or ".join(path for _, _, path in self._lent[:3]))
+                        f"{' or '.join(path for _, _, path in self._lent[:3])} is written into when data are read, and too"
+                        " large to be copied; let workers read: DataLoader(num_workers=1)"
                     ) from error
                 raise
 
@@ -162,9 +156,8 @@ class Copier:
             return self._tensor(value)
         # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
         lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
-        if lent or isinstance(value, (type, enum.Enum, types.BuiltinFunctionType, *_LOCKS)):
-            owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
-            return value if owner is None else self._method(value, owner)
+        if lent or isinstance(value, (type, enum.Enum, *_LOCKS)):
+            return value
         if is_logger(value):
             self.put(vars(value).get("_experiment"), silent_experiment())  # to ask for it by name may make it
             return SilentLogger(value)
@@ -182,8 +175,8 @@ class Copier:
             return value
         if isinstance(value, weakref.ref) and kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
-        if isinstance(value, (types.MethodType, types.MethodWrapperType)):
-            return self._method(value, value.__self__)
+        if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
+            return self._method(value)
         if kind in (list, tuple, set, frozenset):
             return self._items(value)
         if kind is dict:
@@ -260,15 +253,13 @@ class Copier:
         self._small += size if fits else 0
         return fits
 
-    def _method(self, method: Any, owner: Any) -> Any:
-        copied = self.copy(owner, ".__self__")
-        if copied is owner:
+    def _method(self, method: Any) -> Any:
+        copied = self.copy(method.__self__, ".__self__")
+        if copied is method.__self__:
             return method
-        return (
-            types.MethodType(method.__func__, copied)
-            if hasattr(method, "__func__")
-            else getattr(copied, method.__name__)
-        )
+        if hasattr(method, "__func__"):
+            return types.MethodType(method.__func__, copied)
+        return getattr(copied, method.__name__)
 
     def _items(self, value: Any) -> Any:
         kind = type(value)
@@ -333,9 +324,7 @@ class Copier:
             for i, item in enumerate(items):
                 add(self.copy(item, (i,)))
         if pairs is not None:
-            base: Any = (
-                OrderedDict if isinstance(copied, OrderedDict) else dict if isinstance(copied, dict) else type(copied)
-            )
+            base: Any = next((kind for kind in (OrderedDict, dict) if isinstance(copied, kind)), type(copied))
             for key, item in pairs:
                 base.__setitem__(copied, self.copy(key, "<key>"), self.copy(item, (key,)))
         return copied
@@ -359,15 +348,14 @@ class _Unwritable(TorchDispatchMode):
         self._ranges = sorted(ranges)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | (
-            kwargs or {}
-        )
-        for argument in func._schema.arguments:
+        arguments, kwargs = func._schema.arguments, kwargs or {}
+        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        for argument in arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = given.get(argument.name)
                 for tensor in written if isinstance(written, (list, tuple)) else [written]:
                     self._check(tensor)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _check(self, tensor: Any) -> None:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:

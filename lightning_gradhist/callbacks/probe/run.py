@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -59,16 +58,12 @@ def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Mea
 
 def _measured(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> None:
     with ExitStack() as stack:
-        begin = partial(_begin, stack, trainer, module, planned)
-        apart, tick = on_every_rank(trainer, "to copy module and data", begin)
+        apart, tick = on_every_rank(
+            trainer,
+            "to copy module and data",
+            lambda: (stack.enter_context(no_trace(trainer, module)), stack.enter_context(progress(trainer, planned))),
+        )
         measure(apart, planned, tick)
-
-
-def _begin(
-    stack: ExitStack, trainer: Trainer, module: LightningModule, planned: int
-) -> tuple[Apart, Callable[[], Any]]:
-    apart = stack.enter_context(no_trace(trainer, module))
-    return apart, stack.enter_context(progress(trainer, planned))
 
 
 def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
