@@ -138,13 +138,9 @@ def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
 
     Empty where there is none (yet), and where ZeRO spreads it over ranks.
     """
-    if _is_spread(optimizer):
-        return {}
-    moments = _moments(optimizer, parameters)
-    values, corrections = (
-        [m.value for m in moments.values()],
-        [m.correction if m.corrects else 1.0 for m in moments.values()],
-    )
+    moments = {} if _is_spread(optimizer) else _moments(optimizer, parameters)
+    values = [moment.value for moment in moments.values()]
+    corrections = [moment.correction if moment.corrects else 1.0 for moment in moments.values()]
     return dict(zip(moments, torch._foreach_div(values, corrections), strict=True)) if moments else {}
 
 

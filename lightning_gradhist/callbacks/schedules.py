@@ -104,8 +104,8 @@ def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
         steps = trainer.estimated_stepping_batches if configs else 0
     except MisconfigurationException:  # with accumulation that changes
         steps = math.inf
-    known = trainer.lightning_module.automatic_optimization and epochs is not None and epochs >= 0
-    times = {"step": steps, "epoch": epochs if known and epochs is not None else steps}
+    automatic = trainer.lightning_module.automatic_optimization
+    times = {"step": steps, "epoch": epochs if automatic and epochs is not None and epochs >= 0 else steps}
     return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]
 
 

@@ -180,9 +180,8 @@ class NoiseMonitor(StepObserver):
         def measure() -> Tensor:
             self._compare(squared_norm(gradients.values()) * loss_scale(trainer) ** 2)
             part = copied.take(trainer, times)
-            known = {
-                n: g if short == 1 else g * short for n, g in gradients.items() if n in copied.names
-            }  # then and now
+            # Then and now.
+            known = {n: g if short == 1 else g * short for n, g in gradients.items() if n in copied.names}
             sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters)) / ranks
             return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 

@@ -34,11 +34,8 @@ class OptimizerMonitor:
         self._first_versions = self._versions()
         self._coming: Step | None = None
         self._taken: Step | None = None
-        optimizer = watched.optimizer
-        self._handles = [
-            before_update(optimizer, self._at_update),
-            optimizer.register_step_post_hook(self._after_update),
-        ]
+        self._handles = [before_update(watched.optimizer, self._at_update)]
+        self._handles.append(watched.optimizer.register_step_post_hook(self._after_update))
         self._prepare()
 
     def before_step(self) -> None:

@@ -41,10 +41,9 @@ class RecordFile:
         if self.saved:
             with self._guard.attempt(_TASK):
                 copies = [one.state_dict() for one in progress]  # which training does not change
-                known = [
-                    (type(one).__name__, [*optimizer_parameters(trainer.lightning_module, one)]) for one in optimizers
-                ]
-                self._writer.submit(partial(self._write, model_shapes(trainer), trainer.global_step, known, copies))
+                module, shapes = trainer.lightning_module, model_shapes(trainer)
+                known = [(type(one).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
+                self._writer.submit(partial(self._write, shapes, trainer.global_step, known, copies))
         self._tell()
 
     def lacks(self, progress: Sequence[Progress]) -> bool:

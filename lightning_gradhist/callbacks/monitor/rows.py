@@ -176,9 +176,7 @@ def _compiled(argument: str, pattern: str) -> re.Pattern[str]:
 def _layers(module: nn.Module) -> dict[str, list[str]]:
     """By name, the names of a layer's class and its bases below ``nn.Module``."""
     return {
-        plain_name(name): [
-            cls.__name__ for cls in type(layer).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module
-        ]
+        plain_name(name): [cls.__name__ for cls in type(layer).__mro__ if issubclass(cls, nn.Module)][:-1]
         for name, layer in module.named_modules()
     }
 
