@@ -12,7 +12,7 @@ import types
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -88,12 +88,17 @@ class Copier:
         for original in originals:
             self.put(original, original)
 
-    def shell(self, original: Any) -> tuple[Any, Callable[[], None]]:
-        """An object's copy without what is in it, and what puts that in: for one that refers to all others."""
+    def shell(self, original: Any) -> Any:
+        """An object's copy without what is in it, which :meth:`fill` puts in: later, for one that refers to all others."""
         self.code.append(type(original))
         copied = object.__new__(type(original))
         self.put(original, copied)
-        return copied, lambda: vars(copied).update(self._attributes(vars(original)))
+        return copied
+
+    def fill(self, copied: Any, attributes: dict[str, Any]) -> Any:
+        """Gives an object copies of attributes, and returns it."""
+        vars(copied).update(self._attributes(attributes))
+        return copied
 
     def copy(self, value: Any, name: Any = "") -> Any:
         """The copy of an object: always the same one.
@@ -182,7 +187,7 @@ class Copier:
         if kind is dict:
             return self._dictionary(value)
         if isinstance(value, (nn.Module, Optimizer)) and not isinstance(value, torch.jit.ScriptModule):
-            return self._object(value, vars(value))
+            return self.fill(_quiet(self.shell(value)), vars(value))
         if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
             return self._loader(value)
         if hasattr(kind, "__deepcopy__"):
@@ -224,7 +229,7 @@ class Copier:
         if tensor.is_leaf and copied.requires_grad != tensor.requires_grad:
             copied.requires_grad_(tensor.requires_grad)
         self.put(tensor, copied)
-        vars(copied).update(self._attributes(vars(tensor)))
+        self.fill(copied, vars(tensor))
         for hook in (tensor._backward_hooks or {}).values() if tensor.is_leaf else ():
             copied.register_hook(self.copy(hook, ".hook"))
         return copied
@@ -283,13 +288,6 @@ class Copier:
     def _attributes(self, attributes: dict[str, Any]) -> dict[str, Any]:
         return {name: self.copy(value, f".{name}") for name, value in attributes.items()}
 
-    def _object(self, value: Any, attributes: dict[str, Any]) -> Any:
-        self.code.append(type(value))
-        copied = _quiet(object.__new__(type(value)))
-        self.put(value, copied)
-        vars(copied).update(self._attributes(attributes))
-        return copied
-
     def _loader(self, loader: Any) -> Any:
         # Lightning keeps a loader's arguments in it, too: last, so that paths are those of its own attributes.
         attributes = dict(sorted(vars(loader).items(), key=lambda item: item[0].startswith("__")))
@@ -301,7 +299,8 @@ class Copier:
             for name, value in in_workers.items():
                 self.copy(value, f".{name}")
             self._in_worker = False
-        copied = self._object(loader, {name: value for name, value in attributes.items() if name not in iterators})
+        own = {name: value for name, value in attributes.items() if name not in iterators}
+        copied = self.fill(_quiet(self.shell(loader)), own)
         for name in iterators:  # of a loader that holds one for all epochs
             vars(copied)[name] = copied._get_iterator()
         return copied
@@ -335,7 +334,7 @@ class Copier:
             copied.__setstate__(self._attributes(state) if named else self.copy(state))
             return
         attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-        vars(copied).update(self._attributes(attributes or {}))
+        self.fill(copied, attributes or {})
         for name, value in self._attributes(slots or {}).items():
             object.__setattr__(copied, name, value)
 

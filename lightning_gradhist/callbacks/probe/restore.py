@@ -66,7 +66,7 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
     copier.put(trainer.profiler, PassThroughProfiler())
     for logger in trainer.loggers:
         copier.copy(logger)  # first, so that what it writes with is known where a module keeps it
-    apart, fill = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
+    apart = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
     if is_sharded(trainer):
         copier.lend(*module.modules(), *module.parameters())
     copier.copy(trainer.train_dataloader, "train_dataloader")
@@ -79,7 +79,7 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
             if name in there:  # also those of modules that copy themselves by ways of their own, as ScriptModules do
                 copier.put(parameter, there[name])
         copier.put(trainer.model, own)  # DDP's wrapper
-    fill()
+    copier.fill(apart, vars(trainer))
     put_copies_in_place(copier, stack)
     return apart, own
 
