@@ -34,12 +34,9 @@ def planned_steps(trainer: Trainer) -> int | None:
 
 
 def run_length(trainer: Trainer, optimizer: Optimizer, before: RunLength | None = None) -> RunLength:
-    """The planned steps, warm-up and shape of the schedule, as far as they are known; the latter only before the run.
+    """The planned steps, warm-up and shape of the schedule, as far as they are known.
 
-    Args:
-        trainer: of the run.
-        optimizer: of the trainer.
-        before: what was known when the run began, where it goes on.
+    The latter two are known only before the run; where it goes on, they are taken from what was known ``before``.
     """
     planned = planned_steps(trainer)
     if trainer.global_step > 0:

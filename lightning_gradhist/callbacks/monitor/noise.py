@@ -47,10 +47,6 @@ class NoiseMonitor(StepObserver):
     Where a step has parts, the micro-batches of accumulation or the ranks of DDP, one of them on each rank is held against
     the whole step; else the gradients of two successive steps are held against each other, each of them in one pair, so
     that pairs are independent.
-
-    Args:
-        watched: the optimizer.
-        progress: its steps and noise so far.
     """
 
     def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:

@@ -13,14 +13,7 @@ from lightning_gradhist.callbacks.monitor.progress import Progress
 
 
 class OptimizerMonitor:
-    """The steps of one optimizer: which are due, which are taken, and which are skipped.
-
-    Args:
-        watched: the optimizer.
-        progress: its steps so far, which are counted on.
-        every_n_steps: from one step that is due to the next.
-        observers: which are told, in this order.
-    """
+    """The steps of one optimizer: which are due, which are taken, and which are skipped. Observers are told in their order."""
 
     def __init__(
         self, watched: WatchedOptimizer, progress: Progress, every_n_steps: int, observers: Sequence[StepObserver]

@@ -113,11 +113,7 @@ class UpdateReport:
 
 
 class UpdateMonitor(StepObserver):
-    """Looks at the weights before and after the steps that are due, and at the second moment after them.
-
-    Args:
-        watched: the optimizer.
-    """
+    """Looks at the weights before and after the steps that are due, and at the second moment after them."""
 
     def __init__(self, watched: WatchedOptimizer) -> None:
         self._watched, self._fit = watched, watched.fit

@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.guard import Guard
+from lightning_gradhist.callbacks.monitor.observer import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import LoggerQueues, Writer
@@ -20,12 +20,7 @@ _TASK = f"write {FILE_NAME}"
 
 
 class RecordFile:
-    """``calibration.json`` of a run, made and written in a thread, as that takes long after many steps.
-
-    Args:
-        path: of the file, or its URL.
-        guard: which tells of failures.
-    """
+    """``calibration.json`` of a run, made and written in a thread, as that takes long after many steps."""
 
     def __init__(self, path: str, guard: Guard) -> None:
         self._path = path
@@ -77,9 +72,7 @@ class RecordFile:
 def record_path(trainer: Trainer, before: str | None) -> str:
     """Where the record of a run goes: into the directory of its logger, or to a file of its own in the root directory.
 
-    Args:
-        trainer: of the run.
-        before: where that of the last run of this process went; where that run goes on, it is taken again.
+    Where that of this process's last run went ``before`` is taken again where that run goes on.
     """
     logger: Any = trainer.loggers[0] if trainer.loggers else None
     directory, root = getattr(logger, "log_dir", None), str(trainer.default_root_dir)

@@ -20,12 +20,7 @@ _POOLED = re.compile(r"all(_\d+)?")  # names of what is over all rows
 
 
 class Rows:
-    """Gives each parameter the name of its row, or leaves it out.
-
-    Args:
-        group_by: as for ``GradientHistogramMonitor``.
-        include: as there.
-        exclude: as there.
+    """Gives each parameter the name of its row, or leaves it out: by the arguments of ``GradientHistogramMonitor``.
 
     Raises:
         MisconfigurationException: for an argument that is none of these, or no regular expression.

@@ -103,9 +103,7 @@ class Copier:
     def copy(self, value: Any, name: Any = "") -> Any:
         """The copy of an object: always the same one.
 
-        Args:
-            value: the object.
-            name: as the messages have it: a word, what is written behind its owner's, or an index in a tuple.
+        The messages call it by its name: a word, what is written behind its owner's, or an index in a tuple.
         """
         kind = type(value)
         if kind in _ATOMS:
@@ -142,18 +140,17 @@ class Copier:
     @contextmanager
     def reading(self) -> Generator[None, None, None]:
         """Within it, nothing can be written into what is lent."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            try:
-                with self._guard or nullcontext():
-                    yield
-            except ValueError as error:
-                if self._lent and "read-only" in str(error):  # so numpy has it
-                    raise ProbeRefusedError(
-                        f"{' or '.join(path for _, _, path in self._lent[:3])} is written into when data are read, and too"
-                        " large to be copied; let workers read: DataLoader(num_workers=1)"
-                    ) from error
+        try:
+            with warnings.catch_warnings(), self._guard or nullcontext():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                yield
+        except ValueError as error:
+            if not self._lent or "read-only" not in str(error):  # so numpy has it
                 raise
+            raise ProbeRefusedError(
+                f"{' or '.join(path for _, _, path in self._lent[:3])} is written into when data are read, and too large to be"
+                " copied; let workers read: DataLoader(num_workers=1)"
+            ) from error
 
     def _copied(self, value: Any) -> Any:
         kind = type(value)

@@ -202,7 +202,7 @@ class Probe:
         gradients: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
         for (name, p), g in zip(trained.items(), found, strict=True):
             if g is not None:
-                gradients[name] = self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
+                gradients[name] = self._finished(as_real(g.to_dense()), p)
         return gradients
 
     def _sharded(self, loss: Tensor) -> Mapping[str, Tensor | None]:

@@ -21,14 +21,9 @@ Measure = Callable[[Apart, int, Callable[[], Any]], None]
 
 
 def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int, measure: Measure) -> str | None:
-    """Calls what measures within :func:`no_trace`, with a progress bar; to be called on every rank.
+    """Calls what measures within :func:`no_trace`, with a progress bar; to be called on every rank, at the first batch.
 
-    Args:
-        trainer: at its first batch.
-        module: at its first batch.
-        wanted: batches on each rank.
-        least: the fewest that do.
-        measure: what is done with as many batches as are wanted, or an epoch has.
+    It reads as many batches on each rank as are wanted, or an epoch has, if those are the least that do.
 
     Returns:
         Why there is no probe, or None. What does not end the training ends it on no rank.
