@@ -185,12 +185,8 @@ class _Moment:
 def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, _Moment]:
     rule, state = rule_of(optimizer), innermost(optimizer).state
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    found = {}
-    for name, parameter in parameters.items():
-        moment = _moment(rule, state.get(parameter, {}), groups.get(id(parameter), {}), parameter)
-        if moment is not None:
-            found[name] = moment
-    return found
+    found = {name: _moment(rule, state.get(p, {}), groups.get(id(p), {}), p) for name, p in parameters.items()}
+    return {name: moment for name, moment in found.items() if moment is not None}
 
 
 def _moment(rule: StepRule, state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> _Moment | None:

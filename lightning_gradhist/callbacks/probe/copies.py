@@ -175,7 +175,7 @@ class Copier:
                 return self.copy(original)
             self.code.append(value)
             return value
-        if isinstance(value, weakref.ref) and kind is weakref.ref:
+        if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
         if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
             return self._method(value)

@@ -181,9 +181,10 @@ class Probe:
         if loss is None or missing is not Outcome.DONE:
             return {}, Outcome.NO_LOSS
         gradients = self._whole(loss) if self._replicas is None else self._sharded(loss)
-        if not any(gradient is not None for gradient in gradients.values()):
+        found = [gradient for gradient in gradients.values() if gradient is not None]
+        if not found:
             return {}, Outcome.NO_LOSS
-        if _all_finite(gradients):
+        if torch.stack([gradient.isfinite().all().to(loss.device) for gradient in found]).all():
             return gradients, Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())
         return {}, Outcome.OVERFLOW if overflow else Outcome.NOT_FINITE
@@ -284,11 +285,6 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
     return False
-
-
-def _all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
-    finite = [gradient.isfinite().all() for gradient in gradients.values() if gradient is not None]
-    return bool(finite) and bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
 
 
 def clip_factor(square: float, max_norm: float) -> float:
