@@ -152,8 +152,8 @@ def metric_weights(
     """The metric in which an optimizer steps, by name, from its state; None where it has no second moment (yet).
 
     The factor that corrects a bias is in it whether or not the optimizer corrects: it does not change a noise scale, and
-    early and late steps of a run then count alike. With ZeRO it is that of the parameters that this rank steps. Only those
-    parts of it are made that ``parts`` makes of whole tensors.
+    early and late steps of a run then count alike. With ZeRO it is that of the parameters that this rank steps.
+    ``parts`` picks the parts of whole tensors that are asked for; all of them by default.
     """
     moments = _moments(optimizer, parameters)
     eps = epsilons(optimizer, parameters)

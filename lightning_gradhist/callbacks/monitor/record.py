@@ -72,7 +72,7 @@ class RecordFile:
 def record_path(trainer: Trainer, before: str | None) -> str:
     """Where the record of a run goes: into the directory of its logger, or to a file of its own in the root directory.
 
-    Where that of this process's last run went ``before`` is taken again where that run goes on.
+    ``before``, where that of this process's last run went, is taken again where that run goes on.
     """
     logger: Any = trainer.loggers[0] if trainer.loggers else None
     directory, root = getattr(logger, "log_dir", None), str(trainer.default_root_dir)

@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_gradhist.callbacks._lightning import DummyLogger
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
-from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_logger, is_writer, silent_experiment
+from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_writer
 from lightning_gradhist.callbacks.strategies import is_a
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
@@ -160,11 +161,11 @@ class Copier:
         lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
         if lent or isinstance(value, (type, enum.Enum, *_LOCKS)):
             return value
-        if is_logger(value):
-            self.put(vars(value).get("_experiment"), silent_experiment())  # to ask for it by name may make it
+        if is_a(value, "Logger") and hasattr(kind, "log_metrics"):  # one of Lightning's
+            self.put(vars(value).get("_experiment"), DummyLogger().experiment)  # to ask for it by name may make it
             return SilentLogger(value)
         if is_writer(value):
-            return silent_experiment()
+            return DummyLogger().experiment
         if isinstance(value, _BEYOND_THIS_PROCESS):
             raise TypeError("it is shared between processes")
         if isinstance(value, np.ndarray):

@@ -44,7 +44,7 @@ def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
     """Does something on every rank, which calls no collective; where it fails on one, it has failed on all.
 
     Raises:
-        ProbeRefusedError: with the reason of the first rank that has one; it says in a few words what was done.
+        ProbeRefusedError: with the reason of the first rank that has one, and ``what`` it is that was done, in a few words.
     """
     result: Any = None
     reason = None

@@ -23,7 +23,7 @@ Measure = Callable[[Apart, int, Callable[[], Any]], None]
 def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int, measure: Measure) -> str | None:
     """Calls what measures within :func:`no_trace`, with a progress bar; to be called on every rank, at the first batch.
 
-    It reads as many batches on each rank as are wanted, or an epoch has, if those are the least that do.
+    It is given as many batches on each rank as are wanted, or as an epoch has; ``least`` are the fewest that do.
 
     Returns:
         Why there is no probe, or None. What does not end the training ends it on no rank.
