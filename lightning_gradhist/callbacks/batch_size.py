@@ -124,11 +124,9 @@ class SampleCount:
         counted = None if manual else count_samples(batch)
         if not self._has_begun:
             self._begin(trainer, counted)
-        if self.problem is not None or not self._counts:
-            return self.usual
-        if counted is not None:
+        if self._counts and self.problem is None and counted is not None:
             self._compare(trainer, counted)
-        return None if self.problem is not None else counted
+        return counted if self._counts and self.problem is None else self.usual
 
     def of_step(self, trainer: Trainer) -> StepSamples | None:
         """The samples of the step whose micro-batches have come.
