@@ -8,7 +8,6 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def _in_function(function: types.FunctionType, copier: Copier, undo: ExitStack) 
             undo.callback(setattr, function, attribute, defaults)
             setattr(function, attribute, copied)
     if _is_users(function.__globals__):
-        _in_names(function.__globals__, set(_names(function.__code__)), copier, undo)
+        _in_names(function.__globals__, _names(function.__code__), copier, undo)
 
 
 def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: ExitStack) -> None:
@@ -96,11 +95,9 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
     copier.code.extend(kind.__bases__)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+def _names(code: types.CodeType) -> set[str]:
+    within = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*within)
 
 
 def _is_users(space: dict[str, Any]) -> bool:
