@@ -38,13 +38,11 @@ if not TYPE_CHECKING:
     except ImportError:  # lightning alone, or beside one that cannot be imported
         pass
     else:
-        _bases = (
-            dict.fromkeys((Callback, _Callback)),
-            dict.fromkeys((MisconfigurationException, _MisconfigurationException)),
-            dict.fromkeys((SIGTERMException, _SIGTERMException)),
-        )
+        _ours = (Callback, MisconfigurationException, SIGTERMException)
+        _others = (_Callback, _MisconfigurationException, _SIGTERMException)
         Callback, MisconfigurationException, SIGTERMException = (
-            type(next(iter(bases)).__name__, tuple(bases), {}) for bases in _bases
+            type(one.__name__, tuple(dict.fromkeys((one, other))), {})
+            for one, other in zip(_ours, _others, strict=True)
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -35,25 +35,21 @@ def count_samples(batch: Any) -> int | None:
 
 
 def _lengths(part: Any) -> Iterator[int]:
+    members: Iterable[Any] = ()
     if isinstance(part, Tensor):
         yield part.size(0) if part.ndim else 1
     elif isinstance(part, PackedSequence):
         yield int(part.batch_sizes[0])  # which is always in the host's memory
     elif isinstance(getattr(part, "num_graphs", None), int):
         yield part.num_graphs
-    else:
-        for member in _members(part):
-            yield from _lengths(member)
-
-
-def _members(part: Any) -> Sequence[Any]:
-    if isinstance(part, Mapping):
-        return list(part.values())
-    if isinstance(part, (list, tuple)):
-        return part
-    if is_dataclass(part):
-        return [getattr(part, field.name) for field in fields(part)]
-    return ()
+    elif isinstance(part, Mapping):
+        members = part.values()
+    elif isinstance(part, (list, tuple)):
+        members = part
+    elif is_dataclass(part):
+        members = [getattr(part, field.name) for field in fields(part)]
+    for member in members:
+        yield from _lengths(member)
 
 
 @dataclass(frozen=True)
@@ -128,11 +124,9 @@ class SampleCount:
         counted = None if manual else count_samples(batch)
         if not self._has_begun:
             self._begin(trainer, counted)
-        if self.problem is not None or not self._counts:
-            return self.usual
-        if counted is not None:
+        if self._counts and self.problem is None and counted is not None:
             self._compare(trainer, counted)
-        return None if self.problem is not None else counted
+        return counted if self._counts and self.problem is None else self.usual
 
     def of_step(self, trainer: Trainer) -> StepSamples | None:
         """The samples of the step whose micro-batches have come.
@@ -155,14 +149,12 @@ class SampleCount:
     def _begin(self, trainer: Trainer, counted: int | None) -> None:
         self._has_begun = True
         self._declared = self._given or _declared(trainer)
-        workers = _number(trainer.train_dataloader, "num_workers") or 0
-        few = trainer.is_last_batch or trainer.num_training_batches <= workers
-        few = few or (workers > 1 and math.isinf(trainer.num_training_batches))
-        manual = not trainer.lightning_module.automatic_optimization
+        workers, batches = _number(trainer.train_dataloader, "num_workers") or 0, trainer.num_training_batches
+        few = trainer.is_last_batch or batches <= workers or (workers > 1 and math.isinf(batches))
         if counted is None:
-            known = self._given if manual else self._declared
+            known = self._declared if trainer.lightning_module.automatic_optimization else self._given
             self._first, self.problem = known or 0.0, None if known else _UNKNOWN
-        elif self._declared in (None, counted) or (counted < (self._declared or 0) and few):
+        elif self._declared in (None, counted) or (few and counted < self._declared):
             self._first, self._counts = counted, True
         elif self._given:
             self._first = self._given

@@ -138,13 +138,9 @@ def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
 
     Empty where there is none (yet), and where ZeRO spreads it over ranks.
     """
-    if _is_spread(optimizer):
-        return {}
-    moments = _moments(optimizer, parameters)
-    values, corrections = (
-        [m.value for m in moments.values()],
-        [m.correction if m.corrects else 1.0 for m in moments.values()],
-    )
+    moments = {} if _is_spread(optimizer) else _moments(optimizer, parameters)
+    values = [moment.value for moment in moments.values()]
+    corrections = [moment.correction if moment.corrects else 1.0 for moment in moments.values()]
     return dict(zip(moments, torch._foreach_div(values, corrections), strict=True)) if moments else {}
 
 
@@ -157,11 +153,7 @@ def metric_weights(
 
     The factor that corrects a bias is in it whether or not the optimizer corrects: it does not change a noise scale, and
     early and late steps of a run then count alike. With ZeRO it is that of the parameters that this rank steps.
-
-    Args:
-        optimizer: whose step is asked for.
-        parameters: names and parameters.
-        parts: the parts of tensors that are asked for; of all of them by default.
+    ``parts`` picks the parts of whole tensors that are asked for; all of them by default.
     """
     moments = _moments(optimizer, parameters)
     eps = epsilons(optimizer, parameters)
@@ -193,12 +185,8 @@ class _Moment:
 def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, _Moment]:
     rule, state = rule_of(optimizer), innermost(optimizer).state
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    found = {}
-    for name, parameter in parameters.items():
-        moment = _moment(rule, state.get(parameter, {}), groups.get(id(parameter), {}), parameter)
-        if moment is not None:
-            found[name] = moment
-    return found
+    found = {name: _moment(rule, state.get(p, {}), groups.get(id(p), {}), p) for name, p in parameters.items()}
+    return {name: moment for name, moment in found.items() if moment is not None}
 
 
 def _moment(rule: StepRule, state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> _Moment | None:

@@ -34,12 +34,9 @@ def planned_steps(trainer: Trainer) -> int | None:
 
 
 def run_length(trainer: Trainer, optimizer: Optimizer, before: RunLength | None = None) -> RunLength:
-    """The planned steps, warm-up and shape of the schedule, as far as they are known; the latter only before the run.
+    """The planned steps, warm-up and shape of the schedule, as far as they are known.
 
-    Args:
-        trainer: of the run.
-        optimizer: of the trainer.
-        before: what was known when the run began, where it goes on.
+    The latter two are known only before the run; where it goes on, they are taken from what was known ``before``.
     """
     planned = planned_steps(trainer)
     if trainer.global_step > 0:
@@ -104,8 +101,8 @@ def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
         steps = trainer.estimated_stepping_batches if configs else 0
     except MisconfigurationException:  # with accumulation that changes
         steps = math.inf
-    known = trainer.lightning_module.automatic_optimization and epochs is not None and epochs >= 0
-    times = {"step": steps, "epoch": epochs if known and epochs is not None else steps}
+    automatic = trainer.lightning_module.automatic_optimization
+    times = {"step": steps, "epoch": epochs if automatic and epochs is not None and epochs >= 0 else steps}
     return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]
 
 

@@ -33,14 +33,10 @@ def check_when(when: When, trainer: Trainer) -> None:
 
 
 class GradientReport:
-    """The gradients of a logged step.
+    """The gradients of a logged step, by the histogram of their magnitudes, which must not be changed afterwards.
 
-    Args:
-        histogram: of their magnitudes; it must not be changed afterwards.
-        step: the trainer's ``global_step``.
-        prefix: of all names.
-        suffix: of the names of what is over all rows.
-        clip_norm: to which the gradients are then clipped; None where they are not, or not all of them are counted.
+    All names have the prefix, those of what is over all rows the suffix. The gradients are then clipped to ``clip_norm``; it
+    is None where they are not, or not all of them are counted.
     """
 
     def __init__(
@@ -72,11 +68,7 @@ class GradientReport:
 class MagnitudeMonitor(StepObserver):
     """Counts the gradients of the steps that are due, and logs those that are taken.
 
-    Args:
-        watched: the optimizer.
-        progress: its steps so far.
-        when: as for ``GradientHistogramMonitor``.
-        on_double: is called after the 1st, 2nd, 4th, 8th, ... logged step; at every second of them figures are drawn.
+    ``on_double`` is called after the 1st, 2nd, 4th, 8th, ... logged step; at every second of them figures are drawn.
     """
 
     def __init__(

@@ -79,9 +79,8 @@ def _samples(value: float) -> str:
 
 def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int) -> None:
     """Says why the record is of no use to calibrate another run from, where it is not."""
-    measured, tried = min(
-        ((one.estimate("simple").measurements, len(one)) for one in records), default=(ENOUGH, ENOUGH)
-    )
+    counts = [(record.estimate("simple").measurements, len(record)) for record in records]
+    measured, tried = min(counts, default=(ENOUGH, ENOUGH))
     if measured >= ENOUGH:
         return
     said = (

@@ -123,7 +123,12 @@ class GradientHistogramMonitor(Callback):
         batch_size: Optional[int] = None,  # noqa: UP045
         name: Optional[str] = None,  # noqa: UP045
     ) -> None:
-        _check_arguments(every_n_steps, when, batch_size)
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
+        if batch_size is not None and batch_size < 1:
+            raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
+        if when not in get_args(When):
+            raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
         self.every_n_steps, self.when = every_n_steps, when
         self.group_by, self.include, self.exclude = group_by, include, exclude
         self.optimizer_state, self.noise_scale = optimizer_state, noise_scale
@@ -326,15 +331,6 @@ class GradientHistogramMonitor(Callback):
             self._record.close()
         self._fit = self._record = self._record_path = None
         rank_zero_warn(f"GradientHistogramMonitor is off: {reason}")
-
-
-def _check_arguments(every_n_steps: int, when: str, batch_size: int | None) -> None:
-    if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-        raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
-    if batch_size is not None and batch_size < 1:
-        raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
-    if when not in get_args(When):
-        raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
 
 
 def _monitors(trainer: Trainer) -> list[GradientHistogramMonitor]:

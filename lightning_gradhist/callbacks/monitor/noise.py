@@ -51,10 +51,6 @@ class NoiseMonitor(StepObserver):
     that pairs are independent.
 
     The first 1,000 steps are measured as often as they are logged, later ones at most every tenth time.
-
-    Args:
-        watched: the optimizer.
-        progress: its steps and noise so far.
     """
 
     def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:
@@ -189,9 +185,8 @@ class NoiseMonitor(StepObserver):
         def measure() -> Tensor:
             self._compare(squared_norm(gradients.values()) * loss_scale(trainer) ** 2)
             part = copied.take(trainer, times)
-            known = {
-                n: g if short == 1 else g * short for n, g in gradients.items() if n in copied.names
-            }  # then and now
+            # Then and now.
+            known = {n: g if short == 1 else g * short for n, g in gradients.items() if n in copied.names}
             sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters)) / ranks
             return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 

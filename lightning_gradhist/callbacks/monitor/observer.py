@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,13 +14,33 @@ from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import lies_otherwise, ready_gradients
-from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.strategies import RankSum, Replicas, least_over_ranks, own_parts
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.noise_report import noise_margins
 from lightning_gradhist.logging.sinks import Sink
 from lightning_gradhist.logging.writer import LoggerQueues
+
+
+class Guard:
+    """Lets what may fail, fail: a full disk or a broken logger costs one warning a fit. No collectives within."""
+
+    def __init__(self) -> None:
+        self._has_warned = False
+
+    @contextmanager
+    def attempt(self, task: str) -> Iterator[None]:
+        """Goes on after the block, whatever it raises; the warning names the task, as "count the gradients"."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(task, error)
+
+    def warn(self, task: str, error: Exception) -> None:
+        """Says what could not be done the first time, and no more."""
+        if not self._has_warned:
+            rank_zero_warn(f"GradientHistogramMonitor could not {task}, training goes on: {error!r}")
+        self._has_warned = True
 
 
 @dataclass
@@ -78,11 +99,7 @@ class Fit:
 class WatchedOptimizer:
     """An optimizer of a fit.
 
-    Attributes:
-        fit: that it is of.
-        optimizer: itself.
-        suffix: of the names of what is over all its rows.
-        find_rows: gives the row of each of its parameters that is counted.
+    The names of what is over all its rows have the suffix; ``find_rows`` gives the row of each parameter that is counted.
     """
 
     fit: Fit

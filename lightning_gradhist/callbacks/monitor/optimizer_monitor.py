@@ -13,14 +13,7 @@ from lightning_gradhist.callbacks.monitor.progress import Progress
 
 
 class OptimizerMonitor:
-    """The steps of one optimizer: which are due, which are taken, and which are skipped.
-
-    Args:
-        watched: the optimizer.
-        progress: its steps so far, which are counted on.
-        every_n_steps: from one step that is due to the next.
-        observers: which are told, in this order.
-    """
+    """The steps of one optimizer: which are due, which are taken, and which are skipped. Observers are told in their order."""
 
     def __init__(
         self, watched: WatchedOptimizer, progress: Progress, every_n_steps: int, observers: Sequence[StepObserver]
@@ -34,11 +27,8 @@ class OptimizerMonitor:
         self._first_versions = self._versions()
         self._coming: Step | None = None
         self._taken: Step | None = None
-        optimizer = watched.optimizer
-        self._handles = [
-            before_update(optimizer, self._at_update),
-            optimizer.register_step_post_hook(self._after_update),
-        ]
+        self._handles = [before_update(watched.optimizer, self._at_update)]
+        self._handles.append(watched.optimizer.register_step_post_hook(self._after_update))
         self._prepare()
 
     def before_step(self) -> None:

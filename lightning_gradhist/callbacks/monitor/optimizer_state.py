@@ -28,14 +28,10 @@ _MOMENT = "optimizer_second_moment"
 class UpdateReport:
     """What a logged step did to the weights, by row and over all ranks.
 
-    Args:
-        table: float64 ``[len(names), 4 + columns of a histogram]``: sums of squares of the update and of the weights before
-            it, numbers of weights that epsilon damps and of those that have a second moment other than zero, and the counts
-            of its root as in :attr:`MagnitudeHistogram.table`. NaN where a rank could not count.
-        names: of the rows.
-        eps: the epsilon in force by row, the largest of a row; none where there is none.
-        step: the trainer's ``global_step``.
-        suffix: of the names of what is over all rows.
+    The table is float64 ``[len(names), 4 + columns of a histogram]``: sums of squares of the update and of the weights before
+    it, numbers of weights that epsilon damps and of those that have a second moment other than zero, and the counts of its
+    root as in :attr:`MagnitudeHistogram.table`; NaN where a rank could not count. ``eps`` has the largest epsilon in force in
+    each row that has one. The names of what is over all rows have the suffix.
     """
 
     def __init__(self, table: Tensor, names: list[str], eps: Mapping[str, float], step: int, suffix: str) -> None:
@@ -113,11 +109,7 @@ class UpdateReport:
 
 
 class UpdateMonitor(StepObserver):
-    """Looks at the weights before and after the steps that are due, and at the second moment after them.
-
-    Args:
-        watched: the optimizer.
-    """
+    """Looks at the weights before and after the steps that are due, and at the second moment after them."""
 
     def __init__(self, watched: WatchedOptimizer) -> None:
         self._watched, self._fit = watched, watched.fit

@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.guard import Guard
+from lightning_gradhist.callbacks.monitor.observer import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import LoggerQueues, Writer
@@ -20,12 +20,7 @@ _TASK = f"write {FILE_NAME}"
 
 
 class RecordFile:
-    """``calibration.json`` of a run, made and written in a thread, as that takes long after many steps.
-
-    Args:
-        path: of the file, or its URL.
-        guard: which tells of failures.
-    """
+    """``calibration.json`` of a run, made and written in a thread, as that takes long after many steps."""
 
     def __init__(self, path: str, guard: Guard) -> None:
         self._path = path
@@ -41,10 +36,9 @@ class RecordFile:
         if self.saved:
             with self._guard.attempt(_TASK):
                 copies = [one.state_dict() for one in progress]  # which training does not change
-                known = [
-                    (type(one).__name__, [*optimizer_parameters(trainer.lightning_module, one)]) for one in optimizers
-                ]
-                self._writer.submit(partial(self._write, model_shapes(trainer), trainer.global_step, known, copies))
+                module, shapes = trainer.lightning_module, model_shapes(trainer)
+                known = [(type(one).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
+                self._writer.submit(partial(self._write, shapes, trainer.global_step, known, copies))
         self._tell()
 
     def lacks(self, progress: Sequence[Progress]) -> bool:
@@ -78,9 +72,7 @@ class RecordFile:
 def record_path(trainer: Trainer, before: str | None) -> str:
     """Where the record of a run goes: into the directory of its logger, or to a file of its own in the root directory.
 
-    Args:
-        trainer: of the run.
-        before: where that of the last run of this process went; where that run goes on, it is taken again.
+    ``before``, where that of this process's last run went, is taken again where that run goes on.
     """
     logger: Any = trainer.loggers[0] if trainer.loggers else None
     directory, root = getattr(logger, "log_dir", None), str(trainer.default_root_dir)

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from lightning_gradhist.logging.sinks import Sink
 
 Send = Callable[[Callable[[Sink], None]], None]
+"""Gives each logger's sink to a job."""
 
 
 class StepReport(Protocol):
@@ -24,11 +25,7 @@ R = TypeVar("R", bound=StepReport)
 
 
 class Reports(Generic[R]):
-    """Has reports written, and some of them drawn, as figures cost far more than a count; in the end also the last.
-
-    Args:
-        send: gives each logger's sink to a job.
-    """
+    """Has reports written, and some of them drawn, as figures cost far more than a count; in the end also the last."""
 
     def __init__(self, send: Send) -> None:
         self.last: R | None = None

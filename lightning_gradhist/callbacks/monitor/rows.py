@@ -20,12 +20,7 @@ _POOLED = re.compile(r"all(_\d+)?")  # names of what is over all rows
 
 
 class Rows:
-    """Gives each parameter the name of its row, or leaves it out.
-
-    Args:
-        group_by: as for ``GradientHistogramMonitor``.
-        include: as there.
-        exclude: as there.
+    """Gives each parameter the name of its row, or leaves it out: by the arguments of ``GradientHistogramMonitor``.
 
     Raises:
         MisconfigurationException: for an argument that is none of these, or no regular expression.
@@ -176,9 +171,7 @@ def _compiled(argument: str, pattern: str) -> re.Pattern[str]:
 def _layers(module: nn.Module) -> dict[str, list[str]]:
     """By name, the names of a layer's class and its bases below ``nn.Module``."""
     return {
-        plain_name(name): [
-            cls.__name__ for cls in type(layer).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module
-        ]
+        plain_name(name): [cls.__name__ for cls in type(layer).__mro__ if issubclass(cls, nn.Module)][:-1]
         for name, layer in module.named_modules()
     }
 

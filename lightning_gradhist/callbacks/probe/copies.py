@@ -12,7 +12,7 @@ import types
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -24,8 +24,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_gradhist.callbacks._lightning import DummyLogger
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
-from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_logger, is_writer, silent_experiment
+from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_writer
 from lightning_gradhist.callbacks.strategies import is_a
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
@@ -41,19 +42,11 @@ ALL_SMALL = 2**26
 """Bytes of the data's smaller ones that are copied; the others are lent, too."""
 
 
-_WRITTEN = (
-    "{} is written into when data are read, and too large to be copied; let workers read: DataLoader(num_workers=1)"
-)
-
-
 class Missing:
     """In the place of what cannot be copied. To use it ends the probe."""
 
     def __init__(self, why: str) -> None:
         vars(self)["why"] = why
-
-    def __getattr__(self, name: str) -> Any:
-        raise ProbeRefusedError(vars(self)["why"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Missing, (vars(self)["why"],)  # on its way to a worker
@@ -61,8 +54,9 @@ class Missing:
     def _use(self, *args: Any, **kwargs: Any) -> Any:
         raise ProbeRefusedError(vars(self)["why"])
 
-    __call__ = __iter__ = __next__ = __getitem__ = __setitem__ = __len__ = __bool__ = __enter__ = __setattr__ = _use
-    __contains__ = __exit__ = __float__ = __int__ = __add__ = __radd__ = __mul__ = __rmul__ = __delitem__ = _use
+    __call__ = __iter__ = __next__ = __len__ = __bool__ = __float__ = __int__ = __enter__ = __exit__ = _use
+    __contains__ = __getitem__ = __setitem__ = __delitem__ = __getattr__ = __setattr__ = _use
+    __add__ = __radd__ = __mul__ = __rmul__ = _use
 
 
 class Copier:
@@ -95,19 +89,22 @@ class Copier:
         for original in originals:
             self.put(original, original)
 
-    def shell(self, original: Any) -> tuple[Any, Callable[[], None]]:
-        """An object's copy without what is in it, and what puts that in: for one that refers to all others."""
+    def shell(self, original: Any) -> Any:
+        """An object's copy without what is in it, which :meth:`fill` puts in: later, for one that refers to all others."""
         self.code.append(type(original))
         copied = object.__new__(type(original))
         self.put(original, copied)
-        return copied, lambda: vars(copied).update(self._attributes(vars(original)))
+        return copied
+
+    def fill(self, copied: Any, attributes: dict[str, Any]) -> Any:
+        """Gives an object copies of attributes, and returns it."""
+        vars(copied).update(self._attributes(attributes))
+        return copied
 
     def copy(self, value: Any, name: Any = "") -> Any:
         """The copy of an object: always the same one.
 
-        Args:
-            value: the object.
-            name: as the messages have it: a word, what is written behind its owner's, or an index in a tuple.
+        The messages call it by its name: a word, what is written behind its owner's, or an index in a tuple.
         """
         kind = type(value)
         if kind in _ATOMS:
@@ -144,17 +141,17 @@ class Copier:
     @contextmanager
     def reading(self) -> Generator[None, None, None]:
         """Within it, nothing can be written into what is lent."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            try:
-                with self._guard or nullcontext():
-                    yield
-            except ValueError as error:
-                if self._lent and "read-only" in str(error):  # so numpy has it
-                    raise ProbeRefusedError(
-                        _WRITTEN.format(" or ".join(path for _, _, path in self._lent[:3]))
-                    ) from error
+        try:
+            with warnings.catch_warnings(), self._guard or nullcontext():
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                yield
+        except ValueError as error:
+            if not self._lent or "read-only" not in str(error):  # so numpy has it
                 raise
+            raise ProbeRefusedError(
+                f"{' or '.join(path for _, _, path in self._lent[:3])} is written into when data are read, and too large to be"
+                " copied; let workers read: DataLoader(num_workers=1)"
+            ) from error
 
     def _copied(self, value: Any) -> Any:
         kind = type(value)
@@ -162,14 +159,13 @@ class Copier:
             return self._tensor(value)
         # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
         lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
-        if lent or isinstance(value, (type, enum.Enum, types.BuiltinFunctionType, *_LOCKS)):
-            owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
-            return value if owner is None else self._method(value, owner)
-        if is_logger(value):
-            self.put(vars(value).get("_experiment"), silent_experiment())  # to ask for it by name may make it
+        if lent or isinstance(value, (type, enum.Enum, *_LOCKS)):
+            return value
+        if is_a(value, "Logger") and hasattr(kind, "log_metrics"):  # one of Lightning's
+            self.put(vars(value).get("_experiment"), DummyLogger().experiment)  # to ask for it by name may make it
             return SilentLogger(value)
         if is_writer(value):
-            return silent_experiment()
+            return DummyLogger().experiment
         if isinstance(value, _BEYOND_THIS_PROCESS):
             raise TypeError("it is shared between processes")
         if isinstance(value, np.ndarray):
@@ -180,16 +176,16 @@ class Copier:
                 return self.copy(original)
             self.code.append(value)
             return value
-        if isinstance(value, weakref.ref) and kind is weakref.ref:
+        if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
-        if isinstance(value, (types.MethodType, types.MethodWrapperType)):
-            return self._method(value, value.__self__)
+        if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
+            return self._method(value)
         if kind in (list, tuple, set, frozenset):
             return self._items(value)
         if kind is dict:
             return self._dictionary(value)
         if isinstance(value, (nn.Module, Optimizer)) and not isinstance(value, torch.jit.ScriptModule):
-            return self._object(value, vars(value))
+            return self.fill(_quiet(self.shell(value)), vars(value))
         if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
             return self._loader(value)
         if hasattr(kind, "__deepcopy__"):
@@ -231,7 +227,7 @@ class Copier:
         if tensor.is_leaf and copied.requires_grad != tensor.requires_grad:
             copied.requires_grad_(tensor.requires_grad)
         self.put(tensor, copied)
-        vars(copied).update(self._attributes(vars(tensor)))
+        self.fill(copied, vars(tensor))
         for hook in (tensor._backward_hooks or {}).values() if tensor.is_leaf else ():
             copied.register_hook(self.copy(hook, ".hook"))
         return copied
@@ -260,15 +256,13 @@ class Copier:
         self._small += size if fits else 0
         return fits
 
-    def _method(self, method: Any, owner: Any) -> Any:
-        copied = self.copy(owner, ".__self__")
-        if copied is owner:
+    def _method(self, method: Any) -> Any:
+        copied = self.copy(method.__self__, ".__self__")
+        if copied is method.__self__:
             return method
-        return (
-            types.MethodType(method.__func__, copied)
-            if hasattr(method, "__func__")
-            else getattr(copied, method.__name__)
-        )
+        if hasattr(method, "__func__"):
+            return types.MethodType(method.__func__, copied)
+        return getattr(copied, method.__name__)
 
     def _items(self, value: Any) -> Any:
         kind = type(value)
@@ -292,13 +286,6 @@ class Copier:
     def _attributes(self, attributes: dict[str, Any]) -> dict[str, Any]:
         return {name: self.copy(value, f".{name}") for name, value in attributes.items()}
 
-    def _object(self, value: Any, attributes: dict[str, Any]) -> Any:
-        self.code.append(type(value))
-        copied = _quiet(object.__new__(type(value)))
-        self.put(value, copied)
-        vars(copied).update(self._attributes(attributes))
-        return copied
-
     def _loader(self, loader: Any) -> Any:
         # Lightning keeps a loader's arguments in it, too: last, so that paths are those of its own attributes.
         attributes = dict(sorted(vars(loader).items(), key=lambda item: item[0].startswith("__")))
@@ -310,7 +297,8 @@ class Copier:
             for name, value in in_workers.items():
                 self.copy(value, f".{name}")
             self._in_worker = False
-        copied = self._object(loader, {name: value for name, value in attributes.items() if name not in iterators})
+        own = {name: value for name, value in attributes.items() if name not in iterators}
+        copied = self.fill(_quiet(self.shell(loader)), own)
         for name in iterators:  # of a loader that holds one for all epochs
             vars(copied)[name] = copied._get_iterator()
         return copied
@@ -333,9 +321,7 @@ class Copier:
             for i, item in enumerate(items):
                 add(self.copy(item, (i,)))
         if pairs is not None:
-            base: Any = (
-                OrderedDict if isinstance(copied, OrderedDict) else dict if isinstance(copied, dict) else type(copied)
-            )
+            base: Any = next((kind for kind in (OrderedDict, dict) if isinstance(copied, kind)), type(copied))
             for key, item in pairs:
                 base.__setitem__(copied, self.copy(key, "<key>"), self.copy(item, (key,)))
         return copied
@@ -346,7 +332,7 @@ class Copier:
             copied.__setstate__(self._attributes(state) if named else self.copy(state))
             return
         attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-        vars(copied).update(self._attributes(attributes or {}))
+        self.fill(copied, attributes or {})
         for name, value in self._attributes(slots or {}).items():
             object.__setattr__(copied, name, value)
 
@@ -359,15 +345,14 @@ class _Unwritable(TorchDispatchMode):
         self._ranges = sorted(ranges)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | (
-            kwargs or {}
-        )
-        for argument in func._schema.arguments:
+        arguments, kwargs = func._schema.arguments, kwargs or {}
+        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        for argument in arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = given.get(argument.name)
                 for tensor in written if isinstance(written, (list, tuple)) else [written]:
                     self._check(tensor)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def _check(self, tensor: Any) -> None:
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:

@@ -41,15 +41,10 @@ class ProbeRefusedError(RuntimeError):
 
 
 def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
-    """Does something on every rank; where it fails on one, it has failed on all.
-
-    Args:
-        trainer: whose ranks; all of them call this.
-        what: the action in a few words, for the message.
-        action: to be done; it calls no collective.
+    """Does something on every rank, which calls no collective; where it fails on one, it has failed on all.
 
     Raises:
-        ProbeRefusedError: with the reason of the first rank that has one.
+        ProbeRefusedError: with the reason of the first rank that has one, and ``what`` it is that was done, in a few words.
     """
     result: Any = None
     reason = None

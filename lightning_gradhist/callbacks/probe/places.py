@@ -8,8 +8,7 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +20,41 @@ _INSTALLED = tuple(
 )
 
 
-@contextmanager
-def copies_in_place(copier: Copier) -> Generator[None, None, None]:
+def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
     """Has copies where the code of what was copied refers to something itself, and the originals again afterwards.
 
     Of global names and classes, this looks into the user's own code, and not into installed packages.
     """
-    undo: list[Callable[[], None]] = []
-    try:
-        seen: set[int] = set()
-        while copier.code:  # more comes with what is copied
-            one = copier.code.pop()
-            if id(one) in seen:
-                continue
-            seen.add(id(one))
-            if isinstance(one, types.FunctionType):
-                _in_function(one, copier, undo)
-            elif _is_users(vars(sys.modules.get(one.__module__, types))) and not issubclass(one, enum.Enum):
-                _in_class(one, copier, undo)
-        yield
-    finally:
-        for action in reversed(undo):
-            action()
+    seen: set[int] = set()
+    while copier.code:  # more comes with what is copied
+        one = copier.code.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, types.FunctionType):
+            _in_function(one, copier, undo)
+        elif _is_users(vars(sys.modules.get(one.__module__, types))) and not issubclass(one, enum.Enum):
+            _in_class(one, copier, undo)
 
 
-def _in_function(function: types.FunctionType, copier: Copier, undo: list[Callable[[], None]]) -> None:
+def _in_function(function: types.FunctionType, copier: Copier, undo: ExitStack) -> None:
     name = function.__qualname__
     for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not yet filled
             content = cell.cell_contents
-            undo.append(lambda cell=cell, content=content: setattr(cell, "cell_contents", content))  # type: ignore[misc]
+            undo.callback(setattr, cell, "cell_contents", content)
             cell.cell_contents = copier.copy(content, f"{name}.{variable}")
     for attribute in ("__defaults__", "__kwdefaults__"):
         defaults = getattr(function, attribute)
         copied = copier.copy(defaults, f"{name}.{attribute}")
         if copied is not defaults:
-            undo.append(lambda a=attribute, d=defaults: setattr(function, a, d))  # type: ignore[misc]
+            undo.callback(setattr, function, attribute, defaults)
             setattr(function, attribute, copied)
     if _is_users(function.__globals__):
-        _in_names(function.__globals__, set(_names(function.__code__)), copier, undo)
+        _in_names(function.__globals__, _names(function.__code__), copier, undo)
 
 
-def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: list[Callable[[], None]]) -> None:
+def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: ExitStack) -> None:
     before = {name: space[name] for name in names & space.keys()}
 
     def put_back() -> None:
@@ -70,7 +62,7 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: list
             del space[name]
         space.update(before)
 
-    undo.append(put_back)
+    undo.callback(put_back)
     for name, value in before.items():
         if isinstance(value, (types.FunctionType, type)):
             copier.code.append(value)
@@ -81,7 +73,7 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: list
             space[name] = copier.copy(value, f"{space.get('__name__')}.{name}")
 
 
-def _in_class(kind: type, copier: Copier, undo: list[Callable[[], None]]) -> None:
+def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
     before = {name: value for name, value in vars(kind).items() if not name.startswith(("__", "_abc_"))}
 
     def put_back() -> None:
@@ -91,7 +83,7 @@ def _in_class(kind: type, copier: Copier, undo: list[Callable[[], None]]) -> Non
             if vars(kind).get(name) is not value:
                 type.__setattr__(kind, name, value)
 
-    undo.append(put_back)
+    undo.callback(put_back)
     for name, value in vars(kind).copy().items():
         function = getattr(value, "__func__", getattr(value, "fget", value))  # of a classmethod, a property
         if isinstance(function, (types.FunctionType, type)):
@@ -103,11 +95,9 @@ def _in_class(kind: type, copier: Copier, undo: list[Callable[[], None]]) -> Non
     copier.code.extend(kind.__bases__)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+def _names(code: types.CodeType) -> set[str]:
+    within = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_names).union(*within)
 
 
 def _is_users(space: dict[str, Any]) -> bool:

@@ -32,7 +32,7 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
 )
 from lightning_gradhist.callbacks.probe.restore import Apart
-from lightning_gradhist.callbacks.strategies import is_sharded, own_parts, replicas
+from lightning_gradhist.callbacks.strategies import is_sharded, least_over_ranks, own_parts, replicas
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
 
@@ -46,10 +46,10 @@ def pool(noise: NoiseScale, trainer: Trainer) -> None:
 class Probe:
     """Gradients of single batches on this rank, neither averaged over ranks nor divided for accumulation.
 
-    Each is the gradient of the optimizer's objective, a coupled weight decay
-    included, dense and real. The ranks go in step: each reads a batch, or none does. Where parameters are sharded (FSDP2,
-    tensor parallelism), a gradient is the mean over the ranks' batches, and each rank is given another part of it; what
-    then fails within a pass ends the run, as in training, since the other ranks wait within the model.
+    Each is the gradient of the optimizer's objective, a coupled weight decay included, dense and real. The ranks go in step:
+    each reads a batch, or none does. Where parameters are sharded (FSDP2, tensor parallelism), a gradient is the mean over
+    the ranks' batches, and each rank is given another part of it; what then fails within a pass ends the run, as in
+    training, since the other ranks wait within the model.
 
     Args:
         apart: what :func:`lightning_gradhist.callbacks.probe.restore.no_trace` gives: the module whose ``training_step`` is
@@ -142,9 +142,7 @@ class Probe:
             batch = next(self._source, None)
         except Exception as error:  # of a dataset, or of what puts samples together
             return None, Outcome.FAILED, error
-        if batch is None:
-            return None, Outcome.NO_BATCH, None
-        return batch, Outcome.DONE, None
+        return batch, Outcome.NO_BATCH if batch is None else Outcome.DONE, None
 
     def _samples(self, counted: float | None) -> float | None:
         """The samples of a gradient, of which the ranks have each counted their batch; to be called on every rank."""
@@ -177,16 +175,16 @@ class Probe:
     def _passed(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
         """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
         loss = _loss(self._trainer, self._module, batch, self.batches)
-        loss = loss if loss is not None and loss.requires_grad else None
         missing = Outcome.NO_LOSS if loss is None else Outcome.DONE
         if self._replicas is not None:
             missing = self._worst(missing)  # a backward pass is a collective
         if loss is None or missing is not Outcome.DONE:
             return {}, Outcome.NO_LOSS
         gradients = self._whole(loss) if self._replicas is None else self._sharded(loss)
-        if not any(gradient is not None for gradient in gradients.values()):
+        found = [gradient for gradient in gradients.values() if gradient is not None]
+        if not found:
             return {}, Outcome.NO_LOSS
-        if _all_finite(gradients):
+        if torch.stack([gradient.isfinite().all().to(loss.device) for gradient in found]).all():
             return gradients, Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())
         return {}, Outcome.OVERFLOW if overflow else Outcome.NOT_FINITE
@@ -205,7 +203,7 @@ class Probe:
         gradients: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
         for (name, p), g in zip(trained.items(), found, strict=True):
             if g is not None:
-                gradients[name] = self._finished(as_real(g.to_dense() if g.layout != torch.strided else g), p)
+                gradients[name] = self._finished(as_real(g.to_dense()), p)
         return gradients
 
     def _sharded(self, loss: Tensor) -> Mapping[str, Tensor | None]:
@@ -238,11 +236,7 @@ class Probe:
         raise ProbeRefusedError(first_reason(self._trainer, reason)) from error
 
     def _worst(self, outcome: Outcome) -> Outcome:
-        if self._trainer.world_size == 1:
-            return outcome
-        worst = torch.tensor(int(outcome), device=self._module.device)
-        torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
-        return Outcome(int(worst))
+        return Outcome(-int(least_over_ranks(-outcome, self._trainer)))
 
 
 def _real(parameter: nn.Parameter) -> Tensor:
@@ -273,7 +267,7 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: in
     with trainer.precision_plugin.train_step_context():
         output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
+    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -291,11 +285,6 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
     return False
-
-
-def _all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
-    finite = [gradient.isfinite().all() for gradient in gradients.values() if gradient is not None]
-    return bool(finite) and bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
 
 
 def clip_factor(square: float, max_norm: float) -> float:

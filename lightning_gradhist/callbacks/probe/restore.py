@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
 from lightning_gradhist.callbacks.probe.copies import Copier
-from lightning_gradhist.callbacks.probe.places import copies_in_place
+from lightning_gradhist.callbacks.probe.places import put_copies_in_place
 from lightning_gradhist.callbacks.strategies import is_sharded
 
 
@@ -49,7 +49,9 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_random_state())
+        generators = isolate_rng()  # which puts nothing back where it is told of an exception
+        generators.__enter__()
+        stack.callback(generators.__exit__, None, None, None)
         copier = Copier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
@@ -59,8 +61,12 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
 
 
 def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple[Any, Any]:
-    _keep_out(copier, trainer)
-    apart, fill = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
+    # Private: the first has whether the run is told to stop, the second the batches that are read ahead.
+    copier.lend(trainer._signal_connector, trainer.fit_loop._data_fetcher, trainer.progress_bar_callback)
+    copier.put(trainer.profiler, PassThroughProfiler())
+    for logger in trainer.loggers:
+        copier.copy(logger)  # first, so that what it writes with is known where a module keeps it
+    apart = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
     if is_sharded(trainer):
         copier.lend(*module.modules(), *module.parameters())
     copier.copy(trainer.train_dataloader, "train_dataloader")
@@ -68,27 +74,14 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
     if own is module:
         _lend_sharded(stack, copier, module)
     else:
-        _match_parameters(copier, module, own)
+        there = dict(own.named_parameters(remove_duplicate=False))
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name in there:  # also those of modules that copy themselves by ways of their own, as ScriptModules do
+                copier.put(parameter, there[name])
         copier.put(trainer.model, own)  # DDP's wrapper
-    fill()
-    stack.enter_context(copies_in_place(copier))
+    copier.fill(apart, vars(trainer))
+    put_copies_in_place(copier, stack)
     return apart, own
-
-
-def _keep_out(copier: Copier, trainer: Any) -> None:
-    # Private: the first has whether the run is told to stop, the second the batches that are read ahead.
-    copier.lend(trainer._signal_connector, trainer.fit_loop._data_fetcher, trainer.progress_bar_callback)
-    copier.put(trainer.profiler, PassThroughProfiler())
-    for logger in trainer.loggers:
-        copier.copy(logger)  # first, so that what it writes with is known where a module keeps it
-
-
-def _match_parameters(copier: Copier, module: nn.Module, copied: nn.Module) -> None:
-    """Also those of modules that copy themselves by ways of their own, as ScriptModules do."""
-    there = dict(copied.named_parameters(remove_duplicate=False))
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if name in there:
-            copier.put(parameter, there[name])
 
 
 def _lend_sharded(stack: ExitStack, copier: Copier, module: nn.Module) -> None:
@@ -110,18 +103,6 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any]]], contents: list[tup
     with torch.no_grad():
         for own, content in contents:
             own.copy_(content)
-
-
-@contextmanager
-def _random_state() -> Generator[None, None, None]:
-    error: BaseException | None = None
-    with isolate_rng():  # puts the state back only where its body ends without an exception
-        try:
-            yield
-        except BaseException as caught:
-            error = caught
-    if error is not None:
-        raise error
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

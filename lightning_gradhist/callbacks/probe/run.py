@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -22,14 +21,9 @@ Measure = Callable[[Apart, int, Callable[[], Any]], None]
 
 
 def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int, measure: Measure) -> str | None:
-    """Calls what measures within :func:`no_trace`, with a progress bar; to be called on every rank.
+    """Calls what measures within :func:`no_trace`, with a progress bar; to be called on every rank, at the first batch.
 
-    Args:
-        trainer: at its first batch.
-        module: at its first batch.
-        wanted: batches on each rank.
-        least: the fewest that do.
-        measure: what is done with as many batches as are wanted, or an epoch has.
+    It is given as many batches on each rank as are wanted, or as an epoch has; ``least`` are the fewest that do.
 
     Returns:
         Why there is no probe, or None. What does not end the training ends it on no rank.
@@ -59,16 +53,12 @@ def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Mea
 
 def _measured(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> None:
     with ExitStack() as stack:
-        begin = partial(_begin, stack, trainer, module, planned)
-        apart, tick = on_every_rank(trainer, "to copy module and data", begin)
+        apart, tick = on_every_rank(
+            trainer,
+            "to copy module and data",
+            lambda: (stack.enter_context(no_trace(trainer, module)), stack.enter_context(progress(trainer, planned))),
+        )
         measure(apart, planned, tick)
-
-
-def _begin(
-    stack: ExitStack, trainer: Trainer, module: LightningModule, planned: int
-) -> tuple[Apart, Callable[[], Any]]:
-    apart = stack.enter_context(no_trace(trainer, module))
-    return apart, stack.enter_context(progress(trainer, planned))
 
 
 def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:

@@ -29,17 +29,7 @@ class SilentLogger(DummyLogger):
         return getattr(self._of, "log_dir", None)
 
 
-def is_logger(value: Any) -> bool:
-    """Whether it is one of Lightning's loggers."""
-    return is_a(value, "Logger") and hasattr(type(value), "log_metrics")
-
-
 def is_writer(value: Any) -> bool:
     """Whether it is what a logger writes with: an experiment, a run, a ``SummaryWriter``."""
     of_package = (type(value).__module__ or "").partition(".")[0] in _PACKAGES
     return is_a(value, "SummaryWriter") or (of_package and is_a(value, *_WRITERS))
-
-
-def silent_experiment() -> Any:
-    """Takes every call and does nothing."""
-    return DummyLogger().experiment
