@@ -92,7 +92,7 @@ class Copier:
     def shell(self, original: Any) -> Any:
         """An object's copy without what is in it, which :meth:`fill` puts in: later, for one that refers to all others."""
         self.code.append(type(original))
-        copied = object.__new__(type(original))
+        copied = _quiet(object.__new__(type(original)))
         self.put(original, copied)
         return copied
 
@@ -185,7 +185,7 @@ class Copier:
         if kind is dict:
             return self._dictionary(value)
         if isinstance(value, (nn.Module, Optimizer)) and not isinstance(value, torch.jit.ScriptModule):
-            return self.fill(_quiet(self.shell(value)), vars(value))
+            return self.fill(self.shell(value), vars(value))
         if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
             return self._loader(value)
         if hasattr(kind, "__deepcopy__"):
@@ -214,7 +214,7 @@ class Copier:
         return "".join(name if isinstance(name, str) else f"[{name[0]!r:.40}]" for name in self._path)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        if self._of_data and not self._has_room(tensor.nbytes if tensor.layout == torch.strided else 0):
+        if self._of_data and tensor.layout == torch.strided and not self._has_room(tensor.nbytes):
             if self._in_worker and tensor.is_shared():
                 raise TypeError("it is shared between processes, and large")
             storage = tensor.untyped_storage()
@@ -298,7 +298,7 @@ class Copier:
                 self.copy(value, f".{name}")
             self._in_worker = False
         own = {name: value for name, value in attributes.items() if name not in iterators}
-        copied = self.fill(_quiet(self.shell(loader)), own)
+        copied = self.fill(self.shell(loader), own)
         for name in iterators:  # of a loader that holds one for all epochs
             vars(copied)[name] = copied._get_iterator()
         return copied
@@ -332,7 +332,8 @@ class Copier:
             copied.__setstate__(self._attributes(state) if named else self.copy(state))
             return
         attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-        self.fill(copied, attributes or {})
+        if attributes:  # what has slots alone has no dictionary
+            self.fill(copied, attributes)
         for name, value in self._attributes(slots or {}).items():
             object.__setattr__(copied, name, value)
 

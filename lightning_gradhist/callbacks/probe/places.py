@@ -51,10 +51,11 @@ def _in_function(function: types.FunctionType, copier: Copier, undo: ExitStack) 
             undo.callback(setattr, function, attribute, defaults)
             setattr(function, attribute, copied)
     if _is_users(function.__globals__):
-        _in_names(function.__globals__, _names(function.__code__), copier, undo)
+        _in_names(function.__globals__, _names(function.__code__), copier, undo, set())
 
 
-def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: ExitStack) -> None:
+def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: ExitStack, seen: set[int]) -> None:
+    seen.add(id(space))  # modules may import one another
     before = {name: space[name] for name in names & space.keys()}
 
     def put_back() -> None:
@@ -67,8 +68,8 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: Exit
         if isinstance(value, (types.FunctionType, type)):
             copier.code.append(value)
         elif isinstance(value, types.ModuleType):
-            if _is_users(vars(value)) and vars(value) is not space:
-                _in_names(vars(value), names, copier, undo)
+            if _is_users(vars(value)) and id(vars(value)) not in seen:
+                _in_names(vars(value), names, copier, undo, seen)
         else:
             space[name] = copier.copy(value, f"{space.get('__name__')}.{name}")
 
@@ -80,7 +81,7 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
         for name in [name for name in vars(kind) if not name.startswith(("__", "_abc_")) and name not in before]:
             type.__delattr__(kind, name)
         for name, value in before.items():
-            if vars(kind).get(name) is not value:
+            if name not in vars(kind) or vars(kind)[name] is not value:
                 type.__setattr__(kind, name, value)
 
     undo.callback(put_back)

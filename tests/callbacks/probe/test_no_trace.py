@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import itertools
 import multiprocessing
 import random
 import threading
+import types
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +157,32 @@ class HeldByClassAndModule(Small):
         GLOBAL_COUNT, HeldByClassAndModule.count, GLOBAL_GENERATOR = 0, 0, np.random.default_rng(0)
         HeldByClassAndModule.generator = random.Random(3)
         GLOBAL_CALLS.clear()
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    count: int = 0
+
+
+class InCircles(Small):
+    """Its helpers' modules import one another, an object has slots alone, and an attribute of its class is deleted."""
+
+    note: Any = None
+
+    def set_up(self) -> None:
+        type(self).note, self.slots = None, Slots()
+        one, two = types.ModuleType("one_helper"), types.ModuleType("two_helper")
+        vars(one).update(two=two, counts=[0])
+        vars(two).update(one=one)
+        exec("def count():\n    two.one.counts[0] += 1\n    return two.one.counts[0]", vars(one))
+        self.count = vars(one)["count"]
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.slots.count += 1
+        noted = "note" in vars(type(self))
+        if noted:
+            del type(self).note
+        return 0.01 * (self.slots.count + self.count() + noted)
 
 
 class OddTensors(Small):
@@ -335,6 +363,7 @@ MODULES = [
     OldWeightNorm,
     HeldByFunctions,
     HeldByClassAndModule,
+    InCircles,
     OddTensors,
     KeepsWriters,
     ReachesForTheTrainer,
