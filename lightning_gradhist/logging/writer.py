@@ -180,7 +180,7 @@ class LoggerQueues:
     """
 
     patience = 30.0
-    """Seconds that :meth:`close` waits for all loggers together."""
+    """Seconds that :meth:`close` waits for all loggers together, if nothing else is said."""
 
     def __init__(self, loggers: Iterable[Any], warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -195,9 +195,9 @@ class LoggerQueues:
             each.send(job)
         self._tell()
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         """Waits until all jobs have run, and drops those that have not begun in time."""
-        end = time.monotonic() + self.patience
+        end = time.monotonic() + (self.patience if timeout is None else timeout)
         for each in self._queues:
             each.close(max(0.0, end - time.monotonic()))
         self._tell()

@@ -6,6 +6,7 @@ import copy
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_gradhist import GradientHistogramMonitor
 from lightning_gradhist.logging import sinks
 from lightning_gradhist.logging.sinks import Sink, register_sink
 from lightning_gradhist.logging.writer import LoggerQueues, Writer
+from lightning_gradhist.noise.record import RunRecord
 
 
 class Broken(DummyLogger):
@@ -131,6 +133,24 @@ def test_a_logger_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         f"{start} has left out 21 reports that Broken had no time for",  # of 2 * 8 + 3 * 2; one hangs for ever
     ]
     assert_whole(tmp_path, 8)
+
+
+def test_a_logger_and_a_record_that_hang_are_waited_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "patience", 0.1)
+    monkeypatch.setattr(LoggerQueues, "patience", 4.0)
+    release, ends = threading.Event(), []
+    monkeypatch.setattr(RunRecord, "save", lambda *_: release.wait(120))
+    started = L.Callback()
+    started.on_train_end = lambda *_: ends.append(time.monotonic())  # type: ignore[method-assign]
+    try:
+        with pytest.warns(UserWarning, match="GradientHistogramMonitor") as caught:
+            fit(tmp_path, started, GradientHistogramMonitor(1), logger=Broken(lambda: release.wait(120)), max_steps=8)
+        assert time.monotonic() - ends[0] < 7  # not 8, one after the other
+        assert any("took more than 4 seconds" in sentence for sentence in said(caught))
+    finally:
+        release.set()
 
 
 def test_a_logger_that_is_slow_for_a_moment_gets_everything(tmp_path: Path) -> None:

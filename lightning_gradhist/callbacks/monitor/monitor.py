@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
 from lightning_gradhist.callbacks.schedules import run_length
 from lightning_gradhist.callbacks.strategies import replicas
+from lightning_gradhist.logging.writer import LoggerQueues
 from lightning_gradhist.noise import NoiseRecord
 
 
@@ -313,10 +315,11 @@ class GradientHistogramMonitor(Callback):
         fit, record = self._fit, self._record
         self._fit = self._record = None
         self._release()
+        end = time.monotonic() + LoggerQueues.patience  # for both together
         if record is not None:
-            record.close()
+            record.close(LoggerQueues.patience)
         if fit is not None:
-            fit.close()
+            fit.close(max(0.0, end - time.monotonic()))
         if fit is not None and record is not None and record.saved and self._record_path is not None:
             with fit.guard.attempt("say what was recorded"):
                 messages.tell_of_record(self.noise_records, self._record_path)
@@ -328,7 +331,7 @@ class GradientHistogramMonitor(Callback):
 
     def _turn_off(self, reason: str) -> None:
         if self._record is not None:
-            self._record.close()
+            self._record.close(LoggerQueues.patience)
         self._fit = self._record = self._record_path = None
         rank_zero_warn(f"GradientHistogramMonitor is off: {reason}")
 

@@ -87,12 +87,12 @@ class Fit:
             self.send(lambda sink: sink.margins("noise scale", charts))
         self.shows_margins = True
 
-    def close(self) -> None:
-        """Waits for what is still to be logged."""
+    def close(self, timeout: float) -> None:
+        """Waits for what is still to be logged, at most so many seconds."""
         if self._loggers is not None:
             loggers, self._loggers = self._loggers, None
             with self.guard.attempt("log"):
-                loggers.close()
+                loggers.close(timeout)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.monitor.observer import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
-from lightning_gradhist.logging.writer import LoggerQueues, Writer
+from lightning_gradhist.logging.writer import Writer
 from lightning_gradhist.noise.record import FILE_NAME, RunRecord, exists, path_in
 
 _TASK = f"write {FILE_NAME}"
@@ -45,10 +45,10 @@ class RecordFile:
         """Whether something was measured since it was last saved."""
         return self.saved != sum(len(one.noise) for one in progress)
 
-    def close(self) -> None:
-        """Waits until it is written."""
-        if not self._writer.close(LoggerQueues.patience):
-            self._errors.append(TimeoutError(f"it took more than {LoggerQueues.patience:g} seconds"))
+    def close(self, timeout: float) -> None:
+        """Waits until it is written, at most so many seconds."""
+        if not self._writer.close(timeout):
+            self._errors.append(TimeoutError(f"it took more than {timeout:g} seconds"))
         self._tell()
 
     def _write(
