@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.guard import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
@@ -42,7 +43,8 @@ class RecordFile:
             with self._guard.attempt(_TASK):
                 copies = [one.state_dict() for one in progress]  # which training does not change
                 known = [
-                    (type(one).__name__, [*optimizer_parameters(trainer.lightning_module, one)]) for one in optimizers
+                    (type(unwrapped(one)).__name__, [*optimizer_parameters(trainer.lightning_module, one)])
+                    for one in optimizers
                 ]
                 self._writer.submit(partial(self._write, model_shapes(trainer), trainer.global_step, known, copies))
         self._tell()
