@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support import StateSeen, dataset, fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrapped, zero_slots
 
 STAGES = (1, 2, 3)
@@ -58,6 +59,33 @@ class Layers(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = [{"params": list(self.body.parameters())}, {"params": [*self.head.parameters(), self.scale]}]
         return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3)
+
+
+class Scheduled(Layers):
+    """A rate that falls from step to step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class WithALTO(Layers):
+    """An optimizer that needs the norm of each layer."""
+
+    def configure_optimizers(self) -> Any:
+        return ALTO(self.parameters(), lr=1e-2)
+
+
+class RateSpy(L.Callback):
+    """The rate of each group at each step that ZeRO makes."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        optimizer = unwrapped(trainer.optimizers[0])
+        optimizer.register_step_pre_hook(lambda one, *_: self.rates.append([g["lr"] for g in one.param_groups]))
 
 
 class WholeSpy(L.Callback):
@@ -162,4 +190,38 @@ def invisible(folder: Path) -> dict[int, Any]:
         monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
         made = [run(folder / f"{stage}{len(c)}", *c, strategy={"stage": stage}) for c in ([monitor], [])]
         found[stage] = [_own_state(one) for one in made]
+    return found
+
+
+def calibrated(folder: Path) -> dict[int, Any]:
+    """Rates from the record of a run under ZeRO and of one in one process, and what a calibration without one says."""
+    found = {}
+    for stage in STAGES:
+        strategy, place = {"stage": stage}, folder / str(stage)
+        run(place / "first", GradientHistogramMonitor(every_n_steps=1), strategy=strategy, max_epochs=3, max_steps=-1)
+        record = str(place / "first" / "calibration.json")
+        known = OptimizerCalibration(reference=record, learning_rate="sqrt", epsilon=1e-7)
+        options: dict[str, Any] = {"strategy": strategy, "max_steps": 3, "accumulate_grad_batches": 4}
+        before, made = RateSpy(), run(place / "second", known, module=Scheduled, **options)
+        spy = RateSpy()
+        run(
+            place / "third",
+            OptimizerCalibration(reference=record, learning_rate="sqrt"),
+            spy,
+            module=Scheduled,
+            **options,
+        )
+        run(place / "plain", before, module=Scheduled, **options)
+        unknown, layerwise = OptimizerCalibration(reference_batch_size=8), OptimizerCalibration(reference=record)
+        run(place / "fourth", unknown, strategy=strategy, max_steps=2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(place / "fifth", layerwise, module=WithALTO, strategy=strategy, max_steps=2)
+        found[stage] = {
+            "ratio": known.result.ratio,
+            "groups": [{"lr": g["lr"], "eps": g["eps"]} for g in unwrapped(made.optimizers[0]).param_groups],
+            "rates": (before.rates, spy.rates),
+            "problems": unknown.result.problems,
+            "layerwise": [str(one.message) for one in caught if "OptimizerCalibration" in str(one.message)],
+        }
     return found

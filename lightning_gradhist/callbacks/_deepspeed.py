@@ -74,9 +74,11 @@ def is_told_apart(trainer: Trainer) -> bool:
 
 
 def zero_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
-    """The parameters that ZeRO has cut up, by ``id``."""
+    """The parameters that ZeRO has cut up, by ``id``: those of the optimizer, in stage 3 all."""
     optimizer = trainer.optimizers[0]
     found = [parameter for group in grouped_parameters(optimizer) for parameter in group]
+    if _is_stage_3(optimizer):
+        found = list(trainer.lightning_module.parameters())
     return {id(p): FlatPiece(getattr(p, "ds_shape", p.shape), None, None) for p in found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_gradhist import GradientHistogramMonitor
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
 
-from deepspeed_jobs import STAGES, alone, invisible, watched
+from deepspeed_jobs import STAGES, alone, calibrated, invisible, watched
 
 stages = pytest.mark.parametrize("stage", STAGES)
 
@@ -84,3 +85,19 @@ def test_the_monitor_changes_no_bit_under_zero(tmp_path) -> None:
             assert len(with_it) == len(without) > 2
             for one, other in zip(with_it, without, strict=True):
                 assert torch.equal(one, other), stage
+
+
+def test_the_rate_is_calibrated_from_a_record_of_zero(tmp_path) -> None:
+    first, second = run_ranks(calibrated, 2, tmp_path)
+    for stage in STAGES:
+        found = first[stage]
+        assert {**second[stage], "layerwise": found["layerwise"]} == found  # of which rank zero tells alone
+        assert found["ratio"] == pytest.approx(2.0)  # the square root of four times the batch
+        assert found["groups"] == [{"lr": pytest.approx(2e-2 * 0.5**3), "eps": 1e-7}] * 2
+        before, after = found["rates"]
+        assert len(before) > 2 and after == [pytest.approx([2 * rate for rate in rates]) for rates in before]
+        assert any("DeepSpeedStrategy" in problem and "from a record" in problem for problem in found["problems"])
+        (refusal,) = found["layerwise"]
+        assert "ALTO(layerwise=True)" in refusal and "make it with layerwise=False" in refusal
+        model = json.loads((tmp_path / str(stage) / "first" / "calibration.json").read_text())["model"]
+        assert model["body.0.weight"] == [7, 8] and model["scale"] == [1] and "frozen.weight" not in model
