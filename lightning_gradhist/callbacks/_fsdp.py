@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from lightning_gradhist.callbacks._lightning import Trainer
-
-
-@dataclass(frozen=True)
-class FlatPiece:
-    """How a parameter lies on the ranks.
-
-    Attributes:
-        shape: of the whole parameter, which a rank has a flat piece of.
-        values: of the piece, where torch has padded it; else None.
-        group: process group of the ranks that hold the same piece; None where no other does.
-    """
-
-    shape: torch.Size
-    values: int | None
-    group: Any
+from lightning_gradhist.callbacks.pieces import FlatPiece
 
 
 def is_fsdp(trainer: Trainer) -> bool:
@@ -30,7 +13,7 @@ def is_fsdp(trainer: Trainer) -> bool:
     return any(cls.__name__ == "FSDPStrategy" for cls in type(trainer.strategy).__mro__)
 
 
-def flat_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
+def fsdp_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
     """The parameters that FSDP1 has cut up, by ``id``; empty without FSDP1, and where it shards nothing (NO_SHARD).
 
     There is no public way to a parameter's whole shape but to gather it (``summon_full_params``), nor to the ranks that hold

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist._dtensor import local, placed_as
+from lightning_gradhist.callbacks._deepspeed import is_deepspeed, zero_gradients, zero_loss_scale
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
@@ -25,9 +26,18 @@ def ready_gradients(
 
     They are dense, real and in this rank's memory, whatever the layer made: of a DTensor this rank's shard.
     """
+    if is_deepspeed(trainer):
+        scaled = zero_gradients(trainer, parameters)
+        scale = zero_loss_scale(trainer)
+        return scaled if scale is None else _divided({name: g.float() for name, g in scaled.items()}, scale)
     laid = {name: _as_laid_out(p) for name, p in parameters.items() if p.grad is not None}  # collectives come first
     gradients = {name: _dense(gradient) for name, gradient in laid.items()}
     return _divided(gradients, _remaining_scale(trainer, optimizer))
+
+
+def has_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether any parameter has one; ZeRO has put them elsewhere."""
+    return is_deepspeed(trainer) or any(parameter.grad is not None for parameter in parameters)
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
@@ -146,6 +156,11 @@ def loss_scale(trainer: Trainer) -> float:
     """The factor of the loss under 16-mixed, else 1."""
     scaler = loss_scaler(trainer)
     return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def may_skip_steps(trainer: Trainer) -> bool:
+    """Whether a loss scale that overflows makes the optimizer leave out steps."""
+    return loss_scaler(trainer) is not None or zero_loss_scale(trainer) is not None
 
 
 def loss_scaler(trainer: Trainer) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
+from lightning_gradhist.callbacks._deepspeed import is_zero, unwrapped, zero_slots
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON
 from lightning_gradhist.noise.step import adam_weight
 from lightning_gradhist.tensors import as_real, elementwise
@@ -83,6 +84,7 @@ RULES: dict[str, StepRule] = {
 
 def innermost(optimizer: Optimizer) -> Any:
     """The optimizer that an ``EAdaptor`` wraps, or that ZeRO steps with on this rank; any other as it is."""
+    optimizer = unwrapped(optimizer)
     for key, attribute in _WRAPPERS.items():
         if key in _keys(optimizer):
             return innermost(getattr(optimizer, attribute))
@@ -128,9 +130,15 @@ def coupled_decay(optimizer: Optimizer) -> dict[int, float]:
 
 def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """The epsilon of each parameter's group, by name, where it has one."""
-    given = [(group.get("eps"), group["params"]) for group in optimizer.param_groups]
-    eps = {id(p): float(one) for one, params in given if isinstance(one, (float, int, Tensor)) for p in params}
-    return {name: eps[id(parameter)] for name, parameter in parameters.items() if id(parameter) in eps}
+    given = {stepped.name: stepped.group.get("eps") for stepped in _stepped(optimizer, parameters)}
+    return {name: float(eps) for name, eps in given.items() if isinstance(eps, (float, int, Tensor))}
+
+
+def optimizer_weights(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that an optimizer changes, by name: of a DTensor this rank's shard, under ZeRO its part in fp32."""
+    if is_zero(optimizer):
+        return {name: slot.of(slot.flat) for name, slot in zero_slots(optimizer, parameters).items()}
+    return {name: as_real(local(parameter.detach())) for name, parameter in parameters.items()}
 
 
 def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,17 +191,41 @@ class _Moment:
 
 
 def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, _Moment]:
-    rule, state = rule_of(optimizer), innermost(optimizer).state
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    found = {name: _moment(rule, state.get(p, {}), groups.get(id(p), {}), p) for name, p in parameters.items()}
+    rule = rule_of(optimizer)
+    found = {stepped.name: _moment(rule, stepped) for stepped in _stepped(optimizer, parameters)}
     return {name: moment for name, moment in found.items() if moment is not None}
 
 
-def _moment(rule: StepRule, state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> _Moment | None:
-    key = rule.second_moment or ""
+@dataclass(frozen=True)
+class _Stepped:
+    """What an optimizer has of a parameter; under ZeRO of this rank's part of it."""
+
+    name: str
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+    shape: torch.Size
+
+
+def _stepped(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator[_Stepped]:
+    state = innermost(optimizer).state
+    if is_zero(optimizer):
+        for name, slot in zero_slots(optimizer, parameters).items():
+            whole = state.get(slot.flat, {})
+            own = {
+                key: slot.of(value) for key, value in whole.items() if getattr(value, "shape", None) == slot.flat.shape
+            }
+            yield _Stepped(name, optimizer.param_groups[slot.group], {**whole, **own}, torch.Size([slot.size]))
+        return
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in parameters.items():
+        yield _Stepped(name, groups.get(id(parameter), {}), state.get(parameter, {}), parameter.shape)
+
+
+def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
+    key, state, group = rule.second_moment or "", stepped.state, stepped.group
     value = state.get(f"max_{key}", state.get(key))
     step, decay = state.get("step", group.get("step")), group.get("betas", (None, group.get("alpha")))[1]
-    packed = not isinstance(value, Tensor) or value.shape != parameter.shape or value.dtype == torch.uint8
+    packed = not isinstance(value, Tensor) or value.shape != stepped.shape or value.dtype == torch.uint8
     if packed or step is None or decay is None:
         return None
     value = as_real(local(value))

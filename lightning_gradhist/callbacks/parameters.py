@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._fsdp import flat_pieces
+from lightning_gradhist.callbacks._deepspeed import grouped_parameters
 from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks.strategies import flat_pieces
 
 # What torch.compile, activation checkpointing and FSDP1 put in.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -42,7 +43,7 @@ def optimizer_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, n
     named = named_parameters(module)
     names = {id(parameter): name for name, parameter in named.items()}
     found: dict[str, nn.Parameter] = {}
-    for i, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
+    for i, parameter in enumerate(parameter for group in grouped_parameters(optimizer) for parameter in group):
         name = names.get(id(parameter), f"parameter_{i}")
         while id(parameter) not in names and name in named:
             name = f"_{name}"

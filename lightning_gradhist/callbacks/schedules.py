@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer, lr_scheduler
 
+from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, isolate_rng
 from lightning_gradhist.callbacks.optimizers import innermost
 from lightning_gradhist.callbacks.strategies import is_a
@@ -108,7 +109,7 @@ def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
 
 def schedulers_of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
     """Those that schedule an optimizer, or the one that it wraps."""
-    own = (optimizer, innermost(optimizer))
+    own = (optimizer, unwrapped(optimizer), innermost(optimizer))
     return [s for s in schedulers if any(getattr(s, "optimizer", None) is one for one in own)]
 
 

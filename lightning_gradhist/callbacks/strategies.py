@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_gradhist._dtensor import local
-from lightning_gradhist.callbacks._fsdp import FlatPiece, flat_pieces, is_fsdp
+from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_told_apart, zero_pieces
+from lightning_gradhist.callbacks._fsdp import fsdp_pieces, is_fsdp
 from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks.pieces import FlatPiece
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
@@ -26,7 +28,7 @@ class Replicas:
     Attributes:
         rank: from 0 to ``ranks - 1``.
         ranks: number of ranks.
-        pieces: the parameters of which FSDP1 has left each rank a flat piece, by ``id``.
+        pieces: the parameters of which FSDP1 or ZeRO has left each rank a flat piece, by ``id``.
     """
 
     rank: int
@@ -60,7 +62,7 @@ def is_a(thing: object, *names: str) -> bool:
 
 def is_cut_up(trainer: Trainer) -> bool:
     """Whether ranks hold parts of parameters, so that none has a gradient of its own before they are averaged."""
-    return is_sharded(trainer) or is_fsdp(trainer)
+    return is_sharded(trainer) or is_fsdp(trainer) or is_deepspeed(trainer)
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -83,11 +85,20 @@ def replicas(trainer: Trainer) -> Replicas | None:
         sharded = [p for p in trainer.lightning_module.parameters() if isinstance(p, DTensor)]
         whole = all(p.device_mesh.size() == trainer.world_size for p in sharded)
         return Replicas(trainer.global_rank, trainer.world_size) if whole else None
-    if is_fsdp(trainer):
+    if is_deepspeed(trainer) and not is_told_apart(trainer):
+        return None
+    if is_fsdp(trainer) or is_deepspeed(trainer):
         return Replicas(trainer.global_rank, trainer.world_size, flat_pieces(trainer))
-    if is_a(strategy, "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy"):
+    if is_a(strategy, "DDPStrategy"):
         return Replicas(strategy.global_rank, strategy.world_size)
     return Replicas(0, 1) if is_a(strategy, "SingleDeviceStrategy") else None
+
+
+def flat_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
+    """The parameters of which each rank has a flat piece, by ``id``."""
+    if is_deepspeed(trainer):
+        return zero_pieces(trainer) if is_told_apart(trainer) else {}
+    return fsdp_pieces(trainer)
 
 
 def least_over_ranks(value: float, trainer: Trainer) -> float:

@@ -9,6 +9,9 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal, Optional, Union
 
+from torch.optim import Optimizer
+
+from lightning_gradhist.callbacks._deepspeed import is_deepspeed, unwrapped
 from lightning_gradhist.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -215,7 +218,7 @@ class OptimizerCalibration(Callback):
             self._look_at_batch_size(trainer, samples)
         elif phase is _Phase.WAITING:
             self._calibrate(trainer, pl_module, samples)
-            self._groups = len(trainer.optimizers[0].param_groups)
+            self._groups = len(_optimizer(trainer).param_groups)
         self._look_at_groups(trainer)
 
     def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
@@ -224,8 +227,8 @@ class OptimizerCalibration(Callback):
             rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
-            apply_changes(trainer.optimizers[0], _schedulers(trainer), changes)
-            set_defaults(trainer.optimizers[0], changes)
+            apply_changes(_optimizer(trainer), _schedulers(trainer), changes)
+            set_defaults(_optimizer(trainer), changes)
             self._applied = _Applied(result.to_text(), changes, result.effective_batch_size)
         self.result = result
         rank_zero_info(result.to_text())
@@ -236,7 +239,7 @@ class OptimizerCalibration(Callback):
         """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
         rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
         self._phase = _Phase.RESUMED
-        optimizer, schedulers = trainer.optimizers[0], _schedulers(trainer)
+        optimizer, schedulers = _optimizer(trainer), _schedulers(trainer)
         if not from_checkpoint:
             changes = [change for change in self._applied.changes if holds_before(optimizer, schedulers, change)]
             apply_changes(optimizer, schedulers, changes)
@@ -257,7 +260,7 @@ class OptimizerCalibration(Callback):
 
     def _look_at_groups(self, trainer: Trainer) -> None:
         """Warns of a group that was added later, whose rate may or may not come from the calibrated ones."""
-        groups = trainer.optimizers[0].param_groups if len(trainer.optimizers) == 1 else []
+        groups = _optimizer(trainer).param_groups if len(trainer.optimizers) == 1 else []
         change = next((change for change in self._applied.changes if change.name == "lr"), None)
         if len(groups) > self._groups and change is not None:
             rank_zero_warn(
@@ -276,16 +279,31 @@ class OptimizerCalibration(Callback):
             if isinstance(outcome, RecordError):
                 raise outcome
             outcome.check_model(model_shapes(trainer))
-            return outcome.of_optimizer(type(optimizer).__name__, [*optimizer_parameters(module, optimizer)])
+            return outcome.of_optimizer(type(unwrapped(optimizer)).__name__, [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
+
+
+def _optimizer(trainer: Trainer) -> Optimizer:
+    """The one that is calibrated; where ZeRO steps with it, not ZeRO's own."""
+    found: Optimizer = unwrapped(trainer.optimizers[0])
+    return found
 
 
 def _obstacle(trainer: Trainer) -> str | None:
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
     if not is_known(trainer):
-        return f"{type(trainer.strategy).__name__} is not supported, only one device, DDP, FSDP and ModelParallelStrategy are"
+        return (
+            f"{type(trainer.strategy).__name__} is not supported here, only one device, DDP, FSDP, ModelParallelStrategy and"
+            " DeepSpeed's ZeRO in stages 1 to 3 are"
+        )
+    layerwise = any(group.get("layerwise") for group in _optimizer(trainer).param_groups)
+    if is_deepspeed(trainer) and layerwise:
+        return (
+            f"{type(_optimizer(trainer)).__name__}(layerwise=True) needs the norm of each layer, and ZeRO steps a flat part of"
+            " many layers; make it with layerwise=False, or use strategy='ddp' or ModelParallelStrategy"
+        )
     if trainer.global_step > 0:
         return (
             f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from torch.optim import Optimizer
 
+from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
@@ -109,7 +110,7 @@ def gather(
     recorded: OptimizerRecord | None,
 ) -> Evidence:
     """Gathers all there is, with a probe where one is needed; to be called on every rank, when the first batch is counted."""
-    optimizer: Optimizer = trainer.optimizers[0]
+    optimizer: Optimizer = unwrapped(trainer.optimizers[0])
     adaptive, schedules = rule_of(optimizer).adaptive, horizons(trainer)
     rates = base_rates(optimizer, [scheduler for scheduler, _ in schedules])
     evidence = Evidence(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_gradhist.callbacks._deepspeed import is_deepspeed
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
 from lightning_gradhist.callbacks.gradients import LocalGradients, clips_by_norm, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
@@ -24,7 +25,12 @@ _PREFIXES = {"before_clip": "gradient", "after_clip": "gradient_clipped", "local
 
 
 def check_when(when: When, trainer: Trainer) -> None:
-    """Refuses to count local gradients where no rank has any."""
+    """Refuses to count local gradients where no rank has any, and clipped ones where nobody sees them."""
+    if when == "after_clip" and is_deepspeed(trainer):
+        raise MisconfigurationException(
+            "when='after_clip' counts what clipping leaves, and DeepSpeed clips within its own step, where nobody sees the"
+            " gradients; use when='before_clip', which also logs gradient_clip_factor"
+        )
     if when == "local" and is_cut_up(trainer):
         raise MisconfigurationException(
             "when='local' counts what each rank computed before averaging, which a sharded strategy does not leave"

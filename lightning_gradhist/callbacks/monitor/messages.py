@@ -16,9 +16,9 @@ NO_MEMORY = "a rank has no memory for the 4 MiB that it takes; have the model or
 def unknown_strategy(name: str) -> str:
     """Why it is off under a strategy, and the way out."""
     return (
-        f"it does not know how {name} spreads the gradients of this model over ranks. One device, DDP, FSDP, and"
-        " ModelParallelStrategy where every mesh has all ranks are supported; use one of them (for DeepSpeed,"
-        " ModelParallelStrategy with fully_shard), or remove the callback."
+        f"it does not know how {name} spreads the gradients of this model over ranks. One device, DDP, FSDP,"
+        " ModelParallelStrategy where every mesh has all ranks, and DeepSpeed's ZeRO in stages 1, 2 and 3 (not with NVMe,"
+        " experts or Muon) are supported; use one of them, or remove the callback."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Optional, Union, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradhist.callbacks._deepspeed import ends_accumulation, unwrapped
 from lightning_gradhist.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -223,6 +224,8 @@ class GradientHistogramMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""
+        if self._fit is None or not ends_accumulation(trainer):
+            return
         for each in self._optimizers:
             if each.watched.optimizer is optimizer:
                 each.before_step()
@@ -280,7 +283,7 @@ class GradientHistogramMonitor(Callback):
         self._release()
         self._restored = []
         optimizers = list(fit.trainer.optimizers)
-        hookless = [optimizer for optimizer in optimizers if not has_step_hooks(optimizer)]
+        hookless = [optimizer for optimizer in map(unwrapped, optimizers) if not has_step_hooks(optimizer)]
         if hookless:
             self._turn_off(messages.no_step_hooks(type(hookless[0]).__name__))
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -157,7 +156,11 @@ class NoiseMonitor(StepObserver):
         with self._fit.guard.attempt("measure noise"):
             self._progress.measures(self._rates())
             held = copies({name: gradient for name, gradient in parts.items() if gradient.numel()})
-            own = partial(own_parts, parameters=parameters, replicas=self._fit.replicas)
+
+            def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
+                found = own_parts(moments, parameters, self._fit.replicas)
+                return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
+
             self._first = FirstGradient(self._progress.steps, samples, held, metric_weights(optimizer, parameters, own))
 
     def _complete_pair(self, step: Step) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks.gradients import before_update, found_inf, loss_scaler
+from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_zero, unwrapped
+from lightning_gradhist.callbacks.gradients import before_update, found_inf, has_gradients, may_skip_steps
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 
@@ -27,20 +28,23 @@ class OptimizerMonitor:
         self._first_versions = self._versions()
         self._coming: Step | None = None
         self._taken: Step | None = None
-        self._handles = [before_update(watched.optimizer, self._at_update)]
-        self._handles.append(watched.optimizer.register_step_post_hook(self._after_update))
+        optimizer = unwrapped(watched.optimizer)
+        self._handles = [before_update(optimizer, self._at_update)]
+        if not is_zero(watched.optimizer):  # which steps with it group by group
+            self._handles.append(optimizer.register_step_post_hook(self._after_update))
         self._prepare()
 
     def before_step(self) -> None:
         """The optimizer is about to step, for all that Lightning knows."""
         number = self.watched.fit.trainer.global_step
-        if number == self._last_step:  # LBFGS evaluates a step several times
+        is_evaluated_again = number == self._last_step  # as by LBFGS
+        if is_evaluated_again and not is_deepspeed(self.watched.fit.trainer):  # which may be a step ahead of Lightning
             return
         self.settle()
         self._last_step = number
         step = self._coming = Step(number, self._is_due())
         if not self._has_seen_gradients:
-            self._has_seen_gradients = any(p.grad is not None for p in self.watched.parameters.values())
+            self._has_seen_gradients = has_gradients(self.watched.fit.trainer, self.watched.parameters.values())
         if any(observer.wants_gradients(step.due) for observer in self.observers):
             step.gradients, step.parts = self.watched.gradients()
         for observer in self.observers:
@@ -49,7 +53,8 @@ class OptimizerMonitor:
         self._prepare()
 
     def settle(self) -> None:
-        """A step that has begun and was not taken was skipped."""
+        """A step is over by now; one that has begun and was not taken was skipped."""
+        self._after_update()
         step, self._coming = self._coming, None
         if step is None:
             return
@@ -111,9 +116,10 @@ class OptimizerMonitor:
                 observer.after_update(step)
 
     def _warn_unseen(self) -> None:
+        name = type(unwrapped(self.watched.optimizer)).__name__
         self.watched.fit.warn_once(
             "unseen",
-            f"does not see the steps of {type(self.watched.optimizer).__name__}, or no gradient at them, and logs none of them:"
+            f"does not see the steps of {name}, or no gradient at them, and logs none of them:"
             " they go past Lightning, and so past on_before_optimizer_step. Call step(), and no other method (as"
             " first_step() of SAM), of the optimizers that self.optimizers() gives, not of those of"
             " self.optimizers(use_pl_optimizer=False), pass the closure on in an optimizer_step of your own, and do not step"
@@ -122,7 +128,7 @@ class OptimizerMonitor:
 
     def _log_skipped(self, step: Step) -> None:
         fit = self.watched.fit
-        if fit.trainer.is_global_zero and loss_scaler(fit.trainer) is not None:
+        if fit.trainer.is_global_zero and may_skip_steps(fit.trainer):
             with fit.guard.attempt("log"):
                 found = {f"gradient_skipped_steps{self.watched.suffix}": float(self._progress.skipped)}
                 fit.send(lambda sink: sink.scalars(found, step.number))

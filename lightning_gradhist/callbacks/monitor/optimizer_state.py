@@ -8,17 +8,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_gradhist._dtensor import local
-from lightning_gradhist.callbacks.gradients import rounding_unit
+from lightning_gradhist.callbacks.gradients import has_gradients, rounding_unit
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
-from lightning_gradhist.callbacks.optimizers import damping_epsilons, second_moment
+from lightning_gradhist.callbacks.optimizers import damping_epsilons, optimizer_weights, second_moment
 from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.magnitude_report import distributions
 from lightning_gradhist.logging.writer import HostTensor, Lazy, send_heatmap
-from lightning_gradhist.tensors import as_real, batches, copies, elementwise, joined, with_float64
+from lightning_gradhist.tensors import batches, copies, elementwise, joined, with_float64
 
 _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
@@ -122,7 +121,8 @@ class UpdateMonitor(StepObserver):
         self._rows, self._before = self._watched.find_rows(), None
         with self._fit.guard.attempt("copy the weights"):
             parameters = self._watched.parameters
-            self._before = copies(self._weights(parameters, [n for n in self._rows if parameters[n].grad is not None]))
+            changed = [name for name in self._rows if has_gradients(self._fit.trainer, [parameters[name]])]
+            self._before = copies(self._weights(parameters, changed))
 
     def after_update(self, step: Step) -> None:
         """Compares with what is there after the step, and logs it."""
@@ -159,7 +159,7 @@ class UpdateMonitor(StepObserver):
             self._fit.warn_once("damping", alarm)
 
     def _weights(self, parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> dict[str, Tensor]:
-        weights = {name: as_real(local(parameters[name].detach())) for name in names}
+        weights = optimizer_weights(self._watched.optimizer, {name: parameters[name] for name in names})
         return own_parts(weights, parameters, self._fit.replicas)
 
     def _table(self, names: list[str], before: Mapping[str, Tensor], eps: Mapping[str, float]) -> Tensor:

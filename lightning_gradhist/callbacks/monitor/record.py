@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.monitor.observer import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
@@ -37,7 +38,7 @@ class RecordFile:
             with self._guard.attempt(_TASK):
                 copies = [one.state_dict() for one in progress]  # which training does not change
                 module, shapes = trainer.lightning_module, model_shapes(trainer)
-                known = [(type(one).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
+                known = [(type(unwrapped(one)).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
                 self._writer.submit(partial(self._write, shapes, trainer.global_step, known, copies))
         self._tell()
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_gradhist.callbacks._deepspeed import is_deepspeed
 from lightning_gradhist.callbacks._fsdp import is_fsdp
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
@@ -73,6 +74,11 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
         return (
             "FSDPStrategy leaves each rank flat pieces of the parameters, whose gradients a probe cannot tell apart; the rate can"
             " be calibrated from a record, reference='.../calibration.json', and epsilon under ModelParallelStrategy"
+        )
+    if is_deepspeed(trainer):
+        return (
+            "DeepSpeedStrategy puts gradients into buffers of its own as backward goes, which a probe must not write into; the"
+            " rate can be calibrated from a record, reference='.../calibration.json', and epsilon under ModelParallelStrategy"
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the loader's iterator itself"
