@@ -134,4 +134,4 @@ evidence-full: $(VENV)/.peers
 	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(TRITON) demo_logs lightning_logs site
+	rm -rf $(VENV) $(LOWEST) $(TRITON) demo_logs fabric_logs lightning_logs site

@@ -19,6 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("histograms", "tensorboard --logdir"),
         ("calibration", "noise scale"),
         ("recorded_run", "times the recorded one"),
+        ("fabric_loop", "noise scale"),
         ("adam_e_without_lightning", "accuracy on held-out digits 0.9"),
     ],
 )
