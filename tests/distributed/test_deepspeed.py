@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
+import re
 import warnings
 from typing import Any
 
@@ -13,11 +16,12 @@ from ranks import run_ranks
 from support import GradientSpy, assert_state_is_logged, events, expected_counts, logged_counts, logged_scalars
 
 from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.callbacks import _deepspeed
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
 
-from deepspeed_jobs import STAGES, alone, calibrated, invisible, watched
+from deepspeed_jobs import STAGES, WAYS, alone, calibrated, invisible, modules, refused, watched, ways
 
 stages = pytest.mark.parametrize("stage", STAGES)
 
@@ -101,3 +105,81 @@ def test_the_rate_is_calibrated_from_a_record_of_zero(tmp_path) -> None:
         assert "ALTO(layerwise=True)" in refusal and "make it with layerwise=False" in refusal
         model = json.loads((tmp_path / str(stage) / "first" / "calibration.json").read_text())["model"]
         assert model["body.0.weight"] == [7, 8] and model["scale"] == [1] and "frozen.weight" not in model
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp("ways")
+    return folder, run_ranks(ways, 2, folder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_of_zero_are_counted_in_every_way(tried, way: str) -> None:
+    folder, (found, other) = tried[0] / way, (rank[way] for rank in tried[1])
+    (steps, skipped), gradients = found["steps"], found["gradients"]
+    assert found["warned"] == other["warned"] == []
+    assert steps == len(gradients) >= 5
+    logged = [event.step for event in events(folder).Histograms("gradient_magnitude/all")]
+    assert len(logged) == steps - skipped
+    finite = [one for one in gradients if all(g.isfinite().all() for g in one.values())]
+    assert len(finite) == len(logged)
+    for position, gradient in enumerate(finite):
+        counts = expected_counts(torch.cat([g.flatten() for g in gradient.values()]))
+        event = events(folder).Histograms("gradient_magnitude/all")[position].histogram_value
+        pairs = zip(event.bucket_limit, event.bucket, strict=True)
+        assert counts == {round(limit, 9): count for limit, count in pairs if count}
+    if "fp16" in way:
+        assert skipped > 0
+        assert list(logged_scalars(folder, "gradient_skipped_steps").values())[-1] == skipped
+    if "clipped" in way:
+        norms = logged_scalars(folder, "gradient_norm/all")
+        factors = logged_scalars(folder, "gradient_clip_factor")
+        assert factors == {step: pytest.approx(min(1.0, 0.1 / norm)) for step, norm in norms.items()}
+    assert found["samples"] == other["samples"] and len(found["samples"]) >= 1
+    assert logged_scalars(folder, "optimizer_update_ratio/all").keys() == set(logged)
+
+
+def test_modules_of_every_kind_are_counted_under_zero(tmp_path) -> None:
+    (found, _) = run_ranks(modules, 2, tmp_path)
+    for kind, gradients in found.items():
+        assert len(gradients) == 5 + kind.startswith("Manual"), kind
+        for step, gradient in enumerate(gradients):
+            for name in [name for name, values in gradient.items() if values.any()]:
+                values = gradient[name]
+                assert logged_counts(tmp_path / kind, f"gradient_magnitude/{name}", step) == expected_counts(values)
+        if kind.startswith("Unused"):  # ZeRO steps it as if its gradient were zero
+            assert set(logged_scalars(tmp_path / kind, "gradient_zero_share/unused.weight").values()) == {1.0}
+
+
+def test_what_zero_does_not_have_is_refused(tmp_path) -> None:
+    said, _ = run_ranks(refused, 2, tmp_path)
+    assert "is off" in said["stage 0"] and "ZeRO in stages 1, 2 and 3" in said["stage 0"]
+    assert "when='local'" in said["local"] and "when='before_clip'" in said["local"]
+    assert "when='after_clip'" in said["after_clip"] and "use when='before_clip'" in said["after_clip"]
+
+
+def test_deepspeed_has_the_names_that_are_read_of_it() -> None:
+    from deepspeed.runtime import base_optimizer, engine
+    from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
+    from deepspeed.utils import mixed_precision_linkage, tensor_fragment
+
+    modules = (
+        base_optimizer,
+        engine,
+        partition_parameters,
+        stage3,
+        stage_1_and_2,
+        mixed_precision_linkage,
+        tensor_fragment,
+    )
+    theirs = "\n".join(inspect.getsource(module) for module in modules)
+    ours = ast.walk(ast.parse(inspect.getsource(_deepspeed)))
+    owners = {"optimizer", "parameter", "mapping", "address", "p"}
+    read = {n.attr for n in ours if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") in owners}
+    asked = re.findall(r"getattr\(\w+, \"(\w+)\"", inspect.getsource(_deepspeed))
+    assert len(read) > 15 and len(asked) > 3
+    assert [
+        name for name in sorted({*read, *asked} - {"shape", "new_empty"}) if not re.search(rf"\b{name}\b", theirs)
+    ] == []
+    assert stage_1_and_2.DeepSpeedZeroOptimizer.__name__ in _deepspeed._ZERO
+    assert stage3.DeepSpeedZeroOptimizer_Stage3.__name__ in _deepspeed._ZERO
