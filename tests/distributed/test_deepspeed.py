@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
 import os
 import re
 import warnings
@@ -39,7 +40,7 @@ def single(tmp_path_factory) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an epsilon that is large on purpose
         alone(folder, monitor, spy)
-    return folder, spy.seen
+    return folder, spy.seen, monitor.noise_records[0].samples
 
 
 @stages
@@ -63,11 +64,22 @@ def test_what_zero_logs_is_what_one_process_logs(found, single, stage: int) -> N
     for tag in tags[0]:
         for step in (0, 2, 4):
             assert logged_counts(found[0] / str(stage), tag, step) == logged_counts(single[0], tag, step), (tag, step)
-    tags = [{tag for tag in log.Tags()["scalars"] if not tag.startswith("noise_scale/")} for log in both]
+    tags = [log.Tags()["scalars"] for log in both]
     assert tags[0] == tags[1]
     for tag in tags[0]:
         one, other = (logged_scalars(folder, tag) for folder in (found[0] / str(stage), single[0]))
         assert one == pytest.approx(other, rel=1e-4), tag
+
+
+@stages
+def test_the_noise_under_zero_is_that_of_one_process(found, single, stage: int) -> None:
+    samples = found[1][0][stage]["samples"]
+    assert len(samples) == len(single[2]) == 2
+    for one, other in zip(samples, single[2], strict=True):
+        numbers = {name: value for name, value in other.items() if value is not None}
+        assert {name: one[name] for name in numbers} == pytest.approx(numbers, rel=1e-3)
+        assert one.keys() == other.keys()
+    assert math.isfinite(samples[1]["noise_adam"])
 
 
 @stages
