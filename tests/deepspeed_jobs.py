@@ -12,6 +12,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which asks
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import StateSeen, dataset, fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -105,7 +106,8 @@ class WholeSpy(L.Callback):
         from deepspeed.utils import safe_get_full_grad
 
         self._look(pl_module)
-        self.gradients.append({n: safe_get_full_grad(p).clone() for n, p in _trained(pl_module)})
+        gradients = {name: safe_get_full_grad(parameter).float() for name, parameter in _trained(pl_module)}
+        self.gradients.append({name: gradient / optimizer.loss_scale for name, gradient in gradients.items()})
         for name, gradient in self.gradients[-1].items():
             before = self._moments.get(name, torch.zeros_like(gradient))
             self._moments[name] = before.mul(0.999).addcmul(gradient, gradient, value=1 - 0.999)
@@ -224,4 +226,105 @@ def calibrated(folder: Path) -> dict[int, Any]:
             "problems": unknown.result.problems,
             "layerwise": [str(one.message) for one in caught if "OptimizerCalibration" in str(one.message)],
         }
+    return found
+
+
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "accumulated over the end of an epoch": ({"stage": 2}, {"accumulate_grad_batches": 2, "limit_train_batches": 5}),
+    "accumulated in stage 1": ({"stage": 1}, {"accumulate_grad_batches": 2}),
+    "accumulated in stage 3": ({"stage": 3}, {"accumulate_grad_batches": 2}),
+    "clipped": ({"stage": 2}, {"gradient_clip_val": 0.1}),
+    "clipped in stage 3": ({"stage": 3}, {"gradient_clip_val": 0.1}),
+    **{f"bf16 in stage {stage}": ({"stage": stage}, {"precision": "bf16-mixed"}) for stage in STAGES},
+    "bf16-true": ({"stage": 2}, {"precision": "bf16-true"}),
+    **{
+        f"fp16 in stage {stage}": ({"stage": stage, "initial_scale_power": 18}, {"precision": "16-mixed"})
+        for stage in STAGES
+    },
+    "offloaded": ({"stage": 2, "offload_optimizer": True}, {}),
+    "offloaded in stage 3": ({"stage": 3, "offload_optimizer": True}, {}),
+    "small sub groups": ({"stage": 3, "sub_group_size": 10}, {}),
+}
+
+
+def ways(folder: Path) -> dict[str, Any]:
+    """Whole gradients, without the loss scale, and the steps that DeepSpeed made and left out."""
+    found = {}
+    for name, (strategy, options) in WAYS.items():
+        spy, monitor = WholeSpy(), GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+        options = {"max_epochs": 3, "max_steps": 6, **options}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = run(folder / name, monitor, spy, strategy=strategy, **options)
+        engine: Any = made.strategy.model
+        found[name] = {
+            "gradients": spy.gradients,
+            "steps": (engine.global_steps, engine.skipped_steps),
+            "samples": monitor.noise_records[0].samples,
+            "warned": [str(one.message) for one in caught if "could not" in str(one.message)],
+        }
+    return found
+
+
+class Made(Layers):
+    """Layers that stage 3 cuts up as they are made."""
+
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+
+    def configure_model(self) -> None:
+        for name, part in [*Layers().named_children(), ("scale", nn.Parameter(torch.ones(1)))]:
+            setattr(self, name, part)
+
+
+class Manual(Layers):
+    """Two steps a batch, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        for _ in range(2):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+
+class Unused(Layers):
+    """A layer that no loss comes from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def modules(folder: Path) -> dict[str, Any]:
+    """Gradients of unusual modules in each stage."""
+    found = {}
+    for stage in STAGES:
+        for module in (Made, Manual, Unused):
+            spy, monitor = WholeSpy(), GradientHistogramMonitor(every_n_steps=1, optimizer_state=True, batch_size=8)
+            run(folder / f"{module.__name__}{stage}", monitor, spy, strategy={"stage": stage}, module=module)
+            found[f"{module.__name__}{stage}"] = spy.gradients
+    return found
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """What is said of what cannot be had."""
+    found = {}
+    for name, monitor, stage in (
+        ("stage 0", GradientHistogramMonitor(), 0),
+        ("local", GradientHistogramMonitor(when="local"), 2),
+        ("after_clip", GradientHistogramMonitor(when="after_clip"), 2),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                run(folder / name, monitor, strategy={"stage": stage})
+                found[name] = "".join(str(one.message) for one in caught if "is off" in str(one.message))
+            except MisconfigurationException as error:
+                found[name] = str(error)
     return found

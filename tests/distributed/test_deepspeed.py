@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import math
 import os
+import re
 import warnings
 from typing import Any
 
@@ -13,11 +17,12 @@ from ranks import run_ranks
 from support import GradientSpy, assert_state_is_logged, events, expected_counts, logged_counts, logged_scalars
 
 from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist.callbacks import _deepspeed
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
 
-from deepspeed_jobs import STAGES, alone, calibrated, invisible, watched
+from deepspeed_jobs import STAGES, WAYS, alone, calibrated, invisible, modules, refused, watched, ways
 
 stages = pytest.mark.parametrize("stage", STAGES)
 
@@ -35,7 +40,7 @@ def single(tmp_path_factory) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an epsilon that is large on purpose
         alone(folder, monitor, spy)
-    return folder, spy.seen
+    return folder, spy.seen, monitor.noise_records[0].samples
 
 
 @stages
@@ -59,11 +64,22 @@ def test_what_zero_logs_is_what_one_process_logs(found, single, stage: int) -> N
     for tag in tags[0]:
         for step in (0, 2, 4):
             assert logged_counts(found[0] / str(stage), tag, step) == logged_counts(single[0], tag, step), (tag, step)
-    tags = [{tag for tag in log.Tags()["scalars"] if not tag.startswith("noise_scale/")} for log in both]
+    tags = [log.Tags()["scalars"] for log in both]
     assert tags[0] == tags[1]
     for tag in tags[0]:
         one, other = (logged_scalars(folder, tag) for folder in (found[0] / str(stage), single[0]))
         assert one == pytest.approx(other, rel=1e-4), tag
+
+
+@stages
+def test_the_noise_under_zero_is_that_of_one_process(found, single, stage: int) -> None:
+    samples = found[1][0][stage]["samples"]
+    assert len(samples) == len(single[2]) == 2
+    for one, other in zip(samples, single[2], strict=True):
+        numbers = {name: value for name, value in other.items() if value is not None}
+        assert {name: one[name] for name in numbers} == pytest.approx(numbers, rel=1e-3)
+        assert one.keys() == other.keys()
+    assert math.isfinite(samples[1]["noise_adam"])
 
 
 @stages
@@ -101,3 +117,81 @@ def test_the_rate_is_calibrated_from_a_record_of_zero(tmp_path) -> None:
         assert "ALTO(layerwise=True)" in refusal and "make it with layerwise=False" in refusal
         model = json.loads((tmp_path / str(stage) / "first" / "calibration.json").read_text())["model"]
         assert model["body.0.weight"] == [7, 8] and model["scale"] == [1] and "frozen.weight" not in model
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp("ways")
+    return folder, run_ranks(ways, 2, folder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_of_zero_are_counted_in_every_way(tried, way: str) -> None:
+    folder, (found, other) = tried[0] / way, (rank[way] for rank in tried[1])
+    (steps, skipped), gradients = found["steps"], found["gradients"]
+    assert found["warned"] == other["warned"] == []
+    assert steps == len(gradients) >= 5
+    logged = [event.step for event in events(folder).Histograms("gradient_magnitude/all")]
+    assert len(logged) == steps - skipped
+    finite = [one for one in gradients if all(g.isfinite().all() for g in one.values())]
+    assert len(finite) == len(logged)
+    for position, gradient in enumerate(finite):
+        counts = expected_counts(torch.cat([g.flatten() for g in gradient.values()]))
+        event = events(folder).Histograms("gradient_magnitude/all")[position].histogram_value
+        pairs = zip(event.bucket_limit, event.bucket, strict=True)
+        assert counts == {round(limit, 9): count for limit, count in pairs if count}
+    if "fp16" in way:
+        assert skipped > 0
+        assert list(logged_scalars(folder, "gradient_skipped_steps").values())[-1] == skipped
+    if "clipped" in way:
+        norms = logged_scalars(folder, "gradient_norm/all")
+        factors = logged_scalars(folder, "gradient_clip_factor")
+        assert factors == {step: pytest.approx(min(1.0, 0.1 / norm)) for step, norm in norms.items()}
+    assert found["samples"] == other["samples"] and len(found["samples"]) >= 1
+    assert logged_scalars(folder, "optimizer_update_ratio/all").keys() == set(logged)
+
+
+def test_modules_of_every_kind_are_counted_under_zero(tmp_path) -> None:
+    (found, _) = run_ranks(modules, 2, tmp_path)
+    for kind, gradients in found.items():
+        assert len(gradients) == 5 + kind.startswith("Manual"), kind
+        for step, gradient in enumerate(gradients):
+            for name in [name for name, values in gradient.items() if values.any()]:
+                values = gradient[name]
+                assert logged_counts(tmp_path / kind, f"gradient_magnitude/{name}", step) == expected_counts(values)
+        if kind.startswith("Unused"):  # ZeRO steps it as if its gradient were zero
+            assert set(logged_scalars(tmp_path / kind, "gradient_zero_share/unused.weight").values()) == {1.0}
+
+
+def test_what_zero_does_not_have_is_refused(tmp_path) -> None:
+    said, _ = run_ranks(refused, 2, tmp_path)
+    assert "is off" in said["stage 0"] and "ZeRO in stages 1, 2 and 3" in said["stage 0"]
+    assert "when='local'" in said["local"] and "when='before_clip'" in said["local"]
+    assert "when='after_clip'" in said["after_clip"] and "use when='before_clip'" in said["after_clip"]
+
+
+def test_deepspeed_has_the_names_that_are_read_of_it() -> None:
+    from deepspeed.runtime import base_optimizer, engine
+    from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
+    from deepspeed.utils import mixed_precision_linkage, tensor_fragment
+
+    modules = (
+        base_optimizer,
+        engine,
+        partition_parameters,
+        stage3,
+        stage_1_and_2,
+        mixed_precision_linkage,
+        tensor_fragment,
+    )
+    theirs = "\n".join(inspect.getsource(module) for module in modules)
+    ours = ast.walk(ast.parse(inspect.getsource(_deepspeed)))
+    owners = {"optimizer", "parameter", "mapping", "address", "p"}
+    read = {n.attr for n in ours if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") in owners}
+    asked = re.findall(r"getattr\(\w+, \"(\w+)\"", inspect.getsource(_deepspeed))
+    assert len(read) > 15 and len(asked) > 3
+    assert [
+        name for name in sorted({*read, *asked} - {"shape", "new_empty"}) if not re.search(rf"\b{name}\b", theirs)
+    ] == []
+    assert stage_1_and_2.DeepSpeedZeroOptimizer.__name__ in _deepspeed._ZERO
+    assert stage3.DeepSpeedZeroOptimizer_Stage3.__name__ in _deepspeed._ZERO

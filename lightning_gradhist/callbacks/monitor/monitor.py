@@ -65,7 +65,7 @@ class GradientHistogramMonitor(Callback):
     Raises:
         MisconfigurationException: for an argument out of its range, and at the start of training for a filter that
             matches nothing, for a ``group_by`` that differs between ranks, and for ``when="local"`` where no rank has a
-            gradient of its own (ModelParallelStrategy).
+            gradient of its own (ModelParallelStrategy, FSDP, DeepSpeed), or ``"after_clip"`` under DeepSpeed.
 
     What is logged, on rank zero:
 
@@ -104,9 +104,10 @@ class GradientHistogramMonitor(Callback):
     The record also has the steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a
     copy is stepped through the run before it begins.
 
-    Works with one device, DDP, FSDP and ModelParallelStrategy (FSDP2, tensor parallelism), automatic and manual optimization,
-    and several optimizers. With other strategies it warns and stays off. Under manual optimization the step begins where
-    the module calls ``optimizer.step()``: ``"before_clip"`` counts, and noise is measured, after ``clip_gradients``.
+    Works with one device, DDP, FSDP, ModelParallelStrategy (FSDP2, tensor parallelism) and DeepSpeed's ZeRO in stages 1, 2
+    and 3, automatic and manual optimization, and several optimizers. With other strategies it warns and stays off. Under
+    manual optimization the step begins where the module calls ``optimizer.step()``: ``"before_clip"`` counts, and noise is
+    measured, after ``clip_gradients``.
 
     Example:
         >>> from lightning.pytorch import Trainer
