@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-all test-lowest test-triton nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu ecosystem evidence \
+.PHONY: help demo test test-all test-lowest test-triton test-deepspeed nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu ecosystem evidence \
 	evidence-full clean
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml promises (Python 3.11; 7 GB on Linux,"
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"
 	@echo "make test-triton  the kernels compiled by Triton 3.6, too (half a minute, after a download of 190 MB)"
+	@echo "make test-deepspeed  two ranks under DeepSpeed's ZeRO (two minutes, after its build)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
 	@echo "make docs    the docs, site/index.html (some seconds); every warning is an error"
@@ -83,6 +84,16 @@ $(TRITON): | $(READY)
 test-triton: $(TRITON)
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/kernels/test_compilation.py
 
+# DeepSpeed is no dependency of ours: it is built from source, and needs what it names here.
+DEEPSPEED := .deepspeed
+
+$(DEEPSPEED): | $(READY)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $@ deepspeed==0.19.8 hjson ninja \
+		py-cpuinfo msgpack einops psutil pydantic pydantic-core annotated-types typing-inspection
+
+test-deepspeed: $(DEEPSPEED)
+	PYTHONPATH=$(DEEPSPEED) $(ONE_THREAD) $(BIN)/python -m pytest tests/distributed/test_deepspeed.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -134,4 +145,4 @@ evidence-full: $(VENV)/.peers
 	$(CALIBRATION)/tables.py --again $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(TRITON) demo_logs fabric_logs lightning_logs site
+	rm -rf $(VENV) $(LOWEST) $(TRITON) $(DEEPSPEED) demo_logs fabric_logs lightning_logs site

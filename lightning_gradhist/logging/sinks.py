@@ -129,7 +129,7 @@ class WandbSink(LoggerSink):
         import wandb
 
         def native(shown: Distribution) -> Any:
-            return wandb.Histogram(np_histogram=(shown.counts.tolist(), shown.edges.tolist()))
+            return wandb.Histogram(np_histogram=(shown.counts.numpy(), shown.edges.numpy()))
 
         self.scalars({tag: native(shown) for tag, shown in histograms.items()}, step)
 
