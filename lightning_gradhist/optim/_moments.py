@@ -254,11 +254,9 @@ def _together(states: list[State]) -> Tensor:
     steps = [state["step"] for state in states]
     first = steps[0].data_ptr()
     places = range(first, first + 4 * len(steps), 4)  # memory of its own would be further apart
-    if steps[0].is_cpu and len(steps) > 1 and [step.data_ptr() for step in steps] == [*places]:
+    if steps[0].is_cpu and [step.data_ptr() for step in steps] == [*places]:
         return steps[0].as_strided((len(steps),), (1,))
-    whole = torch.stack(steps).to(
-        "cpu", torch.float32
-    )  # where Lightning has moved them elsewhere, each would be waited for
+    whole = torch.stack(steps).to("cpu", torch.float32)  # Lightning may have moved them to a device, to be waited for
     for state, step in zip(states, whole.unbind(), strict=True):
         state["step"] = step
     return whole

@@ -49,6 +49,16 @@ def test_a_number_that_is_set_in_place_is_that_of_its_parameter_alone(optimizer_
     assert numbers(optimizer) == [2, 2, 1, 2]
 
 
+@OPTIMIZERS
+@pytest.mark.parametrize("parameters", [1, 3])
+def test_numbers_stay_in_their_place(optimizer_class: Any, parameters: int) -> None:
+    optimizer = optimizer_class([Parameter(torch.ones(2)) for _ in range(parameters)], lr=0.01)
+    step(optimizer)
+    held = [state["step"] for state in optimizer.state.values()]
+    step(optimizer)
+    assert [number.item() for number in held] == [2] * parameters
+
+
 def by_state_dict(optimizer: Any) -> Any:
     other = made(type(optimizer))
     buffer = io.BytesIO()
