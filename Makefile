@@ -88,6 +88,7 @@ test-triton: $(TRITON)
 DEEPSPEED := .deepspeed
 
 $(DEEPSPEED): | $(READY)
+	$(BIN)/python -m pip install --quiet "setuptools<81"
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $@ deepspeed==0.19.8 hjson ninja \
 		py-cpuinfo msgpack einops psutil pydantic pydantic-core annotated-types typing-inspection
 
