@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which asks once
 
+import fsdp1_jobs
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -42,14 +43,11 @@ class OnHost(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
 
-class Layers(L.LightningModule):
-    """Sizes that no number of ranks divides, a parameter of one value, a frozen layer, and two groups."""
+class Layers(fsdp1_jobs.Layers):
+    """With a parameter of one value, a frozen layer, and two groups."""
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(3)
-        self.body = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
-        self.head = nn.Linear(3, 3)
         self.scale = nn.Parameter(torch.ones(1))
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
 

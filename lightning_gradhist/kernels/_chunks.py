@@ -101,3 +101,5 @@ def write(address, block, values, DTYPE: tl.constexpr):
 
 INTERPRETED = not isinstance(locate, triton.runtime.JITFunction)
 """Whether the kernels are interpreted (TRITON_INTERPRET=1), and so work on CPU tensors."""
+DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
+"""Of the tensors that they take."""

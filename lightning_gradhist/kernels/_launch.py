@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradhist.kernels._chunks import DTYPES, INTERPRETED
+from lightning_gradhist.kernels._chunks import DEVICE_TYPE, DTYPES
 from lightning_gradhist.kernels._math import KernelScalars
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.kernels._tables import ChunkTable, all_contiguous, chunk_table
@@ -88,7 +88,7 @@ def unsupported(tensors: StepTensors) -> str | None:
     if not tensors.params:
         return None
     device = tensors.params[0].device
-    if device.type != ("cpu" if INTERPRETED else "cuda"):
+    if device.type != DEVICE_TYPE:
         return (
             f"the tensors are on {device}; the kernels run on CUDA devices (TRITON_INTERPRET=1 is for tests on the CPU)"
         )
@@ -147,7 +147,7 @@ def operands_of(tensors: StepTensors) -> Operands:
         if reason is not None:
             raise ValueError(reason)
 
-    if tensors.params[0].device.type != ("cpu" if INTERPRETED else "cuda"):
+    if tensors.params[0].device.type != DEVICE_TYPE:  # some of which have no addresses to look up
         check()
     with on_device_of(tensors.params[0]):
         ordered = tensors._replace(grads=_in_memory_order(tensors))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_gradhist.kernels._chunks import (
     ALIGNMENT,
+    DEVICE_TYPE,
     DTYPES,
-    INTERPRETED,
     addresses,
     block_of,
     is_full,
@@ -34,8 +34,7 @@ LAUNCH = {**OPTIONS, "num_warps": 4 * OPTIONS["num_warps"]}  # 512 threads, whic
 
 def supported(tensor: Tensor) -> bool:
     """Whether the kernel counts tensors of this dtype and layout, on this device."""
-    runs = tensor.device.type == ("cpu" if INTERPRETED else "cuda")
-    return runs and tensor.dtype in DTYPES and tensor.layout == torch.strided
+    return tensor.device.type == DEVICE_TYPE and tensor.dtype in DTYPES and tensor.layout == torch.strided
 
 
 def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:

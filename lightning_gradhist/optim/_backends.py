@@ -203,7 +203,7 @@ def _flat_copy(
     entries = StepTensors(*([column[index] for index in indices] for column in tensors))
     # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
     flat = _one_entry([torch._utils._flatten_dense_tensors(column) for column in entries])
-    sizes = torch.tensor([param.numel() for param in entries.params], device=flat.params[0].device)
+    sizes = torch.tensor([param.numel() for param in entries.params], device="cpu")
     places = torch.tensor(indices, device="cpu")
     yield Bucket([flat], scalars.of(indices[0]), places, small=True, sizes=sizes)
     for name in written:

@@ -33,7 +33,6 @@ __all__ = ["MomentOptimizer", "ParamsT", "Subgroup"]
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 _STATE = {"step", *BUFFERS}
 State = dict[str, Tensor]
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 @dataclass
@@ -80,8 +79,7 @@ class MomentOptimizer(ExploringOptimizer):
 
     def _take(self, subgroups: list[Subgroup]) -> None:
         for subgroup in subgroups:
-            # one tensor, where a number is made a tensor for each; on a device it is an argument of one kernel
-            torch._foreach_add_(subgroup.steps, _ONE if subgroup.steps[0].is_cpu else 1)
+            torch._foreach_add_(subgroup.steps, 1)
         self._update(subgroups)
 
     def _subgroups(self, group: dict[str, Any], backend: Backend | None = None) -> list[Subgroup]:

@@ -91,7 +91,7 @@ class Compiler:
         self.options, self.histogram, self.window = (_launch.OPTIONS, histogram.LAUNCH), histogram, histogram.WINDOW
         self.warps = [options["num_warps"] for options in self.options]
         driver.set_active(self.gpus)
-        _launch.INTERPRETED = histogram.INTERPRETED = True  # what tells the launchers where they are
+        _launch.DEVICE_TYPE = histogram.DEVICE_TYPE = "cpu"  # what tells the launchers where they are
         assert not _chunks.INTERPRETED
         JITFunction.__getitem__ = lambda kernel, grid: partial(self.compile, kernel, grid)
 
