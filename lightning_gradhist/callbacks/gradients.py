@@ -77,9 +77,15 @@ class LocalGradients:
 
     Args:
         parameters: names and parameters; those that are trained are copied.
+        select: what of gradients, by the parameters' names, is copied; all of them by default.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        select: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda gradients: gradients,
+    ) -> None:
+        self._select = select
         self._copies: dict[str, Tensor] = {}
         self._error: Exception | None = None
         self._handles: dict[str, RemovableHandle] = {}
@@ -119,7 +125,8 @@ class LocalGradients:
 
     def _copy(self, name: str, parameter: Tensor) -> None:
         try:
-            self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
+            selected = self._select({name: local_gradient(parameter)})  # type: ignore[arg-type]
+            self._copies |= {name: gradient.clone() for name, gradient in selected.items()}
         except Exception as error:  # within the user's backward, which goes on
             self._error = error
 
