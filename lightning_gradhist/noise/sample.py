@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MOST = 2**18  # values; more hardly narrow the interval of a noise scale, as those of one gradient move together
+_SMALL = 2**12  # values of a tensor that is looked at as a whole, which takes less time
 _RUN = 16  # values one after another, which a processor reads at once
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples spread evenly, whatever steps they are of
 
@@ -19,9 +20,9 @@ _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples spread evenly, whatever steps 
 class Sample:
     r"""Every n-th run of 16 values of a tensor; its last run may be shorter.
 
-    Of a tensor of :math:`n` values it has about :math:`\sqrt n` parts in :math:`\sum \sqrt n`, and no more than all: small
-    tensors, as the biases of the last layer, have more of a gradient's square than of its values. Samples of other steps
-    have other values, and over the steps all are looked at equally often.
+    Of a tensor of :math:`n` values it has about :math:`\sqrt n` parts in :math:`\sum \sqrt n`, and of one of up to 4,096 all:
+    small tensors, as the biases of the last layer, have more of a gradient's square than of its values. Samples of other
+    steps have other values, and over the steps all are looked at equally often.
 
     Attributes:
         strides: from one run to the next, by name; of other names it has all values.
@@ -33,10 +34,11 @@ class Sample:
 
     @classmethod
     def at(cls, step: int, sizes: Mapping[str, int], most: int = MOST) -> Sample:
-        """About ``most`` values of tensors of such sizes, or all where they have no more; the same at the same step."""
-        roots = sum(map(math.sqrt, sizes.values()))
-        is_small = sum(sizes.values()) <= most
-        strides = {} if is_small else {name: math.ceil(math.sqrt(size) * roots / most) for name, size in sizes.items()}
+        """About ``most`` values of large tensors of such sizes, or all where they have no more; the same at the same step."""
+        large = {name: size for name, size in sizes.items() if size > _SMALL}
+        roots = sum(map(math.sqrt, large.values()))
+        is_all = sum(large.values()) <= most
+        strides = {} if is_all else {name: math.ceil(math.sqrt(size) * roots / most) for name, size in large.items()}
         return cls(strides, step * _GOLDEN % 1)
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -296,10 +296,13 @@ class GradientHistogramMonitor(Callback):
             with fit.guard.attempt("tell the length of the run"):
                 progress.length = run_length(fit.trainer, optimizer, progress.length)
             suffix = f"_{index}" if len(optimizers) > 1 else ""
-            rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
-            watched = WatchedOptimizer(fit, optimizer, suffix, rows)
+            watched = WatchedOptimizer(fit, optimizer, suffix, partial(self._rows_of, fit.module, index))
             observers = self._observers_of(watched, progress)
             self._optimizers.append(OptimizerMonitor(watched, progress, self.every_n_steps, observers))
+
+    def _rows_of(self, module: LightningModule, index: int) -> dict[str, str]:
+        """The row of each parameter of an optimizer that is counted."""
+        return self._rows.of_optimizer(module, [each.watched.parameters for each in self._optimizers], index)
 
     @property
     def _observers(self) -> list[StepObserver]:
