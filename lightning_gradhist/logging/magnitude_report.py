@@ -205,6 +205,6 @@ class _Counted:
         names = [*self.names, pooled_name]
         shown = zip(rows.tolist(), edges, counted, self.quantiles[rows].tolist(), strict=True)
         return {
-            f"{kind}/{names[row]}": Distribution(*drawn, dict(zip(QUANTILES, values, strict=True)))
-            for row, *drawn, values in shown
+            f"{kind}/{names[row]}": Distribution(of_row, number, dict(zip(QUANTILES, values, strict=True)))
+            for row, of_row, number, values in shown
         }
