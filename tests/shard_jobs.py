@@ -16,7 +16,8 @@ from support import StateSpy, final_state, fit, loader
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, NoiseScale, OptimizerCalibration
@@ -81,13 +82,7 @@ def trajectories(folder: Path) -> Any:
     for name, make in OPTIMIZERS.items():
         module, optimizer = sharded(make, name in PARTLY)
         train(module, optimizer, range(12))
-        calls: list[int] = []
-        original = torch.distributed.all_reduce
-        torch.distributed.all_reduce = lambda table, *a, **k: (calls.append(table.numel()), original(table, *a, **k))[1]  # noqa: B023
-        try:
-            optimizer.step()
-        finally:
-            torch.distributed.all_reduce = original
+        calls = sums_of(optimizer)
         states = [state["exp_avg_grad"] for state in optimizer.state.values()]
         empty = sum(local(state).numel() == 0 for state in states)
         same_placement = all(
@@ -96,6 +91,18 @@ def trajectories(folder: Path) -> Any:
         )
         found[name] = (whole(module), calls, same_placement, empty)
     return found
+
+
+def sums_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """The sizes of the tables that a step adds up over ranks."""
+    calls: list[int] = []
+    original = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda table, *a, **k: (calls.append(table.numel()), original(table, *a, **k))[1]
+    try:
+        optimizer.step()
+    finally:
+        torch.distributed.all_reduce = original
+    return calls
 
 
 def unused(folder: Path) -> Any:
@@ -127,20 +134,34 @@ def loaded(folder: Path) -> Any:
 
 
 def flat(folder: Path) -> Any:
-    """What FSDP1 makes of the parameters, with and without the original ones."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    """ALTO on what FSDP1 makes of the parameters, before it and after it: the weights, the collectives of a step, the pieces."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
     os.environ.setdefault("LOCAL_RANK", "0")
-    found = {}
-    for use_orig_params in (True, False):
-        module = FullyShardedDataParallel(model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-        try:
-            ALTO(module.parameters())
-            found[use_orig_params] = "accepted"
-        except TypeError as error:
-            found[use_orig_params] = str(error)
-        AdamE(module.parameters())
-        ALTO(module.parameters(), layerwise=False)
+    found: dict[str, Any] = {}
+    for how in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "before"):
+        module, optimizer = model(), None
+        if how == "before":
+            optimizer = OPTIMIZERS["ALTO"](module.parameters())
+        strategy = ShardingStrategy["FULL_SHARD" if how == "before" else how]
+        options = {"use_orig_params": True, "device_id": torch.device("cpu"), "sharding_strategy": strategy}
+        policy = ModuleWrapPolicy({nn.Linear})
+        wrapped = FSDP(module, auto_wrap_policy=policy, **options)
+        optimizer = optimizer or OPTIMIZERS["ALTO"](wrapped.parameters())
+        train(wrapped, optimizer, range(12))
+        calls, sizes = sums_of(optimizer), [p.numel() for p in wrapped.parameters()]
+        with FSDP.summon_full_params(wrapped):
+            weights = {
+                n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in wrapped.named_parameters()
+            }
+        found[how] = (weights, calls, sizes)
+    module = FSDP(model(), use_orig_params=False, device_id=torch.device("cpu"))
+    try:
+        ALTO(module.parameters())
+    except TypeError as error:
+        found["refused"] = str(error)
+    AdamE(module.parameters())
+    ALTO(module.parameters(), layerwise=False)
     return found
 
 

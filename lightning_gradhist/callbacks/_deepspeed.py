@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.pieces import FlatPiece
 
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _ZERO = ("DeepSpeedZeroOptimizer", _STAGE_3)  # stages 1 and 2 share a class

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_gradhist._dtensor import local
+from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_told_apart, zero_pieces
 from lightning_gradhist.callbacks._fsdp import fsdp_pieces, is_fsdp
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.pieces import FlatPiece
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 

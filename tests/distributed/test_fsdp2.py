@@ -49,10 +49,19 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path) -> None:
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_flat_parameters_of_fsdp1_are_refused(tmp_path) -> None:
-    for found in run_ranks(flat, 2, tmp_path):
-        for message in found.values():
-            assert "FSDP1" in message and "layerwise=False" in message and "fully_shard" in message
+@pytest.mark.parametrize("ranks", [TWO_RANKS, THREE_RANKS])
+def test_alto_under_fsdp1_is_one_process(ranks: int, tmp_path) -> None:
+    module = model()
+    optimizer = OPTIMIZERS["ALTO"](module.parameters())
+    train(module, optimizer, range(12))
+    optimizer.step()
+    expected, found = whole(module), run_ranks(flat, ranks, tmp_path)
+    for how in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "before"):
+        for weights, calls, _ in (rank[how] for rank in found):
+            torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+            assert calls == ([] if how == "NO_SHARD" else [2 * len(expected)])  # one collective, for all layer norms
+    assert any(0 in rank["FULL_SHARD"][2] for rank in found), "no rank was without a piece"
+    assert all("FSDP1" in rank["refused"] and "use_orig_params=True" in rank["refused"] for rank in found)
 
 
 def test_the_partitions_of_zero_are_refused() -> None:
