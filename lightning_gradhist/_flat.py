@@ -38,16 +38,21 @@ class FlatPiece:
     device: torch.device | None = None
 
 
+def is_of_fsdp(parameter: Tensor) -> bool:
+    """Whether FSDP1 has a parameter in its care, and averages its gradient."""
+    return hasattr(parameter, _MARK)
+
+
 def is_flat(parameter: Tensor) -> bool:
     """Whether a parameter is several layers' in one: FSDP1's with ``use_orig_params=False``, or unknown, or ZeRO's."""
     if hasattr(parameter, "ds_id"):  # DeepSpeed's mark, which has no public test
         return True
-    return hasattr(parameter, _MARK) and (getattr(parameter, "_is_flat_param", False) or not _is_found(parameter))
+    return is_of_fsdp(parameter) and (getattr(parameter, "_is_flat_param", False) or not _is_found(parameter))
 
 
 def fsdp_piece(parameter: Tensor) -> FlatPiece | None:
     """How FSDP1 has cut up a parameter; None of one that it has left whole, or does not have."""
-    return _FOUND[parameter] if hasattr(parameter, _MARK) and _is_found(parameter) else None
+    return _FOUND[parameter] if is_of_fsdp(parameter) and _is_found(parameter) else None
 
 
 def fsdp_pieces(modules: Iterable[Any]) -> list[tuple[Tensor, FlatPiece | None]]:
@@ -67,6 +72,14 @@ def fsdp_pieces(modules: Iterable[Any]) -> list[tuple[Tensor, FlatPiece | None]]
             pieces = [(parameter, FlatPiece(shape, None, group, *others)) for parameter, shape in shapes]
         found += [(parameter, piece if handle.uses_sharded_strategy else None) for parameter, piece in pieces]
     return found
+
+
+def end_forward(modules: Iterable[Any]) -> None:
+    """Ends a forward pass of FSDP1's modules that no backward pass follows; no collective, and there is no public way."""
+    from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback
+
+    for root in (part for part in modules if part.check_is_root()):
+        _post_backward_final_callback(root, root)
 
 
 _FOUND = WeakTensorKeyDictionary()

@@ -296,7 +296,7 @@ class Whole(Sharded):
         self.batches.append(batch)
         loss = nn.functional.cross_entropy(self.logits(batch[0]), batch[1])
         if self.noisy and self.global_rank == 0 and type(self.logger).__name__ == "SilentLogger":
-            return {2: None, 3: loss * float("inf")}.get(batch_idx, loss)
+            return {3: loss * float("inf"), 7: None}.get(batch_idx, loss)  # the last of the probe is no step
         return loss
 
     def on_after_backward(self) -> None:
@@ -313,7 +313,6 @@ class ProbeSpy(L.Callback):
         if batch_idx > 0:
             return
         parameters = dict(pl_module.named_parameters())
-        self.weights = whole(pl_module)
         with no_trace(trainer, pl_module) as apart:
             probe = Probe(apart)
             self.parts = list(probe.gradients(8))
@@ -325,6 +324,7 @@ class ProbeSpy(L.Callback):
                 noise.update(gradients)
             pool(noise, trainer)
         self.noise = noise.adam()
+        self.weights = whole(pl_module)
         after = dict(pl_module.named_parameters())
         self.left = all(after[name] is p and p.grad is None for name, p in parameters.items())
 

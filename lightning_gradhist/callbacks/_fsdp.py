@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_gradhist import _flat
 from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._lightning import Trainer
@@ -14,9 +16,17 @@ def is_fsdp(trainer: Trainer) -> bool:
 
 def fsdp_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
     """The parameters that FSDP1 has cut up, by ``id``; empty without FSDP1, and where it shards nothing (NO_SHARD)."""
+    return {id(parameter): piece for parameter, piece in _flat.fsdp_pieces(_modules(trainer)) if piece is not None}
+
+
+def end_forward(trainer: Trainer) -> None:
+    """Ends a forward pass that no backward pass follows, by which FSDP1 would lose gradients of the next one."""
+    _flat.end_forward(_modules(trainer))
+
+
+def _modules(trainer: Trainer) -> list[Any]:
     if not is_fsdp(trainer):
-        return {}
+        return []
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    modules = FSDP.fsdp_modules(trainer.strategy.model)  # type: ignore[arg-type]
-    return {id(parameter): piece for parameter, piece in _flat.fsdp_pieces(modules) if piece is not None}
+    return list(FSDP.fsdp_modules(trainer.strategy.model))  # type: ignore[arg-type]
