@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, NoiseScale, OptimizerCalibration
 from lightning_gradhist._dtensor import local
@@ -314,9 +315,9 @@ class ProbeSpy(L.Callback):
             return
         parameters = dict(pl_module.named_parameters())
         with no_trace(trainer, pl_module) as apart:
-            probe = Probe(apart)
+            probe = Probe(apart, lambda batch: float(len(batch[0])))
             self.parts = list(probe.gradients(8))
-            self.batches = list(pl_module.batches)
+            self.batches, self.samples = list(pl_module.batches), probe.samples
             noise = NoiseScale(probe.parameters, batch_size=8)
             for index, gradients in enumerate(self.parts):
                 if index == len(self.parts) // 2:
@@ -353,6 +354,73 @@ def calibrated(folder: Path) -> Any:
     run("partly", lambda: Sharded(False), partly)
     found["partly"] = partly.result.problems
     return found
+
+
+class Crossed(L.LightningModule):
+    """Layers on both dimensions of a mesh, a norm and a head on the one of the data alone, and one on the other alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.norm, self.narrow, self.head = nn.LayerNorm(5), nn.Linear(5, 7), nn.Linear(7, 3)
+        self.batches: list[Any] = []
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        plan = {"body.0": ColwiseParallel(), "body.2": RowwiseParallel()}
+        plan["narrow"] = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(self, mesh["tensor_parallel"], plan)
+        for layer in (self.body[0], self.body[2], self.norm, self.head):
+            shard(layer, mesh["data_parallel"])
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self.head(self.narrow(self.norm(self.body(inputs))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches.append(batch)
+        return nn.functional.cross_entropy(self.logits(batch[0]), batch[1])
+
+    def on_after_backward(self) -> None:
+        data = self.device_mesh["data_parallel"]
+        for p in self.narrow.parameters():
+            torch.distributed.all_reduce(local(p.grad), group=data.get_group())
+            local(p.grad).div_(data.size())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=False)
+
+
+class Tidy(Crossed):
+    """Without the layer that FSDP2 does not have, whose gradients only the module can average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.head = nn.Identity(), nn.Linear(5, 3)
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        parallelize_module(self.body, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        for layer in (self.body[0], self.body[2], self.norm, self.head):
+            shard(layer, mesh["data_parallel"])
+
+    def on_after_backward(self) -> None:
+        """Nothing is left to be averaged."""
+
+
+def crossed(folder: Path) -> Any:
+    """What the monitor makes of a mesh of two dimensions, and what a probe gives each rank."""
+    options = {"devices": 4, "max_steps": 4}
+
+    def run(name: str, module: Any, *callbacks: L.Callback) -> L.Trainer:
+        strategy = ModelParallelStrategy(2, 2, process_group_backend="gloo")
+        return fit(folder / name, *callbacks, module=module, data=loader(4), strategy=strategy, **options)
+
+    spy, state, probe = WholeSpy(), StateSpy(), ProbeSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=True)
+    run("monitored", Crossed, monitor, spy, state)
+    run("probed", Tidy, probe)
+    seen = {name: getattr(probe, name) for name in ("weights", "batches", "parts", "noise", "samples", "left")}
+    return spy.gradients, monitor.noise_records[0].samples, state.seen, seen
 
 
 def trained(folder: Path) -> Any:

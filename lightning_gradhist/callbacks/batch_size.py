@@ -140,7 +140,7 @@ class SampleCount:
             return None
         if not self.varies and sum(sizes) < usual * whole and self._index >= _FEW:
             return None
-        ranks = _data_ranks(trainer)
+        ranks = data_ranks(trainer)
         alike = trainer.world_size / ranks  # ranks that share their samples
         micro_batches = len(sizes) * ranks
         variance = math.fsum(1 / size for size in sizes) / alike / micro_batches**2
@@ -190,7 +190,7 @@ def effective_batch_size(trainer: Trainer, samples: SampleCount) -> float | None
     if trainer.world_size > 1:
         total = total.to(trainer.lightning_module.device)
         torch.distributed.all_reduce(total)
-    known = float(total) * accumulated(trainer) * _data_ranks(trainer) / trainer.world_size
+    known = float(total) * accumulated(trainer) * data_ranks(trainer) / trainer.world_size
     return None if math.isnan(known) else known
 
 
@@ -229,6 +229,7 @@ def _number(thing: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _data_ranks(trainer: Trainer) -> int:
-    sampler = trainer.distributed_sampler_kwargs  # the ranks of a tensor-parallel group share their samples
+def data_ranks(trainer: Trainer) -> int:
+    """How many ranks have samples of their own: those of a tensor-parallel group share theirs."""
+    sampler = trainer.distributed_sampler_kwargs
     return int(sampler["num_replicas"]) if sampler else trainer.world_size

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_gradhist._dtensor import local
@@ -28,12 +29,16 @@ class Replicas:
     Attributes:
         rank: from 0 to ``ranks - 1``.
         ranks: number of ranks.
+        over: what tells these ranks from others of the same number.
         pieces: the parameters of which FSDP1 or ZeRO has left each rank a flat piece, by ``id``.
+        mesh: all ranks, where DTensors may be on a part of its dimensions alone.
     """
 
     rank: int
     ranks: int
+    over: tuple[tuple[DeviceMesh, int], ...] = ()
     pieces: Mapping[int, FlatPiece] = field(default_factory=dict, compare=False)
+    mesh: DeviceMesh | None = field(default=None, compare=False)
 
     def holders(self, parameter: Tensor) -> Replicas:
         """The ranks that hold the same of a parameter as this one does."""
@@ -41,7 +46,7 @@ class Replicas:
         if piece is not None:
             group = piece.group
             return Replicas(0, 1) if group is None else Replicas(group.rank(), group.size())
-        return _replicated(parameter) if isinstance(parameter, DTensor) else self
+        return _replicated(parameter, self.mesh) if isinstance(parameter, DTensor) else self
 
     def are_whole(self, parameter: Tensor) -> bool:
         """Whether every rank holds all of a parameter."""
@@ -78,17 +83,21 @@ def is_known(trainer: Trainer) -> bool:
 def replicas(trainer: Trainer) -> Replicas | None:
     """How a tensor that is not a DTensor lies on the ranks: each of them holds all of it.
 
-    None where nobody knows: with other strategies, and where a DTensor's mesh leaves out ranks, which may hold others.
+    None where nobody knows: with other strategies, and where a DTensor's mesh leaves out ranks and is no part of the
+    strategy's own. Along the dimensions that a part leaves out, ranks are taken to hold the same.
     """
     strategy: Any = trainer.strategy
     if is_sharded(trainer):
-        sharded = [p for p in trainer.lightning_module.parameters() if isinstance(p, DTensor)]
-        whole = all(p.device_mesh.size() == trainer.world_size for p in sharded)
-        return Replicas(trainer.global_rank, trainer.world_size) if whole else None
+        mesh, sharded = (
+            strategy.device_mesh,
+            [p for p in trainer.lightning_module.parameters() if isinstance(p, DTensor)],
+        )
+        known = all(_left_out(p.device_mesh, mesh) is not None for p in sharded)
+        return Replicas(trainer.global_rank, trainer.world_size, mesh=mesh) if known else None
     if is_deepspeed(trainer) and not is_told_apart(trainer):
         return None
     if is_fsdp(trainer) or is_deepspeed(trainer):
-        return Replicas(trainer.global_rank, trainer.world_size, flat_pieces(trainer))
+        return Replicas(trainer.global_rank, trainer.world_size, pieces=flat_pieces(trainer))
     if is_a(strategy, "DDPStrategy"):
         return Replicas(strategy.global_rank, strategy.world_size)
     return Replicas(0, 1) if is_a(strategy, "SingleDeviceStrategy") else None
@@ -187,13 +196,25 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
     return flat | pieces
 
 
-def _replicated(parameter: DTensor) -> Replicas:
+def _replicated(parameter: DTensor, whole: DeviceMesh | None) -> Replicas:
     """The ranks that hold the same shard of a DTensor as this one does."""
-    mesh, rank, ranks = parameter.device_mesh, 0, 1
-    for dim, (placement, position) in enumerate(zip(parameter.placements, mesh.get_coordinate() or (), strict=False)):
-        if placement.is_replicate():
-            rank, ranks = rank * mesh.size(dim) + position, ranks * mesh.size(dim)
-    return Replicas(rank, ranks)
+    mesh = parameter.device_mesh
+    over = [(mesh, dim) for dim, placement in enumerate(parameter.placements) if placement.is_replicate()]
+    over += [(whole, dim) for dim in _left_out(mesh, whole) or ()] if whole is not None else []
+    rank, ranks = 0, 1
+    for of, dim in over:
+        rank, ranks = rank * of.size(dim) + of.get_local_rank(dim), ranks * of.size(dim)
+    return Replicas(rank, ranks, tuple(over))
+
+
+def _left_out(mesh: DeviceMesh, whole: DeviceMesh) -> list[int] | None:
+    """The dimensions of a mesh that a part of it is without; None where it is no part, nor of all ranks."""
+    names, all_names = mesh.mesh_dim_names or (), whole.mesh_dim_names or ()
+    if mesh.size() == whole.size():
+        return []
+    if not set(names) < set(all_names) or whole[names] != mesh:
+        return None
+    return [dim for dim, name in enumerate(all_names) if name not in names]
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lightning_gradhist.callbacks._lightning import (
     is_overridden,
     is_param_in_hook_signature,
 )
+from lightning_gradhist.callbacks.batch_size import data_ranks
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
 from lightning_gradhist.callbacks.optimizers import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -152,7 +153,7 @@ class Probe:
         if self._replicas is None:
             return counted
         variance = self.over_shards(math.nan if counted is None else 1 / counted)
-        return None if math.isnan(variance) else self._trainer.world_size**2 / variance
+        return None if math.isnan(variance) else data_ranks(self._trainer) * self._trainer.world_size / variance
 
     def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
         while True:
