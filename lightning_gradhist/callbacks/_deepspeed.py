@@ -113,6 +113,11 @@ def zero_loss_scale(trainer: Trainer) -> float | None:
     return float(optimizer.loss_scale) if is_zero(optimizer) and optimizer.dtype == torch.float16 else None
 
 
+def cuts_weights_up(trainer: Trainer) -> bool:
+    """Whether ZeRO leaves ranks parts of the weights, too: in stage 3."""
+    return is_deepspeed(trainer) and _is_stage_3(trainer.optimizers[0])
+
+
 def _is_stage_3(optimizer: Any) -> bool:
     return type(optimizer).__name__ == _STAGE_3
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.strategies import is_cut_up
+from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
 _UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
@@ -210,7 +210,7 @@ def parts_of_a_step(trainer: Trainer) -> int:
 
 def gradients_a_step(trainer: Trainer) -> int:
     """How many of the probe's gradients, over all ranks, an optimizer step is the mean of."""
-    return accumulated(trainer) * (1 if is_cut_up(trainer) else trainer.world_size)
+    return accumulated(trainer) * (1 if averages_in_backward(trainer) else trainer.world_size)
 
 
 def _declared(trainer: Trainer) -> int | None:

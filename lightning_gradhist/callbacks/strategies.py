@@ -70,6 +70,11 @@ def is_cut_up(trainer: Trainer) -> bool:
     return is_sharded(trainer) or is_fsdp(trainer) or is_deepspeed(trainer)
 
 
+def averages_in_backward(trainer: Trainer) -> bool:
+    """Whether only a backward pass gives gradients, which are then the ranks' mean; else each rank can have its own first."""
+    return is_sharded(trainer) or is_fsdp(trainer)
+
+
 def is_sharded(trainer: Trainer) -> bool:
     """Whether the strategy is one under which parameters are DTensors: FSDP2, tensor parallelism."""
     return is_a(trainer.strategy, "ModelParallelStrategy")

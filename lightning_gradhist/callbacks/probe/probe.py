@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
+from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
 from lightning_gradhist.callbacks._fsdp import end_forward, is_fsdp
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
@@ -34,14 +35,14 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
 )
 from lightning_gradhist.callbacks.probe.restore import Apart
-from lightning_gradhist.callbacks.strategies import is_cut_up, least_over_ranks, own_parts, replicas
+from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, own_parts, replicas
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
 
 
 def pool(noise: NoiseScale, trainer: Trainer) -> None:
     """Puts together what the ranks have measured, at the end of each half; to be called on every rank."""
-    if trainer.world_size > 1 and is_cut_up(trainer):
+    if trainer.world_size > 1 and averages_in_backward(trainer):
         noise.all_reduce_shards(device=trainer.lightning_module.device)
     elif trainer.world_size > 1:
         noise.all_reduce()
@@ -84,11 +85,11 @@ class Probe:
         self._tick = tick
         known = optimizer_parameters(module, optimizer)
         self._parameters = {name: p for name, p in known.items() if p.requires_grad and not p.is_meta}
-        self._replicas = replicas(trainer) if is_cut_up(trainer) else None
+        self._replicas = replicas(trainer) if averages_in_backward(trainer) else None
         self._module_parameters = list(module.parameters())  # now: within a pass, FSDP shows others in their place
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
         self._decay = coupled_decay(optimizer)
-        self._scale = loss_scale(trainer)
+        self._scale = zero_loss_scale(trainer) or loss_scale(trainer)
         self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
 
@@ -225,7 +226,7 @@ class Probe:
                 p.grad = gradient
 
     def _finished(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-        unscaled = gradient if self._scale == 1.0 else gradient / self._scale
+        unscaled = gradient if self._scale == 1.0 else gradient.to(_wide(gradient)) / self._scale
         decay = self._decay.get(id(parameter), 0.0)
         return unscaled.add(_real(parameter), alpha=decay) if decay else unscaled
 
@@ -242,6 +243,10 @@ class Probe:
 
     def _worst(self, outcome: Outcome) -> Outcome:
         return Outcome(-int(least_over_ranks(-outcome, self._trainer)))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _real(parameter: nn.Parameter) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from lightning_gradhist._dtensor import local
+from lightning_gradhist.callbacks._deepspeed import is_zero, unwrapped
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
 from lightning_gradhist.callbacks.probe.copies import Copier
 from lightning_gradhist.callbacks.probe.places import put_copies_in_place
@@ -72,6 +73,7 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
             if isinstance(part, FullyShardedDataParallel):
                 part.check_is_root()  # which makes what its first forward pass would: that stays
         copier.lend(*trainer.model.modules(), *module.parameters())
+        copier.lend(*(each for zero in filter(is_zero, trainer.optimizers) for each in (zero, unwrapped(zero))))
     copier.copy(trainer.train_dataloader, "train_dataloader")
     own = copier.copy(module, "module")
     if own is module:
