@@ -89,11 +89,16 @@ def watched(folder: Path) -> dict[str, Any]:
     return found
 
 
-def hybrid(folder: Path) -> list[dict[str, Tensor]]:
-    """Pieces that two ranks of four hold each."""
+def hybrid(folder: Path) -> Any:
+    """Pieces that two ranks of four hold each, and what probes find there and where each rank has its own."""
     spy = PieceSpy()
     run(folder, GradientHistogramMonitor(every_n_steps=2), spy, way={"sharding_strategy": "HYBRID_SHARD"}, max_steps=2)
-    return spy.seen
+    results = []
+    for way in ("HYBRID_SHARD", "FULL_SHARD"):
+        calibration = OptimizerCalibration(2, probe_batches=8)
+        run(folder / way, calibration, way={"sharding_strategy": way}, module=lambda: Probed("hybrid"), max_steps=2)
+        results.append(calibration.result)
+    return spy.seen, results
 
 
 class Probed(Whole):

@@ -81,7 +81,12 @@ def test_the_second_moment_and_the_update_are_seen_through_the_pieces(found) -> 
 
 @pytest.mark.slow
 def test_pieces_that_several_ranks_hold_are_counted_once(tmp_path) -> None:
-    ranks = run_ranks(hybrid, 4, tmp_path)
+    found = run_ranks(hybrid, 4, tmp_path)
+    ranks, probes = [rank[0] for rank in found], [rank[1] for rank in found]
+    for crossed, plain in probes:
+        assert crossed.noise_scale.value == pytest.approx(plain.noise_scale.value, rel=1e-4)
+        assert crossed.epsilon_range.histogram.total().sum() == plain.epsilon_range.histogram.total().sum()
+        assert crossed.epsilon == plain.epsilon == probes[0][0].epsilon
     for name in ranks[0][0]:
         first, second, again, once_more = (rank[0][name] for rank in ranks)
         assert torch.equal(first, again) and torch.equal(second, once_more)
