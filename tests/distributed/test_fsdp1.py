@@ -83,10 +83,13 @@ def test_the_second_moment_and_the_update_are_seen_through_the_pieces(found) -> 
 def test_pieces_that_several_ranks_hold_are_counted_once(tmp_path) -> None:
     found = run_ranks(hybrid, 4, tmp_path)
     ranks, probes = [rank[0] for rank in found], [rank[1] for rank in found]
-    for crossed, plain in probes:
+    for (crossed, _), (plain, _) in probes:
         assert crossed.noise_scale.value == pytest.approx(plain.noise_scale.value, rel=1e-4)
         assert crossed.epsilon_range.histogram.total().sum() == plain.epsilon_range.histogram.total().sum()
-        assert crossed.epsilon == plain.epsilon == probes[0][0].epsilon
+        assert crossed.epsilon == plain.epsilon == probes[0][0][0].epsilon
+    of_ranks = [[rank[way][1] for rank in holders] for way, holders in ((0, probes[:2]), (1, probes))]
+    two, four = ([torch.cat([p.flatten() for p in pieces]) for pieces in zip(*some, strict=True)] for some in of_ranks)
+    torch.testing.assert_close(two, four, rtol=1e-5, atol=1e-6)  # the weights that ALTO has left
     for name in ranks[0][0]:
         first, second, again, once_more = (rank[0][name] for rank in ranks)
         assert torch.equal(first, again) and torch.equal(second, once_more)
@@ -109,6 +112,13 @@ def test_a_probe_of_pieces_leaves_no_trace(probes, way: str) -> None:
         assert (result.noise_scale, result.epsilon_range.lower) == (first.noise_scale, first.epsilon_range.lower)
         size = sum(p.numel() for p in Probed("plain").parameters())
         assert int(result.epsilon_range.histogram.total().sum()) == size
+
+
+@pytest.mark.parametrize("way", ["FULL_SHARD", "SHARD_GRAD_OP", "one unit"])
+def test_alto_steps_pieces_as_whole_tensors(probes, way: str) -> None:
+    expected, ranks = probes[0]["NO_SHARD"][1][1]["pieces"], [rank[way][1][1]["pieces"] for rank in probes]
+    for whole_one, *pieces in zip(expected, *ranks, strict=True):
+        torch.testing.assert_close(torch.cat(pieces), whole_one.flatten(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", [way for way in PROBED if "noisy" not in way])
