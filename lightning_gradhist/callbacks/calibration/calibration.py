@@ -11,7 +11,7 @@ from typing import Any, Literal, Optional, Union
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._deepspeed import is_deepspeed, unwrapped
+from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -24,6 +24,7 @@ from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults
+from lightning_gradhist.callbacks.optimizers import why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
@@ -298,12 +299,9 @@ def _obstacle(trainer: Trainer) -> str | None:
             f"{type(trainer.strategy).__name__} is not supported here, only one device, DDP, FSDP, ModelParallelStrategy and"
             " DeepSpeed's ZeRO in stages 1 to 3 are"
         )
-    layerwise = any(group.get("layerwise") for group in _optimizer(trainer).param_groups)
-    if is_deepspeed(trainer) and layerwise:
-        return (
-            f"{type(_optimizer(trainer)).__name__}(layerwise=True) needs the norm of each layer, and ZeRO steps a flat part of"
-            " many layers; make it with layerwise=False, or use strategy='ddp' or ModelParallelStrategy"
-        )
+    without_layers = why_without_layers(trainer)
+    if without_layers is not None:
+        return without_layers
     if trainer.global_step > 0:
         return (
             f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"

@@ -23,7 +23,7 @@ from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.schedules import horizons, later_accumulation, run_length
-from lightning_gradhist.callbacks.strategies import is_sharded
+from lightning_gradhist.callbacks.strategies import averages_in_backward
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -215,7 +215,7 @@ class _Measurement:
             self._found.clipping = (norm, factor)
         histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
         histogram.update(rms)
-        if is_sharded(self._trainer):
+        if averages_in_backward(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
         try:
             space = epsilon_range(histogram.to("cpu"))

@@ -29,6 +29,7 @@ from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
 from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
+from lightning_gradhist.callbacks.optimizers import why_without_layers
 from lightning_gradhist.callbacks.schedules import run_length
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.logging.writer import LoggerQueues
@@ -198,6 +199,9 @@ class GradientHistogramMonitor(Callback):
         if spread is None:
             self._turn_off(messages.unknown_strategy(type(trainer.strategy).__name__))
             return
+        without_layers = why_without_layers(trainer)
+        if without_layers is not None:
+            rank_zero_warn(f"GradientHistogramMonitor: {without_layers}.")
         check_when(self.when, trainer)
         self._rows.check_start(trainer, pl_module)
         fit = Fit.start(trainer, pl_module, spread, SampleCount(self.batch_size))

@@ -33,7 +33,16 @@ _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice,
 _ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _BEYOND_THIS_PROCESS = (SharedMemory, multiprocessing.managers.BaseProxy)  # a copy of one is the same once more
-_NOT_COPIED = ("torch.distributed", "torch._C._distributed", "torch._dynamo", "torch.cuda", "pyarrow", "h5py", "lmdb")
+_NOT_COPIED = (
+    "torch.distributed",
+    "torch._C._distributed",
+    "torch._dynamo",
+    "torch.cuda",
+    "deepspeed",
+    "pyarrow",
+    "h5py",
+    "lmdb",
+)
 """Packages whose objects are lent: what is asked of them leaves nothing behind, and they are no weights."""
 
 LARGE = 2**20
