@@ -111,7 +111,8 @@ class Copier:
             return value
         if id(value) in self._copies:
             return self._copies[id(value)]
-        if kind in (dict, list, set) and _ATOMS.issuperset(map(type, value.values() if kind is dict else value)):
+        plain = kind in (dict, list, set) and _ATOMS.issuperset(map(type, value))
+        if plain and (kind is not dict or _ATOMS.issuperset(map(type, value.values()))):
             copied = value.copy()  # first, as there may be millions
             self.put(value, copied)
             return copied
@@ -203,10 +204,13 @@ class Copier:
         generator = isinstance(value, types.GeneratorType)
         what = "a generator" if generator else f"a {type(value).__name__}"
         why = "" if generator else f" ({type(error).__name__}: {error})"
-        way_out = "" if self._in_worker else ", or let workers read the data: DataLoader(num_workers=1)"
+        way_out = (
+            "" if self._in_worker or not self._of_data else ", or let workers read the data: DataLoader(num_workers=1)"
+        )
+        where = "__iter__" if self._of_data else "training_step"
         return Missing(
             f"{self._where()} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
-            f" training; make it where it is used, as in __iter__{way_out}"
+            f" training; make it where it is used, as in {where}{way_out}"
         )
 
     def _where(self) -> str:

@@ -554,9 +554,24 @@ def test_without_a_logger_it_warns_once_and_keeps_the_record(tmp_path) -> None:
     assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples
 
 
-def test_fast_dev_run_writes_nothing(tmp_path) -> None:
-    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), fast_dev_run=3)
+@pytest.mark.parametrize("logger", [True, False])
+def test_fast_dev_run_writes_nothing_and_asks_for_nothing(tmp_path, logger: bool) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), fast_dev_run=3, logger=logger)
     assert not list(tmp_path.rglob("*"))
+
+
+def test_a_monitor_that_writes_no_record_names_none(tmp_path) -> None:
+    monitors = [GradientHistogramMonitor(every_n_steps=4, name=name) for name in ("first", "second")]
+    with pytest.warns(UserWarning, match="has no logger to write histograms to") as caught:
+        fit(tmp_path, *monitors, logger=False)
+    named = ["still recorded in" in str(w.message) for w in caught if "has no logger" in str(w.message)]
+    assert named == [True, False]
+
+
+def test_steps_of_many_backward_passes_are_not_asked_to_be_more(tmp_path) -> None:
+    module = Net(lambda parameters: torch.optim.LBFGS(parameters, lr=1e-3, max_iter=2))
+    with pytest.warns(UserWarning, match="most steps that were logged were not made from one backward pass for each"):
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=module, max_epochs=3)
 
 
 def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:

@@ -125,11 +125,13 @@ class HeldByFunctions(Small):
 
         def count(cache: dict[str, int] = {"n": 0}) -> int:  # noqa: B006
             nonlocal total
+            count.calls.append(total)
             counts[0] += 1
             cache["n"] += 1
             total += 1
-            return counts[0] + cache["n"] + total
+            return counts[0] + cache["n"] + total + len(count.calls)
 
+        count.calls = []
         self.count = count
         self.more = lambda: len(self.seen)
         self.of_body = weakref.ref(self.body)
@@ -141,16 +143,34 @@ class HeldByFunctions(Small):
         return self.draw() + self.again() + self.more()
 
 
+class Descriptor:
+    """Keeps what it counts to itself."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __get__(self, owner: Any, kind: Any) -> int:
+        self.value += 1
+        return self.value
+
+
 class HeldByClassAndModule(Small):
     generator = random.Random(3)
     count = 0
+    reads = Descriptor()
+
+    def set_up(self) -> None:
+        vars(HeldByClassAndModule)["reads"].value = 0
+        self.by_parameter = {self.head.bias: 0}
 
     def touch(self, batch: Any, batch_idx: int) -> Any:
         global GLOBAL_COUNT
         GLOBAL_COUNT += 1
         HeldByClassAndModule.count += 1
         GLOBAL_CALLS.append(batch_idx)
-        return GLOBAL_GENERATOR.random() + GLOBAL_COUNT + len(GLOBAL_CALLS) + self.generator.random() + self.count
+        self.by_parameter[self.head.bias] += 1
+        own = self.generator.random() + self.count + self.reads + self.by_parameter[self.head.bias]
+        return GLOBAL_GENERATOR.random() + GLOBAL_COUNT + len(GLOBAL_CALLS) + own
 
     def on_train_end(self) -> None:
         global GLOBAL_COUNT, GLOBAL_GENERATOR
