@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 from torch.optim import Optimizer
@@ -119,7 +120,7 @@ def gather(
         groups=[
             ParamGroup(
                 lr=rate,
-                eps=group["eps"] if adaptive and isinstance(group.get("eps"), (int, float)) else None,
+                eps=float(group["eps"]) if adaptive and isinstance(group.get("eps"), Real) else None,  # also numpy's
                 least_eps=least_epsilon(optimizer, group),
                 alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
             )

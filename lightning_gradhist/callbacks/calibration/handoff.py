@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -180,4 +181,4 @@ def _rates(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (float, int, Tensor)) and not isinstance(value, bool)
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)

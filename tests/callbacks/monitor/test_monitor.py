@@ -568,6 +568,17 @@ def test_a_monitor_that_writes_no_record_names_none(tmp_path) -> None:
     assert named == [True, False]
 
 
+def test_a_loader_of_another_batch_size_for_each_epoch_is_believed_anew(tmp_path) -> None:
+    class Growing(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(dataset(), 8 << self.trainer.current_epoch)
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path, monitor, data=Growing(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    *_, last = monitor.noise_records[0].samples
+    assert last["step"] >= made.global_step - 3 and 8 < last["batch_size"] < 16
+
+
 def test_steps_of_many_backward_passes_are_not_asked_to_be_more(tmp_path) -> None:
     module = Net(lambda parameters: torch.optim.LBFGS(parameters, lr=1e-3, max_iter=2))
     with pytest.warns(UserWarning, match="most steps that were logged were not made from one backward pass for each"):
