@@ -75,7 +75,7 @@ class OptimizerCalibration(Callback):
     user's own functions, classes and modules keep in variables. Loggers are silent, and the random generators of torch,
     numpy and Python are put back. So the run goes on as if there had been no probe.
 
-    - What cannot be copied, as a generator or an open file, ends the probe where it is used, and the report says its path.
+    - What cannot be copied, as a generator, an open file or a running thread, ends the probe, and the report says its path.
     - Tensors and arrays of the data of more than 1 MiB are read in place; the probe ends where one is written into.
     - Out of reach are files that ``training_step`` writes, other processes, and what installed packages keep to themselves.
     - The copies take the memory of the parameters and buffers once, and what is measured several times that of the

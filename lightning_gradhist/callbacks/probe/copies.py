@@ -126,7 +126,7 @@ class Copier:
                 self._of_data = True
             made = self._copied(value)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, ProbeRefusedError):
                 raise
             made = self._not_copied(value, error)
         finally:
@@ -169,6 +169,10 @@ class Copier:
             return DummyLogger().experiment
         if isinstance(value, _BEYOND_THIS_PROCESS):
             raise TypeError("it is shared between processes")
+        if isinstance(value, threading.Thread) and value.is_alive():
+            self._refuse_thread()
+        if isinstance(value, threading.Condition) and getattr(value, "_waiters", None):  # private: no other way to ask
+            raise TypeError("another thread waits for it")
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
@@ -192,6 +196,14 @@ class Copier:
         if hasattr(kind, "__deepcopy__"):
             return value.__deepcopy__(self._copies)
         return self._reduced(value)
+
+    def _refuse_thread(self) -> None:
+        if self._of_data and not self._in_worker:
+            raise ProbeRefusedError(
+                f"{self._where()} is a running thread, for which a copy of the data would wait in vain; start one in each"
+                " __iter__, and keep it there in a local variable"
+            )
+        raise TypeError("it is running")
 
     def _not_copied(self, value: Any, error: Exception) -> Any:
         beyond = isinstance(value, (Tensor, *_BEYOND_THIS_PROCESS)) or hasattr(value, "fileno")
