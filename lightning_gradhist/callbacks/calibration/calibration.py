@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from types import NoneType
@@ -29,7 +31,7 @@ from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
-from lightning_gradhist.logging.sinks import sinks
+from lightning_gradhist.logging.sinks import sink_of
 from lightning_gradhist.noise.record import OptimizerRecord, RecordError, RunRecord
 
 
@@ -356,12 +358,21 @@ def _schedulers(trainer: Trainer) -> list[Any]:
 
 
 def _log(trainer: Trainer, result: CalibrationResult) -> None:
-    try:
+    drawn: dict[str, Any] = {}
+    with _training_goes_on():
         drawn = figures.of_calibration(result) if figures.available() and trainer.loggers else {}
-        for sink in sinks(trainer.loggers):
+    for logger in trainer.loggers:
+        with _training_goes_on():  # and the other loggers get theirs
+            sink = sink_of(logger)
             sink.text("calibration/report", result.to_markdown(), trainer.global_step)
             sink.scalars(result.scalars(), trainer.global_step)
             for tag, figure in drawn.items():
                 sink.figure(tag, figure, trainer.global_step)
+
+
+@contextmanager
+def _training_goes_on() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the values are set; a logger must not undo that
         rank_zero_warn(f"OptimizerCalibration could not log its report, training goes on: {error!r}")

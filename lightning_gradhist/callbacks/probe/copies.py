@@ -215,7 +215,7 @@ class Copier:
                 return value
         generator = isinstance(value, types.GeneratorType)
         what = "a generator" if generator else f"a {type(value).__name__}"
-        why = "" if generator else f" ({type(error).__name__}: {error})"
+        why = "" if generator else f" ({type(error).__name__}: {error!s:.200})"
         way_out = (
             "" if self._in_worker or not self._of_data else ", or let workers read the data: DataLoader(num_workers=1)"
         )
