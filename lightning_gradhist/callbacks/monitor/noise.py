@@ -15,7 +15,7 @@ from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, s
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
-from lightning_gradhist.callbacks.strategies import own_parts
+from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
 from lightning_gradhist.tensors import copies
@@ -33,6 +33,7 @@ class FirstGradient:
     samples: StepSamples
     gradients: dict[str, Tensor]
     weights: Mapping[str, Tensor] | None
+    changed: list[Tensor]
 
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
@@ -59,6 +60,7 @@ class NoiseMonitor(StepObserver):
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
+        self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
         self._changed: list[Tensor] = []  # whether it was another one afterwards
 
@@ -66,8 +68,12 @@ class NoiseMonitor(StepObserver):
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
         self._backwards, self._left, self._changed = 0, None, []
-        if self._begins(due) and parts_of_a_step(self._fit.trainer) > 1:
+        trainer, begins = self._fit.trainer, self._begins(due)
+        if begins and parts_of_a_step(trainer) > 1:
             self._part = LocalGradients(self._watched.parameters)
+        # Of a pair, gradients that lie whole in p.grad, and are clipped where Lightning does.
+        whole = trainer.lightning_module.automatic_optimization and not is_cut_up(trainer)
+        self._compares = self._part is not None or ((begins or self._in_pair) and whole)
 
     def before_backward(self) -> None:
         """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
@@ -82,6 +88,7 @@ class NoiseMonitor(StepObserver):
         self._backwards += 1
         if self._part is not None:
             self._part.close()
+        if self._compares:
             with self._fit.guard.attempt("measure noise"):
                 self._left = self._squared_norm()
 
@@ -98,7 +105,7 @@ class NoiseMonitor(StepObserver):
             self._complete_pair(step)
             return
         elif begins:
-            self._begin_pair(step.parts)
+            self._begin_pair(step)
         if begins and now >= _AS_OFTEN_AS_LOGGED:
             self._not_before = now + _APART
 
@@ -144,24 +151,31 @@ class NoiseMonitor(StepObserver):
         if self._left is not None:
             self._changed.append((squares - self._left).abs() > _ALIKE * self._left)
 
+    def _compare_at_step(self, gradients: Mapping[str, Tensor] | None) -> None:
+        if gradients is not None:
+            self._compare(squared_norm(gradients.values()) * loss_scale(self._fit.trainer) ** 2)
+
     def _squared_norm(self) -> Tensor:
         return squared_norm([p.grad for p in self._watched.parameters.values() if p.grad is not None])
 
-    def _begin_pair(self, parts: Mapping[str, Tensor] | None) -> None:
+    def _begin_pair(self, step: Step) -> None:
         self._in_pair = True
+        parts = step.parts
         parameters, optimizer = self._watched.parameters, self._watched.optimizer
         samples = self._samples()
         if samples is None or not parts:
             return
         with self._fit.guard.attempt("measure noise"):
             self._progress.measures(self._rates())
+            self._compare_at_step(step.gradients)
             held = copies({name: gradient for name, gradient in parts.items() if gradient.numel()})
 
             def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
                 found = own_parts(moments, parameters, self._fit.replicas)
                 return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
 
-            self._first = FirstGradient(self._progress.steps, samples, held, metric_weights(optimizer, parameters, own))
+            weights = metric_weights(optimizer, parameters, own)
+            self._first = FirstGradient(self._progress.steps, samples, held, weights, self._changed)
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
@@ -169,8 +183,14 @@ class NoiseMonitor(StepObserver):
         if first is None or samples is None or not parts:
             self._sums(None, None)
             return
+        begun, second = first, parts
+
+        def measure() -> Tensor:
+            self._compare_at_step(step.gradients)
+            return _unless(begun.changed + self._changed, begun.measure(second))
+
         spread = first.samples.variance + samples.variance
-        sums = self._sums(step.gradients, lambda: first.measure(parts), spread, 0.0, samples.effective)
+        sums = self._sums(step.gradients, measure, spread, 0.0, samples.effective)
         self._add(first.step, sums)
 
     def _measure_part(self, copied: LocalGradients, step: Step) -> None:
@@ -186,12 +206,12 @@ class NoiseMonitor(StepObserver):
         short = times / samples.batches  # the loss is divided by as many as the end of an epoch may leave out
 
         def measure() -> Tensor:
-            self._compare(squared_norm(gradients.values()) * loss_scale(trainer) ** 2)
+            self._compare_at_step(gradients)
             part = copied.take(trainer, times)
             # Then and now.
             known = {n: g if short == 1 else g * short for n, g in gradients.items() if n in copied.names}
             sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters)) / ranks
-            return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
+            return _unless(self._changed, sums)
 
         spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance
         sums = self._sums(gradients, measure, spread, samples.variance, samples.effective)
@@ -228,3 +248,8 @@ class NoiseMonitor(StepObserver):
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
         return sums[:7]
+
+
+def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
+    """The sums, NaN where gradients have been changed."""
+    return sums.masked_fill(torch.stack(changed).any().to(sums.device), math.nan) if changed else sums

@@ -403,6 +403,14 @@ def test_gradients_that_somebody_changes_are_not_taken_for_noise(tmp_path, callb
     assert monitor.noise_records[0].estimate("simple").measurements == 12
 
 
+def test_gradients_that_somebody_changes_are_not_taken_for_noise_in_pairs_either(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="measured the noise scale at 0 of 24 steps.*clip with Trainer"):
+        fit(tmp_path / "changed", monitor, module=Still(clip_a_little), max_epochs=3)
+    fit(tmp_path / "clipped after", monitor, module=Still(), gradient_clip_val=0.2, max_epochs=3)
+    assert monitor.noise_records[0].estimate("simple").measurements == 24
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_micro_batch_without_a_loss_is_not_taken_for_noise(tmp_path, accumulate: int) -> None:
