@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def coupled_decay(optimizer: Optimizer) -> dict[int, float]:
 def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """The epsilon of each parameter's group, by name, where it has one."""
     given = {stepped.name: stepped.group.get("eps") for stepped in _stepped(optimizer, parameters)}
-    return {name: float(eps) for name, eps in given.items() if isinstance(eps, (float, int, Tensor))}
+    return {name: float(eps) for name, eps in given.items() if isinstance(eps, (Real, Tensor))}
 
 
 def optimizer_weights(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

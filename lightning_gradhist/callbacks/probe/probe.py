@@ -236,7 +236,7 @@ class Probe:
 
     def _refuse(self, error: Exception | None) -> NoReturn:
         """Says why it failed, on the first rank on which it did."""
-        reason = None if error is None else f"the training data, training_step or its gradient raised {error!r}"
+        reason = None if error is None else f"the training data, training_step or its gradient raised {error!r:.300}"
         if isinstance(error, ProbeRefusedError):
             reason = str(error).strip().rpartition(f"{ProbeRefusedError.__name__}: ")[2]  # a worker's has its traceback
         raise ProbeRefusedError(first_reason(self._trainer, reason)) from error
