@@ -34,7 +34,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
+from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram, OptimizerCalibration
 from lightning_gradhist.callbacks.strategies import slice_of
 
 ROUNDS, GATE_STEPS, CALLS = 5, 2, 3
@@ -45,7 +45,7 @@ MEASURED = [
     *"step_ms step_ms_q25 step_ms_q75 added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms".split(),
     *("logged_ms", "beyond_none_again_ms", *PEERS),
     *"end_seconds log_bytes_per_logged_step log_bytes_in_10000_steps".split(),
-    *"memory_bytes memory_growth_bytes share_of_read_bandwidth work_of_one_rank_in_two".split(),
+    *"memory_bytes memory_growth_bytes share_of_read_bandwidth work_of_one_rank_in_two probe_in_steps".split(),
 ]
 COLUMNS = [
     *(*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note"),
@@ -53,7 +53,7 @@ COLUMNS = [
 ]
 HIDDEN = ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms", "log_bytes_per_logged_step")
 SHOWN = ["model", "variant", *(column for column in MEASURED if column not in HIDDEN)]
-ALONE = "counting alone"
+ALONE, PROBE = "counting alone", "calibration's probe"
 
 
 class Clock(L.Callback):
@@ -331,6 +331,19 @@ def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
     return row
 
 
+def probe_row(task: Task, rounds: int, device: torch.device) -> Row:
+    """What the calibration's probe takes, in as many training steps as it has batches: the median over the rounds."""
+    batches = OptimizerCalibration().probe_batches
+    none = next(variant for variant in cases.variants() if variant.name == cases.NONE)
+    probe = Variant(PROBE, lambda task: [OptimizerCalibration(reference_batch_size=task.batch_size)])
+    shares = []
+    for _ in range(rounds):
+        plain, probed = (take_turn(task, variant, device, batches + 1).seconds for variant in (none, probe))
+        step = statistics.median(plain[LEFT_OUT_STEPS:])
+        shares.append((probed[0] - step) / (batches * step))  # the probe is made before the first step
+    return {"variant": PROBE, "rounds": rounds, "probe_in_steps": statistics.median(shares)}
+
+
 def split(task: Task, only: list[str] | None) -> tuple[list[Variant], list[Row]]:
     """The variants that can be made, and a row with the reason for each that cannot."""
     wanted = [variant for variant in cases.variants() if only is None or variant.name in (cases.NONE, *only)]
@@ -350,8 +363,10 @@ def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[
     for variant in some:
         rows[variant.name] |= of_long.get(variant.name, {}) | of_rounds(rounds, variant)
     against_peers(rows)
-    counted = alone(task, args.scale, args.rounds, device)
-    return [{**of_model, **row} for row in [*rows.values(), counted, *left_out]]
+    apart = [alone(task, args.scale, args.rounds, device)]
+    if device.type == "cpu":  # of the host
+        apart.append(probe_row(task, args.rounds, device))
+    return [{**of_model, **row} for row in [*rows.values(), *apart, *left_out]]
 
 
 def run(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:

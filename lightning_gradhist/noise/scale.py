@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate
 from lightning_gradhist.noise.step import adam_weight
-from lightning_gradhist.tensors import sums, total
+from lightning_gradhist.tensors import batches, joined, sums, total
 
 
 class GradientMoments:
@@ -26,6 +26,7 @@ class GradientMoments:
         """The sum of the gradients' weights."""
         self.mean = {name: _accumulator(tensor) for name, tensor in like.items()}
         self.sum_of_squares = {name: _accumulator(tensor) for name, tensor in like.items()}
+        self._batches = [list(batch) for batch in batches(self.mean)]  # small ones go together, which takes less time
 
     def update(self, gradients: Mapping[str, Tensor | None], weight: float = 1.0) -> None:
         """Adds one gradient; a parameter that is missing or None has gradient zero.
@@ -37,10 +38,11 @@ class GradientMoments:
         before = self.weight
         self.count += 1
         self.weight += weight
-        for name, mean in self.mean.items():
-            deviation = _deviation(gradients.get(name), mean)
-            mean.add_(deviation, alpha=weight / self.weight)
-            self.sum_of_squares[name].addcmul_(deviation, deviation, value=weight * before / self.weight)
+        for names in self._batches:
+            means, squares = [self.mean[name] for name in names], [self.sum_of_squares[name] for name in names]
+            deviations = [_deviation(gradients.get(name), mean) for name, mean in zip(names, means, strict=True)]
+            torch._foreach_add_(means, deviations, alpha=weight / self.weight)
+            torch._foreach_addcmul_(squares, deviations, deviations, value=weight * before / self.weight)
 
     def all_reduce(self, group: Any = None) -> None:
         """Merges the instances of all ranks; to be called on every rank, which then hold the same."""
@@ -137,12 +139,13 @@ class NoiseScale:
             self.first_half.update(gradients, weight)
             return
         terms = []
-        for name, mean in self.first_half.mean.items():
-            deviation = _deviation(gradients.get(name), mean)
-            gradient, squares = deviation + mean, deviation.square()
-            terms.append(
-                sums(squares, mean * gradient, self._weights[name] * squares, self._references[name] * gradient)
-            )
+        for batch in batches(self.first_half.mean):
+            mean = joined(batch)
+            there = {name: gradients.get(name) for name in batch}
+            gradient = joined(batch, {name: g.detach().to(mean.dtype) for name, g in there.items() if g is not None})
+            squares = (gradient - mean).square_()
+            weight_of, reference = joined(batch, self._weights), joined(batch, self._references)
+            terms.append(sums(squares, mean * gradient, weight_of * squares, reference * gradient))
         inflation = 1 / weight + 1 / self.first_half.weight  # the deviation is from a measured mean
         self._measurements.append((total(terms), inflation))
 

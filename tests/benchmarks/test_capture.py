@@ -54,7 +54,7 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
         reader = csv.DictReader(file)
         rows = {row["variant"]: row for row in reader}
         assert reader.fieldnames == capture_cost.COLUMNS
-    assert set(rows) == {"another model", "none", *names, capture_cost.ALONE}
+    assert set(rows) == {"another model", "none", *names, capture_cost.ALONE, capture_cost.PROBE}
     assert rows["Graphcore's tensor tracker"]["note"] == "left out: it is not in the registry"
     none, ours, by_hand = (rows[name] for name in ("none", "monitor, every step", "add_histogram"))
     assert float(none["step_ms_q25"]) <= float(none["step_ms"]) <= float(none["step_ms_q75"]) and none["added_ms"] == ""
@@ -72,6 +72,7 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
     logged = float(ours["log_bytes_per_logged_step"])
     assert logged > 8 * 500 and float(ours["log_bytes_in_10000_steps"]) == pytest.approx(1e4 * logged, rel=1e-3)
     assert float(rows["monitor"]["log_bytes_in_10000_steps"]) == pytest.approx(200 * logged, rel=1e-3)
+    assert float(rows[capture_cost.PROBE]["probe_in_steps"]) > 0
     alone = rows[capture_cost.ALONE]
     assert 0 < float(alone["share_of_read_bandwidth"]) and 0 < float(alone["work_of_one_rank_in_two"])
     printed = capsys.readouterr().out

@@ -190,7 +190,8 @@ class Probe:
         found = [gradient for gradient in gradients.values() if gradient is not None]
         if not found and self._replicas is None:
             return {}, Outcome.NO_LOSS
-        if not found or torch.stack([gradient.isfinite().all().to(loss.device) for gradient in found]).all():
+        largest = torch._foreach_norm([gradient for gradient in found if gradient.numel()], math.inf) if found else []
+        if not largest or torch.stack([one.isfinite().to(loss.device) for one in largest]).all():
             return gradients, Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())
         return {}, Outcome.OVERFLOW if overflow else Outcome.NOT_FINITE
