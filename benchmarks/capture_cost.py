@@ -168,7 +168,7 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
         return Added(each, 0.0, each)
     # the first and the second half of the steps from the last heatmap but one to the last
     every = variant.every_n_steps_in_turn
-    power = _heatmaps(len(seconds) // every + 1) - 1
+    power = _heatmaps(len(seconds) // every + 1)
     first, last = (every * (4**k - 1) for k in (power - 1, power))
     middle = first + every * (3 * 4 ** (power - 1) // 2)
     logged = every * float(beyond[middle:last].mean())
@@ -178,8 +178,8 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
 
 
 def _heatmaps(reports: int) -> int:
-    """How many of the 1st, 4th, 16th, 64th, ... logged step there are."""
-    return (reports.bit_length() + 1) // 2
+    """How many of the 4th, 16th, 64th, ... logged step there are."""
+    return (reports.bit_length() - 1) // 2
 
 
 def check(task: Task, device: torch.device) -> None:

@@ -31,6 +31,7 @@ from lightning_gradhist import GradientHistogramMonitor, MagnitudeHistogram
 from lightning_gradhist.histogram import COLUMNS as BINS
 from lightning_gradhist.logging.magnitude_report import magnitude_report
 from lightning_gradhist.logging.noise_report import noise_margins
+from lightning_gradhist.noise.sample import Sample
 
 WORD = 8  # int64, and a number in a checkpoint
 MOST_BUCKETS = 64
@@ -88,9 +89,17 @@ def predicted(
         "all_reduced_bytes": reduced,
         "ring_bytes_a_rank": 2 * (ranks - 1) * reduced // ranks,
         "kept_bytes": WORD * (5 + LENGTH + NUMBERS_A_MEASUREMENT * min(measurements, MOST_MEASUREMENTS)),
-        "held_bytes_a_rank": (4 if within_steps else 8) * parameters // (ranks if sharded else 1),
+        "held_bytes_a_rank": (4 if within_steps else 8)
+        * _sampled(size // (ranks if sharded else 1) for size in sizes.values()),
         **_logged_bytes(list(sizes), logged, buckets, scalars),
     }
+
+
+def _sampled(sizes: Iterable[int]) -> int:
+    """About how many values of tensors of such sizes noise is measured of."""
+    named = {str(place): size for place, size in enumerate(sizes)}
+    strides = Sample.at(0, named).strides
+    return sum(size // strides.get(name, 1) for name, size in named.items())
 
 
 def _logged_bytes(names: Sequence[str], steps: Sequence[int], buckets: Buckets, scalars: Events | None) -> Row:

@@ -146,7 +146,7 @@ class Variant:
     callbacks: Callable[[Task], list[L.Callback]]  # raises LeftOut where they cannot be
     every_n_steps: int = 1  # from one logged step of a run to the next
     every_n_steps_in_turn: int = 1
-    draws: bool = False  # a heatmap at the 1st, 4th, 16th, 64th, ... logged step
+    draws: bool = False  # a heatmap at the 4th, 16th, 64th, ... logged step
     logs: bool = True
     depends_on_batch: bool = False  # what it takes; most take as long for a batch of one sample
     distribution: str = ""  # of a peer; ours and torch's versions have columns of their own

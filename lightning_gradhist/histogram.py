@@ -150,7 +150,7 @@ class MagnitudeHistogram:
             row = self._row_of.get(name if rows is None else rows[name])
             if row is None:
                 raise ValueError(f"name {name!r} is not one of the histogram's names: {self.names}")
-            if not tensor.is_floating_point():
+            if not tensor.dtype.is_floating_point:
                 raise TypeError(f"magnitudes are counted of real floating-point tensors, got {tensor.dtype}")
             indices, tensors = alike.setdefault((tensor.device, tensor.dtype, tensor.layout), ([], []))
             indices.append(row)
@@ -261,14 +261,14 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
 
 def flat_values(tensor: Tensor) -> tuple[Tensor, int]:
     """The stored values of a tensor in one dimension, not copied where memory allows, and the number of other zeros."""
-    tensor = tensor.detach().resolve_neg()  # a view with a lazy sign has no bits to look at
+    tensor = (tensor.detach() if tensor.requires_grad else tensor).resolve_neg()  # a lazy sign has no bits to look at
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
     if tensor.layout != torch.strided:
         values = tensor.values()
         return values.reshape(-1), tensor.numel() - values.numel()
     if tensor.is_contiguous():  # most are, and sorting strides takes longer than counting a small tensor
-        return tensor.view(-1), 0
+        return tensor if tensor.dim() == 1 else tensor.view(-1), 0
     # The order of the values does not matter: that of the memory needs no copy (channels_last).
     by_stride = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(by_stride).reshape(-1), 0

@@ -15,7 +15,7 @@ _DEVICE_BATCH = 2**22  # where a launch costs more than the memory of a copy
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of real numbers, which is how Adam treats it; any other as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.dtype.is_complex else tensor
 
 
 def batches(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -40,7 +40,7 @@ def joined(batch: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = N
     parts = (
         batch if tensors is None else {n: tensors[n] if n in tensors else torch.zeros_like(g) for n, g in batch.items()}
     )
-    flat = [tensor.reshape(-1) for tensor in parts.values()]
+    flat = [tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in parts.values()]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 

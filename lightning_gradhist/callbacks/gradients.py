@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gradhist._dtensor import local, placed_as
+from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, zero_gradients, zero_loss_scale
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
@@ -47,16 +46,16 @@ def local_gradient(parameter: nn.Parameter) -> Tensor:
 
 def lies_otherwise(parameter: nn.Parameter) -> bool:
     """Whether its gradient lies otherwise on the ranks than the parameter does, so that to have it is a collective."""
+    if not is_dtensor(parameter):
+        return False
     gradient = parameter.grad
-    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-        return bool(gradient.placements != parameter.placements)
-    return False
+    return gradient is not None and is_dtensor(gradient) and gradient.placements != parameter.placements
 
 
 def _as_laid_out(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    gradient = parameter.grad.detach()
-    return placed_as(gradient, parameter)
+    gradient = parameter.grad
+    assert gradient is not None
+    return placed_as(gradient.detach() if gradient.requires_grad else gradient, parameter)
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -77,9 +76,15 @@ class LocalGradients:
 
     Args:
         parameters: names and parameters; those that are trained are copied.
+        select: what of gradients, by the parameters' names, is copied; all of them by default.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        select: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda gradients: gradients,
+    ) -> None:
+        self._select = select
         self._copies: dict[str, Tensor] = {}
         self._error: Exception | None = None
         self._handles: dict[str, RemovableHandle] = {}
@@ -119,7 +124,8 @@ class LocalGradients:
 
     def _copy(self, name: str, parameter: Tensor) -> None:
         try:
-            self._copies[name] = local_gradient(parameter).clone()  # type: ignore[arg-type]
+            selected = self._select({name: local_gradient(parameter)})  # type: ignore[arg-type]
+            self._copies |= {name: gradient.clone() for name, gradient in selected.items()}
         except Exception as error:  # within the user's backward, which goes on
             self._error = error
 

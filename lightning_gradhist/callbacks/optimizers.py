@@ -147,9 +147,7 @@ def second_moment(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
     Empty where there is none (yet), and where ZeRO spreads it over ranks.
     """
     moments = {} if _is_spread(optimizer) else _moments(optimizer, parameters)
-    values = [moment.value for moment in moments.values()]
-    corrections = [moment.correction if moment.corrects else 1.0 for moment in moments.values()]
-    return dict(zip(moments, torch._foreach_div(values, corrections), strict=True)) if moments else {}
+    return {name: moment.value / (moment.correction if moment.corrects else 1.0) for name, moment in moments.items()}
 
 
 def metric_weights(
@@ -167,7 +165,11 @@ def metric_weights(
     eps = epsilons(optimizer, parameters)
     alike: dict[tuple[float, float], dict[str, Tensor]] = {}
     for name, value in parts({name: moment.value for name, moment in moments.items()}).items():
-        root, moment = math.sqrt(moments[name].correction), moments[name]
+        moment, root = moments[name], 1.0
+        if not isinstance(moment.correction, Tensor):
+            root = math.sqrt(moment.correction)
+        elif moment.corrects:
+            value = value / moment.correction
         alike.setdefault((eps.get(name, 0.0) * (root if moment.corrects else 1.0), root), {})[name] = value
     weights: dict[str, Tensor] = {}
     for (one, root), some in alike.items():
@@ -184,8 +186,8 @@ def damping_epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> 
 @dataclass(frozen=True)
 class _Moment:
     value: Tensor
-    correction: float
-    """What its bias is corrected by: ``1 - decay**step``."""
+    correction: float | Tensor
+    """What its bias is corrected by: ``1 - decay**step``; a tensor where only the device knows the step."""
     corrects: bool
     """Whether the optimizer does so before it adds epsilon."""
 
@@ -235,7 +237,7 @@ def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
     corrects = rule.corrects_bias and bool(group.get("bias_correction", True))
     step = local(step) if isinstance(step, Tensor) else step
     if isinstance(step, Tensor) and step.device.type != "cpu":  # without waiting for the device
-        return _Moment(value / (1 - decay**step) if corrects else value, 1.0, corrects)
+        return _Moment(value, 1 - decay**step, corrects)
     correction = 1 - float(decay) ** float(step)
     return _Moment(value, correction, corrects) if correction > 0 else None
 

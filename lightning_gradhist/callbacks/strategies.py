@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_gradhist._dtensor import local
+from lightning_gradhist._dtensor import is_dtensor, local
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_told_apart, zero_pieces
 from lightning_gradhist.callbacks._fsdp import fsdp_pieces, is_fsdp
 from lightning_gradhist.callbacks._lightning import Trainer
@@ -174,14 +174,16 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
         same, as whole tensors or as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such
         tensors together.
     """
-    own = {name: as_real(local(parameter.detach())) for name, parameter in parameters.items()}
-    lengths = {name: getattr(replicas.pieces.get(id(p)), "values", None) for name, p in parameters.items()}
-    flat = {name: _flat(tensor, own[name])[: lengths[name]] for name, tensor in tensors.items()}
-    by_holders: dict[Replicas, dict[str, int]] = {}
+    flat: dict[str, Tensor] = {}
+    shared: dict[Replicas, dict[str, int]] = {}  # sizes of what several ranks hold
     for name, parameter in parameters.items():
-        by_holders.setdefault(replicas.holders(parameter), {})[name] = own[name].numel()
-    shared = {holders: sizes for holders, sizes in by_holders.items() if holders.ranks > 1}
-    pieces = {name: tensor[:0] for sizes in shared.values() for name, tensor in flat.items() if name in sizes}
+        held, holders, piece = _held(parameter), replicas.holders(parameter), replicas.pieces.get(id(parameter))
+        if name in tensors:
+            values = _flat(tensors[name], held)
+            flat[name] = values if piece is None else values[: piece.values]
+        if holders.ranks > 1:
+            shared.setdefault(holders, {})[name] = held.numel()
+    pieces = {name: flat[name][:0] for sizes in shared.values() for name in sizes if name in flat}
     for holders, sizes in shared.items():
         pieces |= slice_of(flat, sizes, holders.rank, holders.ranks)
     return flat | pieces
@@ -194,6 +196,12 @@ def _replicated(parameter: DTensor) -> Replicas:
         if placement.is_replicate():
             rank, ranks = rank * mesh.size(dim) + position, ranks * mesh.size(dim)
     return Replicas(rank, ranks)
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, in real numbers."""
+    is_plain = not (is_dtensor(parameter) or parameter.dtype.is_complex)  # of thousands of them nearly all are
+    return parameter if is_plain else as_real(local(parameter.detach()))
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:

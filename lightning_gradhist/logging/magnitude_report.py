@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _MAX_BUCKETS = 64  # TensorBoard's page shows 30
+_MIN_BUCKETS = 8
 _TELLING = 1e-3  # a share below it has no chart of its own
 _BY_ROW = ("zero_share", "nonfinite_share", "fp16_loss_share")
 # From a number format to the magnitude below which rounding gives zero, half its smallest subnormal number, and the one
@@ -34,7 +35,7 @@ class Distribution:
 
     Attributes:
         edges: ``log10`` of the magnitude, float64 ``[n + 1]``, increasing.
-        counts: int64 ``[n]``, with ``n`` from 1 to 64.
+        counts: int64 ``[n]``, with ``n`` from 1 to 64, and to 8 or the root of the number of values if that is less.
         quantiles: the magnitude below which a share of the values lies, for each share of :data:`QUANTILES`.
     """
 
@@ -80,11 +81,15 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
     """
     counted = _Counted(histogram)
     scalars: dict[str, float] = {}
+    names, there = [*histogram.names, pooled_name], counted.total.numpy() > 0
     for tag, column in counted.columns().items():
-        *rows, pooled = zip([*histogram.names, pooled_name], column.tolist(), counted.total.tolist(), strict=True)
+        values = column.numpy()  # whose operations on a few rows take a tenth of torch's
         least = -math.inf if tag == "norm" else _TELLING if tag in _BY_ROW else math.inf
-        shown = [row for row in rows if not row[1] < least]  # a norm may be NaN
-        scalars |= {f"{prefix}_{tag}/{name}": value for name, value, number in [*shown, pooled] if number}
+        is_shown = ~(values < least)  # a norm may be NaN
+        is_shown[-1] = True
+        (shown,) = (is_shown & there).nonzero()
+        found = zip(shown.tolist(), values[shown].tolist(), strict=True)
+        scalars |= {f"{prefix}_{tag}/{names[row]}": value for row, value in found}
     return MagnitudeReport(scalars, counted.distributions(f"{prefix}_magnitude", pooled_name))
 
 
@@ -127,20 +132,32 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
 
 def shown_buckets(edges: Tensor, counts: Tensor, most: int = 512) -> tuple[Tensor, Tensor]:
     """The occupied buckets and their edges, neighbours merged until there are at most ``most``."""
-    occupied = counts.nonzero()[:, 0]
-    cuts = _cuts(int(occupied[0]), int(occupied[-1]) + 1, len(counts), most)
-    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return edges[cuts], below[cuts].diff()
+    import numpy
+
+    below = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).numpy()
+    cuts, _ = _cuts(below[None], numpy.array([most]))
+    return edges[cuts], torch.from_numpy(numpy.diff(below[cuts]))
 
 
-def _cuts(first: int, last: int, bins: int, most: int) -> numpy.ndarray:
-    """The edges that stay where neighbours among the bins from one to another are merged, a power of two of them each."""
+def _cuts(below: numpy.ndarray, most: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The edges that stay where neighbours among the occupied bins of each row are merged, a power of two of them each.
+
+    Args:
+        below: counts below each edge ``[rows, edges]``, of rows that are not empty.
+        most: buckets of each row.
+
+    Returns:
+        The places of the edges of all rows one after another, and how many each row has.
+    """
     import numpy  # comes with whatever draws or logs histograms
 
-    width = 1 << max(0, math.ceil(math.log2((last - first) / most)))
-    cuts = numpy.arange(first, last + width, width)
-    cuts[-1] = min(cuts[-1], bins)
-    return cuts
+    first = (below > 0).argmax(1) - 1
+    last = (below == below[:, -1:]).argmax(1)
+    widths = 1 << numpy.ceil(numpy.log2((last - first) / most)).clip(0).astype(numpy.int64)
+    sizes = -(-(last - first) // widths) + 1
+    ends = sizes.cumsum()
+    places = numpy.arange(ends[-1]) - (ends - sizes).repeat(sizes)
+    return numpy.minimum(first.repeat(sizes) + places * widths.repeat(sizes), below.shape[1] - 1), sizes
 
 
 class _Counted:
@@ -164,29 +181,30 @@ class _Counted:
         return {
             "median": self.quantiles[:, QUANTILES.index(0.5)].nan_to_num(0.0),
             "norm": self.bins.norm().masked_fill(self.nonfinite == self.total, math.nan),
-            "zero_share": self.zeros / self.total,
-            "nonfinite_share": self.nonfinite / self.total,
+            "zero_share": self.zeros.double() / self.total,  # or it would be of the default dtype
+            "nonfinite_share": self.nonfinite.double() / self.total,
             **lost,
         }
 
     def distributions(self, kind: str, pooled_name: str) -> dict[str, Distribution]:
         """What to draw of each row that has a count, by tag."""
-        edges, bins = self.bins.edges.log10().numpy(), self.bins.counts.shape[1]
-        below = torch.nn.functional.pad(
-            self.bins.counts.cumsum(1), (1, 0)
-        ).numpy()  # its slices cost far less than torch's
-        found: dict[str, Distribution] = {}
-        rows = zip([*self.names, pooled_name], below, self.quantiles.tolist(), self._ranges(), strict=True)
-        for name, row, values, (first, last) in rows:
-            if last:
-                cuts = _cuts(first, last, bins, _MAX_BUCKETS)
-                counts = row[cuts[1:]] - row[cuts[:-1]]
-                shown = torch.from_numpy(edges[cuts]), torch.from_numpy(counts)
-                found[f"{kind}/{name}"] = Distribution(*shown, dict(zip(QUANTILES, values, strict=True)))
-        return found
+        import numpy
 
-    def _ranges(self) -> list[tuple[int, int]]:
-        """The first bin of each row that is not empty and the one after the last; (0, 0) for a row without."""
-        there = (self.bins.counts > 0).byte()
-        last = (there.shape[1] - there.flip(1).argmax(1)) * there.amax(1)
-        return list(zip(there.argmax(1).tolist(), last.tolist(), strict=True))
+        rows = self.finite.nonzero()[:, 0]  # all of them in a few operations: a model may have thousands
+        if not len(rows):
+            return {}
+        below = torch.nn.functional.pad(self.bins.counts[rows].cumsum(1), (1, 0)).numpy()
+        most = self.finite[rows].double().sqrt().ceil().clamp(_MIN_BUCKETS, _MAX_BUCKETS).numpy()
+        cuts, sizes = _cuts(below, most)
+        at_cuts = torch.from_numpy(below[numpy.arange(len(rows)).repeat(sizes), cuts])
+        within_rows = torch.ones(len(cuts), dtype=torch.bool).index_fill_(
+            0, torch.from_numpy(sizes.cumsum() - 1), False
+        )
+        counted = at_cuts.diff(append=at_cuts[:1])[within_rows].split((sizes - 1).tolist())
+        edges = self.bins.edges.log10()[cuts].split(sizes.tolist())
+        names = [*self.names, pooled_name]
+        shown = zip(rows.tolist(), edges, counted, self.quantiles[rows].tolist(), strict=True)
+        return {
+            f"{kind}/{names[row]}": Distribution(of_row, number, dict(zip(QUANTILES, values, strict=True)))
+            for row, of_row, number, values in shown
+        }

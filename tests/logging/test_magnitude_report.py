@@ -179,6 +179,17 @@ def test_shown_buckets(occupied: list[int], most: int) -> None:
         assert torch.equal(shown, counts[occupied[0] : occupied[-1] + 1])
 
 
+def test_a_row_of_few_values_has_few_buckets() -> None:
+    sizes = {"one": 1, "some": 64, "more": 900, "many": 10_000}
+    generator = torch.Generator().manual_seed(0)
+    found = reported({name: torch.randn(size, generator=generator) for name, size in sizes.items()}).histograms
+    buckets = {name: len(found[f"gradient_magnitude/{name}"].counts) for name in [*sizes, "all"]}
+    assert buckets["one"] == 1 and buckets["some"] <= 8 and 15 <= buckets["more"] <= 30
+    assert 32 < buckets["many"] <= 64 and 32 < buckets["all"] <= 64
+    for name, size in sizes.items():
+        assert int(found[f"gradient_magnitude/{name}"].counts.sum()) == size
+
+
 def test_buckets_of_the_default_size() -> None:
     histogram = counted({"x": torch.tensor([1e-37, 1e37])})
     assert len(shown_buckets(histogram.edges, histogram.counts[0])[1]) <= 512

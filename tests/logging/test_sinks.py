@@ -97,7 +97,7 @@ def values_of_events(folder: Path) -> list[list[Any]]:
 def test_a_step_is_two_events_with_the_same_values_as_one_for_each(tmp_path: Path) -> None:
     """Of so many tensors, that the events are large ones; a reader would end at a wrong checksum."""
     generator = torch.Generator().manual_seed(0)
-    values = {f"layer{i}": 10 ** torch.empty(50).normal_(-4, 2, generator=generator) for i in range(100)}
+    values = {f"layer{i}": 10 ** torch.empty(5000).normal_(-4, 2, generator=generator) for i in range(100)}
     for kind in (TensorBoardSink, SummarySink):
         with SummaryWriter(str(tmp_path / kind.__name__)) as writer:
             for step in (0, 50):

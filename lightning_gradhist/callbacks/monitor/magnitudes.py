@@ -74,7 +74,7 @@ class GradientReport:
 class MagnitudeMonitor(StepObserver):
     """Counts the gradients of the steps that are due, and logs those that are taken.
 
-    ``on_double`` is called after the 1st, 2nd, 4th, 8th, ... logged step; at every second of them figures are drawn.
+    ``on_double`` is called after the 1st, 2nd, 4th, 8th, ... logged step; figures are drawn at the 4th, 16th, 64th, ...
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class MagnitudeMonitor(StepObserver):
             report = GradientReport(step.histogram, step.number, prefix, suffix, self._clip_norm())
             self._progress.logged += 1
             doublings = math.log2(self._progress.logged)
-            step.drawn = doublings % 2 == 0
+            step.drawn = doublings > 0 and doublings % 2 == 0
             self._reports.log(report, step.drawn)
             if doublings.is_integer():
                 self._on_double()

@@ -99,8 +99,9 @@ class GradientHistogramMonitor(Callback):
     The noise scale (:class:`lightning_gradhist.noise.NoiseRecord`) goes into the checkpoint and into ``calibration.json`` in
     the log directory, which ``OptimizerCalibration(reference=...)`` reads; some ten logged steps make it of use. Under DDP
     or accumulation it is measured, without bias, from the gradients of a step's first micro-batch on each rank against
-    those of the whole step; else from a logged step and the next. This holds a copy of the gradients, between two steps also
-    one of the second moment. A step with fewer samples than others, or whose gradients a hook has changed, is not measured.
+    those of the whole step; else from a logged step and the next. It is measured of 262,144 values of each rank's gradients,
+    others at each step, or of all where there are no more: these are copied. A step with fewer samples than others, or whose
+    gradients a hook has changed, is not measured.
     The record also has the steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a
     copy is stepped through the run before it begins.
 
@@ -295,10 +296,13 @@ class GradientHistogramMonitor(Callback):
             with fit.guard.attempt("tell the length of the run"):
                 progress.length = run_length(fit.trainer, optimizer, progress.length)
             suffix = f"_{index}" if len(optimizers) > 1 else ""
-            rows = partial(self._rows.of_optimizer, fit.module, optimizers, index)
-            watched = WatchedOptimizer(fit, optimizer, suffix, rows)
+            watched = WatchedOptimizer(fit, optimizer, suffix, partial(self._rows_of, fit.module, index))
             observers = self._observers_of(watched, progress)
             self._optimizers.append(OptimizerMonitor(watched, progress, self.every_n_steps, observers))
+
+    def _rows_of(self, module: LightningModule, index: int) -> dict[str, str]:
+        """The row of each parameter of an optimizer that is counted."""
+        return self._rows.of_optimizer(module, [each.watched.parameters for each in self._optimizers], index)
 
     @property
     def _observers(self) -> list[StepObserver]:

@@ -17,6 +17,7 @@ from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
 from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
+from lightning_gradhist.noise.sample import Sample
 from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
 from lightning_gradhist.tensors import copies
 
@@ -27,10 +28,15 @@ _APART = 10  # steps from one measurement to the next from then on
 
 @dataclass
 class FirstGradient:
-    """This rank's part of the first gradient of a pair, with the metric from before its step, which depends on neither."""
+    """Of the first gradient of a pair a sample of this rank's part, with the metric from before its step.
+
+    The metric depends on neither gradient.
+    """
 
     step: int
     samples: StepSamples
+    sizes: dict[str, int]
+    sample: Sample
     gradients: dict[str, Tensor]
     weights: Mapping[str, Tensor] | None
 
@@ -38,8 +44,8 @@ class FirstGradient:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
         if not self.gradients:  # others have all there is
             return torch.zeros(4, dtype=torch.float64)
-        alike = {name: g for name, g in second.items() if g.shape == getattr(self.gradients.get(name), "shape", None)}
-        return measure_pair(self.gradients, alike, self.weights)
+        alike = {name: gradient for name, gradient in second.items() if gradient.numel() == self.sizes.get(name)}
+        return measure_pair(self.gradients, self.sample.of_gradients(alike), self.weights)
 
 
 class NoiseMonitor(StepObserver):
@@ -47,7 +53,7 @@ class NoiseMonitor(StepObserver):
 
     Where a step has parts, the micro-batches of accumulation or the ranks of DDP, one of them on each rank is held against
     the whole step; else the gradients of two successive steps are held against each other, each of them in one pair, so
-    that pairs are independent.
+    that pairs are independent. Of a large model a sample of the values is looked at, of other ones at every measurement.
 
     The first 1,000 steps are measured as often as they are logged, later ones at most every tenth time.
     """
@@ -55,6 +61,7 @@ class NoiseMonitor(StepObserver):
     def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:
         self._watched, self._fit, self._progress = watched, watched.fit, progress
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
+        self._sample = Sample({})  # of it
         self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
@@ -67,7 +74,10 @@ class NoiseMonitor(StepObserver):
         self._drop_part()
         self._backwards, self._left, self._changed = 0, None, []
         if self._begins(due) and parts_of_a_step(self._fit.trainer) > 1:
-            self._part = LocalGradients(self._watched.parameters)
+            parameters = self._watched.parameters
+            sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
+            self._sample = Sample.at(self._progress.steps, sizes)
+            self._part = LocalGradients(parameters, self._sample.of_gradients)
 
     def before_backward(self) -> None:
         """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
@@ -155,13 +165,16 @@ class NoiseMonitor(StepObserver):
             return
         with self._fit.guard.attempt("measure noise"):
             self._progress.measures(self._rates())
-            held = copies({name: gradient for name, gradient in parts.items() if gradient.numel()})
+            step, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
+            sample = Sample.at(step, sizes)
+            held = copies(sample.of_gradients(parts))
 
             def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
-                found = own_parts(moments, parameters, self._fit.replicas)
+                found = sample.of(own_parts(moments, parameters, self._fit.replicas))
                 return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
 
-            self._first = FirstGradient(self._progress.steps, samples, held, metric_weights(optimizer, parameters, own))
+            weights = metric_weights(optimizer, parameters, own)
+            self._first = FirstGradient(step, samples, sizes, sample, held, weights)
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
@@ -188,9 +201,12 @@ class NoiseMonitor(StepObserver):
         def measure() -> Tensor:
             self._compare(squared_norm(gradients.values()) * loss_scale(trainer) ** 2)
             part = copied.take(trainer, times)
-            # Then and now.
-            known = {n: g if short == 1 else g * short for n, g in gradients.items() if n in copied.names}
-            sums = measure_part(part, known, metric_weights(watched.optimizer, watched.parameters)) / ranks
+            then_and_now = {name: gradient for name, gradient in gradients.items() if name in copied.names}
+            known = self._sample.of_gradients(then_and_now)
+            if short != 1:
+                known = {name: gradient * short for name, gradient in known.items()}
+            weights = metric_weights(watched.optimizer, watched.parameters, self._sample.of)
+            sums = measure_part(part, known, weights) / ranks
             return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
 
         spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance

@@ -121,7 +121,9 @@ class WatchedOptimizer:
         return self._named[now]
 
     def replicated(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those gradients that every rank should have whole."""
+        """Those gradients that every rank should have whole; none where there is no other rank."""
+        if self.fit.replicas.ranks == 1:
+            return {}
         parameters = self.parameters
         return {name: g for name, g in gradients.items() if self.fit.replicas.are_whole(parameters[name])}
 

@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, rank_zero_info, rank_zero_warn
-from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters, plain_name
+from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, plain_name
 from lightning_gradhist.callbacks.strategies import least_over_ranks
 
 _NAMED = 12
@@ -43,9 +42,12 @@ class Rows:
         taken = {group for group in self._groups.values() if group is not None}
         return {name: group or self._own_row(name, taken) for name, group in groups.items()}
 
-    def of_optimizer(self, module: nn.Module, optimizers: Sequence[Optimizer], index: int) -> dict[str, str]:
-        """The rows of one of several optimizers; one that another of them has as well ends in the optimizer's index."""
-        return distinct_rows([self.of(module, optimizer_parameters(module, one)) for one in optimizers], index)
+    def of_optimizer(self, module: nn.Module, names: Sequence[Iterable[str]], index: int) -> dict[str, str]:
+        """The rows of one of several optimizers; one that another of them has as well ends in the optimizer's index.
+
+        ``names`` are those of the parameters of each.
+        """
+        return distinct_rows([self.of(module, of_one) for of_one in names], index)
 
     def check(self, module: nn.Module) -> int:
         """Refuses filters that match no parameter of the module, or leave none; else counts the rows that are trained.
