@@ -141,7 +141,7 @@ def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.
         if variant.depends_on_batch:
             return take_turn(task, variant, device, few)
         slow = device.type == "cuda" and variant.name in PEERS.values()  # seconds a step, and all alike
-        return take_turn(task, variant, device, few if slow else task.steps, small)
+        return take_turn(task, variant, device, few if slow else variant.steps or task.steps, small)
 
     done = []
     for index in range(rounds):
@@ -164,7 +164,8 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
     """Compare the steps of a variant with those of none."""
     beyond = np.array(seconds) - statistics.fmean(plain[LEFT_OUT_STEPS:])
     if not variant.draws:
-        each = float(beyond[len(beyond) // 2 :].mean())  # where the report of the first step is written
+        start = 0 if variant.steps else len(beyond) // 2  # where the report of the first step is written
+        each = float(beyond[start:].mean())
         return Added(each, 0.0, each)
     # the first and the second half of the steps from the last heatmap but one to the last
     every = variant.every_n_steps_in_turn

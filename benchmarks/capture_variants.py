@@ -22,6 +22,7 @@ TRANSFORMER = "transformer"
 RUN = 10_000  # steps of the run that an added time a step is given for
 NONE, NONE_AGAIN = "none", "none, again"
 DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
+FIRST_STEPS = "monitor, first 100 steps"
 ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 
@@ -47,6 +48,7 @@ def tasks(scale: float = 1.0) -> list[Task]:
     images, vectors = partial(_noise, (3, 32, 32)), partial(_noise, (32,))
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", many),
+        Task("MLP", partial(mlp, 16 * width), partial(_noise, (8 * width,)), 128, f"128 x {8 * width}", many),
         Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(_text, words), 4, "4 x 128 tokens", few),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", few),
         Task(
@@ -68,6 +70,12 @@ def cnn(width: int = 64) -> nn.Module:
     for index, (ins, outs) in enumerate(zip(channels, channels[1:], strict=False)):
         layers += [nn.Conv2d(ins, outs, 3, padding=1), nn.ReLU(), *[nn.MaxPool2d(2)] * (index in (0, 1, 3))]
     return nn.Sequential(*layers, nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4 * width, 10))
+
+
+def mlp(width: int = 1024) -> nn.Module:
+    """Three linear layers; 2.1 M parameters in 6 tensors at a width of 1,024."""
+    half = width // 2
+    return nn.Sequential(nn.Linear(half, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, half))
 
 
 class Decoder(nn.Module):
@@ -150,6 +158,7 @@ class Variant:
     logs: bool = True
     depends_on_batch: bool = False  # what it takes; most take as long for a batch of one sample
     distribution: str = ""  # of a peer; ours and torch's versions have columns of their own
+    steps: int = 0  # of a turn, all of which count; else those of the task, of which the later ones do
 
     @property
     def version(self) -> str:
@@ -170,6 +179,7 @@ def variants() -> list[Variant]:
         _monitor(EVERY_STEP, 1),
         _monitor("monitor, every step, no noise scale", 1, noise_scale=False),
         _monitor("monitor, every step, group_by=1", 1, group_by=1),
+        Variant(FIRST_STEPS, lambda task: [GradientHistogramMonitor()], logs=False, steps=100),
         Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)], logs=False),
         Variant(ADD_HISTOGRAM, lambda task: [LambdaCallback(on_before_optimizer_step=_add_histogram)]),
         Variant(WANDB, lambda task: [_WandbWatch(peer("wandb", "wandb"))], distribution="wandb"),

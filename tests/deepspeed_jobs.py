@@ -76,6 +76,16 @@ class WithALTO(Layers):
         return ALTO(self.parameters(), lr=1e-2)
 
 
+class Noisy(Layers):
+    """With dropout, a loss that is missing in one batch of a probe, and one that is not finite in another."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step((nn.functional.dropout(batch[0], 0.1), batch[1]), batch_idx)
+        if type(self.logger).__name__ == "SilentLogger" and self.global_rank == 0:
+            return {3: loss * float("inf"), 7: None}.get(batch_idx, loss)
+        return loss
+
+
 class RateSpy(L.Callback):
     """The rate of each group at each step that ZeRO makes."""
 
@@ -125,11 +135,12 @@ def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def run(folder: Path, *callbacks: L.Callback, strategy: dict[str, Any], **options: Any) -> L.Trainer:
+def run(folder: Path, *callbacks: L.Callback, strategy: Any, **options: Any) -> L.Trainer:
     """A run on all ranks: each has its part of every batch that :func:`alone` has."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    strategy = OnHost(**strategy) if isinstance(strategy, dict) else strategy
     mine = [index for index in range(128) if index % 8 // (8 // ranks) == rank]
-    options = {"devices": ranks, "strategy": OnHost(**strategy), "max_steps": 5, "module": Layers, **options}
+    options = {"devices": ranks, "strategy": strategy, "max_steps": 5, "module": Layers, **options}
     data = DataLoader(Subset(dataset(), mine), 8 // ranks)
     return fit(folder, *callbacks, data=data, use_distributed_sampler=False, **options)
 
@@ -216,15 +227,36 @@ def calibrated(folder: Path) -> dict[int, Any]:
         run(place / "fourth", unknown, strategy=strategy, max_steps=2)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run(place / "fifth", layerwise, module=WithALTO, strategy=strategy, max_steps=2)
+            run(place / "fifth", layerwise, GradientHistogramMonitor(), module=WithALTO, strategy=strategy, max_steps=2)
         found[stage] = {
             "ratio": known.result.ratio,
             "groups": [{"lr": g["lr"], "eps": g["eps"]} for g in unwrapped(made.optimizers[0]).param_groups],
             "rates": (before.rates, spy.rates),
             "problems": unknown.result.problems,
-            "layerwise": [str(one.message) for one in caught if "OptimizerCalibration" in str(one.message)],
+            "layerwise": [str(one.message) for one in caught if "ALTO(" in str(one.message)],
         }
     return found
+
+
+def probed(folder: Path) -> dict[str, Any]:
+    """Calibrations with a probe in stages 1 and 2, and what runs with and without one end in."""
+    found: dict[str, Any] = {}
+    for way in ("stage 1", "stage 2", "bf16", "fp16", "offloaded", "noisy"):
+        calibrations, ends = [OptimizerCalibration(2, probe_batches=8, apply=apply) for apply in (False, True)], []
+        strategy = {"stage": 1 if way == "stage 1" else 2, "offload_optimizer": way == "offloaded"}
+        options: dict[str, Any] = {"strategy": strategy, "max_steps": 3, "module": Noisy if way == "noisy" else Layers}
+        options["precision"] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(way, "32-true")
+        for callbacks in ([calibrations[0]], [], [calibrations[1]]):
+            made = run(folder / way / str(len(ends)), *callbacks, **options)
+            ends.append(_own_state(made))
+        groups = [group["eps"] for group in unwrapped(made.optimizers[0]).param_groups]
+        found[way] = {"ends": ends[:2], "result": calibrations[0].result, "epsilon": calibrations[1].result.epsilon}
+        found[way]["groups"] = groups
+    refused = OptimizerCalibration(2)
+    run(folder / "accumulated", refused, strategy={"stage": 2}, accumulate_grad_batches=2, max_steps=1)
+    plain = OptimizerCalibration(2, probe_batches=8, apply=False)
+    run(folder / "ddp", plain, strategy="ddp", max_steps=1)
+    return {**found, "accumulated": refused.result.problems, "ddp": plain.result}
 
 
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -16,8 +16,10 @@ from support import StateSpy, final_state, fit, loader
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, NoiseScale, OptimizerCalibration
 from lightning_gradhist._dtensor import local
@@ -81,13 +83,7 @@ def trajectories(folder: Path) -> Any:
     for name, make in OPTIMIZERS.items():
         module, optimizer = sharded(make, name in PARTLY)
         train(module, optimizer, range(12))
-        calls: list[int] = []
-        original = torch.distributed.all_reduce
-        torch.distributed.all_reduce = lambda table, *a, **k: (calls.append(table.numel()), original(table, *a, **k))[1]  # noqa: B023
-        try:
-            optimizer.step()
-        finally:
-            torch.distributed.all_reduce = original
+        calls = sums_of(optimizer)
         states = [state["exp_avg_grad"] for state in optimizer.state.values()]
         empty = sum(local(state).numel() == 0 for state in states)
         same_placement = all(
@@ -96,6 +92,18 @@ def trajectories(folder: Path) -> Any:
         )
         found[name] = (whole(module), calls, same_placement, empty)
     return found
+
+
+def sums_of(optimizer: torch.optim.Optimizer) -> list[int]:
+    """The sizes of the tables that a step adds up over ranks."""
+    calls: list[int] = []
+    original = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda table, *a, **k: (calls.append(table.numel()), original(table, *a, **k))[1]
+    try:
+        optimizer.step()
+    finally:
+        torch.distributed.all_reduce = original
+    return calls
 
 
 def unused(folder: Path) -> Any:
@@ -127,20 +135,34 @@ def loaded(folder: Path) -> Any:
 
 
 def flat(folder: Path) -> Any:
-    """What FSDP1 makes of the parameters, with and without the original ones."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    """ALTO on what FSDP1 makes of the parameters, before it and after it: the weights, the collectives of a step, the pieces."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
     os.environ.setdefault("LOCAL_RANK", "0")
-    found = {}
-    for use_orig_params in (True, False):
-        module = FullyShardedDataParallel(model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-        try:
-            ALTO(module.parameters())
-            found[use_orig_params] = "accepted"
-        except TypeError as error:
-            found[use_orig_params] = str(error)
-        AdamE(module.parameters())
-        ALTO(module.parameters(), layerwise=False)
+    found: dict[str, Any] = {}
+    for how in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "before"):
+        module, optimizer = model(), None
+        if how == "before":
+            optimizer = OPTIMIZERS["ALTO"](module.parameters())
+        strategy = ShardingStrategy["FULL_SHARD" if how == "before" else how]
+        options = {"use_orig_params": True, "device_id": torch.device("cpu"), "sharding_strategy": strategy}
+        policy = ModuleWrapPolicy({nn.Linear})
+        wrapped = FSDP(module, auto_wrap_policy=policy, **options)
+        optimizer = optimizer or OPTIMIZERS["ALTO"](wrapped.parameters())
+        train(wrapped, optimizer, range(12))
+        calls, sizes = sums_of(optimizer), [p.numel() for p in wrapped.parameters()]
+        with FSDP.summon_full_params(wrapped):
+            weights = {
+                n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in wrapped.named_parameters()
+            }
+        found[how] = (weights, calls, sizes)
+    module = FSDP(model(), use_orig_params=False, device_id=torch.device("cpu"))
+    try:
+        ALTO(module.parameters())
+    except TypeError as error:
+        found["refused"] = str(error)
+    AdamE(module.parameters())
+    ALTO(module.parameters(), layerwise=False)
     return found
 
 
@@ -275,7 +297,7 @@ class Whole(Sharded):
         self.batches.append(batch)
         loss = nn.functional.cross_entropy(self.logits(batch[0]), batch[1])
         if self.noisy and self.global_rank == 0 and type(self.logger).__name__ == "SilentLogger":
-            return {2: None, 3: loss * float("inf")}.get(batch_idx, loss)
+            return {3: loss * float("inf"), 7: None}.get(batch_idx, loss)  # the last of the probe is no step
         return loss
 
     def on_after_backward(self) -> None:
@@ -292,11 +314,10 @@ class ProbeSpy(L.Callback):
         if batch_idx > 0:
             return
         parameters = dict(pl_module.named_parameters())
-        self.weights = whole(pl_module)
         with no_trace(trainer, pl_module) as apart:
-            probe = Probe(apart)
+            probe = Probe(apart, lambda batch: float(len(batch[0])))
             self.parts = list(probe.gradients(8))
-            self.batches = list(pl_module.batches)
+            self.batches, self.samples = list(pl_module.batches), probe.samples
             noise = NoiseScale(probe.parameters, batch_size=8)
             for index, gradients in enumerate(self.parts):
                 if index == len(self.parts) // 2:
@@ -304,6 +325,7 @@ class ProbeSpy(L.Callback):
                 noise.update(gradients)
             pool(noise, trainer)
         self.noise = noise.adam()
+        self.weights = whole(pl_module)
         after = dict(pl_module.named_parameters())
         self.left = all(after[name] is p and p.grad is None for name, p in parameters.items())
 
@@ -332,6 +354,73 @@ def calibrated(folder: Path) -> Any:
     run("partly", lambda: Sharded(False), partly)
     found["partly"] = partly.result.problems
     return found
+
+
+class Crossed(L.LightningModule):
+    """Layers on both dimensions of a mesh, a norm and a head on the one of the data alone, and one on the other alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
+        self.norm, self.narrow, self.head = nn.LayerNorm(5), nn.Linear(5, 7), nn.Linear(7, 3)
+        self.batches: list[Any] = []
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        plan = {"body.0": ColwiseParallel(), "body.2": RowwiseParallel()}
+        plan["narrow"] = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(self, mesh["tensor_parallel"], plan)
+        for layer in (self.body[0], self.body[2], self.norm, self.head):
+            shard(layer, mesh["data_parallel"])
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self.head(self.narrow(self.norm(self.body(inputs))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches.append(batch)
+        return nn.functional.cross_entropy(self.logits(batch[0]), batch[1])
+
+    def on_after_backward(self) -> None:
+        data = self.device_mesh["data_parallel"]
+        for p in self.narrow.parameters():
+            torch.distributed.all_reduce(local(p.grad), group=data.get_group())
+            local(p.grad).div_(data.size())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, foreach=False)
+
+
+class Tidy(Crossed):
+    """Without the layer that FSDP2 does not have, whose gradients only the module can average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.head = nn.Identity(), nn.Linear(5, 3)
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        parallelize_module(self.body, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        for layer in (self.body[0], self.body[2], self.norm, self.head):
+            shard(layer, mesh["data_parallel"])
+
+    def on_after_backward(self) -> None:
+        """Nothing is left to be averaged."""
+
+
+def crossed(folder: Path) -> Any:
+    """What the monitor makes of a mesh of two dimensions, and what a probe gives each rank."""
+    options = {"devices": 4, "max_steps": 4}
+
+    def run(name: str, module: Any, *callbacks: L.Callback) -> L.Trainer:
+        strategy = ModelParallelStrategy(2, 2, process_group_backend="gloo")
+        return fit(folder / name, *callbacks, module=module, data=loader(4), strategy=strategy, **options)
+
+    spy, state, probe = WholeSpy(), StateSpy(), ProbeSpy()
+    monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=True)
+    run("monitored", Crossed, monitor, spy, state)
+    run("probed", Tidy, probe)
+    seen = {name: getattr(probe, name) for name in ("weights", "batches", "parts", "noise", "samples", "left")}
+    return spy.gradients, monitor.noise_records[0].samples, state.seen, seen
 
 
 def trained(folder: Path) -> Any:

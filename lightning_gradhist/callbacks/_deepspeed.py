@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.pieces import FlatPiece
 
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _ZERO = ("DeepSpeedZeroOptimizer", _STAGE_3)  # stages 1 and 2 share a class
@@ -111,6 +111,11 @@ def zero_loss_scale(trainer: Trainer) -> float | None:
         return None
     optimizer: Any = trainer.optimizers[0]
     return float(optimizer.loss_scale) if is_zero(optimizer) and optimizer.dtype == torch.float16 else None
+
+
+def cuts_weights_up(trainer: Trainer) -> bool:
+    """Whether ZeRO leaves ranks parts of the weights, too: in stage 3."""
+    return is_deepspeed(trainer) and _is_stage_3(trainer.optimizers[0])
 
 
 def _is_stage_3(optimizer: Any) -> bool:

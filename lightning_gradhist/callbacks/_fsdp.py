@@ -1,11 +1,12 @@
-"""What FSDP1, ``FullyShardedDataParallel``, has made of the parameters; the one place that reads its private attributes."""
+"""FSDP1, as Lightning's ``FSDPStrategy`` uses it."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+from lightning_gradhist import _flat
+from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.pieces import FlatPiece
 
 
 def is_fsdp(trainer: Trainer) -> bool:
@@ -14,26 +15,18 @@ def is_fsdp(trainer: Trainer) -> bool:
 
 
 def fsdp_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
-    """The parameters that FSDP1 has cut up, by ``id``; empty without FSDP1, and where it shards nothing (NO_SHARD).
+    """The parameters that FSDP1 has cut up, by ``id``; empty without FSDP1, and where it shards nothing (NO_SHARD)."""
+    return {id(parameter): piece for parameter, piece in _flat.fsdp_pieces(_modules(trainer)) if piece is not None}
 
-    There is no public way to a parameter's whole shape but to gather it (``summon_full_params``), nor to the ranks that hold
-    the same piece.
-    """
+
+def end_forward(trainer: Trainer) -> None:
+    """Ends a forward pass that no backward pass follows, by which FSDP1 would lose gradients of the next one."""
+    _flat.end_forward(_modules(trainer))
+
+
+def _modules(trainer: Trainer) -> list[Any]:
     if not is_fsdp(trainer):
-        return {}
+        return []
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-    found: dict[int, FlatPiece] = {}
-    for part in FSDP.fsdp_modules(trainer.strategy.model):  # type: ignore[arg-type]
-        handle = part._handle
-        if handle is None or not handle.uses_sharded_strategy:
-            continue
-        group = getattr(part, "_inter_node_pg", None)
-        flat = handle.flat_param
-        if flat._params is None:  # use_orig_params=False: the optimizer has the flat parameter itself
-            values = flat.shape[0] - flat._shard_numel_padded
-            found[id(flat)] = FlatPiece(torch.Size([sum(shape.numel() for shape in flat._shapes)]), values, group)
-        else:
-            for parameter, shape in zip(flat._params, flat._shapes, strict=True):
-                found[id(parameter)] = FlatPiece(shape, None, group)
-    return found
+    return list(FSDP.fsdp_modules(trainer.strategy.model))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.strategies import is_cut_up
+from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
 _UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
@@ -140,7 +140,7 @@ class SampleCount:
             return None
         if not self.varies and sum(sizes) < usual * whole and self._index >= _FEW:
             return None
-        ranks = _data_ranks(trainer)
+        ranks = data_ranks(trainer)
         alike = trainer.world_size / ranks  # ranks that share their samples
         micro_batches = len(sizes) * ranks
         variance = math.fsum(1 / size for size in sizes) / alike / micro_batches**2
@@ -163,9 +163,11 @@ class SampleCount:
 
     def _compare(self, trainer: Trainer, counted: int) -> None:
         """Notices batches of other sizes; each worker's last of an epoch may be short."""
-        if self._declared and counted > self._declared and not self._given:
-            self._contradict(counted)
-            return
+        if not self._given:
+            self._declared = _declared(trainer)  # of another loader than at first, where one is made for each epoch
+            if self._declared and counted > self._declared:
+                self._contradict(counted)
+                return
         self._total, self._number = self._total + counted, self._number + 1
         if trainer.current_epoch != self._epoch:
             self._short, self._epoch = 0, trainer.current_epoch
@@ -190,7 +192,7 @@ def effective_batch_size(trainer: Trainer, samples: SampleCount) -> float | None
     if trainer.world_size > 1:
         total = total.to(trainer.lightning_module.device)
         torch.distributed.all_reduce(total)
-    known = float(total) * accumulated(trainer) * _data_ranks(trainer) / trainer.world_size
+    known = float(total) * accumulated(trainer) * data_ranks(trainer) / trainer.world_size
     return None if math.isnan(known) else known
 
 
@@ -210,7 +212,7 @@ def parts_of_a_step(trainer: Trainer) -> int:
 
 def gradients_a_step(trainer: Trainer) -> int:
     """How many of the probe's gradients, over all ranks, an optimizer step is the mean of."""
-    return accumulated(trainer) * (1 if is_cut_up(trainer) else trainer.world_size)
+    return accumulated(trainer) * (1 if averages_in_backward(trainer) else trainer.world_size)
 
 
 def _declared(trainer: Trainer) -> int | None:
@@ -229,6 +231,7 @@ def _number(thing: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _data_ranks(trainer: Trainer) -> int:
-    sampler = trainer.distributed_sampler_kwargs  # the ranks of a tensor-parallel group share their samples
+def data_ranks(trainer: Trainer) -> int:
+    """How many ranks have samples of their own: those of a tensor-parallel group share theirs."""
+    sampler = trainer.distributed_sampler_kwargs
     return int(sampler["num_replicas"]) if sampler else trainer.world_size

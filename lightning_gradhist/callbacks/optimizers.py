@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
-from lightning_gradhist.callbacks._deepspeed import is_zero, unwrapped, zero_slots
+from lightning_gradhist.callbacks._deepspeed import grouped_parameters, is_deepspeed, is_zero, unwrapped, zero_slots
+from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON
 from lightning_gradhist.noise.step import adam_weight
 from lightning_gradhist.tensors import as_real, elementwise
@@ -103,8 +105,9 @@ def own_clip_norm(optimizer: Optimizer) -> float | None:
 
 def centered(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> set[str]:
     """The names of the parameters whose ``v`` is a variance."""
-    groups = [group for group in optimizer.param_groups if rule_of(optimizer).mean and group.get("centered")]
-    ids = {id(parameter) for group in groups for parameter in group["params"]}
+    groups = zip(optimizer.param_groups, grouped_parameters(optimizer), strict=True)
+    found = [own for group, own in groups if rule_of(optimizer).mean and group.get("centered")]
+    ids = {id(parameter) for own in found for parameter in own}
     return {name for name, parameter in parameters.items() if id(parameter) in ids}
 
 
@@ -115,23 +118,34 @@ def least_epsilon(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
     return HALF_PRECISION_EPSILON if steps_in_half else 0.0
 
 
+def why_without_layers(trainer: Trainer) -> str | None:
+    """Why the step of an optimizer that goes by layers is not what it should be, as ZeRO does not give it any; else None."""
+    for optimizer in map(unwrapped, trainer.optimizers if is_deepspeed(trainer) else ()):
+        if any(group.get("layerwise") for group in optimizer.param_groups):
+            return (
+                f"{type(optimizer).__name__}(layerwise=True) needs the norm of each layer, and ZeRO steps a flat part of many"
+                " layers; make it with layerwise=False, or use strategy='ddp', 'fsdp' or ModelParallelStrategy"
+            )
+    return None
+
+
 def coupled_decay(optimizer: Optimizer) -> dict[int, float]:
     """Weight decay that the optimizer adds to the gradient, by the parameter's id."""
     # apex and deepspeed say it of the whole optimizer
     by_class = rule_of(optimizer).coupled_decay or not getattr(innermost(optimizer), "adam_w_mode", True)
     return {
         id(parameter): group["weight_decay"]
-        for group in optimizer.param_groups
+        for group, own in zip(optimizer.param_groups, grouped_parameters(optimizer), strict=True)
         if group.get("weight_decay")
         and not group.get("decoupled_weight_decay", group.get("weight_decouple", not by_class))
-        for parameter in group["params"]
+        for parameter in own
     }
 
 
 def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """The epsilon of each parameter's group, by name, where it has one."""
     given = {stepped.name: stepped.group.get("eps") for stepped in _stepped(optimizer, parameters)}
-    return {name: float(eps) for name, eps in given.items() if isinstance(eps, (float, int, Tensor))}
+    return {name: float(eps) for name, eps in given.items() if isinstance(eps, (Real, Tensor))}
 
 
 def optimizer_weights(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

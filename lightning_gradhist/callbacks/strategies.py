@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lightning_gradhist._dtensor import is_dtensor, local
+from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_told_apart, zero_pieces
 from lightning_gradhist.callbacks._fsdp import fsdp_pieces, is_fsdp
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.pieces import FlatPiece
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
@@ -28,12 +29,16 @@ class Replicas:
     Attributes:
         rank: from 0 to ``ranks - 1``.
         ranks: number of ranks.
+        over: what tells these ranks from others of the same number.
         pieces: the parameters of which FSDP1 or ZeRO has left each rank a flat piece, by ``id``.
+        mesh: all ranks, where DTensors may be on a part of its dimensions alone.
     """
 
     rank: int
     ranks: int
+    over: tuple[tuple[DeviceMesh, int], ...] = ()
     pieces: Mapping[int, FlatPiece] = field(default_factory=dict, compare=False)
+    mesh: DeviceMesh | None = field(default=None, compare=False)
 
     def holders(self, parameter: Tensor) -> Replicas:
         """The ranks that hold the same of a parameter as this one does."""
@@ -41,7 +46,7 @@ class Replicas:
         if piece is not None:
             group = piece.group
             return Replicas(0, 1) if group is None else Replicas(group.rank(), group.size())
-        return _replicated(parameter) if isinstance(parameter, DTensor) else self
+        return _replicated(parameter, self.mesh) if isinstance(parameter, DTensor) else self
 
     def are_whole(self, parameter: Tensor) -> bool:
         """Whether every rank holds all of a parameter."""
@@ -65,6 +70,11 @@ def is_cut_up(trainer: Trainer) -> bool:
     return is_sharded(trainer) or is_fsdp(trainer) or is_deepspeed(trainer)
 
 
+def averages_in_backward(trainer: Trainer) -> bool:
+    """Whether only a backward pass gives gradients, which are then the ranks' mean; else each rank can have its own first."""
+    return is_sharded(trainer) or is_fsdp(trainer)
+
+
 def is_sharded(trainer: Trainer) -> bool:
     """Whether the strategy is one under which parameters are DTensors: FSDP2, tensor parallelism."""
     return is_a(trainer.strategy, "ModelParallelStrategy")
@@ -78,17 +88,19 @@ def is_known(trainer: Trainer) -> bool:
 def replicas(trainer: Trainer) -> Replicas | None:
     """How a tensor that is not a DTensor lies on the ranks: each of them holds all of it.
 
-    None where nobody knows: with other strategies, and where a DTensor's mesh leaves out ranks, which may hold others.
+    None where nobody knows: with other strategies, and where a DTensor's mesh leaves out ranks and is no part of the
+    strategy's own. Along the dimensions that a part leaves out, ranks are taken to hold the same.
     """
     strategy: Any = trainer.strategy
     if is_sharded(trainer):
+        mesh = strategy.device_mesh
         sharded = [p for p in trainer.lightning_module.parameters() if isinstance(p, DTensor)]
-        whole = all(p.device_mesh.size() == trainer.world_size for p in sharded)
-        return Replicas(trainer.global_rank, trainer.world_size) if whole else None
+        known = all(_left_out(p.device_mesh, mesh) is not None for p in sharded)
+        return Replicas(trainer.global_rank, trainer.world_size, mesh=mesh) if known else None
     if is_deepspeed(trainer) and not is_told_apart(trainer):
         return None
     if is_fsdp(trainer) or is_deepspeed(trainer):
-        return Replicas(trainer.global_rank, trainer.world_size, flat_pieces(trainer))
+        return Replicas(trainer.global_rank, trainer.world_size, pieces=flat_pieces(trainer))
     if is_a(strategy, "DDPStrategy"):
         return Replicas(strategy.global_rank, strategy.world_size)
     return Replicas(0, 1) if is_a(strategy, "SingleDeviceStrategy") else None
@@ -189,13 +201,25 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
     return flat | pieces
 
 
-def _replicated(parameter: DTensor) -> Replicas:
+def _replicated(parameter: DTensor, whole: DeviceMesh | None) -> Replicas:
     """The ranks that hold the same shard of a DTensor as this one does."""
-    mesh, rank, ranks = parameter.device_mesh, 0, 1
-    for dim, (placement, position) in enumerate(zip(parameter.placements, mesh.get_coordinate() or (), strict=False)):
-        if placement.is_replicate():
-            rank, ranks = rank * mesh.size(dim) + position, ranks * mesh.size(dim)
-    return Replicas(rank, ranks)
+    mesh = parameter.device_mesh
+    over = [(mesh, dim) for dim, placement in enumerate(parameter.placements) if placement.is_replicate()]
+    over += [(whole, dim) for dim in _left_out(mesh, whole) or ()] if whole is not None else []
+    rank, ranks = 0, 1
+    for of, dim in over:
+        rank, ranks = rank * of.size(dim) + of.get_local_rank(dim), ranks * of.size(dim)
+    return Replicas(rank, ranks, tuple(over))
+
+
+def _left_out(mesh: DeviceMesh, whole: DeviceMesh) -> list[int] | None:
+    """The dimensions of a mesh that a part of it is without; None where it is no part, nor of all ranks."""
+    names, all_names = mesh.mesh_dim_names or (), whole.mesh_dim_names or ()
+    if mesh.size() == whole.size():
+        return []
+    if not set(names) < set(all_names) or whole[names] != mesh:
+        return None
+    return [dim for dim, name in enumerate(all_names) if name not in names]
 
 
 def _held(parameter: Tensor) -> Tensor:

@@ -234,8 +234,9 @@ def _optimizer_record(entry: dict[str, Any]) -> OptimizerRecord:
 def _noise_estimate(entry: dict[str, Any]) -> NoiseEstimate:
     numbers = {key: math.inf if value is None else _number(key, value, 1e300) for key, value in entry.items()}
     estimate = NoiseEstimate(**{**numbers, "measurements": int(numbers["measurements"])})  # type: ignore[arg-type]
-    if not estimate.lower <= estimate.upper or not estimate.confidence < 1:
-        raise ValueError(f"the interval of a noise scale must be in order, got {estimate}")
+    is_in_order = estimate.lower * (1 - 1e-9) <= estimate.value <= estimate.upper * (1 + 1e-9)
+    if not is_in_order or not estimate.lower <= estimate.upper or not estimate.confidence < 1:
+        raise ValueError(f"the interval of a noise scale must be in order, with the value in it, got {estimate}")
     return estimate
 
 

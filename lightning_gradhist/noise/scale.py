@@ -183,14 +183,18 @@ class NoiseScale:
         torch.distributed.all_gather_object(gathered, own, group=group)
         self._measurements = [measurement for of_rank in gathered for measurement in of_rank]
 
-    def all_reduce_shards(self, group: Any = None) -> None:
+    def all_reduce_shards(self, group: Any = None, device: torch.device | None = None) -> None:
         """As :meth:`all_reduce`, for ranks that each hold another part of every gradient: one all-reduce of the sums.
 
         The first half needs nothing of the other ranks. Every rank has seen the same gradients.
+
+        Args:
+            group: of the ranks.
+            device: that they communicate on, where it is not that of the gradients.
         """
         if self._measurements:
             measured, inflations = zip(*self._measurements, strict=True)
-            summed = torch.stack(measured)
+            summed = torch.stack(measured).to(device)
             torch.distributed.all_reduce(summed, group=group)
             self._measurements = list(zip(summed.unbind(), inflations, strict=True))
 

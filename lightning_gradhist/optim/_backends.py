@@ -23,7 +23,7 @@ Do = Callable[[Bucket], None]
 _CPU_BUCKET = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_BUCKET = 2**24  # bounds the temporary memory
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
-_FLAT_BUCKET = 2**15  # elements of small tensors that are copied into one
+_FLAT_BUCKET = 2**16  # elements of small tensors that are copied into one
 
 
 class Backend:
@@ -144,6 +144,11 @@ def backend_of(
     return backend
 
 
+def is_small(tensor: Tensor) -> bool:
+    """Whether a tensor of the state may be stepped with others as one."""
+    return tensor.numel() < _SMALL and tensor.is_cpu and tensor.is_contiguous()
+
+
 def _no_fused(reason: str) -> str:
     return f"fused=True is not to be had: {reason} Use the eager step, fused=False."
 
@@ -166,8 +171,7 @@ def _flat_buckets(
     contiguous = map(all, zip(*(map(Tensor.is_contiguous, column) for column in lasting), strict=True))
     small: list[int] = []
     filled = 0
-    for index, is_contiguous in enumerate(contiguous):
-        numel = tensors.params[index].numel()
+    for index, (is_contiguous, numel) in enumerate(zip(contiguous, map(Tensor.numel, tensors.params), strict=True)):
         if numel == 0:
             continue
         if numel >= _SMALL or apart or not is_contiguous:
@@ -199,16 +203,32 @@ def _flat_entry(tensors: StepTensors, scalars: StepScalars, index: int, written:
 def _flat_copy(
     tensors: StepTensors, scalars: StepScalars, indices: list[int], written: Sequence[str]
 ) -> Iterator[Bucket]:
-    """A copy of some entries as one, which is copied back in the end."""
+    """Some entries as one: as a view of what lies side by side, and of the rest a copy, which is copied back in the end."""
     entries = StepTensors(*([column[index] for index in indices] for column in tensors))
+    sizes = [param.numel() for param in entries.params]
+    views = {name: _side_by_side(column, sizes) for name, column in entries._asdict().items()}
     # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
-    flat = _one_entry([torch._utils._flatten_dense_tensors(column) for column in entries])
-    sizes = torch.tensor([param.numel() for param in entries.params], device="cpu")
-    places = torch.tensor(indices, device="cpu")
-    yield Bucket([flat], scalars.of(indices[0]), places, small=True, sizes=sizes)
+    joined = (torch._utils._flatten_dense_tensors(getattr(entries, n)) if v is None else v for n, v in views.items())
+    flat, places = _one_entry([*joined]), torch.tensor(indices, device="cpu")
+    yield Bucket([flat], scalars.of(indices[0]), places, small=True, sizes=torch.tensor(sizes, device="cpu"))
     for name in written:
-        column = getattr(entries, name)
-        torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(getattr(flat, name)[0], column))
+        if views[name] is None:
+            column = getattr(entries, name)
+            torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(getattr(flat, name)[0], column))
+
+
+def _side_by_side(column: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | None:
+    """The memory of contiguous tensors that lie one after another in it; None where they do not."""
+    first = column[0]
+    width, place = first.element_size(), first.data_ptr()
+    for tensor, size in zip(column, sizes, strict=True):
+        if tensor.data_ptr() != place:
+            return None
+        place += width * size
+    storage = first.untyped_storage()
+    if place > storage.data_ptr() + storage.nbytes():
+        return None  # another memory follows by chance
+    return first.as_strided((sum(sizes),), (1,))
 
 
 def _one_entry(tensors: Sequence[Tensor]) -> StepTensors:

@@ -85,7 +85,7 @@ class ExploringOptimizer(Optimizer):
 
         Raises:
             ValueError: If a hyper-parameter is out of range.
-            TypeError: If a parameter is complex, or ALTO is to take the norm of a part of a flat partition (FSDP1, ZeRO).
+            TypeError: If a parameter is complex, or ALTO is to take the norm of a part of a flat partition (ZeRO, some of FSDP1).
         """
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             self._check_group({**self._added_defaults, **self.defaults, **param_group})

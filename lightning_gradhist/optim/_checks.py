@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from lightning_gradhist._flat import is_flat
 from lightning_gradhist.explore import check_explore
 
 
@@ -76,15 +77,14 @@ def refuse_sparse(group: dict[str, Any], whom: str) -> None:
 
 def refuse_flat(params: Iterable[Tensor], whom: str) -> None:
     """Raise a TypeError if a parameter is a rank's part of a flat partition, whose norm would not be its layer's."""
-    # FSDP1 and DeepSpeed mark their parameters so; neither has a public test for it.
-    for mark, name in (("_fsdp_flattened", "FSDP1 (FullyShardedDataParallel)"), ("ds_id", "DeepSpeed ZeRO")):
-        for param in params:
-            if hasattr(param, mark):
-                raise TypeError(
-                    f"{whom} needs the norm of each layer, but a parameter of shape {tuple(param.shape)} belongs to a "
-                    f"flat partition of {name}. Shard with FSDP2 (torch.distributed.fsdp.fully_shard, Lightning's "
-                    "ModelParallelStrategy), use DDP, or set layerwise=False."
-                )
+    for param in params:
+        if is_flat(param):
+            raise TypeError(
+                f"{whom} needs the norm of each layer, but a parameter of shape {tuple(param.shape)} belongs to a flat "
+                "partition of DeepSpeed ZeRO, or of FSDP1 (FullyShardedDataParallel) without use_orig_params=True. Give "
+                "that, shard with FSDP2 (torch.distributed.fsdp.fully_shard, Lightning's ModelParallelStrategy), use DDP, "
+                "or set layerwise=False."
+            )
 
 
 def refuse_narrow_state(group: dict[str, Any]) -> None:

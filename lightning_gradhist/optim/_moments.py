@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.explore import AUTO, resolve_explore
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.optim._backends import Backend, backend_of
+from lightning_gradhist.optim._backends import Backend, backend_of, is_small
 from lightning_gradhist.optim._base import ExploringOptimizer
 from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._checks import (
@@ -87,7 +87,7 @@ class MomentOptimizer(ExploringOptimizer):
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return []
-        states = [self._initialised_state(param, group) for param in params]
+        states = self._initialised_states(params, group)
         # A compiler has no use for a number that changes with each step, and would compile again for each.
         on_device = group["capturable"] or torch.compiler.is_compiling()
         whole = None if on_device else _together(states)
@@ -154,17 +154,22 @@ class MomentOptimizer(ExploringOptimizer):
             maximize=bool(group["maximize"]),
         )
 
-    def _initialised_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        state = self.state[param]
-        if state.keys() >= _STATE:
-            return state
+    def _initialised_states(self, params: list[Tensor], group: dict[str, Any]) -> list[State]:
+        states = [self.state[param] for param in params]
+        fresh = [(param, state) for param, state in zip(params, states, strict=True) if not state.keys() >= _STATE]
+        for param, state in fresh:
+            self._complete(state, param, group)
+        if group["fused"] and not torch.compiler.is_compiling():
+            lay_side_by_side([state for _, state in fresh])
+        return states
+
+    def _complete(self, state: State, param: Tensor, group: dict[str, Any]) -> None:
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
         for name in BUFFERS:
             if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
                 dtype = group["state_dtype"] or wide_dtype(param)
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        return state
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyper_parameters(group)
@@ -205,6 +210,9 @@ class MomentOptimizer(ExploringOptimizer):
             for name, value in param_state.items():
                 if isinstance(value, _Shielded):
                     param_state[name] = value.placed(param, name, groups[param])
+        for group in self.param_groups:
+            if group["fused"]:
+                lay_side_by_side([self.state[param] for param in group["params"] if param in self.state])
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,21 @@ def _together(states: list[State]) -> Tensor:
     for state, step in zip(states, whole.unbind(), strict=True):
         state["step"] = step
     return whole
+
+
+def lay_side_by_side(states: Sequence[State]) -> None:
+    """Puts what is kept of small parameters on the CPU into one memory, in their order, so that no step has to copy it."""
+    alike: dict[Any, list[State]] = {}
+    for state in states:
+        for name in BUFFERS:
+            value = state.get(name)
+            if value is not None and not is_dtensor(value) and is_small(value):
+                alike.setdefault((name, value.dtype), []).append(state)
+    for (name, _), some in alike.items():
+        values = [state[name] for state in some]
+        flat = torch._utils._flatten_dense_tensors(values)
+        for state, value in zip(some, torch._utils._unflatten_dense_tensors(flat, values), strict=True):
+            state[name] = value
 
 
 def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:

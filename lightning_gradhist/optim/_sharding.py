@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist._dtensor import is_dtensor, local
+from lightning_gradhist._flat import fsdp_piece
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
 def is_sharded(param: Tensor) -> bool:
     """Whether other ranks hold other parts of a parameter."""
-    return is_dtensor(param) and bool(_sharded_dims(param))
+    return bool(_sharded_dims(param)) if is_dtensor(param) else fsdp_piece(param) is not None
 
 
 def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> None:
@@ -30,18 +30,34 @@ def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> 
         params: All parameters, in an order that is the same on every rank.
         sums: Parameters and their local sums ``[2]``.
     """
-    by_mesh: dict[tuple[DeviceMesh, tuple[int, ...]], list[DTensor]] = {}
+    by_ranks: dict[Any, list[Tensor]] = {}
     for param in params:
-        if is_dtensor(param) and is_sharded(param):
-            by_mesh.setdefault((param.device_mesh, _sharded_dims(param)), []).append(param)
-    for (mesh, dims), sharded in by_mesh.items():
-        zero = torch.zeros(2, dtype=torch.float64, device=local(sharded[0]).device)
-        table = torch.stack([sums[param].double() if param in sums else zero for param in sharded])
-        for dim in dims:
-            torch.distributed.all_reduce(table, group=mesh.get_group(dim))
+        if is_sharded(param):
+            by_ranks.setdefault(_ranks(param), []).append(param)
+    for sharded in by_ranks.values():
+        groups, device = _groups(sharded[0])
+        zero = torch.zeros(2, dtype=torch.float64, device=device)
+        table = torch.stack([sums[param].to(zero) if param in sums else zero for param in sharded])
+        for group in groups:
+            torch.distributed.all_reduce(table, group=group)
         for row, param in zip(table, sharded, strict=True):
             if param in sums:
                 sums[param].copy_(row)
+
+
+def _ranks(param: Tensor) -> tuple[Any, Any]:
+    """Equal for parameters whose parts are on the same ranks."""
+    if is_dtensor(param):
+        return param.device_mesh, _sharded_dims(param)
+    piece = fsdp_piece(param)
+    assert piece is not None
+    return piece.others, piece.device
+
+
+def _groups(param: Tensor) -> tuple[list[Any], torch.device]:
+    """The process groups to add up over, one after another, and the device that they communicate on."""
+    where, how = _ranks(param)
+    return ([where.get_group(dim) for dim in how], local(param).device) if is_dtensor(param) else ([where], how)
 
 
 def _sharded_dims(param: DTensor) -> tuple[int, ...]:

@@ -201,7 +201,8 @@ class ALTO(MomentOptimizer):
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or ``foreach`` and ``fused`` are both True.
-        TypeError: If a parameter is complex, or with ``layerwise`` a part of a flat partition (FSDP1, ZeRO).
+        TypeError: If a parameter is complex, or with ``layerwise`` a part of a flat partition (ZeRO, and FSDP1 but for
+            ``use_orig_params=True``).
 
     Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv 2510.27153), adaptor E
     applied to LAMB.

@@ -167,7 +167,8 @@ def test_what_cannot_be_is_named_with_the_reason(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("name", "tensors", "parameters"), [("CNN", 12, 1.1e6), ("transformer", 76, 25e6), ("small tensors", 2000, 1.06e6)]
+    ("name", "tensors", "parameters"),
+    [("CNN", 12, 1.1e6), ("MLP", 6, 2.1e6), ("transformer", 76, 25e6), ("small tensors", 2000, 1.06e6)],
 )
 def test_full_size_models(name: str, tensors: int, parameters: float) -> None:
     task = next(task for task in capture_variants.tasks() if task.name == name)

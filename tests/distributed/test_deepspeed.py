@@ -22,7 +22,7 @@ from lightning_gradhist.callbacks import _deepspeed
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
 
-from deepspeed_jobs import STAGES, WAYS, alone, calibrated, invisible, modules, refused, watched, ways
+from deepspeed_jobs import STAGES, WAYS, alone, calibrated, invisible, modules, probed, refused, watched, ways
 
 stages = pytest.mark.parametrize("stage", STAGES)
 
@@ -112,11 +112,30 @@ def test_the_rate_is_calibrated_from_a_record_of_zero(tmp_path) -> None:
         assert found["groups"] == [{"lr": pytest.approx(2e-2 * 0.5**3), "eps": 1e-7}] * 2
         before, after = found["rates"]
         assert len(before) > 2 and after == [pytest.approx([2 * rate for rate in rates]) for rates in before]
-        assert any("DeepSpeedStrategy" in problem and "from a record" in problem for problem in found["problems"])
-        (refusal,) = found["layerwise"]
-        assert "ALTO(layerwise=True)" in refusal and "make it with layerwise=False" in refusal
+        assert any("stage 3" in problem for problem in found["problems"]) == (stage == 3)
+        assert len(found["layerwise"]) == 2  # of the monitor and of the calibration
+        assert all("make it with layerwise=False" in refusal for refusal in found["layerwise"])
         model = json.loads((tmp_path / str(stage) / "first" / "calibration.json").read_text())["model"]
         assert model["body.0.weight"] == [7, 8] and model["scale"] == [1] and "frozen.weight" not in model
+
+
+def test_a_probe_under_zero_leaves_no_trace_and_is_that_of_ddp(tmp_path) -> None:
+    first, second = run_ranks(probed, 2, tmp_path)
+    plain = first.pop("ddp")
+    assert "do not accumulate" in first.pop("accumulated")[0]
+    for way, found in first.items():
+        for with_probe, without in (found["ends"], second[way]["ends"]):
+            assert len(with_probe) == len(without) > 2
+            assert all(torch.equal(one, other) for one, other in zip(with_probe, without, strict=True)), way
+        result = found["result"]
+        assert result.noise_source == "probe" and result.gradients == (14 if way == "noisy" else 16)
+        assert result.noise_scale == second[way]["result"].noise_scale
+        assert found["groups"] == [found["epsilon"]] * 2 == second[way]["groups"]
+        if way != "noisy":
+            tolerance = 1e-2 if "16" in way else 1e-5
+            assert result.noise_scale.value == pytest.approx(plain.noise_scale.value, rel=tolerance)
+            assert result.epsilon_range.lower == plain.epsilon_range.lower
+            assert int(result.epsilon_range.histogram.total().sum()) == int(plain.epsilon_range.histogram.total().sum())
 
 
 @pytest.fixture(scope="module")

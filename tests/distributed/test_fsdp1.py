@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from fsdp1_jobs import WAYS, calibrated, hybrid, watched
+from fsdp1_jobs import PROBED, WAYS, Probed, calibrated, hybrid, probed, watched
 from ranks import run_ranks
 from support import events, expected_counts, logged_counts, logged_scalars
 
+from lightning_gradhist import NoiseScale
 from lightning_gradhist.noise.step import measure_pair, noise_and_signal
 
 
@@ -79,7 +81,15 @@ def test_the_second_moment_and_the_update_are_seen_through_the_pieces(found) -> 
 
 @pytest.mark.slow
 def test_pieces_that_several_ranks_hold_are_counted_once(tmp_path) -> None:
-    ranks = run_ranks(hybrid, 4, tmp_path)
+    found = run_ranks(hybrid, 4, tmp_path)
+    ranks, probes = [rank[0] for rank in found], [rank[1] for rank in found]
+    for (crossed, _), (plain, _) in probes:
+        assert crossed.noise_scale.value == pytest.approx(plain.noise_scale.value, rel=1e-4)
+        assert crossed.epsilon_range.histogram.total().sum() == plain.epsilon_range.histogram.total().sum()
+        assert crossed.epsilon == plain.epsilon == probes[0][0][0].epsilon
+    of_ranks = [[rank[way][1] for rank in holders] for way, holders in ((0, probes[:2]), (1, probes))]
+    two, four = ([torch.cat([p.flatten() for p in pieces]) for pieces in zip(*some, strict=True)] for some in of_ranks)
+    torch.testing.assert_close(two, four, rtol=1e-5, atol=1e-6)  # the weights that ALTO has left
     for name in ranks[0][0]:
         first, second, again, once_more = (rank[0][name] for rank in ranks)
         assert torch.equal(first, again) and torch.equal(second, once_more)
@@ -87,11 +97,56 @@ def test_pieces_that_several_ranks_hold_are_counted_once(tmp_path) -> None:
         assert logged_counts(tmp_path, f"gradient_magnitude/{name}", 0) == expected_counts(gradient)
 
 
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory) -> Any:
+    return run_ranks(probed, 2, tmp_path_factory.mktemp("probed"))
+
+
+@pytest.mark.parametrize("way", PROBED)
+def test_a_probe_of_pieces_leaves_no_trace(probes, way: str) -> None:
+    for result, (with_probe, without), seen in (rank[way] for rank in probes):
+        torch.testing.assert_close(with_probe, without, rtol=0, atol=0)
+        assert result.noise_source == "probe" and result.gradients == (6 if "noisy" in way else 8)
+        assert seen["left"]
+        first = probes[0][way][0]
+        assert (result.noise_scale, result.epsilon_range.lower) == (first.noise_scale, first.epsilon_range.lower)
+        size = sum(p.numel() for p in Probed("plain").parameters())
+        assert int(result.epsilon_range.histogram.total().sum()) == size
+
+
+@pytest.mark.parametrize("way", ["FULL_SHARD", "SHARD_GRAD_OP", "one unit"])
+def test_alto_steps_pieces_as_whole_tensors(probes, way: str) -> None:
+    expected, ranks = probes[0]["NO_SHARD"][1][1]["pieces"], [rank[way][1][1]["pieces"] for rank in probes]
+    for whole_one, *pieces in zip(expected, *ranks, strict=True):
+        torch.testing.assert_close(torch.cat(pieces), whole_one.flatten(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [way for way in PROBED if "noisy" not in way])
+def test_a_probe_of_pieces_is_that_of_the_whole(probes, way: str) -> None:
+    L.seed_everything(7, verbose=False)
+    module, seen = Probed("plain"), [rank[way][2] for rank in probes]
+    noise = NoiseScale(dict(module.named_parameters()), batch_size=8)
+    for index in range(8):
+        batches = [rank["batches"][index] for rank in seen]
+        losses = [torch.nn.functional.cross_entropy(module.logits(inputs), labels) for inputs, labels in batches]
+        module.zero_grad()
+        sum(losses).div(2).backward()
+        gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+        if index == 4:
+            noise.split(eps=1e-3)
+        noise.update(gradients)
+        for name, gradient in gradients.items():
+            pieces = [rank["parts"][index][name] for rank in seen if name in rank["parts"][index]]
+            torch.testing.assert_close(torch.cat(pieces), gradient.flatten(), msg=f"{way} {name}")
+    assert seen[0]["noise"] == seen[1]["noise"]
+    assert "use_orig_params=True" in probes[0]["flat"][0]
+    assert seen[0]["noise"].value == pytest.approx(noise.adam().value, rel=1e-4)
+
+
 def test_the_rate_is_calibrated_from_a_record(tmp_path) -> None:
     first, second = run_ranks(calibrated, 2, tmp_path)
     assert first == second
     assert first["ratio"] == pytest.approx(2.0)  # the square root of four times the batch
     assert first["rate"] == pytest.approx(2e-2)
-    assert any("FSDPStrategy" in problem and "from a record" in problem for problem in first["problems"])
     model = json.loads((tmp_path / "first" / "calibration.json").read_text())["model"]
     assert model["body.0.weight"] == [7, 8] and model["head.bias"] == [3]

@@ -6,7 +6,21 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from shard_jobs import OPTIMIZERS, Whole, flat, loaded, model, saved, train, trained, unreduced, unused, whole
+from shard_jobs import (
+    OPTIMIZERS,
+    Tidy,
+    Whole,
+    crossed,
+    flat,
+    loaded,
+    model,
+    saved,
+    train,
+    trained,
+    unreduced,
+    unused,
+    whole,
+)
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import ALTO, NoiseScale
@@ -49,10 +63,19 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path) -> None:
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_flat_parameters_of_fsdp1_are_refused(tmp_path) -> None:
-    for found in run_ranks(flat, 2, tmp_path):
-        for message in found.values():
-            assert "FSDP1" in message and "layerwise=False" in message and "fully_shard" in message
+@pytest.mark.parametrize("ranks", [TWO_RANKS, THREE_RANKS])
+def test_alto_under_fsdp1_is_one_process(ranks: int, tmp_path) -> None:
+    module = model()
+    optimizer = OPTIMIZERS["ALTO"](module.parameters())
+    train(module, optimizer, range(12))
+    optimizer.step()
+    expected, found = whole(module), run_ranks(flat, ranks, tmp_path)
+    for how in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "before"):
+        for weights, calls, _ in (rank[how] for rank in found):
+            torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+            assert calls == ([] if how == "NO_SHARD" else [2 * len(expected)])  # one collective, for all layer norms
+    assert any(0 in rank["FULL_SHARD"][2] for rank in found), "no rank was without a piece"
+    assert all("FSDP1" in rank["refused"] and "use_orig_params=True" in rank["refused"] for rank in found)
 
 
 def test_the_partitions_of_zero_are_refused() -> None:
@@ -126,9 +149,38 @@ def test_a_probe_of_shards_is_that_of_the_whole(run) -> None:
         assert [rank["noise"] for rank in seen] == len(seen) * [seen[0]["noise"]]
 
 
-def mean_gradient(weights: dict[str, torch.Tensor], batches: list[Any]) -> dict[str, torch.Tensor]:
+@pytest.mark.slow
+def test_layers_on_one_dimension_of_a_mesh_are_counted_once(tmp_path) -> None:
+    found = run_ranks(crossed, 4, tmp_path)
+    gradients, samples, state, _ = found[0]
+    assert_state_is_logged(tmp_path / "monitored", state, [0, 2], eps=1e-8)
+    for step in (0, 2):
+        for name, gradient in gradients[step].items():
+            logged = logged_counts(tmp_path / "monitored", f"gradient_magnitude/{name}", step)
+            assert logged == expected_counts(gradient), (name, step)
+        pooled = torch.cat([gradient.flatten() for gradient in gradients[step].values()])
+        assert logged_counts(tmp_path / "monitored", "gradient_magnitude/all", step) == expected_counts(pooled)
+    for sample in samples:
+        pair = measure_pair(gradients[sample["step"]], gradients[sample["step"] + 1], None)
+        noise, signal, *_ = noise_and_signal(pair, 2.0, 0.0, 1.0).tolist()
+        assert [sample["noise_simple"], sample["signal_simple"]] == pytest.approx([noise, signal], rel=1e-4, abs=1e-9)
+        assert sample["batch_size"] == 8
+    seen = [rank[3] for rank in found]
+    noise = NoiseScale(seen[0]["weights"], batch_size=8)
+    for index in range(8):
+        expected = mean_gradient(seen[0]["weights"], [rank["batches"][index] for rank in seen], Tidy())
+        if index == 4:
+            noise.split(eps=1e-3)
+        noise.update(expected)
+        sizes = {name: sum(rank["parts"][index][name].numel() for rank in seen) for name in expected}
+        assert sizes == {name: gradient.numel() for name, gradient in expected.items()}
+    assert seen[0]["noise"].value == pytest.approx(noise.adam().value, rel=1e-4)
+    assert all(rank["samples"] == 8 and rank["left"] for rank in seen)  # of two ranks; the others have the same
+
+
+def mean_gradient(weights: dict[str, torch.Tensor], batches: list[Any], module: Any = None) -> dict[str, torch.Tensor]:
     """What one process makes of the ranks' batches."""
-    module = Whole("plain")
+    module = module or Whole("plain")
     module.load_state_dict(weights, strict=False)
     losses = [torch.nn.functional.cross_entropy(module.logits(inputs), labels) for inputs, labels in batches]
     sum(losses).div(len(losses)).backward()

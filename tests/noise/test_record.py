@@ -202,6 +202,7 @@ def test_the_smallest_legal_record(tmp_path: Path) -> None:
             for wrong, message in [
                 ({"value": -1}, "value must be from 0"),
                 ({"lower": 9, "upper": 8}, "the interval of a noise scale must be in order"),
+                ({"value": 1, "lower": 2}, "in order, with the value in it"),
                 ({"confidence": 95}, "the interval of a noise scale must be in order"),
                 ({"measurements": None}, "is not whole"),
             ]

@@ -107,6 +107,41 @@ def test_fused_finds_memory_that_has_moved() -> None:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
 
 
+def lie_side_by_side(optimizer: Any, params: list[Parameter]) -> bool:
+    columns = ([optimizer.state[param][name] for param in params] for name in _moments.BUFFERS)
+    return all(_backends._side_by_side(column, [param.numel() for param in params]) is not None for column in columns)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@OPTIMIZERS
+def test_the_state_of_small_parameters_lies_side_by_side_and_steps_are_the_same(
+    optimizer_class: Any, tmp_path: Any
+) -> None:
+    """As it is made, loaded and copied; where some have no gradient or another state, a step copies it."""
+    shapes = [(30, 20), (3,), (), (2, 3, 5, 7), (1,)]
+    results, pairs = [], []
+    for fused in (True, False):
+        params = parameters(shapes=shapes)
+        optimizer = optimizer_class(params, weight_decay=0.1, fused=fused)
+        trained(params, optimizer)
+        places = [lie_side_by_side(optimizer, params)]
+        params[1].grad = None  # the others step without it
+        optimizer.step()
+        optimizer.state[params[3]]["exp_avg"] = optimizer.state[params[3]]["exp_avg"].clone()
+        places.append(lie_side_by_side(optimizer, params))
+        trained(params, optimizer)
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        params, optimizer = copy.deepcopy((params, optimizer))
+        places.append(lie_side_by_side(optimizer, params))
+        results.append(trained(params, optimizer))
+        pairs.append(places)
+    assert pairs[0] == [True, False, True] and not any(pairs[1])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    numbers = 3 * sum(param.numel() for param in params)
+    assert (tmp_path / "state.pt").stat().st_size < 4 * numbers + 20_000
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @OPTIMIZERS
 def test_fused_without_a_compiler(optimizer_class: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from types import NoneType
@@ -11,7 +13,7 @@ from typing import Any, Literal, Optional, Union
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._deepspeed import is_deepspeed, unwrapped
+from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -23,13 +25,14 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults
+from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults, stray_rate
+from lightning_gradhist.callbacks.optimizers import why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
-from lightning_gradhist.logging.sinks import sinks
+from lightning_gradhist.logging.sinks import sink_of
 from lightning_gradhist.noise.record import OptimizerRecord, RecordError, RunRecord
 
 
@@ -75,7 +78,7 @@ class OptimizerCalibration(Callback):
     user's own functions, classes and modules keep in variables. Loggers are silent, and the random generators of torch,
     numpy and Python are put back. So the run goes on as if there had been no probe.
 
-    - What cannot be copied, as a generator or an open file, ends the probe where it is used, and the report says its path.
+    - What cannot be copied, as a generator, an open file or a running thread, ends the probe, and the report says its path.
     - Tensors and arrays of the data of more than 1 MiB are read in place; the probe ends where one is written into.
     - Out of reach are files that ``training_step`` writes, other processes, and what installed packages keep to themselves.
     - The copies take the memory of the parameters and buffers once, and what is measured several times that of the
@@ -105,6 +108,7 @@ class OptimizerCalibration(Callback):
     and the schedulers, with the rates that these keep of their own (``eta_min``).
 
     - The rate is kept, and the report names the scheduler, where a copy of one does not follow at every step.
+    - Where the run's own code sets the rate at a step, one warning gives the factor by which it would have to multiply it.
     - Groups that are added later, as by ``BackboneFinetuning``, begin with the calibrated epsilon and the rate that they are
       added with; a warning says so.
     - A resumed run keeps its values, and warns where it goes on at another batch size.
@@ -178,6 +182,11 @@ class OptimizerCalibration(Callback):
         self._applied = _Applied()
         self._phase = _Phase.IDLE
         self._groups = sys.maxsize  # that the optimizer had when they were calibrated
+        self._in_force: dict[int, float] = {}  # rates by group, while they are looked at
+        self._scaled: list[Any] = []  # schedulers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_force": {}, "_scaled": []}
 
     def state_dict(self) -> dict[str, Any]:
         """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
@@ -200,7 +209,7 @@ class OptimizerCalibration(Callback):
         if (trainer.global_step > 0 or from_checkpoint) and self._applied.report is not None:
             self._go_on(trainer, from_checkpoint)
             return
-        self.result, self._applied = None, _Applied()
+        self.result, self._applied, self._in_force = None, _Applied(), {}
         obstacle = _obstacle(trainer)
         if obstacle is not None:
             rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
@@ -219,7 +228,28 @@ class OptimizerCalibration(Callback):
         elif phase is _Phase.WAITING:
             self._calibrate(trainer, pl_module, samples)
             self._groups = len(_optimizer(trainer).param_groups)
+            self._keep_watch(trainer)
         self._look_at_groups(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Warns once where something else sets the learning rate, as an ``optimizer_step`` with a warm-up of its own."""
+        group = stray_rate(_optimizer(trainer), self._scaled, self._in_force)
+        if group is None:
+            return
+        change = next(change for change in self._applied.changes if (change.name, change.group) == ("lr", group))
+        self._in_force = {}
+        rank_zero_warn(
+            f"OptimizerCalibration: at step {trainer.global_step} the learning rate of parameter group {group} is"
+            f" {float(_optimizer(trainer).param_groups[group]['lr']):.4g}, which neither the calibration nor a scheduler that it"
+            " knows has set. If what did (optimizer_step, a callback, a scheduler of its own) does not take it from a calibrated"
+            f" rate, multiply it there by {change.after / float(change.before):.4g}, or pass learning_rate='keep'."
+        )
+
+    def _keep_watch(self, trainer: Trainer) -> None:
+        groups = _optimizer(trainer).param_groups
+        changed = [change.group for change in self._applied.changes if change.name == "lr"]
+        self._in_force = {group: float(groups[group]["lr"]) for group in changed if group < len(groups)}
+        self._scaled = _schedulers(trainer)
 
     def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
         result = decide(self, gather(self, trainer, module, samples, self._recorded))
@@ -245,6 +275,7 @@ class OptimizerCalibration(Callback):
             apply_changes(optimizer, schedulers, changes)
         set_defaults(optimizer, self._applied.changes)
         self._groups = len(optimizer.param_groups)
+        self._keep_watch(trainer)
 
     def _look_at_batch_size(self, trainer: Trainer, samples: SampleCount) -> None:
         """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
@@ -298,12 +329,9 @@ def _obstacle(trainer: Trainer) -> str | None:
             f"{type(trainer.strategy).__name__} is not supported here, only one device, DDP, FSDP, ModelParallelStrategy and"
             " DeepSpeed's ZeRO in stages 1 to 3 are"
         )
-    layerwise = any(group.get("layerwise") for group in _optimizer(trainer).param_groups)
-    if is_deepspeed(trainer) and layerwise:
-        return (
-            f"{type(_optimizer(trainer)).__name__}(layerwise=True) needs the norm of each layer, and ZeRO steps a flat part of"
-            " many layers; make it with layerwise=False, or use strategy='ddp' or ModelParallelStrategy"
-        )
+    without_layers = why_without_layers(trainer)
+    if without_layers is not None:
+        return without_layers
     if trainer.global_step > 0:
         return (
             f"training goes on at step {trainer.global_step} of a run to which no calibration was applied, and one is only"
@@ -328,12 +356,21 @@ def _schedulers(trainer: Trainer) -> list[Any]:
 
 
 def _log(trainer: Trainer, result: CalibrationResult) -> None:
-    try:
+    drawn: dict[str, Any] = {}
+    with _training_goes_on():
         drawn = figures.of_calibration(result) if figures.available() and trainer.loggers else {}
-        for sink in sinks(trainer.loggers):
+    for logger in trainer.loggers:
+        with _training_goes_on():  # and the other loggers get theirs
+            sink = sink_of(logger)
             sink.text("calibration/report", result.to_markdown(), trainer.global_step)
             sink.scalars(result.scalars(), trainer.global_step)
             for tag, figure in drawn.items():
                 sink.figure(tag, figure, trainer.global_step)
+
+
+@contextmanager
+def _training_goes_on() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the values are set; a logger must not undo that
         rank_zero_warn(f"OptimizerCalibration could not log its report, training goes on: {error!r}")

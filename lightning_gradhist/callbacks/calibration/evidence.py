@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._deepspeed import unwrapped
-from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
+from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_overridden
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
@@ -23,7 +24,7 @@ from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.schedules import horizons, later_accumulation, run_length
-from lightning_gradhist.callbacks.strategies import is_sharded
+from lightning_gradhist.callbacks.strategies import averages_in_backward
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -119,7 +120,7 @@ def gather(
         groups=[
             ParamGroup(
                 lr=rate,
-                eps=group["eps"] if adaptive and isinstance(group.get("eps"), (int, float)) else None,
+                eps=float(group["eps"]) if adaptive and isinstance(group.get("eps"), Real) else None,  # also numpy's
                 least_eps=least_epsilon(optimizer, group),
                 alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
             )
@@ -206,6 +207,9 @@ class _Measurement:
         limit, by_norm = self._trainer.gradient_clip_val, clips_by_norm(self._trainer)
         if limit and not by_norm:
             rms = {name: r.clamp(max=limit) for name, r in rms.items()}
+        for hook in ("backward", "configure_gradient_clipping"):
+            if is_overridden(hook, self._trainer.lightning_module):
+                self._found.reasons.append(explain.hook_not_called(hook))
         factor, norms = 1.0, [limit if by_norm else None, own_clip_norm(self._trainer.optimizers[0])]
         if any(norms):
             square = math.fsum(float(v.sum()) for v in noise.first_half.second_moment(batch_ratio).values())
@@ -215,7 +219,7 @@ class _Measurement:
             self._found.clipping = (norm, factor)
         histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
         histogram.update(rms)
-        if is_sharded(self._trainer):
+        if averages_in_backward(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
         try:
             space = epsilon_range(histogram.to("cpu"))

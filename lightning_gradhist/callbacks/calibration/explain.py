@@ -44,6 +44,10 @@ def clipped(limit: float, factor: float) -> str:
     return f"gradients are clipped to a norm of {limit:g}: taken times {factor:.3g}"
 
 
+def hook_not_called(hook: str) -> str:
+    return f"the probe does not call {hook} of the module: epsilon is for the gradients of the loss as it is"
+
+
 def no_epsilon(optimizer: str) -> str:
     return f"{optimizer} is not known to have an epsilon of Adam's kind, so none is set; pass epsilon='keep'"
 

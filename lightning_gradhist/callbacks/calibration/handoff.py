@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +76,24 @@ def set_defaults(optimizer: Optimizer, changes: Sequence[GroupChange]) -> None:
         before, after = values.pop()
         if not values and optimizer.defaults.get(name) == before:
             optimizer.defaults[name] = after
+
+
+def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping[int, float]) -> int | None:
+    """The first group whose rate is neither the one that was written nor that of a scheduler; None if there is none.
+
+    Rates on another device are not looked at, since that would wait for it, nor are schedulers that do not tell theirs.
+    """
+    told: list[Any] = [getattr(scheduler, "_last_lr", None) for scheduler in schedulers_of(optimizer, schedulers)]
+    if not all(told):
+        return None
+    for index, rate in written.items():
+        now = optimizer.param_groups[index]["lr"]
+        if isinstance(now, Tensor) and now.device.type != "cpu":
+            continue
+        known = [float(rates[index]) for rates in told if index < len(rates)] or [rate]
+        if not any(math.isclose(float(now), one, rel_tol=1e-6) for one in known):
+            return index
+    return None
 
 
 def stray_schedule(
@@ -162,4 +181,4 @@ def _rates(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (float, int, Tensor)) and not isinstance(value, bool)
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)

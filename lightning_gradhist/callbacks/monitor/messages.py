@@ -51,11 +51,11 @@ def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
             f"records no noise scale: {fit.samples.problem}. Give the samples of one micro-batch on one device (under manual"
             " optimization, of one step), GradientHistogramMonitor(batch_size=...), or turn it off with noise_scale=False.",
         )
-    elif not fit.trainer.loggers and not fit.trainer.barebones:
+    elif not fit.trainer.loggers and not fit.trainer.barebones and not getattr(fit.trainer, "fast_dev_run", False):
         fit.warn_once(
             "lacks",
             "has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
-            + (f" The noise scale is still recorded in {record}." if wants_noise else ""),
+            + (f" The noise scale is still recorded in {record}." if wants_noise and record else ""),
         )
 
 
@@ -77,17 +77,22 @@ def _samples(value: float) -> str:
     return f"{float(f'{value:.3g}'):,g}"
 
 
-def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int) -> None:
-    """Says why the record is of no use to calibrate another run from, where it is not."""
+def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int) -> None:
+    """Says why the record is of no use to calibrate another run from, where it is not, and steps were logged."""
     counts = [(record.estimate("simple").measurements, len(record)) for record in records]
     measured, tried = min(counts, default=(ENOUGH, ENOUGH))
-    if measured >= ENOUGH:
+    if measured >= ENOUGH or not logged:
         return
     said = (
         f"GradientHistogramMonitor measured the noise scale at {measured} of {tried} steps, and some {ENOUGH} are wanted to"
         " calibrate another run from the record of this one: "
     )
-    if tried < ENOUGH or 2 * measured > tried:
+    if tried < ENOUGH < logged / 4:  # a pair takes two
+        rank_zero_warn(
+            f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
+            " returns None, and with LBFGS."
+        )
+    elif tried < ENOUGH or 2 * measured > tried:
         rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
         rank_zero_info(f"{said}{rarer}train longer.")
     else:

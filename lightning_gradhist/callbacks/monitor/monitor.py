@@ -29,6 +29,7 @@ from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
 from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
 from lightning_gradhist.callbacks.monitor.rows import Rows
+from lightning_gradhist.callbacks.optimizers import why_without_layers
 from lightning_gradhist.callbacks.schedules import run_length
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.logging.writer import LoggerQueues
@@ -198,6 +199,9 @@ class GradientHistogramMonitor(Callback):
         if spread is None:
             self._turn_off(messages.unknown_strategy(type(trainer.strategy).__name__))
             return
+        without_layers = why_without_layers(trainer)
+        if without_layers is not None:
+            rank_zero_warn(f"GradientHistogramMonitor: {without_layers}.")
         check_when(self.when, trainer)
         self._rows.check_start(trainer, pl_module)
         fit = Fit.start(trainer, pl_module, spread, SampleCount(self.batch_size))
@@ -262,7 +266,7 @@ class GradientHistogramMonitor(Callback):
             observer.finish()
         fit = self._fit
         if fit is not None and self._measures_noise and fit.samples.problem is None and self._record_path is not None:
-            messages.tell_at_end(self.noise_records, self.every_n_steps)
+            messages.tell_at_end(self.noise_records, self.every_n_steps, min(one.logged for one in self._progress))
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

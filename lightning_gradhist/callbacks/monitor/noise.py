@@ -15,11 +15,11 @@ from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, s
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
-from lightning_gradhist.callbacks.strategies import own_parts
+from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.sample import Sample
 from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
-from lightning_gradhist.tensors import copies
+from lightning_gradhist.tensors import as_real, copies
 
 _ALIKE = 1e-3  # relative difference of squared norms of gradients that nobody has changed
 _AS_OFTEN_AS_LOGGED = 1000  # steps, after which a noise scale moves slowly
@@ -39,6 +39,7 @@ class FirstGradient:
     sample: Sample
     gradients: dict[str, Tensor]
     weights: Mapping[str, Tensor] | None
+    changed: list[Tensor]
 
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
@@ -61,11 +62,12 @@ class NoiseMonitor(StepObserver):
     def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:
         self._watched, self._fit, self._progress = watched, watched.fit, progress
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
-        self._sample = Sample({})  # of it
+        self._sample = Sample({})  # of it, and of what is compared
         self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
+        self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
         self._changed: list[Tensor] = []  # whether it was another one afterwards
 
@@ -73,10 +75,16 @@ class NoiseMonitor(StepObserver):
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
         self._backwards, self._left, self._changed = 0, None, []
-        if self._begins(due) and parts_of_a_step(self._fit.trainer) > 1:
+        trainer, begins = self._fit.trainer, self._begins(due)
+        # Of a pair, gradients that lie whole in p.grad, and are clipped where Lightning does.
+        whole = trainer.lightning_module.automatic_optimization and not is_cut_up(trainer)
+        has_parts = begins and parts_of_a_step(trainer) > 1
+        self._compares = has_parts or ((begins or self._in_pair) and whole)
+        if self._compares:
             parameters = self._watched.parameters
             sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
             self._sample = Sample.at(self._progress.steps, sizes)
+        if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
 
     def before_backward(self) -> None:
@@ -92,6 +100,7 @@ class NoiseMonitor(StepObserver):
         self._backwards += 1
         if self._part is not None:
             self._part.close()
+        if self._compares:
             with self._fit.guard.attempt("measure noise"):
                 self._left = self._squared_norm()
 
@@ -108,7 +117,7 @@ class NoiseMonitor(StepObserver):
             self._complete_pair(step)
             return
         elif begins:
-            self._begin_pair(step.parts)
+            self._begin_pair(step)
         if begins and now >= _AS_OFTEN_AS_LOGGED:
             self._not_before = now + _APART
 
@@ -154,19 +163,27 @@ class NoiseMonitor(StepObserver):
         if self._left is not None:
             self._changed.append((squares - self._left).abs() > _ALIKE * self._left)
 
-    def _squared_norm(self) -> Tensor:
-        return squared_norm([p.grad for p in self._watched.parameters.values() if p.grad is not None])
+    def _compare_at_step(self, gradients: Mapping[str, Tensor] | None) -> None:
+        if gradients is not None:
+            self._compare(squared_norm(self._sample.of(gradients).values()) * loss_scale(self._fit.trainer) ** 2)
 
-    def _begin_pair(self, parts: Mapping[str, Tensor] | None) -> None:
+    def _squared_norm(self) -> Tensor:
+        there = {name: p.grad for name, p in self._watched.parameters.items() if p.grad is not None}
+        dense = {name: as_real(g if g.layout == torch.strided else g.to_dense()) for name, g in there.items()}
+        return squared_norm(self._sample.of(dense).values())
+
+    def _begin_pair(self, step: Step) -> None:
         self._in_pair = True
+        parts = step.parts
         parameters, optimizer = self._watched.parameters, self._watched.optimizer
         samples = self._samples()
         if samples is None or not parts:
             return
         with self._fit.guard.attempt("measure noise"):
             self._progress.measures(self._rates())
-            step, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
-            sample = Sample.at(step, sizes)
+            self._compare_at_step(step.gradients)
+            number, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
+            sample = Sample.at(number, sizes)
             held = copies(sample.of_gradients(parts))
 
             def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +191,7 @@ class NoiseMonitor(StepObserver):
                 return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
 
             weights = metric_weights(optimizer, parameters, own)
-            self._first = FirstGradient(step, samples, sizes, sample, held, weights)
+            self._first = FirstGradient(number, samples, sizes, sample, held, weights, self._changed)
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
@@ -182,8 +199,14 @@ class NoiseMonitor(StepObserver):
         if first is None or samples is None or not parts:
             self._sums(None, None)
             return
+        begun, second = first, parts
+
+        def measure() -> Tensor:
+            self._compare_at_step(step.gradients)
+            return _unless(begun.changed + self._changed, begun.measure(second))
+
         spread = first.samples.variance + samples.variance
-        sums = self._sums(step.gradients, lambda: first.measure(parts), spread, 0.0, samples.effective)
+        sums = self._sums(step.gradients, measure, spread, 0.0, samples.effective)
         self._add(first.step, sums)
 
     def _measure_part(self, copied: LocalGradients, step: Step) -> None:
@@ -199,15 +222,14 @@ class NoiseMonitor(StepObserver):
         short = times / samples.batches  # the loss is divided by as many as the end of an epoch may leave out
 
         def measure() -> Tensor:
-            self._compare(squared_norm(gradients.values()) * loss_scale(trainer) ** 2)
+            self._compare_at_step(gradients)
             part = copied.take(trainer, times)
             then_and_now = {name: gradient for name, gradient in gradients.items() if name in copied.names}
             known = self._sample.of_gradients(then_and_now)
             if short != 1:
                 known = {name: gradient * short for name, gradient in known.items()}
             weights = metric_weights(watched.optimizer, watched.parameters, self._sample.of)
-            sums = measure_part(part, known, weights) / ranks
-            return sums.masked_fill(torch.stack(self._changed).any().to(sums.device), math.nan)
+            return _unless(self._changed, measure_part(part, known, weights) / ranks)
 
         spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance
         sums = self._sums(gradients, measure, spread, samples.variance, samples.effective)
@@ -244,3 +266,8 @@ class NoiseMonitor(StepObserver):
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
         return sums[:7]
+
+
+def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
+    """The sums, NaN where gradients have been changed."""
+    return sums.masked_fill(torch.stack(changed).any().to(sums.device), math.nan) if changed else sums

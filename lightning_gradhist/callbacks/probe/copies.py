@@ -33,7 +33,16 @@ _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice,
 _ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _BEYOND_THIS_PROCESS = (SharedMemory, multiprocessing.managers.BaseProxy)  # a copy of one is the same once more
-_NOT_COPIED = ("torch.distributed", "torch._C._distributed", "torch._dynamo", "torch.cuda", "pyarrow", "h5py", "lmdb")
+_NOT_COPIED = (
+    "torch.distributed",
+    "torch._C._distributed",
+    "torch._dynamo",
+    "torch.cuda",
+    "deepspeed",
+    "pyarrow",
+    "h5py",
+    "lmdb",
+)
 """Packages whose objects are lent: what is asked of them leaves nothing behind, and they are no weights."""
 
 LARGE = 2**20
@@ -111,7 +120,8 @@ class Copier:
             return value
         if id(value) in self._copies:
             return self._copies[id(value)]
-        if kind in (dict, list, set) and _ATOMS.issuperset(map(type, value.values() if kind is dict else value)):
+        plain = kind in (dict, list, set) and _ATOMS.issuperset(map(type, value))
+        if plain and (kind is not dict or _ATOMS.issuperset(map(type, value.values()))):
             copied = value.copy()  # first, as there may be millions
             self.put(value, copied)
             return copied
@@ -125,7 +135,7 @@ class Copier:
                 self._of_data = True
             made = self._copied(value)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, ProbeRefusedError):
                 raise
             made = self._not_copied(value, error)
         finally:
@@ -168,6 +178,10 @@ class Copier:
             return DummyLogger().experiment
         if isinstance(value, _BEYOND_THIS_PROCESS):
             raise TypeError("it is shared between processes")
+        if isinstance(value, threading.Thread) and value.is_alive():
+            self._refuse_thread()
+        if isinstance(value, threading.Condition) and getattr(value, "_waiters", None):  # private: no other way to ask
+            raise TypeError("another thread waits for it")
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
@@ -192,6 +206,14 @@ class Copier:
             return value.__deepcopy__(self._copies)
         return self._reduced(value)
 
+    def _refuse_thread(self) -> None:
+        if self._of_data and not self._in_worker:
+            raise ProbeRefusedError(
+                f"{self._where()} is a running thread, for which a copy of the data would wait in vain; start one in each"
+                " __iter__, and keep it there in a local variable"
+            )
+        raise TypeError("it is running")
+
     def _not_copied(self, value: Any, error: Exception) -> Any:
         beyond = isinstance(value, (Tensor, *_BEYOND_THIS_PROCESS)) or hasattr(value, "fileno")
         if self._in_worker and not beyond and not is_a(value, "SynchronizedBase"):
@@ -202,11 +224,14 @@ class Copier:
                 return value
         generator = isinstance(value, types.GeneratorType)
         what = "a generator" if generator else f"a {type(value).__name__}"
-        why = "" if generator else f" ({type(error).__name__}: {error})"
-        way_out = "" if self._in_worker else ", or let workers read the data: DataLoader(num_workers=1)"
+        why = "" if generator else f" ({type(error).__name__}: {error!s:.200})"
+        way_out = (
+            "" if self._in_worker or not self._of_data else ", or let workers read the data: DataLoader(num_workers=1)"
+        )
+        where = "__iter__" if self._of_data else "training_step"
         return Missing(
             f"{self._where()} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
-            f" training; make it where it is used, as in __iter__{way_out}"
+            f" training; make it where it is used, as in {where}{way_out}"
         )
 
     def _where(self) -> str:

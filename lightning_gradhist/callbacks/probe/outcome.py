@@ -51,7 +51,7 @@ def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
     try:
         result = action()
     except Exception as error:
-        reason = f"{what} raised {error!r}"
+        reason = str(error) if isinstance(error, ProbeRefusedError) else f"{what} raised {error!r:.300}"
     if least_over_ranks(float(reason is None), trainer) < 1:
         free_memory()
         raise ProbeRefusedError(first_reason(trainer, reason))

@@ -1,4 +1,4 @@
-"""What code refers to by itself: cells and defaults of functions, global names, attributes of classes."""
+"""What code refers to by itself: cells, defaults and attributes of functions, global names, attributes of classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
         seen.add(id(one))
         if isinstance(one, types.FunctionType):
             _in_function(one, copier, undo)
-        elif _is_users(vars(sys.modules.get(one.__module__, types))) and not issubclass(one, enum.Enum):
+        elif _is_users_class(one) and not issubclass(one, enum.Enum):
             _in_class(one, copier, undo)
 
 
@@ -51,6 +51,9 @@ def _in_function(function: types.FunctionType, copier: Copier, undo: ExitStack) 
             undo.callback(setattr, function, attribute, defaults)
             setattr(function, attribute, copied)
     if _is_users(function.__globals__):
+        own, function.__dict__ = function.__dict__, {}
+        undo.callback(setattr, function, "__dict__", own)
+        copier.fill(function, own)
         _in_names(function.__globals__, _names(function.__code__), copier, undo, set())
 
 
@@ -89,7 +92,7 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
         function = getattr(value, "__func__", getattr(value, "fget", value))  # of a classmethod, a property
         if isinstance(function, (types.FunctionType, type)):
             copier.code.append(function)
-        elif name in before and not hasattr(type(value), "__get__"):
+        elif name in before and (not hasattr(type(value), "__get__") or _is_users_class(type(value))):
             copied = copier.copy(value, f"{kind.__qualname__}.{name}")
             if copied is not value:
                 type.__setattr__(kind, name, copied)
@@ -99,6 +102,10 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
 def _names(code: types.CodeType) -> set[str]:
     within = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*within)
+
+
+def _is_users_class(kind: type) -> bool:
+    return _is_users(vars(sys.modules.get(kind.__module__, types)))
 
 
 def _is_users(space: dict[str, Any]) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
+from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
+from lightning_gradhist.callbacks._fsdp import end_forward, is_fsdp
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
@@ -20,6 +22,7 @@ from lightning_gradhist.callbacks._lightning import (
     is_overridden,
     is_param_in_hook_signature,
 )
+from lightning_gradhist.callbacks.batch_size import data_ranks
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
 from lightning_gradhist.callbacks.optimizers import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -32,22 +35,24 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
 )
 from lightning_gradhist.callbacks.probe.restore import Apart
-from lightning_gradhist.callbacks.strategies import is_sharded, least_over_ranks, own_parts, replicas
+from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, own_parts, replicas
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
 
 
 def pool(noise: NoiseScale, trainer: Trainer) -> None:
     """Puts together what the ranks have measured, at the end of each half; to be called on every rank."""
-    if trainer.world_size > 1:
-        (noise.all_reduce_shards if is_sharded(trainer) else noise.all_reduce)()
+    if trainer.world_size > 1 and averages_in_backward(trainer):
+        noise.all_reduce_shards(device=trainer.lightning_module.device)
+    elif trainer.world_size > 1:
+        noise.all_reduce()
 
 
 class Probe:
     """Gradients of single batches on this rank, neither averaged over ranks nor divided for accumulation.
 
     Each is the gradient of the optimizer's objective, a coupled weight decay included, dense and real. The ranks go in step:
-    each reads a batch, or none does. Where parameters are sharded (FSDP2, tensor parallelism), a gradient is the mean over
+    each reads a batch, or none does. Where parameters are sharded (FSDP, tensor parallelism), a gradient is the mean over
     the ranks' batches, and each rank is given another part of it; what then fails within a pass ends the run, as in
     training, since the other ranks wait within the model.
 
@@ -80,11 +85,11 @@ class Probe:
         self._tick = tick
         known = optimizer_parameters(module, optimizer)
         self._parameters = {name: p for name, p in known.items() if p.requires_grad and not p.is_meta}
-        self._replicas = replicas(trainer) if is_sharded(trainer) else None
-        self._module_parameters = list(module.parameters())  # now: within a pass, FSDP2 shows others in their place
+        self._replicas = replicas(trainer) if averages_in_backward(trainer) else None
+        self._module_parameters = list(module.parameters())  # now: within a pass, FSDP shows others in their place
         self.parameters = self._own({name: _real(p) for name, p in self._parameters.items()})
         self._decay = coupled_decay(optimizer)
-        self._scale = loss_scale(trainer)
+        self._scale = zero_loss_scale(trainer) or loss_scale(trainer)
         self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
 
@@ -149,7 +154,7 @@ class Probe:
         if self._replicas is None:
             return counted
         variance = self.over_shards(math.nan if counted is None else 1 / counted)
-        return None if math.isnan(variance) else self._trainer.world_size**2 / variance
+        return None if math.isnan(variance) else data_ranks(self._trainer) * self._trainer.world_size / variance
 
     def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
         while True:
@@ -179,12 +184,13 @@ class Probe:
         if self._replicas is not None:
             missing = self._worst(missing)  # a backward pass is a collective
         if loss is None or missing is not Outcome.DONE:
+            end_forward(self._trainer)
             return {}, Outcome.NO_LOSS
         gradients = self._whole(loss) if self._replicas is None else self._sharded(loss)
         found = [gradient for gradient in gradients.values() if gradient is not None]
-        if not found:
+        if not found and self._replicas is None:
             return {}, Outcome.NO_LOSS
-        if torch.stack([gradient.isfinite().all().to(loss.device) for gradient in found]).all():
+        if not found or torch.stack([gradient.isfinite().all().to(loss.device) for gradient in found]).all():
             return gradients, Outcome.DONE
         overflow = self._scale > 1.0 and bool(loss.isfinite().all())
         return {}, Outcome.OVERFLOW if overflow else Outcome.NOT_FINITE
@@ -207,7 +213,7 @@ class Probe:
         return gradients
 
     def _sharded(self, loss: Tensor) -> Mapping[str, Tensor | None]:
-        """By backward(), in which FSDP2 averages over ranks; autograd knows nothing of the shards."""
+        """By backward(), in which FSDP averages over ranks; autograd knows nothing of the shards."""
         before = [p.grad for p in self._module_parameters]
         for p in self._module_parameters:
             p.grad = None
@@ -220,7 +226,7 @@ class Probe:
                 p.grad = gradient
 
     def _finished(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-        unscaled = gradient if self._scale == 1.0 else gradient / self._scale
+        unscaled = gradient if self._scale == 1.0 else gradient.to(_wide(gradient)) / self._scale
         decay = self._decay.get(id(parameter), 0.0)
         return unscaled.add(_real(parameter), alpha=decay) if decay else unscaled
 
@@ -230,13 +236,17 @@ class Probe:
 
     def _refuse(self, error: Exception | None) -> NoReturn:
         """Says why it failed, on the first rank on which it did."""
-        reason = None if error is None else f"the training data, training_step or its gradient raised {error!r}"
+        reason = None if error is None else f"the training data, training_step or its gradient raised {error!r:.300}"
         if isinstance(error, ProbeRefusedError):
             reason = str(error).strip().rpartition(f"{ProbeRefusedError.__name__}: ")[2]  # a worker's has its traceback
         raise ProbeRefusedError(first_reason(self._trainer, reason)) from error
 
     def _worst(self, outcome: Outcome) -> Outcome:
         return Outcome(-int(least_over_ranks(-outcome, self._trainer)))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _real(parameter: nn.Parameter) -> Tensor:
@@ -264,8 +274,11 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: in
     arguments = [apply_to_collection(batch, Tensor, _copied, allow_frozen=True)]  # the same batch may come again
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         arguments.append(batch_index)
-    with trainer.precision_plugin.train_step_context():
-        output = module.training_step(*arguments)
+    if is_fsdp(trainer):  # which begins in the forward pass of its wrapper
+        output = trainer.strategy.training_step(*arguments)
+    else:
+        with trainer.precision_plugin.train_step_context():
+            output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) and loss.requires_grad else None
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from lightning_gradhist._dtensor import local
+from lightning_gradhist.callbacks._deepspeed import is_zero, unwrapped
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
 from lightning_gradhist.callbacks.probe.copies import Copier
 from lightning_gradhist.callbacks.probe.places import put_copies_in_place
-from lightning_gradhist.callbacks.strategies import is_sharded
+from lightning_gradhist.callbacks.strategies import is_cut_up
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,12 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
     for logger in trainer.loggers:
         copier.copy(logger)  # first, so that what it writes with is known where a module keeps it
     apart = copier.shell(trainer)  # filled at last, so that no path to the data or the module leads over it
-    if is_sharded(trainer):
-        copier.lend(*module.modules(), *module.parameters())
+    if is_cut_up(trainer):
+        for part in trainer.model.modules():
+            if isinstance(part, FullyShardedDataParallel):
+                part.check_is_root()  # which makes what its first forward pass would: that stays
+        copier.lend(*trainer.model.modules(), *module.parameters())
+        copier.lend(*(each for zero in filter(is_zero, trainer.optimizers) for each in (zero, unwrapped(zero))))
     copier.copy(trainer.train_dataloader, "train_dataloader")
     own = copier.copy(module, "module")
     if own is module:
@@ -86,7 +91,10 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
 
 def _lend_sharded(stack: ExitStack, copier: Copier, module: nn.Module) -> None:
     """Puts copies in the place of all that the modules hold, but their parameters and each other."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
+    own = [
+        part for part in module.modules() if not isinstance(part, FullyShardedDataParallel)
+    ]  # which has nothing else
+    before = [(part, dict(vars(part))) for part in own]
     contents = [(own, own.clone()) for own in (local(p.detach()) for p in module.parameters())]
     stack.callback(_put_back, before, contents)
     for part, attributes in before:

@@ -9,13 +9,13 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from lightning_gradhist.callbacks._deepspeed import is_deepspeed
-from lightning_gradhist.callbacks._fsdp import is_fsdp
+from lightning_gradhist._flat import is_flat, is_of_fsdp
+from lightning_gradhist.callbacks._deepspeed import cuts_weights_up, is_deepspeed
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
 from lightning_gradhist.callbacks.probe.progress import progress
 from lightning_gradhist.callbacks.probe.restore import Apart, no_trace
-from lightning_gradhist.callbacks.strategies import is_sharded, least_over_ranks, replicas
+from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, replicas
 
 Measure = Callable[[Apart, int, Callable[[], Any]], None]
 """Given what it may use up, the number of batches to read on each rank, and what to call for each."""
@@ -70,31 +70,33 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
         )
     if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
         return "the model has lazy parameters; let it see a batch before training"
-    if is_fsdp(trainer):
+    if cuts_weights_up(trainer):
         return (
-            "FSDPStrategy leaves each rank flat pieces of the parameters, whose gradients a probe cannot tell apart; the rate can"
-            " be calibrated from a record, reference='.../calibration.json', and epsilon under ModelParallelStrategy"
+            "ZeRO in stage 3 gathers weights in DeepSpeed's own passes, which a probe cannot make without a trace; use stage 2,"
+            " or calibrate the rate from a record, reference='.../calibration.json'"
         )
-    if is_deepspeed(trainer):
+    if is_deepspeed(trainer) and trainer.accumulate_grad_batches > 1:
         return (
-            "DeepSpeedStrategy puts gradients into buffers of its own as backward goes, which a probe must not write into; the"
-            " rate can be calibrated from a record, reference='.../calibration.json', and epsilon under ModelParallelStrategy"
+            "Lightning and DeepSpeed both divide accumulated gradients, which a probe does not see; do not accumulate"
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the loader's iterator itself"
-    return _why_not_sharded(trainer, module) if is_sharded(trainer) else None
+    return _why_not_sharded(trainer, module) if averages_in_backward(trainer) else None
 
 
 def _why_not_sharded(trainer: Trainer, module: LightningModule) -> str | None:
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if replicas(trainer) is None:
         return "the model is sharded over some of the ranks, and nobody knows whether the others hold the same"
-    whole = [name for name, p in trained.items() if not isinstance(p, DTensor)]
+    whole = [name for name, p in trained.items() if not (isinstance(p, DTensor) or is_of_fsdp(p))]
     if whole and (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size) > 1:
         return (
             f"parameter {whole[0]!r} is not sharded, and how the ranks' gradients of it are put together only the module"
             " knows; shard it too: fully_shard(module)"
         )
+    flat = [name for name, p in trained.items() if is_flat(p)]
+    if flat:
+        return f"parameter {flat[0]!r} is several layers in one; use FSDPStrategy(use_orig_params=True), which is the default"
     # Of torch, private: there is no public way to ask for hooks. FSDP2 runs them in the backward pass that the probe needs.
     hooked = [name for name, p in trained.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
     if hooked:

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -423,15 +424,24 @@ def test_a_logger_that_fails_undoes_nothing(tmp_path) -> None:
         def log_metrics(self, metrics: Any, step: Any = None) -> None:
             raise OSError("disk full")
 
+    whole = CSVLogger(tmp_path / "whole")
     with pytest.warns(UserWarning, match="could not log its report, training goes on.*disk full"):
         _, group = calibrated(
             tmp_path, OptimizerCalibration(learning_rate="keep"), module=Net(with_eps(1e-1)), data=loader(4),
-            logger=Broken(tmp_path), max_steps=2,
+            logger=[Broken(tmp_path), whole], max_steps=2,
         )  # fmt: skip
     assert group["eps"] < 1e-1
+    assert "calibration/epsilon" in (Path(whole.log_dir) / "metrics.csv").read_text()
 
 
 # --- what changes the answer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["backward", "configure_gradient_clipping"])
+def test_hooks_that_the_probe_does_not_call_are_named(tmp_path, hook: str) -> None:
+    kind = type("Own", (Net,), {hook: lambda self, *args, **options: getattr(Net, hook)(self, *args, **options)})
+    result, _ = calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=kind())
+    assert f"the probe does not call {hook} of the module" in " ".join(result.reasons)
 
 
 @pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-4)])

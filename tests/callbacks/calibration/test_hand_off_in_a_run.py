@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from support import Net, final_state, fit, loader
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -71,6 +72,43 @@ def test_the_floor_of_a_schedule_is_carried_over_with_it(tmp_path, rates: tuple[
     made = fit(tmp_path / "b", calibration, module=lambda: Frozen(rates)).lightning_module.seen
     torch.testing.assert_close(torch.tensor(made), 2 * torch.tensor(plain))
     assert calibration.result.ratio == 2
+
+
+class OwnWarmUp(Net):
+    """Its ``optimizer_step`` warms up, as in Lightning's docs."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1.0, (self.trainer.global_step + 1) / 8)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+
+class SetsRates(L.Callback):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = 1e-2 / (1 + trainer.current_epoch)
+
+
+AVERAGING = StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler", "ignore:Swapping scheduler")
+@pytest.mark.parametrize(
+    ("module", "callbacks", "step"),
+    [
+        pytest.param(lambda: OwnWarmUp(), [], 0, id="optimizer_step"),
+        pytest.param(lambda: Net(), [SetsRates()], 16, id="a callback"),
+        pytest.param(lambda: Net(), [AVERAGING], 32, id="a scheduler of a callback"),
+    ],
+)
+def test_a_rate_that_the_run_sets_itself_is_told_of_once(tmp_path, module: Any, callbacks: Any, step: int) -> None:
+    options = {"reference_batch_size": 2, "learning_rate": "sqrt", "epsilon": "keep"}
+    with pytest.warns(UserWarning, match=f"at step {step} the learning rate of .* multiply it there by 2") as caught:
+        fit(tmp_path, OptimizerCalibration(**options), *callbacks, module=module, max_epochs=3)
+    assert len([one for one in caught if "neither the calibration nor" in str(one.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*neither the calibration nor")
+        fit(tmp_path / "kept", OptimizerCalibration(**options, apply=False), *callbacks, module=module, max_epochs=3)
 
 
 class TwoParts(L.LightningModule):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler as schedules
@@ -116,6 +117,13 @@ def test_base_rate_is_what_the_schedule_is_a_multiple_of() -> None:
     optimizer = make()
     scheduler = SCHEDULERS["one cycle"](optimizer)
     assert base_rates(optimizer, [scheduler]) == pytest.approx([0.1, 0.01])
+
+
+def test_a_number_of_numpy_is_a_rate() -> None:
+    optimizer = make((np.float32(0.5), np.float64(0.25)))
+    assert base_rates(optimizer, []) == [0.5, 0.25]
+    apply_changes(optimizer, [], [GroupChange(0, "lr", 0.5, 1.0)])
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.25]
 
 
 def test_what_a_scheduler_has_left_behind_is_no_base_rate() -> None:

@@ -429,6 +429,14 @@ def test_gradients_that_somebody_changes_are_not_taken_for_noise(tmp_path, callb
     assert monitor.noise_records[0].estimate("simple").measurements == 12
 
 
+def test_gradients_that_somebody_changes_are_not_taken_for_noise_in_pairs_either(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="measured the noise scale at 0 of 24 steps.*clip with Trainer"):
+        fit(tmp_path / "changed", monitor, module=Still(clip_a_little), max_epochs=3)
+    fit(tmp_path / "clipped after", monitor, module=Still(), gradient_clip_val=0.2, max_epochs=3)
+    assert monitor.noise_records[0].estimate("simple").measurements == 24
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_micro_batch_without_a_loss_is_not_taken_for_noise(tmp_path, accumulate: int) -> None:
@@ -580,9 +588,35 @@ def test_without_a_logger_it_warns_once_and_keeps_the_record(tmp_path) -> None:
     assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples
 
 
-def test_fast_dev_run_writes_nothing(tmp_path) -> None:
-    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), fast_dev_run=3)
+@pytest.mark.parametrize("logger", [True, False])
+def test_fast_dev_run_writes_nothing_and_asks_for_nothing(tmp_path, logger: bool) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), fast_dev_run=3, logger=logger)
     assert not list(tmp_path.rglob("*"))
+
+
+def test_a_monitor_that_writes_no_record_names_none(tmp_path) -> None:
+    monitors = [GradientHistogramMonitor(every_n_steps=4, name=name) for name in ("first", "second")]
+    with pytest.warns(UserWarning, match="has no logger to write histograms to") as caught:
+        fit(tmp_path, *monitors, logger=False)
+    named = ["still recorded in" in str(w.message) for w in caught if "has no logger" in str(w.message)]
+    assert named == [True, False]
+
+
+def test_a_loader_of_another_batch_size_for_each_epoch_is_believed_anew(tmp_path) -> None:
+    class Growing(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(dataset(), 8 << self.trainer.current_epoch)
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path, monitor, data=Growing(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    *_, last = monitor.noise_records[0].samples
+    assert last["step"] >= made.global_step - 3 and 8 < last["batch_size"] < 16
+
+
+def test_steps_of_many_backward_passes_are_not_asked_to_be_more(tmp_path) -> None:
+    module = Net(lambda parameters: torch.optim.LBFGS(parameters, lr=1e-3, max_iter=2))
+    with pytest.warns(UserWarning, match="most steps that were logged were not made from one backward pass for each"):
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=module, max_epochs=3)
 
 
 def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:

@@ -7,8 +7,10 @@ import functools
 import io
 import itertools
 import multiprocessing
+import queue
 import random
 import threading
+import time
 import types
 import weakref
 from collections.abc import Iterator
@@ -125,11 +127,13 @@ class HeldByFunctions(Small):
 
         def count(cache: dict[str, int] = {"n": 0}) -> int:  # noqa: B006
             nonlocal total
+            count.calls.append(total)
             counts[0] += 1
             cache["n"] += 1
             total += 1
-            return counts[0] + cache["n"] + total
+            return counts[0] + cache["n"] + total + len(count.calls)
 
+        count.calls = []
         self.count = count
         self.more = lambda: len(self.seen)
         self.of_body = weakref.ref(self.body)
@@ -141,16 +145,34 @@ class HeldByFunctions(Small):
         return self.draw() + self.again() + self.more()
 
 
+class Descriptor:
+    """Keeps what it counts to itself."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __get__(self, owner: Any, kind: Any) -> int:
+        self.value += 1
+        return self.value
+
+
 class HeldByClassAndModule(Small):
     generator = random.Random(3)
     count = 0
+    reads = Descriptor()
+
+    def set_up(self) -> None:
+        vars(HeldByClassAndModule)["reads"].value = 0
+        self.by_parameter = {self.head.bias: 0}
 
     def touch(self, batch: Any, batch_idx: int) -> Any:
         global GLOBAL_COUNT
         GLOBAL_COUNT += 1
         HeldByClassAndModule.count += 1
         GLOBAL_CALLS.append(batch_idx)
-        return GLOBAL_GENERATOR.random() + GLOBAL_COUNT + len(GLOBAL_CALLS) + self.generator.random() + self.count
+        self.by_parameter[self.head.bias] += 1
+        own = self.generator.random() + self.count + self.reads + self.by_parameter[self.head.bias]
+        return GLOBAL_GENERATOR.random() + GLOBAL_COUNT + len(GLOBAL_CALLS) + own
 
     def on_train_end(self) -> None:
         global GLOBAL_COUNT, GLOBAL_GENERATOR
@@ -487,6 +509,35 @@ class SharedCount(Plain):
         return float(self.count.value)
 
 
+class ReadAhead(IterableDataset):  # type: ignore[type-arg]
+    """A thread fills a queue: one for all epochs, held or not, or one for each."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.queue: Any = None
+        if kind != "each":
+            self.start()
+
+    def start(self) -> None:
+        self.queue = queue.Queue(2)
+        thread = threading.Thread(target=self.work, args=(self.queue,), daemon=True)
+        thread.start()
+        if self.kind == "held":
+            self.thread = thread
+        while not self.queue.not_full._waiters and self.kind != "each":  # type: ignore[attr-defined]
+            time.sleep(0.001)
+
+    def work(self, into: Any) -> None:
+        for one in itertools.cycle(dataset(64)):
+            into.put(one)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.kind == "each":
+            self.start()
+        for _ in range(64):
+            yield self.queue.get()
+
+
 class OwnPlace(IterableDataset):  # type: ignore[type-arg]
     """Keeps its place, and wants more than a state_dict has as arguments."""
 
@@ -591,6 +642,11 @@ LOADERS = [
     ),
     pytest.param(
         lambda: DataLoader(Lines(one for one in dataset(128)), 8, num_workers=1), None, id="a generator for a worker"
+    ),
+    pytest.param(lambda: DataLoader(ReadAhead("each"), 8), None, id="a thread for each epoch"),
+    pytest.param(lambda: DataLoader(ReadAhead("held"), 8), "thread is a running thread", id="a running thread"),
+    pytest.param(
+        lambda: DataLoader(ReadAhead("hidden"), 8), "another thread waits for it", id="a queue of a running thread"
     ),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
     pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
