@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 DEVICE ?= cpu
 
-.PHONY: help demo test test-all test-lowest test-triton test-deepspeed nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu ecosystem evidence \
+.PHONY: help demo test test-all test-lowest test-triton test-deepspeed test-wheel nightly lint format docs pictures peers bench-optim bench-capture bench-scale gpu ecosystem evidence \
 	evidence-full clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"
 	@echo "make test-triton  the kernels interpreted and compiled by Triton 3.6, too (half a minute, after a download of 200 MB)"
 	@echo "make test-deepspeed  two ranks under DeepSpeed's ZeRO (two minutes, after its build)"
+	@echo "make test-wheel  the wheel holds the package alone, and works in a bare environment (under a minute)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code into shape"
 	@echo "make docs    the docs, site/index.html (some seconds); every warning is an error"
@@ -94,6 +95,9 @@ $(DEEPSPEED): | $(READY)
 
 test-deepspeed: $(DEEPSPEED)
 	PYTHONPATH=$(DEEPSPEED) $(ONE_THREAD) $(BIN)/python -m pytest tests/distributed/test_deepspeed.py
+
+test-wheel: $(READY)
+	$(BIN)/python .ci/wheel.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Other people's projects with our callbacks in them: ``make ecosystem``, or ``python run.py [PROJECT ...]``.
 
 Each project gets a virtual environment of its own, and trains its own example on generated data in six ways, each in a
-process of its own (``ways.py``). A row of ``results/ecosystem.csv`` is written after each way. Without names, projects that
-have all their rows are left alone, so that a run that was stopped goes on.
+process of its own (``ways.py``). A row of ``results/ecosystem.csv`` is written after each way, and at the end the table in
+``docs/support.md``. Without names, projects that have all their rows are left alone, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from reporting import RESULTS, Row, read_csv, write_csv  # noqa: E402
+from table import write  # noqa: E402
 
 WAYS = ("plain", "monitor", "apply=False", "apply=True", "record x4", "ALTO")
 COLUMNS = [*"project version lightning way status note seconds date python torch lightning_gradhist".split()]
@@ -45,10 +46,10 @@ PROJECTS = [
     Project("chemprop_mpnn", ("chemprop",), "chemprop"),
     Project("gluonts_deepar", ("gluonts[torch]",), "gluonts"),
     Project("neuralforecast_nhits", ("neuralforecast",), "neuralforecast"),
-    Project("darts_nbeats", ("u8darts[torch]",), "u8darts"),
+    Project("darts_nbeats", ("darts[torch]",), "darts"),
     Project("scvi_scvi", ("scvi-tools",), "scvi-tools"),
     Project("scvi_scanvi", ("scvi-tools",), "scvi-tools"),
-    Project("pytorch_tabular_mlp", ("pytorch_tabular",), "pytorch_tabular"),
+    Project("pytorch_tabular_mlp", ("pytorch_tabular", "requests"), "pytorch_tabular"),
     Project("litgpt_gpt", ("litgpt",), "litgpt"),
     Project("litdata_stream", ("litdata",), "litdata"),
     Project("nequip_model", ("nequip",), "nequip"),
@@ -152,6 +153,8 @@ def main() -> None:
             rows.append({**row, **common})
             write_csv(args.output, COLUMNS, rows)
             print(f"{project.name}  {way}: {row['status']}  {row.get('note', '')[:150]}", flush=True)
+    if args.output == RESULTS / "ecosystem.csv":
+        write(read_csv(args.output))
 
 
 if __name__ == "__main__":

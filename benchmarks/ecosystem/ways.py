@@ -1,7 +1,8 @@
 """One project's own example, trained some thirty steps in one way: ``python ways.py PROJECT WAY FOLDER``; prints JSON.
 
 A project is a file in ``projects/`` with a function ``train(callbacks, batch_factor, optimizer)``, which trains as the
-project's users do and returns the module. ``optimizer`` is None for the project's own.
+project's users do and returns the module. ``optimizer`` is None for the project's own. A project that copies callbacks puts
+those that it used into the list.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+# Lightning imports torchvision where there is one. A wheel whose operators were compiled for another build of torch ends then
+# for the lack of these two. No example calls them, so that they need only be declared.
+try:
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    DECLARED = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration  # noqa: E402
 
 RECORD = "calibration.json"
 
@@ -52,24 +64,24 @@ def monitor(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, An
 
 def dry(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
     """With a probe that must change nothing."""
-    calibration = OptimizerCalibration(reference_batch_size=8, apply=False)
-    return {"bits": bits(train([calibration], 1, None)), "note": said(calibration)}
+    used = [OptimizerCalibration(reference_batch_size=8, apply=False)]
+    return {"bits": bits(train(used, 1, None)), "note": said(*used)}
 
 
 def applied(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
     """With a probe whose values are used."""
-    calibration = OptimizerCalibration(reference_batch_size=8)
-    train([calibration], 1, None)
-    return {"note": said(calibration)}
+    used = [OptimizerCalibration(reference_batch_size=8)]
+    train(used, 1, None)
+    return {"note": said(*used)}
 
 
 def record(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
     """At four times the batch, from the record of the monitored run."""
     if not (folder / RECORD).exists():
         return {"note": "there is no record"}
-    calibration = OptimizerCalibration(reference=str(folder / RECORD))
-    train([calibration], 4, None)
-    return {"note": said(calibration)}
+    used = [OptimizerCalibration(reference=str(folder / RECORD))]
+    train(used, 4, None)
+    return {"note": said(*used)}
 
 
 def alto(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     width = max(6.2, 4.4 + 0.07 * max(map(len, labels)))  # inches: the labels' and as much for the rows at any length
     height = min(max(2.4, 1.3 + 0.2 * len(names)), 11.0)
     figure = _figure(width, height, layout=None)  # to find margins takes longer than to draw
-    left, right = 0.3 + 0.06 * max(map(len, labels)), width - 1.0
+    left, right = 0.3 + 0.066 * max(map(len, labels)), width - 1.0
     axes = figure.add_axes((left / width, 0.52 / height, (right - left) / width, (height - 1.0) / height))
     rows_each = math.ceil(len(names) / _MAX_ROWS)
     image = axes.imshow(

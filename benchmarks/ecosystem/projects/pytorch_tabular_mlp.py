@@ -29,6 +29,6 @@ def train(callbacks, batch_factor, optimizer):
         ),
         verbose=False,
     )
-    more = {} if optimizer is None else {"optimizer": optimizer, "optimizer_params": {"lr": 1e-3}}
+    more = {} if optimizer is None else {"optimizer": optimizer}
     model.fit(train=frame, callbacks=callbacks, seed=0, **more)
     return model.model

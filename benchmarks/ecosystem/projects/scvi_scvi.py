@@ -8,8 +8,8 @@ from common import options
 
 def data():
     draw = np.random.default_rng(0)
-    found = anndata.AnnData(draw.poisson(1.0, (640, 50)).astype("float32"))
-    found.obs["label"] = np.where(np.arange(640) % 3 == 0, "unknown", np.where(np.arange(640) % 2, "a", "b"))
+    found = anndata.AnnData(draw.poisson(1.0, (1280, 50)).astype("float32"))
+    found.obs["label"] = np.where(np.arange(1280) % 3 == 0, "unknown", np.where(np.arange(1280) % 2, "a", "b"))
     found.obs["label"] = found.obs["label"].astype("category")
     return found
 
@@ -18,7 +18,7 @@ def settings(callbacks, batch_factor):
     more = options(callbacks)
     for name in ("max_steps", "devices", "enable_checkpointing"):
         more.pop(name)
-    return {**more, "max_epochs": 3, "batch_size": 64 * batch_factor, "train_size": 1.0, "logger": None}
+    return {**more, "max_epochs": 2, "batch_size": 64 * batch_factor, "train_size": 1.0, "logger": None}
 
 
 def train(callbacks, batch_factor, optimizer):

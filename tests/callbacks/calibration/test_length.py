@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_keeps_its_warm_up_and_learns_its_new_length(tmp_path
         made = fit(tmp_path, monitor, module=warm_up(4), logger=False)
         made.save_checkpoint(tmp_path / "half.ckpt")
         again = trainer(tmp_path / "on", GradientHistogramMonitor(every_n_steps=1), max_epochs=3, logger=False)
-        again.fit(warm_up(4)(), loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+        again.fit(warm_up(4)(), loader(), ckpt_path=tmp_path / "half.ckpt")
     (entry,) = RunRecord.load(tmp_path / "on" / "calibration.json").optimizers
     assert (again.global_step, entry.length.planned, entry.length.warm_up) == (48, 48, 4)
 

@@ -1,0 +1,16 @@
+"""Other people's projects: each has its example, and the docs' table is that of the last run."""
+
+from __future__ import annotations
+
+from ecosystem.run import HERE, PROJECTS
+from ecosystem.table import END, PAGE, START, table
+from reporting import RESULTS, read_csv
+
+
+def test_the_table_is_that_of_the_results() -> None:
+    shown = PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0]
+    assert shown == table(read_csv(RESULTS / "ecosystem.csv")), "python benchmarks/ecosystem/table.py"
+
+
+def test_each_project_has_its_example() -> None:
+    assert {project.name for project in PROJECTS} == {file.stem for file in (HERE / "projects").glob("*_*.py")}
