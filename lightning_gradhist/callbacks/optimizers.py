@@ -168,11 +168,14 @@ def metric_weights(
     optimizer: Optimizer,
     parameters: Mapping[str, Tensor],
     parts: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    of_shards: bool = False,
 ) -> dict[str, Tensor] | None:
     """The metric in which an optimizer steps, by name, from its state; None where it has no second moment (yet).
 
     The factor that corrects a bias is in it whether or not the optimizer corrects: it does not change a noise scale, and
-    early and late steps of a run then count alike. With ZeRO it is that of the parameters that this rank steps.
+    early and late steps of a run then count alike. With ZeRO it is that of the parameters that this rank steps. To ``v`` is
+    added what one more gradient of the parameter's mean square would add: a coordinate that has hardly had any would
+    outweigh all others. Not so where a rank has a shard (``of_shards``), whose mean is another than the whole's.
     ``parts`` picks the parts of whole tensors that are asked for; all of them by default.
     """
     moments = _moments(optimizer, parameters)
@@ -184,6 +187,9 @@ def metric_weights(
             root = math.sqrt(moment.correction)
         elif moment.corrects:
             value = value / moment.correction
+        value = value.float()
+        if not of_shards:
+            value = torch.where(value > 0, value + value.mean() / moment.steps, value)
         alike.setdefault((eps.get(name, 0.0) * (root if moment.corrects else 1.0), root), {})[name] = value
     weights: dict[str, Tensor] = {}
     for (one, root), some in alike.items():
@@ -204,6 +210,8 @@ class _Moment:
     """What its bias is corrected by: ``1 - decay**step``; a tensor where only the device knows the step."""
     corrects: bool
     """Whether the optimizer does so before it adds epsilon."""
+    steps: float | Tensor
+    """How many gradients it is an average of."""
 
 
 def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, _Moment]:
@@ -249,11 +257,11 @@ def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
         mean = as_real(local(state[rule.mean]))
         value = (value.to(torch.promote_types(value.dtype, torch.float32)) - mean.square()).clamp_(min=0)
     corrects = rule.corrects_bias and bool(group.get("bias_correction", True))
-    step = local(step) if isinstance(step, Tensor) else step
+    step, memory = local(step) if isinstance(step, Tensor) else step, 1 / (1 - decay) if decay < 1 else math.inf
     if isinstance(step, Tensor) and step.device.type != "cpu":  # without waiting for the device
-        return _Moment(value, 1 - decay**step, corrects)
+        return _Moment(value, 1 - decay**step, corrects, step.clamp(max=memory))
     correction = 1 - float(decay) ** float(step)
-    return _Moment(value, correction, corrects) if correction > 0 else None
+    return _Moment(value, correction, corrects, min(float(step), memory)) if correction > 0 else None
 
 
 def _weight(second_moment: Tensor, eps: float, root: float) -> Tensor:

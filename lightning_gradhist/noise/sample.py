@@ -50,12 +50,15 @@ class Sample:
         """As :meth:`of`, by such a factor that sums of products of two are, but for chance, those over all values."""
         return {name: self._scaled(name, values) for name, values in self.of(gradients).items()}
 
+    def first(self, name: str, stride: int) -> int:
+        """The place of the first that is picked, where every ``stride``-th is."""
+        return (int(self.turn * stride) + zlib.crc32(name.encode())) % stride
+
     def _of_one(self, name: str, tensor: Tensor) -> Tensor:
         stride = self.strides.get(name, 1)
         if stride <= 1:
             return tensor
-        first = (int(self.turn * stride) + zlib.crc32(name.encode())) % stride
-        values = tensor.reshape(-1)
+        first, values = self.first(name, stride), tensor.reshape(-1)
         runs, rest = divmod(values.numel(), _RUN)
         some = values[: runs * _RUN].view(runs, _RUN)[first::stride]
         has_rest = rest > 0 and runs % stride == first

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
-from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, squared_norm
+from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, rounding_unit, squared_norm
+from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
@@ -40,6 +42,8 @@ class FirstGradient:
     gradients: dict[str, Tensor]
     weights: Mapping[str, Tensor] | None
     changed: list[Tensor]
+    halves: Tensor | None
+    """Noise and signal from the two halves of its batch, or None; NaN where they cannot be told."""
 
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
@@ -53,8 +57,10 @@ class NoiseMonitor(StepObserver):
     """Measures noise, without a backward pass of its own.
 
     Where a step has parts, the micro-batches of accumulation or the ranks of DDP, one of them on each rank is held against
-    the whole step; else the gradients of two successive steps are held against each other, each of them in one pair, so
-    that pairs are independent. Of a large model a sample of the values is looked at, of other ones at every measurement.
+    the whole step; else one half of a batch of 16 or more, where the layers allow it (:class:`HalfBatches`); else the
+    gradients of two successive steps are held against each other, each of them in one pair, so that pairs are independent.
+    As the first has had its step by then, these agree less than two gradients at the same weights would, and the noise scale
+    comes out too large. Of a large model a sample of the values is looked at, of other ones at every measurement.
 
     The first 1,000 steps are measured as often as they are logged, later ones at most every tenth time.
     """
@@ -62,6 +68,7 @@ class NoiseMonitor(StepObserver):
     def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:
         self._watched, self._fit, self._progress = watched, watched.fit, progress
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
+        self._halves: HalfBatches | None = None  # of the coming step
         self._sample = Sample({})  # of it, and of what is compared
         self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
@@ -86,6 +93,8 @@ class NoiseMonitor(StepObserver):
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
+        elif begins and whole and not self._in_pair and self._fit.replicas.ranks == 1 and self._progress.steps:
+            self._halves = HalfBatches(self._fit.module, parameters, self._progress.steps)
 
     def before_backward(self) -> None:
         """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
@@ -98,6 +107,8 @@ class NoiseMonitor(StepObserver):
     def after_backward(self) -> None:
         """Ends the first micro-batch."""
         self._backwards += 1
+        if self._halves is not None:
+            self._halves.close()
         if self._part is not None:
             self._part.close()
         if self._compares:
@@ -144,7 +155,9 @@ class NoiseMonitor(StepObserver):
     def _drop_part(self) -> None:
         if self._part is not None:
             self._part.close()
-        self._part = None
+        if self._halves is not None:
+            self._halves.close()
+        self._part = self._halves = None
 
     def _begins(self, due: bool) -> bool:
         """Whether a measurement begins at the coming step; the same on all ranks, of which others may know their samples."""
@@ -190,8 +203,22 @@ class NoiseMonitor(StepObserver):
                 found = sample.of(own_parts(moments, parameters, self._fit.replicas))
                 return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
 
-            weights = metric_weights(optimizer, parameters, own)
-            self._first = FirstGradient(number, samples, sizes, sample, held, weights, self._changed)
+            weights = metric_weights(optimizer, parameters, own, is_cut_up(self._fit.trainer))
+            halves = self._of_halves(step.gradients, samples)
+            self._first = FirstGradient(number, samples, sizes, sample, held, weights, self._changed, halves)
+
+    def _of_halves(self, gradients: Mapping[str, Tensor] | None, samples: StepSamples) -> Tensor | None:
+        """Noise and signal of the coming step, from the two halves of its batch."""
+        if self._halves is None or gradients is None:
+            return None
+        trainer, watched, number = self._fit.trainer, self._watched, samples.first
+        metric = partial(metric_weights, watched.optimizer, watched.parameters)
+        tolerance = math.sqrt(rounding_unit(trainer))
+        sums = self._halves.measure(gradients, number, loss_scale(trainer), tolerance, metric)
+        if sums is None:
+            return None
+        first, second = number // 2, number - number // 2
+        return noise_and_signal(_unless(self._changed, sums), second / first / number, 1 / number, samples.effective)
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
@@ -207,7 +234,7 @@ class NoiseMonitor(StepObserver):
 
         spread = first.samples.variance + samples.variance
         sums = self._sums(step.gradients, measure, spread, 0.0, samples.effective)
-        self._add(first.step, sums)
+        self._add(first.step, sums, first.halves)
 
     def _measure_part(self, copied: LocalGradients, step: Step) -> None:
         """Holds the gradient of one micro-batch of each rank against that of all."""
@@ -240,11 +267,15 @@ class NoiseMonitor(StepObserver):
         schedulers = [config.scheduler for config in self._fit.trainer.lr_scheduler_configs]
         return base_rates(self._watched.optimizer, schedulers)
 
-    def _add(self, step: int, sums: Tensor) -> None:
-        """Adds what was measured on all ranks, without waiting for it."""
+    def _add(self, step: int, sums: Tensor, halves: Tensor | None = None) -> None:
+        """Adds what was measured on all ranks, or the halves of a batch where they tell it, without waiting for it."""
         with self._fit.guard.attempt("measure noise"):
             spread, excess, samples = sums[4:]
-            self._progress.noise.add(step, samples, noise_and_signal(sums[:4], spread, excess, samples))
+            measured = noise_and_signal(sums[:4], spread, excess, samples)
+            if halves is not None:
+                halves = halves.to(measured.device)
+                measured = torch.where((halves[:2] + samples).isfinite().all(), halves, measured)
+            self._progress.noise.add(step, samples, measured)
 
     def _sums(
         self, gradients: Mapping[str, Tensor] | None, measure: Callable[[], Tensor] | None, *sizes: float

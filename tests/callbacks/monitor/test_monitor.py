@@ -300,12 +300,12 @@ def test_two_optimizers_are_told_apart(tmp_path) -> None:
 def test_noise_is_measured_from_successive_gradients(tmp_path) -> None:
     spy = GradientSpy()
     monitor = GradientHistogramMonitor(every_n_steps=4)
-    fit(tmp_path, monitor, spy, data=loader(batch_size=16))
+    fit(tmp_path, monitor, spy, data=loader(batch_size=8))
     samples = monitor.noise_records[0].samples
-    assert [sample["step"] for sample in samples] == [0, 4]
+    assert [sample["step"] for sample in samples] == [0, 4, 8, 12]
     for sample in samples:
         one, two = (torch.cat([g.flatten() for g in spy.seen[sample["step"] + i].values()]).double() for i in (0, 1))
-        assert sample["batch_size"] == 16
+        assert sample["batch_size"] == 8
         assert sample["noise_simple"] == pytest.approx(float((one - two).square().sum()) / 2, rel=1e-5)
         assert sample["signal_simple"] == pytest.approx(float(one @ two), rel=1e-4, abs=1e-6)
 
@@ -335,7 +335,9 @@ def test_noise_is_measured_within_a_step_of_several_micro_batches(tmp_path) -> N
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             state = [optimizer.state[p] for p in pl_module.parameters()]
             if all(state):
-                moments = [(s["exp_avg_sq"] / (1 - 0.999 ** float(s["step"]))).flatten().double() for s in state]
+                steps = float(state[0]["step"])
+                moments = [s["exp_avg_sq"].flatten().double() / (1 - 0.999**steps) for s in state]
+                moments = [v + v.mean() / steps for v in moments]  # one more gradient of the mean square
                 self.weights.append(1 / (torch.cat(moments).sqrt() + 1e-8))
 
     micro, monitor = Micro(), GradientHistogramMonitor(every_n_steps=2)
