@@ -21,9 +21,9 @@ class NoiseRecord:
     """Noise scale over a run, at no extra backward pass.
 
     Within a step, a micro-batch, accumulated or of one rank, is measured against the whole, without bias
-    (:func:`lightning_gradhist.noise.step.measure_part`). Else successive steps are measured against each other
-    (:func:`lightning_gradhist.noise.step.measure_pair`): as the first gradient took part in the step to the second, the
-    signal then comes out a little small, and the noise scale a little large.
+    (:func:`lightning_gradhist.noise.step.measure_part`); likewise one half of a batch. Else successive steps are measured
+    against each other (:func:`lightning_gradhist.noise.step.measure_pair`): as the first gradient took part in the step to the
+    second, the signal then comes out too small, and the noise scale too large, the more so the larger the rate.
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
