@@ -164,7 +164,7 @@ Rule = Callable[[Any, str, Tensor, Tensor, Pick], Tensor]
 
 def _rule_of(layer: nn.Module) -> Rule | None:
     """How a layer's gradient is made of its input and the gradient of its output; None where it is not known."""
-    forward = type(layer).forward
+    forward = getattr(type(layer), "forward", None)
     if forward is nn.Linear.forward:
         return _of_linear
     if isinstance(layer, tuple(_CONVOLUTIONS)) and forward in {kind.forward for kind in _CONVOLUTIONS}:
@@ -220,7 +220,7 @@ def _is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has been at work, which would compile again for a hook; it has no public way to tell."""
     dynamo = sys.modules.get("torch._dynamo")
     frames = dynamo is not None and dynamo.utils.counters["frames"]
-    return bool(frames) or any(layer._compiled_call_impl is not None for layer in module.modules())
+    return bool(frames) or any(getattr(layer, "_compiled_call_impl", None) is not None for layer in module.modules())
 
 
 def _is_checkpointed() -> bool:

@@ -24,6 +24,7 @@ from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_
 from lightning_gradhist.tensors import as_real, copies
 
 _ALIKE = 1e-3  # relative difference of squared norms of gradients that nobody has changed
+_ADDS_UP = 0.03  # relative difference of a gradient and the sum of its parts; a GPU may multiply in 10 bits
 _AS_OFTEN_AS_LOGGED = 1000  # steps, after which a noise scale moves slowly
 _APART = 10  # steps from one measurement to the next from then on
 
@@ -94,7 +95,8 @@ class NoiseMonitor(StepObserver):
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
         elif begins and whole and not self._in_pair and self._fit.replicas.ranks == 1 and self._progress.steps:
-            self._halves = HalfBatches(self._fit.module, parameters, self._progress.steps)
+            with self._fit.guard.attempt("measure noise"):
+                self._halves = HalfBatches(self._fit.module, parameters, self._progress.steps)
 
     def before_backward(self) -> None:
         """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
@@ -213,7 +215,7 @@ class NoiseMonitor(StepObserver):
             return None
         trainer, watched, number = self._fit.trainer, self._watched, samples.first
         metric = partial(metric_weights, watched.optimizer, watched.parameters)
-        tolerance = math.sqrt(rounding_unit(trainer))
+        tolerance = max(math.sqrt(rounding_unit(trainer)), _ADDS_UP)
         sums = self._halves.measure(gradients, number, loss_scale(trainer), tolerance, metric)
         if sums is None:
             return None
