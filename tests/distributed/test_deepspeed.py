@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import math
 import os
 import re
 import warnings
@@ -76,10 +75,12 @@ def test_the_noise_under_zero_is_that_of_one_process(found, single, stage: int) 
     samples = found[1][0][stage]["samples"]
     assert len(samples) == len(single[2]) == 2
     for one, other in zip(samples, single[2], strict=True):
-        numbers = {name: value for name, value in other.items() if value is not None}
+        numbers = {name: value for name, value in other.items() if value is not None and "adam" not in name}
         assert {name: one[name] for name in numbers} == pytest.approx(numbers, rel=1e-3)
         assert one.keys() == other.keys()
-    assert math.isfinite(samples[1]["noise_adam"])
+    # of a shard, the metric is without the mean square of the whole
+    ratios = [last["noise_adam"] / last["signal_adam"] for last in (samples[1], single[2][1])]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.3)
 
 
 @stages
