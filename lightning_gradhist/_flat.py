@@ -52,13 +52,20 @@ def is_flat(parameter: Tensor) -> bool:
 
 def fsdp_piece(parameter: Tensor) -> FlatPiece | None:
     """How FSDP1 has cut up a parameter; None of one that it has left whole, or does not have."""
-    return _FOUND[parameter] if is_of_fsdp(parameter) and _is_found(parameter) else None
+    if not is_of_fsdp(parameter):
+        return None
+    if not _is_found(parameter):
+        raise RuntimeError(
+            "the FSDP module that has cut up a parameter was not found, as after gc.freeze(), so that the norm of its layer is"
+            " not known; make the optimizer after wrapping and before gc.freeze(), or set layerwise=False"
+        )
+    return _FOUND[parameter]
 
 
 def fsdp_pieces(modules: Iterable[Any]) -> list[tuple[Tensor, FlatPiece | None]]:
     """The parameters of FSDP1's modules, and how they are cut up; None of one that is not (NO_SHARD)."""
     found: list[tuple[Tensor, FlatPiece | None]] = []
-    for handle, group in ((part._handle, getattr(part, "_inter_node_pg", None)) for part in modules):
+    for handle, group in ((vars(part).get("_handle"), vars(part).get("_inter_node_pg")) for part in modules):
         if handle is None:
             continue
         flat, others = handle.flat_param, (handle.process_group, handle.device)

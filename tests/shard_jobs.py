@@ -27,6 +27,7 @@ from lightning_gradhist.callbacks.gradients import local_gradient
 from lightning_gradhist.callbacks.monitor import observer
 from lightning_gradhist.callbacks.probe.probe import Probe, pool
 from lightning_gradhist.callbacks.probe.restore import no_trace
+from lightning_gradhist.callbacks.strategies import replicas
 
 OPTIMIZERS: dict[str, Any] = {
     "ALTO": lambda p: ALTO(p, lr=0.02, alpha=-5.0, explore_beta=0.99),
@@ -407,6 +408,13 @@ class Tidy(Crossed):
         """Nothing is left to be averaged."""
 
 
+class Known(L.Callback):
+    """How the ranks hold the gradients, as far as it is known."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.found = replicas(trainer)
+
+
 def crossed(folder: Path) -> Any:
     """What the monitor makes of a mesh of two dimensions, and what a probe gives each rank."""
     options = {"devices": 4, "max_steps": 4}
@@ -417,8 +425,11 @@ def crossed(folder: Path) -> Any:
 
     spy, state, probe = WholeSpy(), StateSpy(), ProbeSpy()
     monitor = GradientHistogramMonitor(every_n_steps=2, optimizer_state=True)
-    run("monitored", Crossed, monitor, spy, state)
+    run("monitored", Tidy, monitor, spy, state)
     run("probed", Tidy, probe)
+    known = Known()
+    run("averaged by the module", Crossed, known)
+    assert known.found is None
     seen = {name: getattr(probe, name) for name in ("weights", "batches", "parts", "noise", "samples", "left")}
     return spy.gradients, monitor.noise_records[0].samples, state.seen, seen
 

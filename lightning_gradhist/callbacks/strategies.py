@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
+_DATA = "data_parallel"  # what Lightning calls the dimension of a mesh over which ranks have other samples
 _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 
@@ -212,14 +214,19 @@ def _replicated(parameter: DTensor, whole: DeviceMesh | None) -> Replicas:
     return Replicas(rank, ranks, tuple(over))
 
 
+@lru_cache(64)
 def _left_out(mesh: DeviceMesh, whole: DeviceMesh) -> list[int] | None:
-    """The dimensions of a mesh that a part of it is without; None where it is no part, nor of all ranks."""
+    """The dimensions of a mesh that a part of it is without; None where it is no part, nor of all ranks.
+
+    None, too, where it is without the data's: nobody averages such gradients, but perhaps the module.
+    """
     names, all_names = mesh.mesh_dim_names or (), whole.mesh_dim_names or ()
     if mesh.size() == whole.size():
         return []
     if not set(names) < set(all_names) or whole[names] != mesh:
         return None
-    return [dim for dim, name in enumerate(all_names) if name not in names]
+    left_out = [dim for dim, name in enumerate(all_names) if name not in names]
+    return None if any(all_names[dim] == _DATA and whole.size(dim) > 1 for dim in left_out) else left_out
 
 
 def _held(parameter: Tensor) -> Tensor:

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.noise.sample import Sample
 from lightning_gradhist.noise.step import measure_part
 
-_LEAST_SHARE = 0.5  # of all values, that are looked at or stood for by a sample
+_LEAST_SHARE = 0.5  # of all values but embeddings', which hardly have a gradient, that known layers hold
+_LEAST_KNOWN = 0.9  # of the square of the gradients that are looked at
 _LEAST_SAMPLES = 16  # of a batch; the halves of a smaller one tell less than two batches
+_LEAST_NORMED = 64  # where batch norm has the halves depend on each other, the less the larger it is
 _MOST = 2**16  # values that are looked at; each is computed, which takes longer than to read it
 _MOST_LAYERS = 128  # that are looked at in a step; Python's work is a tenth of a millisecond for each
 _PARAMETERS = ("weight", "bias")
@@ -37,38 +41,44 @@ class _Halves:
 
 
 class HalfBatches:
-    """Of layers whose gradient is a sum over the samples of a batch, what the first half has put in, and the second.
+    """Of layers whose gradient is a sum over the samples of a batch, what one half of them has put in, and the other.
 
-    A hook on what a layer puts out is given its gradient, and knows the layer's input: of some rows of a weight the rest is
-    a thousandth of a backward pass. Linear layers, convolutions, embeddings and layer norms are known, where the samples are
-    the first dimension of their input. Where the two halves do not add up to the gradient, as of a weight that is also used
-    elsewhere, it is left out.
+    A hook on what a layer puts out is given its gradient, and knows the layer's input: of some rows and columns of a weight
+    the rest is a thousandth of a backward pass. Linear layers, convolutions, embeddings and layer norms are known, where the
+    samples are the first dimension of their input. Where the two halves do not add up to the gradient, as of a weight that
+    is also used elsewhere, it is left out. Which samples are in which half is drawn, so that their order does not matter.
 
     Args:
         module: whose layers are looked at, from now on to :meth:`close`, or some of them where there are many.
         parameters: names and parameters.
-        step: at which; at other steps other values and layers are looked at.
+        step: at which; at other steps other values, layers and halves are looked at. No global random number is drawn.
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        self._names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
-        self._sample = Sample.at(step, {n: p.numel() for n, p in parameters.items() if p.requires_grad}, _MOST)
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self._names = {id(parameter): name for name, parameter in trained.items()}
+        self._sample = Sample.at(step, {name: parameter.numel() for name, parameter in trained.items()}, _MOST)
+        self._generator = torch.Generator().manual_seed(step)
+        self._halves: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of samples: their places
         self._found: dict[str, _Halves] = {}
         self._has_failed = False
-        layers = [] if _is_compiled(module) else [layer for layer in module.modules() if _rule_of(layer) is not None]
-        embeddings = [layer for layer in layers if isinstance(layer, nn.Embedding)]
-        self._by_columns = {self._names.get(id(layer.weight)) for layer in embeddings}  # whose rows are words
-        self._every = max(1, math.ceil(len(layers) / _MOST_LAYERS))
-        some = layers[self._sample.first("", self._every) :: self._every]
-        self._handles: list[RemovableHandle] = [layer.register_forward_hook(self._after_forward) for layer in some]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # hooks stay with the layers of this process: a copy is None
+        self._handle: RemovableHandle | None = None
+        known = [] if _is_compiled(module) else [layer for layer in module.modules() if self._parameters_of(layer)]
+        self._by_columns = {
+            name for layer in known for name in self._parameters_of(layer).values() if _is_embedding(layer)
+        }
+        self._least = _LEAST_NORMED if any(map(_shares_statistics, module.modules())) else _LEAST_SAMPLES
+        self._every = max(1.0, len(known) / _MOST_LAYERS)
+        drawn = torch.randperm(len(known), generator=self._generator)[:_MOST_LAYERS].tolist()
+        self._layers = {id(known[place]) for place in drawn}
+        if self._layers and _share(known, trained, self._by_columns) >= _LEAST_SHARE:
+            # On no layer, which may be copied and saved as long as it is there.
+            self._handle = register_module_forward_hook(self._after_forward)
 
     def close(self) -> None:
         """Looks at nothing any more."""
-        for handle in self._handles:
-            handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def measure(
         self,
@@ -78,7 +88,7 @@ class HalfBatches:
         tolerance: float,
         metric: Callable[[Callable[[dict[str, Tensor]], dict[str, Tensor]]], Mapping[str, Tensor] | None],
     ) -> Tensor | None:
-        """The first half's gradient against the whole, as :func:`lightning_gradhist.noise.step.measure_part` has it.
+        """One half's gradient against the whole, as :func:`lightning_gradhist.noise.step.measure_part` has it.
 
         Args:
             gradients: of the whole batch.
@@ -88,78 +98,86 @@ class HalfBatches:
             metric: makes the metric's weights, of the values that a function picks from those of whole tensors.
 
         Returns:
-            float64 ``[4]``, NaN where less than half of all values are known; None where no layer is.
+            float64 ``[4]``, NaN where more than a tenth of the square of the gradients is not known; None where no layer is.
         """
         firsts: dict[str, Tensor] = {}
         wholes: dict[str, Tensor] = {}
-        known: list[Tensor] = []
-        for name, halves in {} if self._has_failed else self._found.items():
+        squares: list[Tensor] = []
+        for name, halves in {} if self._has_failed or batch_size < self._least else self._found.items():
             if name not in gradients or sum(halves.sizes) != batch_size:
                 continue
-            whole = gradients[name][self._pick(name, gradients[name])].float()
+            pick, every = self._pick(name, gradients[name])
+            whole = gradients[name][pick].float()
             error = (halves.first + halves.second) / scale - whole
             unknown = error.norm() > tolerance * whole.norm()
-            # as Sample.of_gradients has it
-            factor = math.sqrt(self._every * gradients[name].numel() / max(1, whole.numel()))
+            factor = math.sqrt(self._every * every)  # as Sample.of_gradients has it
             firsts[name] = (halves.first * (factor * batch_size / halves.sizes[0] / scale)).masked_fill(unknown, 0)
             wholes[name] = (whole * factor).masked_fill(unknown, 0)
-            known.append(~unknown * (self._every * gradients[name].numel()))
-        if not known:
+            squares.append(torch.stack([wholes[name].square().sum(), (whole * factor).square().sum()]))
+        if not squares:
             return None
 
         def picked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensors[name][self._pick(name, tensors[name])] for name in wholes.keys() & tensors}
+            return {name: tensors[name][self._pick(name, tensors[name])[0]] for name in wholes.keys() & tensors}
 
-        share = torch.stack([number.to(known[0].device) for number in known]).sum() / sum(
-            map(Tensor.numel, gradients.values())
-        )
+        known, there = torch.stack([pair.to(squares[0].device) for pair in squares]).sum(0)
         sums = measure_part(firsts, wholes, metric(picked))
-        return sums.masked_fill_((share < _LEAST_SHARE).to(sums.device), math.nan)
+        return sums.masked_fill_((known < _LEAST_KNOWN * there).to(sums.device), math.nan)
 
-    def _pick(self, name: str, tensor: Tensor) -> Pick:
-        """Which rows and columns of a parameter are looked at, of an embedding's only columns."""
+    def _parameters_of(self, layer: nn.Module) -> dict[str, str]:
+        """Names of those parameters of a known layer that are trained, by attribute; a parametrized one is none."""
+        names = (
+            {} if _rule_of(layer) is None else {a: self._names.get(id(layer._parameters.get(a))) for a in _PARAMETERS}
+        )
+        return {attribute: name for attribute, name in names.items() if name is not None}
+
+    def _pick(self, name: str, tensor: Tensor) -> tuple[Pick, int]:
+        """Which rows and columns of a parameter are looked at, of an embedding's only columns; one of how many values."""
         stride, dims = self._sample.strides.get(name, 1), min(tensor.dim(), 2)
         rows = 1 if name in self._by_columns else stride if dims < 2 else math.ceil(math.sqrt(stride))
         rows = min(rows, tensor.shape[0] if dims else 1)
         columns = min(math.ceil(stride / rows), tensor.shape[1] if dims == 2 else 1)
         column, row = divmod(self._sample.first(name, rows * columns), rows)  # each pair of them comes equally often
-        return (slice(row, None, rows), slice(column, None, columns))[:dims]
+        return (slice(row, None, rows), slice(column, None, columns))[:dims], rows * columns
 
     def _after_forward(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if id(layer) not in self._layers or torch.compiler.is_compiling():
             return
-        plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
-        if plain and output.requires_grad and not _is_checkpointed():
-            output.register_hook(partial(self._after_backward, layer, inputs[0].detach()))
+        try:
+            plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
+            if plain and output.requires_grad and not _is_checkpointed():
+                held = [_as_saved(inputs[0].detach(), output)]  # let go of as soon as it has been looked at
+                output.register_hook(partial(self._after_backward, layer, held))
+        except Exception:  # within the user's forward, which goes on; a pair of steps is measured in its place
+            self._has_failed = True
 
-    def _after_backward(self, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+    def _after_backward(self, layer: nn.Module, held: list[Tensor], gradient: Tensor) -> None:
         try:
             with torch.no_grad():
-                self._add(layer, inputs, gradient)
-        except Exception:  # within the user's backward, which goes on; a pair of steps is measured in its place
+                self._add(layer, held.pop(), gradient)
+        except Exception:
             self._has_failed = True
 
     def _add(self, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
-        rule, size = _rule_of(layer), inputs.shape[0] if inputs.dim() else 0
-        if rule is None or size < _LEAST_SAMPLES or size in _further_dims(layer, inputs):
+        rule, size = _rule_of(layer), inputs.shape[0] if inputs.dim() > 1 or _is_embedding(layer) else 0
+        if rule is None or size < self._least or size in _further_dims(layer, inputs):
             return
-        half = size // 2
-        for attribute in _PARAMETERS:
-            parameter = getattr(layer, attribute, None)
-            name = self._names.get(id(parameter))
-            if name is None or parameter is None:
-                continue
-            pick = self._pick(name, parameter)
-            first = rule(layer, attribute, inputs[:half], gradient[:half], pick).float()
-            second = rule(layer, attribute, inputs[half:], gradient[half:], pick).float()
-            sizes, before = (half, size - half), self._found.get(name)
+        if size not in self._halves:
+            order = torch.randperm(size, generator=self._generator).to(inputs.device, non_blocking=True)
+            self._halves[size] = order[: size // 2], order[size // 2 :]
+        for attribute, name in self._parameters_of(layer).items():
+            pick, _ = self._pick(name, layer._parameters[attribute])  # type: ignore[arg-type]
+            first, second = (
+                rule(layer, attribute, inputs, gradient, pick, half).float() for half in self._halves[size]
+            )
+            sizes, before = (size // 2, size - size // 2), self._found.get(name)
             if before is not None:  # of a layer that is called again, or of another one with the same weight
                 sizes = sizes if sizes == before.sizes else (0, 0)
                 first, second = before.first + first, before.second + second
             self._found[name] = _Halves(sizes, first, second)
 
 
-Rule = Callable[[Any, str, Tensor, Tensor, Pick], Tensor]
+Rule = Callable[[Any, str, Tensor, Tensor, Pick, Tensor], Tensor]
 
 
 def _rule_of(layer: nn.Module) -> Rule | None:
@@ -175,6 +193,27 @@ def _rule_of(layer: nn.Module) -> Rule | None:
     return _of_layer_norm if forward is nn.LayerNorm.forward and layer.elementwise_affine else None
 
 
+def _share(known: list[nn.Module], trained: Mapping[str, nn.Parameter], embeddings: set[str]) -> float:
+    """How much of all values known layers hold, those of embeddings left out of both."""
+    others = {id(parameter): parameter.numel() for name, parameter in trained.items() if name not in embeddings}
+    held = {id(parameter) for layer in known for parameter in layer._parameters.values()}
+    return sum(number for key, number in others.items() if key in held) / max(1, sum(others.values()))
+
+
+def _is_embedding(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding)
+
+
+def _shares_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and layer.training
+
+
+def _as_saved(inputs: Tensor, output: Tensor) -> Tensor:
+    """What autograd holds of an input: under autocast a narrower copy."""
+    is_cast = inputs.is_floating_point() and inputs.dtype.itemsize > output.dtype.itemsize
+    return inputs.to(output.dtype) if is_cast else inputs
+
+
 def _further_dims(layer: Any, inputs: Tensor) -> torch.Size:
     """The dimensions behind the first that might be the samples', were it not the first."""
     if isinstance(layer, nn.Embedding):
@@ -184,35 +223,39 @@ def _further_dims(layer: Any, inputs: Tensor) -> torch.Size:
     return inputs.shape[1:-1] if isinstance(layer, nn.Linear) else torch.Size()
 
 
-def _of_linear(layer: nn.Linear, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick) -> Tensor:
-    rows = gradient.flatten(0, -2)
+def _of_linear(layer: nn.Linear, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor) -> Tensor:
+    rows = gradient[..., pick[0]]
     if attribute == "bias":
-        return rows[:, pick[0]].sum(0, dtype=torch.float32)
-    return rows[:, pick[0]].float().T @ inputs.flatten(0, -2)[:, pick[1]].float()
+        return (rows if rows.dim() == 2 else rows.flatten(1, -2).sum(1, dtype=torch.float32))[half].float().sum(0)
+    return rows[half].flatten(0, -2).float().T @ inputs[..., pick[1]][half].flatten(0, -2).float()
 
 
-def _of_convolution(layer: Any, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick) -> Tensor:
+def _of_convolution(layer: Any, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor) -> Tensor:
     rows = gradient[:, pick[0]]
     if attribute == "bias":
-        return rows.flatten(2).sum((0, 2), dtype=torch.float32)
-    columns = inputs[:, pick[1]].float()
+        return rows.flatten(2).sum(2, dtype=torch.float32)[half].sum(0)
+    rows, columns = rows[half].float(), inputs[:, pick[1]][half].float()
     shape = (rows.shape[1], columns.shape[1], *layer.kernel_size)
     make: Any = next(make for kind, make in _CONVOLUTIONS.items() if isinstance(layer, kind))
-    return make(columns, shape, rows.float(), layer.stride, layer.padding, layer.dilation)  # type: ignore[no-any-return]
+    return make(columns, shape, rows, layer.stride, layer.padding, layer.dilation)  # type: ignore[no-any-return]
 
 
-def _of_embedding(layer: nn.Embedding, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick) -> Tensor:
-    columns = gradient[..., pick[1]].flatten(0, -2).float()
-    words = inputs.flatten()
+def _of_embedding(
+    layer: nn.Embedding, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor
+) -> Tensor:
+    columns = gradient[..., pick[1]][half].flatten(0, -2).float()
+    words = inputs[half].flatten()
     if layer.padding_idx is not None:
         columns = columns.masked_fill((words == layer.padding_idx)[:, None], 0)
     return columns.new_zeros(layer.num_embeddings, columns.shape[1]).index_add_(0, words, columns)
 
 
-def _of_layer_norm(layer: nn.LayerNorm, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick) -> Tensor:
-    values = gradient.float()
+def _of_layer_norm(
+    layer: nn.LayerNorm, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor
+) -> Tensor:
+    values = gradient[half].float()
     if attribute == "weight":
-        values = values * functional.layer_norm(inputs.float(), layer.normalized_shape, eps=layer.eps)
+        values = values * functional.layer_norm(inputs[half].float(), layer.normalized_shape, eps=layer.eps)
     return values.flatten(0, -1 - len(layer.normalized_shape)).sum(0)[pick]
 
 
@@ -220,7 +263,10 @@ def _is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has been at work, which would compile again for a hook; it has no public way to tell."""
     dynamo = sys.modules.get("torch._dynamo")
     frames = dynamo is not None and dynamo.utils.counters["frames"]
-    return bool(frames) or any(getattr(layer, "_compiled_call_impl", None) is not None for layer in module.modules())
+    layers = module.modules()
+    return bool(frames) or any(
+        getattr(x, "_compiled_call_impl", None) is not None or hasattr(x, "_orig_mod") for x in layers
+    )
 
 
 def _is_checkpointed() -> bool:

@@ -229,6 +229,8 @@ class GradientHistogramMonitor(Callback):
         messages.tell_of_lacks(self._fit, self.noise_scale, self._record_path)
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
+        for observer in self._observers:
+            observer.before_forward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""

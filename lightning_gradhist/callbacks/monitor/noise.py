@@ -70,6 +70,7 @@ class NoiseMonitor(StepObserver):
         self._watched, self._fit, self._progress = watched, watched.fit, progress
         self._part: LocalGradients | None = None  # of the coming step's first micro-batch on this rank
         self._halves: HalfBatches | None = None  # of the coming step
+        self._halves_batch = False  # whether the coming step's batch is measured by them
         self._sample = Sample({})  # of it, and of what is compared
         self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
@@ -94,9 +95,15 @@ class NoiseMonitor(StepObserver):
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
-        elif begins and whole and not self._in_pair and self._fit.replicas.ranks == 1 and self._progress.steps:
+        alone = begins and whole and not self._in_pair and self._fit.replicas.ranks == 1
+        self._halves_batch = alone and not has_parts and self._progress.steps > 0  # before, there is no metric
+
+    def before_forward(self) -> None:
+        """Looks at the layers, where the halves of the batch are measured."""
+        if self._halves_batch:
             with self._fit.guard.attempt("measure noise"):
-                self._halves = HalfBatches(self._fit.module, parameters, self._progress.steps)
+                self._drop_halves()
+                self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
 
     def before_backward(self) -> None:
         """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
@@ -157,9 +164,13 @@ class NoiseMonitor(StepObserver):
     def _drop_part(self) -> None:
         if self._part is not None:
             self._part.close()
+        self._part = None
+        self._drop_halves()
+
+    def _drop_halves(self) -> None:
         if self._halves is not None:
             self._halves.close()
-        self._part = self._halves = None
+        self._halves = None
 
     def _begins(self, due: bool) -> bool:
         """Whether a measurement begins at the coming step; the same on all ranks, of which others may know their samples."""

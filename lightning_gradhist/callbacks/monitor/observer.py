@@ -177,6 +177,9 @@ class StepObserver:
     def prepare(self, due: bool) -> None:
         """The step before is over; the backward passes of the coming one, which may be due, begin."""
 
+    def before_forward(self) -> None:
+        """A batch is about to be trained on."""
+
     def before_backward(self) -> None:
         """A micro-batch is about to go backward; parameters may have been made or unfrozen since the one before."""
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import pickle
 import warnings
+import weakref
 from functools import partial
 from typing import Any
 
@@ -14,6 +18,8 @@ import torch._dynamo
 from support import fit, loader
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradhist import GradientHistogramMonitor
@@ -51,6 +57,11 @@ class Twice(nn.Module):
         return self.layer(self.layer(inputs).tanh())
 
 
+class _First(nn.Module):
+    def forward(self, outputs: Any) -> Tensor:
+        return outputs[0]
+
+
 def words(*shape: int) -> Tensor:
     return torch.randint(30, shape)
 
@@ -75,21 +86,24 @@ def test_halves_are_those_of_two_backward_passes(
 ) -> None:
     """Of all values, and where few are looked at of these."""
     monkeypatch.setattr(halves, "_MOST", most)
+    monkeypatch.setattr(halves, "_LEAST_SHARE", 0.0)  # embeddings alone would not do
     monkeypatch.setattr("lightning_gradhist.noise.sample._SMALL", 0 if most == 20 else 10**9)
     torch.manual_seed(0)
     model, inputs = make(), draw()
     parameters = dict(model.named_parameters())
 
-    def loss(part: slice) -> Tensor:
+    def loss(part: Any) -> Tensor:
         out = model(inputs[part])
         return out.square().flatten(1).sum(1).mean()
 
-    first = dict(zip(parameters, torch.autograd.grad(loss(slice(BATCH // 2)), [*parameters.values()]), strict=True))
     looked = HalfBatches(model, parameters, step=7)
     model.zero_grad()
     (3 * loss(slice(None))).backward()  # a loss scale
     looked.close()
     gradients = {name: p.grad / 3 for name, p in parameters.items() if p.grad is not None}
+    half, _ = looked._halves[BATCH]
+    assert half.tolist() != sorted(half.tolist()) and len(half) == BATCH // 2
+    first = dict(zip(parameters, torch.autograd.grad(loss(half), [*parameters.values()]), strict=True))
     picked: list[dict[str, Tensor]] = []
 
     def metric(pick: Any) -> dict[str, Tensor]:
@@ -101,9 +115,9 @@ def test_halves_are_those_of_two_backward_passes(
     if most == 20:
         assert sum(values.numel() for values in picked[0].values()) < sum(p.numel() for p in parameters.values())
     distance = product = 0.0
-    for name, half in picked[0].items():
-        times = parameters[name].numel() / half.numel()
-        distance += times * float((half - picked[1][name]).double().square().sum())
+    for name, part in picked[0].items():
+        times = looked._pick(name, parameters[name])[1]
+        distance += times * float((part - picked[1][name]).double().square().sum())
         product += times * float(picked[1][name].double().square().sum())
     assert found.tolist() == pytest.approx([distance, product] * 2, rel=1e-4)
 
@@ -136,6 +150,16 @@ def test_what_the_halves_do_not_add_up_to_is_left_out() -> None:
         pytest.param(nn.Linear(8, 5), torch.randn(8, 8), 8, id="few samples"),
         pytest.param(nn.Conv2d(4, 4, 3, groups=2), torch.randn(BATCH, 4, 5, 5), BATCH, id="groups"),
         pytest.param(nn.Embedding(30, 8, max_norm=1.0), words(BATCH, 5), BATCH, id="renormed"),
+        pytest.param(
+            nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5)),
+            torch.randn(BATCH, 8),
+            BATCH,
+            id="few samples and batch norm",
+        ),
+        pytest.param(
+            nn.Sequential(nn.LSTM(8, 20), _First(), nn.Linear(20, 2)), torch.randn(BATCH, 8), BATCH, id="LSTM"
+        ),
+        pytest.param(spectral_norm(nn.Linear(8, 5)), torch.randn(BATCH, 8), BATCH, id="parametrized"),
     ],
 )
 def test_what_is_not_known_is_not_measured(model: nn.Module, inputs: Tensor, size: int) -> None:
@@ -200,23 +224,86 @@ def test_the_monitor_takes_its_hooks_off_and_changes_no_bit(tmp_path) -> None:
         torch.manual_seed(1)
         made = fit(tmp_path / str(len(callbacks)), *callbacks, module=Model, data=loader(64, samples=640))
         ends.append(made.lightning_module.layer.weight.detach().clone())
-        assert not made.lightning_module.layer._forward_hooks
+        assert not made.lightning_module.layer._forward_hooks and not module._global_forward_hooks
     assert torch.equal(*ends)
+
+
+class Copying(Steep):
+    """Copies itself wherever it can, and has a layer that changes with each look at its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed = spectral_norm(nn.Linear(20, 1))
+        self.copies: list[Any] = []
+
+    def copy(self) -> None:
+        copies, self.copies = self.copies, []
+        pickle.loads(pickle.dumps(self.layer))
+        self.copies = [*copies[-1:], copy.deepcopy(self.layer)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.copy()
+        inputs = torch.randn(64, 20)
+        loss = (self.layer(inputs) + self.normed(inputs)).square().mean()
+        self.copy()
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.copy()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def test_a_module_can_be_copied_and_saved_at_any_time_and_nothing_in_it_changes(tmp_path) -> None:
+    states = []
+    for callbacks in ([], [GradientHistogramMonitor(every_n_steps=1)]):
+        torch.manual_seed(1)
+        made = fit(tmp_path / str(len(callbacks)), *callbacks, module=Copying, data=loader(64, samples=640))
+        states.append(made.lightning_module.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_batch_in_an_order_is_halved_by_chance() -> None:
+    """Half of the samples have targets of 1, and the others of -1: sorted, the halves would be far apart."""
+    model, inputs = nn.Linear(8, 1), torch.cat([torch.ones(128, 8), -torch.ones(128, 8)])
+    inputs = inputs + torch.randn(256, 8)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    parameters = dict(model.named_parameters())
+    looked = HalfBatches(model, parameters, step=3)
+    (model(inputs) - torch.ones(256, 1)).square().mean().backward()
+    looked.close()
+    found = looked.measure({n: p.grad for n, p in parameters.items()}, 256, 1.0, 1e-3, lambda pick: None)  # type: ignore[misc]
+    assert found is not None and float(found[0]) < 1  # sorted, 32
+
+
+def test_what_a_layer_was_given_is_let_go_of_with_its_gradient() -> None:
+    model, inputs = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(BATCH, 8)
+    given: list[Any] = []
+    model[2].register_forward_pre_hook(lambda _, args: given.append(weakref.ref(args[0])))
+    looked = HalfBatches(model, dict(model.named_parameters()), step=3)
+    loss = model(inputs).square().mean()
+    loss.backward()
+    gc.collect()
+    assert given[0]() is None and loss is not None
+    looked.close()
 
 
 def test_a_compiled_model_gets_no_hooks() -> None:
     """Nor one of which a function of the user's is compiled."""
-    model = nn.Sequential(nn.Linear(8, 8))
-    HalfBatches(model, dict(model.named_parameters()), 1)
-    assert model[0]._forward_hooks
-    compiled = nn.Sequential(nn.Linear(8, 8))
+
+    def hooks(model: nn.Module) -> bool:
+        looked = HalfBatches(model, dict(model.named_parameters()), 1)
+        looked.close()
+        return looked._handle is not None
+
+    model, compiled = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    assert hooks(model)
     compiled[0].compile(backend="eager")
-    HalfBatches(compiled, dict(compiled.named_parameters()), 1)
-    assert not compiled[0]._forward_hooks
+    assert not hooks(compiled)
+    assert not hooks(torch.compile(nn.Linear(8, 8), backend="eager"))  # type: ignore[arg-type]
     torch.compile(lambda x: model(x), backend="eager")(torch.zeros(1, 8))
-    other = nn.Sequential(nn.Linear(8, 8))
-    HalfBatches(other, dict(other.named_parameters()), 1)
-    assert not other[0]._forward_hooks
+    assert not hooks(model)
 
 
 def test_an_error_within_a_hook_leaves_the_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
