@@ -17,8 +17,8 @@ def unknown_strategy(name: str) -> str:
     """Why it is off under a strategy, and the way out."""
     return (
         f"it does not know how {name} spreads the gradients of this model over ranks. One device, DDP, FSDP,"
-        " ModelParallelStrategy where every mesh has its data dimension, and DeepSpeed's ZeRO in stages 1, 2 and 3 (not with NVMe,"
-        " experts or Muon) are supported; use one of them, or remove the callback."
+        " ModelParallelStrategy where every mesh has its data dimension, and DeepSpeed's ZeRO in stages 1, 2 and 3 (not with"
+        " NVMe, experts or Muon) are supported; use one of them, or remove the callback."
     )
 
 
