@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lightning_gradhist._flat import is_flat, is_of_fsdp
 from lightning_gradhist.callbacks._deepspeed import cuts_weights_up, is_deepspeed
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
+from lightning_gradhist.callbacks.parameters import named_parameters
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
 from lightning_gradhist.callbacks.probe.progress import progress
 from lightning_gradhist.callbacks.probe.restore import Apart, no_trace
@@ -77,7 +78,8 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
         )
     if is_deepspeed(trainer) and trainer.accumulate_grad_batches > 1:
         return (
-            "Lightning and DeepSpeed both divide accumulated gradients, which a probe does not see; do not accumulate"
+            "Lightning and DeepSpeed both divide accumulated gradients, which a probe does not see; do not accumulate, or"
+            " calibrate the rate from a record, reference='.../calibration.json'"
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         return "training_step takes the loader's iterator itself"
@@ -85,7 +87,7 @@ def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
 
 
 def _why_not_sharded(trainer: Trainer, module: LightningModule) -> str | None:
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in named_parameters(module).items() if p.requires_grad}
     if replicas(trainer) is None:
         return "the model is sharded over some of the ranks, and nobody knows whether the others hold the same"
     whole = [name for name, p in trained.items() if not (isinstance(p, DTensor) or is_of_fsdp(p))]
