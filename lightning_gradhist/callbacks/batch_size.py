@@ -163,14 +163,13 @@ class SampleCount:
 
     def _compare(self, trainer: Trainer, counted: int) -> None:
         """Notices batches of other sizes; each worker's last of an epoch may be short."""
-        if not self._given:
-            self._declared = _declared(trainer)  # of another loader than at first, where one is made for each epoch
-            if self._declared and counted > self._declared:
-                self._contradict(counted)
-                return
-        self._total, self._number = self._total + counted, self._number + 1
         if trainer.current_epoch != self._epoch:
             self._short, self._epoch = 0, trainer.current_epoch
+            self._declared = self._given or _declared(trainer)  # a loader may be made for each epoch
+        if self._declared and counted > self._declared and not self._given:
+            self._contradict(counted)
+            return
+        self._total, self._number = self._total + counted, self._number + 1
         self._short += counted < self._first
         workers = _number(trainer.train_dataloader, "num_workers") or 0
         self.varies |= counted > self._first or self._short > max(1, workers)

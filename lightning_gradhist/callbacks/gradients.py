@@ -30,7 +30,7 @@ def ready_gradients(
         scale = zero_loss_scale(trainer)
         return scaled if scale is None else _divided({name: g.float() for name, g in scaled.items()}, scale)
     laid = {name: _as_laid_out(p) for name, p in parameters.items() if p.grad is not None}  # collectives come first
-    gradients = {name: _dense(gradient) for name, gradient in laid.items()}
+    gradients = {name: dense(gradient) for name, gradient in laid.items()}
     return _divided(gradients, _remaining_scale(trainer, optimizer))
 
 
@@ -41,7 +41,7 @@ def has_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> bool:
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient of a parameter, dense and real: of a DTensor this rank's shard, laid out as the parameter's."""
-    return _dense(_as_laid_out(parameter))
+    return dense(_as_laid_out(parameter))
 
 
 def lies_otherwise(parameter: nn.Parameter) -> bool:
@@ -58,7 +58,8 @@ def _as_laid_out(parameter: nn.Parameter) -> Tensor:
     return placed_as(gradient.detach() if gradient.requires_grad else gradient, parameter)
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient in this rank's memory, with all its values, as real numbers."""
     gradient = local(gradient)
     return as_real(gradient.to_dense() if gradient.layout != torch.strided else gradient)
 

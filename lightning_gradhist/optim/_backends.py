@@ -206,7 +206,7 @@ def _flat_copy(
     """Some entries as one: as a view of what lies side by side, and of the rest a copy, which is copied back in the end."""
     entries = StepTensors(*([column[index] for index in indices] for column in tensors))
     sizes = [param.numel() for param in entries.params]
-    views = {name: _side_by_side(column, sizes) for name, column in entries._asdict().items()}
+    views = {name: side_by_side(column, sizes) for name, column in entries._asdict().items()}
     # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
     joined = (torch._utils._flatten_dense_tensors(getattr(entries, n)) if v is None else v for n, v in views.items())
     flat, places = _one_entry([*joined]), torch.tensor(indices, device="cpu")
@@ -217,7 +217,7 @@ def _flat_copy(
             torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(getattr(flat, name)[0], column))
 
 
-def _side_by_side(column: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | None:
+def side_by_side(column: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | None:
     """The memory of contiguous tensors that lie one after another in it; None where they do not."""
     first = column[0]
     width, place = first.element_size(), first.data_ptr()

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.explore import AUTO, resolve_explore
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.optim._backends import Backend, backend_of, is_small
+from lightning_gradhist.optim._backends import Backend, backend_of, is_small, side_by_side
 from lightning_gradhist.optim._base import ExploringOptimizer
 from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._checks import (
@@ -258,10 +258,9 @@ def _shield_state(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
 def _together(states: list[State]) -> Tensor:
     """The numbers of steps as one tensor ``[n]``, of which those in the states are views: one addition does for all."""
     steps = [state["step"] for state in states]
-    first = steps[0].data_ptr()
-    places = range(first, first + 4 * len(steps), 4)  # memory of its own would be further apart
-    if steps[0].is_cpu and [step.data_ptr() for step in steps] == [*places]:
-        return steps[0].as_strided((len(steps),), (1,))
+    laid = side_by_side(steps, [1] * len(steps)) if steps[0].is_cpu else None
+    if laid is not None:
+        return laid
     whole = torch.stack(steps).to("cpu", torch.float32)  # Lightning may have moved them to a device, to be waited for
     for state, step in zip(states, whole.unbind(), strict=True):
         state["step"] = step

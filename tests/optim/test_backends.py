@@ -109,7 +109,7 @@ def test_fused_finds_memory_that_has_moved() -> None:
 
 def lie_side_by_side(optimizer: Any, params: list[Parameter]) -> bool:
     columns = ([optimizer.state[param][name] for param in params] for name in _moments.BUFFERS)
-    return all(_backends._side_by_side(column, [param.numel() for param in params]) is not None for column in columns)
+    return all(_backends.side_by_side(column, [param.numel() for param in params]) is not None for column in columns)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")

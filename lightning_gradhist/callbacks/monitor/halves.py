@@ -29,6 +29,20 @@ _MOST_LAYERS = 128  # that are looked at in a step; Python's work is a tenth of 
 _PARAMETERS = ("weight", "bias")
 _CONVOLUTIONS = {nn.Conv1d: conv1d_weight, nn.Conv2d: conv2d_weight, nn.Conv3d: conv3d_weight}
 Pick = tuple[slice, ...]  # places in the first dimensions of a parameter
+Rule = Callable[[Any, str, Tensor, Tensor, Pick, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A layer, how its gradient is made, and the names of its parameters that are trained, by attribute."""
+
+    layer: nn.Module
+    rule: Rule
+    names: Mapping[str, str]
+
+    @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.layer, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -63,14 +77,15 @@ class HalfBatches:
         self._found: dict[str, _Halves] = {}
         self._has_failed = False
         self._handle: RemovableHandle | None = None
-        known = [] if _is_compiled(module) else [layer for layer in module.modules() if self._parameters_of(layer)]
-        self._by_columns = {
-            name for layer in known for name in self._parameters_of(layer).values() if _is_embedding(layer)
-        }
+        modules = [] if _is_compiled(module) else module.modules()
+        known = [
+            _Known(layer, rule, own) for layer in modules if (rule := _rule_of(layer)) and (own := self._own(layer))
+        ]
+        self._by_columns = {name for each in known if each.is_embedding for name in each.names.values()}
         self._least = _LEAST_NORMED if any(map(_shares_statistics, module.modules())) else _LEAST_SAMPLES
         self._every = max(1.0, len(known) / _MOST_LAYERS)
         drawn = torch.randperm(len(known), generator=self._generator)[:_MOST_LAYERS].tolist()
-        self._layers = {id(known[place]) for place in drawn}
+        self._layers = {id(known[place].layer): known[place] for place in drawn}
         if self._layers and _share(known, trained, self._by_columns) >= _LEAST_SHARE:
             # On no layer, which may be copied and saved as long as it is there.
             self._handle = register_module_forward_hook(self._after_forward)
@@ -113,7 +128,8 @@ class HalfBatches:
             factor = math.sqrt(self._every * every)  # as Sample.of_gradients has it
             firsts[name] = (halves.first * (factor * batch_size / halves.sizes[0] / scale)).masked_fill(unknown, 0)
             wholes[name] = (whole * factor).masked_fill(unknown, 0)
-            squares.append(torch.stack([wholes[name].square().sum(), (whole * factor).square().sum()]))
+            square = (whole * factor).square().sum()
+            squares.append(torch.stack([square.masked_fill(unknown, 0), square]))
         if not squares:
             return None
 
@@ -124,11 +140,9 @@ class HalfBatches:
         sums = measure_part(firsts, wholes, metric(picked))
         return sums.masked_fill_((known < _LEAST_KNOWN * there).to(sums.device), math.nan)
 
-    def _parameters_of(self, layer: nn.Module) -> dict[str, str]:
-        """Names of those parameters of a known layer that are trained, by attribute; a parametrized one is none."""
-        names = (
-            {} if _rule_of(layer) is None else {a: self._names.get(id(layer._parameters.get(a))) for a in _PARAMETERS}
-        )
+    def _own(self, layer: nn.Module) -> dict[str, str]:
+        """Names of those parameters of a layer that are trained, by attribute; a parametrized one is none."""
+        names = {attribute: self._names.get(id(layer._parameters.get(attribute))) for attribute in _PARAMETERS}
         return {attribute: name for attribute, name in names.items() if name is not None}
 
     def _pick(self, name: str, tensor: Tensor) -> tuple[Pick, int]:
@@ -141,43 +155,41 @@ class HalfBatches:
         return (slice(row, None, rows), slice(column, None, columns))[:dims], rows * columns
 
     def _after_forward(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if id(layer) not in self._layers or torch.compiler.is_compiling():
+        known = self._layers.get(id(layer))
+        if known is None or torch.compiler.is_compiling():
             return
         try:
             plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
             if plain and output.requires_grad and not _is_checkpointed():
                 held = [_as_saved(inputs[0].detach(), output)]  # let go of as soon as it has been looked at
-                output.register_hook(partial(self._after_backward, layer, held))
+                output.register_hook(partial(self._after_backward, known, held))
         except Exception:  # within the user's forward, which goes on; a pair of steps is measured in its place
             self._has_failed = True
 
-    def _after_backward(self, layer: nn.Module, held: list[Tensor], gradient: Tensor) -> None:
+    def _after_backward(self, known: _Known, held: list[Tensor], gradient: Tensor) -> None:
         try:
             with torch.no_grad():
-                self._add(layer, held.pop(), gradient)
+                self._add(known, held.pop(), gradient)
         except Exception:
             self._has_failed = True
 
-    def _add(self, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
-        rule, size = _rule_of(layer), inputs.shape[0] if inputs.dim() > 1 or _is_embedding(layer) else 0
-        if rule is None or size < self._least or size in _further_dims(layer, inputs):
+    def _add(self, known: _Known, inputs: Tensor, gradient: Tensor) -> None:
+        layer, size = known.layer, inputs.shape[0] if inputs.dim() > 1 or known.is_embedding else 0
+        if size < self._least or size in _further_dims(layer, inputs):
             return
         if size not in self._halves:
             order = torch.randperm(size, generator=self._generator).to(inputs.device, non_blocking=True)
             self._halves[size] = order[: size // 2], order[size // 2 :]
-        for attribute, name in self._parameters_of(layer).items():
+        for attribute, name in known.names.items():
             pick, _ = self._pick(name, layer._parameters[attribute])  # type: ignore[arg-type]
             first, second = (
-                rule(layer, attribute, inputs, gradient, pick, half).float() for half in self._halves[size]
+                known.rule(layer, attribute, inputs, gradient, pick, half).float() for half in self._halves[size]
             )
             sizes, before = (size // 2, size - size // 2), self._found.get(name)
             if before is not None:  # of a layer that is called again, or of another one with the same weight
                 sizes = sizes if sizes == before.sizes else (0, 0)
                 first, second = before.first + first, before.second + second
             self._found[name] = _Halves(sizes, first, second)
-
-
-Rule = Callable[[Any, str, Tensor, Tensor, Pick, Tensor], Tensor]
 
 
 def _rule_of(layer: nn.Module) -> Rule | None:
@@ -193,15 +205,11 @@ def _rule_of(layer: nn.Module) -> Rule | None:
     return _of_layer_norm if forward is nn.LayerNorm.forward and layer.elementwise_affine else None
 
 
-def _share(known: list[nn.Module], trained: Mapping[str, nn.Parameter], embeddings: set[str]) -> float:
+def _share(known: list[_Known], trained: Mapping[str, nn.Parameter], embeddings: set[str]) -> float:
     """How much of all values known layers hold, those of embeddings left out of both."""
-    others = {id(parameter): parameter.numel() for name, parameter in trained.items() if name not in embeddings}
-    held = {id(parameter) for layer in known for parameter in layer._parameters.values()}
-    return sum(number for key, number in others.items() if key in held) / max(1, sum(others.values()))
-
-
-def _is_embedding(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Embedding)
+    others = {name: parameter.numel() for name, parameter in trained.items() if name not in embeddings}
+    held = {name for each in known for name in each.names.values()}
+    return sum(number for name, number in others.items() if name in held) / max(1, sum(others.values()))
 
 
 def _shares_statistics(layer: nn.Module) -> bool:

@@ -102,10 +102,9 @@ class GradientHistogramMonitor(Callback):
     or accumulation it is measured, without bias, from the gradients of a step's first micro-batch on each rank against
     those of the whole step; else, without bias, from the two halves of a batch of 16 or more, where layers that are known hold
     half of the parameters: linear, convolutions without groups, layer norms, and embeddings with them, not compiled and not
-    checkpointed, with batch norm from 64 samples on;
-    else from a logged step and the next, which overstates it where steps overshoot. It is measured of 262,144 values of each
-    rank's gradients, others at each step, or of all where there are no more: these are copied. A step with fewer samples
-    than others, or whose gradients a hook has changed, is not measured.
+    checkpointed, with batch norm from 64 samples on; else from a logged step and the next, which overstates it where steps
+    overshoot. It is measured of 262,144 values of each rank's gradients, others at each step, or of all where there are no
+    more: these are copied. A step with fewer samples than others, or whose gradients a hook has changed, is not measured.
     The record also has the steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a
     copy is stepped through the run before it begins.
 

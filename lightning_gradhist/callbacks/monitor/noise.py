@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
-from lightning_gradhist.callbacks.gradients import LocalGradients, loss_scale, rounding_unit, squared_norm
+from lightning_gradhist.callbacks.gradients import LocalGradients, dense, loss_scale, rounding_unit, squared_norm
 from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
@@ -21,7 +21,7 @@ from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.sample import Sample
 from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
-from lightning_gradhist.tensors import as_real, copies
+from lightning_gradhist.tensors import copies
 
 _ALIKE = 1e-3  # relative difference of squared norms of gradients that nobody has changed
 _ADDS_UP = 0.03  # relative difference of a gradient and the sum of its parts; a GPU may multiply in 10 bits
@@ -194,9 +194,8 @@ class NoiseMonitor(StepObserver):
             self._compare(squared_norm(self._sample.of(gradients).values()) * loss_scale(self._fit.trainer) ** 2)
 
     def _squared_norm(self) -> Tensor:
-        there = {name: p.grad for name, p in self._watched.parameters.items() if p.grad is not None}
-        dense = {name: as_real(g if g.layout == torch.strided else g.to_dense()) for name, g in there.items()}
-        return squared_norm(self._sample.of(dense).values())
+        there = {name: dense(p.grad) for name, p in self._watched.parameters.items() if p.grad is not None}
+        return squared_norm(self._sample.of(there).values())
 
     def _begin_pair(self, step: Step) -> None:
         self._in_pair = True

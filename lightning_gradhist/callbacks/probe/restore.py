@@ -91,10 +91,10 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
 
 def _lend_sharded(stack: ExitStack, copier: Copier, module: nn.Module) -> None:
     """Puts copies in the place of all that the modules hold, but their parameters and each other."""
-    own = [
+    wrapped = (
         part for part in module.modules() if not isinstance(part, FullyShardedDataParallel)
-    ]  # which has nothing else
-    before = [(part, dict(vars(part))) for part in own]
+    )  # a wrapper has no more
+    before = [(part, dict(vars(part))) for part in wrapped]
     contents = [(own, own.clone()) for own in (local(p.detach()) for p in module.parameters())]
     stack.callback(_put_back, before, contents)
     for part, attributes in before:

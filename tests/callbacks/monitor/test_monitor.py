@@ -1264,7 +1264,7 @@ def _raises(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("owner", "attribute", "options"),
     [
-        pytest.param(gradients, "_dense", {}, id="gradients"),
+        pytest.param(gradients, "dense", {}, id="gradients"),
         pytest.param(observer, "own_parts", {}, id="parts"),
         pytest.param(observer, "ready_gradients", {"when": "after_clip"}, id="after clipping"),
         pytest.param(gradients, "local_gradient", {"when": "local"}, id="local copies"),
