@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support import StateSeen, dataset, fit
+from support import StateSeen, collectives, dataset, fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -149,21 +149,6 @@ def alone(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
     """The same run in one process."""
     options = {"devices": 1, "max_steps": 5, "module": Layers, **options}
     return fit(folder, *callbacks, data=DataLoader(dataset(), 8), **options)
-
-
-def collectives(job: Any) -> tuple[Any, list[tuple[int, str]]]:
-    """What a job returns, and the sums over ranks that it asked for."""
-    original, asked = torch.distributed.all_reduce, []
-
-    def all_reduce(tensor: Tensor, *rest: Any, **options: Any) -> Any:
-        asked.append((tensor.numel(), str(tensor.dtype)))
-        return original(tensor, *rest, **options)
-
-    torch.distributed.all_reduce = all_reduce
-    try:
-        return job(), asked
-    finally:
-        torch.distributed.all_reduce = original
 
 
 def watched(folder: Path) -> dict[int, Any]:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import start_ranks
-from support import GradientSpy, Net, StateSpy, dataset, final_state, fit, loader
+from support import GradientSpy, Net, StateSpy, collectives, dataset, final_state, fit, loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -56,13 +56,7 @@ def numbers(folder: Path) -> Any:
     histogram.update({"a": whole[rank]} if rank else {"a": whole[rank], "b": whole[rank, :7]})
     metric = MagnitudeHistogramMetric(names)
     metric.update({"a": whole[rank]} if rank else {"a": whole[rank], "b": whole[rank, :7]})
-    calls: list[int] = []
-    original = torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda tensor, *a, **k: (calls.append(tensor.numel()), original(tensor, *a, **k))[1]
-    try:
-        histogram.all_reduce()
-    finally:
-        torch.distributed.all_reduce = original
+    calls = [size for size, _ in collectives(histogram.all_reduce)[1]]
 
     gradients = torch.randn(ranks, 6, 50, generator=torch.Generator().manual_seed(1)) + 3
     mine = gradients[rank, : 6 - rank]  # not equally many on every rank

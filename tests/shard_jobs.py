@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support import StateSpy, final_state, fit, loader
+from support import StateSpy, collectives, final_state, fit, loader
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -97,14 +97,7 @@ def trajectories(folder: Path) -> Any:
 
 def sums_of(optimizer: torch.optim.Optimizer) -> list[int]:
     """The sizes of the tables that a step adds up over ranks."""
-    calls: list[int] = []
-    original = torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda table, *a, **k: (calls.append(table.numel()), original(table, *a, **k))[1]
-    try:
-        optimizer.step()
-    finally:
-        torch.distributed.all_reduce = original
-    return calls
+    return [size for size, _ in collectives(optimizer.step)[1]]
 
 
 def unused(folder: Path) -> Any:

@@ -175,6 +175,21 @@ def expected_counts(gradient: Tensor, bins_per_octave: int = 8) -> Counts:
     )
 
 
+def collectives(job: Any) -> tuple[Any, list[tuple[int, str]]]:
+    """What a job returns, and the sums over ranks that it asked for."""
+    original, asked = torch.distributed.all_reduce, []
+
+    def all_reduce(tensor: Tensor, *rest: Any, **options: Any) -> Any:
+        asked.append((tensor.numel(), str(tensor.dtype)))
+        return original(tensor, *rest, **options)
+
+    torch.distributed.all_reduce = all_reduce
+    try:
+        return job(), asked
+    finally:
+        torch.distributed.all_reduce = original
+
+
 class TwoOptimizers(L.LightningModule):
     """Manual optimization; the second optimizer steps every other batch."""
 
