@@ -20,6 +20,7 @@ from reporting import RESULTS, Row, machine, print_table, write_csv
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from training import EPS, gradients_of
 from workloads import FASHION_MNIST, WORKLOADS, Data, Workload
 
 from lightning_gradhist import GradientHistogramMonitor, NoiseEstimate, NoiseScale
@@ -57,7 +58,7 @@ class Truth(L.Callback):
     """Noise scales at some moments, each from fresh gradients at the weights of the moment."""
 
     def __init__(self, data: Data, batch_size: int) -> None:
-        self.tensors, self.batch_size = data.train.tensors, batch_size
+        self.data, self.batch_size = data, batch_size
         self.found: list[float] = []
         self._generator = torch.Generator().manual_seed(0)
 
@@ -65,15 +66,12 @@ class Truth(L.Callback):
         """Measure, without a trace: no gradient is left in the parameters."""
         if trainer.global_step not in MOMENTS:
             return
-        parameters = dict(pl_module.net.named_parameters())
-        noise = NoiseScale(parameters, FRESH)
-        for number in range(2 * GRADIENTS):
+        noise = NoiseScale(dict(pl_module.net.named_parameters()), FRESH)
+        fresh = gradients_of(pl_module.net, self.data, FRESH, self._generator)
+        for number, gradients in enumerate(itertools.islice(fresh, 2 * GRADIENTS)):
             if number == GRADIENTS:
-                noise.split(1e-8, self.batch_size / FRESH)
-            places = torch.randint(len(self.tensors[0]), (FRESH,), generator=self._generator)
-            loss = pl_module.loss(*(values[places] for values in self.tensors))
-            gradients = torch.autograd.grad(loss, list(pl_module.net.parameters()))
-            noise.update(dict(zip(parameters, gradients, strict=True)))
+                noise.split(EPS["Adam"], self.batch_size / FRESH)
+            noise.update(gradients)
         self.found.append(noise.adam().value)
 
 
