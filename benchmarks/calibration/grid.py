@@ -125,7 +125,6 @@ _LARGE = (64, 91, 128, 181, 256, 362, 512, 724, 1024, 1164)
 SIDE = {
     # four times the samples, so that its shortest run has 39 steps
     "surge_large": replace(_MLP, batch_sizes=_LARGE, samples=46_080, learning_rate=2**-6),
-    "no_momentum": replace(_MLP, optimizer="Adam without momentum"),
     # a quarter of the samples, for time
     "surge_small": replace(_MLP, batch_sizes=(1, 2, 3, 4, 6, 8, 12), samples=2880),
 }
@@ -141,8 +140,7 @@ def middle(workload: Workload) -> int:
 
 def references(workload: Workload) -> list[Run]:
     """A run at equal samples for each batch size, of Adam in the main grid; the rate and the seed do not matter."""
-    name, eps = workload.optimizer, EPS[workload.optimizer]
-    return [Run(workload.name, name, size, 1.0, eps, 0, workload.samples) for size in workload.batch_sizes]
+    return [Run(workload.name, "Adam", size, 1.0, EPS["Adam"], 0, workload.samples) for size in workload.batch_sizes]
 
 
 def at_equal_steps(workload: Workload, like: Run) -> Run:

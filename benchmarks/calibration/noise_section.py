@@ -13,11 +13,7 @@ from reporting import Row
 
 Group = tuple[str, str, str]  # workload, weights and noise scale
 HELD = 0.9  # the goal for the share of intervals that hold the value
-AS_IT_IS, FROM_OTHERS, BEST = "1", "from the others", "best"
-"""Where the factor of an estimate comes from: there is none, from the other workloads, from the workload itself."""
-FACTORS = 2.0 ** np.arange(-8, 8.25, 0.25)
 SAME = "none: the same samples"
-INTERVALS = {"Fieller": ("lower", "upper"), "bootstrap": ("bootstrap_lower", "bootstrap_upper")}
 
 
 def growth(page: Page, found: Mapping[str, Evidence]) -> None:
@@ -57,7 +53,7 @@ def _growth_row(name: str, evidence: Evidence, size: int) -> Row:
 
 
 def coverage(page: Page, rows: Sequence[Row]) -> None:
-    """How often the interval of the noise scale holds the value from ten times the data; beside it a bootstrap's."""
+    """How often the interval of the noise scale holds the value from ten times the data."""
     if not rows:
         return
     groups: dict[Group, list[Row]] = {}
@@ -65,32 +61,19 @@ def coverage(page: Page, rows: Sequence[Row]) -> None:
         for workload in (row["workload"], "all"):
             groups.setdefault((workload, row["state"], row["metric"]), []).append(row)
     ordered = sorted(groups.items(), key=lambda group: (group[0][0] == "all", group[0]))
-    table = page.keep("coverage_summary", [_coverage_row(group, own, "Fieller") for group, own in ordered])
+    table = page.keep("coverage_summary", [_coverage_row(group, own) for group, own in ordered])
     whole = [row for row in table if row["workload"] == "all"]
     short = [row for row in whole if row["covered"][0] < HELD]
     for row in short:
         page.bad.append(
             f"The interval of `{row['metric']}` {row['state']} holds the value in {percent(row['covered'][0])}."
         )
-    beside = [
-        {"interval": name, **_coverage_row(group, own, name)}
-        for group, own in ordered
-        if group[0] == "all"
-        for name in INTERVALS
-    ]
-    page.fill(
-        "coverage",
-        coverage_summary=table,
-        met=len(whole) - len(short),
-        coverage_bootstrap=page.keep("coverage_bootstrap", beside),
-    )
+    page.fill("coverage", coverage_summary=table, met=len(whole) - len(short))
 
 
-def _coverage_row(group: Group, rows: Sequence[Row], interval: str) -> Row:
-    values = np.array(
-        [[row[key] for key in ("value", *INTERVALS[interval], "from_ten_times_the_data")] for row in rows]
-    )
-    value, lower, upper, truth = values.T
+def _coverage_row(group: Group, rows: Sequence[Row]) -> Row:
+    keys = ("value", "lower", "upper", "from_ten_times_the_data")
+    value, lower, upper, truth = np.array([[row[key] for key in keys] for row in rows]).T
     return {
         **dict(zip(("workload", "state", "metric"), group, strict=True)),
         "covered": _share(int(((lower <= truth) & (truth <= upper)).sum()), len(rows)),
@@ -131,14 +114,14 @@ def tradeoff(page: Page, found: Mapping[str, Evidence]) -> None:
         for target, by_size in ((target, of) for target, of in sorted(evidence.needed.items(), reverse=True) if of):
             samples = "; ".join(f"{size:,}: {number(samples)}" for size, samples in by_size.items())
             needed.append({"workload": name, "target": target, "samples": samples, "fit": evidence.fits[target]})
-    predicted = page.keep("theorem5", [row for name in reached for row in _predictions(name, reached)])
+    predicted = page.keep("theorem5", [row for evidence in reached.values() for row in _predictions(evidence)])
     page.fill(
         "theorem5",
         needed=needed,
         left_out=listed([name for name in found if name not in reached]),
         predicted=[row for row in predicted if row["estimate"] in (FIT, MEAN, SAME)],
     )
-    typical = {(row["workload"], row["estimate"]): row["typical"] for row in predicted if row["source"] == AS_IT_IS}
+    typical = {(row["workload"], row["estimate"]): row["typical"] for row in predicted}
     useless = [name for name in reached if typical.get((name, MEAN), 0.0) >= typical[name, SAME]]
     if useless:
         page.bad.append(
@@ -147,32 +130,13 @@ def tradeoff(page: Page, found: Mapping[str, Evidence]) -> None:
     page.draw("theorem5", figures.tradeoff(reached))
 
 
-def _predictions(name: str, reached: Mapping[str, Evidence]) -> list[Row]:
-    own, others = reached[name], [evidence for other, evidence in reached.items() if other != name]
-    rows = []
-    if not math.isnan(own.fitted_noise):
-        rows.append(_prediction(own, FIT, np.full((1, len(own.losses)), own.fitted_noise), AS_IT_IS, 1.0))
-    for estimate, values in own.estimates.items():
-        if not np.isnan(values).all():
-            chosen = {AS_IT_IS: 1.0, FROM_OTHERS: _best_factor(estimate, others), BEST: _best_factor(estimate, [own])}
-            rows += [_prediction(own, estimate, values, source, factor) for source, factor in chosen.items()]
-    rows.append(_prediction(own, SAME, np.full((1, len(own.losses)), 1e30), AS_IT_IS, 1.0))
-    return [row for row in rows if not math.isnan(row["factor"])]
-
-
-def _best_factor(estimate: str, found: Sequence[Evidence]) -> float:
-    """The factor with the lowest mean error over workloads; NaN without any."""
-    usable = [ev for ev in found if estimate in ev.estimates and not np.isnan(ev.estimates[estimate]).all()]
-    if not usable:
-        return math.nan
-    scaled = FACTORS[:, None, None]
-    of_each = [np.abs(errors(scaled * ev.estimates[estimate], ev.common, list(ev.losses))) for ev in usable]
-    return float(FACTORS[np.argmin(sum(np.nanmean(of.reshape(len(FACTORS), -1), 1) for of in of_each))])
-
-
-def _prediction(own: Evidence, estimate: str, values: np.ndarray, source: str, factor: float) -> Row:
-    found = np.abs(errors(factor * values, own.common, list(own.losses)))
-    known = found[~np.isnan(found)]
-    typical, worst = (2.0 ** float(of) for of in (known.mean(), known.max())) if known.size else (math.nan, math.nan)
-    method = {"workload": own.workload.name, "estimate": estimate, "source": source, "factor": factor}
-    return {**method, "typical": typical, "worst": worst}
+def _predictions(own: Evidence) -> list[Row]:
+    """How far each noise scale is off, on average and at worst, as a factor."""
+    shape, rows = (1, len(own.losses)), []
+    for estimate, noise in {FIT: np.full(shape, own.fitted_noise), **own.estimates, SAME: np.full(shape, 1e30)}.items():
+        found = np.abs(errors(noise, own.common, list(own.losses)))
+        known = found[~np.isnan(found)]
+        if known.size:
+            typical, worst = (2.0 ** float(of) for of in (known.mean(), known.max()))
+            rows.append({"workload": own.workload.name, "estimate": estimate, "typical": typical, "worst": worst})
+    return rows

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 
 import figures
 import numpy as np
-from evidence import Evidence, Measured, drawn_curves, drawn_seeds, seed_spread, with_interval
+from evidence import Evidence, Measured, drawn_curves, drawn_seeds, seed_spread
 from grid import STAGES
-from page import Page, listed, number
+from page import Page, listed
 from reporting import Row
-from transfers import SAMPLES, at_equal_samples, cells_of, falling, fitted
 
 Found = Mapping[str, Evidence]
 PLATEAU = 1.02  # rates whose loss is at most this many times the best are as good as the best
@@ -113,28 +112,3 @@ def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> Row
         "cost": float(evidence.losses[sizes[-1]].mean().excess(np.array([rates.max()]))[0]),
         "power": float(np.polyfit(np.log2(sizes), rates, 1)[0]) if len(sizes) > 1 else math.nan,
     }
-
-
-def momentum(page: Page, found: Found, side: Found, draws: int) -> None:
-    """The noise scale of the laws with and without momentum."""
-    if "no_momentum" not in side or "mlp" not in found:
-        return
-    without, with_it = side["no_momentum"], found["mlp"]
-    cells = [[cell for cell in cells_of(evidence) if cell.grid == SAMPLES] for evidence in (without, with_it)]
-    rows: list[Row] = []
-    for law, ratio in {"surge": at_equal_samples, "falling": falling}.items():
-        a, b = (with_interval(fitted(own, ratio, draws)) for own in cells)
-        rows.append({"law": law, "without": a, "with": b, "ratio": a[0] / b[0]})
-    ratios = [row["ratio"] for row in rows]
-    page.fill(
-        "momentum",
-        rates=[
-            {"batch_size": size, "without": 2**rate, "with": 2 ** with_it.best_rates[size]}
-            for size, rate in without.best_rates.items()
-            if size in with_it.best_rates
-        ],
-        momentum=page.keep("momentum", rows),
-        lowest=number(min(ratios)),
-        highest=number(max(ratios)),
-        apart=listed([row["law"] for row in rows if row["without"][1] > row["with"][2]]),
-    )

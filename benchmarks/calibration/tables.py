@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None) -> None:
     rate_section.runs(page, found)
     rate_section.best_rates(page, found, draws)
     rate_section.surge(page, side, draws)
-    rate_section.momentum(page, found, side, draws)
     transfers.carrying(page, found, side, draws)
     transfers.public(page, options.public)
     noise_section.growth(page, found)
