@@ -12,12 +12,11 @@ from typing import Any
 
 import evidence
 import grid
-import noise_section
 import numpy as np
 import optimizer_section
 import page as pages
 import pytest
-import rate_section
+import run_sections
 import tables
 import torch
 import transfers
@@ -202,10 +201,10 @@ def test_what_is_missing_and_an_optimum_at_the_edge_are_said(tmp_path: Path) -> 
     found = collect(tmp_path)
     assert list(found) == ["mlp"]
     page = Page(tmp_path / "out")
-    rate_section.runs(page, found)
-    rate_section.best_rates(page, found, 2)
+    run_sections.runs(page, found)
+    run_sections.best_rates(page, found, 2)
     transfers.carrying(page, found, {}, 2)
-    noise_section.growth(page, found)
+    run_sections.growth(page, found)
     page.write()
     text = (tmp_path / "out" / "README.md").read_text()
     assert "Optima at the edge of the grid: mlp at 8, mlp at 128." in text
@@ -246,7 +245,7 @@ def test_intervals_are_compared_with_ten_times_the_data(tmp_path: Path, monkeypa
     assert all(0 <= row["lower"] <= row["value"] <= row["upper"] for row in rows)
     assert sum(row["lower"] <= row["from_ten_times_the_data"] <= row["upper"] for row in rows) >= 9
     page = Page(tmp_path / "out")
-    noise_section.coverage(page, rows)
+    run_sections.coverage(page, rows)
     page.write()
     text = (tmp_path / "out" / "README.md").read_text()
     assert text.count("| all | at the start | B_adam |") == text.count("| all | after a tenth | B_simple |") == 1
@@ -274,7 +273,7 @@ def test_the_page_tells_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write(tmp_path, grid.SIDE_STAGES, ["mlp", *grid.SIDE])
     side = collect(tmp_path, side=True)
     page = Page(tmp_path / "out")
-    rate_section.surge(page, side, 3)
+    run_sections.surge(page, side, 3)
     page.write()
     text = (tmp_path / "out" / "README.md").read_text()
     # highest at 256 first and last, in no draw a lower one, no cost, and a power of a half
