@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhist._flat import FlatPiece
-from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks._lightning import Trainer, is_a
 
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _ZERO = ("DeepSpeedZeroOptimizer", _STAGE_3)  # stages 1 and 2 share a class
@@ -42,8 +42,8 @@ class Slot:
 
 
 def is_deepspeed(trainer: Trainer) -> bool:
-    """Whether the strategy is DeepSpeed's; by name, as Lightning's classes are there twice."""
-    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(trainer.strategy).__mro__)
+    """Whether the strategy is DeepSpeed's."""
+    return is_a(trainer.strategy, "DeepSpeedStrategy")
 
 
 def is_zero(optimizer: Any) -> bool:

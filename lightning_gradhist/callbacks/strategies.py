@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lightning_gradhist import _flat
 from lightning_gradhist._dtensor import is_dtensor, local
 from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_told_apart, zero_pieces
-from lightning_gradhist.callbacks._fsdp import fsdp_pieces, is_fsdp
-from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks._lightning import Trainer, is_a
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
@@ -62,11 +62,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     return bits.sum(dim=0, keepdim=True, dtype=torch.int64) % 2**20
 
 
-def is_a(thing: object, *names: str) -> bool:
-    """Whether a class of one of these names is among a thing's own; by name, as Lightning's classes are there twice."""
-    return not {cls.__name__ for cls in type(thing).__mro__}.isdisjoint(names)
-
-
 def is_cut_up(trainer: Trainer) -> bool:
     """Whether ranks hold parts of parameters, so that none has a gradient of its own before they are averaged."""
     return is_sharded(trainer) or is_fsdp(trainer) or is_deepspeed(trainer)
@@ -75,6 +70,11 @@ def is_cut_up(trainer: Trainer) -> bool:
 def averages_in_backward(trainer: Trainer) -> bool:
     """Whether only a backward pass gives gradients, which are then the ranks' mean; else each rank can have its own first."""
     return is_sharded(trainer) or is_fsdp(trainer)
+
+
+def is_fsdp(trainer: Trainer) -> bool:
+    """Whether the strategy is FSDP1."""
+    return is_a(trainer.strategy, "FSDPStrategy")
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -112,7 +112,20 @@ def flat_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
     """The parameters of which each rank has a flat piece, by ``id``."""
     if is_deepspeed(trainer):
         return zero_pieces(trainer) if is_told_apart(trainer) else {}
-    return fsdp_pieces(trainer)
+    return {id(parameter): piece for parameter, piece in _flat.fsdp_pieces(_fsdp_modules(trainer)) if piece is not None}
+
+
+def end_forward(trainer: Trainer) -> None:
+    """Ends a forward pass that no backward pass follows, by which FSDP1 would lose gradients of the next one."""
+    _flat.end_forward(_fsdp_modules(trainer))
+
+
+def _fsdp_modules(trainer: Trainer) -> list[Any]:
+    if not is_fsdp(trainer):
+        return []
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    return list(FSDP.fsdp_modules(trainer.strategy.model))  # type: ignore[arg-type]
 
 
 def least_over_ranks(value: float, trainer: Trainer) -> float:
@@ -193,7 +206,7 @@ def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], r
     for name, parameter in parameters.items():
         held, holders, piece = _held(parameter), replicas.holders(parameter), replicas.pieces.get(id(parameter))
         if name in tensors:
-            values = _flat(tensors[name], held)
+            values = _flattened(tensors[name], held)
             flat[name] = values if piece is None else values[: piece.values]
         if holders.ranks > 1:
             shared.setdefault(holders, {})[name] = held.numel()
@@ -235,7 +248,7 @@ def _held(parameter: Tensor) -> Tensor:
     return parameter if is_plain else as_real(local(parameter.detach()))
 
 
-def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+def _flattened(tensor: Tensor, like: Tensor) -> Tensor:
     # One order for gradient and second moment; no copy where they lie in memory as the parameter does (channels_last).
     if like.is_contiguous():
         return tensor.reshape(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradhist.kernels._chunks import DEVICE_TYPE, DTYPES
 from lightning_gradhist.kernels._math import KernelScalars
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import ChunkTable, all_contiguous, chunk_table
+from lightning_gradhist.kernels._tables import CHUNK, ChunkTable, all_contiguous, chunk_table
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {
@@ -133,6 +133,14 @@ class Operands(NamedTuple):
 
     tensors: StepTensors
     table: ChunkTable
+
+
+def launch(kernel: Any, operands: Operands, *arguments: Any) -> None:
+    """Launch a program for each chunk; the operands are to be held till then, as they may have copies of gradients."""
+    table = operands.table
+    if len(table.chunks):
+        with on_device_of(table.chunks):
+            kernel[(len(table.chunks),)](table, *arguments, CHUNK, **OPTIONS)
 
 
 def operands_of(tensors: StepTensors) -> Operands:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
-from lightning_gradhist.callbacks._fsdp import end_forward, is_fsdp
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
@@ -35,7 +34,14 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
 )
 from lightning_gradhist.callbacks.probe.restore import Apart
-from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, own_parts, replicas
+from lightning_gradhist.callbacks.strategies import (
+    averages_in_backward,
+    end_forward,
+    is_fsdp,
+    least_over_ranks,
+    own_parts,
+    replicas,
+)
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
 
