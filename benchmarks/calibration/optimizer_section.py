@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import figures
 import numpy as np
 from evidence import Evidence, by_batch_size, seed_spread
 from grid import SETTINGS, Results, Setting, alike, best, half_octaves, losses, missing
@@ -39,8 +38,6 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
         return
     rows = [_epsilon_row(found[name], curve, spaces[name, 1.0]) for name, curve in curves.items()]
     page.fill("epsilon", epsilon=page.keep("epsilon", rows), judged=[_judged(page, rows, kind) for kind in SPACES])
-    pooled = {name: _ends(spaces[name, 1.0], "pooled") for name in curves}
-    page.draw("epsilon", figures.epsilon(curves, pooled, {row["workload"]: row["tolerance"] for row in rows}))
     _scaled(page, found, curves, spaces)
 
 

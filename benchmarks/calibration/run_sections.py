@@ -228,7 +228,6 @@ def tradeoff(page: Page, found: Found) -> None:
         page.bad.append(
             f"Theorem 5 with the {MEAN} as it is predicts no better than the same samples: {listed(useless)}."
         )
-    page.draw("theorem5", figures.tradeoff(reached))
 
 
 def _predictions(own: Evidence) -> list[Row]:
