@@ -26,21 +26,13 @@ _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 @dataclass(frozen=True)
 class Replicas:
-    """How tensors lie on the ranks: every one of ``ranks`` holds all of a whole tensor, and this is ``rank``.
+    """How tensors lie on the ranks: every one of ``ranks`` holds all of a whole tensor, and this is ``rank``."""
 
-    Attributes:
-        rank: from 0 to ``ranks - 1``.
-        ranks: number of ranks.
-        over: what tells these ranks from others of the same number.
-        pieces: the parameters of which FSDP1 or ZeRO has left each rank a flat piece, by ``id``.
-        mesh: all ranks, where DTensors may be on a part of its dimensions alone.
-    """
-
-    rank: int
+    rank: int  # from 0 to ``ranks - 1``
     ranks: int
-    over: tuple[tuple[DeviceMesh, int], ...] = ()
-    pieces: Mapping[int, FlatPiece] = field(default_factory=dict, compare=False)
-    mesh: DeviceMesh | None = field(default=None, compare=False)
+    over: tuple[tuple[DeviceMesh, int], ...] = ()  # what tells these ranks from others of the same number
+    pieces: Mapping[int, FlatPiece] = field(default_factory=dict, compare=False)  # that FSDP1 or ZeRO left, by ``id``
+    mesh: DeviceMesh | None = field(default=None, compare=False)  # all ranks, where DTensors may be on a part alone
 
     def holders(self, parameter: Tensor) -> Replicas:
         """The ranks that hold the same of a parameter as this one does."""
@@ -152,12 +144,9 @@ class RankSum:
         self._reserve = torch.empty(_PIECE if self._ranks > 1 else 0, dtype=torch.int64, device=device)
 
     def add_up(self, table: Tensor | None, size: int, missing: float) -> None:
-        """Makes of the tables their sum, as many as 524,288 values in one all-reduce.
+        """Makes of the tables, int64 or float64 of so many values, their sum, 524,288 values at most in one all-reduce.
 
-        Args:
-            table: int64 or float64, contiguous; None where it could not be made.
-            size: number of its values.
-            missing: what a rank without a table has in each place, by which the others know; of the table's kind.
+        A rank that could not make its own (None) has ``missing`` in each place, by which the others know.
         """
         for start in range(0, size if self._ranks > 1 else 0, _PIECE):
             if table is None:
@@ -191,15 +180,9 @@ class RankSum:
 def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], replicas: Replicas) -> dict[str, Tensor]:
     """What this rank answers for, so that over all ranks each value of each tensor occurs once.
 
-    Args:
-        tensors: as this rank holds them, laid out as the parameters are; names may be missing, on all ranks the same.
-        parameters: in the order of all ranks.
-        replicas: of a tensor that is not a DTensor.
-
-    Returns:
-        A flat piece of each tensor, which may be empty, in the order of the parameter's memory: where ``n`` ranks hold the
-        same, as whole tensors or as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such
-        tensors together.
+    Tensors are laid out as the parameters are, and names may be missing, on all ranks the same. Of each there is a flat
+    piece, which may be empty, in the order of the parameter's memory: where ``n`` ranks hold the same, as whole tensors or
+    as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such tensors together.
     """
     flat: dict[str, Tensor] = {}
     shared: dict[Replicas, dict[str, int]] = {}  # sizes of what several ranks hold
@@ -258,16 +241,9 @@ def _flattened(tensor: Tensor, like: Tensor) -> Tensor:
 def slice_of(
     tensors: Mapping[str, Tensor], sizes: Mapping[str, int], rank: int, ranks: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The part of a rank when all values, one after another, are cut into ``ranks`` equal parts.
+    """The part of a rank when all values of dense tensors, one after another, are cut into ``ranks`` equal parts.
 
-    Args:
-        tensors: the dense tensors that are there, the same on every rank.
-        sizes: names and numbers of values of all tensors in order, those that are not there included.
-        rank: from 0 to ``ranks - 1``.
-        ranks: number of parts.
-
-    Yields:
-        names and flat pieces; over all ranks each value occurs once.
+    ``sizes`` has the numbers of values of all tensors in order, those that are not there, on any rank, included.
     """
     total = sum(sizes.values())
     first, last = rank * total // ranks, (rank + 1) * total // ranks

@@ -73,17 +73,11 @@ def _inverse(value: float | Tensor) -> float | Tensor:
 
 
 def unsupported(tensors: StepTensors) -> str | None:
-    """Say what keeps the kernels from these tensors.
+    """Say what keeps the kernels from these tensors, naming the entry; None if they take them.
 
     They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any
     strides, and state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor
     overlaps.
-
-    Args:
-        tensors: Parameters, gradients and state.
-
-    Returns:
-        The reason, naming the entry; None if there is none.
     """
     if not tensors.params:
         return None
