@@ -512,8 +512,8 @@ class SharedCount(Plain):
 class ReadAhead(IterableDataset):  # type: ignore[type-arg]
     """A thread fills a queue: one for all epochs, held or not, or one for each."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, seconds: float = 0.0) -> None:
+        self.kind, self.seconds = kind, seconds
         self.queue: Any = None
         if kind != "each":
             self.start()
@@ -524,11 +524,12 @@ class ReadAhead(IterableDataset):  # type: ignore[type-arg]
         thread.start()
         if self.kind == "held":
             self.thread = thread
-        while not self.queue.not_full._waiters and self.kind != "each":  # type: ignore[attr-defined]
+        while not (self.queue.not_full._waiters or self.seconds or self.kind == "each"):  # type: ignore[attr-defined]
             time.sleep(0.001)
 
     def work(self, into: Any) -> None:
         for one in itertools.cycle(dataset(64)):
+            time.sleep(self.seconds)
             into.put(one)
 
     def __iter__(self) -> Iterator[Any]:
@@ -648,6 +649,7 @@ LOADERS = [
     pytest.param(
         lambda: DataLoader(ReadAhead("hidden"), 8), "another thread waits for it", id="a queue of a running thread"
     ),
+    pytest.param(lambda: DataLoader(ReadAhead("hidden", 2e-3), 8), "or fills it", id="a queue of a slow thread"),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
     pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
     pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
