@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from lightning.pytorch.utilities import CombinedLoader
-from support import dataset, events, final_state, fit, loader
+from support import dataset, events, final_state, fit
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
@@ -664,7 +664,6 @@ LOADERS = [
     pytest.param(OwnIterator, None, id="its own iterator"),
     pytest.param(lambda: DataLoader(dataset(64), 8, collate_fn=collating()), None, id="a generator closed over"),
     pytest.param(combined, None, id="two loaders of one data set"),
-    pytest.param(lambda: loader(8, 64, num_workers=2, persistent_workers=True), None, id="persistent workers"),
 ]
 
 
