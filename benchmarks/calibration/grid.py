@@ -168,19 +168,14 @@ def rates(workload: Workload, results: Results) -> Iterator[Run]:
         yield from (_at(like, k) for k in missing(losses(results, like), start))
 
 
-def refine(workload: Workload, results: Results) -> Iterator[Run]:
-    """The two rates half an octave from the best."""
-    return _around(_optima(workload, results), (0,), (-1, 1))
-
-
-def seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 1 and 2 at the best rate, and half an octave and an octave from it."""
-    return _around(_optima(workload, results), (1, 2), (0, -1, 1, -2, 2))
+def around(seeds: tuple[int, ...], steps: tuple[int, ...]) -> Stage:
+    """The stage of some seeds at rates so many half octaves from the best ones."""
+    return lambda workload, results: _around(_optima(workload, results), seeds, steps)
 
 
 def noise(workload: Workload, results: Results) -> Iterator[Run]:
     """The best rate again, seeds 0 to 2, with the noise scale measured on the way."""
-    return (replace(run, noise=True) for run in _around(_optima(workload, results), (0, 1, 2), (0,)))
+    return (replace(run, noise=True) for run in around((0, 1, 2), (0,))(workload, results))
 
 
 def cover(workload: Workload, results: Results) -> Iterator[Run]:
@@ -201,11 +196,6 @@ def cover(workload: Workload, results: Results) -> Iterator[Run]:
                 yield _at(like, end)
                 if end not in known:
                     break
-
-
-def more_seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 3 and 4 at the best rate and half an octave from it."""
-    return _around(_optima(workload, results), (3, 4), (0, -1, 1))
 
 
 def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
@@ -246,8 +236,11 @@ def steps_seeds(workload: Workload, results: Results) -> Iterator[Run]:
 
 
 STAGES: dict[str, Stage] = {
-    stage.__name__: stage
-    for stage in (rates, refine, seeds, noise, cover, more_seeds, epsilon, optimizers, steps, steps_seeds)
+    "rates": rates,
+    "refine": around((0,), (-1, 1)),
+    "seeds": around((1, 2), (0, -1, 1, -2, 2)),
+    **{"noise": noise, "cover": cover, "more_seeds": around((3, 4), (0, -1, 1)), "epsilon": epsilon},
+    **{"optimizers": optimizers, "steps": steps, "steps_seeds": steps_seeds},
 }
 """In their order."""
 SIDE_STAGES = ("rates", "refine", "seeds")
