@@ -23,7 +23,6 @@ from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optim_implementations import LeftOut, timm_lamb
 from reporting import CPU, RESULTS, Row, machine, read_csv
 from training import EPS, Run, train, train_for_claim
 from workloads import FASHION_MNIST, WORKLOADS, Workload
@@ -125,7 +124,6 @@ _LARGE = (64, 91, 128, 181, 256, 362, 512, 724, 1024, 1164)
 SIDE = {
     # four times the samples, so that its shortest run has 39 steps
     "surge_large": replace(_MLP, batch_sizes=_LARGE, samples=46_080, learning_rate=2**-6),
-    "no_momentum": replace(_MLP, optimizer="Adam without momentum"),
     # a quarter of the samples, for time
     "surge_small": replace(_MLP, batch_sizes=(1, 2, 3, 4, 6, 8, 12), samples=2880),
 }
@@ -141,8 +139,7 @@ def middle(workload: Workload) -> int:
 
 def references(workload: Workload) -> list[Run]:
     """A run at equal samples for each batch size, of Adam in the main grid; the rate and the seed do not matter."""
-    name, eps = workload.optimizer, EPS[workload.optimizer]
-    return [Run(workload.name, name, size, 1.0, eps, 0, workload.samples) for size in workload.batch_sizes]
+    return [Run(workload.name, "Adam", size, 1.0, EPS["Adam"], 0, workload.samples) for size in workload.batch_sizes]
 
 
 def at_equal_steps(workload: Workload, like: Run) -> Run:
@@ -223,7 +220,7 @@ def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
 
 def optimizers(workload: Workload, results: Results) -> Iterator[Run]:
     """ALTO, Lamb and AdamE at the two largest batch sizes: as ``rates``, then seeds 1 and 2 within an octave of the best."""
-    for name in ("ALTO", *["Lamb"] * has_lamb(), "AdamE"):
+    for name in ("ALTO", "Lamb", "AdamE"):
         for like, adam in _optima(workload, results)[-2:]:
             other = replace(like, optimizer=name, eps=EPS[name])
             known = losses(results, other)
@@ -246,15 +243,6 @@ def steps_seeds(workload: Workload, results: Results) -> Iterator[Run]:
     optima = [(equal, k) for equal in equals if (k := best(losses(results, equal))) is not None]
     for equal in optima:
         yield from _around([equal], (1, 2), (0, -2, 2))
-
-
-def has_lamb() -> bool:
-    """Whether timm is installed."""
-    try:
-        timm_lamb()
-    except LeftOut:
-        return False
-    return True
 
 
 STAGES: dict[str, Stage] = {
@@ -293,13 +281,6 @@ SETTINGS = (
 """In their order. On one core a run of ``cnn`` takes some 20 s at 512 and 60 s at 4,096, which is why it has few steps."""
 
 
-def available() -> tuple[Setting, ...]:
-    """The settings, without Lamb where timm is not installed."""
-    if has_lamb():
-        return SETTINGS
-    return tuple(s._replace(optimizers=tuple(name for name in s.optimizers if name != "Lamb")) for s in SETTINGS)
-
-
 def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
     """The runs with their rates tuned that are not there yet, as far as is known by now."""
     for setting in settings:
@@ -315,7 +296,7 @@ def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
 def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
     """The runs of a stage that a table is to have, as far as is known by now."""
     if name == CLAIMS:
-        return claims(available(), results) if stage == CLAIMS else ()
+        return claims(SETTINGS, results) if stage == CLAIMS else ()
     if stage == CLAIMS or (name in SIDE and stage not in SIDE_STAGES):
         return ()
     return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)

@@ -135,11 +135,11 @@ def _kinds(known: Cell, to: Cell) -> set[str]:
     return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= SHORT_RUN)}
 
 
-def fitted(cells: Sequence[Cell], law: Law, draws: int = 0) -> np.ndarray:
-    """The noise scale, one for all cells of a grid of equal samples, with the lowest mean excess, ``[1 + draws]``."""
+def fitted(cells: Sequence[Cell], law: Law) -> float:
+    """The noise scale, one for all cells of a grid of equal samples, with the lowest mean excess."""
     of_one = Transfers([replace(cell, noise=(1.0,)) for cell in cells])
-    means = of_one.means({str(n): of_one.shifts(lambda _, *pair, n=n: law(n, *pair)) for n in SCALES}, draws)
-    return SCALES[np.argmin([means[str(noise), SAMPLES] for noise in SCALES], 0)]
+    means = of_one.means({str(n): of_one.shifts(lambda _, *pair, n=n: law(n, *pair)) for n in SCALES}, 0)
+    return min(SCALES, key=lambda noise: means[str(noise), SAMPLES][0])
 
 
 def public_cells(path: Path) -> dict[Any, list[Cell]]:
@@ -226,7 +226,7 @@ def _public_row(name: str, law: str, models: Mapping[Any, list[Cell]]) -> Row:
     row, ratio, of = {"grid": name, "law": law}, LAWS[law], []
     for cells in models.values():
         noise = {grid: fitted([cell for cell in cells if cell.grid == grid], ratio) for grid in {c.grid for c in cells}}
-        of.append(Transfers([replace(cell, noise=noise[cell.grid]) for cell in cells]))
+        of.append(Transfers([replace(cell, noise=[noise[cell.grid]]) for cell in cells]))
     arrived = [(own, *own.arrive(own.shifts(ratio))) for own in of]
     for kind in (SAMPLES, STEPS, ACROSS, LENGTH):
         excess, octaves = (np.concatenate([one[i][one[0].kinds[kind]] for one in arrived]) for i in (1, 2))

@@ -24,10 +24,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_gradhist.callbacks._lightning import DummyLogger
+from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
 from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_writer
-from lightning_gradhist.callbacks.strategies import is_a
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
 _ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}

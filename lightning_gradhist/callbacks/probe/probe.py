@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
-from lightning_gradhist.callbacks._fsdp import end_forward, is_fsdp
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
@@ -39,7 +38,14 @@ from lightning_gradhist.callbacks.probe.outcome import (
     on_every_rank,
 )
 from lightning_gradhist.callbacks.probe.restore import Apart
-from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, own_parts, replicas
+from lightning_gradhist.callbacks.strategies import (
+    averages_in_backward,
+    end_forward,
+    is_fsdp,
+    least_over_ranks,
+    own_parts,
+    replicas,
+)
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
 
