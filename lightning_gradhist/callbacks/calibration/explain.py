@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning_gradhist.epsilon import EpsilonRange
-from lightning_gradhist.learning_rate import SHORT_RUN
+from lightning_gradhist.learning_rate import SHORT_RUN, SHORT_WARM_UP
 
 
 def no_batch_size(why: str | None, consequence: str) -> str:
@@ -128,6 +128,14 @@ def never_at_its_peak(which: str, steps: int) -> str:
     return (
         f"the warm-up of {which} does not end within its {steps:,} steps, so the rate that is set is not reached before;"
         " no run behind the law was like that"
+    )
+
+
+def first_step(ratio: float, critical: float, taken: float) -> str:
+    limit = "" if taken == critical else ", no lower than what the reference began with"
+    return (
+        f"times {ratio:.3g} the first step would raise the loss, as the probe has tried, and times {critical:.3g} it would not;"
+        f" the warm-up has fewer than {SHORT_WARM_UP} steps, so the rate is taken times {taken:.3g}{limit}"
     )
 
 
