@@ -27,7 +27,7 @@ from reporting import CPU, RESULTS, Row, machine, read_csv
 from training import EPS, Run, train, train_for_claim
 from workloads import FASHION_MNIST, WORKLOADS, Workload
 
-from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_law
+from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_ratio
 
 FOLDER = RESULTS / "calibration"
 FIELDS = [field.name for field in fields(Run)]
@@ -181,12 +181,11 @@ def noise(workload: Workload, results: Results) -> Iterator[Run]:
 def cover(workload: Workload, results: Results) -> Iterator[Run]:
     """The rates on both sides of those that plain laws carry from other batch sizes, to where the loss is twice the best."""
     optima = _optima(workload, results)
-    laws = [plain_law(name) for name in PLAIN_LAWS]
     for like, k in optima:
         carried = [
-            2 * math.log2(rate(origin) * law.ratio(like.batch_size, other.batch_size))
+            2 * math.log2(rate(origin) * plain_ratio(law, like.batch_size, other.batch_size))
             for other, origin in optima
-            for law in laws
+            for law in PLAIN_LAWS
         ]
         known = losses(results, like)
         for low, step in ((math.floor(min(carried)), -2), (math.ceil(max(carried)), 2)):

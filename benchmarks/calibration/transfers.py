@@ -17,10 +17,10 @@ from page import Page, listed, percent
 from reporting import Row, read_csv
 
 from lightning_gradhist.learning_rate import (
+    EXPONENTS,
     PLAIN_LAWS,
     SHORT_RUN,
     SurgeLaw,
-    plain_law,
     share_of_equal_samples,
     surge_ratio,
 )
@@ -80,7 +80,7 @@ def by_samples(noise: float, to: Cell, known: Cell) -> float:
 BEFORE, NOW = "surge", "surge, within the fourth root at equal steps"
 OTHERS = NOW.replace("the fourth root", "a power of the others")
 LAWS: dict[str, Law] = {
-    **{name: power(plain_law(name).exponent) for name in PLAIN_LAWS},
+    **{name: power(EXPONENTS[name]) for name in PLAIN_LAWS},
     BEFORE: at_equal_samples,
     "falling": falling,
     NOW: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
