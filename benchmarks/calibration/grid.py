@@ -27,7 +27,7 @@ from reporting import CPU, RESULTS, Row, machine, read_csv
 from training import EPS, Run, train, train_for_claim
 from workloads import FASHION_MNIST, WORKLOADS, Workload
 
-from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_law
+from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_ratio
 
 FOLDER = RESULTS / "calibration"
 FIELDS = [field.name for field in fields(Run)]
@@ -168,30 +168,24 @@ def rates(workload: Workload, results: Results) -> Iterator[Run]:
         yield from (_at(like, k) for k in missing(losses(results, like), start))
 
 
-def refine(workload: Workload, results: Results) -> Iterator[Run]:
-    """The two rates half an octave from the best."""
-    return _around(_optima(workload, results), (0,), (-1, 1))
-
-
-def seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 1 and 2 at the best rate, and half an octave and an octave from it."""
-    return _around(_optima(workload, results), (1, 2), (0, -1, 1, -2, 2))
+def around(seeds: tuple[int, ...], steps: tuple[int, ...]) -> Stage:
+    """The stage of some seeds at rates so many half octaves from the best ones."""
+    return lambda workload, results: _around(_optima(workload, results), seeds, steps)
 
 
 def noise(workload: Workload, results: Results) -> Iterator[Run]:
     """The best rate again, seeds 0 to 2, with the noise scale measured on the way."""
-    return (replace(run, noise=True) for run in _around(_optima(workload, results), (0, 1, 2), (0,)))
+    return (replace(run, noise=True) for run in around((0, 1, 2), (0,))(workload, results))
 
 
 def cover(workload: Workload, results: Results) -> Iterator[Run]:
     """The rates on both sides of those that plain laws carry from other batch sizes, to where the loss is twice the best."""
     optima = _optima(workload, results)
-    laws = [plain_law(name) for name in PLAIN_LAWS]
     for like, k in optima:
         carried = [
-            2 * math.log2(rate(origin) * law.ratio(like.batch_size, other.batch_size))
+            2 * math.log2(rate(origin) * plain_ratio(law, like.batch_size, other.batch_size))
             for other, origin in optima
-            for law in laws
+            for law in PLAIN_LAWS
         ]
         known = losses(results, like)
         for low, step in ((math.floor(min(carried)), -2), (math.ceil(max(carried)), 2)):
@@ -201,11 +195,6 @@ def cover(workload: Workload, results: Results) -> Iterator[Run]:
                 yield _at(like, end)
                 if end not in known:
                     break
-
-
-def more_seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 3 and 4 at the best rate and half an octave from it."""
-    return _around(_optima(workload, results), (3, 4), (0, -1, 1))
 
 
 def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
@@ -246,8 +235,11 @@ def steps_seeds(workload: Workload, results: Results) -> Iterator[Run]:
 
 
 STAGES: dict[str, Stage] = {
-    stage.__name__: stage
-    for stage in (rates, refine, seeds, noise, cover, more_seeds, epsilon, optimizers, steps, steps_seeds)
+    "rates": rates,
+    "refine": around((0,), (-1, 1)),
+    "seeds": around((1, 2), (0, -1, 1, -2, 2)),
+    **{"noise": noise, "cover": cover, "more_seeds": around((3, 4), (0, -1, 1)), "epsilon": epsilon},
+    **{"optimizers": optimizers, "steps": steps, "steps_seeds": steps_seeds},
 }
 """In their order."""
 SIDE_STAGES = ("rates", "refine", "seeds")

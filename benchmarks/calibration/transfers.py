@@ -18,10 +18,10 @@ from reporting import Row, read_csv
 from training import warm_up
 
 from lightning_gradhist.learning_rate import (
+    EXPONENTS,
     PLAIN_LAWS,
     SHORT_RUN,
     SurgeLaw,
-    plain_law,
     share_of_equal_samples,
     surge_ratio,
 )
@@ -84,7 +84,7 @@ BOUNDED = {NOW: FREE, f"{FALLING}, and the first step": FALLING}
 """Laws that raise no rate beyond where the first step would raise the loss."""
 OTHERS = FREE.replace("the fourth root", "a power of the others")
 LAWS: dict[str, Law] = {
-    **{name: power(plain_law(name).exponent) for name in PLAIN_LAWS},
+    **{name: power(EXPONENTS[name]) for name in PLAIN_LAWS},
     BEFORE: at_equal_samples,
     "falling": falling,
     FREE: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
