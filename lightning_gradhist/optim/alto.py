@@ -115,8 +115,8 @@ def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], rati
 def squared_norms(theta: list[Tensor], r: list[Tensor], sizes: Tensor | None = None) -> Tensor:
     """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
     if sizes is not None:
-        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_().view(2, -1)
-        return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
+        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_()
+        return torch.segment_reduce(squares, "sum", lengths=sizes.repeat(2)).view(2, -1).t()
     return torch.stack([_squared_norms_of(column) for column in (theta, r)], dim=1)
 
 
