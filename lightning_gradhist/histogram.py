@@ -361,8 +361,10 @@ def _scatter(counts: Tensor, index: Tensor) -> None:
 
 def _columns(values: Tensor) -> Tensor:
     """The column of the table that each value is counted in."""
-    columns = _bin_index(values).sub_(BINS_PER_OCTAVE - 1).clamp_(min=0)
-    return columns.masked_fill_(values.isnan(), (_EXPONENTS - 2) * BINS_PER_OCTAVE + 2)
+    columns, nans = _bin_index(values).sub_(BINS_PER_OCTAVE - 1).clamp_(min=0), COLUMNS - 1
+    if columns.is_cpu and columns.numel() and columns.max() < nans - 1:  # most have neither infinities nor NaN
+        return columns
+    return columns.masked_fill_(values.isnan(), nans)
 
 
 def _bin_index(values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Do = Callable[[Bucket], None]
 _CPU_BUCKET = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_BUCKET = 2**24  # bounds the temporary memory
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
-_FLAT_BUCKET = 2**16  # elements of small tensors that are copied into one
+_FLAT_BUCKET = 2**17  # elements of small tensors that are copied into one
 
 
 class Backend:

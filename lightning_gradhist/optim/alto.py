@@ -24,7 +24,7 @@ from lightning_gradhist.optim._formulas import (
     write_back,
 )
 from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
-from lightning_gradhist.optim._sharding import is_sharded, sum_over_shards
+from lightning_gradhist.optim._sharding import any_sharded, sum_over_shards
 
 EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
@@ -249,7 +249,7 @@ class ALTO(MomentOptimizer):
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
-        if any(is_sharded(param) for param in layers):
+        if any_sharded(layers):
             _update_shards(subgroups, layers)
             return
         for subgroup in subgroups:

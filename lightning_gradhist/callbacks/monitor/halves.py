@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,12 +78,13 @@ class HalfBatches:
         self._found: dict[str, _Halves] = {}
         self._has_failed = False
         self._handle: RemovableHandle | None = None
-        modules = [] if _is_compiled(module) else module.modules()
+        modules = [*module.modules()]
+        layers = [] if _is_compiled(modules) else modules
         known = [
-            _Known(layer, rule, own) for layer in modules if (rule := _rule_of(layer)) and (own := self._own(layer))
+            _Known(layer, rule, own) for layer in layers if (rule := _rule_of(layer)) and (own := self._own(layer))
         ]
         self._by_columns = {name for each in known if each.is_embedding for name in each.names.values()}
-        self._least = _LEAST_NORMED if any(map(_shares_statistics, module.modules())) else _LEAST_SAMPLES
+        self._least = _LEAST_NORMED if any(map(_shares_statistics, modules)) else _LEAST_SAMPLES
         self._every = max(1.0, len(known) / _MOST_LAYERS)
         drawn = torch.randperm(len(known), generator=self._generator)[:_MOST_LAYERS].tolist()
         self._layers = {id(known[place].layer): known[place] for place in drawn}
@@ -289,13 +290,13 @@ def _of_samples(values: Tensor, halves: Sequence[Tensor]) -> list[Tensor]:
     return [_of_half(values, half).sum(0) for half in halves]
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def _is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Whether torch.compile has been at work, which would compile again for a hook; it has no public way to tell."""
     dynamo = sys.modules.get("torch._dynamo")
     frames = dynamo is not None and dynamo.utils.counters["frames"]
-    layers = module.modules()
     return bool(frames) or any(
-        getattr(x, "_compiled_call_impl", None) is not None or hasattr(x, "_orig_mod") for x in layers
+        x._compiled_call_impl is not None or "_orig_mod" in x._modules
+        for x in modules  # to ask for what is not there is slow
     )
 
 
