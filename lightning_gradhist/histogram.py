@@ -19,6 +19,7 @@ from lightning_gradhist import kernels
 BINS_PER_OCTAVE = 8
 """Bins to a factor of two, a power of two: a bin is at most 1/8 of its magnitude wide."""
 _MANTISSA_BITS = 23
+_SHIFT = _MANTISSA_BITS - BINS_PER_OCTAVE.bit_length() + 1  # from the bits of a float32 to its bin
 _EXPONENTS = 256
 COLUMNS = (_EXPONENTS - 2) * BINS_PER_OCTAVE + 3
 """Columns of a table of counts: zeros, bins, infinities, NaN."""
@@ -316,18 +317,26 @@ def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
 
 def _add_large(row: Tensor, values: Tensor) -> None:
     """Count the bits as they are, and put zeros, infinities and NaN into their columns afterwards."""
-    raw = torch.zeros(_EXPONENTS * BINS_PER_OCTAVE, dtype=torch.int64)
-    beyond = (_EXPONENTS - 1) * BINS_PER_OCTAVE
-    for chunk in values.chunk(max(1, round(values.numel() / _CPU_CHUNK))):
-        counts = torch.bincount(_bin_index(chunk), minlength=raw.numel())
-        raw += counts
-        if counts[beyond:].any():  # infinities and NaN share an exponent; most chunks have neither
-            nans = chunk.isnan().sum()
-            row[-1] += nans
-            row[-2] -= nans
-    row[0] += raw[:BINS_PER_OCTAVE].sum()
-    row[1:-2] += raw[BINS_PER_OCTAVE:beyond]
-    row[-2] += raw[beyond:].sum()
+    bins, beyond = _EXPONENTS * BINS_PER_OCTAVE, (_EXPONENTS - 1) * BINS_PER_OCTAVE
+    raw, buffer = torch.zeros(2 * bins, dtype=torch.int64), torch.empty(_CPU_CHUNK, dtype=torch.int32)
+    for chunk in values.split(_CPU_CHUNK):
+        raw += torch.bincount(_signed_bins(chunk, bins, buffer[: chunk.numel()]), minlength=2 * bins)
+    counts = raw.view(2, bins).sum(0)
+    if counts[beyond:].any():  # infinities and NaN share an exponent; most tensors have neither
+        nans = values.isnan().sum()
+        row[-1] += nans
+        row[-2] -= nans
+    row[0] += counts[:BINS_PER_OCTAVE].sum()
+    row[1:-2] += counts[BINS_PER_OCTAVE:beyond]
+    row[-2] += counts[beyond:].sum()
+
+
+def _signed_bins(values: Tensor, bins: int, buffer: Tensor) -> Tensor:
+    """The bin of each value, apart by sign: to add to one place twice in a row takes a processor several times as long."""
+    if values.dtype == torch.float64:
+        return _bin_index(values)
+    bits = values.to(torch.float32).view(torch.int32)
+    return torch.bitwise_right_shift(bits, _SHIFT, out=buffer).add_(bins)
 
 
 def _add_small(table: Tensor, batch: Sequence[tuple[int, Tensor]]) -> None:
@@ -352,15 +361,16 @@ def _scatter(counts: Tensor, index: Tensor) -> None:
 
 def _columns(values: Tensor) -> Tensor:
     """The column of the table that each value is counted in."""
-    columns = _bin_index(values).sub_(BINS_PER_OCTAVE - 1).clamp_(min=0)
-    return columns.masked_fill_(values.isnan(), (_EXPONENTS - 2) * BINS_PER_OCTAVE + 2)
+    columns, nans = _bin_index(values).sub_(BINS_PER_OCTAVE - 1).clamp_(min=0), COLUMNS - 1
+    if columns.is_cpu and columns.numel() and columns.max() < nans - 1:  # most have neither infinities nor NaN
+        return columns
+    return columns.masked_fill_(values.isnan(), nans)
 
 
 def _bin_index(values: Tensor) -> Tensor:
-    shift = _MANTISSA_BITS - BINS_PER_OCTAVE.bit_length() + 1
     if values.dtype != torch.float64:
         bits = values.to(torch.float32).view(torch.int32)
-        return (bits & 0x7FFFFFFF).bitwise_right_shift_(shift)
+        return (bits & 0x7FFFFFFF).bitwise_right_shift_(_SHIFT)
     bits = values.contiguous().view(torch.int64) & 0x7FFFFFFFFFFFFFFF
-    index = bits.bitwise_right_shift_(shift + 52 - _MANTISSA_BITS).sub_((1023 - 127) * BINS_PER_OCTAVE)
+    index = bits.bitwise_right_shift_(_SHIFT + 52 - _MANTISSA_BITS).sub_((1023 - 127) * BINS_PER_OCTAVE)
     return index.clamp_(0, (_EXPONENTS - 1) * BINS_PER_OCTAVE)

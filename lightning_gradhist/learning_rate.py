@@ -21,8 +21,6 @@ MAX_SPREAD = 2.0
 """A learning rate that is not known to this factor is not worth setting."""
 SHORT_RUN = 50
 """Steps below which the best rates of runs follow no law that is known (``benchmarks/calibration``)."""
-SHORT_WARM_UP = 10
-"""Steps of a warm-up below which the first step limits the rate: what Adam's first moment remembers, ``1 / (1 - 0.9)``."""
 EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
 
 

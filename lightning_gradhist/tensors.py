@@ -49,9 +49,13 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _by_batch(lambda batch: joined(batch) if len(batch) > 1 else joined(batch).clone(), tensors)
 
 
-def elementwise(function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A function of each value; it must return new tensors, of the shape that it gets."""
-    return _by_batch(lambda batch: _in_pieces(function, joined(batch)), tensors)
+def elementwise(
+    function: Callable[[Tensor], Tensor],
+    tensors: Mapping[str, Tensor],
+    values: Callable[[Mapping[str, Tensor]], Tensor] = joined,
+) -> dict[str, Tensor]:
+    """A function of each value, or of others that are made of a batch; it must return new tensors, of the shape it gets."""
+    return _by_batch(lambda batch: _in_pieces(function, values(batch)), tensors)
 
 
 def _by_batch(make: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,7 +63,8 @@ def _by_batch(make: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[s
     found: dict[str, Tensor] = {}
     for batch in batches(tensors):
         parts = make(batch).split([tensor.numel() for tensor in batch.values()])
-        found |= {name: part.view(batch[name].shape) for name, part in zip(batch, parts, strict=True)}
+        for (name, tensor), part in zip(batch.items(), parts, strict=True):
+            found[name] = part if tensor.dim() == 1 else part.view(tensor.shape)
     return found
 
 

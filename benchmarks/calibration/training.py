@@ -138,10 +138,14 @@ def moments(steps: int) -> list[int]:
     return sorted({0, steps, *(round(steps * share) for share in shares), *(round(steps**share) for share in shares)})
 
 
+def warm_up(steps: int) -> int:
+    """Steps over which the learning rate rises."""
+    return max(1, round(_WARM_UP * steps))
+
+
 def schedule(step: int, steps: int) -> float:
     """Learning rate of a step, counted from zero, as a share of the highest."""
-    warm_up = max(1, round(_WARM_UP * steps))
-    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    return min((step + 1) / warm_up(steps), (steps - step) / (steps - warm_up(steps) + 1))
 
 
 def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Generator) -> dict[str, float]:

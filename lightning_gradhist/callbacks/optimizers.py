@@ -22,7 +22,7 @@ from lightning_gradhist.callbacks._deepspeed import grouped_parameters, is_deeps
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON
 from lightning_gradhist.noise.step import adam_weight
-from lightning_gradhist.tensors import as_real, elementwise
+from lightning_gradhist.tensors import as_real, elementwise, joined
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def coupled_decay(optimizer: Optimizer) -> dict[int, float]:
 
 def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """The epsilon of each parameter's group, by name, where it has one."""
-    given = {stepped.name: stepped.group.get("eps") for stepped in _stepped(optimizer, parameters)}
-    return {name: float(eps) for name, eps in given.items() if isinstance(eps, (Real, Tensor))}
+    given = {stepped.name: _epsilon(stepped.group) for stepped in _stepped(optimizer, parameters)}
+    return {name: eps for name, eps in given.items() if eps is not None}
 
 
 def optimizer_weights(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,7 +188,6 @@ def metric_weights(
     ``parts`` picks the parts of whole tensors that are asked for; all of them by default.
     """
     moments = _moments(optimizer, parameters)
-    eps = epsilons(optimizer, parameters)
     alike: dict[tuple[float, float], dict[str, Tensor]] = {}
     for name, value in parts({name: moment.value for name, moment in moments.items()}).items():
         moment, root = moments[name], 1.0
@@ -196,14 +195,26 @@ def metric_weights(
             root = math.sqrt(moment.correction)
         elif moment.corrects:
             value = value / moment.correction
-        value = value.float()
-        if not of_shards:
-            value = torch.where(value > 0, value + value.mean() / moment.steps, value)
-        alike.setdefault((eps.get(name, 0.0) * (root if moment.corrects else 1.0), root), {})[name] = value
+        alike.setdefault((moment.eps * (root if moment.corrects else 1.0), root), {})[name] = value
     weights: dict[str, Tensor] = {}
-    for (one, root), some in alike.items():
-        weights |= elementwise(partial(_weight, eps=one, root=root), some)
+    for (eps, root), some in alike.items():
+        before = joined if of_shards else partial(_with_one_more, moments=moments)
+        weights |= elementwise(partial(_weight, eps=eps, root=root), some, before)
     return weights or None
+
+
+def _with_one_more(batch: Mapping[str, Tensor], moments: Mapping[str, _Moment]) -> Tensor:
+    """The values of a batch ``[values]``; to those that are not zero is added what one more gradient would add."""
+    values, counts = joined(batch).float(), [moments[name].steps for name in batch]
+    sizes = [value.numel() for value in batch.values()]
+    if values.is_cpu and len(batch) > 1:
+        lengths = torch.tensor(sizes)
+        means = torch.segment_reduce(values, "mean", lengths=lengths) / torch.tensor(counts)
+        more = means.repeat_interleave(lengths, output_size=len(values))
+    else:
+        parts = zip(values.split(sizes), counts, strict=True)
+        more = torch.cat([(part.mean() / count).expand(len(part)) for part, count in parts])
+    return torch.where(values > 0, values + more, values)
 
 
 def damping_epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
@@ -221,6 +232,7 @@ class _Moment:
     """Whether the optimizer does so before it adds epsilon."""
     steps: float | Tensor
     """How many gradients it is an average of."""
+    eps: float
 
 
 def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, _Moment]:
@@ -267,10 +279,17 @@ def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
         value = (value.to(torch.promote_types(value.dtype, torch.float32)) - mean.square()).clamp_(min=0)
     corrects = rule.corrects_bias and bool(group.get("bias_correction", True))
     step, memory = local(step) if isinstance(step, Tensor) else step, 1 / (1 - decay) if decay < 1 else math.inf
+    eps = _epsilon(group) or 0.0
     if isinstance(step, Tensor) and step.device.type != "cpu":  # without waiting for the device
-        return _Moment(value, 1 - decay**step, corrects, step.clamp(max=memory))
-    correction = 1 - float(decay) ** float(step)
-    return _Moment(value, correction, corrects, min(float(step), memory)) if correction > 0 else None
+        return _Moment(value, 1 - decay**step, corrects, step.clamp(max=memory), eps)
+    number = float(step)
+    correction = 1 - float(decay) ** number
+    return _Moment(value, correction, corrects, min(number, memory), eps) if correction > 0 else None
+
+
+def _epsilon(group: Mapping[str, Any]) -> float | None:
+    eps = group.get("eps")
+    return float(eps) if isinstance(eps, (float, Real, Tensor)) else None
 
 
 def _weight(second_moment: Tensor, eps: float, root: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_gradhist.logging.magnitude_report import Distribution
+from lightning_gradhist.logging.magnitude_report import Distribution, Distributions
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -31,9 +31,13 @@ def histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
     """Histograms by tag, at least one, each as ``SummaryWriter.add_histogram_raw`` writes it."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    counts = torch.cat([shown.counts for shown in histograms.values()]).double()  # as they are written
-    edges = torch.cat([shown.edges for shown in histograms.values()])
-    sizes = torch.tensor([len(shown.counts) for shown in histograms.values()])
+    if isinstance(histograms, Distributions):  # of a model of thousands of tensors, all lie side by side already
+        counts, edges, sizes = histograms.counts, histograms.edges, histograms.sizes
+    else:
+        counts = torch.cat([shown.counts for shown in histograms.values()])
+        edges = torch.cat([shown.edges for shown in histograms.values()])
+        sizes = torch.tensor([len(shown.counts) for shown in histograms.values()])
+    counts = counts.double()  # as they are written
     last_edges = (sizes + 1).cumsum(0) - 1
     is_lower = torch.ones(len(edges), dtype=torch.bool).index_fill_(0, last_edges, False)
     lower, upper = edges[is_lower], edges[is_lower.roll(1)]

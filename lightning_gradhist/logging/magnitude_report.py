@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,30 @@ class Distribution:
     edges: Tensor
     counts: Tensor
     quantiles: Mapping[float, float]
+
+
+class Distributions(Mapping[str, Distribution]):
+    """Histograms by tag, which lie one after another: ``sizes`` are their numbers of counts, ``[n]``."""
+
+    def __init__(
+        self, tags: Sequence[str], sizes: Tensor, edges: Tensor, counts: Tensor, quantiles: Sequence[Sequence[float]]
+    ) -> None:
+        self.sizes, self.edges, self.counts, self._quantiles = sizes, edges, counts, quantiles
+        self._places = {tag: place for place, tag in enumerate(tags)}
+        self._ends = sizes.cumsum(0)
+
+    def __getitem__(self, tag: str) -> Distribution:
+        place = self._places[tag]
+        end = int(self._ends[place])
+        start = end - int(self.sizes[place])
+        edges = self.edges[start + place : end + place + 1]  # of which each histogram has one more
+        return Distribution(edges, self.counts[start:end], dict(zip(QUANTILES, self._quantiles[place], strict=True)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,7 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
     return MagnitudeReport(scalars, counted.distributions(f"{prefix}_magnitude", pooled_name))
 
 
-def distributions(histogram: MagnitudeHistogram, kind: str, pooled_name: str = "all") -> dict[str, Distribution]:
+def distributions(histogram: MagnitudeHistogram, kind: str, pooled_name: str = "all") -> Mapping[str, Distribution]:
     """What to draw of each name, and pooled, by tag ``<kind>/<name>``; nothing where no value but zero is finite.
 
     Args:
@@ -186,7 +210,7 @@ class _Counted:
             **lost,
         }
 
-    def distributions(self, kind: str, pooled_name: str) -> dict[str, Distribution]:
+    def distributions(self, kind: str, pooled_name: str) -> Mapping[str, Distribution]:
         """What to draw of each row that has a count, by tag."""
         import numpy
 
@@ -200,11 +224,7 @@ class _Counted:
         within_rows = torch.ones(len(cuts), dtype=torch.bool).index_fill_(
             0, torch.from_numpy(sizes.cumsum() - 1), False
         )
-        counted = at_cuts.diff(append=at_cuts[:1])[within_rows].split((sizes - 1).tolist())
-        edges = self.bins.edges.log10()[cuts].split(sizes.tolist())
+        counted, edges = at_cuts.diff(append=at_cuts[:1])[within_rows], self.bins.edges.log10()[cuts]
         names = [*self.names, pooled_name]
-        shown = zip(rows.tolist(), edges, counted, self.quantiles[rows].tolist(), strict=True)
-        return {
-            f"{kind}/{names[row]}": Distribution(of_row, number, dict(zip(QUANTILES, values, strict=True)))
-            for row, of_row, number, values in shown
-        }
+        tags = [f"{kind}/{names[row]}" for row in rows.tolist()]
+        return Distributions(tags, torch.from_numpy(sizes - 1), edges, counted, self.quantiles[rows].tolist())

@@ -23,7 +23,7 @@ Do = Callable[[Bucket], None]
 _CPU_BUCKET = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_BUCKET = 2**24  # bounds the temporary memory
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
-_FLAT_BUCKET = 2**16  # elements of small tensors that are copied into one
+_FLAT_BUCKET = 2**17  # elements of small tensors that are copied into one
 
 
 class Backend:
@@ -207,14 +207,17 @@ def _flat_copy(
     entries = StepTensors(*([column[index] for index in indices] for column in tensors))
     sizes = [param.numel() for param in entries.params]
     views = {name: side_by_side(column, sizes) for name, column in entries._asdict().items()}
+    is_flat = all(param.dim() == 1 for param in entries.params)
     # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
-    joined = (torch._utils._flatten_dense_tensors(getattr(entries, n)) if v is None else v for n, v in views.items())
+    join = torch.cat if is_flat else torch._utils._flatten_dense_tensors
+    joined = (join(getattr(entries, name)) if view is None else view for name, view in views.items())
     flat, places = _one_entry([*joined]), torch.tensor(indices, device="cpu")
     yield Bucket([flat], scalars.of(indices[0]), places, small=True, sizes=torch.tensor(sizes, device="cpu"))
     for name in written:
         if views[name] is None:
-            column = getattr(entries, name)
-            torch._foreach_copy_(column, torch._utils._unflatten_dense_tensors(getattr(flat, name)[0], column))
+            column, (values,) = getattr(entries, name), getattr(flat, name)
+            parts = values.split(sizes) if is_flat else torch._utils._unflatten_dense_tensors(values, column)
+            torch._foreach_copy_(column, parts)
 
 
 def side_by_side(column: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | None:

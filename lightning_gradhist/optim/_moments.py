@@ -92,22 +92,31 @@ class MomentOptimizer(ExploringOptimizer):
         on_device = group["capturable"] or torch.compiler.is_compiling()
         whole = None if on_device else _together(states)
         numbers = [None] * len(states) if whole is None else whole.tolist()
-        by_kind: dict[Any, list[tuple[Tensor, State]]] = {}
-        for param, state, number in zip(params, states, numbers, strict=True):
-            assert param.grad is not None
-            kind = param.device, param.dtype, param.grad.dtype, state["exp_avg"].dtype, number
-            by_kind.setdefault(kind, []).append((param, state))
-        subgroups = [self._subgroup(group, alike, number, backend) for (*_, number), alike in by_kind.items()]
+        grads = [param.grad for param in params if param.grad is not None]
+        by_kind: dict[Any, tuple[list[Any], ...]] = {}  # lists, as Python's garbage collector would go through triples
+        for param, grad, state, number in zip(params, grads, states, numbers, strict=True):
+            kind = param.device, param.dtype, grad.dtype, state["exp_avg"].dtype, number
+            if kind not in by_kind:
+                by_kind[kind] = [], [], []
+            alike, its_grads, its_states = by_kind[kind]
+            alike.append(param)
+            its_grads.append(grad)
+            its_states.append(state)
+        subgroups = [self._subgroup(group, number, backend, *alike) for (*_, number), alike in by_kind.items()]
         if whole is not None and len(subgroups) == 1:
             subgroups[0].steps = [whole]
         return subgroups
 
     def _subgroup(
-        self, group: dict[str, Any], alike: list[tuple[Tensor, State]], number: float | None, backend: Backend | None
+        self,
+        group: dict[str, Any],
+        number: float | None,
+        backend: Backend | None,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
     ) -> Subgroup:
-        params = [param for param, _ in alike]
-        grads = [param.grad for param in params if param.grad is not None]
-        steps, *buffers = ([state[name] for _, state in alike] for name in ("step", *BUFFERS))
+        steps, *buffers = ([state[name] for state in states] for name in ("step", *BUFFERS))
         if wide_dtype(grads[0]) != wide_dtype(params[0]):  # one of the two is float64
             grads = [grad.to(wide_dtype(param)) for grad, param in zip(grads, params, strict=True)]
         columns = [params, grads, *buffers]

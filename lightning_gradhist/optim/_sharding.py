@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_gradhist._dtensor import is_dtensor, local
 from lightning_gradhist._flat import fsdp_piece
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 def is_sharded(param: Tensor) -> bool:
     """Whether other ranks hold other parts of a parameter."""
     return bool(_sharded_dims(param)) if is_dtensor(param) else fsdp_piece(param) is not None
+
+
+def any_sharded(params: Iterable[Tensor]) -> bool:
+    """Whether one of them is; plain parameters without a mark, mostly all, are not asked one by one."""
+    return any(is_sharded(param) for param in params if type(param) is not Parameter or param.__dict__)
 
 
 def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> None:

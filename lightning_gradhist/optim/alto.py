@@ -24,7 +24,7 @@ from lightning_gradhist.optim._formulas import (
     write_back,
 )
 from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
-from lightning_gradhist.optim._sharding import is_sharded, sum_over_shards
+from lightning_gradhist.optim._sharding import any_sharded, sum_over_shards
 
 EPS2 = 1e-6
 """Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
@@ -115,8 +115,8 @@ def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], rati
 def squared_norms(theta: list[Tensor], r: list[Tensor], sizes: Tensor | None = None) -> Tensor:
     """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
     if sizes is not None:
-        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_().view(2, -1)
-        return torch.segment_reduce(squares.t(), "sum", lengths=sizes, axis=0)
+        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_()
+        return torch.segment_reduce(squares, "sum", lengths=sizes.repeat(2)).view(2, -1).t()
     return torch.stack([_squared_norms_of(column) for column in (theta, r)], dim=1)
 
 
@@ -249,7 +249,7 @@ class ALTO(MomentOptimizer):
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
-        if any(is_sharded(param) for param in layers):
+        if any_sharded(layers):
             _update_shards(subgroups, layers)
             return
         for subgroup in subgroups:

@@ -26,8 +26,23 @@ from known_runs import claimed, row_of
 from page import Page
 from probes import coverage, epsilon_ranges, kept
 from reporting import read_csv
-from training import EPS, Run
-from transfers import ACROSS, BEFORE, LAWS, LENGTH, NOW, OTHERS, SAMPLES, STEPS, Cell, Transfers, fitted, mixed, within
+from training import EPS, Run, warm_up
+from transfers import (
+    ACROSS,
+    BEFORE,
+    FREE,
+    LAWS,
+    LENGTH,
+    NOW,
+    OTHERS,
+    SAMPLES,
+    STEPS,
+    Cell,
+    Transfers,
+    fitted,
+    mixed,
+    within,
+)
 from workloads import WORKLOADS
 
 SIZES = (8, 32, 128)
@@ -59,13 +74,25 @@ def cells(law: str, noise: float, *steps: int, off: float = 1.0) -> list[Cell]:
 @pytest.mark.parametrize("name", [*LAWS])
 def test_an_exact_law_costs_nothing(name: str) -> None:
     of = Transfers(cells(name, 64.0, 2048))
-    excess, octaves = of.arrive(of.shifts(LAWS[name]))
+    excess, octaves = of.arrive(name, of.shifts(LAWS[name]))
     assert len(excess) == 6 == of.kinds[SAMPLES].sum() and excess == pytest.approx(0, abs=2e-3)
     assert octaves == pytest.approx(0, abs=0.02)
     (mean,) = {
         tuple(means) for (_, kind), means in of.means({name: of.shifts(LAWS[name])}, 3).items() if kind == SAMPLES
     }
     assert len(mean) == 4 and max(mean) < 2e-3
+
+
+def test_no_rate_goes_beyond_the_first_step_unless_the_known_run_began_as_it_does() -> None:
+    made = cells(FREE, 64.0, 2048)
+    known, to = made[0], replace(made[-1], critical=-9.0)
+    of, free = Transfers([known, to]), LAWS[FREE](64.0, made[-1], known)
+    assert [warm_up(cell.steps) for cell in (known, to)] == [13, 1] and free > 1.5
+    shift = of.shifts(LAWS[FREE])
+    assert of.arrive(FREE, shift)[1] == pytest.approx(0, abs=0.02)
+    bound = known.measured.mean().vertex - math.log2(13)  # where its first step is that of the known run
+    assert of.arrive(NOW, shift)[1][0] == pytest.approx(math.log2(free) - bound, abs=0.02)
+    assert of.arrive(NOW, shift)[1][1] == pytest.approx(0, abs=0.02)  # the other way nothing is known
 
 
 @pytest.mark.parametrize("name", ["surge", "falling"])

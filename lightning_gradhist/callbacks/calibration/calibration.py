@@ -101,9 +101,8 @@ class OptimizerCalibration(Callback):
       ``fallback`` is used, and the report says why. It is for runs of as many samples. Of a record that knows its length
       the steps count, too, against those that the Trainer will make: at as many the ratio is kept between 1 and the fourth
       root, and between the two mixed (:func:`lightning_gradhist.learning_rate.choose_ratio`). Else equal samples are taken.
-      Where the warm-up has fewer than 10 steps and there is a probe, it tries the first step of Adam: the rate is not
-      raised beyond where that would raise the loss, in steps of :math:`\sqrt2`. Below the trusted rate it only goes where
-      the warm-up is shorter than that of the recorded run.
+      Where there is a probe, it tries Adam's first step, as the schedule makes it: the rate is not raised beyond where that
+      would raise the loss, in steps of :math:`\sqrt2`, unless the reference began with as long a step.
     - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none.
 
     *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and

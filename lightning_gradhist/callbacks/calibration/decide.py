@@ -172,14 +172,13 @@ def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
 def _within_first_step(ratio: RateRatio, evidence: Evidence) -> tuple[RateRatio, str | None]:
     """A ratio with which the first step does not raise the loss, and a sentence where it is another.
 
-    Below the trusted rate it goes only where the warm-up is shorter than that of the recorded run, which got along with it.
+    It need not be shorter than the first step of the reference, which got along with it.
     """
-    critical, length, recorded = evidence.probe.critical, evidence.length, evidence.recorded
-    if critical is None or ratio.law == "keep":
+    critical, share, recorded = evidence.probe.critical, evidence.length.first_share, evidence.recorded
+    if critical is None or not share or ratio.law == "keep":
         return ratio, None
-    before = recorded.length.warm_up if recorded is not None else None
-    is_shorter = before is not None and length.warm_up is not None and length.warm_up < before
-    most = critical if is_shorter else max(critical, min(1.0, ratio.value))
+    before = recorded.length.first_share if recorded is not None else None
+    most = max(critical, 1.0 if before is None else before / share)
     if most >= ratio.value:
         return ratio, None
     lower, upper = min(ratio.lower, most), min(ratio.upper, most)

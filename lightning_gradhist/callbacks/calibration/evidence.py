@@ -29,7 +29,7 @@ from lightning_gradhist.callbacks.strategies import averages_in_backward
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.learning_rate import SHORT_WARM_UP, SURGE, Law, PlainLaw
+from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 from lightning_gradhist.noise.record import RunLength
 
@@ -78,7 +78,7 @@ class ProbeFindings:
     clipping: tuple[float, float] | None = (
         None  # the norm that gradients are clipped to, and the factor that this makes
     )
-    critical: float | None = None  # multiple of the trusted rates above which the first step raises the loss, if known
+    critical: float | None = None  # multiple of the trusted rates up to which the first step does not raise the loss
     reasons: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -253,17 +253,16 @@ class _Measurement:
         return factor
 
     def _critical_factor(self, noise: NoiseScale, probe: Probe, eps: float) -> float | None:
-        """By how much the trusted rates may be multiplied in the first step; None where none is asked for, or known."""
+        """By how much the trusted rates may be multiplied for the first step; None where none is asked for, or known."""
         evidence, optimizer = self._evidence, self._trainer.optimizers[0]
-        reference, warm_up = reference_of(self._options, evidence.recorded), evidence.length.warm_up
-        is_short = warm_up is not None and warm_up < SHORT_WARM_UP
-        if self._options.learning_rate != SURGE or reference is None or self.batch_size is None or not is_short:
+        reference, share = reference_of(self._options, evidence.recorded), evidence.length.first_share
+        if self._options.learning_rate != SURGE or reference is None or self.batch_size is None:
             return None
-        if not starts_with_signs(optimizer):
+        if not share or not starts_with_signs(optimizer):
             return None
         rates = evidence.recorded_rates or evidence.own_rates
         groups = zip(rates, grouped_parameters(optimizer), strict=True)
-        known = {id(parameter): rate for rate, own in groups for parameter in own}
+        known = {id(parameter): rate * share for rate, own in groups for parameter in own}
         parameters = optimizer_parameters(self._trainer.lightning_module, optimizer)
         means = noise.first_half.mean
         return probe.critical_factor(

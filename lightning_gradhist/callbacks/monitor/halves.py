@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ _MOST_LAYERS = 128  # that are looked at in a step; Python's work is a tenth of 
 _PARAMETERS = ("weight", "bias")
 _CONVOLUTIONS = {nn.Conv1d: conv1d_weight, nn.Conv2d: conv2d_weight, nn.Conv3d: conv3d_weight}
 Pick = tuple[slice, ...]  # places in the first dimensions of a parameter
-Rule = Callable[[Any, str, Tensor, Tensor, Pick, Tensor], Tensor]
+Rule = Callable[[Any, str, Tensor, Tensor, Pick, Sequence[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,17 @@ class HalfBatches:
         self._sample = Sample.at(step, {name: parameter.numel() for name, parameter in trained.items()}, _MOST)
         self._generator = torch.Generator().manual_seed(step)
         self._halves: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of samples: their places
+        self._places: dict[str, int] = {}  # that a convolution puts its weights to, by name, of a weight and a bias
         self._found: dict[str, _Halves] = {}
         self._has_failed = False
         self._handle: RemovableHandle | None = None
-        modules = [] if _is_compiled(module) else module.modules()
+        modules = [*module.modules()]
+        layers = [] if _is_compiled(modules) else modules
         known = [
-            _Known(layer, rule, own) for layer in modules if (rule := _rule_of(layer)) and (own := self._own(layer))
+            _Known(layer, rule, own) for layer in layers if (rule := _rule_of(layer)) and (own := self._own(layer))
         ]
         self._by_columns = {name for each in known if each.is_embedding for name in each.names.values()}
-        self._least = _LEAST_NORMED if any(map(_shares_statistics, module.modules())) else _LEAST_SAMPLES
+        self._least = _LEAST_NORMED if any(map(_shares_statistics, modules)) else _LEAST_SAMPLES
         self._every = max(1.0, len(known) / _MOST_LAYERS)
         drawn = torch.randperm(len(known), generator=self._generator)[:_MOST_LAYERS].tolist()
         self._layers = {id(known[place].layer): known[place] for place in drawn}
@@ -146,11 +148,15 @@ class HalfBatches:
         return {attribute: name for attribute, name in names.items() if name is not None}
 
     def _pick(self, name: str, tensor: Tensor) -> tuple[Pick, int]:
-        """Which rows and columns of a parameter are looked at, of an embedding's only columns; one of how many values."""
+        """Which rows and columns of a parameter are looked at, of an embedding's only columns; one of how many values.
+
+        Of a convolution they are fewer, as each takes a sum over all places of an image.
+        """
         stride, dims = self._sample.strides.get(name, 1), min(tensor.dim(), 2)
         rows = 1 if name in self._by_columns else stride if dims < 2 else math.ceil(math.sqrt(stride))
-        rows = min(rows, tensor.shape[0] if dims else 1)
-        columns = min(math.ceil(stride / rows), tensor.shape[1] if dims == 2 else 1)
+        rows, fewer = min(rows, tensor.shape[0] if dims else 1), self._places.get(name, 1) ** 0.125
+        columns = min(math.ceil(math.ceil(stride / rows) * fewer), tensor.shape[1] if dims == 2 else 1)
+        rows = min(math.ceil(rows * fewer), tensor.shape[0] if dims else 1)
         column, row = divmod(self._sample.first(name, rows * columns), rows)  # each pair of them comes equally often
         return (slice(row, None, rows), slice(column, None, columns))[:dims], rows * columns
 
@@ -181,10 +187,10 @@ class HalfBatches:
             order = torch.randperm(size, generator=self._generator).to(inputs.device, non_blocking=True)
             self._halves[size] = order[: size // 2], order[size // 2 :]
         for attribute, name in known.names.items():
+            if isinstance(layer, tuple(_CONVOLUTIONS)):
+                self._places[name] = gradient.shape[2:].numel()
             pick, _ = self._pick(name, layer._parameters[attribute])  # type: ignore[arg-type]
-            first, second = (
-                known.rule(layer, attribute, inputs, gradient, pick, half).float() for half in self._halves[size]
-            )
+            first, second = known.rule(layer, attribute, inputs, gradient, pick, self._halves[size])
             sizes, before = (size // 2, size - size // 2), self._found.get(name)
             if before is not None:  # of a layer that is called again, or of another one with the same weight
                 sizes = sizes if sizes == before.sizes else (0, 0)
@@ -231,49 +237,66 @@ def _further_dims(layer: Any, inputs: Tensor) -> torch.Size:
     return inputs.shape[1:-1] if isinstance(layer, nn.Linear) else torch.Size()
 
 
-def _of_linear(layer: nn.Linear, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor) -> Tensor:
+def _of_linear(
+    layer: nn.Linear, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, halves: Sequence[Tensor]
+) -> list[Tensor]:
     rows = gradient[..., pick[0]]
     if attribute == "bias":
-        return (rows if rows.dim() == 2 else rows.flatten(1, -2).sum(1, dtype=torch.float32))[half].float().sum(0)
-    return rows[half].flatten(0, -2).float().T @ inputs[..., pick[1]][half].flatten(0, -2).float()
+        return _of_samples(rows if rows.dim() == 2 else rows.flatten(1, -2).sum(1, dtype=torch.float32), halves)
+    both = [[_of_half(values, half).flatten(0, -2) for values in (rows, inputs[..., pick[1]])] for half in halves]
+    return [one.T @ other for one, other in both]
 
 
-def _of_convolution(layer: Any, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor) -> Tensor:
+def _of_convolution(
+    layer: Any, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, halves: Sequence[Tensor]
+) -> list[Tensor]:
     rows = gradient[:, pick[0]]
     if attribute == "bias":
-        return rows.flatten(2).sum(2, dtype=torch.float32)[half].sum(0)
-    rows, columns = rows[half].float(), inputs[:, pick[1]][half].float()
-    shape = (rows.shape[1], columns.shape[1], *layer.kernel_size)
+        return _of_samples(rows.flatten(2).sum(2, dtype=torch.float32), halves)
+    columns = inputs[:, pick[1]]
+    shape, how = (rows.shape[1], columns.shape[1], *layer.kernel_size), (layer.stride, layer.padding, layer.dilation)
     make: Any = next(make for kind, make in _CONVOLUTIONS.items() if isinstance(layer, kind))
-    return make(columns, shape, rows, layer.stride, layer.padding, layer.dilation)  # type: ignore[no-any-return]
+    return [make(_of_half(columns, half), shape, _of_half(rows, half), *how) for half in halves]
 
 
 def _of_embedding(
-    layer: nn.Embedding, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor
-) -> Tensor:
-    columns = gradient[..., pick[1]][half].flatten(0, -2).float()
-    words = inputs[half].flatten()
-    if layer.padding_idx is not None:
-        columns = columns.masked_fill((words == layer.padding_idx)[:, None], 0)
-    return columns.new_zeros(layer.num_embeddings, columns.shape[1]).index_add_(0, words, columns)
+    layer: nn.Embedding, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, halves: Sequence[Tensor]
+) -> list[Tensor]:
+    found = []
+    for half in halves:
+        columns, words = _of_half(gradient[..., pick[1]], half).flatten(0, -2), inputs[half].flatten()
+        if layer.padding_idx is not None:
+            columns = columns.masked_fill((words == layer.padding_idx)[:, None], 0)
+        found.append(columns.new_zeros(layer.num_embeddings, columns.shape[1]).index_add_(0, words, columns))
+    return found
 
 
 def _of_layer_norm(
-    layer: nn.LayerNorm, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, half: Tensor
-) -> Tensor:
-    values = gradient[half].float()
+    layer: nn.LayerNorm, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, halves: Sequence[Tensor]
+) -> list[Tensor]:
+    values = gradient.float()
     if attribute == "weight":
-        values = values * functional.layer_norm(inputs[half].float(), layer.normalized_shape, eps=layer.eps)
-    return values.flatten(0, -1 - len(layer.normalized_shape)).sum(0)[pick]
+        values = values * functional.layer_norm(inputs.float(), layer.normalized_shape, eps=layer.eps)
+    shape = (values.shape[0], -1, *layer.normalized_shape)
+    return [half[pick] for half in _of_samples(values.reshape(shape).sum(1), halves)]
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def _of_half(values: Tensor, half: Tensor) -> Tensor:
+    return values.index_select(0, half).float()
+
+
+def _of_samples(values: Tensor, halves: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of each half's samples."""
+    return [_of_half(values, half).sum(0) for half in halves]
+
+
+def _is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Whether torch.compile has been at work, which would compile again for a hook; it has no public way to tell."""
     dynamo = sys.modules.get("torch._dynamo")
     frames = dynamo is not None and dynamo.utils.counters["frames"]
-    layers = module.modules()
     return bool(frames) or any(
-        getattr(x, "_compiled_call_impl", None) is not None or hasattr(x, "_orig_mod") for x in layers
+        x._compiled_call_impl is not None or "_orig_mod" in x._modules
+        for x in modules  # to ask for what is not there is slow
     )
 
 

@@ -46,6 +46,11 @@ class FirstGradient:
     halves: Tensor | None
     """Noise and signal from the two halves of its batch, or None; NaN where they cannot be told."""
 
+    @property
+    def is_told(self) -> bool:
+        """Whether its noise is known without a second gradient; of what a device measures nobody knows it yet."""
+        return self.halves is not None and self.halves.is_cpu and bool(self.halves[:2].isfinite().all())
+
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
         if not self.gradients:  # others have all there is
@@ -88,7 +93,7 @@ class NoiseMonitor(StepObserver):
         # Of a pair, gradients that lie whole in p.grad, and are clipped where Lightning does.
         whole = trainer.lightning_module.automatic_optimization and not is_cut_up(trainer)
         has_parts = begins and parts_of_a_step(trainer) > 1
-        self._compares = has_parts or ((begins or self._in_pair) and whole)
+        self._compares = has_parts or ((begins or self._compares_pair()) and whole)
         if self._compares:
             parameters = self._watched.parameters
             sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
@@ -126,7 +131,7 @@ class NoiseMonitor(StepObserver):
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
-        return self._begins(due) or self._in_pair
+        return self._begins(due) or self._compares_pair()
 
     def before_step(self, step: Step) -> None:
         """Measures."""
@@ -177,6 +182,10 @@ class NoiseMonitor(StepObserver):
         may = self._fit.samples.problem is None or self._fit.replicas.ranks > 1
         return due and may and self._progress.steps >= self._not_before
 
+    def _compares_pair(self) -> bool:
+        """Whether the gradient of the coming step is held against the one before it; the same on all ranks."""
+        return self._in_pair and (self._first is None or not self._first.is_told)
+
     def _samples(self) -> StepSamples | None:
         """The samples of this step; None where they are not known, and where a micro-batch had no loss."""
         trainer = self._fit.trainer
@@ -208,6 +217,11 @@ class NoiseMonitor(StepObserver):
             self._progress.measures(self._rates())
             self._compare_at_step(step.gradients)
             number, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
+            halves = self._of_halves(step.gradients, samples)
+            told = FirstGradient(number, samples, sizes, Sample({}), {}, None, [], halves)
+            if told.is_told:
+                self._first = told
+                return
             sample = Sample.at(number, sizes)
             held = copies(sample.of_gradients(parts))
 
@@ -216,7 +230,6 @@ class NoiseMonitor(StepObserver):
                 return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
 
             weights = metric_weights(optimizer, parameters, own, is_cut_up(self._fit.trainer))
-            halves = self._of_halves(step.gradients, samples)
             self._first = FirstGradient(number, samples, sizes, sample, held, weights, self._changed, halves)
 
     def _of_halves(self, gradients: Mapping[str, Tensor] | None, samples: StepSamples) -> Tensor | None:
@@ -235,6 +248,10 @@ class NoiseMonitor(StepObserver):
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
         self.discard()
+        if first is not None and first.halves is not None and first.is_told:
+            if samples is not None:
+                self._progress.noise.add(first.step, samples.effective, first.halves)
+            return
         if first is None or samples is None or not parts:
             self._sums(None, None)
             return

@@ -170,8 +170,7 @@ class Probe:
                 try:
                     for name, change in made.items():
                         as_real(weights[name]).copy_(as_real(before[name]) - factor * change)
-                    losses = [_loss(self._trainer, self._module, batch, index) for batch, index in self._kept]
-                    known = [float(loss.detach()) for loss in losses if loss is not None]
+                    known = [loss for kept in self._kept if (loss := self._value(*kept)) is not None]
                     total, count = math.fsum(known), len(known)
                 except Exception:  # of a training step at other weights, or for lack of memory
                     total = math.nan
@@ -183,6 +182,10 @@ class Probe:
         finally:
             for name, content in before.items():
                 weights[name].copy_(content)
+
+    def _value(self, batch: Any, index: int) -> float | None:
+        loss = _loss(self._trainer, self._module, batch, index)  # whose graph goes with this call
+        return None if loss is None else float(loss.detach())
 
     def over_shards(self, total: float) -> float:
         """The sum over ranks that hold different parts of a gradient, else the number itself; for every rank."""

@@ -117,33 +117,28 @@ def test_the_lengths_of_the_runs_count_and_are_told(steps: Any, reference: Any, 
 
 
 @pytest.mark.parametrize(
-    ("critical", "before", "ratio"),
+    ("critical", "before", "now", "ratio"),
     [
-        pytest.param(None, 5, 1.241, id="not known"),
-        pytest.param(2.0, 5, 1.241, id="not reached"),
-        pytest.param(1.1, 5, 1.1, id="reached"),
-        pytest.param(0.5, 5, 0.5, id="below the reference, whose warm-up is longer"),
-        pytest.param(0.5, 0, 1.0, id="below the reference, whose warm-up is no longer"),
-        pytest.param(0.5, None, 1.0, id="below the reference, whose warm-up nobody knows"),
+        pytest.param(None, 0.1, 1.0, 1.241, id="not known"),
+        pytest.param(2.0, 0.1, 1.0, 1.241, id="not reached"),
+        pytest.param(1.1, 0.1, 1.0, 1.1, id="reached"),
+        pytest.param(0.5, 0.1, 1.0, 0.5, id="the reference began with a shorter step"),
+        pytest.param(0.05, 0.1, 1.0, 0.1, id="and that is the least"),
+        pytest.param(0.5, 0.1, 0.1, 1.0, id="the reference began with the same step"),
+        pytest.param(0.5, 0.1, 0.01, 1.241, id="the reference began with a longer step"),
+        pytest.param(0.5, None, 1.0, 1.0, id="nobody knows how the reference began"),
+        pytest.param(0.5, 0.1, None, 1.241, id="nobody knows how this run begins"),
+        pytest.param(0.5, 0.1, 0.0, 1.241, id="the first step has rate zero"),
     ],
 )
-def test_a_first_step_that_raises_the_loss_bounds_the_rate(critical: Any, before: Any, ratio: float) -> None:
-    known = {"recorded": replace(recorded(), length=RunLength(400, before)), "length": RunLength(100, 1)}
+def test_a_first_step_that_raises_the_loss_bounds_the_rate(critical: Any, before: Any, now: Any, ratio: float) -> None:
+    lengths = [RunLength(steps, 1, [] if share is None else [share]) for steps, share in ((400, before), (100, now))]
+    known = {"recorded": replace(recorded(), length=lengths[0]), "length": lengths[1]}
     result = decide(Asked(epsilon="keep"), evidence(probe=ProbeFindings(critical=critical), **known))
     assert result.ratio == pytest.approx(ratio, abs=1e-3) and result.learning_rate == pytest.approx(4e-3 * result.ratio)
     assert result.ratio_interval[0] <= result.ratio <= result.ratio_interval[1] + 1e-12
     told = [reason for reason in result.reasons if "the first step would raise the loss" in reason]
     assert len(told) == (ratio < 1.2)
-
-
-def test_a_rate_that_falls_is_not_raised_by_the_first_step() -> None:
-    record = replace(recorded(noise=NoiseEstimate(3000.0, 2900.0, 3100.0, 0.95, 100)), length=RunLength(400, 0))
-    known = {"recorded": record, "length": RunLength(400, 0), "batch_size": 64}
-    free, bounded = (
-        decide(Asked(epsilon="keep"), evidence(probe=ProbeFindings(critical=critical), **known)).ratio
-        for critical in (None, 0.01)
-    )
-    assert free == bounded < 1
 
 
 def test_at_equal_steps_the_rate_stays_within_the_fourth_root() -> None:
