@@ -14,21 +14,22 @@ from workloads import FASHION_MNIST, WORKLOADS, Data, Workload
 
 from lightning_gradhist.callbacks.probe.first_step import first_step, largest_factor
 
-SEEDS, GRADIENTS, KEPT = 3, 16, 4  # gradients of the first half of a probe, and batches that a step is tried on
+SEEDS, BATCHES, KEPT = 3, 32, 4  # of a probe, at most; its first half gives the step, which is tried on the last ones
 UNIT, LARGEST = 2**-8, 1.0  # rates: that of factor 1, and the first that is tried
 
 
 def critical_rate(workload: Workload, data: Data, batch_size: int, seed: int) -> float:
-    """The highest rate, of those half an octave apart, whose first step does not raise the loss; NaN where none is."""
+    """The highest rate, of those half an octave apart, whose first step does not raise the loss; 0 where none is."""
     torch.manual_seed(seed)
     model = workload.make_model()
     weights = list(model.parameters())
     drawn = batches(len(data.train), batch_size, torch.Generator().manual_seed(seed))
-    read = [next(drawn) for _ in range(GRADIENTS)]
+    read = [next(drawn) for _ in range(min(BATCHES, len(data.train) // batch_size))]
+    half = read[: (len(read) + 1) // 2]
     sums = [torch.zeros_like(weight) for weight in weights]
-    for indices in read:
+    for indices in half:
         for total, gradient in zip(sums, torch.autograd.grad(loss_of(model, data, indices), weights), strict=True):
-            total.add_(gradient, alpha=1 / GRADIENTS)
+            total.add_(gradient, alpha=1 / len(half))
     steps, before = (
         [first_step(mean, UNIT, EPS["Adam"]) for mean in sums],
         [weight.detach().clone() for weight in weights],
@@ -40,7 +41,9 @@ def critical_rate(workload: Workload, data: Data, batch_size: int, seed: int) ->
             weight.copy_(start - factor * step)
         return sum(float(loss_of(model, data, indices)) for indices in read[-KEPT:])
 
-    return UNIT * (largest_factor(loss_at, LARGEST / UNIT) or float("nan"))
+    factor = largest_factor(loss_at, LARGEST / UNIT)
+    assert factor is not None  # losses are finite here
+    return UNIT * factor
 
 
 def main() -> None:

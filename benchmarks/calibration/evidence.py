@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -109,7 +108,7 @@ class Cell:
     steps: int
     measured: Measured
     noise: Sequence[float] = ()  # in samples, of each run that measured it
-    critical: float = math.inf  # log2 of the rate above which the first step raises the loss
+    critical: Sequence[float] = (math.inf,)  # log2 of rates above which the first step raises the loss, one a seed
 
 
 def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Measured]:
@@ -231,7 +230,7 @@ def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
 class Evidence:
     """The runs of one workload, and what follows from them at once. Best rates are in log2, noise scales in samples."""
 
-    def __init__(self, workload: Workload, results: Results, critical: Mapping[int, float] | None = None) -> None:
+    def __init__(self, workload: Workload, results: Results, critical: Mapping[int, list[float]] | None = None) -> None:
         self.workload, self.results = workload, results
         self.critical = critical or {}  # log2 of the critical rates of the first step, by batch size
         # a run of Adam at equal samples for each batch size, and that at the middle one
@@ -271,7 +270,7 @@ def cells_of(evidence: Evidence) -> list[Cell]:
     equal = {n: m for n, m in evidence.losses_at_equal_steps.items() if workload.samples // n != workload.steps}
     runs = [(SAMPLES, n, workload.samples // n, m) for n, m in evidence.losses.items()]
     runs += [(STEPS, n, workload.steps, m) for n, m in equal.items()]
-    return [Cell(*run, by_size.get(run[1], ()), evidence.critical.get(run[1], math.inf)) for run in runs]
+    return [Cell(*run, by_size.get(run[1], ()), evidence.critical.get(run[1], (math.inf,))) for run in runs]
 
 
 def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:
@@ -279,7 +278,6 @@ def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:
     workloads = SIDE if side else WORKLOADS
     logs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read_csv(folder / "critical.csv"):
-        logs[row["workload"]][row["batch_size"]].append(math.log2(row["critical_rate"]))
-    critical = {name: {size: fmean(values) for size, values in of.items()} for name, of in logs.items()}
-    found = {name: Evidence(of, read(folder / f"{name}.csv"), critical.get(name)) for name, of in workloads.items()}
+        logs[row["workload"]][row["batch_size"]].append(math.log2(row["critical_rate"] or 2**-99))
+    found = {name: Evidence(of, read(folder / f"{name}.csv"), logs.get(name)) for name, of in workloads.items()}
     return {name: evidence for name, evidence in found.items() if evidence.losses}

@@ -80,7 +80,7 @@ def by_samples(noise: float, to: Cell, known: Cell) -> float:
 
 BEFORE, FREE = "surge", "surge, within the fourth root at equal steps"
 NOW, FALLING = f"{FREE}, and the first step", "falling, power 0.2 at equal steps"
-BOUNDED = {NOW: FREE, f"{FALLING}, and the first step": FALLING}
+BOUNDED = {NOW: FREE} | {f"{law}, and the first step": law for law in (FALLING, "fourth_root", "sqrt")}
 """Laws that raise no rate beyond where the first step would raise the loss."""
 OTHERS = FREE.replace("the fourth root", "a power of the others")
 LAWS: dict[str, Law] = {
@@ -97,16 +97,20 @@ LAWS |= {bounded: LAWS[law] for bounded, law in BOUNDED.items()}
 
 
 class Transfers:
-    """Every ordered pair of cells, with each noise scale that was measured at the first."""
+    """Every ordered pair of cells, with each noise scale that was measured at the first, and critical rate at the second."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = cells
-        self.all = [(i, j, n) for i, j in itertools.permutations(range(len(cells)), 2) for n in cells[i].noise]
+        self.all, critical = [], []
+        for i, j in itertools.permutations(range(len(cells)), 2):
+            each = [*itertools.product(cells[i].noise, cells[j].critical)]
+            self.all += [(i, j, noise) for noise, _ in each]
+            critical += [at for _, at in each]
         self.origins, self.targets = np.array([(i, j) for i, j, _ in self.all], int).reshape(-1, 2).T
-        first, critical = np.array(
-            [(-math.log2(warm_up(c.steps)), c.critical) for c in cells]
-        ).T  # octaves below the peak
-        self._critical = critical[self.targets] - first[self.targets]
+        first = np.array(
+            [-math.log2(warm_up(cell.steps)) for cell in cells]
+        )  # octaves that the first step is below the peak
+        self._critical = np.array(critical) - first[self.targets]
         self._steeper = first[self.targets] - first[self.origins]
         self.kinds = {k: np.array([k in _kinds(cells[i], cells[j]) for i, j, _ in self.all], bool) for k in KINDS}
 

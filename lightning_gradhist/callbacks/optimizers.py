@@ -100,11 +100,9 @@ def rule_of(optimizer: Optimizer) -> StepRule:
 
 def starts_with_signs(optimizer: Optimizer) -> bool:
     """Whether the first step is the sign of the gradient times the rate, as Adam's is: not by layers, and unbiased."""
-    rule, groups = rule_of(optimizer), optimizer.param_groups
-    by_layers = rule.clips or any(group.get("layerwise") for group in groups)
-    return (
-        rule.adaptive and rule.corrects_bias and not by_layers and all(g.get("bias_correction", True) for g in groups)
-    )
+    rule, other = rule_of(optimizer), {"layerwise": True, "bias_correction": False, "maximize": True}
+    differs = any(group.get(key) is value for group in optimizer.param_groups for key, value in other.items())
+    return rule.adaptive and rule.corrects_bias and not rule.clips and not differs
 
 
 def own_clip_norm(optimizer: Optimizer) -> float | None:

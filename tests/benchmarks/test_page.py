@@ -85,7 +85,7 @@ def test_an_exact_law_costs_nothing(name: str) -> None:
 
 def test_no_rate_goes_beyond_the_first_step_unless_the_known_run_began_as_it_does() -> None:
     made = cells(FREE, 64.0, 2048)
-    known, to = made[0], replace(made[-1], critical=-9.0)
+    known, to = made[0], replace(made[-1], critical=[-9.0])
     of, free = Transfers([known, to]), LAWS[FREE](64.0, made[-1], known)
     assert [warm_up(cell.steps) for cell in (known, to)] == [13, 1] and free > 1.5
     shift = of.shifts(LAWS[FREE])

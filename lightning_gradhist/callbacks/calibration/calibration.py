@@ -101,8 +101,8 @@ class OptimizerCalibration(Callback):
       ``fallback`` is used, and the report says why. It is for runs of as many samples. Of a record that knows its length
       the steps count, too, against those that the Trainer will make: at as many the ratio is kept between 1 and the fourth
       root, and between the two mixed (:func:`lightning_gradhist.learning_rate.choose_ratio`). Else equal samples are taken.
-      Where there is a probe, it tries Adam's first step, as the schedule makes it: the rate is not raised beyond where that
-      would raise the loss, in steps of :math:`\sqrt2`, unless the reference began with as long a step.
+      Where there is a probe, it also tries the first step of Adam. If that would raise the loss, the rate is lowered until
+      it does not, in steps of :math:`\sqrt2`. It need not be shorter than the first step of the recorded run.
     - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none. Where the first step would raise the loss, a warning
       says so.
 

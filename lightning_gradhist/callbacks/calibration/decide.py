@@ -116,8 +116,8 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     if law == SURGE:
         ratio = bounded
         decision.reasons.extend([told] if told else [])
-    elif told:  # a law of the user's own choice is used as it is
-        decision.problems.append(explain.first_step_by_plain_law(law, ratio.value, bounded.value))
+    elif evidence.probe.critical is not None and told:  # a law of the user's own choice is used as it is
+        decision.problems.append(explain.first_step_by_plain_law(law, ratio.value, evidence.probe.critical))
     own = evidence.own_rates
     trusted, reason = _trusted_rates(evidence, own, ratio) if ratio.law != "keep" else (own, None)
     changes = [
@@ -178,15 +178,15 @@ def _within_first_step(ratio: RateRatio, evidence: Evidence) -> tuple[RateRatio,
 
     It need not be shorter than the first step of the reference, which got along with it.
     """
-    critical, share, recorded = evidence.probe.critical, evidence.length.first_share, evidence.recorded
-    if critical is None or not share or ratio.law == "keep":
+    critical, recorded, share = evidence.probe.critical, evidence.recorded, evidence.length.first_share
+    if critical is None or ratio.law == "keep":
         return ratio, None
-    before = recorded.length.first_share if recorded is not None else None
-    most = max(critical, 1.0 if before is None else before / share)
+    before = recorded.length.first_share if recorded is not None and evidence.recorded_rates is not None else None
+    most = max(critical, before / share if before and share else 1.0)
     if most >= ratio.value:
         return ratio, None
-    lower, upper = min(ratio.lower, most), min(ratio.upper, most)
-    return replace(ratio, value=most, lower=lower, upper=upper), explain.first_step(ratio.value, critical, most)
+    bounded = replace(ratio, value=most, lower=min(ratio.lower, most), upper=min(ratio.upper, most))
+    return bounded, explain.first_step(ratio.value, critical, most, bool(before and share))
 
 
 def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -> tuple[Sequence[float], str | None]:

@@ -9,6 +9,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrapped
@@ -25,7 +26,7 @@ from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.schedules import horizons, later_accumulation, run_length
-from lightning_gradhist.callbacks.strategies import averages_in_backward
+from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
@@ -33,6 +34,7 @@ from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw, plain_ratio
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 from lightning_gradhist.noise.record import RunLength
 
+_TRIED = 4  # batches that the first step is tried on
 MIN_BATCHES = 4
 """The fewest batches of a probe: two for a variance, two to measure against."""
 
@@ -78,7 +80,7 @@ class ProbeFindings:
     clipping: tuple[float, float] | None = (
         None  # the norm that gradients are clipped to, and the factor that this makes
     )
-    critical: float | None = None  # multiple of the trusted rates up to which the first step does not raise the loss
+    critical: float | None = None  # multiple of the trusted rates, see Probe.critical_factor; None where not known
     reasons: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -180,11 +182,19 @@ class _Measurement:
         self.batch_size = evidence.batch_size  # of a step, as far as the batches of the probe tell
         self._micro_batches = gradients_a_step(trainer)
         self._centered: set[str] = set()
+        self._reference = reference_of(options, evidence.recorded)
 
     def measure(self, apart: Apart, planned: int, tick: Callable[[], Any]) -> None:
         """Reads up to ``planned`` batches on each rank."""
+        asked = self._options.learning_rate != "keep" and self._reference is not None
+        probe = Probe(apart, partial(self._samples.count, self._trainer), tick, _TRIED if asked else 0)
+        measured = self._measure_noise(probe, planned)
+        if asked and measured is not None:
+            self._found.critical = self._critical_factor(probe, *measured)
+
+    def _measure_noise(self, probe: Probe, planned: int) -> tuple[Mapping[str, Tensor], float] | None:
+        """Epsilon and noise scale; what is kept of them is the mean gradient, and by how much gradients are clipped."""
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
-        probe = Probe(apart, partial(self._samples.count, trainer), tick)
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
         noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
@@ -200,12 +210,11 @@ class _Measurement:
             none = explain.no_gradients(noise.first_half.count, probe.batches)
             self._found.problems.append(too_few if probe.batches < MIN_BATCHES else none)
             self._found.problems.extend(probe.left_out())
-            return
+            return None
         self._note_batch_size(noise)
         batch_ratio = self._batch_ratio(optimizer.param_groups[0])
         clipping = self._find_search_space(noise, probe, batch_ratio)
-        eps = self._evidence.groups[0].chosen_eps(self._options.epsilon, self._found.search_space) / clipping
-        self._found.critical = self._critical_factor(noise, probe, eps)
+        eps = self._chosen_eps(self._evidence.groups[0]) / clipping
         on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio, self._centered))
         read(planned // 2)
         self._found.noise = noise.adam() if self.batch_size is not None else None
@@ -213,6 +222,10 @@ class _Measurement:
         if probe.batches < self._options.probe_batches:
             self._found.reasons.append(explain.few_batches(probe.batches))
         self._found.problems.extend(probe.left_out())
+        return noise.first_half.mean, clipping
+
+    def _chosen_eps(self, group: ParamGroup) -> float:
+        return group.chosen_eps(self._options.epsilon, self._found.search_space)
 
     def _note_batch_size(self, noise: NoiseScale) -> None:
         """Where batches vary, the average over the first half of the probe is what a step has."""
@@ -252,27 +265,37 @@ class _Measurement:
             self._found.problems.append(f"no epsilon range: {error}")
         return factor
 
-    def _critical_factor(self, noise: NoiseScale, probe: Probe, eps: float) -> float | None:
-        """By how much the trusted rates may be multiplied for the first step; None where none is asked for, or known."""
-        evidence, optimizer = self._evidence, self._trainer.optimizers[0]
-        reference, share = reference_of(self._options, evidence.recorded), evidence.length.first_share
-        if self._options.learning_rate == "keep" or reference is None or self.batch_size is None:
+    def _critical_factor(self, probe: Probe, means: Mapping[str, Tensor], clipping: float) -> float | None:
+        """By how much Adam's first step may be multiplied, with the trusted rates; None where it is another or not known."""
+        evidence, optimizer, own = self._evidence, self._trainer.optimizers[0], self._evidence.own_rates
+        shares = [
+            float(group["lr"]) / rate if rate else 0.0 for group, rate in zip(optimizer.param_groups, own, strict=True)
+        ]
+        if not any(shares) or not starts_with_signs(optimizer):
             return None
-        if not share or not starts_with_signs(optimizer):
+        largest = least_over_ranks(self._largest_ratio(), self._trainer)
+        if not largest:
             return None
-        laws = (
-            ("sqrt", self._options.fallback) if self._options.learning_rate == SURGE else (self._options.learning_rate,)
+        named = optimizer_parameters(self._trainer.lightning_module, optimizer)
+        trusted = zip(
+            evidence.recorded_rates or own, shares, evidence.groups, grouped_parameters(optimizer), strict=True
         )
-        largest = max(1.0, *(plain_ratio(law, self.batch_size, reference) for law in laws))
-        rates = evidence.recorded_rates or evidence.own_rates
-        groups = zip(rates, grouped_parameters(optimizer), strict=True)
-        known = {id(parameter): rate * share for rate, own in groups for parameter in own}
-        parameters = optimizer_parameters(self._trainer.lightning_module, optimizer)
-        means = noise.first_half.mean
+        known = {
+            id(parameter): (rate * share, self._chosen_eps(group) / clipping)
+            for rate, share, group, parameters in trusted
+            for parameter in parameters
+        }
         return probe.critical_factor(
-            lambda: {name: first_step(mean, known[id(parameters[name])], eps) for name, mean in means.items()},
-            largest,
+            lambda: {name: first_step(mean, *known[id(named[name])]) for name, mean in means.items()}, largest
         )
+
+    def _largest_ratio(self) -> float:
+        """The largest ratio that may be decided on; 0 where this rank does not know its batch size."""
+        options, reference = self._options, self._reference
+        if self.batch_size is None or reference is None:
+            return 0.0
+        laws = ("sqrt", options.fallback) if options.learning_rate == SURGE else (options.learning_rate,)
+        return max(1.0, *(plain_ratio(law, self.batch_size, reference) for law in laws))
 
     def _batch_ratio(self, group: dict[str, Any]) -> float:
         # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lightning_gradhist.callbacks.probe.first_step import FINENESS
 from lightning_gradhist.epsilon import EpsilonRange
-from lightning_gradhist.learning_rate import SHORT_RUN, SURGE
+from lightning_gradhist.learning_rate import SHORT_RUN
 
 
 def no_batch_size(why: str | None, consequence: str) -> str:
@@ -131,19 +132,28 @@ def never_at_its_peak(which: str, steps: int) -> str:
     )
 
 
-def first_step(ratio: float, critical: float, taken: float) -> str:
-    limit = "" if taken == critical else ", with which it is as long as that of the reference"
+def first_step(ratio: float, critical: float, taken: float, knows_reference: bool) -> str:
+    limit = ""
+    if taken != critical:
+        limit = ", with which it is as long as that of the reference"
+        limit = limit if knows_reference else ", and no lower, as it is not known how the run that is trusted began"
     return (
-        f"times {ratio:.3g} the first step would raise the loss, as the probe has tried, and times {critical:.3g} it would not;"
-        f" the rate is taken times {taken:.3g}{limit}. A longer warm-up lifts this"
+        f"the law gives times {ratio:.3g}, but {_tried(critical)}. The rate is taken times {taken:.3g}{limit}. A longer"
+        " warm-up allows more"
     )
 
 
-def first_step_by_plain_law(law: str, ratio: float, bounded: float) -> str:
+def first_step_by_plain_law(law: str, ratio: float, critical: float) -> str:
     return (
-        f"times {ratio:.3g}, by the {law} law, the first step raises the loss, as the probe has tried; begin with times"
-        f" {bounded:.3g} or less by a longer warm-up, or pass learning_rate='{SURGE}', which goes no further than that"
+        f"the {law} law gives times {ratio:.3g}, but {_tried(critical)}; make the warm-up longer, or choose another law"
     )
+
+
+def _tried(critical: float) -> str:
+    if not critical:
+        return "the first step raises the loss, however short the probe has made it"
+    more = f"times {critical * FINENESS:.3g} it raises the loss"
+    return f"the probe has tried the first step: {more}, times {critical:.3g} it does not"
 
 
 def recorded_rate(ratio: float, recorded: Sequence[float], own: Sequence[float]) -> str:

@@ -8,25 +8,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_FINENESS, _SMALLEST = math.sqrt(2.0), 1 / 64
+FINENESS = math.sqrt(2.0)
+"""From one factor that is tried to the next."""
+_SMALLEST = 1 / 64
 
 
 def largest_factor(loss_at: Callable[[float], float], largest: float) -> float | None:
-    r"""By how much a first step may be multiplied before it raises the loss: from ``largest`` down, by :math:`\sqrt2` each.
+    """By how much a first step may be multiplied before it raises the loss: from ``largest`` down, by :data:`FINENESS` each.
 
     Args:
-        loss_at: the loss after the step times a factor, the same number on all ranks; NaN where it is not finite.
+        loss_at: the loss after the step times a factor, the same number on all ranks; NaN where it is not known.
         largest: the factor that is tried first.
 
     Returns:
-        None where no factor down to 1/64 lowers the loss, or where the loss before the step is not known.
+        The first factor that does not raise the loss: infinite where that is ``largest``, 0 where none down to 1/64 is,
+        and None where a loss is not known.
     """
     start, factor = loss_at(0.0), largest
-    while factor >= _SMALLEST and not math.isnan(start):
-        if loss_at(factor) <= start:
-            return factor
-        factor /= _FINENESS
-    return None
+    while factor >= _SMALLEST:
+        loss = loss_at(factor)
+        if not math.isfinite(start) or math.isnan(loss):
+            return None
+        if loss <= start:
+            return factor if factor < largest else math.inf
+        factor /= FINENESS
+    return 0.0
 
 
 def first_step(mean: Tensor, rate: float, eps: float) -> Tensor:

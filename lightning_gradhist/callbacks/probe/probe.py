@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -49,8 +50,6 @@ from lightning_gradhist.callbacks.strategies import (
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
 
-_KEPT = 4  # batches that a first step is tried on
-
 
 def pool(noise: NoiseScale, trainer: Trainer) -> None:
     """Puts together what the ranks have measured, at the end of each half; to be called on every rank."""
@@ -74,6 +73,7 @@ class Probe:
             an override of ``backward`` has a part in it.
         count: counts the samples of a batch, where they can be told.
         tick: called for each batch that was read.
+        keep: the last batches, of which so many are kept for :meth:`critical_factor`.
 
     Attributes:
         parameters: names and real parameters, or parts of them, that gradients are given for.
@@ -87,6 +87,7 @@ class Probe:
         apart: Apart,
         count: Callable[[Any], float | None] = lambda batch: None,
         tick: Callable[[], Any] = lambda: None,
+        keep: int = 0,
     ) -> None:
         self.batches = 0
         self._trainer = trainer = apart.trainer
@@ -104,7 +105,7 @@ class Probe:
         self._scale = zero_loss_scale(trainer) or loss_scale(trainer)
         self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
-        self._kept: deque[tuple[Any, int]] = deque(maxlen=_KEPT if self._replicas is None else 0)
+        self._kept: deque[tuple[Any, int]] = deque(maxlen=keep if self._replicas is None else 0)
 
     def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
         """Reads up to ``number`` batches more.
@@ -149,43 +150,59 @@ class Probe:
         return [f"{count} of {of} batches of the probe {why}, and were left out" for count, why in found if count]
 
     def critical_factor(self, step: Callable[[], Mapping[str, Tensor]], largest: float) -> float | None:
-        """By how much a first step may be multiplied before it raises the loss of the batches that were read last.
+        """By how much a first step may be multiplied before it raises the loss of the batches that are kept.
 
-        To be called on every rank; the weights are put back. Where parameters are sharded it is not known.
+        To be called on every rank, at last: parameters and buffers are put back, and what else the module holds is not.
 
         Args:
             step: makes the names, and what is taken off the weights with factor 1.
-            largest: the factor that is tried first, see :func:`largest_factor`.
+            largest: the factor that is tried first, the same on all ranks; see :func:`largest_factor`.
+
+        Returns:
+            None where it is not known: parameters are sharded, a pass fails, or there is no memory for it.
         """
         if self._replicas is not None:
             return None
-        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        made, before = on_every_rank(
-            self._trainer, "to hold gradients", lambda: (step(), {name: w.clone() for name, w in weights.items()})
-        )
+        held = [tensor.detach() for tensor in (*self._module.parameters(), *self._module.buffers())]
+        try:
+            made, before = on_every_rank(
+                self._trainer, "to hold gradients", lambda: (step(), [tensor.clone() for tensor in held])
+            )
+        except ProbeRefusedError:
+            return None
+        known: list[bool] = []  # whether a kept batch has a loss before the step
 
         def loss_at(factor: float) -> float:
-            total = count = 0.0
-            with isolate_rng():  # the same dropout each time
-                try:
-                    for name, change in made.items():
-                        as_real(weights[name]).copy_(as_real(before[name]) - factor * change)
-                    known = [loss for kept in self._kept if (loss := self._value(*kept)) is not None]
-                    total, count = math.fsum(known), len(known)
-                except Exception:  # of a training step at other weights, or for lack of memory
-                    total = math.nan
-            total, count = self._sum_over_ranks(total, count)
+            try:
+                losses = self._losses_after(factor, made, held, before)
+                known[:] = known or map(math.isfinite, losses)
+                total = sum(loss for loss, there in zip(losses, known, strict=True) if there)
+            except Exception:  # of a training step at other weights, or for lack of memory
+                total = math.nan
+            total, count = self._sum_over_ranks(total, float(sum(known)))
             return total / count if count else math.nan
 
         try:
             return largest_factor(loss_at, largest)
         finally:
-            for name, content in before.items():
-                weights[name].copy_(content)
+            _put_back(held, before)
+            self._kept.clear()
 
-    def _value(self, batch: Any, index: int) -> float | None:
+    def _losses_after(
+        self, factor: float, step: Mapping[str, Tensor], held: Sequence[Tensor], before: Sequence[Tensor]
+    ) -> list[float]:
+        """The loss of each batch that is kept, NaN where there is none, infinite where it is not finite."""
+        _put_back(held, before)
+        with isolate_rng():  # so that dropout is the same each time
+            for name, change in step.items() if factor else ():
+                _real(self._parameters[name]).sub_(factor * change)
+            return [self._value(copy.deepcopy(batch), index) for batch, index in self._kept]
+
+    def _value(self, batch: Any, index: int) -> float:
         loss = _loss(self._trainer, self._module, batch, index)  # whose graph goes with this call
-        return None if loss is None else float(loss.detach())
+        if loss is None:
+            return math.nan
+        return value if math.isfinite(value := float(loss.detach())) else math.inf
 
     def over_shards(self, total: float) -> float:
         """The sum over ranks that hold different parts of a gradient, else the number itself; for every rank."""
@@ -338,6 +355,12 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: in
             output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+
+
+@torch.no_grad()
+def _put_back(held: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
+    for tensor, content in zip(held, contents, strict=True):
+        tensor.copy_(content)
 
 
 def _copied(tensor: Tensor) -> Tensor:
