@@ -205,7 +205,7 @@ def _with_one_more(batch: Mapping[str, Tensor], moments: Mapping[str, _Moment]) 
     else:
         parts = zip(values.split(sizes), counts, strict=True)
         more = torch.cat([(part.mean() / count).expand(len(part)) for part, count in parts])
-    return torch.where(values > 0, values + more, values)
+    return torch.addcmul(values, more, values.sign())
 
 
 def damping_epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
