@@ -9,7 +9,6 @@ import argparse
 import gc
 import itertools
 import logging
-import os
 import statistics
 import tempfile
 import warnings
@@ -28,7 +27,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import CPU, RESULTS, Row, machine, print_table, print_verdicts, quartiles, read_csv, write_csv
+from reporting import (
+    CPU,
+    RESULTS,
+    Row,
+    machine,
+    parser,
+    print_machine,
+    print_table,
+    print_verdicts,
+    quartiles,
+    write_by_model,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -43,15 +53,14 @@ SMALL_BATCH = 1
 PEERS = {"share_of_add_histogram": cases.ADD_HISTOGRAM, "share_of_wandb_watch": cases.WANDB}
 MEASURED = [
     *"step_ms step_ms_q25 step_ms_q75 added_ms added_ms_q25 added_ms_q75 added_share added_clock_ms".split(),
-    *("logged_ms", "beyond_none_again_ms", *PEERS),
-    *"end_seconds log_bytes_per_logged_step log_bytes_in_10000_steps".split(),
-    *"memory_bytes memory_growth_bytes share_of_read_bandwidth work_of_one_rank_in_two probe_in_steps".split(),
+    *("beyond_none_again_ms", *PEERS, "log_bytes_in_10000_steps"),
+    *"share_of_read_bandwidth work_of_one_rank_in_two probe_in_steps".split(),
 ]
 COLUMNS = [
     *(*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note"),
     *"date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split(),
 ]
-HIDDEN = ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms", "log_bytes_per_logged_step")
+HIDDEN = ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms")
 SHOWN = ["model", "variant", *(column for column in MEASURED if column not in HIDDEN)]
 ALONE, PROBE = "counting alone", "calibration's probe"
 
@@ -60,7 +69,7 @@ class Clock(L.Callback):
     """What the steps take, on the clock and of the processor or the device, without waiting for the latter."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.clock, self.work, self.end = device, [], [], 0.0
+        self.device, self.clock, self.work = device, [], []
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Take the times."""
@@ -70,10 +79,6 @@ class Clock(L.Callback):
             return
         self.work.append(torch.cuda.Event(enable_timing=True))
         self.work[-1].record()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Take the time of the last one."""
-        self.end = perf_counter()
 
     def seconds(self) -> list[float]:
         """Of the processor or the device, of each step but the last."""
@@ -107,7 +112,6 @@ class Turn(NamedTuple):
 
     seconds: list[float]
     clock_seconds: list[float]
-    end_seconds: float
 
 
 def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, batch_size: int | None = None) -> Turn:
@@ -115,9 +119,8 @@ def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, ba
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         fit(made(task, steps + 1, batch_size), [clock, *variant.callbacks(task)], Path(folder), device)
-        returned = perf_counter()
     gc.collect()
-    return Turn(clock.seconds(), np.diff(clock.clock).tolist(), returned - clock.end)
+    return Turn(clock.seconds(), np.diff(clock.clock).tolist())
 
 
 class Round(NamedTuple):
@@ -126,47 +129,31 @@ class Round(NamedTuple):
     whole: Turn
     turns: dict[str, Turn]
 
-    def added(self, variant: Variant, times: str = "seconds") -> Added:
-        """What a variant has added to a step, by the times of a turn that are named."""
-        plain = self.whole if variant.depends_on_batch else self.turns[cases.NONE]
-        return added(variant, getattr(self.turns[variant.name], times), getattr(plain, times))
-
 
 def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.device) -> list[Round]:
-    """All variants in each round, those that depend on the batch, and take long, in the first one only."""
+    """All variants in each round, the order moved on by one."""
     few, small = LEFT_OUT_STEPS + WHOLE_STEPS, None if device.type == "cuda" else SMALL_BATCH
     none = next(variant for variant in some if variant.name == cases.NONE)
 
     def turn(variant: Variant) -> Turn:
-        if variant.depends_on_batch:
-            return take_turn(task, variant, device, few)
         slow = device.type == "cuda" and variant.name in PEERS.values()  # seconds a step, and all alike
         return take_turn(task, variant, device, few if slow else variant.steps or task.steps, small)
 
     done = []
     for index in range(rounds):
         first = index % len(some)
-        order = [v for v in [*some[first:], *some[:first]] if index == 0 or not v.depends_on_batch]
-        done.append(Round(take_turn(task, none, device, few), {v.name: turn(v) for v in order}))
+        order = [*some[first:], *some[:first]]
+        done.append(Round(take_turn(task, none, device, few), {variant.name: turn(variant) for variant in order}))
         print(f"  round {index + 1} of {rounds}", flush=True)
     return done
 
 
-class Added(NamedTuple):
-    """Seconds beyond a training without a callback."""
-
-    logged: float  # a logged step; any step of what logs none
-    drawn: float  # a heatmap; 0 where none is drawn
-    step: float  # a step, over the first 10,000 of a run
-
-
-def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> Added:
-    """Compare the steps of a variant with those of none."""
+def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> float:
+    """Seconds beyond a training without a callback, a step, over the first 10,000 of a run."""
     beyond = np.array(seconds) - statistics.fmean(plain[LEFT_OUT_STEPS:])
     if not variant.draws:
         start = 0 if variant.steps else len(beyond) // 2  # where the report of the first step is written
-        each = float(beyond[start:].mean())
-        return Added(each, 0.0, each)
+        return float(beyond[start:].mean())
     # the first and the second half of the steps from the last heatmap but one to the last
     every = variant.every_n_steps_in_turn
     power = _heatmaps(len(seconds) // every + 1)
@@ -175,7 +162,7 @@ def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) ->
     logged = every * float(beyond[middle:last].mean())
     drawn = float(beyond[first:middle].sum()) - (middle - first) / every * logged
     reports = cases.RUN // variant.every_n_steps
-    return Added(logged, drawn, (reports * logged + _heatmaps(reports) * drawn) / cases.RUN)
+    return (reports * logged + _heatmaps(reports) * drawn) / cases.RUN
 
 
 def _heatmaps(reports: int) -> int:
@@ -226,17 +213,14 @@ def check_counts(logged: Any, gradient: np.ndarray, what: str) -> None:
 
 def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     """The columns that come from the turns of a variant."""
-    mine = [one for one in rounds if variant.name in one.turns]
-    plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in mine])
+    plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in rounds])
     if variant.name == cases.NONE:
-        return {"rounds": len(mine), **quartiles("step_ms", plain)}
-    added = [one.added(variant) for one in mine]
-    milliseconds = 1e3 * np.array([one.step for one in added])
-    clock = [one.added(variant, "clock_seconds").step for one in mine]
-    row = {"rounds": len(mine), **quartiles("added_ms", milliseconds), "added_clock_ms": float(1e3 * np.median(clock))}
-    row["added_share"] = float(np.median(milliseconds) / np.median(plain))
-    row["end_seconds"] = statistics.median(one.turns[variant.name].end_seconds for one in mine)
-    return row | ({"logged_ms": 1e3 * statistics.median(one.logged for one in added)} if variant.draws else {})
+        return {"rounds": len(rounds), **quartiles("step_ms", plain)}
+    pairs = [(one.turns[variant.name], one.turns[cases.NONE]) for one in rounds]
+    work = 1e3 * np.array([added(variant, mine.seconds, none.seconds) for mine, none in pairs])
+    clock = 1e3 * np.array([added(variant, mine.clock_seconds, none.clock_seconds) for mine, none in pairs])
+    share, on_clock = float(np.median(work) / np.median(plain)), float(np.median(clock))
+    return {"rounds": len(rounds), **quartiles("added_ms", work), "added_share": share, "added_clock_ms": on_clock}
 
 
 def against_peers(rows: dict[str, Row]) -> None:
@@ -249,36 +233,15 @@ def against_peers(rows: dict[str, Row]) -> None:
         rows[cases.OFF_STEPS]["beyond_none_again_ms"] = beyond
 
 
-def hold(task: Task, variant: Variant, device: torch.device) -> tuple[float, float, float]:
-    """Bytes of memory in the last quarter of a training of two turns' length, since the quarter before, and of a step's log."""
-    page, steps = os.sysconf("SC_PAGE_SIZE"), 2 * task.steps
-    resident: list[int] = []  # as Linux tells it
-    memory = LambdaCallback(
-        on_train_batch_end=lambda *_: resident.append(page * int(Path("/proc/self/statm").read_text().split()[1]))
-    )
+def bytes_logged(task: Task, variant: Variant, device: torch.device) -> float:
+    """In 10,000 steps: what a training logs at every step, a step, times the logged ones."""
+    if variant.name == cases.DEFAULT:  # it logs as often in a turn, where heatmaps and heads of files weigh more
+        return bytes_logged(task, cases.monitor(cases.EVERY_STEP, 1), device) / variant.every_n_steps
+    steps = 2 * task.steps
     with tempfile.TemporaryDirectory() as folder:
-        fit(made(task, steps, SMALL_BATCH), [*variant.callbacks(task), memory], Path(folder), device)
-        files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
-        written = sum(path.stat().st_size for path in files)
-    before, last = (statistics.median(resident[k * steps // 4 : (k + 1) * steps // 4]) for k in (2, 3))
-    return last, last - before, written / steps
-
-
-def of_memory_and_log(task: Task, some: list[Variant], device: torch.device) -> dict[str, Row]:
-    """The columns on memory and log, by variant; for those where they are compared."""
-    compared = [variant for variant in some if variant.name in (cases.NONE, cases.EVERY_STEP, *PEERS.values())]
-    held = {variant.name: hold(task, variant, device) for variant in compared}
-    rows: dict[str, Row] = {}
-    for variant in some:
-        if variant.name in held:
-            memory, growth, _ = held[variant.name]
-            rows[variant.name] = {"memory_bytes": memory - held[cases.NONE][0], "memory_growth_bytes": growth}
-        logs = held.get(cases.EVERY_STEP if variant.name == cases.DEFAULT else variant.name)
-        if logs and variant.logs:
-            in_all = logs[2] * cases.RUN / variant.every_n_steps
-            log = {"log_bytes_per_logged_step": round(logs[2]), "log_bytes_in_10000_steps": in_all}
-            rows[variant.name] = rows.get(variant.name, {}) | log
-    return rows
+        fit(made(task, steps, SMALL_BATCH), variant.callbacks(task), Path(folder), device)
+        files = [path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink()]
+        return sum(path.stat().st_size for path in files) * cases.RUN / steps
 
 
 def gradients_of(task: Task, device: torch.device) -> dict[str, Tensor]:
@@ -358,10 +321,12 @@ def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[
     print(f"{task.name}: {len(sizes):,} tensors, {sum(sizes):,} parameters, {task.batch_shape}", flush=True)
     some, left_out = split(task, args.only)
     rows: dict[str, Row] = {variant.name: {"variant": variant.name, "version": variant.version} for variant in some}
-    of_long = of_memory_and_log(task, some, device) if device.type == "cpu" else {}  # of the host
+    if device.type == "cpu":  # of the host
+        for variant in (one for one in some if one.name in (cases.DEFAULT, cases.EVERY_STEP, *PEERS.values())):
+            rows[variant.name]["log_bytes_in_10000_steps"] = bytes_logged(task, variant, device)
     rounds = take_rounds(task, some, args.rounds, device)
     for variant in some:
-        rows[variant.name] |= of_long.get(variant.name, {}) | of_rounds(rounds, variant)
+        rows[variant.name] |= of_rounds(rounds, variant)
     against_peers(rows)
     apart = [alone(task, args.scale, args.rounds, device)]
     if device.type == "cpu":  # of the host
@@ -385,32 +350,18 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
-    names = [task.name for task in cases.tasks()]
-    variants = [variant.name for variant in cases.variants()]
-    kept, beside = f"{', '.join(names)}; the rows of others that the output has are kept", "; ".join(variants[1:])
-    parser = argparse.ArgumentParser(description="What it costs to watch gradients while Lightning trains.")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="share of the models' size, for a try-out (default: 1)"
-    )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=kept)
-    parser.add_argument("--only", nargs="+", choices=variants, metavar="NAME", help=f"beside none: {beside}")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/capture_cost_<device>.csv")
-    args = parser.parse_args(arguments)
+    models, names = ([one.name for one in some] for some in (cases.tasks(), cases.variants()))
+    options = parser("What it costs to watch gradients while Lightning trains.", models, names, "capture_cost")
+    options.add_argument("--scale", type=float, default=1.0, help="share of the models' size, for a try-out")
+    options.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    args = options.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
-    output = args.output or RESULTS / f"capture_cost_{args.device}.csv"
-
     described = machine(device, "lightning", "triton")
-    print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
-    rows: list[Row] = []
-    for of_model in run(args, device):
-        rows += [{**row, **described} for row in of_model]
-        measured = {row["model"] for row in rows}
-        others = [row for row in read_csv(output) if row["model"] not in measured]
-        write_csv(output, COLUMNS, [*others, *rows])  # after each model: it takes long
+    print_machine(described)
+    output = args.output or RESULTS / f"capture_cost_{args.device}.csv"
+    rows = write_by_model(output, COLUMNS, run(args, device), described)  # after each model: it takes long
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     print_verdicts("capture_cost", rows, "variant", args.device)

@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 from capture_cost import trainer
+from capture_variants import Training
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import run_ranks
 from reporting import CPU, RESULTS, Row, machine, print_table, write_csv
@@ -75,9 +76,7 @@ def predicted(
     scale. Where it is ``sharded``, a rank has its share of the parameters, as under FSDP2, else all of them, as under DDP.
     """
     logged, parameters = range(0, steps, every_n_steps), sum(sizes.values())
-    within_steps = (
-        ranks > 1 and not sharded
-    )  # noise is measured within a step, from what each rank has before averaging
+    within_steps = ranks > 1 and not sharded  # noise is measured from what each rank has before averaging
     measurements = _measurements(logged, steps, within_steps)
     # counts with a checksum of two words, measurements with sizes and checksum, and once whether all ranks have memory
     counts = len(logged) * (len(sizes) * BINS + 2)
@@ -143,20 +142,9 @@ def _field_bytes(size: int) -> int:
     return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
-class Small(L.LightningModule):
-    """Six layers of 64: 12 tensors, under AdamW."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(6)))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The mean square of what comes out."""
-        return self.layers(batch[0]).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+def small() -> nn.Module:
+    """Six layers of 64: 12 tensors."""
+    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(6)))
 
 
 def train(folder: Path, steps: int, every_n_steps: int) -> dict[str, int]:
@@ -187,10 +175,11 @@ def all_reduced(folder: Path, steps: int, callbacks: list[L.Callback]) -> list[i
 
     strategy = DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(4 * ranks * steps, 64))
+    samples = 4 * ranks * steps
+    data = DataLoader(TensorDataset(torch.randn(samples, 64), torch.randint(64, (samples,))), 4)
     torch.distributed.all_reduce = counting
     try:
-        trainer(folder, callbacks, devices=ranks, strategy=strategy, max_steps=steps).fit(Small(), DataLoader(data, 4))
+        trainer(folder, callbacks, devices=ranks, strategy=strategy, max_steps=steps).fit(Training(small()), data)
     finally:
         torch.distributed.all_reduce = all_reduce
     return sent
@@ -226,7 +215,7 @@ def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
     Raises:
         AssertionError: where they differ.
     """
-    sizes = {name: p.numel() for name, p in Small().named_parameters()}
+    sizes = {name: p.numel() for name, p in Training(small()).named_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), steps, every_n_steps)
         of_ranks = run_ranks(train, ranks, *arguments, seconds=600) if ranks > 1 else [train(*arguments)]
@@ -268,34 +257,11 @@ def large_rows(ranks: int = 1024, steps: int = 10_000) -> list[Row]:
     return rows
 
 
-def print_large(rows: list[Row], latency: float, bandwidth: float) -> None:
-    """Print the table for 70 B, with times that are arithmetic and nothing else."""
-    first = rows[0]
-    print(
-        f"model: {first['parameters'] / 1e9:.1f} B parameters in {first['tensors']} tensors (80 layers, like Llama 3's"
-        f" 70 B) on {first['ranks']:,} ranks under FSDP2, {first['steps']:,} steps; bytes in all, held on a rank for a step"
-    )
-    shown = (
-        "all_reduced_bytes ring_bytes_a_rank logged_histograms_bytes logged_scalars_bytes kept_bytes held_bytes_a_rank"
-    )
-    table = [{**row, **{name: f"{row[name]:.3g}" for name in shown.split()}} for row in rows]
-    print_table(table, ["every_n_steps", "logged_steps", "buckets", *shown.split()])
-    hops, moved = 2 * (first["ranks"] - 1), first["ring_bytes_a_rank"] / first["logged_steps"]
-    milliseconds = 1e3 * (hops * latency + moved / bandwidth)
-    print(
-        f"  arithmetic, not a measurement: a ring all-reduce takes {hops:,} hops x {latency * 1e6:g} us + {moved / 1e6:.3g} MB"
-        f" / {bandwidth / 1e9:g} GB/s = {milliseconds:.1f} ms, or {milliseconds / first['every_n_steps']:.2f} ms a step,"
-        " assuming that latency of a hop and bandwidth of a rank, and nothing else on the network"
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the check, and print the model's table."""
     parser = argparse.ArgumentParser(description="Bytes that the monitor all-reduces, logs and keeps.")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8], help="to measure on (default: 1 2 4 8)")
     parser.add_argument("--steps", type=int, default=5, help="of the measured runs, every second logged (default: 5)")
-    parser.add_argument("--latency", type=float, default=10e-6, help="of a hop in seconds, assumed (default: 10e-6)")
-    parser.add_argument("--bandwidth", type=float, default=25e9, help="of a rank in bytes/s, assumed (default: 25e9)")
     parser.add_argument("--output", type=Path, default=RESULTS / "capture_scale_cpu.csv")
     args = parser.parse_args(arguments)
     rows: list[Row] = []
@@ -303,10 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(check(ranks, args.steps))
         shown = ", ".join(f"{what} {rows[-1][f'{what}_bytes']:,}" for what in MEASURED)
         print(f"{ranks} ranks: measured bytes equal the predicted ones: {shown}", flush=True)
-    large = large_rows()
-    print_large(large, args.latency, args.bandwidth)
+    rows += large_rows()
+    print_table(rows, COLUMNS[: COLUMNS.index("date")])
     described = machine(CPU, "lightning", "tensorboard")
-    write_csv(args.output, COLUMNS, [{**row, **described} for row in [*rows, *large]])
+    write_csv(args.output, COLUMNS, [{**row, **described} for row in rows])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from optim_implementations import LeftOut, peer
+from optim_implementations import peer
 from reporting import installed_version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from lightning_gradhist import GradientHistogramMonitor
 
 DEFAULT_CADENCE, CADENCE_IN_TURN = 50, 2
-TRANSFORMER = "transformer"
 RUN = 10_000  # steps of the run that an added time a step is given for
 NONE, NONE_AGAIN = "none", "none, again"
 DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
@@ -46,20 +45,17 @@ def tasks(scale: float = 1.0) -> list[Task]:
     layers, inner, words = max(1, round(6 * scale)), max(8, 64 * round(8 * scale**0.5)), max(16, round(12_000 * scale))
     linears = max(4, round(1000 * scale))
     images, vectors = partial(_noise, (3, 32, 32)), partial(_noise, (32,))
+
+    def decoder(name: str, deeper: int = 1, wider: int = 1, only_on: str = "") -> Task:
+        network = partial(Decoder, deeper * layers, wider * inner, deeper * words)
+        return Task(name, network, partial(_text, deeper * words), 4, "4 x 128 tokens", few, only_on)
+
     return [
         Task("CNN", partial(cnn, width), images, 128, "128 x 3 x 32 x 32", many),
         Task("MLP", partial(mlp, 16 * width), partial(_noise, (8 * width,)), 128, f"128 x {8 * width}", many),
-        Task(TRANSFORMER, partial(Decoder, layers, inner, words), partial(_text, words), 4, "4 x 128 tokens", few),
+        decoder("transformer"),
         Task("small tensors", partial(small_tensors, linears), vectors, 128, "128 x 32", few),
-        Task(
-            "transformer, 350 M",
-            partial(Decoder, 4 * layers, 2 * inner, 4 * words),
-            partial(_text, 4 * words),
-            4,
-            "4 x 128 tokens",
-            few,
-            only_on="cuda",
-        ),
+        decoder("transformer, 350 M", deeper=4, wider=2, only_on="cuda"),
     ]
 
 
@@ -155,8 +151,6 @@ class Variant:
     every_n_steps: int = 1  # from one logged step of a run to the next
     every_n_steps_in_turn: int = 1
     draws: bool = False  # a heatmap at the 4th, 16th, 64th, ... logged step
-    logs: bool = True
-    depends_on_batch: bool = False  # what it takes; most take as long for a batch of one sample
     distribution: str = ""  # of a peer; ours and torch's versions have columns of their own
     steps: int = 0  # of a turn, all of which count; else those of the task, of which the later ones do
 
@@ -168,32 +162,21 @@ class Variant:
 
 def variants() -> list[Variant]:
     """All, the one that the others are held against first."""
-    composer, graphcore = (
-        "mosaicml 0.32.1, the newest in the registry, requires torch<2.7.1",
-        "it is not in the registry",
-    )
     return [
-        Variant(NONE, lambda task: [], logs=False),
-        Variant(NONE_AGAIN, lambda task: [], logs=False),
-        _monitor(DEFAULT, DEFAULT_CADENCE),
-        _monitor(EVERY_STEP, 1),
-        _monitor("monitor, every step, no noise scale", 1, noise_scale=False),
-        _monitor("monitor, every step, group_by=1", 1, group_by=1),
-        Variant(FIRST_STEPS, lambda task: [GradientHistogramMonitor()], logs=False, steps=100),
-        Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)], logs=False),
+        Variant(NONE, lambda task: []),
+        Variant(NONE_AGAIN, lambda task: []),
+        monitor(DEFAULT, DEFAULT_CADENCE),
+        monitor(EVERY_STEP, 1),
+        monitor("monitor, every step, group_by=1", 1, group_by=1),
+        Variant(FIRST_STEPS, lambda task: [GradientHistogramMonitor()], steps=100),
+        Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)]),
         Variant(ADD_HISTOGRAM, lambda task: [LambdaCallback(on_before_optimizer_step=_add_histogram)]),
         Variant(WANDB, lambda task: [_WandbWatch(peer("wandb", "wandb"))], distribution="wandb"),
-        Variant("cockpit, GradHist1d", _cockpit, depends_on_batch=True, distribution="cockpit-for-pytorch"),
-        Variant("Composer's OptimizerMonitor", partial(_left_out, composer), distribution="mosaicml"),
-        Variant("Graphcore's tensor tracker", partial(_left_out, graphcore)),
     ]
 
 
-def _left_out(reason: str, task: Task) -> list[L.Callback]:
-    raise LeftOut(reason)
-
-
-def _monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
+def monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
+    """Ours, at a cadence."""
     in_turn = min(every_n_steps, CADENCE_IN_TURN)
     return Variant(
         name, lambda task: [GradientHistogramMonitor(in_turn, **options)], every_n_steps, in_turn, draws=True
@@ -224,36 +207,3 @@ class _WandbWatch(L.Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self.run.unwatch(pl_module)
         self.run.finish()
-
-
-class _CockpitHistogram(L.Callback):
-    """Cockpit's histogram over the elements of all samples' gradients, at every step."""
-
-    def __init__(self, backpack: Any, cockpit: Any, quantities: Any) -> None:
-        self.extend, self.make, self.quantity = backpack.extend, cockpit.Cockpit, quantities.GradHist1d
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self.extend(pl_module.network)
-        pl_module.loss_function = self.extend(pl_module.loss_function)
-        pl_module.loss_function.register_forward_hook(self._keep)
-        self.cockpit = self.make(pl_module.network.parameters(), [self.quantity(lambda step: True)])
-
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        # cockpit's context stands around ``backward`` in a training loop of one's own; it wants each sample's loss
-        single = nn.functional.cross_entropy(*self.inputs, reduction="none")
-        info = {"batch_size": len(single), "individual_losses": single, "loss": loss}
-        self.context = self.cockpit(trainer.global_step, info={**info, "optimizer": trainer.optimizers[0]})
-        self.context.__enter__()
-
-    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        self.context.__exit__(None, None, None)
-
-    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.inputs = inputs
-
-
-def _cockpit(task: Task) -> list[L.Callback]:
-    modules = [peer(name, "cockpit-for-pytorch") for name in ("backpack", "cockpit", "cockpit.quantities")]
-    if task.name == TRANSFORMER:
-        raise LeftOut("BackPACK, which it needs, gives no gradients of single samples for attention and its like")
-    return [_CockpitHistogram(*modules)]

@@ -24,24 +24,17 @@ from reporting import RESULTS, Row, machine, read_csv, write_csv
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WHOLE = 480
-COLUMNS = [*"part status seconds last_line date device cpu gpu python torch triton lightning_gradhist".split()]
+COLUMNS = "part status seconds last_line date device cpu gpu python torch triton lightning_gradhist".split()
 
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that is measured or checked.
-
-    Args:
-        name: of the part.
-        command: what runs it, but for the interpreter.
-        seconds: after which it is killed.
-        program: that it needs beside Python.
-    """
+    """One thing that is measured or checked: what runs it, but for the interpreter, and the seconds after which it is killed."""
 
     name: str
     command: list[str]
     seconds: int
-    program: str = ""
+    program: str = ""  # that it needs beside Python
 
 
 def parts(device: str, out: Path, tiny: bool) -> list[Part]:
@@ -53,27 +46,20 @@ def parts(device: str, out: Path, tiny: bool) -> list[Part]:
     optim = [str(HERE / "optim_step.py"), "--device", device]
     kernels = [str(HERE / "kernel_speed.py"), "--device", device, "--output", str(out / "kernels.csv")]
     rates = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]
-    sizes = {
-        "correctness": ["-k", "not float16"] if tiny else [],
-        "step": ["--parameters", "2e5", "--repeats", "1", "--only", "AdamW fused", "AdamE", "ALTO"]
-        if tiny
-        else ["--repeats", "3"],
-        "large step": ["--parameters", "4e5" if tiny else "1.5e9", "--repeats", "1" if tiny else "3"],
-        "kernels": ["--size", "20000", "--parameters", "1"] if tiny else [],
-    }
+    try_out = ["--repeats", "1", "--only", "AdamW fused", "AdamE", "ALTO", "--parameters", "2e5"]
+    step = try_out if tiny else ["--repeats", "3"]
+    large = ["--parameters", "4e5", "--repeats", "1"] if tiny else ["--parameters", "1.5e9", "--repeats", "3"]
+    large += ["--dtype", "bfloat16", *few, "--output", str(out / "optim_step_large.csv")]
+    small_kernels = ["--size", "20000", "--parameters", "1"] if tiny else []
     longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
     return [
-        Part("correctness", [*tests, *at_once, "tests/gpu", *sizes["correctness"]], 120 * longer),
-        Part("step", [*optim, *sizes["step"], "--output", str(out / f"optim_step_{device}.csv")], 90 * longer),
-        Part("kernels", [*kernels, *sizes["kernels"]], 60 * longer),
+        Part("correctness", [*tests, *at_once, "tests/gpu", *(["-k", "not float16"] if tiny else [])], 120 * longer),
+        Part("step", [*optim, *step, "--output", str(out / f"optim_step_{device}.csv")], 90 * longer),
+        Part("kernels", [*kernels, *small_kernels], 60 * longer),
         *captures(device, out, tiny),
         Part("sanitizer", sanitized, 60 * longer, program="compute-sanitizer"),
-        Part(
-            "large step, bfloat16",
-            [*optim, *sizes["large step"], "--dtype", "bfloat16", *few, "--output", str(out / "optim_step_large.csv")],
-            60 * longer,
-        ),
+        Part("large step, bfloat16", [*optim, *large], 60 * longer),
         Part("rates of a character GPT", [*rates, "rates", "--output", str(out / "gpu_rates.csv")], 150 * longer),
         Part("ResNet-20 at large batches", [*rates, "resnet", "--output", str(out / "gpu_resnet.csv")], 150 * longer),
     ]
@@ -134,11 +120,9 @@ def results(wanted: list[Part], whole: float, log: Path, device: str) -> Iterato
 def summary(rows: list[Row], out: Path) -> str:
     """What was found so far, in Markdown."""
     found = [f"| {row['part']} | {row['status']} | {row.get('seconds', 0):.0f} | {row['last_line']} |" for row in rows]
-    lines = ["| part | status | seconds | last line |", "|---|---|---|---|", *found, ""]
-    for path in sorted(out.glob("*.csv")):
-        if path.name != "gpu_parts.csv":
-            lines.append(f"- {path.name}: {len(read_csv(path))} rows")
-    return "\n".join(lines) + "\n"
+    tables = [path for path in sorted(out.glob("*.csv")) if path.name != "gpu_parts.csv"]
+    rows_of = [f"- {path.name}: {len(read_csv(path))} rows" for path in tables]
+    return "\n".join(["| part | status | seconds | last line |", "|---|---|---|---|", *found, "", *rows_of]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,9 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     log = args.output / "log.txt"
     log.write_text("", encoding="utf-8")
-    wanted = [
-        part for part in parts(args.device, args.output.resolve(), args.tiny) if not args.only or part.name in args.only
-    ]
+    every = parts(args.device, args.output.resolve(), args.tiny)
+    wanted = [part for part in every if not args.only or part.name in args.only]
     described = machine(torch.device(args.device), "triton")
     rows: list[Row] = []
     for row in results(wanted, args.seconds * (4 if args.tiny else 1), log, args.device):

@@ -20,6 +20,7 @@ from reporting import RESULTS, Row, machine, read_csv, write_csv
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
+from training import batches, evaluate, schedule
 from workloads import CONTEXT, FASHION_MNIST, GPT, WORKLOADS, Data
 
 from lightning_gradhist import ALTO, AdamE, no_decay_groups
@@ -28,11 +29,8 @@ from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.step import measure_part, noise_and_signal
 
 SETTINGS = ["question", "optimizer", "alpha", "explore_beta", "learning_rate", "batch_size", "steps", "seed"]
-COLUMNS = [
-    *SETTINGS,
-    *"loss accuracy noise_scale noise_lower noise_upper".split(),
-    *"date device gpu torch lightning_gradhist".split(),
-]
+NOISE = ["noise_scale", "noise_lower", "noise_upper"]
+COLUMNS = [*SETTINGS, "loss", "accuracy", *NOISE, *"date device gpu torch lightning_gradhist".split()]
 PAIRS = [(-5.0, 0.99), (0.5, 0.01), (-2.0, 0.9), (-5.0, 0.96), (-50.0, 0.99), (-80.0, 0.99)]
 """alpha and explore_beta: the paper's for large and small batches, and four whose slow average weighs 0.2, 0.2, 0.5, 0.8."""
 _EVERY = 10  # steps between two measurements of the noise scale
@@ -88,11 +86,10 @@ def train(settings: Row, make_model: Callable[[], nn.Module], data: Data, device
     module = make_model().to(device)
     optimizer = make_optimizer(settings, module)
     steps, size = settings["steps"], settings["batch_size"]
-    warm_up = max(1, steps // 20)
-    schedule = LambdaLR(optimizer, lambda k: min((k + 1) / warm_up, (steps - k) / max(1, steps - warm_up)))
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, steps))
     inputs, labels = data.train.tensors
-    record = NoiseRecord()
-    for number, batch in enumerate(itertools.islice(batches(len(inputs), size, device), steps)):
+    record, generator = NoiseRecord(), torch.Generator(device).manual_seed(settings["seed"])
+    for number, batch in enumerate(itertools.islice(batches(len(inputs), size, generator), steps)):
         halves = batch.chunk(2) if number % _EVERY == 0 and settings["question"] == "rates" else [batch]
         gradients = []
         for half in halves:
@@ -105,11 +102,11 @@ def train(settings: Row, make_model: Callable[[], nn.Module], data: Data, device
         if len(halves) == 2:
             record.add(number, size, _measured(module, optimizer, gradients[0], size))
         optimizer.step()
-        schedule.step()
+        scheduler.step()
     estimate = record.estimate("adam")
     noise = (estimate.value, estimate.lower, estimate.upper) if estimate.measurements else ()
-    measured = dict(zip(("noise_scale", "noise_lower", "noise_upper"), noise, strict=False))
-    return {**settings, **evaluated(module, data, device), **measured}
+    loss, accuracy = evaluate(module, data.test.tensors, len(data.test))
+    return {**settings, "loss": loss, "accuracy": accuracy, **dict(zip(NOISE, noise, strict=False))}
 
 
 def _measured(module: nn.Module, optimizer: torch.optim.Optimizer, half: Sequence[Tensor], size: int) -> Tensor:
@@ -119,25 +116,6 @@ def _measured(module: nn.Module, optimizer: torch.optim.Optimizer, half: Sequenc
     part = dict(zip(parameters, half, strict=True))
     sums = measure_part(part, whole, metric_weights(optimizer, parameters))
     return noise_and_signal(sums, 1 / size, 1 / size, size)
-
-
-def batches(samples: int, size: int, device: torch.device) -> Iterator[Tensor]:
-    """Indices without end, shuffled anew for each epoch; the last, short batch of an epoch is left out."""
-    while True:
-        yield from torch.randperm(samples, device=device).split(size)[: max(1, samples // size)]
-
-
-@torch.no_grad()
-def evaluated(module: nn.Module, data: Data, device: torch.device) -> Row:
-    """Loss and accuracy on the test data."""
-    module.eval()
-    loss = right = count = 0.0
-    for inputs, labels in zip(*(tensor.split(1000) for tensor in data.test.tensors), strict=True):
-        logits, wanted = module(inputs).float().flatten(0, -2), labels.flatten()
-        loss += float(functional.cross_entropy(logits, wanted, reduction="sum"))
-        right += float((logits.argmax(-1) == wanted).sum())
-        count += len(wanted)
-    return {"loss": loss / count, "accuracy": right / count}
 
 
 def rate_runs(tiny: bool) -> Iterator[Row]:
@@ -183,9 +161,7 @@ def _same(row: Row, settings: Row) -> bool:
 
 def run_all(wanted: Iterable[Row], rows: list[Row], train_one: Callable[[Row], Row], output: Path, extra: Any) -> None:
     """Makes the runs that the table lacks, and writes it after each."""
-    for settings in wanted:
-        if any(_same(row, settings) for row in rows):
-            continue
+    for settings in (one for one in wanted if not any(_same(row, one) for row in rows)):
         try:
             row = train_one(settings)
         except LeftOut as reason:

@@ -22,16 +22,7 @@ from torch.nn import Parameter
 from lightning_gradhist.histogram import COLUMNS, _columns
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 
-SHOWN = [
-    "kernel",
-    "dtype",
-    "data",
-    "microseconds",
-    "floor_bytes",
-    "share_of_read",
-    "share_of_copy",
-    "ratio_to_adamw_fused",
-]
+SHOWN = "kernel dtype data microseconds floor_bytes share_of_read share_of_copy ratio_to_adamw_fused".split()
 COLUMNS_OF_CSV = [*SHOWN, *"date device gpu torch triton lightning_gradhist note".split()]
 CALLS, ROUNDS = {"cpu": 1, "cuda": 10}, {"cpu": 1, "cuda": 5}
 SCALARS = StepScalars(LR, -0.05, 0.99, 0.9, 0.999, 3.0, 0.271, 0.002997, 1e-6, 0.01, maximize=False)

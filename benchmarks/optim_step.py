@@ -10,7 +10,6 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,12 @@ from reporting import (
     Row,
     installed_version,
     machine,
+    parser,
+    print_machine,
     print_table,
     print_verdicts,
     quartiles,
-    read_csv,
-    write_csv,
+    write_by_model,
 )
 from torch import Tensor
 from torch.nn import Parameter
@@ -195,9 +195,6 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
 MODELS = {"transformer": transformer_shapes, "small tensors": small_shapes}
 
 
-_KEPT = f"{', '.join(MODELS)}; the rows of others that the output has are kept"
-
-
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[list[Row]]:
     """Check everything, then measure; the rows of a model but for the machine, with a note where nothing can be built."""
     wanted = [one for one in implementations() if args.only is None or one.name in args.only]
@@ -214,25 +211,17 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> I
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description="Time and memory of one optimizer step, against the peers.")
-    parser.add_argument("--device", choices=list(STEPS), default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
-    parser.add_argument("--parameters", type=float, default=100e6, help="fewer for a try-out (default: 100e6)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
-    parser.add_argument("--only", nargs="+", choices=[one.name for one in implementations()], metavar="NAME")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME", help=_KEPT)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/optim_step_<device>.csv")
-    args = parser.parse_args(arguments)
+    names = [one.name for one in implementations()]
+    options = parser("Time and memory of one optimizer step, against the peers.", list(MODELS), names, "optim_step")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
+    options.add_argument("--parameters", type=float, default=100e6, help="fewer for a try-out (default: 100e6)")
+    options.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
+    args = options.parse_args(arguments)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-
     described = machine(device, "triton")
-    print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
+    print_machine(described)
     output = args.output or RESULTS / f"optim_step_{args.device}.csv"
-    rows: list[Row] = []
-    for of_model in run(args, device, dtype):
-        rows += [{**row, **described} for row in of_model]
-        measured = {row["model"] for row in rows}
-        write_csv(output, COLUMNS, [*(row for row in read_csv(output) if row["model"] not in measured), *rows])
+    rows = write_by_model(output, COLUMNS, run(args, device, dtype), described)
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")

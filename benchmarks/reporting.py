@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.metadata
 import json
@@ -80,10 +81,36 @@ def _rounded(value: Any, digits: int | None) -> Any:
     return f"{value:.{digits}g}" if digits and isinstance(value, float) else value
 
 
+def write_by_model(path: Path, columns: Sequence[str], models: Iterable[list[Row]], described: Row) -> list[Row]:
+    """Write the rows of model after model, beside those of others that the table has; returns what was measured."""
+    rows: list[Row] = []
+    for of_model in models:
+        rows += [{**row, **described} for row in of_model]
+        measured = {row["model"] for row in rows}
+        write_csv(path, columns, [*(row for row in read_csv(path) if row["model"] not in measured), *rows])
+    return rows
+
+
+def parser(description: str, models: Sequence[str], names: Sequence[str], output: str) -> argparse.ArgumentParser:
+    """The options of the benchmarks that compare ``names`` on models."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    kept = f"{', '.join(models)}; the rows of others that the output has are kept"
+    options.add_argument("--models", nargs="+", choices=models, default=models, metavar="NAME", help=kept)
+    options.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="; ".join(names))
+    options.add_argument("--output", type=Path, help=f"default: benchmarks/results/{output}_<device>.csv")
+    return options
+
+
 def quartiles(column: str, values: Sequence[float]) -> Row:
     """A median, and the quartiles beside it."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
+
+
+def print_machine(described: Row) -> None:
+    """Print what :func:`machine` found, in a line."""
+    print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:

@@ -21,21 +21,13 @@ _MARK = "_fsdp_flattened"
 
 @dataclass(frozen=True)
 class FlatPiece:
-    """How a parameter lies on the ranks.
+    """How a parameter lies on the ranks."""
 
-    Attributes:
-        shape: of the whole parameter, which a rank has a flat piece of.
-        values: of the piece, where it has been padded; else None.
-        group: process group of the ranks that hold the same piece; None where no other does.
-        others: process group of the ranks that hold one whole between them, where FSDP1 has cut it up.
-        device: that they communicate on, there.
-    """
-
-    shape: torch.Size
-    values: int | None
-    group: Any
-    others: Any = None
-    device: torch.device | None = None
+    shape: torch.Size  # of the whole parameter, which a rank has a flat piece of
+    values: int | None  # of the piece, where it has been padded; else None
+    group: Any  # process group of the ranks that hold the same piece; None where no other does
+    others: Any = None  # process group of the ranks that hold one whole between them, where FSDP1 has cut it up
+    device: torch.device | None = None  # that they communicate on, there
 
 
 def is_of_fsdp(parameter: Tensor) -> bool:

@@ -21,23 +21,7 @@ MAX_SPREAD = 2.0
 """A learning rate that is not known to this factor is not worth setting."""
 SHORT_RUN = 50
 """Steps below which the best rates of runs follow no law that is known (``benchmarks/calibration``)."""
-_EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """``ratio = (batch_size / reference_batch_size) ** exponent``.
-
-    Args:
-        exponent: 0.5 for the square-root law, 0.25 for the fourth root, 1 for the linear law, 0 to keep the rate.
-    """
-
-    exponent: float
-
-    def ratio(self, batch_size: float, reference_batch_size: float) -> float:
-        """Learning rate at ``batch_size`` as a multiple of that at ``reference_batch_size``, both in samples."""
-        batch = _samples("batch_size", batch_size)
-        return (batch / _samples("reference_batch_size", reference_batch_size)) ** self.exponent
+EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
 
 
 @dataclass(frozen=True)
@@ -89,11 +73,21 @@ class RateRatio:
     share: float = 1.0  # of equal samples, that the surge law was used with
 
 
-def plain_law(name: str) -> PowerLaw:
-    """The law of a name of :data:`PLAIN_LAWS`; ``ValueError`` for another."""
-    if name not in _EXPONENTS:
-        raise ValueError(f"the name of a law must be one of {LAWS}, got {name!r}")
-    return PowerLaw(_EXPONENTS[name])
+def plain_ratio(law: str, batch_size: float, reference_batch_size: float) -> float:
+    """The rate at one batch size as a multiple of that at another: a power of their ratio.
+
+    Args:
+        law: one of :data:`PLAIN_LAWS`.
+        batch_size: samples of an optimizer step, positive.
+        reference_batch_size: those of the run whose rate is trusted, positive.
+
+    Raises:
+        ValueError: for another law, and for a batch size that is not positive.
+    """
+    if law not in EXPONENTS:
+        raise ValueError(f"the name of a law must be one of {LAWS}, got {law!r}")
+    batch = _samples("batch_size", batch_size)
+    return (batch / _samples("reference_batch_size", reference_batch_size)) ** EXPONENTS[law]
 
 
 def share_of_equal_samples(
@@ -127,7 +121,7 @@ def surge_ratio(
     ratio = SurgeLaw(noise_scale, valid_until=BOUND * noise_scale).ratio(batch_size, reference_batch_size)
     if not from_record:
         return _from_one_to(ratio, math.sqrt(batch_size / reference_batch_size))
-    at_equal_steps = _from_one_to(ratio, (batch_size / reference_batch_size) ** _EXPONENTS["fourth_root"])
+    at_equal_steps = _from_one_to(ratio, (batch_size / reference_batch_size) ** EXPONENTS["fourth_root"])
     return ratio**share * at_equal_steps ** (1 - share)
 
 
@@ -182,7 +176,7 @@ def choose_ratio(
             f"fallback is used where the surge law is refused, so it must be another than {SURGE!r}: {PLAIN_LAWS}"
         )
     if law != SURGE:
-        value = plain_law(law).ratio(batch_size, reference_batch_size)
+        value = plain_ratio(law, batch_size, reference_batch_size)
         return RateRatio(value, value, value, law)
     plain = choose_ratio(fallback, batch_size, reference_batch_size)
     why = _why_refused(batch_size, reference_batch_size, noise, from_record, share)

@@ -47,6 +47,7 @@ def test_epsilon_is_tuned_within_its_search_space(monkeypatch, capsys) -> None:
     assert lines[chosen] == ["best:", "eps", f"{epsilons[best]},", "lr", rates[best]]
 
 
+@pytest.mark.slow
 def test_the_demo_does_both_things(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "demo.py")], cwd=tmp_path, capture_output=True, text=True, timeout=300

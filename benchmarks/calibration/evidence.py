@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, half_octaves, middle, read, references
+from reporting import read_csv
 from training import Run
 from workloads import WORKLOADS, Workload
 
@@ -107,6 +109,7 @@ class Cell:
     steps: int
     measured: Measured
     noise: Sequence[float] = ()  # in samples, of each run that measured it
+    critical: float = math.inf  # log2 of the rate above which the first step raises the loss
 
 
 def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Measured]:
@@ -228,8 +231,9 @@ def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
 class Evidence:
     """The runs of one workload, and what follows from them at once. Best rates are in log2, noise scales in samples."""
 
-    def __init__(self, workload: Workload, results: Results) -> None:
+    def __init__(self, workload: Workload, results: Results, critical: Mapping[int, float] | None = None) -> None:
         self.workload, self.results = workload, results
+        self.critical = critical or {}  # log2 of the critical rates of the first step, by batch size
         # a run of Adam at equal samples for each batch size, and that at the middle one
         self.references = references(workload)
         self.middle = next(run for run in self.references if run.batch_size == middle(workload))
@@ -264,13 +268,18 @@ def cells_of(evidence: Evidence) -> list[Cell]:
     """The cells of a workload, at equal samples and then at equal steps, those without a noise scale too."""
     workload, noise = evidence.workload, evidence.estimates.get(MEAN, np.empty((0, len(evidence.losses))))
     by_size = {size: noise[:, i][~np.isnan(noise[:, i])] for i, size in enumerate(evidence.losses)}
-    cells = [Cell(SAMPLES, n, workload.samples // n, m, by_size[n]) for n, m in evidence.losses.items()]
     equal = {n: m for n, m in evidence.losses_at_equal_steps.items() if workload.samples // n != workload.steps}
-    return cells + [Cell(STEPS, n, workload.steps, m, by_size.get(n, ())) for n, m in equal.items()]
+    runs = [(SAMPLES, n, workload.samples // n, m) for n, m in evidence.losses.items()]
+    runs += [(STEPS, n, workload.steps, m) for n, m in equal.items()]
+    return [Cell(*run, by_size.get(run[1], ()), evidence.critical.get(run[1], math.inf)) for run in runs]
 
 
 def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:
     """By name the workloads, or the small grids beside them, that have a batch size with a finished run."""
     workloads = SIDE if side else WORKLOADS
-    found = {name: Evidence(workload, read(folder / f"{name}.csv")) for name, workload in workloads.items()}
+    logs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_csv(folder / "critical.csv"):
+        logs[row["workload"]][row["batch_size"]].append(math.log2(row["critical_rate"]))
+    critical = {name: {size: fmean(values) for size, values in of.items()} for name, of in logs.items()}
+    found = {name: Evidence(of, read(folder / f"{name}.csv"), critical.get(name)) for name, of in workloads.items()}
     return {name: evidence for name, evidence in found.items() if evidence.losses}

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from evidence import CAP, MEAN, Evidence, Measured, median_of
+from evidence import Evidence, Measured
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#1f5fa8", "#d9661f", "#3d8f5a", "#8a4fa3", "#8a8f98"
 _WORKLOADS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
@@ -88,55 +87,6 @@ def _over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[
     shortest = min(len(run) for run in runs)
     values = np.array([[m[key] for m in run[:shortest]] for run in runs], float)
     return np.array([m["samples"] for m in runs[0][:shortest]], float), np.median(values, 0)
-
-
-def tradeoff(found: Mapping[str, Evidence]) -> Figure:
-    """Samples over steps to the lowest loss that all reach; Theorem 5 with the fitted noise scale and the mean ``B_adam``."""
-    targets = {name: min(evidence.common) for name, evidence in found.items()}
-    figure, panels = _panels([f"{name}, to a loss of {target:g}" for name, target in targets.items()])
-    for axes, evidence, target in zip(panels, found.values(), targets.values(), strict=True):
-        sizes, samples = list(evidence.losses), evidence.common[target]
-        fit, mean = evidence.fits[target], median_of(evidence.estimates.get(MEAN, np.array([math.nan])))
-        steps = samples / np.array(sizes)
-        axes.plot(steps, samples, "o", color="black", markersize=5, label="measured")
-        for size, x, y in zip(sizes, steps, samples, strict=True):
-            axes.annotate(f"{size:,}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        dense = np.geomspace(sizes[0], sizes[-1], 60)
-        for noise, color, label in ((fit, _GREY, "fit"), (mean, _BLUE, "mean B_adam")):
-            if not math.isnan(noise):
-                # through the geometric mean of what was measured: the minima are free, the shape is not
-                fewest = np.exp(np.mean(np.log(samples / (np.array(sizes) + noise))))
-                predicted = fewest * (dense + noise)
-                axes.plot(predicted / dense, predicted, color=color, label=f"{label}: {noise:,.0f}")
-        axes.set_xscale("log", base=4)
-        axes.set_yscale("log", base=2)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
-        axes.margins(x=0.15)
-        axes.set_xlabel("steps")
-        axes.legend(fontsize=7, frameon=False)
-    panels[0].set_ylabel("samples")
-    return figure
-
-
-def epsilon(
-    curves: Mapping[str, Mapping[float, float]], spaces: Mapping[str, Sequence[float]], tolerances: Mapping[str, float]
-) -> Figure:
-    """Excess of the loss over epsilon, with the search space and the tolerance."""
-    figure, panels = _panels(list(curves))
-    for axes, (name, curve) in zip(panels, curves.items(), strict=True):
-        excess = np.array(list(curve.values())) / min(curve.values()) - 1
-        axes.axvspan(*spaces[name], color=_ORANGE, alpha=0.15, linewidth=0, label="search space")
-        axes.axhspan(0, 100 * tolerances[name], color=_GREY, alpha=0.2, linewidth=0, label="noise of the seeds")
-        axes.plot(list(curve), 100 * np.minimum(excess, CAP), ".-", color=_BLUE)
-        axes.axvline(1e-8, color=_GREY, linestyle="--", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_ylim(-1, 30)
-        axes.set_xlabel("epsilon")
-    panels[0].set_ylabel("loss above the best (%)")
-    panels[0].legend(fontsize=7, frameon=False)
-    return figure
 
 
 def _panels(titles: Sequence[str], width: float = 3.0) -> tuple[Figure, list[Any]]:

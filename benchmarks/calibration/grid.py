@@ -23,12 +23,11 @@ from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optim_implementations import LeftOut, timm_lamb
 from reporting import CPU, RESULTS, Row, machine, read_csv
 from training import EPS, Run, train, train_for_claim
 from workloads import FASHION_MNIST, WORKLOADS, Workload
 
-from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_law
+from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_ratio
 
 FOLDER = RESULTS / "calibration"
 FIELDS = [field.name for field in fields(Run)]
@@ -125,7 +124,6 @@ _LARGE = (64, 91, 128, 181, 256, 362, 512, 724, 1024, 1164)
 SIDE = {
     # four times the samples, so that its shortest run has 39 steps
     "surge_large": replace(_MLP, batch_sizes=_LARGE, samples=46_080, learning_rate=2**-6),
-    "no_momentum": replace(_MLP, optimizer="Adam without momentum"),
     # a quarter of the samples, for time
     "surge_small": replace(_MLP, batch_sizes=(1, 2, 3, 4, 6, 8, 12), samples=2880),
 }
@@ -141,8 +139,7 @@ def middle(workload: Workload) -> int:
 
 def references(workload: Workload) -> list[Run]:
     """A run at equal samples for each batch size, of Adam in the main grid; the rate and the seed do not matter."""
-    name, eps = workload.optimizer, EPS[workload.optimizer]
-    return [Run(workload.name, name, size, 1.0, eps, 0, workload.samples) for size in workload.batch_sizes]
+    return [Run(workload.name, "Adam", size, 1.0, EPS["Adam"], 0, workload.samples) for size in workload.batch_sizes]
 
 
 def at_equal_steps(workload: Workload, like: Run) -> Run:
@@ -171,30 +168,24 @@ def rates(workload: Workload, results: Results) -> Iterator[Run]:
         yield from (_at(like, k) for k in missing(losses(results, like), start))
 
 
-def refine(workload: Workload, results: Results) -> Iterator[Run]:
-    """The two rates half an octave from the best."""
-    return _around(_optima(workload, results), (0,), (-1, 1))
-
-
-def seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 1 and 2 at the best rate, and half an octave and an octave from it."""
-    return _around(_optima(workload, results), (1, 2), (0, -1, 1, -2, 2))
+def around(seeds: tuple[int, ...], steps: tuple[int, ...]) -> Stage:
+    """The stage of some seeds at rates so many half octaves from the best ones."""
+    return lambda workload, results: _around(_optima(workload, results), seeds, steps)
 
 
 def noise(workload: Workload, results: Results) -> Iterator[Run]:
     """The best rate again, seeds 0 to 2, with the noise scale measured on the way."""
-    return (replace(run, noise=True) for run in _around(_optima(workload, results), (0, 1, 2), (0,)))
+    return (replace(run, noise=True) for run in around((0, 1, 2), (0,))(workload, results))
 
 
 def cover(workload: Workload, results: Results) -> Iterator[Run]:
     """The rates on both sides of those that plain laws carry from other batch sizes, to where the loss is twice the best."""
     optima = _optima(workload, results)
-    laws = [plain_law(name) for name in PLAIN_LAWS]
     for like, k in optima:
         carried = [
-            2 * math.log2(rate(origin) * law.ratio(like.batch_size, other.batch_size))
+            2 * math.log2(rate(origin) * plain_ratio(law, like.batch_size, other.batch_size))
             for other, origin in optima
-            for law in laws
+            for law in PLAIN_LAWS
         ]
         known = losses(results, like)
         for low, step in ((math.floor(min(carried)), -2), (math.ceil(max(carried)), 2)):
@@ -204,11 +195,6 @@ def cover(workload: Workload, results: Results) -> Iterator[Run]:
                 yield _at(like, end)
                 if end not in known:
                     break
-
-
-def more_seeds(workload: Workload, results: Results) -> Iterator[Run]:
-    """Seeds 3 and 4 at the best rate and half an octave from it."""
-    return _around(_optima(workload, results), (3, 4), (0, -1, 1))
 
 
 def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
@@ -223,7 +209,7 @@ def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
 
 def optimizers(workload: Workload, results: Results) -> Iterator[Run]:
     """ALTO, Lamb and AdamE at the two largest batch sizes: as ``rates``, then seeds 1 and 2 within an octave of the best."""
-    for name in ("ALTO", *["Lamb"] * has_lamb(), "AdamE"):
+    for name in ("ALTO", "Lamb", "AdamE"):
         for like, adam in _optima(workload, results)[-2:]:
             other = replace(like, optimizer=name, eps=EPS[name])
             known = losses(results, other)
@@ -248,18 +234,12 @@ def steps_seeds(workload: Workload, results: Results) -> Iterator[Run]:
         yield from _around([equal], (1, 2), (0, -2, 2))
 
 
-def has_lamb() -> bool:
-    """Whether timm is installed."""
-    try:
-        timm_lamb()
-    except LeftOut:
-        return False
-    return True
-
-
 STAGES: dict[str, Stage] = {
-    stage.__name__: stage
-    for stage in (rates, refine, seeds, noise, cover, more_seeds, epsilon, optimizers, steps, steps_seeds)
+    "rates": rates,
+    "refine": around((0,), (-1, 1)),
+    "seeds": around((1, 2), (0, -1, 1, -2, 2)),
+    **{"noise": noise, "cover": cover, "more_seeds": around((3, 4), (0, -1, 1)), "epsilon": epsilon},
+    **{"optimizers": optimizers, "steps": steps, "steps_seeds": steps_seeds},
 }
 """In their order."""
 SIDE_STAGES = ("rates", "refine", "seeds")
@@ -293,13 +273,6 @@ SETTINGS = (
 """In their order. On one core a run of ``cnn`` takes some 20 s at 512 and 60 s at 4,096, which is why it has few steps."""
 
 
-def available() -> tuple[Setting, ...]:
-    """The settings, without Lamb where timm is not installed."""
-    if has_lamb():
-        return SETTINGS
-    return tuple(s._replace(optimizers=tuple(name for name in s.optimizers if name != "Lamb")) for s in SETTINGS)
-
-
 def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
     """The runs with their rates tuned that are not there yet, as far as is known by now."""
     for setting in settings:
@@ -315,7 +288,7 @@ def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
 def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
     """The runs of a stage that a table is to have, as far as is known by now."""
     if name == CLAIMS:
-        return claims(available(), results) if stage == CLAIMS else ()
+        return claims(SETTINGS, results) if stage == CLAIMS else ()
     if stage == CLAIMS or (name in SIDE and stage not in SIDE_STAGES):
         return ()
     return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import figures
 import numpy as np
 from evidence import Evidence, by_batch_size, seed_spread
 from grid import SETTINGS, Results, Setting, alike, best, half_octaves, losses, missing
@@ -39,8 +38,6 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
         return
     rows = [_epsilon_row(found[name], curve, spaces[name, 1.0]) for name, curve in curves.items()]
     page.fill("epsilon", epsilon=page.keep("epsilon", rows), judged=[_judged(page, rows, kind) for kind in SPACES])
-    pooled = {name: _ends(spaces[name, 1.0], "pooled") for name in curves}
-    page.draw("epsilon", figures.epsilon(curves, pooled, {row["workload"]: row["tolerance"] for row in rows}))
     _scaled(page, found, curves, spaces)
 
 
@@ -125,11 +122,8 @@ def _scaled(page: Page, found: Found, curves: Mapping[str, Curve], spaces: Mappi
                 continue
             scaled = _lowest({r: row for r, row in results.items() if r.loss_scale == scale and r.seed == 0})
             auto, unscaled = spaces[name, scale]["auto"], curve[DEFAULT]
-            excess = {
-                "default_excess": scaled[DEFAULT] / unscaled - 1,
-                "auto": auto,
-                "auto_excess": _at(curve, auto / scale) / unscaled - 1,
-            }
+            of_auto = {"auto": auto, "auto_excess": _at(curve, auto / scale) / unscaled - 1}
+            excess = {"default_excess": scaled[DEFAULT] / unscaled - 1, **of_auto}
             rows.append({"workload": name, "loss_scale": scale, **excess, "tolerance": _tolerance(found[name])})
     if not rows:
         return
@@ -227,16 +221,16 @@ def _claim_rows(setting: Setting, found: Mapping[str, Mapping[int, Row]], result
         like = setting.run(name)
         known = losses(results, like, "validation_error")
         accuracies = [row["test_accuracy"] for row in by_seed.values()]
-        row = {
-            "workload": setting.workload,
-            "batch_size": setting.batch_size,
-            "steps": setting.steps,
-            "optimizer": name,
-        }
-        row |= {"rate": next(iter(by_seed.values()))["learning_rate"]}
-        row |= {"interior": not missing(known, half_octaves(like.learning_rate)), "seeds": len(accuracies)}
-        row |= {"accuracy": float(np.mean(accuracies)), "error": _standard_error(accuracies)}
-        rows.append(row | {"train_loss": float(np.mean([of["train_loss"] for of in by_seed.values()]))})
+        interior = not missing(known, half_octaves(like.learning_rate))
+        rows.append(
+            {
+                **{"workload": setting.workload, "batch_size": setting.batch_size, "steps": setting.steps},
+                **{"optimizer": name, "rate": next(iter(by_seed.values()))["learning_rate"], "interior": interior},
+                **{"seeds": len(accuracies), "accuracy": float(np.mean(accuracies))},
+                **{"error": _standard_error(accuracies)},
+                "train_loss": float(np.mean([of["train_loss"] for of in by_seed.values()])),
+            }
+        )
     return rows
 
 
@@ -246,9 +240,8 @@ def _differences(setting: Setting, found: Mapping[str, Mapping[int, Row]]) -> li
         seeds = sorted(found.get(one, {}).keys() & found.get(other, {}).keys())
         if len(seeds) < 2:
             continue
-        gain, half = student(
-            [found[one][seed]["test_accuracy"] - found[other][seed]["test_accuracy"] for seed in seeds]
-        )
+        accuracies = ([found[name][seed]["test_accuracy"] for seed in seeds] for name in (one, other))
+        gain, half = student([mine - theirs for mine, theirs in zip(*accuracies, strict=True)])
         where = {"workload": setting.workload, "batch_size": setting.batch_size, "pair": f"{one} - {other}"}
         rows.append({**where, "seeds": len(seeds), "gain": (gain, gain - half, gain + half)})
     return rows

@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from evidence import Evidence
 from reporting import Row, read_csv, write_csv
-from torch import Tensor, nn
-from training import EPS, NOISE_GRADIENTS, Run, data_of, fit, gradients_of, noise_scale
+from torch import nn
+from training import EPS, NOISE_GRADIENTS, data_of, fit, gradients_of, noise_scale
 from workloads import Workload
 
 from lightning_gradhist import NoiseScale, SecondMoment, epsilon_range
@@ -26,7 +25,6 @@ from lightning_gradhist.epsilon import choose_epsilon
 LOSS_SCALES = (1.0, 1e-8, 1e-4, 1e4)
 EPOCH = 100  # gradients at most that the search space of epsilon is taken from
 REPEATS, TIMES = 20, 10  # measurements whose intervals are compared with a measurement from that many times the data
-DRAWS = 100  # draws of a bootstrap interval
 METRICS = {"B_simple": NoiseScale.simple, "B_adam": NoiseScale.adam}
 STATES = {"at the start": 0.0, "after a tenth": 0.1}
 """The weights that coverage is measured at, by the share of the samples that they were trained on."""
@@ -68,32 +66,17 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
         fresh = gradients_of(model, data, workload.noise_batch_size, torch.Generator().manual_seed(1))
         truth = noise_scale(fresh, run, TIMES * NOISE_GRADIENTS)
         for repeat in range(REPEATS):
-            own = list(itertools.islice(fresh, NOISE_GRADIENTS))
-            noise, ends = noise_scale(iter(own), run), bootstrapped(own, run, seed=repeat)
+            noise = noise_scale(fresh, run)
             for metric, of in METRICS.items():
                 estimate = of(noise)
                 rows.append(
                     {
                         **{"workload": workload.name, "state": state, "metric": metric, "repeat": repeat},
                         **{"value": estimate.value, "lower": estimate.lower, "upper": estimate.upper},
-                        **dict(zip(("bootstrap_lower", "bootstrap_upper"), ends[metric], strict=True)),
                         "from_ten_times_the_data": of(truth).value,
                     }
                 )
     return rows
-
-
-def bootstrapped(gradients: list[Mapping[str, Tensor]], run: Run, seed: int) -> dict[str, list[float]]:
-    """The ends of the 95% percentile interval of the noise scale by metric, the gradients of each half drawn again."""
-    generator, half = torch.Generator().manual_seed(seed), len(gradients) // 2
-    flat = [{"all": torch.cat([part.flatten() for part in gradient.values()])} for gradient in gradients]
-    values: dict[str, list[float]] = {metric: [] for metric in METRICS}
-    for _ in range(DRAWS):
-        first, second = torch.randint(half, (2, half), generator=generator).tolist()
-        noise = noise_scale(iter([flat[i] for i in first] + [flat[half + i] for i in second]), run)
-        for metric, of in METRICS.items():
-            values[metric].append(of(noise).value)
-    return {metric: np.quantile(of, [0.025, 0.975], method="inverted_cdf").tolist() for metric, of in values.items()}
 
 
 def _initial(workload: Workload) -> nn.Module:

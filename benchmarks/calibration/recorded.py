@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from training import EPS, gradients_of
 from workloads import FASHION_MNIST, WORKLOADS, Data, Workload
 
-from lightning_gradhist import GradientHistogramMonitor, NoiseEstimate, NoiseScale
+from lightning_gradhist import GradientHistogramMonitor, NoiseScale
 from lightning_gradhist.callbacks.monitor import halves
 from lightning_gradhist.learning_rate import SURGE, choose_ratio
 
@@ -40,14 +40,9 @@ class Module(L.LightningModule):
         self.net, self.workload = workload.make_model(), workload
         self.rate = workload.learning_rate * (batch_size / workload.batch_sizes[0]) ** 0.4
 
-    def loss(self, inputs: Tensor, classes: Tensor) -> Tensor:
-        """Mean cross-entropy."""
-        outputs = self.net(inputs)
-        return functional.cross_entropy(outputs.flatten(0, -2), classes.flatten())
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss."""
-        return self.loss(*batch)
+        return functional.cross_entropy(self.net(batch[0]).flatten(0, -2), batch[1].flatten())
 
     def configure_optimizers(self) -> Any:
         """Adam."""
@@ -78,26 +73,13 @@ class Truth(L.Callback):
 def run(workload: Workload, data: Data, batch_size: int, seed: int, folder: Path, truth: bool = False) -> Any:
     """Train for 100 steps; the record's estimate, and the truth's mean."""
     torch.manual_seed(seed)
-    module, monitor, true = (
-        Module(workload, batch_size),
-        GradientHistogramMonitor(every_n_steps=1),
-        Truth(data, batch_size),
-    )
-    quiet = {
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
+    module, monitor = Module(workload, batch_size), GradientHistogramMonitor(every_n_steps=1)
+    true = Truth(data, batch_size)
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"), False)
     callbacks = [monitor, true] if truth else [monitor]
     trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, default_root_dir=folder, **quiet)
     trainer.fit(module, DataLoader(data.train, batch_size, shuffle=True, drop_last=True))
     return monitor.noise_records[0].estimate("adam"), statistics.fmean(true.found) if truth else None
-
-
-def is_usable(noise: NoiseEstimate, batch_size: int) -> bool:
-    """Whether the surge law takes it to four times the batch."""
-    return choose_ratio(SURGE, 4 * batch_size, batch_size, noise, from_record=True).law == SURGE
 
 
 def measure(workload: Workload, data: Data, batch_size: int, seed: int, folder: Path) -> Row:
@@ -108,7 +90,8 @@ def measure(workload: Workload, data: Data, batch_size: int, seed: int, folder: 
         noise, true = run(workload, data, batch_size, seed, folder, truth=way == "halves")
         row |= {"truth": true} if true is not None else {}
         row |= {way: noise.value, f"{way}_lower": noise.lower, f"{way}_upper": noise.upper}
-        row[f"{way}_usable"] = int(is_usable(noise, batch_size))
+        carried = choose_ratio(SURGE, 4 * batch_size, batch_size, noise, from_record=True)
+        row[f"{way}_usable"] = int(carried.law == SURGE)
     return row
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import noise_section
 import optimizer_section
 import probes
-import rate_section
+import run_sections
 import transfers
 from evidence import collect
 from grid import FOLDER, read
@@ -41,15 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--results must be a folder with the tables of grid.py, got {options.results}; run it first")
     page, draws = Page(options.output), options.draws
     tables, measure = options.output / "tables", (options.data_dir, options.again)
-    rate_section.runs(page, found)
-    rate_section.best_rates(page, found, draws)
-    rate_section.surge(page, side, draws)
-    rate_section.momentum(page, found, side, draws)
+    run_sections.runs(page, found)
+    run_sections.best_rates(page, found, draws)
+    run_sections.surge(page, side, draws)
     transfers.carrying(page, found, side, draws)
     transfers.public(page, options.public)
-    noise_section.growth(page, found)
-    noise_section.coverage(page, probes.kept(tables / "coverage.csv", found, probes.coverage, *measure))
-    noise_section.tradeoff(page, found)
+    run_sections.growth(page, found)
+    run_sections.coverage(page, probes.kept(tables / "coverage.csv", found, probes.coverage, *measure))
+    run_sections.tradeoff(page, found)
     ranges = probes.kept(tables / "epsilon_range.csv", found, probes.epsilon_ranges, *measure)
     optimizer_section.epsilon(page, found, ranges)
     optimizer_section.optimizers(page, found)

@@ -30,17 +30,15 @@ _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
 # timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
 _LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
-_NO_MOMENTUM: dict[str, Any] = {"betas": (0.0, 0.999)}
 _UNCLIPPED: dict[str, Any] = {"always_adapt": True, "max_grad_norm": None}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params, **options: torch.optim.Adam(params, fused=True, **options),
-    "Adam without momentum": lambda params, **options: torch.optim.Adam(params, fused=True, **_NO_MOMENTUM, **options),
     "AdamW": lambda params, **options: torch.optim.AdamW(params, fused=True, **options),
     "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **_LARGE_BATCH, **options),
     "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **_LARGE_BATCH, **options),
     "Lamb": lambda params, **options: timm_lamb()(params, **_UNCLIPPED, **_LAYERWISE, **options),
 }
-EPS = {"Adam": 1e-8, "Adam without momentum": 1e-8, "AdamW": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
+EPS = {"Adam": 1e-8, "AdamW": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
 """What each takes if it is told nothing, but for AdamE, which takes Adam's."""
 
 Curve = Sequence[tuple[int, float]]
@@ -140,10 +138,14 @@ def moments(steps: int) -> list[int]:
     return sorted({0, steps, *(round(steps * share) for share in shares), *(round(steps**share) for share in shares)})
 
 
+def warm_up(steps: int) -> int:
+    """Steps over which the learning rate rises."""
+    return max(1, round(_WARM_UP * steps))
+
+
 def schedule(step: int, steps: int) -> float:
     """Learning rate of a step, counted from zero, as a share of the highest."""
-    warm_up = max(1, round(_WARM_UP * steps))
-    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    return min((step + 1) / warm_up(steps), (steps - step) / (steps - warm_up(steps) + 1))
 
 
 def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Generator) -> dict[str, float]:
@@ -216,7 +218,9 @@ def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[
     if batch_size > size:
         raise ValueError(f"batch_size must be at most the {size} samples of the training data, got {batch_size}")
     while True:
-        yield from torch.randperm(size, generator=generator).split(batch_size)[: size // batch_size]
+        yield from torch.randperm(size, generator=generator, device=generator.device).split(batch_size)[
+            : size // batch_size
+        ]
 
 
 @cache

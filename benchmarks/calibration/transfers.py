@@ -15,12 +15,13 @@ import numpy as np
 from evidence import SAMPLES, STEPS, Cell, Curve, Evidence, Measured, cells_of, drawn_curves, drawn_seeds, with_interval
 from page import Page, listed, percent
 from reporting import Row, read_csv
+from training import warm_up
 
 from lightning_gradhist.learning_rate import (
+    EXPONENTS,
     PLAIN_LAWS,
     SHORT_RUN,
     SurgeLaw,
-    plain_law,
     share_of_equal_samples,
     surge_ratio,
 )
@@ -77,18 +78,22 @@ def by_samples(noise: float, to: Cell, known: Cell) -> float:
     return at_equal_samples(noise, to, known) * longer ** (-0.32 / (1 + to.batch_size / noise))
 
 
-BEFORE, NOW = "surge", "surge, within the fourth root at equal steps"
-OTHERS = NOW.replace("the fourth root", "a power of the others")
+BEFORE, FREE = "surge", "surge, within the fourth root at equal steps"
+NOW, FALLING = f"{FREE}, and the first step", "falling, power 0.2 at equal steps"
+BOUNDED = {NOW: FREE, f"{FALLING}, and the first step": FALLING}
+"""Laws that raise no rate beyond where the first step would raise the loss."""
+OTHERS = FREE.replace("the fourth root", "a power of the others")
 LAWS: dict[str, Law] = {
-    **{name: power(plain_law(name).exponent) for name in PLAIN_LAWS},
+    **{name: power(EXPONENTS[name]) for name in PLAIN_LAWS},
     BEFORE: at_equal_samples,
     "falling": falling,
-    NOW: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
+    FREE: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
     "surge, fourth root at equal steps": mixed(at_equal_samples, power(0.25)),
-    "falling, power 0.2 at equal steps": mixed(falling, power(0.2)),
+    FALLING: mixed(falling, power(0.2)),
     "surge of the steps, samples^0.25": by_steps,
     "surge, samples^-0.32 at small batches": by_samples,
 }
+LAWS |= {bounded: LAWS[law] for bounded, law in BOUNDED.items()}
 
 
 class Transfers:
@@ -98,17 +103,26 @@ class Transfers:
         self.cells = cells
         self.all = [(i, j, n) for i, j in itertools.permutations(range(len(cells)), 2) for n in cells[i].noise]
         self.origins, self.targets = np.array([(i, j) for i, j, _ in self.all], int).reshape(-1, 2).T
+        first, critical = np.array(
+            [(-math.log2(warm_up(c.steps)), c.critical) for c in cells]
+        ).T  # octaves below the peak
+        self._critical = critical[self.targets] - first[self.targets]
+        self._steeper = first[self.targets] - first[self.origins]
         self.kinds = {k: np.array([k in _kinds(cells[i], cells[j]) for i, j, _ in self.all], bool) for k in KINDS}
 
     def shifts(self, law: Law) -> np.ndarray:
         """Octaves by which a law changes the rate, ``[transfers]``."""
         return np.log2([law(noise, self.cells[j], self.cells[i]) for i, j, noise in self.all])
 
-    def arrive(self, shifts: np.ndarray, curves: Sequence[Curve] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Excess loss, and octaves from the best rate, of the rates that arrive, both ``[transfers]``."""
+    def arrive(
+        self, law: str, shifts: np.ndarray, curves: Sequence[Curve] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Excess loss, and octaves from the best rate, of the rates that arrive by a law, both ``[transfers]``."""
         curves = curves or [cell.measured.mean() for cell in self.cells]
         best = np.array([curve.vertex for curve in curves])
         rates = best[self.origins] + shifts
+        if law in BOUNDED:  # unless the run with the known rate began with as long a step
+            rates = np.minimum(rates, np.maximum(self._critical, best[self.origins] - self._steeper))
         excess = np.empty(len(rates))
         for j, curve in enumerate(curves):
             excess[self.targets == j] = curve.excess(rates[self.targets == j])
@@ -121,7 +135,7 @@ class Transfers:
         for draw in range(draws + 1):
             curves = drawn_curves(losses, drawn_seeds(seeds, generator) if draw else None)
             for law, of_law in shifts.items():
-                excess = self.arrive(of_law, curves)[0]
+                excess = self.arrive(law, of_law, curves)[0]
                 for kind, mask in self.kinds.items():
                     found[law, kind].append(float(excess @ mask / (mask.sum() or math.nan)))
         return {key: np.array(values) for key, values in found.items()}
@@ -135,11 +149,11 @@ def _kinds(known: Cell, to: Cell) -> set[str]:
     return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= SHORT_RUN)}
 
 
-def fitted(cells: Sequence[Cell], law: Law, draws: int = 0) -> np.ndarray:
-    """The noise scale, one for all cells of a grid of equal samples, with the lowest mean excess, ``[1 + draws]``."""
+def fitted(cells: Sequence[Cell], law: Law) -> float:
+    """The noise scale, one for all cells of a grid of equal samples, with the lowest mean excess."""
     of_one = Transfers([replace(cell, noise=(1.0,)) for cell in cells])
-    means = of_one.means({str(n): of_one.shifts(lambda _, *pair, n=n: law(n, *pair)) for n in SCALES}, draws)
-    return SCALES[np.argmin([means[str(noise), SAMPLES] for noise in SCALES], 0)]
+    means = of_one.means({str(n): of_one.shifts(lambda _, *pair, n=n: law(n, *pair)) for n in SCALES}, 0)
+    return min(SCALES, key=lambda noise: means[str(noise), SAMPLES][0])
 
 
 def public_cells(path: Path) -> dict[Any, list[Cell]]:
@@ -175,7 +189,7 @@ def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -
         cost = {p: sum(means[str(p), kind][0] for means in others for kind in (STEPS, ACROSS)) for p in POWERS}
         shifts[name][OTHERS] = own.shifts(powers[min(POWERS, key=cost.__getitem__)])
     means = {name: own.means(shifts[name], draws) for name, own in of.items()}
-    arrived = {(name, law): of[name].arrive(shift) for name, own in shifts.items() for law, shift in own.items()}
+    arrived = {(name, law): of[name].arrive(law, shift) for name, own in shifts.items() for law, shift in own.items()}
     rows = []
     for kind, law in itertools.product(KINDS, [*LAWS, OTHERS]):
         worse = [n for n in of if with_interval(means[n][law, kind] - means[n][BEFORE, kind])[1] > 0]
@@ -226,8 +240,8 @@ def _public_row(name: str, law: str, models: Mapping[Any, list[Cell]]) -> Row:
     row, ratio, of = {"grid": name, "law": law}, LAWS[law], []
     for cells in models.values():
         noise = {grid: fitted([cell for cell in cells if cell.grid == grid], ratio) for grid in {c.grid for c in cells}}
-        of.append(Transfers([replace(cell, noise=noise[cell.grid]) for cell in cells]))
-    arrived = [(own, *own.arrive(own.shifts(ratio))) for own in of]
+        of.append(Transfers([replace(cell, noise=[noise[cell.grid]]) for cell in cells]))
+    arrived = [(own, *own.arrive(law, own.shifts(ratio))) for own in of]
     for kind in (SAMPLES, STEPS, ACROSS, LENGTH):
         excess, octaves = (np.concatenate([one[i][one[0].kinds[kind]] for one in arrived]) for i in (1, 2))
         row |= {kind: float(excess.mean()), f"{kind}_octaves": float(octaves.mean()), f"{kind}_number": len(excess)}

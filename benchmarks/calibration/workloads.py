@@ -51,7 +51,6 @@ class Workload:
     learning_rate: float  # of Adam, where the search for the best one starts at the smallest batch size
     noise_batch_size: int  # samples of a gradient that the noise scale is measured with
     targets: tuple[float, ...]  # losses of which the samples to reach them are recorded, descending
-    optimizer: str = "Adam"  # whose rates the grid tunes
 
 
 class GPT(nn.Module):

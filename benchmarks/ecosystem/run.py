@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,11 +19,13 @@ from time import monotonic
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-from reporting import RESULTS, Row, read_csv, write_csv  # noqa: E402
-from table import write  # noqa: E402
+from reporting import RESULTS, Row, machine, read_csv, write_csv  # noqa: E402
 
+PAGE = ROOT / "docs" / "support.md"
+START, END = "<!-- made by benchmarks/ecosystem/run.py -->\n", "<!-- end -->"
+HEAD = ("Project", "Monitor", "`apply=False`", "`apply=True`", "Record, 4 x batch", "ALTO")
 WAYS = ("plain", "monitor", "apply=False", "apply=True", "record x4", "ALTO")
 COLUMNS = [*"project version lightning way status note seconds date python torch lightning_gradhist".split()]
 LIMIT = 300  # seconds of one way
@@ -93,14 +96,8 @@ def run_way(interpreter: Path, project: str, way: str, folder: Path, log: Path) 
         file.write(f"\n===== {project}: {way}\n")
         file.flush()
         try:
-            done = subprocess.run(
-                [str(interpreter), str(HERE / "ways.py"), project, way, str(folder)],
-                cwd=empty,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                timeout=LIMIT,
-            )
+            command = [str(interpreter), str(HERE / "ways.py"), project, way, str(folder)]
+            done = subprocess.run(command, cwd=empty, stdout=subprocess.PIPE, stderr=file, text=True, timeout=LIMIT)
             found = json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else died(log)
         except subprocess.TimeoutExpired:
             found = {"status": "hangs"}
@@ -121,6 +118,53 @@ def judged(row: Row, plain: Row | None) -> Row:
     return {**row, "status": "same bits" if same else "OTHER BITS"}
 
 
+def why(note: str) -> str:
+    """Of what a calibration said, why a rate was kept."""
+    refused = re.search(r"surge law refused: ([^:;]*)", note)
+    return refused[1].strip() if refused else note.split(". ", 1)[1].split(";")[0]
+
+
+def cell(row: Row | None) -> str:
+    """What a way came to, in a few words."""
+    if row is None:
+        return "not run"
+    status, note = row["status"], row["note"]
+    if status not in ("ran", "same bits"):
+        return f"{status}: {note}" if note else status
+    if row["way"] == "record x4" and note.startswith("eps"):
+        ratio = re.search(r"times (\S+) \((\w+)\)", note)
+        return f"rate kept: {why(note)}" if ratio is None or ratio[2] == "keep" else f"rate times {ratio[1]}"
+    if row["way"] in ("record x4", "ALTO") and note:
+        return note
+    done = "same bits" if status == "same bits" else "trains"
+    unprobed = re.search(r"no probe: (.*?)(?:, which|\. What|;|$)", note)
+    return f"{done}; no probe: {unprobed[1]}" if unprobed else done
+
+
+def table(rows: list[Row]) -> str:
+    """One line a project, with the versions and the days of the runs below."""
+    lines = [HEAD, ("---",) * len(HEAD)]
+    for name in dict.fromkeys(row["project"] for row in rows):
+        mine = {row["way"]: row for row in rows if row["project"] == name}
+        if "install" in mine:
+            lines.append((name, *[cell(mine["install"])] * (len(HEAD) - 1)))
+            continue
+        title = f"`{name}`, {mine['plain']['version']}"
+        lines.append((title, *(cell(mine.get(way)) for way in WAYS[1:])))
+    days = sorted({row["date"] for row in rows})
+    with_what = sorted(
+        {f"Python {row['python']}, torch {row['torch']}, {row['lightning']}" for row in rows if row["torch"]}
+    )
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{body}\n\nRun from {days[0]} to {days[-1]} with {'; '.join(with_what)}.\n"
+
+
+def write(rows: list[Row], page: Path = PAGE) -> None:
+    """Puts the table in its place."""
+    before, rest = page.read_text(encoding="utf-8").split(START)
+    page.write_text(before + START + table(rows) + END + rest.split(END, 1)[1], encoding="utf-8")
+
+
 def main() -> None:
     """Runs the projects that are named, or all."""
     parser = argparse.ArgumentParser(description="Other people's projects with our callbacks in them.")
@@ -128,14 +172,10 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=ROOT / ".ecosystem")
     parser.add_argument("--output", type=Path, default=RESULTS / "ecosystem.csv")
     args = parser.parse_args()
-    from datetime import datetime, timezone
-
-    today = datetime.now(timezone.utc).date().isoformat()
     for project in PROJECTS:
-        if args.projects and project.name not in args.projects:
-            continue
         there = read_csv(args.output)
-        if not args.projects and sum(row["project"] == project.name for row in there) == len(WAYS):
+        whole = sum(row["project"] == project.name for row in there) == len(WAYS)
+        if project.name not in args.projects if args.projects else whole:
             continue
         rows = [row for row in there if row["project"] != project.name]
         try:
@@ -144,7 +184,7 @@ def main() -> None:
             rows.append({"project": project.name, "way": "install", "status": "failed", "note": str(error)[-200:]})
             write_csv(args.output, COLUMNS, rows)
             continue
-        common, plain = {**versions(interpreter, project), "date": today}, None
+        common, plain = {**versions(interpreter, project), "date": machine()["date"]}, None
         folder = args.environments / f"{project.name}.run"
         folder.mkdir(exist_ok=True)
         for way in WAYS:

@@ -42,9 +42,8 @@ def bits(module: torch.nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
-            found.update(
-                name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -106,10 +105,8 @@ def said(calibration: OptimizerCalibration) -> str:
     result = calibration.result
     if result is None:
         return "no result"
-    problems = "; ".join(result.problems)
-    return (
-        f"eps {result.epsilon}, lr {result.learning_rate}, times {result.ratio:.3g} ({result.law}). {problems}".strip()
-    )
+    found = f"eps {result.epsilon}, lr {result.learning_rate}, times {result.ratio:.3g} ({result.law})"
+    return f"{found}. {'; '.join(result.problems)}".strip()
 
 
 def main(project: str, way: str, folder: Path) -> None:

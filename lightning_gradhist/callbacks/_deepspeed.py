@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhist._flat import FlatPiece
-from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks._lightning import Trainer, is_a
 
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 _ZERO = ("DeepSpeedZeroOptimizer", _STAGE_3)  # stages 1 and 2 share a class
@@ -22,19 +22,12 @@ _ZERO = ("DeepSpeedZeroOptimizer", _STAGE_3)  # stages 1 and 2 share a class
 
 @dataclass(frozen=True)
 class Slot:
-    """Where this rank's part of a parameter lies in the long tensor that ZeRO has put into the optimizer.
+    """Where this rank's part of a parameter lies in the long tensor that ZeRO has put into the optimizer."""
 
-    Attributes:
-        flat: that tensor: weights, in fp32.
-        start: of the part.
-        size: of the part, without padding; 0 where other ranks have the whole parameter.
-        group: index of the parameter group that it is stepped in; within a step ZeRO has taken out the others.
-    """
-
-    flat: Tensor
-    start: int
-    size: int
-    group: int
+    flat: Tensor  # that tensor: weights, in fp32
+    start: int  # of the part
+    size: int  # of the part, without padding; 0 where other ranks have the whole parameter
+    group: int  # index of the parameter group that it is stepped in; within a step ZeRO has taken out the others
 
     def of(self, tensor: Tensor) -> Tensor:
         """The part of a tensor that is laid out as the long one."""
@@ -42,8 +35,8 @@ class Slot:
 
 
 def is_deepspeed(trainer: Trainer) -> bool:
-    """Whether the strategy is DeepSpeed's; by name, as Lightning's classes are there twice."""
-    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(trainer.strategy).__mro__)
+    """Whether the strategy is DeepSpeed's."""
+    return is_a(trainer.strategy, "DeepSpeedStrategy")
 
 
 def is_zero(optimizer: Any) -> bool:

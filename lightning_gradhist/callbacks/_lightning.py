@@ -46,6 +46,11 @@ if not TYPE_CHECKING:
         )
 
 
+def is_a(thing: object, *names: str) -> bool:
+    """Whether a class of one of these names is among a thing's own; by name, as Lightning's classes are there twice."""
+    return not {cls.__name__ for cls in type(thing).__mro__}.isdisjoint(names)
+
+
 def is_overridden(method_name: str, instance: Any) -> bool:
     """Whether the class of a module or a data module, of either package, has a hook of its own."""
     roots = {cls.__module__.partition(".")[0] for cls in type(instance).__mro__}
@@ -63,6 +68,7 @@ __all__ = [
     "SIGTERMException",
     "Trainer",
     "apply_to_collection",
+    "is_a",
     "is_overridden",
     "is_param_in_hook_signature",
     "isolate_rng",

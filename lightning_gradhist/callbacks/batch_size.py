@@ -56,20 +56,15 @@ def _lengths(part: Any) -> Iterator[int]:
 class StepSamples:
     """The samples of an optimizer step.
 
-    Attributes:
-        first: of its first micro-batch on this rank.
-        batches: micro-batches on this rank.
-        micro_batches: over all data-parallel ranks.
-        variance: of its gradient as a multiple of one sample's, this rank's share of the sum over all ranks: the gradient
-            is the mean of its micro-batches' gradients, each with a variance by its own samples.
-        effective: samples that a step has as a rule, likewise.
+    The variance of its gradient is a multiple of one sample's, this rank's share of the sum over all ranks: the gradient is
+    the mean of its micro-batches' gradients, each with a variance by its own samples.
     """
 
-    first: float
-    batches: int
-    micro_batches: int
+    first: float  # of its first micro-batch on this rank
+    batches: int  # micro-batches on this rank
+    micro_batches: int  # over all data-parallel ranks
     variance: float
-    effective: float
+    effective: float  # samples that a step has as a rule, over all ranks
 
 
 class SampleCount:

@@ -80,11 +80,8 @@ def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
 class LocalGradients:
     """Copies of what backward leaves on this rank, before DDP averages it, until :meth:`take` or :meth:`close`.
 
-    A backward replaces the copies of the one before it, so that with accumulation the last holds the whole step's.
-
-    Args:
-        parameters: names and parameters; those that are trained are copied.
-        select: what of gradients, by the parameters' names, is copied; all of them by default.
+    A backward replaces the copies of the one before it, so that with accumulation the last holds the whole step's. Of
+    parameters that are trained what ``select`` picks is copied, all by default.
     """
 
     def __init__(

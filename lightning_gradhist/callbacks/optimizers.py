@@ -98,6 +98,15 @@ def rule_of(optimizer: Optimizer) -> StepRule:
     return next((RULES[key] for key in _keys(innermost(optimizer)) if key in RULES), UNKNOWN)
 
 
+def starts_with_signs(optimizer: Optimizer) -> bool:
+    """Whether the first step is the sign of the gradient times the rate, as Adam's is: not by layers, and unbiased."""
+    rule, groups = rule_of(optimizer), optimizer.param_groups
+    by_layers = rule.clips or any(group.get("layerwise") for group in groups)
+    return (
+        rule.adaptive and rule.corrects_bias and not by_layers and all(g.get("bias_correction", True) for g in groups)
+    )
+
+
 def own_clip_norm(optimizer: Optimizer) -> float | None:
     """The norm that an optimizer clips all gradients to within its step, or None."""
     return (rule_of(optimizer).clips and optimizer.param_groups[0].get("max_grad_norm")) or None

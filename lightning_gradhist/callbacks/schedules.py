@@ -14,9 +14,8 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._deepspeed import unwrapped
-from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, isolate_rng
+from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, is_a, isolate_rng
 from lightning_gradhist.callbacks.optimizers import innermost
-from lightning_gradhist.callbacks.strategies import is_a
 from lightning_gradhist.noise.record import RunLength
 
 _ONE_BY_ONE = 2048

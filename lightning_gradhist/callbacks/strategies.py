@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lightning_gradhist import _flat
 from lightning_gradhist._dtensor import is_dtensor, local
 from lightning_gradhist._flat import FlatPiece
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_told_apart, zero_pieces
-from lightning_gradhist.callbacks._fsdp import fsdp_pieces, is_fsdp
-from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks._lightning import Trainer, is_a
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
@@ -26,21 +26,13 @@ _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 @dataclass(frozen=True)
 class Replicas:
-    """How tensors lie on the ranks: every one of ``ranks`` holds all of a whole tensor, and this is ``rank``.
+    """How tensors lie on the ranks: every one of ``ranks`` holds all of a whole tensor, and this is ``rank``."""
 
-    Attributes:
-        rank: from 0 to ``ranks - 1``.
-        ranks: number of ranks.
-        over: what tells these ranks from others of the same number.
-        pieces: the parameters of which FSDP1 or ZeRO has left each rank a flat piece, by ``id``.
-        mesh: all ranks, where DTensors may be on a part of its dimensions alone.
-    """
-
-    rank: int
+    rank: int  # from 0 to ``ranks - 1``
     ranks: int
-    over: tuple[tuple[DeviceMesh, int], ...] = ()
-    pieces: Mapping[int, FlatPiece] = field(default_factory=dict, compare=False)
-    mesh: DeviceMesh | None = field(default=None, compare=False)
+    over: tuple[tuple[DeviceMesh, int], ...] = ()  # what tells these ranks from others of the same number
+    pieces: Mapping[int, FlatPiece] = field(default_factory=dict, compare=False)  # that FSDP1 or ZeRO left, by ``id``
+    mesh: DeviceMesh | None = field(default=None, compare=False)  # all ranks, where DTensors may be on a part alone
 
     def holders(self, parameter: Tensor) -> Replicas:
         """The ranks that hold the same of a parameter as this one does."""
@@ -62,11 +54,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     return bits.sum(dim=0, keepdim=True, dtype=torch.int64) % 2**20
 
 
-def is_a(thing: object, *names: str) -> bool:
-    """Whether a class of one of these names is among a thing's own; by name, as Lightning's classes are there twice."""
-    return not {cls.__name__ for cls in type(thing).__mro__}.isdisjoint(names)
-
-
 def is_cut_up(trainer: Trainer) -> bool:
     """Whether ranks hold parts of parameters, so that none has a gradient of its own before they are averaged."""
     return is_sharded(trainer) or is_fsdp(trainer) or is_deepspeed(trainer)
@@ -75,6 +62,11 @@ def is_cut_up(trainer: Trainer) -> bool:
 def averages_in_backward(trainer: Trainer) -> bool:
     """Whether only a backward pass gives gradients, which are then the ranks' mean; else each rank can have its own first."""
     return is_sharded(trainer) or is_fsdp(trainer)
+
+
+def is_fsdp(trainer: Trainer) -> bool:
+    """Whether the strategy is FSDP1."""
+    return is_a(trainer.strategy, "FSDPStrategy")
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -112,7 +104,20 @@ def flat_pieces(trainer: Trainer) -> dict[int, FlatPiece]:
     """The parameters of which each rank has a flat piece, by ``id``."""
     if is_deepspeed(trainer):
         return zero_pieces(trainer) if is_told_apart(trainer) else {}
-    return fsdp_pieces(trainer)
+    return {id(parameter): piece for parameter, piece in _flat.fsdp_pieces(_fsdp_modules(trainer)) if piece is not None}
+
+
+def end_forward(trainer: Trainer) -> None:
+    """Ends a forward pass that no backward pass follows, by which FSDP1 would lose gradients of the next one."""
+    _flat.end_forward(_fsdp_modules(trainer))
+
+
+def _fsdp_modules(trainer: Trainer) -> list[Any]:
+    if not is_fsdp(trainer):
+        return []
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    return list(FSDP.fsdp_modules(trainer.strategy.model))  # type: ignore[arg-type]
 
 
 def least_over_ranks(value: float, trainer: Trainer) -> float:
@@ -139,12 +144,9 @@ class RankSum:
         self._reserve = torch.empty(_PIECE if self._ranks > 1 else 0, dtype=torch.int64, device=device)
 
     def add_up(self, table: Tensor | None, size: int, missing: float) -> None:
-        """Makes of the tables their sum, as many as 524,288 values in one all-reduce.
+        """Makes of the tables, int64 or float64 of so many values, their sum, 524,288 values at most in one all-reduce.
 
-        Args:
-            table: int64 or float64, contiguous; None where it could not be made.
-            size: number of its values.
-            missing: what a rank without a table has in each place, by which the others know; of the table's kind.
+        A rank that could not make its own (None) has ``missing`` in each place, by which the others know.
         """
         for start in range(0, size if self._ranks > 1 else 0, _PIECE):
             if table is None:
@@ -178,22 +180,16 @@ class RankSum:
 def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], replicas: Replicas) -> dict[str, Tensor]:
     """What this rank answers for, so that over all ranks each value of each tensor occurs once.
 
-    Args:
-        tensors: as this rank holds them, laid out as the parameters are; names may be missing, on all ranks the same.
-        parameters: in the order of all ranks.
-        replicas: of a tensor that is not a DTensor.
-
-    Returns:
-        A flat piece of each tensor, which may be empty, in the order of the parameter's memory: where ``n`` ranks hold the
-        same, as whole tensors or as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such
-        tensors together.
+    Tensors are laid out as the parameters are, and names may be missing, on all ranks the same. Of each there is a flat
+    piece, which may be empty, in the order of the parameter's memory: where ``n`` ranks hold the same, as whole tensors or
+    as shards that are replicated over a dimension of a mesh, about an ``n``-th of all such tensors together.
     """
     flat: dict[str, Tensor] = {}
     shared: dict[Replicas, dict[str, int]] = {}  # sizes of what several ranks hold
     for name, parameter in parameters.items():
         held, holders, piece = _held(parameter), replicas.holders(parameter), replicas.pieces.get(id(parameter))
         if name in tensors:
-            values = _flat(tensors[name], held)
+            values = _flattened(tensors[name], held)
             flat[name] = values if piece is None else values[: piece.values]
         if holders.ranks > 1:
             shared.setdefault(holders, {})[name] = held.numel()
@@ -235,7 +231,7 @@ def _held(parameter: Tensor) -> Tensor:
     return parameter if is_plain else as_real(local(parameter.detach()))
 
 
-def _flat(tensor: Tensor, like: Tensor) -> Tensor:
+def _flattened(tensor: Tensor, like: Tensor) -> Tensor:
     # One order for gradient and second moment; no copy where they lie in memory as the parameter does (channels_last).
     if like.is_contiguous():
         return tensor.reshape(-1)
@@ -245,16 +241,9 @@ def _flat(tensor: Tensor, like: Tensor) -> Tensor:
 def slice_of(
     tensors: Mapping[str, Tensor], sizes: Mapping[str, int], rank: int, ranks: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The part of a rank when all values, one after another, are cut into ``ranks`` equal parts.
+    """The part of a rank when all values of dense tensors, one after another, are cut into ``ranks`` equal parts.
 
-    Args:
-        tensors: the dense tensors that are there, the same on every rank.
-        sizes: names and numbers of values of all tensors in order, those that are not there included.
-        rank: from 0 to ``ranks - 1``.
-        ranks: number of parts.
-
-    Yields:
-        names and flat pieces; over all ranks each value occurs once.
+    ``sizes`` has the numbers of values of all tensors in order, those that are not there, on any rank, included.
     """
     total = sum(sizes.values())
     first, last = rank * total // ranks, (rank + 1) * total // ranks

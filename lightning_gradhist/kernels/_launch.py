@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradhist.kernels._chunks import DEVICE_TYPE, DTYPES
 from lightning_gradhist.kernels._math import KernelScalars
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import ChunkTable, all_contiguous, chunk_table
+from lightning_gradhist.kernels._tables import CHUNK, ChunkTable, all_contiguous, chunk_table
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {
@@ -73,17 +73,11 @@ def _inverse(value: float | Tensor) -> float | Tensor:
 
 
 def unsupported(tensors: StepTensors) -> str | None:
-    """Say what keeps the kernels from these tensors.
+    """Say what keeps the kernels from these tensors, naming the entry; None if they take them.
 
     They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any
     strides, and state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor
     overlaps.
-
-    Args:
-        tensors: Parameters, gradients and state.
-
-    Returns:
-        The reason, naming the entry; None if there is none.
     """
     if not tensors.params:
         return None
@@ -133,6 +127,14 @@ class Operands(NamedTuple):
 
     tensors: StepTensors
     table: ChunkTable
+
+
+def launch(kernel: Any, operands: Operands, *arguments: Any) -> None:
+    """Launch a program for each chunk; the operands are to be held till then, as they may have copies of gradients."""
+    table = operands.table
+    if len(table.chunks):
+        with on_device_of(table.chunks):
+            kernel[(len(table.chunks),)](table, *arguments, CHUNK, **OPTIONS)
 
 
 def operands_of(tensors: StepTensors) -> Operands:

@@ -37,13 +37,8 @@ def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None], chun
     A table is found by the addresses, sizes and strides it was made for: it is as good for other tensors in the same
     place. It is made with one small copy to the device, and none where nothing moved.
 
-    Args:
-        columns: Lists of as many tensors, the first of them parameters; the current device is theirs.
-        check: Called before a table is built; raises if the kernels do not take these tensors.
-        chunk: Elements of the first column a chunk.
-
-    Returns:
-        The table, on the device of the parameters.
+    The current device is that of the columns, the first of which, parameters, are cut into chunks of as many elements.
+    ``check`` is called before a table is built; it raises if the kernels do not take these tensors.
     """
     params = columns[0]
     device = params[0].device

@@ -7,17 +7,9 @@ import triton
 import triton.language as tl
 
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
-from lightning_gradhist.kernels._launch import (
-    OPTIONS,
-    Operands,
-    kernel_scalars,
-    on_device_of,
-    operands_of,
-    variant_of,
-)
+from lightning_gradhist.kernels._launch import Operands, kernel_scalars, launch, operands_of, variant_of
 from lightning_gradhist.kernels._math import adam_direction, moved, scalars_of, stored
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import CHUNK
 
 
 def adam_e_step(
@@ -33,17 +25,9 @@ def adam_e_step(
     """
     if not tensors.params:
         return
-    operands = operands or operands_of(tensors)  # held: it may have copies of gradients
-    table = operands.table
-    with on_device_of(tensors.params[0]):
-        if len(table.chunks):
-            adam_e_kernel[(len(table.chunks),)](
-                table,
-                kernel_scalars(s, tensors.exp_avgs[0].dtype),
-                variant_of(tensors, s)._replace(decoupled=bool(decoupled_weight_decay and s.decays())),
-                CHUNK,
-                **OPTIONS,
-            )
+    operands = operands or operands_of(tensors)
+    variant = variant_of(tensors, s)._replace(decoupled=bool(decoupled_weight_decay and s.decays()))
+    launch(adam_e_kernel, operands, kernel_scalars(s, tensors.exp_avgs[0].dtype), variant)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from lightning_gradhist.kernels._launch import (
     OPTIONS,
     Operands,
     kernel_scalars,
+    launch,
     on_device_of,
     operands_of,
     variant_of,
@@ -34,16 +35,13 @@ def alto_moments(tensors: StepTensors, s: StepScalars, operands: Operands | None
     """
     if not tensors.params:
         return torch.zeros(0, 2, dtype=torch.float64)
-    device = tensors.params[0].device
-    operands = operands or operands_of(tensors)  # held: it may have copies of gradients
-    table = operands.table
-    with on_device_of(tensors.params[0]):
-        sums = torch.empty(len(table.chunks), 2, dtype=torch.float64, device=device)
-        if len(sums):
-            scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)
-            alto_moments_kernel[(len(sums),)](table, sums, scalars, variant, CHUNK, **OPTIONS)
-        squared_norms = torch.empty(len(tensors.params), 2, dtype=torch.float64, device=device)
-        sum_chunks_kernel[(len(tensors.params),)](table.extents, sums, squared_norms, CHUNK, **OPTIONS)
+    operands, device = operands or operands_of(tensors), tensors.params[0].device
+    sums = torch.empty(len(operands.table.chunks), 2, dtype=torch.float64, device=device)
+    scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)
+    launch(alto_moments_kernel, operands, sums, scalars, variant)
+    squared_norms = torch.empty(len(tensors.params), 2, dtype=torch.float64, device=device)
+    with on_device_of(sums):
+        sum_chunks_kernel[(len(tensors.params),)](operands.table.extents, sums, squared_norms, CHUNK, **OPTIONS)
     return squared_norms
 
 
@@ -55,18 +53,10 @@ def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None, oper
     """
     if not tensors.params:
         return
-    operands = operands or operands_of(tensors)  # held: it may have copies of gradients
-    table = operands.table
-    with on_device_of(tensors.params[0]):
-        if len(table.chunks):
-            alto_apply_kernel[(len(table.chunks),)](
-                table,
-                1.0 if ratios is None else ratios.float().contiguous(),
-                kernel_scalars(s, tensors.exp_avgs[0].dtype),
-                variant_of(tensors, s)._replace(grad=None, maximize=False),
-                CHUNK,
-                **OPTIONS,
-            )
+    operands = operands or operands_of(tensors)
+    scale = 1.0 if ratios is None else ratios.float().contiguous()
+    scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)
+    launch(alto_apply_kernel, operands, scale, scalars, variant._replace(grad=None, maximize=False))
 
 
 @triton.jit
@@ -104,9 +94,7 @@ def _move_block(at, block, s, theta_squares, r_squares, VARIANT: tl.constexpr):
     explored = g + s.mix * (g - e)
     e = stored(moved(e, g, s.explore_beta), s.step, VARIANT.state, VARIANT.state)
     m = stored(moved(m, explored, s.beta1), s.step, VARIANT.state, VARIANT.state)
-    v = stored(
-        moved(v, explored * explored, s.beta2), s.step, VARIANT.state, VARIANT.state
-    )  # as the second phase reads it
+    v = stored(moved(v, explored * explored, s.beta2), s.step, VARIANT.state, VARIANT.state)  # as it is read again
     r = adam_direction(m, v, s)
     if VARIANT.decay:
         r += s.weight_decay * theta

@@ -15,7 +15,7 @@ import torch
 
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_law, surge_ratio
+from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_ratio, surge_ratio
 from lightning_gradhist.logging.calibration_report import CalibrationResult
 from lightning_gradhist.logging.magnitude_report import shown_buckets
 from lightning_gradhist.plan import Plan
@@ -173,7 +173,7 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
         axes.fill_between(batches, *ends, color=_BLUE, alpha=0.15, label=f"{noise.confidence:.0%} interval")
         axes.plot(batches, ratios(noise.value), color=_BLUE, label=f"{SURGE} ({result.noise_source})")
     for law, style in zip(PLAIN_LAWS, cycle(("--", (0, (3, 1, 1, 1, 1, 1)), ":", "-.")), strict=False):
-        plain = [plain_law(law).ratio(b, reference) for b in batches]
+        plain = [plain_ratio(law, b, reference) for b in batches]
         axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=law.replace("_", " "))
     axes.plot([reference], [1.0], "o", color=_GREY, label=f"reference {reference:g}")
     axes.plot([batch], [result.ratio], "o", color=_ORANGE, label=f"now {batch:g}: times {result.ratio:.3g}")

@@ -41,6 +41,11 @@ class RunLength:
         """Whether the learning rate is first at its highest when the run is over: its warm-up is as long, or longer."""
         return bool(self.planned and self.warm_up == self.planned)
 
+    @property
+    def first_share(self) -> float | None:
+        """The learning rate of the first step as a share of the highest; None where not known."""
+        return self.schedule[0] if self.schedule else None
+
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> RunLength:
         """The inverse of ``asdict``; what lacks is not known, and what is no number from 0 up raises ``ValueError``."""

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import csv
 import logging
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -44,7 +44,7 @@ def variant(name: str) -> Variant:
 
 @pytest.mark.slow
 def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["monitor", "monitor, every step", "add_histogram", "Graphcore's tensor tracker"]
+    names = ["monitor", "monitor, every step", "add_histogram"]
     output = tmp_path / "results.csv"
     options = "--scale 1e-3 --rounds 1 --output".split()
     earlier = [{"model": "CNN", "variant": "another model"}, {"model": "small tensors", "variant": "measured anew"}]
@@ -55,7 +55,6 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
         rows = {row["variant"]: row for row in reader}
         assert reader.fieldnames == capture_cost.COLUMNS
     assert set(rows) == {"another model", "none", *names, capture_cost.ALONE, capture_cost.PROBE}
-    assert rows["Graphcore's tensor tracker"]["note"] == "left out: it is not in the registry"
     none, ours, by_hand = (rows[name] for name in ("none", "monitor, every step", "add_histogram"))
     assert float(none["step_ms_q25"]) <= float(none["step_ms"]) <= float(none["step_ms_q75"]) and none["added_ms"] == ""
     for row in (ours, by_hand):
@@ -63,15 +62,13 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
         assert row["tensors"] == "8" and row["batch"] == "128 x 32" and row["torch"] == torch.__version__
         share = float(row["added_ms"]) / float(none["step_ms"])
         assert float(row["added_share"]) == pytest.approx(share, rel=1e-2)
-    assert float(ours["logged_ms"]) > 0 and by_hand["logged_ms"] == ""
-    assert float(none["memory_bytes"]) == 0 and ours["memory_growth_bytes"] and none["log_bytes_per_logged_step"] == ""
     share = float(ours["added_ms"]) / float(by_hand["added_ms"])
     assert (
         float(ours["share_of_add_histogram"]) == pytest.approx(share, rel=1e-2) and ours["share_of_wandb_watch"] == ""
     )
-    logged = float(ours["log_bytes_per_logged_step"])
-    assert logged > 8 * 500 and float(ours["log_bytes_in_10000_steps"]) == pytest.approx(1e4 * logged, rel=1e-3)
-    assert float(rows["monitor"]["log_bytes_in_10000_steps"]) == pytest.approx(200 * logged, rel=1e-3)
+    logged = float(ours["log_bytes_in_10000_steps"])
+    assert logged > 1e4 * 8 * 500 and none["log_bytes_in_10000_steps"] == ""
+    assert float(rows["monitor"]["log_bytes_in_10000_steps"]) == pytest.approx(logged / 50, rel=1e-2)
     assert float(rows[capture_cost.PROBE]["probe_in_steps"]) > 0
     alone = rows[capture_cost.ALONE]
     assert 0 < float(alone["share_of_read_bandwidth"]) and 0 < float(alone["work_of_one_rank_in_two"])
@@ -147,24 +144,24 @@ def test_logged_steps_and_heatmaps_are_told_apart_and_weigh_as_often_as_they_com
         seconds[step + 1] += 0.25  # its writing reaches into the next one
     seconds[0] = 1e6
     found = capture_cost.added(one, seconds[:-1], [1e6, 1e6, 1e6, *[1.0] * 20])
-    assert found.logged == pytest.approx(0.75) and found.drawn == pytest.approx(4)
     draws = {200: 3, 10_000: 6}[reports]
-    assert found.step == pytest.approx((0.75 * reports + 4 * draws) / 10_000)
+    assert found == pytest.approx((0.75 * reports + 4 * draws) / 10_000)
 
 
 def test_what_draws_nothing_adds_the_mean_of_its_later_half() -> None:
     found = capture_cost.added(variant("monitor, off-steps"), [9.0, 9.0, 9.0, 3.0, 5.0, 4.0], [7.0, 7.0, 7.0, 1.0, 1.0])
-    assert found == capture_cost.Added(3.0, 0.0, 3.0)
+    assert found == 3.0
 
 
-def test_what_cannot_be_is_named_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    good, left_out = capture_cost.split(tiny(), ["Composer's OptimizerMonitor"])
+def test_what_cannot_be_is_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    good, left_out = capture_cost.split(tiny(), ["wandb.watch"])
     assert [one.name for one in good] == ["none"]
     [row] = left_out
-    assert (
-        row["note"].startswith("left out: mosaicml")
-        and row["note"].removeprefix("left out: ") in capsys.readouterr().out
-    )
+    assert row["note"].startswith("left out: wandb") and "make peers" in row["note"]
+    assert row["note"].removeprefix("left out: ") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -221,18 +218,6 @@ def test_the_results_in_the_repository_are_whole() -> None:
         assert all(row[f"{what}_bytes"] == row[f"{what}_bytes_measured"] for what in capture_scale.MEASURED)
 
 
-@pytest.mark.slow
-def test_what_depends_on_the_batch_has_one_turn_and_is_compared_with_none_on_whole_batches() -> None:
-    none = variant("none")
-    slow = replace(none, name="slow", depends_on_batch=True)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rounds = capture_cost.take_rounds(replace(tiny(), steps=8), [none, slow], 2, CPU)
-    assert [sorted(one.turns) for one in rounds] == [["none", "slow"], ["none"]]
-    row = capture_cost.of_rounds(rounds, slow)
-    first = np.mean(rounds[0].turns["slow"].seconds[4:]) - np.mean(rounds[0].whole.seconds[3:])
-    assert row["rounds"] == 1 and float(row["added_ms"]) == pytest.approx(1e3 * first, rel=1e-3)
-
-
 def test_work_of_other_threads_counts() -> None:
     clock = capture_cost.Clock(CPU)
     clock.on_train_batch_start()
@@ -250,4 +235,5 @@ def test_the_monitor_has_a_whole_turn_also_where_batches_are_whole(monkeypatch: 
     some = [variant("none"), variant("monitor")]
     (one,) = capture_cost.take_rounds(tiny(), some, 1, CPU)
     assert len(one.turns["monitor"].seconds) == tiny().steps
-    assert np.isfinite(one.added(variant("monitor")).step)
+    row = capture_cost.of_rounds([one], variant("monitor"))
+    assert np.isfinite([row["added_ms"], row["added_clock_ms"]]).all()

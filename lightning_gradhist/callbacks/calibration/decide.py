@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_gradhist.callbacks.calibration import explain
-from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options
+from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options, reference_of
 from lightning_gradhist.callbacks.calibration.handoff import rate_factors
 from lightning_gradhist.explore import AUTO, explore_choice
 from lightning_gradhist.learning_rate import SHORT_RUN, SURGE, RateRatio, choose_ratio, share_of_equal_samples
@@ -48,7 +48,7 @@ def decide(options: Options, evidence: Evidence) -> CalibrationResult:
         noise_scale=noise,
         noise_source=source,
         effective_batch_size=evidence.batch_size,
-        reference_batch_size=_reference(options, evidence),
+        reference_batch_size=reference_of(options, evidence.recorded),
         equal_samples_share=ratio.share,
         changes=(*rate.changes, *eps.changes, *explore.changes),
         reasons=(*probe.reasons, *clipping, *eps.reasons, *rate.reasons),
@@ -94,7 +94,7 @@ def decide_epsilon(options: Options, evidence: Evidence) -> Decision:
 def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decision]:
     """The ratio of learning rates, and the learning rate of each group."""
     decision = Decision()
-    reference, batch_size = _reference(options, evidence), evidence.batch_size
+    reference, batch_size = reference_of(options, evidence.recorded), evidence.batch_size
     obstacle = _rate_obstacle(options, evidence)
     if obstacle is not None:
         by_default = options.learning_rate == SURGE and reference is None  # which nobody asked for
@@ -112,7 +112,13 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     decision.reasons.extend(_of_short_runs(evidence))
     if evidence.later_accumulation:
         decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
-    own = [group.lr or 0.0 for group in evidence.groups]
+    bounded, told = _within_first_step(ratio, evidence)
+    if law == SURGE:
+        ratio = bounded
+        decision.reasons.extend([told] if told else [])
+    elif told:  # a law of the user's own choice is used as it is
+        decision.problems.append(explain.first_step_by_plain_law(law, ratio.value, bounded.value))
+    own = evidence.own_rates
     trusted, reason = _trusted_rates(evidence, own, ratio) if ratio.law != "keep" else (own, None)
     changes = [
         GroupChange(index, "lr", before, rate * ratio.value)
@@ -153,16 +159,12 @@ def known_noise(options: Options, evidence: Evidence) -> tuple[NoiseEstimate | N
     return evidence.probe.noise, "probe" if evidence.probe.noise is not None else None
 
 
-def _reference(options: Options, evidence: Evidence) -> float | None:
-    return evidence.recorded.batch_size if evidence.recorded else options.reference_batch_size
-
-
 def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
     """What keeps a rate from being carried over, or None."""
     law = options.learning_rate
     if law == "keep":
         return None
-    if _reference(options, evidence) is None:
+    if reference_of(options, evidence.recorded) is None:
         return explain.no_reference(law)
     if evidence.batch_size is None:
         return explain.no_batch_size(evidence.why_no_batch_size, "the learning rate is kept")
@@ -171,14 +173,28 @@ def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
     return explain.no_rate(evidence.optimizer) if any(group.lr is None for group in evidence.groups) else None
 
 
+def _within_first_step(ratio: RateRatio, evidence: Evidence) -> tuple[RateRatio, str | None]:
+    """A ratio with which the first step does not raise the loss, and a sentence where it is another.
+
+    It need not be shorter than the first step of the reference, which got along with it.
+    """
+    critical, share, recorded = evidence.probe.critical, evidence.length.first_share, evidence.recorded
+    if critical is None or not share or ratio.law == "keep":
+        return ratio, None
+    before = recorded.length.first_share if recorded is not None else None
+    most = max(critical, 1.0 if before is None else before / share)
+    if most >= ratio.value:
+        return ratio, None
+    lower, upper = min(ratio.lower, most), min(ratio.upper, most)
+    return replace(ratio, value=most, lower=lower, upper=upper), explain.first_step(ratio.value, critical, most)
+
+
 def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -> tuple[Sequence[float], str | None]:
     """The rates that are trusted at the reference, and a sentence on where they are from."""
-    recorded = evidence.recorded
+    recorded, rates = evidence.recorded, evidence.recorded_rates
     if recorded is None:
         return own, None
-    rates = recorded.learning_rates
-    alike = len(rates) == len(own) and not any(rate == 0 < before for rate, before in zip(rates, own, strict=True))
-    if recorded.name == evidence.optimizer and alike:
+    if rates is not None:
         return rates, explain.recorded_rate(ratio.value, rates, own)
     why = f"is of {recorded.name}" if recorded.name != evidence.optimizer else "has other parameter groups"
     return own, explain.ratio_only(why, evidence.optimizer, own, recorded.batch_size)

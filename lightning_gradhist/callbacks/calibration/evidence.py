@@ -11,14 +11,15 @@ from typing import Any, Literal, Protocol
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._deepspeed import unwrapped
+from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrapped
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_overridden
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
 from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
-from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of
+from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of, starts_with_signs
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
+from lightning_gradhist.callbacks.probe.first_step import first_step
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
@@ -28,7 +29,7 @@ from lightning_gradhist.callbacks.strategies import averages_in_backward
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw
+from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw, plain_ratio
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 from lightning_gradhist.noise.record import RunLength
 
@@ -77,6 +78,7 @@ class ProbeFindings:
     clipping: tuple[float, float] | None = (
         None  # the norm that gradients are clipped to, and the factor that this makes
     )
+    critical: float | None = None  # multiple of the trusted rates up to which the first step does not raise the loss
     reasons: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -101,6 +103,20 @@ class Evidence:
     def has_epsilon(self) -> bool:
         """Whether every group has an epsilon of Adam's kind."""
         return self.adaptive and all(group.eps is not None for group in self.groups)
+
+    @property
+    def own_rates(self) -> list[float]:
+        """The rate of each group; 0 where it is no number."""
+        return [group.lr or 0.0 for group in self.groups]
+
+    @property
+    def recorded_rates(self) -> Sequence[float] | None:
+        """Those that the record has of the same groups of the same optimizer, or None."""
+        if self.recorded is None or self.recorded.name != self.optimizer:
+            return None
+        rates, own = self.recorded.learning_rates, self.own_rates
+        alike = len(rates) == len(own) and not any(r == 0 < before for r, before in zip(rates, own, strict=True))
+        return rates if alike else None
 
 
 def gather(
@@ -150,6 +166,11 @@ def needs_probe(options: Options, evidence: Evidence) -> bool:
     return wants_epsilon or (wants_noise and evidence.adaptive and evidence.batch_size is not None)
 
 
+def reference_of(options: Options, recorded: OptimizerRecord | None) -> float | None:
+    """Samples of an optimizer step of the run whose rate is trusted, or None."""
+    return recorded.batch_size if recorded else options.reference_batch_size
+
+
 class _Measurement:
     """The two halves of a probe: the search space of epsilon, then the noise scale in the metric that it gives."""
 
@@ -184,6 +205,7 @@ class _Measurement:
         batch_ratio = self._batch_ratio(optimizer.param_groups[0])
         clipping = self._find_search_space(noise, probe, batch_ratio)
         eps = self._evidence.groups[0].chosen_eps(self._options.epsilon, self._found.search_space) / clipping
+        self._found.critical = self._critical_factor(noise, probe, eps)
         on_every_rank(trainer, "to hold gradients", lambda: noise.split(eps, batch_ratio, self._centered))
         read(planned // 2)
         self._found.noise = noise.adam() if self.batch_size is not None else None
@@ -229,6 +251,28 @@ class _Measurement:
         except ValueError as error:
             self._found.problems.append(f"no epsilon range: {error}")
         return factor
+
+    def _critical_factor(self, noise: NoiseScale, probe: Probe, eps: float) -> float | None:
+        """By how much the trusted rates may be multiplied for the first step; None where none is asked for, or known."""
+        evidence, optimizer = self._evidence, self._trainer.optimizers[0]
+        reference, share = reference_of(self._options, evidence.recorded), evidence.length.first_share
+        if self._options.learning_rate == "keep" or reference is None or self.batch_size is None:
+            return None
+        if not share or not starts_with_signs(optimizer):
+            return None
+        laws = (
+            ("sqrt", self._options.fallback) if self._options.learning_rate == SURGE else (self._options.learning_rate,)
+        )
+        largest = max(1.0, *(plain_ratio(law, self.batch_size, reference) for law in laws))
+        rates = evidence.recorded_rates or evidence.own_rates
+        groups = zip(rates, grouped_parameters(optimizer), strict=True)
+        known = {id(parameter): rate * share for rate, own in groups for parameter in own}
+        parameters = optimizer_parameters(self._trainer.lightning_module, optimizer)
+        means = noise.first_half.mean
+        return probe.critical_factor(
+            lambda: {name: first_step(mean, known[id(parameters[name])], eps) for name, mean in means.items()},
+            largest,
+        )
 
     def _batch_ratio(self, group: dict[str, Any]) -> float:
         # Adaptor E changes the variance of what enters the second moment; mean and noise scale are the gradient's.

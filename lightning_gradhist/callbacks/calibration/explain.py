@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning_gradhist.epsilon import EpsilonRange
-from lightning_gradhist.learning_rate import SHORT_RUN
+from lightning_gradhist.learning_rate import SHORT_RUN, SURGE
 
 
 def no_batch_size(why: str | None, consequence: str) -> str:
@@ -120,7 +120,7 @@ def lengths(steps: int, reference_steps: int, share: float) -> str:
 def short_run(which: str, steps: int) -> str:
     return (
         f"{which} has {steps:,} steps: below some {SHORT_RUN} the best rates follow no law that is known. On four small workloads"
-        " a rate that was carried to or from such a run lost 8% in the mean and 93% at worst, one between longer runs 2% and 20%"
+        " a rate that was carried to or from such a run lost 4% in the mean and 16% at worst, one between longer runs 2% and 20%"
     )
 
 
@@ -128,6 +128,21 @@ def never_at_its_peak(which: str, steps: int) -> str:
     return (
         f"the warm-up of {which} does not end within its {steps:,} steps, so the rate that is set is not reached before;"
         " no run behind the law was like that"
+    )
+
+
+def first_step(ratio: float, critical: float, taken: float) -> str:
+    limit = "" if taken == critical else ", with which it is as long as that of the reference"
+    return (
+        f"times {ratio:.3g} the first step would raise the loss, as the probe has tried, and times {critical:.3g} it would not;"
+        f" the rate is taken times {taken:.3g}{limit}. A longer warm-up lifts this"
+    )
+
+
+def first_step_by_plain_law(law: str, ratio: float, bounded: float) -> str:
+    return (
+        f"times {ratio:.3g}, by the {law} law, the first step raises the loss, as the probe has tried; begin with times"
+        f" {bounded:.3g} or less by a longer warm-up, or pass learning_rate='{SURGE}', which goes no further than that"
     )
 
 

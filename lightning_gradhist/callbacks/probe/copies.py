@@ -7,7 +7,10 @@ import copyreg
 import enum
 import functools
 import multiprocessing.managers
+import queue
+import sys
 import threading
+import traceback
 import types
 import warnings
 import weakref
@@ -24,10 +27,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_gradhist.callbacks._lightning import DummyLogger
+from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
 from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_writer
-from lightning_gradhist.callbacks.strategies import is_a
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
 _ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}
@@ -182,6 +184,8 @@ class Copier:
             self._refuse_thread()
         if isinstance(value, threading.Condition) and getattr(value, "_waiters", None):  # private: no other way to ask
             raise TypeError("another thread waits for it")
+        if isinstance(value, queue.Queue) and _is_at_hand_elsewhere(value):
+            raise TypeError("another thread waits for it or fills it")
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
@@ -389,6 +393,13 @@ class _Unwritable(TorchDispatchMode):
             raise ProbeRefusedError(
                 f"{self._ranges[place][2]} is written into when it is read, and too large to be copied"
             )
+
+
+def _is_at_hand_elsewhere(thing: Any) -> bool:
+    """Whether another thread has it in a variable, or in an attribute of an object in one."""
+    stacks = [frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()]
+    held = [local for stack in stacks for frame, _ in traceback.walk_stack(stack) for local in frame.f_locals.values()]
+    return any(thing is one for local in held for one in (local, *getattr(local, "__dict__", {}).values()))
 
 
 def _is_of(value: Any, packages: Iterable[str]) -> bool:

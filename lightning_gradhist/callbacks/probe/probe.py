@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -12,7 +13,6 @@ from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
-from lightning_gradhist.callbacks._fsdp import end_forward, is_fsdp
 from lightning_gradhist.callbacks._lightning import (
     CombinedLoader,
     LightningModule,
@@ -21,11 +21,13 @@ from lightning_gradhist.callbacks._lightning import (
     apply_to_collection,
     is_overridden,
     is_param_in_hook_signature,
+    isolate_rng,
 )
 from lightning_gradhist.callbacks.batch_size import data_ranks
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
 from lightning_gradhist.callbacks.optimizers import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
+from lightning_gradhist.callbacks.probe.first_step import largest_factor
 from lightning_gradhist.callbacks.probe.outcome import (
     WHY_LEFT_OUT,
     Outcome,
@@ -33,11 +35,21 @@ from lightning_gradhist.callbacks.probe.outcome import (
     first_reason,
     free_memory,
     is_out_of_memory,
+    on_every_rank,
 )
 from lightning_gradhist.callbacks.probe.restore import Apart
-from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, own_parts, replicas
+from lightning_gradhist.callbacks.strategies import (
+    averages_in_backward,
+    end_forward,
+    is_fsdp,
+    least_over_ranks,
+    own_parts,
+    replicas,
+)
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real
+
+_KEPT = 4  # batches that a first step is tried on
 
 
 def pool(noise: NoiseScale, trainer: Trainer) -> None:
@@ -92,6 +104,7 @@ class Probe:
         self._scale = zero_loss_scale(trainer) or loss_scale(trainer)
         self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
+        self._kept: deque[tuple[Any, int]] = deque(maxlen=_KEPT if self._replicas is None else 0)
 
     def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
         """Reads up to ``number`` batches more.
@@ -114,6 +127,7 @@ class Probe:
                 self._refuse(error)
             if worst is Outcome.NO_BATCH:
                 return
+            self._kept.append((batch, self.batches))
             gradient: Mapping[str, Tensor | None] = {}
             if worst is Outcome.DONE:
                 gradient, worst = self._of_batch(batch)
@@ -134,13 +148,55 @@ class Probe:
         found = zip(counts.tolist(), WHY_LEFT_OUT.values(), strict=True)
         return [f"{count} of {of} batches of the probe {why}, and were left out" for count, why in found if count]
 
+    def critical_factor(self, step: Callable[[], Mapping[str, Tensor]], largest: float) -> float | None:
+        """By how much a first step may be multiplied before it raises the loss of the batches that were read last.
+
+        To be called on every rank; the weights are put back. Where parameters are sharded it is not known.
+
+        Args:
+            step: makes the names, and what is taken off the weights with factor 1.
+            largest: the factor that is tried first, see :func:`largest_factor`.
+        """
+        if self._replicas is not None:
+            return None
+        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        made, before = on_every_rank(
+            self._trainer, "to hold gradients", lambda: (step(), {name: w.clone() for name, w in weights.items()})
+        )
+
+        def loss_at(factor: float) -> float:
+            total = count = 0.0
+            with isolate_rng():  # the same dropout each time
+                try:
+                    for name, change in made.items():
+                        as_real(weights[name]).copy_(as_real(before[name]) - factor * change)
+                    known = [loss for kept in self._kept if (loss := self._value(*kept)) is not None]
+                    total, count = math.fsum(known), len(known)
+                except Exception:  # of a training step at other weights, or for lack of memory
+                    total = math.nan
+            total, count = self._sum_over_ranks(total, count)
+            return total / count if count else math.nan
+
+        try:
+            return largest_factor(loss_at, largest)
+        finally:
+            for name, content in before.items():
+                weights[name].copy_(content)
+
+    def _value(self, batch: Any, index: int) -> float | None:
+        loss = _loss(self._trainer, self._module, batch, index)  # whose graph goes with this call
+        return None if loss is None else float(loss.detach())
+
     def over_shards(self, total: float) -> float:
         """The sum over ranks that hold different parts of a gradient, else the number itself; for every rank."""
-        if self._replicas is None:
-            return total
-        summed = torch.tensor(total, dtype=torch.float64, device=self._module.device)
+        return total if self._replicas is None else self._sum_over_ranks(total)[0]
+
+    def _sum_over_ranks(self, *numbers: float) -> list[float]:
+        if self._trainer.world_size == 1:
+            return [*numbers]
+        summed = torch.tensor(numbers, dtype=torch.float64, device=self._module.device)
         torch.distributed.all_reduce(summed)
-        return float(summed)
+        return summed.tolist()
 
     def _next(self) -> tuple[Any, Outcome, Exception | None]:
         try:

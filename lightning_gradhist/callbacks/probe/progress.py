@@ -6,8 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.strategies import is_a
+from lightning_gradhist.callbacks._lightning import Trainer, is_a
 
 
 @contextmanager

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_gradhist.callbacks._lightning import DummyLogger
-from lightning_gradhist.callbacks.strategies import is_a
+from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 
 _PACKAGES = ("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "litlogger")
 _WRITERS = ("FileWriter", "Run", "BaseExperiment", "CometExperiment", "Experiment", "MlflowClient", "Task", "Logger")

@@ -116,6 +116,39 @@ def test_the_lengths_of_the_runs_count_and_are_told(steps: Any, reference: Any, 
     assert result.ratio == pytest.approx(ratio, abs=1e-3) and said in " ".join(result.reasons)
 
 
+@pytest.mark.parametrize(
+    ("critical", "before", "now", "ratio"),
+    [
+        pytest.param(None, 0.1, 1.0, 1.241, id="not known"),
+        pytest.param(2.0, 0.1, 1.0, 1.241, id="not reached"),
+        pytest.param(1.1, 0.1, 1.0, 1.1, id="reached"),
+        pytest.param(0.5, 0.1, 1.0, 0.5, id="the reference began with a shorter step"),
+        pytest.param(0.05, 0.1, 1.0, 0.1, id="and that is the least"),
+        pytest.param(0.5, 0.1, 0.1, 1.0, id="the reference began with the same step"),
+        pytest.param(0.5, 0.1, 0.01, 1.241, id="the reference began with a longer step"),
+        pytest.param(0.5, None, 1.0, 1.0, id="nobody knows how the reference began"),
+        pytest.param(0.5, 0.1, None, 1.241, id="nobody knows how this run begins"),
+        pytest.param(0.5, 0.1, 0.0, 1.241, id="the first step has rate zero"),
+    ],
+)
+def test_a_first_step_that_raises_the_loss_bounds_the_rate(critical: Any, before: Any, now: Any, ratio: float) -> None:
+    lengths = [RunLength(steps, 1, [] if share is None else [share]) for steps, share in ((400, before), (100, now))]
+    known = {"recorded": replace(recorded(), length=lengths[0]), "length": lengths[1]}
+    result = decide(Asked(epsilon="keep"), evidence(probe=ProbeFindings(critical=critical), **known))
+    assert result.ratio == pytest.approx(ratio, abs=1e-3) and result.learning_rate == pytest.approx(4e-3 * result.ratio)
+    assert result.ratio_interval[0] <= result.ratio <= result.ratio_interval[1] + 1e-12
+    told = [reason for reason in result.reasons if "the first step would raise the loss" in reason]
+    assert len(told) == (ratio < 1.2)
+
+
+@pytest.mark.parametrize(("critical", "told"), [(1.5, True), (2.0, False), (None, False)])
+def test_a_plain_law_is_used_as_it_is_and_warned_of(critical: Any, told: bool) -> None:
+    known = {"recorded": recorded(), "length": RunLength(100, 0, [1.0]), "probe": ProbeFindings(critical=critical)}
+    result = decide(Asked(epsilon="keep", learning_rate="sqrt"), evidence(**known))
+    assert result.ratio == pytest.approx(2.0)
+    assert [("the first step raises the loss" in problem) for problem in result.problems] == [True] * told
+
+
 def test_at_equal_steps_the_rate_stays_within_the_fourth_root() -> None:
     small = replace(recorded(), batch_size=16.0)
     results = [

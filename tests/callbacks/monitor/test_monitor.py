@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -662,6 +663,16 @@ class Frozen(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-9)
 
 
+@cache
+def noise_scale_of_regression() -> float:
+    """The gradient of a sample is -2 y (x, 1), with y = sum(x) + noise."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(10**6, 4, generator=generator)
+    targets = inputs.sum(1, keepdim=True) + torch.randn(10**6, 1, generator=generator)
+    each = -2 * targets * torch.cat([inputs, torch.ones(10**6, 1)], dim=1)
+    return float(each.var(0).sum() / each.mean(0).square().sum())
+
+
 @pytest.mark.filterwarnings("ignore:GradientHistogramMonitor has no logger")
 @pytest.mark.parametrize(
     ("sizes", "accumulated", "effective"),
@@ -676,18 +687,12 @@ class Frozen(L.LightningModule):
     ],
 )
 def test_steps_of_any_size_give_the_noise_scale(tmp_path, sizes: Any, accumulated: int, effective: int) -> None:
-    # The gradient of a sample is -2 y (x, 1), with y = sum(x) + noise.
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(10**6, 4, generator=generator)
-    targets = inputs.sum(1, keepdim=True) + torch.randn(10**6, 1, generator=generator)
-    each = -2 * targets * torch.cat([inputs, torch.ones(10**6, 1)], dim=1)
-    truth = float(each.var(0).sum() / each.mean(0).square().sum())
     monitor = GradientHistogramMonitor(every_n_steps=1)
     data = (Sizes if sizes == (30, 2) else Sized)(*sizes)
     options = {"logger": False, "max_epochs": 400, "max_steps": 300, "accumulate_grad_batches": accumulated}
     fit(tmp_path, monitor, module=Frozen, data=data, **options)
     found = monitor.noise_records[0].estimate("simple")
-    assert found.value == pytest.approx(truth, rel=0.4)
+    assert found.value == pytest.approx(noise_scale_of_regression(), rel=0.4)
     saved = RunRecord.load(tmp_path / "calibration.json").optimizers[0]
     assert saved.batch_size == pytest.approx(effective, rel=0.05)
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from lightning.pytorch.utilities import CombinedLoader
-from support import dataset, events, final_state, fit, loader
+from support import dataset, events, final_state, fit
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
@@ -512,8 +512,8 @@ class SharedCount(Plain):
 class ReadAhead(IterableDataset):  # type: ignore[type-arg]
     """A thread fills a queue: one for all epochs, held or not, or one for each."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, seconds: float = 0.0) -> None:
+        self.kind, self.seconds = kind, seconds
         self.queue: Any = None
         if kind != "each":
             self.start()
@@ -524,11 +524,12 @@ class ReadAhead(IterableDataset):  # type: ignore[type-arg]
         thread.start()
         if self.kind == "held":
             self.thread = thread
-        while not self.queue.not_full._waiters and self.kind != "each":  # type: ignore[attr-defined]
+        while not (self.queue.not_full._waiters or self.seconds or self.kind == "each"):  # type: ignore[attr-defined]
             time.sleep(0.001)
 
     def work(self, into: Any) -> None:
         for one in itertools.cycle(dataset(64)):
+            time.sleep(self.seconds)
             into.put(one)
 
     def __iter__(self) -> Iterator[Any]:
@@ -648,6 +649,7 @@ LOADERS = [
     pytest.param(
         lambda: DataLoader(ReadAhead("hidden"), 8), "another thread waits for it", id="a queue of a running thread"
     ),
+    pytest.param(lambda: DataLoader(ReadAhead("hidden", 2e-3), 8), "or fills it", id="a queue of a slow thread"),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
     pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
     pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
@@ -662,7 +664,6 @@ LOADERS = [
     pytest.param(OwnIterator, None, id="its own iterator"),
     pytest.param(lambda: DataLoader(dataset(64), 8, collate_fn=collating()), None, id="a generator closed over"),
     pytest.param(combined, None, id="two loaders of one data set"),
-    pytest.param(lambda: loader(8, 64, num_workers=2, persistent_workers=True), None, id="persistent workers"),
 ]
 
 
