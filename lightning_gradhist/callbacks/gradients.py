@@ -17,6 +17,8 @@ from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
+_MANY = 100  # tensors, which take several times as long one by one as side by side
+
 
 def ready_gradients(
     trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
@@ -66,7 +68,11 @@ def dense(gradient: Tensor) -> Tensor:
 
 def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The sum of the squares of all values, on the device of the first gradient; 0 where there is none."""
-    norms = torch._foreach_norm([flat_values(as_real(gradient))[0] for gradient in gradients] or [torch.zeros(1)])
+    values = [as_real(gradient) for gradient in gradients] or [torch.zeros(1)]
+    kinds = {(value.layout, value.dtype, value.device) for value in values}
+    if len(values) > _MANY and len(kinds) == 1 and values[0].layout == torch.strided:
+        values = [torch._utils._flatten_dense_tensors(values).float()]
+    norms = torch._foreach_norm([flat_values(value)[0] for value in values])
     return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).square().sum()
 
 

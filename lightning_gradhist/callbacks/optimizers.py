@@ -206,13 +206,13 @@ def _with_one_more(batch: Mapping[str, Tensor], moments: Mapping[str, _Moment]) 
     values, counts = joined(batch).float(), [moments[name].steps for name in batch]
     sizes = [value.numel() for value in batch.values()]
     if values.is_cpu and len(batch) > 1:
-        lengths = torch.tensor(sizes)
-        means = torch.segment_reduce(values, "mean", lengths=lengths) / torch.tensor(counts)
+        lengths = torch.tensor(sizes, device=values.device)
+        means = torch.segment_reduce(values, "mean", lengths=lengths) / values.new_tensor(counts)
         more = means.repeat_interleave(lengths, output_size=len(values))
     else:
         parts = zip(values.split(sizes), counts, strict=True)
         more = torch.cat([(part.mean() / count).expand(len(part)) for part, count in parts])
-    return torch.where(values > 0, values + more, values)
+    return torch.addcmul(values, more, values.sign())
 
 
 def damping_epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:

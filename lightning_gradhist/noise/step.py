@@ -13,7 +13,8 @@ from lightning_gradhist.tensors import batches, joined, pieces, sums, total
 
 def adam_weight(second_moment: Tensor, eps: float) -> Tensor:
     r"""The metric in which Adam steps, :math:`1 / (\sqrt{\hat v} + \epsilon)`; 0 where :math:`\hat v = 0`."""
-    return second_moment.sqrt().add_(eps).reciprocal_().masked_fill_((second_moment > 0).logical_not_(), 0)
+    weight = second_moment.sqrt().add_(eps).reciprocal_()
+    return weight.mul_(second_moment.sign()).nan_to_num_(0.0, posinf=math.inf)  # a mask takes twice as long
 
 
 def measure_pair(

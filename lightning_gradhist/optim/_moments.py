@@ -33,6 +33,7 @@ __all__ = ["MomentOptimizer", "ParamsT", "Subgroup"]
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 _STATE = {"step", *BUFFERS}
 State = dict[str, Tensor]
+Alike = tuple[list[Tensor], list[Tensor], list[State]]  # parameters, gradients and states
 
 
 @dataclass
@@ -93,29 +94,22 @@ class MomentOptimizer(ExploringOptimizer):
         whole = None if on_device else _together(states)
         numbers = [None] * len(states) if whole is None else whole.tolist()
         grads = [param.grad for param in params if param.grad is not None]
-        by_kind: dict[Any, tuple[list[Any], ...]] = {}  # lists, as Python's garbage collector would go through triples
+        by_kind: dict[Any, Alike] = {}  # lists, as Python's garbage collector would go through triples
         for param, grad, state, number in zip(params, grads, states, numbers, strict=True):
             kind = param.device, param.dtype, grad.dtype, state["exp_avg"].dtype, number
             if kind not in by_kind:
                 by_kind[kind] = [], [], []
-            alike, its_grads, its_states = by_kind[kind]
-            alike.append(param)
+            its_params, its_grads, its_states = by_kind[kind]
+            its_params.append(param)
             its_grads.append(grad)
             its_states.append(state)
-        subgroups = [self._subgroup(group, number, backend, *alike) for (*_, number), alike in by_kind.items()]
+        subgroups = [self._subgroup(group, number, backend, alike) for (*_, number), alike in by_kind.items()]
         if whole is not None and len(subgroups) == 1:
             subgroups[0].steps = [whole]
         return subgroups
 
-    def _subgroup(
-        self,
-        group: dict[str, Any],
-        number: float | None,
-        backend: Backend | None,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-    ) -> Subgroup:
+    def _subgroup(self, group: dict[str, Any], number: float | None, backend: Backend | None, alike: Alike) -> Subgroup:
+        params, grads, states = alike
         steps, *buffers = ([state[name] for state in states] for name in ("step", *BUFFERS))
         if wide_dtype(grads[0]) != wide_dtype(params[0]):  # one of the two is float64
             grads = [grad.to(wide_dtype(param)) for grad, param in zip(grads, params, strict=True)]

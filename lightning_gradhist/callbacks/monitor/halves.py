@@ -294,10 +294,7 @@ def _is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Whether torch.compile has been at work, which would compile again for a hook; it has no public way to tell."""
     dynamo = sys.modules.get("torch._dynamo")
     frames = dynamo is not None and dynamo.utils.counters["frames"]
-    return bool(frames) or any(
-        x._compiled_call_impl is not None or "_orig_mod" in x._modules
-        for x in modules  # to ask for what is not there is slow
-    )
+    return bool(frames) or any(x._compiled_call_impl is not None or "_orig_mod" in x._modules for x in modules)
 
 
 def _is_checkpointed() -> bool:

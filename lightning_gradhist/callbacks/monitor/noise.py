@@ -249,8 +249,9 @@ class NoiseMonitor(StepObserver):
         first, samples, parts = self._first, self._samples(), step.parts
         self.discard()
         if first is not None and first.halves is not None and first.is_told:
-            if samples is not None:
-                self._progress.noise.add(first.step, samples.effective, first.halves)
+            with self._fit.guard.attempt("measure noise"):
+                if samples is not None:
+                    self._progress.noise.add(first.step, samples.effective, first.halves)
             return
         if first is None or samples is None or not parts:
             self._sums(None, None)

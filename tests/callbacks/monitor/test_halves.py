@@ -214,6 +214,22 @@ def test_the_noise_scale_is_right_where_steps_overshoot(tmp_path, monkeypatch: p
     assert noise_after > 1.2 * noise_in  # and that it was noise
 
 
+def test_where_the_halves_tell_the_noise_no_pair_of_steps_is_measured(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise AssertionError("a pair was measured")
+
+    monkeypatch.setattr("lightning_gradhist.callbacks.monitor.noise.measure_pair", fails)
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path, monitor, module=Steep, data=loader(64, samples=64 * 12), max_steps=12)
+    samples = monitor.noise_records[0].samples  # the first step has no halves yet, and so a pair, which fails
+    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 10]
+    assert [sample["noise_simple"] is not None for sample in samples] == [False] + [True] * 5
+
+
 def test_the_monitor_takes_its_hooks_off_and_changes_no_bit(tmp_path) -> None:
     class Model(Steep):
         def configure_optimizers(self) -> Any:
