@@ -212,11 +212,14 @@ def _why_refused(
             samples = f"{noise.lower:.3g} " + (f"to {noise.upper:.3g} samples" if noise.bounded else "samples or more")
             least, most = f"{min(full):.3g}", f"{max(full):.3g}"
             why = f"the noise scale is too uncertain ({samples})"
-            why += f": the rate could be multiplied by {least} or by {most}" if least != most else ""
-    if why is not None and from_record and noise is not None and noise.measurements < ENOUGH:
+            why += f": the rate could be multiplied by anything from {least} to {most}" if least != most else ""
+    if why is not None and from_record and noise is not None:
+        few = f"the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; "
+        more = "record a longer run, or lower every_n_steps of the GradientHistogramMonitor there"
         why += (
-            f" (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
-            " every_n_steps of the GradientHistogramMonitor there)"
+            f" ({few}{more})"
+            if noise.measurements < ENOUGH
+            else " (record a longer run, or pass fallback='fourth_root')"
         )
     return why
 

@@ -257,7 +257,8 @@ class OptimizerCalibration(Callback):
     def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
         result = decide(self, gather(self, trainer, module, samples, self._recorded))
         if result.problems:
-            rank_zero_warn("OptimizerCalibration: " + ". ".join(result.problems) + ".")
+            sentences = [problem[:1].upper() + problem[1:] for problem in result.problems[1:]]
+            rank_zero_warn(f"OptimizerCalibration: {'. '.join([result.problems[0], *sentences])}.")
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(_optimizer(trainer), _schedulers(trainer), changes)
