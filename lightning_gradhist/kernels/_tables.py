@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gradhist.tensors import sent
+
 CHUNK = 2048
 """Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
 _KEPT = 64  # tables of each kind; a table of a whole model takes 0.1% of its fp32 parameters
@@ -55,11 +57,11 @@ def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None], chun
 
     def pointers() -> Tensor:
         check()
-        return _rows(addresses, len(columns)).to(device, non_blocking=True)  # pageable: staged before it returns
+        return sent(_rows(addresses, len(columns)), device)
 
     def layout() -> tuple[Tensor, Tensor]:
         extents = _extents(numels, chunk)
-        return extents.to(device, non_blocking=True), _chunks(extents, chunk).to(device, non_blocking=True)
+        return sent(extents, device), sent(_chunks(extents, chunk), device)
 
     key = (place, addresses.tobytes(), numels.tobytes(), str(strides), str(dtypes))
     return ChunkTable(_POINTERS.get(key, pointers), *_LAYOUTS.get((place, numels.tobytes(), chunk), layout))
