@@ -17,8 +17,7 @@ import lightning_gradhist
 PACKAGE = Path(lightning_gradhist.__file__).parent
 # Bottom to top. A module may import what stands in its own layer (but for cycles) or below.
 LAYERS = [
-    {"_dtensor", "_flat", "_version", "explore", "tensors"},
-    {"kernels"},
+    {"_dtensor", "_flat", "_version", "explore", "kernels", "tensors"},
     {"histogram", "noise"},
     {"epsilon", "learning_rate", "metric", "tradeoff"},
     {"plan"},
