@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradhist.tensors import sent
-
 CHUNK = 2048
 """Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
 _KEPT = 64  # tables of each kind; a table of a whole model takes 0.1% of its fp32 parameters
@@ -57,11 +55,11 @@ def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None], chun
 
     def pointers() -> Tensor:
         check()
-        return sent(_rows(addresses, len(columns)), device)
+        return _sent(_rows(addresses, len(columns)), device)
 
     def layout() -> tuple[Tensor, Tensor]:
         extents = _extents(numels, chunk)
-        return sent(extents, device), sent(_chunks(extents, chunk), device)
+        return _sent(extents, device), _sent(_chunks(extents, chunk), device)
 
     key = (place, addresses.tobytes(), numels.tobytes(), str(strides), str(dtypes))
     return ChunkTable(_POINTERS.get(key, pointers), *_LAYOUTS.get((place, numels.tobytes(), chunk), layout))
@@ -86,6 +84,11 @@ class _Recent:
 
 
 _POINTERS, _LAYOUTS = _Recent(_KEPT), _Recent(_KEPT)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """On the device, which the host does not wait for: what is not pinned is staged first, piece by piece."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _rows(addresses: array[int], columns: int) -> Tensor:
