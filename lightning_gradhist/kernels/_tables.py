@@ -17,6 +17,7 @@ from torch import Tensor
 
 CHUNK = 2048
 """Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
+_STAGED = 2**16  # bytes
 _KEPT = 64  # tables of each kind; a table of a whole model takes 0.1% of its fp32 parameters
 
 
@@ -87,8 +88,9 @@ _POINTERS, _LAYOUTS = _Recent(_KEPT), _Recent(_KEPT)
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
-    """On the device, which the host does not wait for: what is not pinned is staged first, piece by piece."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    """On the device, without waiting for it: CUDA stages at once what is small, the rest only if it is pinned."""
+    is_large = device.type == "cuda" and table.nbytes > _STAGED
+    return (table.pin_memory() if is_large else table).to(device, non_blocking=True)
 
 
 def _rows(addresses: array[int], columns: int) -> Tensor:

@@ -55,9 +55,7 @@ class NoiseRecord:
         """
         if len(self._waiting) >= _WAITING:
             self._take_down(wait=False)
-        size = (
-            batch_size if isinstance(batch_size, Tensor) else measurement.new_full((), batch_size, dtype=torch.float64)
-        )
+        size = batch_size if isinstance(batch_size, Tensor) else measurement.new_full((), batch_size)
         self._waiting.append((step, HostTensor(torch.cat([size.reshape(1), measurement]))))
 
     def snapshot(self) -> NoiseRecord:

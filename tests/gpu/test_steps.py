@@ -20,7 +20,7 @@ SHAPES = [(), (1,), (0,), (31,), (129, 65), (3, 5, 7, 9), (70_001,)]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 STEPS = 5
 STATES = [pytest.param(None, id="wide state"), pytest.param(torch.bfloat16, id="bfloat16 state")]
-FRACTION = {None: 1e-5, torch.bfloat16: 2e-2}  # of what is stepped with such a state
+FRACTION = {None: 1e-5, torch.bfloat16: 4e-2}  # some roundings of the state
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 
 
@@ -75,7 +75,7 @@ def test_fused_is_eager_with_a_narrow_state(optimizer: type, dtype: torch.dtype,
         trained(optimizer, parameters(dtype, device), fused=is_fused, state_dtype=torch.bfloat16)
         for is_fused in (True, False)
     )
-    close(fused, eager, 4e-2)  # some roundings to bfloat16, of the state and of the parameter
+    close(fused, eager, FRACTION[torch.bfloat16])
 
 
 @pytest.mark.parametrize("state_dtype", STATES)

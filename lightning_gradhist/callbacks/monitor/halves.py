@@ -77,8 +77,7 @@ class HalfBatches:
         self._halves: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of samples: their places
         self._places: dict[str, int] = {}  # that a convolution puts its weights to, by name, of a weight and a bias
         self._found: dict[str, _Halves] = {}
-        self.error: Exception | None = None
-        """What a hook has raised, for which nothing is measured."""
+        self.error: Exception | None = None  # that a hook has raised, for which nothing is measured
         self._handle: RemovableHandle | None = None
         modules = [*module.modules()]
         layers = [] if _is_compiled(modules) else modules
@@ -172,14 +171,14 @@ class HalfBatches:
                 held = [_as_saved(inputs[0].detach(), output)]  # let go of as soon as it has been looked at
                 output.register_hook(partial(self._after_backward, known, held))
         except Exception as error:  # within the user's forward, which goes on; a pair of steps is measured in its place
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames hold activations
 
     def _after_backward(self, known: _Known, held: list[Tensor], gradient: Tensor) -> None:
         try:
             with torch.no_grad():
                 self._add(known, held.pop(), gradient)
         except Exception as error:
-            self.error = error
+            self.error = error.with_traceback(None)
 
     def _add(self, known: _Known, inputs: Tensor, gradient: Tensor) -> None:
         layer, size = known.layer, inputs.shape[0] if inputs.dim() > 1 or known.is_embedding else 0
