@@ -103,7 +103,8 @@ class OptimizerCalibration(Callback):
       root, and between the two mixed (:func:`lightning_gradhist.learning_rate.choose_ratio`). Else equal samples are taken.
       Where there is a probe, it tries Adam's first step, as the schedule makes it: the rate is not raised beyond where that
       would raise the loss, in steps of :math:`\sqrt2`, unless the reference began with as long a step.
-    - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none.
+    - ``"sqrt"``, ``"fourth_root"``, ``"linear"`` and ``"keep"`` need none. Where the first step would raise the loss, a warning
+      says so.
 
     *Hand-off.* All is written into every parameter group, ratios between groups kept, with the ``alpha`` and
     ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``

@@ -112,8 +112,12 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     decision.reasons.extend(_of_short_runs(evidence))
     if evidence.later_accumulation:
         decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
-    ratio, told = _within_first_step(ratio, evidence)
-    decision.reasons.extend([told] if told else [])
+    bounded, told = _within_first_step(ratio, evidence)
+    if law == SURGE:
+        ratio = bounded
+        decision.reasons.extend([told] if told else [])
+    elif told:  # a law of the user's own choice is used as it is
+        decision.problems.append(explain.first_step_by_plain_law(law, ratio.value, bounded.value))
     own = evidence.own_rates
     trusted, reason = _trusted_rates(evidence, own, ratio) if ratio.law != "keep" else (own, None)
     changes = [

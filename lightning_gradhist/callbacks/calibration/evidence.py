@@ -29,7 +29,7 @@ from lightning_gradhist.callbacks.strategies import averages_in_backward
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw
+from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw, plain_ratio
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
 from lightning_gradhist.noise.record import RunLength
 
@@ -256,10 +256,14 @@ class _Measurement:
         """By how much the trusted rates may be multiplied for the first step; None where none is asked for, or known."""
         evidence, optimizer = self._evidence, self._trainer.optimizers[0]
         reference, share = reference_of(self._options, evidence.recorded), evidence.length.first_share
-        if self._options.learning_rate != SURGE or reference is None or self.batch_size is None:
+        if self._options.learning_rate == "keep" or reference is None or self.batch_size is None:
             return None
         if not share or not starts_with_signs(optimizer):
             return None
+        laws = (
+            ("sqrt", self._options.fallback) if self._options.learning_rate == SURGE else (self._options.learning_rate,)
+        )
+        largest = max(1.0, *(plain_ratio(law, self.batch_size, reference) for law in laws))
         rates = evidence.recorded_rates or evidence.own_rates
         groups = zip(rates, grouped_parameters(optimizer), strict=True)
         known = {id(parameter): rate * share for rate, own in groups for parameter in own}
@@ -267,7 +271,7 @@ class _Measurement:
         means = noise.first_half.mean
         return probe.critical_factor(
             lambda: {name: first_step(mean, known[id(parameters[name])], eps) for name, mean in means.items()},
-            largest=max(1.0, math.sqrt(self.batch_size / reference)),
+            largest,
         )
 
     def _batch_ratio(self, group: dict[str, Any]) -> float:

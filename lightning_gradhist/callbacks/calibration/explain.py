@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning_gradhist.epsilon import EpsilonRange
-from lightning_gradhist.learning_rate import SHORT_RUN
+from lightning_gradhist.learning_rate import SHORT_RUN, SURGE
 
 
 def no_batch_size(why: str | None, consequence: str) -> str:
@@ -136,6 +136,13 @@ def first_step(ratio: float, critical: float, taken: float) -> str:
     return (
         f"times {ratio:.3g} the first step would raise the loss, as the probe has tried, and times {critical:.3g} it would not;"
         f" the rate is taken times {taken:.3g}{limit}. A longer warm-up lifts this"
+    )
+
+
+def first_step_by_plain_law(law: str, ratio: float, bounded: float) -> str:
+    return (
+        f"times {ratio:.3g}, by the {law} law, the first step raises the loss, as the probe has tried; begin with times"
+        f" {bounded:.3g} or less by a longer warm-up, or pass learning_rate='{SURGE}', which goes no further than that"
     )
 
 

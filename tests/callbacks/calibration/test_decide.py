@@ -141,6 +141,14 @@ def test_a_first_step_that_raises_the_loss_bounds_the_rate(critical: Any, before
     assert len(told) == (ratio < 1.2)
 
 
+@pytest.mark.parametrize(("critical", "told"), [(1.5, True), (2.0, False), (None, False)])
+def test_a_plain_law_is_used_as_it_is_and_warned_of(critical: Any, told: bool) -> None:
+    known = {"recorded": recorded(), "length": RunLength(100, 0, [1.0]), "probe": ProbeFindings(critical=critical)}
+    result = decide(Asked(epsilon="keep", learning_rate="sqrt"), evidence(**known))
+    assert result.ratio == pytest.approx(2.0)
+    assert [("the first step raises the loss" in problem) for problem in result.problems] == [True] * told
+
+
 def test_at_equal_steps_the_rate_stays_within_the_fourth_root() -> None:
     small = replace(recorded(), batch_size=16.0)
     results = [

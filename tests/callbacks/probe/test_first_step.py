@@ -79,12 +79,10 @@ def data(samples: int = 512) -> DataLoader:
     return DataLoader(TensorDataset(inputs, 0.25 + 0.5 * torch.randn(samples, generator=generator)), 16)
 
 
-def calibrated(folder: Any, module: Any, **options: Any) -> OptimizerCalibration:
-    calibration = OptimizerCalibration(reference_batch_size=1, probe_batches=16, epsilon="keep", fallback="sqrt")
+def calibrated(folder: Any, module: Any, how: Any = None, **options: Any) -> OptimizerCalibration:
+    calibration = OptimizerCalibration(reference_batch_size=1, probe_batches=16, **(how or {"fallback": "sqrt"}))
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "OptimizerCalibration: surge law refused"
-        )  # so that it is the square root's 4
+        warnings.filterwarnings("ignore", "OptimizerCalibration: surge law refused")  # so that it is sqrt's 4
         fit(folder, calibration, module=module, data=data(), **options)
     return calibration
 
@@ -118,6 +116,13 @@ def test_a_warm_up_lifts_the_bound_by_as_much_as_its_first_step_is_shorter(tmp_p
     free, half = (calibrated(tmp_path / str(share), partial(Valley, share)).result.ratio for share in (0.1, 0.5))
     assert (free, half) == (4.0, pytest.approx(4.0))
     assert calibrated(tmp_path / "rate", partial(Valley, 0.5, lr=0.12)).result.ratio == pytest.approx(1.0)
+
+
+def test_a_law_that_was_asked_for_is_warned_of(tmp_path) -> None:
+    with pytest.warns(
+        UserWarning, match="times 16, by the linear law, the first step raises the loss.*begin with times 2 "
+    ):
+        assert calibrated(tmp_path, Valley, {"learning_rate": "linear"}).result.ratio == 16
 
 
 def _on_two_ranks(folder: Any) -> Any:
