@@ -30,6 +30,7 @@ help:
 	@echo "             DEVICE=cuda measures on a GPU"
 	@echo "make bench-scale    bytes that the monitor all-reduces, logs and keeps: model, and check on 8 ranks (3 minutes)"
 	@echo "make gpu     all that only a GPU can show: correctness, speed, cost, evidence (8 minutes on a GPU)"
+	@echo "             DATA_DIR=... has the four idx files of Fashion-MNIST"
 	@echo "make ecosystem  other people's projects with the callbacks in them (an hour, some 30 GB in .ecosystem)"
 	@echo "make evidence       redraw the tables and figures of the calibration's evidence (half a minute)"
 	@echo "make evidence-full  make the runs that it lacks first (some seven hours on two cores; can be stopped and goes on)"
@@ -134,9 +135,9 @@ bench-scale: $(READY)
 
 CALIBRATION := PYTHONPATH=benchmarks:examples OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration
 
-# On a bare machine without a registry: PYTHON=python3 BIN= and the wheels of requirements-peers.txt on PYTHONPATH.
-gpu: $(READY)
-	$(BIN)/python benchmarks/gpu.py
+# On a bare machine without a registry nothing need be installed: python benchmarks/gpu.py --output DIR
+gpu: $(VENV)/.peers
+	$(BIN)/python benchmarks/gpu.py $(if $(DATA_DIR),--data-dir "$(DATA_DIR)")
 
 # Each project has a virtual environment of its own, in .ecosystem.
 ecosystem: $(READY)

@@ -15,15 +15,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 
 import torch
-from reporting import RESULTS, Row, machine, read_csv, write_csv
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.append(str(ROOT))  # the package need not be installed
+
+from reporting import NOT_MEASURED, RESULTS, Row, machine, read_csv, write_csv  # noqa: E402
+
 WHOLE = 480
+STATUS = {0: "passed", NOT_MEASURED: "not measured"}
 COLUMNS = "part status seconds last_line date device cpu gpu python torch triton lightning_gradhist".split()
 
 
@@ -37,31 +42,39 @@ class Part:
     program: str = ""  # that it needs beside Python
 
 
-def parts(device: str, out: Path, tiny: bool) -> list[Part]:
-    """All, the most important first."""
+def parts(device: str, out: Path, tiny: bool, data_dir: Path | None = None) -> list[Part]:
+    """All, the most important first; the limits of all but the evidence, which takes what is left, add up to the whole."""
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini", "filterwarnings=ignore", "--tb=short"]
-    at_once = ["--numprocesses", str(min(8, os.cpu_count() or 1))]  # much of their time is numpy's and the compilers'
-    small = ["tests/gpu/test_steps.py", "-k", "same_bits and AdamE"]
+    at_once = (
+        ["--numprocesses", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
+    )  # much of it is numpy's
+    at_once += ["-k", "not torch.float16"] if tiny else []
+    small = ["tests/gpu/test_steps.py", "tests/gpu/test_counts.py", "-k", "same_bits or 4097"]
     few = ["--only", "AdamW fused", "AdamE fused", "ALTO fused"]
+    fast = [*few, "AdamW foreach"]  # others take seconds for a step of 10,000 tensors
     optim = [str(HERE / "optim_step.py"), "--device", device]
     kernels = [str(HERE / "kernel_speed.py"), "--device", device, "--output", str(out / "kernels.csv")]
-    rates = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]
-    try_out = ["--repeats", "1", "--only", "AdamW fused", "AdamE", "ALTO", "--parameters", "2e5"]
-    step = try_out if tiny else ["--repeats", "3"]
-    large = ["--parameters", "4e5", "--repeats", "1"] if tiny else ["--parameters", "1.5e9", "--repeats", "3"]
-    large += ["--dtype", "bfloat16", *few, "--output", str(out / "optim_step_large.csv")]
+    evidence = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]
+    evidence += ["--data-dir", str(data_dir.resolve())] if data_dir else []
+    rates, resnet = ([*evidence, name, "--output", str(out / f"gpu_{name}.csv")] for name in ("rates", "resnet"))
+    optim += ["--repeats", "1", "--parameters", "2e5"] if tiny else ["--repeats", "3"]
+    step = [*optim, "--output", str(out / f"optim_step_{device}.csv")]
+    of_transformer, of_small = (["--only", "AdamW fused", "AdamE", "ALTO"],) * 2 if tiny else ([], fast)
+    large = ["--parameters", "4e5" if tiny else "1.5e9", "--dtype", "bfloat16", "--models", "transformer", *few]
+    large += ["--output", str(out / "optim_step_large.csv")]
     small_kernels = ["--size", "20000", "--parameters", "1"] if tiny else []
     longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
     return [
-        Part("correctness", [*tests, *at_once, "tests/gpu", *(["-k", "not float16"] if tiny else [])], 120 * longer),
-        Part("step", [*optim, *step, "--output", str(out / f"optim_step_{device}.csv")], 90 * longer),
-        Part("kernels", [*kernels, *small_kernels], 60 * longer),
+        Part("correctness", [*tests, *at_once, "tests/gpu"], 120 * longer),
+        Part("sanitizer", sanitized, 45 * longer, program="compute-sanitizer"),
+        Part("step", [*step, "--models", "transformer", *of_transformer], 70 * longer),
+        Part("step, small tensors", [*step, "--models", "small tensors", *of_small], 25 * longer),
+        Part("kernels", [*kernels, *small_kernels], 30 * longer),
         *captures(device, out, tiny),
-        Part("sanitizer", sanitized, 60 * longer, program="compute-sanitizer"),
-        Part("large step, bfloat16", [*optim, *large], 60 * longer),
-        Part("rates of a character GPT", [*rates, "rates", "--output", str(out / "gpu_rates.csv")], 150 * longer),
-        Part("ResNet-20 at large batches", [*rates, "resnet", "--output", str(out / "gpu_resnet.csv")], 150 * longer),
+        Part("large step, bfloat16", [*optim, *large], 30 * longer),
+        Part("rates of a character GPT", rates, 150 * longer),
+        Part("ResNet-20 at large batches", resnet, 150 * longer),
     ]
 
 
@@ -72,8 +85,8 @@ def captures(device: str, out: Path, tiny: bool) -> list[Part]:
     ours = ["--only", "none, again", "monitor", "monitor, every step", "monitor, off-steps"]
     if tiny:
         return [Part("capture, CNN", [*command, "--scale", "1e-3", "--models", "CNN", *ours], 240)]
-    limits = {"CNN": (60, ["add_histogram", "wandb.watch"]), "transformer": (90, ["add_histogram", "wandb.watch"])}
-    limits |= {"small tensors": (60, []), "transformer, 350 M": (90, [])}
+    limits = {"CNN": (45, ["add_histogram", "wandb.watch"]), "transformer": (45, ["add_histogram", "wandb.watch"])}
+    limits |= {"small tensors": (30, []), "transformer, 350 M": (40, [])}
     return [
         Part(f"capture, {name}", [*command, "--models", name, *ours, *peers], seconds)
         for name, (seconds, peers) in limits.items()
@@ -99,7 +112,7 @@ def run(part: Part, seconds: float, log: Path, device: str) -> Row:
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            status = "passed" if process.wait(seconds) == 0 else "failed"
+            status = STATUS.get(process.wait(seconds), "failed")
         except subprocess.TimeoutExpired:
             status = "out of time"
         finally:
@@ -132,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="every part, small: shows that it runs, measures nothing")
     parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all parts together (default: {WHOLE})")
     parser.add_argument("--only", nargs="+", metavar="PART")
+    parser.add_argument("--data-dir", type=Path, help="the four idx files of Fashion-MNIST")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -140,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     log = args.output / "log.txt"
     log.write_text("", encoding="utf-8")
-    every = parts(args.device, args.output.resolve(), args.tiny)
+    every = parts(args.device, args.output.resolve(), args.tiny, args.data_dir)
     wanted = [part for part in every if not args.only or part.name in args.only]
     described = machine(torch.device(args.device), "triton")
     rows: list[Row] = []

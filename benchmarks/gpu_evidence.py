@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from optim_implementations import LeftOut, timm_lamb
-from reporting import RESULTS, Row, machine, read_csv, write_csv
+from reporting import NOT_MEASURED, RESULTS, Row, machine, read_csv, write_csv
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -184,7 +185,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     output = args.output or RESULTS / "gpu" / f"gpu_{args.question}.csv"
     workload = WORKLOADS[{"rates": "gpt", "resnet": "mlp" if args.tiny else "cnn"}[args.question]]
-    data = on_device(workload.load(args.data_dir), device, 128 if args.tiny else None)
+    try:
+        loaded = workload.load(args.data_dir)
+    except FileNotFoundError as error:
+        print(f"no data: {error}")
+        sys.exit(NOT_MEASURED)
+    data = on_device(loaded, device, 128 if args.tiny else None)
     rows = read_csv(output)
     if args.question == "rates":
         make_model = partial(GPT, 32, 1, 2) if args.tiny else partial(GPT, 368, 6, 8)

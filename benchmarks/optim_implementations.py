@@ -108,9 +108,9 @@ def implementations() -> list[Implementation]:
         Implementation("authors' E(AdamW)", authors, AUTHORS_E, _authors_e),
         # the AdamW within has 16-bit state for 16-bit parameters, which drifts away from the reference
         Implementation("EAdaptor(AdamW)", ours, EADAPTOR, _e_adaptor, layerwise=False, checked_in=torch.float32),
-        Implementation("AdamE", ours, ADAM_E, partial(_ours, AdamE), layerwise=False),
+        Implementation("AdamE", ours, ADAM_E, partial(_ours, AdamE, fused=False), layerwise=False),
         Implementation("AdamE fused", ours, ADAM_E, partial(_ours, AdamE, fused=True), layerwise=False),
-        Implementation("ALTO", ours, LAYERWISE_E, partial(_ours, ALTO), layerwise=True),
+        Implementation("ALTO", ours, LAYERWISE_E, partial(_ours, ALTO, fused=False), layerwise=True),
         Implementation("ALTO fused", ours, LAYERWISE_E, partial(_ours, ALTO, fused=True), layerwise=True),
     ]
 

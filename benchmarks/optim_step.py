@@ -152,23 +152,25 @@ def alone(measure: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
-def measure_model(model: Model, contestants: list[Implementation], repeats: int) -> list[Row]:
-    """Measure all on one model."""
+def measure_model(model: Model, contestants: list[Implementation], repeats: int) -> Iterator[list[Row]]:
+    """Measure all on one model; after each turn the rows so far, so that a kill loses only what is to come."""
     print(f"{model.name}: {len(model.params):,} tensors, {model.size:,} parameters", flush=True)
     torch.compiler.reset()
     # any training lets go of 28 MB once: from then on the allocator keeps memory of that size for its next use, else which
     # implementation has to ask the system for its temporary tensors depends on which came before it
     torch.empty(28 * 2**18)
-    footprints = [alone(footprint, model, contestant) for contestant in contestants]
-    seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    footprints: dict[str, Row] = {}
+    seconds: dict[str, list[float]] = {}
     for repeat in range(repeats):
         for contestant in contestants:
-            seconds[contestant.name].append(alone(timed, model, contestant))
+            if repeat == 0:
+                footprints[contestant.name] = alone(footprint, model, contestant)
+            seconds.setdefault(contestant.name, []).append(alone(timed, model, contestant))
+            there = [one for one in contestants if one.name in seconds]
+            yield [{**model.columns(), **timing(one, model.dtype, seconds), **footprints[one.name]} for one in there]
         print(f"  round {repeat + 1} of {repeats}", flush=True)
     for index, param in enumerate(model.params):
         assert param.isfinite().all(), f"parameter {index} of {model.name} is not finite after the timing"
-    timings = (timing(contestant, model.dtype, seconds) for contestant in contestants)
-    return [{**model.columns(), **own, **once} for own, once in zip(timings, footprints, strict=True)]
 
 
 def timing(contestant: Implementation, dtype: torch.dtype, seconds: dict[str, list[float]]) -> Row:
@@ -188,15 +190,15 @@ def timing(contestant: Implementation, dtype: torch.dtype, seconds: dict[str, li
 
 
 def ratio(seconds: list[float], baseline: list[float]) -> float:
-    """The median over the rounds of the ratio within each."""
-    return statistics.median(mine / theirs for mine, theirs in zip(seconds, baseline, strict=True))
+    """The median over the rounds that both have made of the ratio within each."""
+    return statistics.median(mine / theirs for mine, theirs in zip(seconds, baseline, strict=False))
 
 
 MODELS = {"transformer": transformer_shapes, "small tensors": small_shapes}
 
 
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[list[Row]]:
-    """Check everything, then measure; the rows of a model but for the machine, with a note where nothing can be built."""
+    """Check everything, then measure; the rows of a model so far but for the machine, with a note where nothing can be built."""
     wanted = [one for one in implementations() if args.only is None or one.name in args.only]
     good, reasons = built(wanted, lambda implementation: check(implementation, device, dtype))
     print(f"correct: {', '.join(implementation.name for implementation in good)}", flush=True)
@@ -204,8 +206,11 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> I
     gc.freeze()  # a collection between two turns then does not go through all that is imported
     for name in args.models:
         model = Model(name, MODELS[name](args.parameters), device, dtype)
-        rows = measure_model(model, contestants, args.repeats)
-        yield rows + [{**model.columns(), "implementation": name, "note": note} for name, note in reasons.items()]
+        left_out = [{**model.columns(), "implementation": name, "note": note} for name, note in reasons.items()]
+        if left_out:
+            yield left_out
+        for rows in measure_model(model, contestants, args.repeats):
+            yield rows + left_out
     gc.unfreeze()
 
 

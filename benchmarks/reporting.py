@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import lightning_gradhist
 
 RESULTS, TARGETS = (Path(__file__).parent / name for name in ("results", "targets.csv"))
 CPU = torch.device("cpu")
+NOT_MEASURED = 77  # the exit status of a script that lacks what it needs, as automake has it
 Row = dict[str, Any]
 
 
@@ -82,13 +84,16 @@ def _rounded(value: Any, digits: int | None) -> Any:
 
 
 def write_by_model(path: Path, columns: Sequence[str], models: Iterable[list[Row]], described: Row) -> list[Row]:
-    """Write the rows of model after model, beside those of others that the table has; returns what was measured."""
-    rows: list[Row] = []
+    """Write the rows of model after model, beside those of others that the table has; returns what was measured.
+
+    Rows of a model that come later take the place of those that came before.
+    """
+    measured: dict[str, list[Row]] = {}
     for of_model in models:
-        rows += [{**row, **described} for row in of_model]
-        measured = {row["model"] for row in rows}
-        write_csv(path, columns, [*(row for row in read_csv(path) if row["model"] not in measured), *rows])
-    return rows
+        measured[of_model[0]["model"]] = [{**row, **described} for row in of_model]
+        others = [row for row in read_csv(path) if row["model"] not in measured]
+        write_csv(path, columns, [*others, *chain(*measured.values())])
+    return [*chain(*measured.values())]
 
 
 def parser(description: str, models: Sequence[str], names: Sequence[str], output: str) -> argparse.ArgumentParser:

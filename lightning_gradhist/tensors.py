@@ -102,3 +102,42 @@ def total(terms: Sequence[Tensor]) -> Tensor:
 def with_float64(tensor: Tensor) -> Tensor:
     """A tensor where there is float64: as it is, but for one on a device that has none, which is brought to the host."""
     return tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, which the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class HostTensor:
+    """A tensor on the host; called, it gives the tensor, waiting for a copy from a GPU that is under way.
+
+    The training thread only starts the copy. The tensor must not be changed afterwards.
+
+    Args:
+        tensor: on any device.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._tensor = tensor.cpu()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self._copied is None or self._copied.query()
+
+    def __call__(self) -> Tensor:
+        """The tensor on the host."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tensor": self(), "_copied": None}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 CHUNK = 2048
 """Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
+_STAGED = 2**16  # bytes
 _KEPT = 64  # tables of each kind; a table of a whole model takes 0.1% of its fp32 parameters
 
 
@@ -55,11 +56,11 @@ def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None], chun
 
     def pointers() -> Tensor:
         check()
-        return _rows(addresses, len(columns)).to(device, non_blocking=True)  # pageable: staged before it returns
+        return _sent(_rows(addresses, len(columns)), device)
 
     def layout() -> tuple[Tensor, Tensor]:
         extents = _extents(numels, chunk)
-        return extents.to(device, non_blocking=True), _chunks(extents, chunk).to(device, non_blocking=True)
+        return _sent(extents, device), _sent(_chunks(extents, chunk), device)
 
     key = (place, addresses.tobytes(), numels.tobytes(), str(strides), str(dtypes))
     return ChunkTable(_POINTERS.get(key, pointers), *_LAYOUTS.get((place, numels.tobytes(), chunk), layout))
@@ -84,6 +85,12 @@ class _Recent:
 
 
 _POINTERS, _LAYOUTS = _Recent(_KEPT), _Recent(_KEPT)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: CUDA stages at once what is small, the rest only if it is pinned."""
+    is_large = device.type == "cuda" and table.nbytes > _STAGED
+    return (table.pin_memory() if is_large else table).to(device, non_blocking=True)
 
 
 def _rows(addresses: array[int], columns: int) -> Tensor:

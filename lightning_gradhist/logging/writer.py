@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.sinks import Sink, sink_of
+from lightning_gradhist.tensors import HostTensor
 
 T = TypeVar("T")
 
@@ -38,35 +36,6 @@ class Lazy(Generic[T]):
             if not self._made:
                 self._made.append(self._make())
             return self._made[0]
-
-
-class HostTensor:
-    """A tensor on the host; called, it gives the tensor, waiting for a copy from a GPU that is under way.
-
-    The training thread only starts the copy. The tensor must not be changed afterwards.
-
-    Args:
-        tensor: on any device.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._copied: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(tensor.device))
-        else:
-            self._tensor = tensor.cpu()
-
-    def __call__(self) -> Tensor:
-        """The tensor on the host."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._tensor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_tensor": self(), "_copied": None}
 
 
 class HostHistogram:

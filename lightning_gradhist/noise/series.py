@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate
+from lightning_gradhist.tensors import HostTensor
 
 METRICS = ("simple", "adam")
 _MAX_WINDOWS = 8
 _MIN_WINDOW = 8
-_WAITING = 64  # bounds what a record holds of the device
+_WAITING = 64  # measurements, after which it is looked for those that have arrived
 
 
 class NoiseRecord:
@@ -35,7 +38,7 @@ class NoiseRecord:
         self._samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
         self._stride = max(map(_measurements, self._samples), default=1)
         """Measurements of an entry; the last entry has fewer until it is whole."""
-        self._waiting: list[tuple[int, float | Tensor, Tensor]] = []
+        self._waiting: deque[tuple[int, HostTensor]] = deque()  # steps, and batch size and measurement
         self._most = most
 
     def __len__(self) -> int:
@@ -43,16 +46,23 @@ class NoiseRecord:
         return sum(map(_measurements, self._samples)) + len(self._waiting)
 
     def add(self, step: int, batch_size: float | Tensor, measurement: Tensor) -> None:
-        """Adds one measurement, without waiting for the device that makes it; every 64th waits for those before it.
+        """Adds one measurement, without waiting for the device that makes it.
 
         Args:
             step: optimizer step of the gradient, of a pair that of the first.
             batch_size: samples of the gradient that the noise is told for.
             measurement: of :func:`lightning_gradhist.noise.step.noise_and_signal`; what is not finite is recorded as None.
         """
-        if len(self._waiting) == _WAITING:
-            self._take_down()
-        self._waiting.append((step, batch_size, measurement))
+        if len(self._waiting) >= _WAITING:
+            self._take_down(wait=False)
+        size = batch_size if isinstance(batch_size, Tensor) else measurement.new_full((), batch_size)
+        self._waiting.append((step, HostTensor(torch.cat([size.reshape(1), measurement]))))
+
+    def snapshot(self) -> NoiseRecord:
+        """A copy that is not added to, made without waiting for a device."""
+        copied = NoiseRecord(self._samples, self._most)
+        copied._waiting.extend(self._waiting)
+        return copied
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -68,12 +78,12 @@ class NoiseRecord:
         """Samples of the last step whose measurement has been taken down, as a rule; 0 where none is known."""
         return next((sample["batch_size"] for sample in reversed(self._samples) if sample.get("batch_size")), 0.0)
 
-    def _take_down(self) -> None:
-        for step, batch_size, measurement in self._waiting:
-            numbers = [n if math.isfinite(n) else None for n in (float(batch_size), *measurement.tolist())]
+    def _take_down(self, wait: bool = True) -> None:
+        while self._waiting and (wait or self._waiting[0][1].has_arrived):
+            step, measured = self._waiting.popleft()
+            numbers = [n if math.isfinite(n) else None for n in measured().tolist()]
             keys = ["batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal"))]
             self._append({"step": step, **dict(zip(keys, numbers, strict=True))})
-        self._waiting.clear()
 
     def _append(self, sample: dict[str, Any]) -> None:
         samples = self._samples
@@ -98,8 +108,7 @@ class NoiseRecord:
         """
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        if wait or all(measurement.device.type == "cpu" for _, _, measurement in self._waiting):
-            self._take_down()
+        self._take_down(wait)
         whole = [sample for sample in self._samples if _measurements(sample) == self._stride]
         samples = [s for s in whole if None not in (s[f"noise_{metric}"], s[f"signal_{metric}"])]
         measured = sum(map(_measurements, samples))

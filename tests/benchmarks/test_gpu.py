@@ -71,3 +71,35 @@ def test_a_part_that_takes_too_long_or_fails_is_named_and_the_next_one_runs(tmp_
     assert set(rows[0]) <= set(COLUMNS) and "| wrong | failed |" in summary(rows, tmp_path)
     (late,) = results(wanted[3:], 0.5, tmp_path / "log.txt", "cpu")
     assert late["status"] == "not measured" and late["last_line"] == "no time was left"
+
+
+def test_what_lacks_its_data_is_not_measured(tmp_path) -> None:
+    found = gpu.parts("cpu", tmp_path, tiny=False, data_dir=tmp_path / "nowhere")
+    (row,) = results([part for part in found if part.name == RESNET], 60, tmp_path / "log.txt", "cpu")
+    assert row["status"] == "not measured" and row["last_line"].startswith("no data: ")
+    assert "nowhere" in row["last_line"] and not (tmp_path / "gpu_resnet.csv").exists()
+
+
+def test_a_bare_machine_needs_no_installation(tmp_path) -> None:
+    """Without what an editable installation puts on the path."""
+    bare = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(pytest.__file__))}
+    command = [
+        sys.executable,
+        "-S",
+        gpu.__file__,
+        "--device",
+        "cpu",
+        "--tiny",
+        "--output",
+        str(tmp_path),
+        "--only",
+        RESNET,
+    ]
+    done = subprocess.run(command, env=bare, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0 and f"{RESNET}: passed" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
+def test_the_limits_leave_time_for_all_but_the_evidence(tmp_path) -> None:
+    found = gpu.parts("cuda", tmp_path, tiny=False)
+    assert [part.name for part in found][:4] == ["correctness", "sanitizer", "step", "step, small tensors"]
+    assert sum(part.seconds for part in found if part.name not in (RATES, RESNET)) <= gpu.WHOLE

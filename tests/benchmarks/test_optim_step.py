@@ -12,6 +12,7 @@ from typing import Any
 import optim_implementations
 import optim_step
 import pytest
+import reporting
 import torch
 from measuring import extra_peak_bytes
 from optim_implementations import LAMB, Implementation, LeftOut
@@ -186,3 +187,26 @@ def test_a_step_of_ours_needs_little_more_memory_than_it_holds(optimizer_class: 
     optimizer.step()
     four_lists_of_a_piece = 4 * 4 * 2**19  # the parameters are 12.8 MB, and all temporaries of all at once 38 MB
     assert extra_peak_bytes(optimizer.step, CPU) < four_lists_of_a_piece
+
+
+def test_rows_are_there_as_soon_as_they_are_measured() -> None:
+    model = optim_step.Model("small tensors", [(8,)] * 3, CPU, torch.float32)
+    wanted = [one for one in optim_implementations.implementations() if one.name in ("AdamW foreach", "AdamE")]
+    contestants = [*optim_step.copies({28, 36}), *wanted]
+    steps = list(optim_step.measure_model(model, contestants, repeats=2))
+    assert [len(rows) for rows in steps] == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert [row["rounds"] for row in steps[4]] == [2, 1, 1, 1] and [row["rounds"] for row in steps[-1]] == [2] * 4
+
+
+@pytest.mark.parametrize("name", ["AdamE", "ALTO"])
+def test_the_row_of_the_eager_step_has_no_kernel(name: str) -> None:
+    made = next(one for one in optim_implementations.implementations() if one.name == name)
+    assert made.make([torch.nn.Parameter(torch.ones(2))], 0.1).param_groups[0]["fused"] is False
+
+
+def test_rows_of_a_model_take_the_place_of_those_before(tmp_path: Path) -> None:
+    table, columns = tmp_path / "table.csv", ["model", "name", "date"]
+    reporting.write_csv(table, columns, [{"model": "a", "name": "old"}, {"model": "b", "name": "kept"}])
+    rows = [{"model": "a", "name": "first"}], [{"model": "a", "name": "first"}, {"model": "a", "name": "second"}]
+    assert len(reporting.write_by_model(table, columns, rows, {"date": "today"})) == 2
+    assert [row["name"] for row in reporting.read_csv(table)] == ["kept", "first", "second"]

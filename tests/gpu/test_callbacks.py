@@ -12,8 +12,10 @@ import pytest
 import torch
 from ranks import run_ranks
 from support import Net, events, loader, trainer
+from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+from lightning_gradhist.callbacks.monitor.observer import Guard
 
 DEVICE = torch.device(os.environ.get("GRADHIST_DEVICE", "cuda"))
 ACCELERATOR = {"accelerator": "gpu" if DEVICE.type == "cuda" else "cpu", "devices": 1}
@@ -53,26 +55,56 @@ def test_a_probe_without_apply_leaves_the_same_bits(tmp_path, precision: str) ->
     assert all(map(torch.equal, weights(probed), weights(plain)))
 
 
-@pytest.mark.cuda_only
-@pytest.mark.parametrize("every_n_steps", [10**9, 1], ids=["unlogged steps", "logged steps"])
-def test_the_monitor_waits_for_no_device(tmp_path, every_n_steps: int) -> None:
-    class First(L.Callback):
-        """From the third step on nothing may wait: by then kernels are compiled, and buffers made."""
+class Plain(L.LightningModule):
+    """Asks no tensor for a number, and lets the halves of its batch be told apart."""
 
-        def on_before_optimizer_step(self, run: L.Trainer, *_: Any) -> None:
-            if run.global_step >= 3:
-                torch.cuda.set_sync_debug_mode("error")
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return ALTO(self.parameters(), lr=1e-2)
+
+
+def forbid_waiting(forbidden: bool) -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+
+
+@pytest.mark.parametrize("optimizer_state", [False, True])
+@pytest.mark.parametrize("every_n_steps", [10**9, 1], ids=["unlogged steps", "logged steps"])
+def test_the_monitor_waits_for_no_device(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, every_n_steps: int, optimizer_state: bool
+) -> None:
+    class First(L.Callback):
+        """From the fourth step on nothing may wait: by then kernels are compiled, and buffers made."""
+
+        def on_train_batch_start(self, run: L.Trainer, *_: Any) -> None:
+            forbid_waiting(run.global_step >= 3)
 
     class Last(L.Callback):
-        """Lightning itself reads what the module logs after this."""
+        """Lightning may wait between two batches."""
 
         def on_train_batch_end(self, *_: Any) -> None:
-            torch.cuda.set_sync_debug_mode("default")
+            forbid_waiting(False)
 
         def on_exception(self, *_: Any) -> None:
-            torch.cuda.set_sync_debug_mode("default")
+            forbid_waiting(False)
 
-    fit(tmp_path, First(), GradientHistogramMonitor(every_n_steps=every_n_steps), Last())
+    def warn(_: Guard, task: str, error: Exception) -> None:
+        raise AssertionError(f"the monitor could not {task}") from error
+
+    monkeypatch.setattr(Guard, "warn", warn)
+    monitor = GradientHistogramMonitor(every_n_steps=every_n_steps, optimizer_state=optimizer_state)
+    run = trainer(tmp_path, First(), monitor, Last(), **ACCELERATOR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(Plain(), loader(64, samples=9 * 64))
+    measured = [sample["noise_simple"] is not None for sample in monitor.noise_records[0].samples]
+    assert all(measured) and len(measured) >= 4 or every_n_steps > 1
 
 
 def two_ranks(folder: str) -> torch.Tensor:

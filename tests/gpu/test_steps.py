@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist import ALTO, AdamE
+from lightning_gradhist.optim.adam_e import adam_e_reference
+from lightning_gradhist.optim.alto import alto_reference
 
 OPTIMIZERS = [pytest.param(ALTO, id="ALTO"), pytest.param(AdamE, id="AdamE")]
+REFERENCES: dict[type, Any] = {ALTO: alto_reference, AdamE: adam_e_reference}
 OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.01}
 EXPLORE: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
 SHAPES = [(), (1,), (0,), (31,), (129, 65), (3, 5, 7, 9), (70_001,)]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 STEPS = 5
+STATES = [pytest.param(None, id="wide state"), pytest.param(torch.bfloat16, id="bfloat16 state")]
+FRACTION = {None: 1e-5, torch.bfloat16: 4e-2}  # some roundings of the state
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 
 
@@ -46,27 +51,38 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_fused_is_eager_is_double_precision(
+def test_fused_is_eager_is_the_reference_in_double_precision(
     optimizer: type, dtype: torch.dtype, maximize: bool, device: torch.device
 ) -> None:
     start = parameters(dtype, torch.device("cpu"))
-    truth = [torch.nn.Parameter(param.detach().double()) for param in start]
-    made = optimizer(truth, **OPTIONS, **EXPLORE, maximize=maximize)
+    group = optimizer(start, **OPTIONS, **EXPLORE, maximize=maximize).param_groups[0]
+    truth = [(param.detach().double(), *[torch.zeros(param.shape, dtype=torch.float64)] * 3) for param in start]
     for step in range(STEPS):
         set_gradients(start, step)  # rounded to the dtype
-        for param, rounded in zip(truth, start, strict=True):
-            param.grad = rounded.grad.double()
-        made.step()
-    expected = [param.detach() for param in truth]
+        pairs = zip(truth, start, strict=True)
+        truth = [REFERENCES[optimizer](now[0], param.grad.double(), *now[1:], step + 1, group) for now, param in pairs]
+    expected = [theta for theta, *_ in truth]
     fused = trained(optimizer, parameters(dtype, device), fused=True, maximize=maximize)
     eager = trained(optimizer, parameters(dtype, device), fused=False, maximize=maximize)
     close(fused, eager, TOLERANCES[dtype])
     close(fused, expected, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_same_bits_twice(optimizer: type, device: torch.device) -> None:
-    once, twice = (trained(optimizer, parameters(torch.float32, device), fused=True) for _ in range(2))
+def test_fused_is_eager_with_a_narrow_state(optimizer: type, dtype: torch.dtype, device: torch.device) -> None:
+    fused, eager = (
+        trained(optimizer, parameters(dtype, device), fused=is_fused, state_dtype=torch.bfloat16)
+        for is_fused in (True, False)
+    )
+    close(fused, eager, FRACTION[torch.bfloat16])
+
+
+@pytest.mark.parametrize("state_dtype", STATES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_same_bits_twice(optimizer: type, state_dtype: torch.dtype | None, device: torch.device) -> None:
+    options = {"fused": True, "state_dtype": state_dtype}
+    once, twice = (trained(optimizer, parameters(torch.float32, device), **options) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
 
 
@@ -86,16 +102,22 @@ def test_many_small_and_one_large_tensor(optimizer: type, device: torch.device) 
 
 
 @pytest.mark.cuda_only
+@pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_captured_step_reads_the_learning_rate_live(optimizer: type, device: torch.device) -> None:
+def test_a_captured_step_reads_the_learning_rate_live(
+    optimizer: type, state_dtype: torch.dtype | None, device: torch.device
+) -> None:
     shapes = [(129, 65), (31,)]
     captured, plain = parameters(torch.float32, device, shapes), parameters(torch.float32, device, shapes)
     rate = torch.tensor(0.02, device=device)
-    made = optimizer(captured, **{**OPTIONS, **EXPLORE, "lr": rate}, fused=True, capturable=True)
-    other = optimizer(plain, **{**OPTIONS, **EXPLORE}, fused=False)
+    made = optimizer(
+        captured, **{**OPTIONS, **EXPLORE, "lr": rate}, fused=True, capturable=True, state_dtype=state_dtype
+    )
+    other = optimizer(plain, **{**OPTIONS, **EXPLORE}, fused=False, state_dtype=state_dtype)
     for param in captured:
         param.grad = torch.zeros_like(param)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for step in range(3):
             _copy_gradients(captured, plain, step)
@@ -113,7 +135,8 @@ def test_a_captured_step_reads_the_learning_rate_live(optimizer: type, device: t
         _copy_gradients(captured, plain, step)
         graph.replay()
         other.step()
-    close([p.detach().cpu().double() for p in captured], [p.detach().cpu().double() for p in plain], 1e-5)
+    tolerance = FRACTION[state_dtype]
+    close([p.detach().cpu().double() for p in captured], [p.detach().cpu().double() for p in plain], tolerance)
 
 
 def _copy_gradients(captured: list[torch.nn.Parameter], plain: list[torch.nn.Parameter], step: int) -> None:
@@ -146,6 +169,7 @@ def test_on_a_side_stream(optimizer: type, device: torch.device) -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         found = trained(optimizer, parameters(torch.float32, device), fused=True)
+    torch.cuda.current_stream().wait_stream(stream)
     close(found, expected, 1e-5)
 
 

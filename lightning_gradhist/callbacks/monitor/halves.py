@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.noise.sample import Sample
 from lightning_gradhist.noise.step import measure_part
+from lightning_gradhist.tensors import sent
 
 _LEAST_SHARE = 0.5  # of all values but embeddings', which hardly have a gradient, that known layers hold
 _LEAST_KNOWN = 0.9  # of the square of the gradients that are looked at
@@ -76,7 +77,7 @@ class HalfBatches:
         self._halves: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of samples: their places
         self._places: dict[str, int] = {}  # that a convolution puts its weights to, by name, of a weight and a bias
         self._found: dict[str, _Halves] = {}
-        self._has_failed = False
+        self.error: Exception | None = None  # that a hook has raised, for which nothing is measured
         self._handle: RemovableHandle | None = None
         modules = [*module.modules()]
         layers = [] if _is_compiled(modules) else modules
@@ -120,7 +121,7 @@ class HalfBatches:
         firsts: dict[str, Tensor] = {}
         wholes: dict[str, Tensor] = {}
         squares: list[Tensor] = []
-        for name, halves in {} if self._has_failed or batch_size < self._least else self._found.items():
+        for name, halves in {} if self.error or batch_size < self._least else self._found.items():
             if name not in gradients or sum(halves.sizes) != batch_size:
                 continue
             pick, every = self._pick(name, gradients[name])
@@ -162,29 +163,29 @@ class HalfBatches:
 
     def _after_forward(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         known = self._layers.get(id(layer))
-        if known is None or torch.compiler.is_compiling():
+        if known is None or torch.compiler.is_compiling() or _is_captured():
             return
         try:
             plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
             if plain and output.requires_grad and not _is_checkpointed():
                 held = [_as_saved(inputs[0].detach(), output)]  # let go of as soon as it has been looked at
                 output.register_hook(partial(self._after_backward, known, held))
-        except Exception:  # within the user's forward, which goes on; a pair of steps is measured in its place
-            self._has_failed = True
+        except Exception as error:  # within the user's forward, which goes on; a pair of steps is measured in its place
+            self.error = error.with_traceback(None)  # whose frames hold activations
 
     def _after_backward(self, known: _Known, held: list[Tensor], gradient: Tensor) -> None:
         try:
             with torch.no_grad():
                 self._add(known, held.pop(), gradient)
-        except Exception:
-            self._has_failed = True
+        except Exception as error:
+            self.error = error.with_traceback(None)
 
     def _add(self, known: _Known, inputs: Tensor, gradient: Tensor) -> None:
         layer, size = known.layer, inputs.shape[0] if inputs.dim() > 1 or known.is_embedding else 0
         if size < self._least or size in _further_dims(layer, inputs):
             return
         if size not in self._halves:
-            order = torch.randperm(size, generator=self._generator).to(inputs.device, non_blocking=True)
+            order = sent(torch.randperm(size, generator=self._generator), inputs.device)
             self._halves[size] = order[: size // 2], order[size // 2 :]
         for attribute, name in known.names.items():
             if isinstance(layer, tuple(_CONVOLUTIONS)):
@@ -295,6 +296,11 @@ def _is_compiled(modules: Iterable[nn.Module]) -> bool:
     dynamo = sys.modules.get("torch._dynamo")
     frames = dynamo is not None and dynamo.utils.counters["frames"]
     return bool(frames) or any(x._compiled_call_impl is not None or "_orig_mod" in x._modules for x in modules)
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being made, whose replays call no hook."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_checkpointed() -> bool:

@@ -236,9 +236,12 @@ class NoiseMonitor(StepObserver):
         """Noise and signal of the coming step, from the two halves of its batch."""
         if self._halves is None or gradients is None:
             return None
-        trainer, watched, number = self._fit.trainer, self._watched, samples.first
+        fit, watched, number = self._fit, self._watched, samples.first
+        trainer = fit.trainer
         metric = partial(metric_weights, watched.optimizer, watched.parameters)
         tolerance = max(math.sqrt(rounding_unit(trainer)), _ADDS_UP)
+        if self._halves.error is not None:
+            fit.guard.warn("look at the two halves of a batch", self._halves.error)
         sums = self._halves.measure(gradients, number, loss_scale(trainer), tolerance, metric)
         if sums is None:
             return None
@@ -318,7 +321,7 @@ class NoiseMonitor(StepObserver):
         if measure is not None and gradients is not None:
             with fit.guard.attempt("measure noise"):
                 measured = measure() if fit.replicas.ranks == 1 else measure().to(fit.module.device)
-                checked = torch.cat([measured, measured.new_tensor(sizes), measured.new_zeros(2)])
+                checked = torch.cat([measured, *(measured.new_full((1,), n) for n in sizes), measured.new_zeros(2)])
                 fit.sums.check(checked, self._watched.replicated(gradients))
                 sums = checked
         fit.sums.add_up(sums, 9, math.nan)

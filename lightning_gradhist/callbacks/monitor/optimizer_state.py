@@ -16,8 +16,8 @@ from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.magnitude_report import distributions
-from lightning_gradhist.logging.writer import HostTensor, Lazy, send_heatmap
-from lightning_gradhist.tensors import batches, copies, elementwise, joined, with_float64
+from lightning_gradhist.logging.writer import Lazy, send_heatmap
+from lightning_gradhist.tensors import HostTensor, batches, copies, elementwise, joined, sent, with_float64
 
 _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
@@ -176,7 +176,7 @@ class UpdateMonitor(StepObserver):
         for batch in batches(before):
             index = torch.tensor([row_of[rows[name]] for name in batch])
             found = _sums(batch, joined(batch, after), joined(batch, roots), [eps.get(name, 0.0) for name in batch])
-            sums.index_add_(0, index.to(sums.device), found.to(sums.device))
+            sums.index_add_(0, sent(index, sums.device), found.to(sums.device))
         return torch.cat([sums, counts], 1)
 
 
@@ -197,9 +197,9 @@ def _sums(before: Mapping[str, Tensor], after: Tensor, roots: Tensor, eps: list[
         squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, weights)]
         counts = [(touched & (roots < eps[0])).sum(), touched.sum()]
         return torch.stack([*squares, *(count.double() for count in counts)])[None]
-    sizes = torch.tensor([part.numel() for part in before.values()])
-    owners = torch.arange(len(sizes)).repeat_interleave(sizes).to(weights.device)
-    limits = torch.tensor(eps, dtype=roots.dtype).to(weights.device)[owners]
+    sizes = sent(torch.tensor([part.numel() for part in before.values()]), weights.device)
+    owners = torch.repeat_interleave(sizes, output_size=len(weights))
+    limits = sent(torch.tensor(eps, dtype=roots.dtype), weights.device)[owners]
     values = [update.double().square(), weights.double().square(), touched & (roots < limits), touched]
     terms = torch.stack([value.double() for value in values], 1)
     return terms.new_zeros(len(before), _SUMS).index_add_(0, owners, terms)

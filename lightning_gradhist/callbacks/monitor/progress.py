@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -71,6 +71,10 @@ class Progress:
             "skipped": int(self.skipped),
             **({"length": asdict(self.length)} if self.length != RunLength() else {}),
         }
+
+    def snapshot(self) -> Progress:
+        """A copy that training does not change, made without waiting for a device."""
+        return replace(self, noise=self.noise.snapshot(), learning_rates=list(self.learning_rates))
 
     @property
     def last_batch_size(self) -> float:

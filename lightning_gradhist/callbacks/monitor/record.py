@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -36,7 +36,7 @@ class RecordFile:
         self.saved = sum(len(one.noise) for one in progress)
         if self.saved:
             with self._guard.attempt(_TASK):
-                copies = [one.state_dict() for one in progress]  # which training does not change
+                copies = [one.snapshot() for one in progress]
                 module, shapes = trainer.lightning_module, model_shapes(trainer)
                 known = [(type(unwrapped(one)).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
                 self._writer.submit(partial(self._write, shapes, trainer.global_step, known, copies))
@@ -57,10 +57,10 @@ class RecordFile:
         shapes: dict[str, list[int]],
         steps: int,
         optimizers: Sequence[tuple[str, list[str]]],
-        states: Sequence[Mapping[str, Any]],
+        progress: Sequence[Progress],
     ) -> None:
         try:
-            entries = [Progress.from_state_dict(s).record(*known) for s, known in zip(states, optimizers, strict=True)]
+            entries = [one.record(*known) for one, known in zip(progress, optimizers, strict=True)]
             RunRecord(shapes, steps, entries).save(self._path)
         except Exception as error:
             self._errors.append(error)  # of which the training thread tells

@@ -327,3 +327,24 @@ def test_an_error_within_a_hook_leaves_the_backward_pass_alone(monkeypatch: pyte
         halves, "_rule_of", lambda layer: lambda *_: math.log(-1) if isinstance(layer, nn.Linear) else None
     )
     assert measured(nn.Linear(8, 5), torch.randn(BATCH, 8)) is None
+
+
+def test_an_error_within_a_hook_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for fails in (False, True):
+        if fails:
+            monkeypatch.setattr(halves, "_rule_of", lambda layer: lambda *_: math.log(-1))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            made = fit(tmp_path / str(fails), GradientHistogramMonitor(every_n_steps=1), data=loader(64, samples=640))
+        ends.append([parameter.detach().clone() for parameter in made.lightning_module.parameters()])
+        said = [str(one.message) for one in told]
+        assert sum("could not look at the two halves of a batch, training goes on: Val" in one for one in said) == fails
+    assert all(map(torch.equal, *ends))
+
+
+def test_nothing_is_looked_at_while_a_cuda_graph_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(nn.Linear(8, 5), torch.randn(BATCH, 8)) is not None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert measured(nn.Linear(8, 5), torch.randn(BATCH, 8)) is None
