@@ -121,7 +121,7 @@ def lengths(steps: int, reference_steps: int, share: float) -> str:
 def short_run(which: str, steps: int) -> str:
     return (
         f"{which} has {steps:,} steps: below some {SHORT_RUN} the best rates follow no law that is known. On four small workloads"
-        " a rate that was carried to or from such a run lost 4% in the mean and 16% at worst, one between longer runs 2% and 20%"
+        " a rate that was carried to or from such a run lost 4% on average, and 45% at worst"
     )
 
 
