@@ -175,12 +175,13 @@ def public_cells(path: Path) -> dict[Any, list[Cell]]:
 
 
 def lengths(mlp: Evidence, side: Mapping[str, Evidence]) -> list[Cell]:
-    """The cells of ``mlp`` of all lengths, each with the median noise scale at the nearest batch size that has one."""
+    """The cells of ``mlp`` of all lengths, with the median noise scale and the critical rates at the nearest batch size."""
     own = cells_of(mlp)
     beside = [name for name in ("surge_small", "surge_large") if name in side]
     found = own + [replace(cell, grid=name) for name in beside for cell in cells_of(side[name])]
-    known = {cell.batch_size: [np.median(cell.noise)] for cell in own if len(cell.noise)}
-    return [replace(c, noise=known[min(known, key=lambda n, c=c: abs(math.log(n / c.batch_size)))]) for c in found]
+    known = {cell.batch_size: ([np.median(cell.noise)], cell.critical) for cell in own if len(cell.noise)}
+    nearest = [known[min(known, key=lambda n, c=cell: abs(math.log(n / c.batch_size)))] for cell in found]
+    return [replace(c, noise=noise, critical=at) for c, (noise, at) in zip(found, nearest, strict=True)]
 
 
 def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -> list[Row]:
