@@ -45,9 +45,9 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
     callbacks are copied together, so that what they share is shared in the copy; of the weights this is one copy. Large
     tensors and arrays of the data are not copied: to write into one ends the probe, as does what cannot be copied and is
     used (:class:`lightning_gradhist.callbacks.probe.copies.Missing`). A sharded module cannot be copied; its parameters are
-    put back, and all else that it holds is copied. The global random generators of torch on every device, numpy and Python
-    are put back. What lies outside of all this is not: files, other processes, what only modules and classes of Python
-    refer to.
+    put back, and all else that it holds is copied. The global random generators of torch on every device, numpy and Python,
+    the environment and the working directory are put back. What lies outside of all this is not: files, other processes,
+    what only modules and classes of Python refer to.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
