@@ -8,13 +8,17 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
+_MAY_BE_TIME = (
+    "the first dimension of a batch may be time, as recurrent layers of the model have batch_first=False, and the training"
+    " loader does not say that it is the samples"
+)
 _UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
 
 
@@ -71,8 +75,8 @@ class SampleCount:
     """Counts the samples of the batches that come on this rank.
 
     The loader's word is taken where a batch cannot be counted. Where the two contradict each other at the first batch,
-    neither is believed. Data smaller than one batch may have fewer than the loader says. What the user says is believed
-    before either.
+    neither is believed. Data smaller than one batch may have fewer than the loader says. Where recurrent layers may take
+    time first, the loader has to say the same. What the user says is believed before either.
 
     Args:
         given: samples of a micro-batch, as the user says it; under manual optimization, of a step.
@@ -101,6 +105,11 @@ class SampleCount:
         if self.problem is not None:
             return None
         return self._total / self._number if self.varies else self._first
+
+    @property
+    def unconfirmed(self) -> float | None:
+        """Samples of the first batch, where neither loader nor user say the same; else None."""
+        return self._first if self._counts and self._first != (self._declared or 1) else None
 
     def start_batch(self, trainer: Trainer, batch: Any, batch_index: int) -> None:
         """Counts a batch that is trained on; to be called at ``on_train_batch_start``."""
@@ -149,12 +158,21 @@ class SampleCount:
         if counted is None:
             known = self._declared if trainer.lightning_module.automatic_optimization else self._given
             self._first, self.problem = known or 0.0, None if known else _UNKNOWN
-        elif self._declared in (None, counted) or (few and counted < self._declared):
+        elif self._declared == counted or self._believes(trainer, counted, few):
             self._first, self._counts = counted, True
         elif self._given:
             self._first = self._given
+        elif self._declared is None:
+            self.problem = _MAY_BE_TIME
         else:
             self._contradict(counted)
+
+    def _believes(self, trainer: Trainer, counted: int, few: bool) -> bool:
+        """Whether what was counted is believed where the loader does not say the same."""
+        layers = () if counted == 1 else trainer.lightning_module.modules()
+        if any(isinstance(layer, nn.RNNBase) and not layer.batch_first for layer in layers):
+            return False
+        return self._declared is None or (few and counted < self._declared)
 
     def _compare(self, trainer: Trainer, counted: int) -> None:
         """Notices batches of other sizes; each worker's last of an epoch may be short."""
@@ -165,9 +183,12 @@ class SampleCount:
             self._contradict(counted)
             return
         self._total, self._number = self._total + counted, self._number + 1
-        self._short += counted < self._first
+        self._short += counted < (self._declared or self._first)
         workers = _number(trainer.train_dataloader, "num_workers") or 0
-        self.varies |= counted > self._first or self._short > max(1, workers)
+        is_many = self._short > max(1, workers)
+        if is_many and self._first < (self._declared or 0) and not self._given:  # so it was not the last of a few
+            self._contradict(counted)
+        self.varies |= counted > self._first or is_many
 
     def _contradict(self, counted: int) -> None:
         self.problem = (

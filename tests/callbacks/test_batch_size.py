@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from support import fit
+from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gradhist import OptimizerCalibration
 from lightning_gradhist.callbacks.batch_size import count_samples
 
 Pair = namedtuple("Pair", "x y")
@@ -74,3 +79,82 @@ SEQUENCES = [torch.zeros(n, 3) for n in (5, 4, 2)]
 )
 def test_samples_of_a_batch(batch: Any, samples: int | None) -> None:
     assert count_samples(batch) == samples
+
+
+class OfFrames(L.LightningModule):
+    """Takes time first, as recurrent layers of torch do."""
+
+    def __init__(self, layer: Any = nn.Identity) -> None:
+        super().__init__()
+        self.head, self.layer = nn.Linear(8, 2), layer()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.head(torch.cat([one.flatten(0, -2) for one in batch])).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Frames(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return iter(torch.randn(400, 5, 8))
+
+
+def recurrent() -> nn.Module:
+    return nn.GRU(8, 4)
+
+
+def batch_first() -> nn.Module:
+    return nn.GRU(8, 4, batch_first=True)
+
+
+def stacked(frames: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.stack(frames, 1)]
+
+
+def calibrated(tmp_path: Any, data: Any, layer: Any = nn.Identity) -> Any:
+    calibration = OptimizerCalibration(reference_batch_size=4, learning_rate="sqrt", probe_batches=8)
+    fit(tmp_path, calibration, data=data, module=lambda: OfFrames(layer), max_steps=1)
+    return calibration.result
+
+
+@pytest.mark.parametrize(
+    ("batch", "layer", "samples"),
+    [
+        pytest.param([torch.randn(35, 20, 8)], nn.Identity, 35, id="time first"),
+        pytest.param([torch.randn(3, 8, 8)] * 5, nn.Identity, 3, id="a list of images"),
+        pytest.param([torch.randn(20, 35, 8)], batch_first, 20, id="layers that take samples first"),
+    ],
+)
+def test_what_only_the_batch_says_is_told(tmp_path, batch: Any, layer: Any, samples: int) -> None:
+    result = calibrated(tmp_path, DataLoader([batch] * 8, batch_size=None), layer)  # type: ignore[arg-type]
+    assert result.effective_batch_size == samples
+    assert any(f"taken as {samples} samples, the first dimension" in reason for reason in result.reasons)
+
+
+def test_what_the_loader_says_too_is_not_told(tmp_path) -> None:
+    result = calibrated(tmp_path, DataLoader([torch.randn(5, 8)] * 32, batch_size=4))  # type: ignore[arg-type]
+    assert result.effective_batch_size == 4 and not any("first dimension" in reason for reason in result.reasons)
+
+
+@pytest.mark.filterwarnings("ignore:.*this process is multi-threaded")
+@pytest.mark.parametrize(
+    ("data", "layer", "why"),
+    [
+        pytest.param(
+            lambda: DataLoader([[torch.randn(35, 20, 8)]] * 8, batch_size=None),  # type: ignore[arg-type]
+            recurrent,
+            "may be time",
+            id="recurrent layers",
+        ),
+        pytest.param(
+            lambda: DataLoader(Frames(), 20, num_workers=2, collate_fn=stacked),
+            nn.Identity,
+            "says 20 samples a batch",
+            id="workers that do not come to an end",
+        ),
+    ],
+)
+def test_time_is_not_taken_for_samples(tmp_path, data: Any, layer: Any, why: str) -> None:
+    with pytest.warns(UserWarning, match=why):
+        assert calibrated(tmp_path, data(), layer).effective_batch_size is None

@@ -76,11 +76,13 @@ class OptimizerCalibration(Callback):
     *The probe.* Before the first batch ``probe_batches`` batches go forward and backward at frozen weights, on copies: of
     the module with all that it holds, of optimizers, schedulers, callbacks, loaders, samplers and datasets, and of what the
     user's own functions, classes and modules keep in variables. Loggers are silent, and the random generators of torch,
-    numpy and Python are put back. So the run goes on as if there had been no probe.
+    numpy and Python, environment variables and the working directory are put back. So the run goes on as if there had been
+    no probe.
 
     - What cannot be copied, as a generator, an open file or a running thread, ends the probe, and the report says its path.
     - Tensors and arrays of the data of more than 1 MiB are read in place; the probe ends where one is written into.
-    - Out of reach are files that ``training_step`` writes, other processes, and what installed packages keep to themselves.
+    - Out of reach are files that ``training_step`` writes, other processes, modules that it is the first to import, and what
+      installed packages keep to themselves.
     - The copies take the memory of the parameters and buffers once, and what is measured several times that of the
       parameters. Under FSDP2 the parameters themselves are used, and put back.
     - A batch that runs out of memory or is not finite is left out, and the report says so.

@@ -110,6 +110,8 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     (decision.problems if ratio.law != law else decision.reasons).extend(ratio.reasons)
     decision.reasons.extend([why] if ratio.law == SURGE and batch_size != reference else [])
     decision.reasons.extend(_of_short_runs(evidence))
+    if evidence.unconfirmed is not None:
+        decision.reasons.append(explain.batch_size_unconfirmed(evidence.unconfirmed))
     if evidence.later_accumulation:
         decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
     bounded, told = _within_first_step(ratio, evidence)

@@ -96,6 +96,7 @@ class Evidence:
     recorded: OptimizerRecord | None = None
     stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None  # see handoff.stray_schedule
     why_no_batch_size: str | None = None  # where this rank knows
+    unconfirmed: float | None = None  # samples of a batch that were counted, and nobody says the same
     accumulation: int = 1  # micro-batches of a step on one rank
     later_accumulation: Mapping[int, int] = field(default_factory=dict)  # by epoch, where a callback changes it
     length: RunLength = field(default_factory=RunLength)
@@ -149,6 +150,7 @@ def gather(
         stray=partial(stray_schedule, optimizer, schedules),
         length=run_length(trainer, optimizer),
         why_no_batch_size=samples.problem,
+        unconfirmed=samples.unconfirmed,
         accumulation=trainer.accumulate_grad_batches,
         later_accumulation=later_accumulation(trainer),
     )

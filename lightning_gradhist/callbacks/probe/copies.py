@@ -15,7 +15,7 @@ import types
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Generator, Iterable
+from collections.abc import Collection, Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
@@ -35,6 +36,7 @@ _ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice,
 _ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _BEYOND_THIS_PROCESS = (SharedMemory, multiprocessing.managers.BaseProxy)  # a copy of one is the same once more
+_WEAK_DICTIONARIES = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, WeakIdKeyDictionary)
 _NOT_COPIED = (
     "torch.distributed",
     "torch._C._distributed",
@@ -79,11 +81,13 @@ class Copier:
 
     Attributes:
         code: functions and classes that were met, which may refer to more.
+        by_id: objects by their ``id()``: where that is met, the copy has the id of the object's copy.
     """
 
     def __init__(self) -> None:
         self._lent: list[tuple[int, int, str]] = []
         self.code: list[Any] = []
+        self.by_id: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}  # as copy.deepcopy's memo, since some objects' own __deepcopy__ is handed it
         self._originals: list[Any] = []  # an id is only an object's own while that lives
         self._path: list[str] = []
@@ -119,12 +123,14 @@ class Copier:
         """
         kind = type(value)
         if kind in _ATOMS:
-            return value
+            return id(self.copy(self.by_id[value])) if kind is int and value in self.by_id else value
         if id(value) in self._copies:
             return self._copies[id(value)]
-        plain = kind in (dict, list, set) and _ATOMS.issuperset(map(type, value))
-        if plain and (kind is not dict or _ATOMS.issuperset(map(type, value.values()))):
-            copied = value.copy()  # first, as there may be millions
+        plain = kind in (dict, list, set, tuple, frozenset) and self._are_atoms(value)
+        if plain and kind in (tuple, frozenset):  # first, as there may be millions
+            return value
+        if plain and (kind is not dict or self._are_atoms(value.values())):
+            copied = value.copy()
             self.put(value, copied)
             return copied
         self._path.append(name)
@@ -165,8 +171,16 @@ class Copier:
                 " copied; let workers read: DataLoader(num_workers=1)"
             ) from error
 
+    def _are_atoms(self, values: Collection[Any]) -> bool:
+        """Whether they are the same in a copy."""
+        kinds = set(map(type, values))
+        ints = values if kinds == {int} else [value for value in values if type(value) is int] if int in kinds else ()
+        return _ATOMS.issuperset(kinds) and self.by_id.keys().isdisjoint(ints)
+
     def _copied(self, value: Any) -> Any:
         kind = type(value)
+        if kind in weakref.ProxyTypes:  # which says that it is what it stands for
+            return weakref.proxy(self.copy(value.__str__.__self__))
         if isinstance(value, Tensor):
             return self._tensor(value)
         # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
@@ -194,8 +208,16 @@ class Copier:
                 return self.copy(original)
             self.code.append(value)
             return value
+        if is_cached(value):  # with a memory of its own; a copy of it would be the same once more
+            self.code.append(value.__wrapped__)
+            return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
         if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
+        if isinstance(value, _WEAK_DICTIONARIES):  # which copy either keys or values, and not both
+            copied = type(value)()
+            self.put(value, copied)
+            copied.update({self.copy(key, "<key>"): self.copy(item, "<value>") for key, item in value.items()})
+            return copied
         if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
             return self._method(value)
         if kind in (list, tuple, set, frozenset):
@@ -295,8 +317,6 @@ class Copier:
 
     def _items(self, value: Any) -> Any:
         kind = type(value)
-        if _ATOMS.issuperset(map(type, value)):
-            return value
         if kind is list:
             copied: list[Any] = []
             self.put(value, copied)
@@ -400,6 +420,11 @@ def _is_at_hand_elsewhere(thing: Any) -> bool:
     stacks = [frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()]
     held = [local for stack in stacks for frame, _ in traceback.walk_stack(stack) for local in frame.f_locals.values()]
     return any(thing is one for local in held for one in (local, *getattr(local, "__dict__", {}).values()))
+
+
+def is_cached(value: Any) -> bool:
+    """Whether it is a function that remembers its results, as of ``functools.lru_cache``."""
+    return isinstance(value, functools._lru_cache_wrapper)
 
 
 def _is_of(value: Any, packages: Iterable[str]) -> bool:

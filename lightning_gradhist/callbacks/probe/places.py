@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_gradhist.callbacks.probe.copies import Copier
+from lightning_gradhist.callbacks.probe.copies import Copier, is_cached
 
 _INSTALLED = tuple(
     str(Path(folder).resolve()) + os.sep
@@ -70,11 +70,20 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: Exit
     for name, value in before.items():
         if isinstance(value, (types.FunctionType, type)):
             copier.code.append(value)
-        elif isinstance(value, types.ModuleType):
-            if _is_users(vars(value)) and id(vars(value)) not in seen:
-                _in_names(vars(value), names, copier, undo, seen)
-        else:
+        elif not isinstance(value, types.ModuleType):
             space[name] = copier.copy(value, f"{space.get('__name__')}.{name}")
+    for module in (*before.values(), *_imported(space, names)):
+        if isinstance(module, types.ModuleType) and _is_users(vars(module)) and id(vars(module)) not in seen:
+            _in_names(vars(module), names, copier, undo, seen)
+
+
+def _imported(space: dict[str, Any], names: set[str]) -> list[types.ModuleType]:
+    """The modules that a function may import where it is called, from anywhere or from a package that it is in."""
+    places, package = [""], space.get("__package__") or ""
+    while package:
+        places.append(f"{package}.")
+        package = package.rpartition(".")[0]
+    return [sys.modules[place + name] for place in places for name in names if place + name in sys.modules]
 
 
 def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
@@ -92,6 +101,9 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
         function = getattr(value, "__func__", getattr(value, "fget", value))  # of a classmethod, a property
         if isinstance(function, (types.FunctionType, type)):
             copier.code.append(function)
+        elif is_cached(function):
+            cached = copier.copy(function, f"{kind.__qualname__}.{name}")
+            type.__setattr__(kind, name, cached if function is value else type(value)(cached))
         elif name in before and (not hasattr(type(value), "__get__") or _is_users_class(type(value))):
             copied = copier.copy(value, f"{kind.__qualname__}.{name}")
             if copied is not value:
@@ -100,8 +112,9 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
 
 
 def _names(code: types.CodeType) -> set[str]:
+    """Also what is in quotes, by which ``globals`` and ``setattr`` find a variable."""
     within = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return set(code.co_names).union(*within)
+    return {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}.union(*within)
 
 
 def _is_users_class(kind: type) -> bool:

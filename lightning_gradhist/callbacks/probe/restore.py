@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -44,15 +45,16 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
     callbacks are copied together, so that what they share is shared in the copy; of the weights this is one copy. Large
     tensors and arrays of the data are not copied: to write into one ends the probe, as does what cannot be copied and is
     used (:class:`lightning_gradhist.callbacks.probe.copies.Missing`). A sharded module cannot be copied; its parameters are
-    put back, and all else that it holds is copied. The global random generators of torch on every device, numpy and Python
-    are put back. What lies outside of all this is not: files, other processes, what only modules and classes of Python
-    refer to.
+    put back, and all else that it holds is copied. The global random generators of torch on every device, numpy and Python,
+    the environment and the working directory are put back. What lies outside of all this is not: files, other processes,
+    what only modules and classes of Python refer to.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         generators = isolate_rng()  # which puts nothing back where it is told of an exception
         generators.__enter__()
         stack.callback(generators.__exit__, None, None, None)
+        stack.callback(_put_back_process, os.getcwd(), dict(os.environ))
         copier = Copier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
@@ -74,6 +76,7 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
                 part.check_is_root()  # which makes what its first forward pass would: that stays
         copier.lend(*trainer.model.modules(), *module.parameters())
         copier.lend(*(each for zero in filter(is_zero, trainer.optimizers) for each in (zero, unwrapped(zero))))
+    copier.by_id = {id(one): one for one in (*module.modules(), *module.parameters(), *module.buffers())}
     copier.copy(trainer.train_dataloader, "train_dataloader")
     own = copier.copy(module, "module")
     if own is module:
@@ -111,6 +114,13 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any]]], contents: list[tup
     with torch.no_grad():
         for own, content in contents:
             own.copy_(content)
+
+
+def _put_back_process(folder: str, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

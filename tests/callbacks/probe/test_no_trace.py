@@ -7,8 +7,10 @@ import functools
 import io
 import itertools
 import multiprocessing
+import os
 import queue
 import random
+import sys
 import threading
 import time
 import types
@@ -207,6 +209,85 @@ class InCircles(Small):
         return 0.01 * (self.slots.count + self.count() + noted)
 
 
+@functools.cache
+def remembered(size: int) -> torch.Tensor:
+    return torch.randn(size)
+
+
+class Remembers(Small):
+    """Functions that remember what they have drawn, wherever they are."""
+
+    def set_up(self) -> None:
+        self.own = functools.lru_cache(2)(lambda size: torch.randn(size))
+
+    @staticmethod
+    @functools.cache
+    def of_class(size: int) -> torch.Tensor:
+        return torch.randn(size)
+
+    @functools.cache  # noqa: B019
+    def of_object(self, size: int) -> torch.Tensor:
+        return torch.randn(size)
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        size = batch_idx % 3 + 1
+        return sum(draw(size).sum() for draw in (remembered, self.own, self.of_class, self.of_object))
+
+    def on_train_end(self) -> None:
+        remembered.cache_clear()
+        self.of_class.cache_clear()
+
+
+class HeldWeakly(Small):
+    """Weak dictionaries and a weak proxy."""
+
+    def set_up(self) -> None:
+        self.keys = weakref.WeakKeyDictionary({self.body: 0})
+        self.values = weakref.WeakValueDictionary({"body": self.body})
+        object.__setattr__(self, "proxy", weakref.proxy(self.body))
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.keys[self.body] += 1
+        with torch.no_grad():
+            self.proxy.bias.add_(0.01)
+            self.values["body"].weight.mul_(0.99)
+        return self.keys[self.body]
+
+
+class OfTheProcess(Small):
+    """The environment, the folder, and variables of a module that is imported late, or named in quotes."""
+
+    def set_up(self) -> None:
+        self.folder = os.getcwd()
+        sys.modules["counted_elsewhere"] = types.ModuleType("counted_elsewhere")
+        vars(sys.modules["counted_elsewhere"])["count"] = 0
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        import counted_elsewhere  # type: ignore[import-not-found]
+
+        counted_elsewhere.count += 1
+        os.environ["COUNT"] = str(int(os.environ.get("COUNT", "0")) + 1)
+        globals()["QUOTED"] = globals().get("QUOTED", 0) + 1
+        os.chdir("/" if os.getcwd() == self.folder else self.folder)
+        return counted_elsewhere.count + int(os.environ["COUNT"]) + globals()["QUOTED"] + len(os.getcwd())
+
+    def on_train_end(self) -> None:
+        os.chdir(self.folder)
+        del os.environ["COUNT"], globals()["QUOTED"], sys.modules["counted_elsewhere"]
+
+
+class KnowsAddresses(Small):
+    """Looks parameters and layers up by ``id``."""
+
+    def set_up(self) -> None:
+        self.weights = {id(self.body.weight): 0.1, id(self.head.weight): 0.2}
+        self.some, self.listed, self.named = {id(self.body.bias)}, [id(self.head), "text"], {"head": id(self.head)}
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        assert id(self.body.bias) in self.some and id(self.head) in self.listed and id(self.head) == self.named["head"]
+        return self.weights[id(self.body.weight)] + self.weights[id(self.head.weight)]
+
+
 class OddTensors(Small):
     """Tensors that most functions do not take."""
 
@@ -386,6 +467,10 @@ MODULES = [
     HeldByFunctions,
     HeldByClassAndModule,
     InCircles,
+    Remembers,
+    HeldWeakly,
+    KnowsAddresses,
+    OfTheProcess,
     OddTensors,
     KeepsWriters,
     ReachesForTheTrainer,
