@@ -142,7 +142,10 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
     if all(factor == 1.0 for factor in filled):
         return
     for part in parts(schedulers):
-        for name, rates in _rates(vars(part)).items():
+        own = _rates(vars(part))
+        if isinstance(part, lr_scheduler.ReduceLROnPlateau):
+            own["eps"] = part.eps  # the smallest change of a rate that it makes
+        for name, rates in own.items():
             if isinstance(rates, list) and len(rates) == len(filled):
                 setattr(part, name, [rate * factor for rate, factor in zip(rates, filled, strict=True)])
             elif common is not None:

@@ -102,6 +102,15 @@ def test_other_hyper_parameters_go_into_their_group_alone() -> None:
     assert (second["eps"], second["alpha"], second["explore_beta"], second["lr"]) == (1e-9, "auto", "auto", 0.01)
 
 
+def test_the_smallest_change_of_a_plateau_follows() -> None:
+    optimizer = make((1e-3, 1e-3))
+    plateau = schedules.ReduceLROnPlateau(optimizer, factor=0.9, patience=0, eps=5e-5)
+    apply_changes(optimizer, [plateau], [GroupChange(index, "lr", 1e-3, 1e-4) for index in range(2)])
+    plateau.step(1.0)
+    plateau.step(1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([9e-5, 9e-5])
+
+
 def test_the_schedulers_of_other_optimizers_are_left_alone() -> None:
     optimizer, other = make(), make()
     mine, theirs = SCHEDULERS["cosine"](optimizer), SCHEDULERS["cosine"](other)
