@@ -16,7 +16,7 @@ from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
 _MAY_BE_TIME = (
-    "the first dimension of a batch may be time, as recurrent layers of the model have batch_first=False, and the training"
+    "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
     " loader does not say that it is the samples"
 )
 _UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
@@ -170,7 +170,7 @@ class SampleCount:
     def _believes(self, trainer: Trainer, counted: int, few: bool) -> bool:
         """Whether what was counted is believed where the loader does not say the same."""
         layers = () if counted == 1 else trainer.lightning_module.modules()
-        if any(isinstance(layer, nn.RNNBase) and not layer.batch_first for layer in layers):
+        if any(isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and not layer.batch_first for layer in layers):
             return False
         return self._declared is None or (few and counted < self._declared)
 

@@ -20,6 +20,11 @@ from lightning_gradhist.tensors import as_real
 _MANY = 100  # tensors, which take several times as long one by one as side by side
 
 
+def has_gradient_hook(parameter: nn.Parameter) -> bool:
+    """Whether it has a hook that is called when its gradient is accumulated; private, as there is no public way to ask."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def ready_gradients(
     trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:

@@ -207,8 +207,8 @@ def _with_one_more(batch: Mapping[str, Tensor], moments: Mapping[str, _Moment]) 
     sizes = [value.numel() for value in batch.values()]
     if values.is_cpu and len(batch) > 1:
         lengths = torch.tensor(sizes, device=values.device)
-        means = torch.segment_reduce(values, "mean", lengths=lengths) / values.new_tensor(counts)
-        more = means.repeat_interleave(lengths, output_size=len(values))
+        means = torch.segment_reduce(values.double(), "mean", lengths=lengths) / torch.tensor(counts)
+        more = means.float().repeat_interleave(lengths, output_size=len(values))
     else:
         parts = zip(values.split(sizes), counts, strict=True)
         more = torch.cat([(part.mean() / count).expand(len(part)) for part, count in parts])

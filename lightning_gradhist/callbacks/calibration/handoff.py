@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
@@ -111,11 +112,21 @@ def stray_schedule(
     """
     for scheduler, horizon in horizons:
         for part in parts(schedulers_of(optimizer, [scheduler])):
+            if any(map(_looks_at_an_optimizer, getattr(part, "lr_lambdas", ()))):
+                return f"{type(part).__name__} (lr_lambdas, which look at the optimizer)"
             if type(part) not in _FOLLOW and not _follows(part, horizon, factors):
                 groups = len(factors)  # as many numbers may be rates, whatever their name
                 kept = [name for name, value in vars(part).items() if isinstance(value, list) and len(value) == groups]
                 return f"{type(part).__name__} ({', '.join(sorted({*kept, *_rates(vars(part))}))})"
     return None
+
+
+def _looks_at_an_optimizer(function: Any) -> bool:
+    """Whether a function of a schedule holds an optimizer or its groups, from which it may take the rate away again."""
+    held: list[Any] = list(inspect.getclosurevars(function).nonlocals.values()) if inspect.isfunction(function) else []
+    held += [*(getattr(function, "__defaults__", None) or ()), *getattr(function, "__dict__", {}).values()]
+    held += [one for some in held if isinstance(some, (list, tuple)) for one in some]
+    return any(isinstance(one, Optimizer) or (isinstance(one, dict) and "params" in one) for one in held)
 
 
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:

@@ -189,7 +189,7 @@ class HalfBatches:
             self._halves[size] = order[: size // 2], order[size // 2 :]
         for attribute, name in known.names.items():
             if isinstance(layer, tuple(_CONVOLUTIONS)):
-                self._places[name] = gradient.shape[2:].numel()
+                self._places.setdefault(name, gradient.shape[2:].numel())
             pick, _ = self._pick(name, layer._parameters[attribute])  # type: ignore[arg-type]
             first, second = known.rule(layer, attribute, inputs, gradient, pick, self._halves[size])
             sizes, before = (size // 2, size - size // 2), self._found.get(name)

@@ -57,7 +57,8 @@ class GradientHistogramMonitor(Callback):
             itself, before DDP averages it, summed over micro-batches (a logged step then holds a copy of the gradients).
         optimizer_state: whether to log the optimizer's update and second moment as well. A logged step then costs one
             more all-reduce, and memory for a copy of this rank's part of the weights and of the second moment.
-        noise_scale: whether to measure the noise scale.
+        noise_scale: whether to measure the noise scale. It takes the loss for a mean over samples that are independent: it is
+            wrong for sums, for mixup and contrastive losses, and for outputs that are normalised over the batch by hand.
         batch_size: samples of one micro-batch on one device where the loader does not tell it; of one optimizer step on
             one device under manual optimization.
         name: tells this monitor from another one in the same Trainer that counts the same rows ``when`` this one does, or

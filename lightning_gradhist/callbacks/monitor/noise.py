@@ -10,9 +10,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_gradhist.callbacks._lightning import is_overridden
 from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
-from lightning_gradhist.callbacks.gradients import LocalGradients, dense, loss_scale, rounding_unit, squared_norm
+from lightning_gradhist.callbacks.gradients import (
+    LocalGradients,
+    dense,
+    has_gradient_hook,
+    loss_scale,
+    rounding_unit,
+    squared_norm,
+)
 from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
@@ -92,7 +100,7 @@ class NoiseMonitor(StepObserver):
         trainer, begins = self._fit.trainer, self._begins(due)
         # Of a pair, gradients that lie whole in p.grad, and are clipped where Lightning does.
         whole = trainer.lightning_module.automatic_optimization and not is_cut_up(trainer)
-        has_parts = begins and parts_of_a_step(trainer) > 1
+        has_parts = begins and parts_of_a_step(trainer) > 1 and not self._changes_sums()
         self._compares = has_parts or ((begins or self._compares_pair()) and whole)
         if self._compares:
             parameters = self._watched.parameters
@@ -102,6 +110,13 @@ class NoiseMonitor(StepObserver):
             self._part = LocalGradients(parameters, self._sample.of_gradients)
         alone = begins and whole and not self._in_pair and self._fit.replicas.ranks == 1
         self._halves_batch = alone and not has_parts and self._progress.steps > 0  # before, there is no metric
+
+    def _changes_sums(self) -> bool:
+        """Whether somebody may change what micro-batches add up to while they do, as by clipping within backward."""
+        if self._fit.trainer.accumulate_grad_batches == 1 or self._fit.replicas.ranks > 1:
+            return False
+        hooked = any(map(has_gradient_hook, self._watched.parameters.values()))
+        return hooked or is_overridden("backward", self._fit.module)
 
     def before_forward(self) -> None:
         """Looks at the layers, where the halves of the batch are measured."""

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Generator, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -213,10 +213,11 @@ class Copier:
             return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
         if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
-        if isinstance(value, _WEAK_DICTIONARIES):  # which copy either keys or values, and not both
-            copied = type(value)()
+        if kind in _WEAK_DICTIONARIES:  # which copy either keys or values, and not both
+            copied = kind()
             self.put(value, copied)
-            copied.update({self.copy(key, "<key>"): self.copy(item, "<value>") for key, item in value.items()})
+            for key, item in list(value.items()):
+                copied[self.copy(key, "<key>")] = self.copy(item, "<value>")
             return copied
         if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
             return self._method(value)
@@ -360,7 +361,10 @@ class Copier:
             return value
         make, arguments, *more = found
         state, items, pairs = [*more, None, None, None][:3]
-        copied: Any = _quiet(self.copy(make)(*(self.copy(argument) for argument in arguments)))
+        copied: Any = self.copy(make)(*(self.copy(argument) for argument in arguments))
+        if copied is value and make is copyreg.__newobj__:  # type: ignore[attr-defined] # a singleton, by its __new__
+            copied = object.__new__(type(value))
+        copied = copied if copied is value else _quiet(copied)
         self.put(value, copied)
         if state is not None:
             self._set_state(copied, state)
@@ -416,10 +420,23 @@ class _Unwritable(TorchDispatchMode):
 
 
 def _is_at_hand_elsewhere(thing: Any) -> bool:
-    """Whether another thread has it in a variable, or in an attribute of an object in one."""
+    """Whether another thread has it in a variable, or in an attribute of an object in one, three deep."""
     stacks = [frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()]
-    held = [local for stack in stacks for frame, _ in traceback.walk_stack(stack) for local in frame.f_locals.values()]
-    return any(thing is one for local in held for one in (local, *getattr(local, "__dict__", {}).values()))
+    found = [local for stack in stacks for frame, _ in traceback.walk_stack(stack) for local in frame.f_locals.values()]
+    for _ in range(4):
+        if any(one is thing for one in found):
+            return True
+        found = [attribute for one in found for attribute in _attributes(one).values()]
+    return False
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Those that an object has itself, without any code of its own."""
+    if not issubclass(type(value), (type, types.ModuleType, *weakref.ProxyTypes)):
+        with suppress(AttributeError):
+            found = object.__getattribute__(value, "__dict__")
+            return found if isinstance(found, dict) else {}
+    return {}
 
 
 def is_cached(value: Any) -> bool:

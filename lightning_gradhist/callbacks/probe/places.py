@@ -63,7 +63,8 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: Exit
 
     def put_back() -> None:
         for name in (names & space.keys()) - before.keys():
-            del space[name]
+            if not isinstance(space[name], types.ModuleType):  # one that was imported meanwhile stays so
+                del space[name]
         space.update(before)
 
     undo.callback(put_back)
@@ -103,7 +104,12 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
             copier.code.append(function)
         elif is_cached(function):
             cached = copier.copy(function, f"{kind.__qualname__}.{name}")
-            type.__setattr__(kind, name, cached if function is value else type(value)(cached))
+            if isinstance(value, property):
+                cached = value.getter(cached)
+            elif function is not value:
+                cached = type(value)(cached)
+            undo.callback(type.__setattr__, kind, name, value)
+            type.__setattr__(kind, name, cached)
         elif name in before and (not hasattr(type(value), "__get__") or _is_users_class(type(value))):
             copied = copier.copy(value, f"{kind.__qualname__}.{name}")
             if copied is not value:

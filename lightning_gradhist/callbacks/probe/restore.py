@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,9 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
         generators = isolate_rng()  # which puts nothing back where it is told of an exception
         generators.__enter__()
         stack.callback(generators.__exit__, None, None, None)
-        stack.callback(_put_back_process, os.getcwd(), dict(os.environ))
+        stack.callback(_put_back_environment, dict(os.environ))
+        with suppress(OSError):  # where the working directory is gone
+            stack.callback(_put_back_folder, os.getcwd())
         copier = Copier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
@@ -116,11 +118,15 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any]]], contents: list[tup
             own.copy_(content)
 
 
-def _put_back_process(folder: str, environment: dict[str, str]) -> None:
-    os.chdir(folder)
+def _put_back_environment(environment: dict[str, str]) -> None:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
-    os.environ.update(environment)
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+
+
+def _put_back_folder(folder: str) -> None:
+    with suppress(OSError):
+        os.chdir(folder)
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lightning_gradhist._flat import is_flat, is_of_fsdp
 from lightning_gradhist.callbacks._deepspeed import cuts_weights_up, is_deepspeed
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
+from lightning_gradhist.callbacks.gradients import has_gradient_hook
 from lightning_gradhist.callbacks.parameters import named_parameters
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
 from lightning_gradhist.callbacks.probe.progress import progress
@@ -99,8 +100,9 @@ def _why_not_sharded(trainer: Trainer, module: LightningModule) -> str | None:
     flat = [name for name, p in trained.items() if is_flat(p)]
     if flat:
         return f"parameter {flat[0]!r} is several layers in one; use FSDPStrategy(use_orig_params=True), which is the default"
-    # Of torch, private: there is no public way to ask for hooks. FSDP2 runs them in the backward pass that the probe needs.
-    hooked = [name for name, p in trained.items() if getattr(p, "_post_accumulate_grad_hooks", None)]
+    hooked = [
+        name for name, p in trained.items() if has_gradient_hook(p)
+    ]  # which FSDP2 runs in the probe's backward pass
     if hooked:
         return f"parameter {hooked[0]!r} is sharded and has a hook, which the probe's backward pass would run"
     return None

@@ -102,6 +102,20 @@ def test_other_hyper_parameters_go_into_their_group_alone() -> None:
     assert (second["eps"], second["alpha"], second["explore_beta"], second["lr"]) == (1e-9, "auto", "auto", 0.01)
 
 
+@pytest.mark.parametrize("kind", [schedules.LambdaLR, schedules.MultiplicativeLR])
+@pytest.mark.parametrize("held", ["optimizer", "groups", "group"])
+def test_a_function_that_reads_the_rate_does_not_follow(kind: Any, held: str) -> None:
+    optimizer = make()
+    groups = optimizer.param_groups
+    reads = {
+        "optimizer": lambda step: 0.1 / optimizer.param_groups[0]["lr"],
+        "groups": lambda step: 0.1 / groups[0]["lr"],
+        "group": lambda step, group=groups[0]: 0.1 / group["lr"],
+    }[held]
+    scheduler = kind(optimizer, reads)
+    assert "look at the optimizer" in str(stray_schedule(optimizer, [(scheduler, 8)], [2.0, 2.0]))
+
+
 def test_the_smallest_change_of_a_plateau_follows() -> None:
     optimizer = make((1e-3, 1e-3))
     plateau = schedules.ReduceLROnPlateau(optimizer, factor=0.9, patience=0, eps=5e-5)

@@ -57,6 +57,17 @@ class Twice(nn.Module):
         return self.layer(self.layer(inputs).tanh())
 
 
+class AtTwoSizes(nn.Module):
+    """A convolution that is called for two sizes of image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(16, 16, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs).tanh().mean((2, 3)) + self.layer(inputs[..., :4, :4]).mean((2, 3))
+
+
 class _First(nn.Module):
     def forward(self, outputs: Any) -> Tensor:
         return outputs[0]
@@ -76,6 +87,7 @@ MODELS = [
     pytest.param(lambda: nn.LayerNorm((5, 6)), lambda: torch.randn(BATCH, 3, 5, 6), id="layer norm"),
     pytest.param(Tied, lambda: words(BATCH, 7), id="tied"),
     pytest.param(Twice, lambda: torch.randn(BATCH, 8), id="called twice"),
+    pytest.param(AtTwoSizes, lambda: torch.randn(BATCH, 16, 20, 20), id="a convolution at two sizes"),
 ]
 
 

@@ -37,7 +37,7 @@ from support import (
     trainer,
 )
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_gradhist import GradientHistogramMonitor
 from lightning_gradhist.callbacks import gradients
@@ -1455,3 +1455,45 @@ def test_no_clip_factor_where_not_all_gradients_are_counted(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=1, exclude="bias")
     fit(tmp_path, monitor, module=Sixteen, gradient_clip_val=1e-2, max_steps=2)
     assert "gradient_clip_factor" not in events(tmp_path).Tags()["scalars"]
+
+
+@pytest.mark.parametrize("how", ["backward", "hook"])
+def test_clipping_within_backward_is_not_taken_for_noise_under_accumulation(tmp_path, how: str) -> None:
+    """What is clipped while micro-batches add up differs from the sum by more than noise: two steps are compared."""
+
+    class Plain(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 8)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    class InBackward(Plain):
+        def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters(), 2.0)
+
+    class InHook(Plain):
+        def configure_optimizers(self) -> Any:
+            for parameter in self.net.parameters():
+                parameter.register_post_accumulate_grad_hook(self.clip)
+            return super().configure_optimizers()
+
+        @staticmethod
+        def clip(parameter: Any) -> None:
+            parameter.grad.mul_(min(1, 2.0 / float(parameter.grad.norm())))
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2048, 8, generator=generator)
+    targets = inputs @ torch.randn(8, 8, generator=generator) + 4 * torch.randn(2048, 8, generator=generator)
+    found = []
+    for module in (Plain, InBackward if how == "backward" else InHook):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        data = DataLoader(TensorDataset(inputs, targets), 8)
+        fit(tmp_path / module.__name__, monitor, module=module, data=data, accumulate_grad_batches=8)
+        found.append(monitor.noise_records[0].estimate("simple").value)
+    assert found[1] == pytest.approx(found[0], rel=0.6)

@@ -11,6 +11,7 @@ import os
 import queue
 import random
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -229,13 +230,55 @@ class Remembers(Small):
     def of_object(self, size: int) -> torch.Tensor:
         return torch.randn(size)
 
+    @property
+    @functools.cache  # noqa: B019
+    def drawn(self) -> torch.Tensor:
+        return torch.randn(2)
+
+    @drawn.setter
+    def drawn(self, value: Any) -> None:
+        self.noted = value
+
+    @functools.cache  # noqa: B019
+    def __getitem__(self, size: int) -> torch.Tensor:
+        return torch.randn(size)
+
     def touch(self, batch: Any, batch_idx: int) -> Any:
         size = batch_idx % 3 + 1
-        return sum(draw(size).sum() for draw in (remembered, self.own, self.of_class, self.of_object))
+        self.drawn = size
+        draws = (remembered, self.own, self.of_class, self.of_object, self.__getitem__)
+        return sum(draw(size).sum() for draw in draws) + self.drawn.sum()
+
+    def on_train_start(self) -> None:
+        assert type(self).__getitem__.cache_info().currsize == 0
 
     def on_train_end(self) -> None:
+        type(self).__getitem__.cache_clear()
         remembered.cache_clear()
         self.of_class.cache_clear()
+
+
+class Once:
+    """A singleton."""
+
+    _only: Any = None
+
+    def __new__(cls) -> Any:
+        cls._only = cls._only or super().__new__(cls)
+        return cls._only
+
+
+class HasSingleton(Small):
+    """An object that its class makes only once, with state."""
+
+    def set_up(self) -> None:
+        Once._only = None
+        self.once = Once()
+        self.once.count = 0
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.once.count += 1
+        return 0.01 * self.once.count
 
 
 class HeldWeakly(Small):
@@ -261,10 +304,18 @@ class OfTheProcess(Small):
         self.folder = os.getcwd()
         sys.modules["counted_elsewhere"] = types.ModuleType("counted_elsewhere")
         vars(sys.modules["counted_elsewhere"])["count"] = 0
+        path = Path(tempfile.mkdtemp())
+        (path / "a_package").mkdir()
+        for name in ("__init__", "within"):
+            (path / "a_package" / f"{name}.py").write_text("")
+        sys.path.insert(0, str(path))
+        import a_package  # type: ignore[import-not-found]  # noqa: F401
 
     def touch(self, batch: Any, batch_idx: int) -> Any:
+        import a_package.within  # type: ignore[import-not-found]
         import counted_elsewhere  # type: ignore[import-not-found]
 
+        assert a_package.within
         counted_elsewhere.count += 1
         os.environ["COUNT"] = str(int(os.environ.get("COUNT", "0")) + 1)
         globals()["QUOTED"] = globals().get("QUOTED", 0) + 1
@@ -273,6 +324,7 @@ class OfTheProcess(Small):
 
     def on_train_end(self) -> None:
         os.chdir(self.folder)
+        del sys.path[0], sys.modules["a_package"], sys.modules["a_package.within"]
         del os.environ["COUNT"], globals()["QUOTED"], sys.modules["counted_elsewhere"]
 
 
@@ -469,6 +521,7 @@ MODULES = [
     InCircles,
     Remembers,
     HeldWeakly,
+    HasSingleton,
     KnowsAddresses,
     OfTheProcess,
     OddTensors,
