@@ -23,6 +23,8 @@ def is_sharded(param: Tensor) -> bool:
 
 def any_sharded(params: Iterable[Tensor]) -> bool:
     """Whether one of them is; plain parameters without a mark, mostly all, are not asked one by one."""
+    if torch.compiler.is_compiling():  # which cannot look into a parameter's dictionary
+        return any(map(is_sharded, params))
     return any(is_sharded(param) for param in params if type(param) is not Parameter or param.__dict__)
 
 
