@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -123,7 +123,10 @@ def stray_schedule(
 
 def _looks_at_an_optimizer(function: Any) -> bool:
     """Whether a function of a schedule holds an optimizer or its groups, from which it may take the rate away again."""
-    held: list[Any] = list(inspect.getclosurevars(function).nonlocals.values()) if inspect.isfunction(function) else []
+    held: list[Any] = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # not filled, or not any more
+            held.append(cell.cell_contents)
     held += [*(getattr(function, "__defaults__", None) or ()), *getattr(function, "__dict__", {}).values()]
     held += [one for some in held if isinstance(some, (list, tuple)) for one in some]
     return any(isinstance(one, Optimizer) or (isinstance(one, dict) and "params" in one) for one in held)

@@ -116,6 +116,20 @@ def test_a_function_that_reads_the_rate_does_not_follow(kind: Any, held: str) ->
     assert "look at the optimizer" in str(stray_schedule(optimizer, [(scheduler, 8)], [2.0, 2.0]))
 
 
+def test_a_function_with_an_empty_cell_is_looked_at() -> None:
+    optimizer = make()
+
+    def schedule() -> Any:
+        def factor(step: int) -> float:
+            return 1.0 if step >= 0 else unset
+
+        if not optimizer:
+            unset = 0.0
+        return factor
+
+    assert stray_schedule(optimizer, [(schedules.LambdaLR(optimizer, schedule()), 8)], [2.0, 2.0]) is None
+
+
 def test_the_smallest_change_of_a_plateau_follows() -> None:
     optimizer = make((1e-3, 1e-3))
     plateau = schedules.ReduceLROnPlateau(optimizer, factor=0.9, patience=0, eps=5e-5)
