@@ -121,7 +121,7 @@ def surge_ratio(
     ratio = SurgeLaw(noise_scale, valid_until=BOUND * noise_scale).ratio(batch_size, reference_batch_size)
     if not from_record:
         return _from_one_to(ratio, math.sqrt(batch_size / reference_batch_size))
-    at_equal_steps = _from_one_to(ratio, (batch_size / reference_batch_size) ** EXPONENTS["fourth_root"])
+    at_equal_steps = _from_one_to(ratio, plain_ratio("fourth_root", batch_size, reference_batch_size))
     return ratio**share * at_equal_steps ** (1 - share)
 
 
@@ -213,15 +213,14 @@ def _why_refused(
             least, most = f"{min(full):.3g}", f"{max(full):.3g}"
             why = f"the noise scale is too uncertain ({samples})"
             why += f": the rate could be multiplied by anything from {least} to {most}" if least != most else ""
-    if why is not None and from_record and noise is not None:
-        few = f"the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; "
-        more = "record a longer run, or lower every_n_steps of the GradientHistogramMonitor there"
-        why += (
-            f" ({few}{more})"
-            if noise.measurements < ENOUGH
-            else " (record a longer run, or pass fallback='fourth_root')"
-        )
-    return why
+    if why is None or not from_record or noise is None:
+        return why
+    if noise.measurements >= ENOUGH:
+        return f"{why} (record a longer run, or pass fallback='fourth_root')"
+    return (
+        f"{why} (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
+        " every_n_steps of the GradientHistogramMonitor there)"
+    )
 
 
 def _origin(from_record: bool) -> str:

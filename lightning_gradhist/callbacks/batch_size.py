@@ -75,8 +75,8 @@ class SampleCount:
     """Counts the samples of the batches that come on this rank.
 
     The loader's word is taken where a batch cannot be counted. Where the two contradict each other at the first batch,
-    neither is believed. Data smaller than one batch may have fewer than the loader says. Where recurrent layers may take
-    time first, the loader has to say the same. What the user says is believed before either.
+    neither is believed. Data smaller than one batch may have fewer than the loader says. Where layers may take time
+    first, the loader has to say the same. What the user says is believed before either.
 
     Args:
         given: samples of a micro-batch, as the user says it; under manual optimization, of a step.

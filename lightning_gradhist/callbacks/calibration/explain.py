@@ -140,10 +140,12 @@ def never_at_its_peak(which: str, steps: int) -> str:
 
 
 def first_step(ratio: float, critical: float, taken: float, knows_reference: bool) -> str:
-    limit = ""
-    if taken != critical:
+    if taken == critical:
+        limit = ""
+    elif knows_reference:
         limit = ", with which it is as long as that of the reference"
-        limit = limit if knows_reference else ", and no lower, as it is not known how the run that is trusted began"
+    else:
+        limit = ", and no lower, as it is not known how the run that is trusted began"
     return (
         f"the law gives times {ratio:.3g}, but {_tried(critical)}. The rate is taken times {taken:.3g}{limit}. A longer"
         " warm-up allows more"

@@ -100,7 +100,8 @@ class NoiseMonitor(StepObserver):
         trainer, begins = self._fit.trainer, self._begins(due)
         # Of a pair, gradients that lie whole in p.grad, and are clipped where Lightning does.
         whole = trainer.lightning_module.automatic_optimization and not is_cut_up(trainer)
-        has_parts = begins and parts_of_a_step(trainer) > 1 and not self._changes_sums()
+        is_one_batch = parts_of_a_step(trainer) == 1
+        has_parts = begins and not is_one_batch and not self._changes_sums()
         self._compares = has_parts or ((begins or self._compares_pair()) and whole)
         if self._compares:
             parameters = self._watched.parameters
@@ -108,8 +109,8 @@ class NoiseMonitor(StepObserver):
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
-        alone = begins and whole and not self._in_pair and self._fit.replicas.ranks == 1
-        self._halves_batch = alone and not has_parts and self._progress.steps > 0  # before, there is no metric
+        alone = begins and whole and is_one_batch and not self._in_pair and self._fit.replicas.ranks == 1
+        self._halves_batch = alone and self._progress.steps > 0  # before, there is no metric
 
     def _changes_sums(self) -> bool:
         """Whether somebody may change what micro-batches add up to while they do, as by clipping within backward."""

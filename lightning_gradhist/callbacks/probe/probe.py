@@ -38,7 +38,7 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
     on_every_rank,
 )
-from lightning_gradhist.callbacks.probe.restore import Apart
+from lightning_gradhist.callbacks.probe.restore import Apart, write_back
 from lightning_gradhist.callbacks.strategies import (
     averages_in_backward,
     end_forward,
@@ -165,8 +165,8 @@ class Probe:
             return None
         held = [tensor.detach() for tensor in (*self._module.parameters(), *self._module.buffers())]
         try:
-            made, before = on_every_rank(
-                self._trainer, "to hold gradients", lambda: (step(), [tensor.clone() for tensor in held])
+            made, contents = on_every_rank(
+                self._trainer, "to hold gradients", lambda: (step(), [(own, own.clone()) for own in held])
             )
         except ProbeRefusedError:
             return None
@@ -174,7 +174,7 @@ class Probe:
 
         def loss_at(factor: float) -> float:
             try:
-                losses = self._losses_after(factor, made, held, before)
+                losses = self._losses_after(factor, made, contents)
                 known[:] = known or map(math.isfinite, losses)
                 total = sum(loss for loss, there in zip(losses, known, strict=True) if there)
             except Exception:  # of a training step at other weights, or for lack of memory
@@ -185,14 +185,14 @@ class Probe:
         try:
             return largest_factor(loss_at, largest)
         finally:
-            _put_back(held, before)
+            write_back(contents)
             self._kept.clear()
 
     def _losses_after(
-        self, factor: float, step: Mapping[str, Tensor], held: Sequence[Tensor], before: Sequence[Tensor]
+        self, factor: float, step: Mapping[str, Tensor], before: Sequence[tuple[Tensor, Tensor]]
     ) -> list[float]:
         """The loss of each batch that is kept, NaN where there is none, infinite where it is not finite."""
-        _put_back(held, before)
+        write_back(before)
         with isolate_rng():  # so that dropout is the same each time
             for name, change in step.items() if factor else ():
                 _real(self._parameters[name]).sub_(factor * change)
@@ -355,12 +355,6 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: in
             output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) and loss.requires_grad else None
-
-
-@torch.no_grad()
-def _put_back(held: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
-    for tensor, content in zip(held, contents, strict=True):
-        tensor.copy_(content)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +96,9 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
 
 def _lend_sharded(stack: ExitStack, copier: Copier, module: nn.Module) -> None:
     """Puts copies in the place of all that the modules hold, but their parameters and each other."""
-    wrapped = (
-        part for part in module.modules() if not isinstance(part, FullyShardedDataParallel)
-    )  # a wrapper has no more
-    before = [(part, dict(vars(part))) for part in wrapped]
+    # FSDP1's own modules hold nothing else.
+    parts = [part for part in module.modules() if not isinstance(part, FullyShardedDataParallel)]
+    before = [(part, dict(vars(part))) for part in parts]
     contents = [(own, own.clone()) for own in (local(p.detach()) for p in module.parameters())]
     stack.callback(_put_back, before, contents)
     for part, attributes in before:
@@ -113,6 +112,11 @@ def _put_back(before: list[tuple[nn.Module, dict[str, Any]]], contents: list[tup
     for part, attributes in before:
         vars(part).clear()
         vars(part).update(attributes)
+    write_back(contents)
+
+
+def write_back(contents: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Gives tensors their contents again."""
     with torch.no_grad():
         for own, content in contents:
             own.copy_(content)

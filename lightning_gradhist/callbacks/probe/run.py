@@ -100,9 +100,8 @@ def _why_not_sharded(trainer: Trainer, module: LightningModule) -> str | None:
     flat = [name for name, p in trained.items() if is_flat(p)]
     if flat:
         return f"parameter {flat[0]!r} is several layers in one; use FSDPStrategy(use_orig_params=True), which is the default"
-    hooked = [
-        name for name, p in trained.items() if has_gradient_hook(p)
-    ]  # which FSDP2 runs in the probe's backward pass
+    # FSDP2 runs hooks in the backward pass that the probe needs.
+    hooked = [name for name, p in trained.items() if has_gradient_hook(p)]
     if hooked:
         return f"parameter {hooked[0]!r} is sharded and has a hook, which the probe's backward pass would run"
     return None
