@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket
+from lightning_gradhist.optim._checks import as_tuple
 from lightning_gradhist.optim._formulas import (
     STATE,
     add_multiple,
@@ -159,7 +160,7 @@ class AdamE(MomentOptimizer):
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "lr": lr, "betas": as_tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip

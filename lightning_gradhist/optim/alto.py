@@ -12,7 +12,7 @@ from torch.optim.optimizer import StateDict
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._buckets import Bucket
-from lightning_gradhist.optim._checks import refuse_flat
+from lightning_gradhist.optim._checks import as_tuple, refuse_flat
 from lightning_gradhist.optim._formulas import (
     STATE,
     adam_directions,
@@ -241,7 +241,7 @@ class ALTO(MomentOptimizer):
     ) -> None:
         """Check the hyper-parameters and register the parameters."""
         defaults = {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "lr": lr, "betas": as_tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "layerwise": layerwise, "bias_correction": bias_correction,
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip
