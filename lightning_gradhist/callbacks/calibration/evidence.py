@@ -16,7 +16,7 @@ from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrappe
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_overridden
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
-from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
+from lightning_gradhist.callbacks.calibration.handoff import stray_schedule
 from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
 from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of, starts_with_signs
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -25,7 +25,7 @@ from lightning_gradhist.callbacks.probe.outcome import on_every_rank
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
-from lightning_gradhist.callbacks.schedules import horizons, later_accumulation, run_length
+from lightning_gradhist.callbacks.schedules import base_rates, horizons, later_accumulation, run_length
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_gradhist.callbacks._lightning import is_overridden
 from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
-from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import (
     LocalGradients,
     dense,
@@ -25,6 +24,7 @@ from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
+from lightning_gradhist.callbacks.schedules import base_rates
 from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.sample import Sample

@@ -240,6 +240,31 @@ def test_a_group_whose_rate_is_no_number_keeps_them_all() -> None:
     assert result.changes == () and "lr is no number" in " ".join(result.problems)
 
 
+def test_rates_that_are_all_zero_are_told_of() -> None:
+    asked = Asked(reference_batch_size=256, learning_rate="sqrt", epsilon="keep")
+    result = decide(asked, evidence(group(0.0), group(0.0)))
+    assert (result.ratio, result.changes) == (1.0, ()) and "every rate is 0 when training begins" in result.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "own", "told"),
+    [
+        pytest.param((1.0,), (1e-3,), "the recorded rate 1 and the 0.001 of the optimizer are", id="too large"),
+        pytest.param((1e-6,), (1e-3,), "the recorded rate 1e-06 and the 0.001 of the optimizer are", id="too small"),
+        pytest.param((1e14,), (1e-3,), "the recorded rate 1e+14", id="absurd"),
+        pytest.param((1e-3, 2.0), (1e-3, 1e-2), "the recorded rate 2 and the 0.01 of", id="of another group"),
+        pytest.param((0.05,), (1e-3,), None, id="apart"),
+        pytest.param((1e-3, 1.0), (1e-3, 0.0), None, id="frozen"),
+    ],
+)
+def test_a_recorded_rate_that_is_far_off_is_used_and_told_of(rates: Any, own: Any, told: str | None) -> None:
+    record = recorded(rates=rates)
+    result = decide(Asked(epsilon="keep"), evidence(*map(group, own), recorded=record))
+    found = {change.group: change.after for change in result.changes}
+    assert found == pytest.approx({i: r * result.ratio for i, (r, o) in enumerate(zip(rates, own, strict=True)) if o})
+    assert [told in problem for problem in result.problems] == [True] if told else result.problems == ()
+
+
 @pytest.mark.parametrize(("batch_size", "numbers"), [(64, (0.5, 0.01)), (1024, (-5.0, 0.99))])
 def test_adaptor_e_is_chosen_where_it_was_left_on_auto(batch_size: int, numbers: tuple[float, float]) -> None:
     groups = (group(alpha="explore_alpha"), group())
