@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 AUTO = "auto"
 
@@ -18,7 +18,7 @@ _SMALL_BATCH_CHOICE = (0.5, 0.01)
 _LARGE_BATCH_CHOICE = (-5.0, 0.99)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a real number, of NumPy's too; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 

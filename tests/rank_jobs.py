@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
 from lightning_gradhist.callbacks.calibration import evidence
-from lightning_gradhist.callbacks.monitor import observer, optimizer_state
+from lightning_gradhist.callbacks.monitor import messages, observer, optimizer_state
 from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
@@ -447,6 +447,22 @@ def not_averaged(folder: Path) -> Any:
         said = [str(one.message) for one in caught if "GradientHistogramMonitor" in str(one.message)]
         found[when] = said, [sample["noise_simple"] for sample in monitor.noise_records[0].samples]
     return found
+
+
+def compressed(folder: Path) -> Any:
+    """PowerSGD, which sends an approximation of the gradient: what was measured."""
+
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    class Compress(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+            trainer.strategy.model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+            why.append(messages.why_no_noise(trainer))
+
+    monitor, why = GradientHistogramMonitor(every_n_steps=2), []
+    made = fit(folder, Compress(), monitor, data=loader(4), max_steps=6, **ddp(2))
+    return made.global_step, list(monitor.noise_records[0].samples), *why
 
 
 def killed(folder: Path) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
@@ -42,7 +42,7 @@ def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | 
     return [float(rate) if is_rate(rate) else None for rate in (cycles[0] if cycles else rates)]
 
 
-def is_rate(value: Any) -> bool:
+def is_rate(value: Any) -> TypeGuard[float | Tensor]:
     """Whether a value is a number, or a tensor of one."""
     return is_number(value) or isinstance(value, Tensor)
 

@@ -21,6 +21,7 @@ from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 _DATA = "data_parallel"  # what Lightning calls the dimension of a mesh over which ranks have other samples
+_AVERAGING = {"allreduce_hook", "fp16_compress_hook", "bf16_compress_hook"}  # torch's own, but for rounding
 _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 
@@ -52,6 +53,12 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     few = [flat_values(tensor)[0][:64].float() for tensor in tensors.values()] or [torch.zeros(1)]
     bits = torch.cat([values.to(few[0].device) for values in few]).view(torch.int32)
     return bits.sum(dim=0, keepdim=True, dtype=torch.int64) % 2**20
+
+
+def changing_hook(trainer: Trainer) -> str | None:
+    """The name of a communication hook of DDP's that does not just average, as PowerSGD's; private, as torch tells nobody."""
+    names = [getattr(hook, "__name__", repr(hook)) for hook, _ in getattr(trainer.strategy.model, "_comm_hooks", ())]
+    return next((name for name in names if name not in _AVERAGING), None)
 
 
 def is_cut_up(trainer: Trainer) -> bool:

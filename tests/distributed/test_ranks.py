@@ -9,6 +9,7 @@ import torch
 from rank_jobs import (
     apart,
     calibrated,
+    compressed,
     exit_codes,
     hostile_record,
     invisible,
@@ -211,6 +212,11 @@ def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path)
         logged = [tag for tag in events(tmp_path / when).Tags()["histograms"] if tag == f"{kind}_magnitude/all"]
         assert bool(logged) == (when == "local")
         assert [("differ from rank to rank" in one) for one in said] == ([] if when == "local" else [True])
+
+
+def test_noise_is_not_measured_where_gradients_are_compressed(tmp_path) -> None:
+    steps, samples, why = run_ranks(compressed, 2, tmp_path)[0]
+    assert (steps, samples) == (6, []) and "powerSGD_hook changes the gradients" in why
 
 
 def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path) -> None:

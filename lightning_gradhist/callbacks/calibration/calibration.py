@@ -29,6 +29,7 @@ from lightning_gradhist.callbacks.calibration.handoff import apply_changes, hold
 from lightning_gradhist.callbacks.optimizers import why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
@@ -160,7 +161,7 @@ class OptimizerCalibration(Callback):
         fallback: PlainLaw = "keep",
     ) -> None:
         for name, size in (("reference_batch_size", reference_batch_size), ("batch_size", batch_size)):
-            if size is not None and not size > 0:
+            if size is not None and not (_is_number(size) and size > 0):
                 raise MisconfigurationException(f"{name} must be a positive number of samples, got {size!r}")
         if reference is not None and reference_batch_size is not None:
             raise MisconfigurationException(
@@ -347,7 +348,7 @@ def _obstacle(trainer: Trainer) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return is_number(value) and 0 <= value < math.inf
 
 
 def _load(path: str) -> RunRecord | RecordError:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_gradhist.callbacks.monitor.observer import Fit
+from lightning_gradhist.callbacks.strategies import changing_hook
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
@@ -30,21 +31,22 @@ def no_step_hooks(name: str) -> str:
     )
 
 
-def overfits(trainer: Trainer) -> bool:
-    """Whether the Trainer trains on the same few batches again."""
-    return bool(getattr(trainer, "overfit_batches", False))
+def why_no_noise(trainer: Trainer) -> str | None:
+    """What keeps the gradients of a run from telling its noise, or None."""
+    if getattr(trainer, "overfit_batches", False):
+        return "overfit_batches trains on the same few batches again, and their gradients do not tell of others"
+    hook = changing_hook(trainer)
+    return hook and f"the communication hook {hook} changes the gradients, which cannot be told from noise"
 
 
 def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
     """Says once, when the first batch has come, what is not recorded, and where nothing is logged."""
     if "lacks" in fit.warned:
         return
-    if wants_noise and overfits(fit.trainer):
+    why_none = why_no_noise(fit.trainer)
+    if wants_noise and why_none is not None:
         fit.warned.add("lacks")
-        rank_zero_info(
-            "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
-            " their gradients do not tell of others."
-        )
+        rank_zero_info(f"GradientHistogramMonitor records no noise scale: {why_none}.")
     elif wants_noise and fit.samples.problem is not None:
         fit.warn_once(
             "lacks",

@@ -593,6 +593,9 @@ def test_a_trainer_of_the_other_package_is_as_good(tmp_path) -> None:
     [
         pytest.param({"reference_batch_size": 0}, "reference_batch_size must be a positive", id="reference_batch_size"),
         pytest.param({"batch_size": -1}, "batch_size must be a positive", id="batch_size"),
+        pytest.param({"batch_size": "8"}, "batch_size must be a positive.*got '8'", id="batch_size as text"),
+        pytest.param({"reference_batch_size": True}, "must be a positive.*got True", id="reference_batch_size true"),
+        pytest.param({"reference_batch_size": math.inf}, "must be a positive.*got inf", id="infinite"),
         pytest.param({"reference_batch_size": 8, "reference": "x"}, "contradict each other", id="two references"),
         pytest.param({"epsilon": "best"}, "epsilon must be 'auto', 'keep' or a number", id="epsilon"),
         pytest.param({"epsilon": -1.0}, "epsilon must be .* got -1.0", id="negative epsilon"),
