@@ -26,7 +26,7 @@ from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults, stray_rate
-from lightning_gradhist.callbacks.optimizers import why_without_layers
+from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
@@ -317,7 +317,7 @@ class OptimizerCalibration(Callback):
             if isinstance(outcome, RecordError):
                 raise outcome
             outcome.check_model(model_shapes(trainer))
-            return outcome.of_optimizer(type(unwrapped(optimizer)).__name__, [*optimizer_parameters(module, optimizer)])
+            return outcome.of_optimizer(class_name(optimizer), [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
 

@@ -18,7 +18,14 @@ from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import stray_schedule
 from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
-from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of, starts_with_signs
+from lightning_gradhist.callbacks.optimizers import (
+    centered,
+    class_name,
+    least_epsilon,
+    own_clip_norm,
+    rule_of,
+    starts_with_signs,
+)
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.first_step import first_step
 from lightning_gradhist.callbacks.probe.outcome import on_every_rank
@@ -93,6 +100,7 @@ class Evidence:
     adaptive: bool  # whether its step is divided by the root of an average of squares, plus its epsilon
     groups: Sequence[ParamGroup]
     batch_size: float | None  # samples of an optimizer step; None if unknown
+    parameters: Sequence[str] = ()  # their names, in the order of the groups
     recorded: OptimizerRecord | None = None
     stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None  # see handoff.stray_schedule
     why_no_batch_size: str | None = None  # where this rank knows
@@ -119,7 +127,8 @@ class Evidence:
             return None
         rates, own = self.recorded.learning_rates, self.own_rates
         alike = len(rates) == len(own) and not any(r == 0 < before for r, before in zip(rates, own, strict=True))
-        return rates if alike else None
+        in_order = [*self.recorded.parameters] in ([], [*self.parameters]) or len({*rates}) == len({*own}) == 1
+        return rates if alike and in_order else None
 
 
 def gather(
@@ -134,7 +143,7 @@ def gather(
     adaptive, schedules = rule_of(optimizer).adaptive, horizons(trainer)
     rates = base_rates(optimizer, [scheduler for scheduler, _ in schedules])
     evidence = Evidence(
-        optimizer=type(optimizer).__name__,
+        optimizer=class_name(optimizer),
         adaptive=adaptive,
         groups=[
             ParamGroup(
@@ -146,6 +155,7 @@ def gather(
             for group, rate in zip(optimizer.param_groups, rates, strict=True)
         ],
         batch_size=effective_batch_size(trainer, samples),
+        parameters=[*optimizer_parameters(module, optimizer)],
         recorded=recorded,
         stray=partial(stray_schedule, optimizer, schedules),
         length=run_length(trainer, optimizer),

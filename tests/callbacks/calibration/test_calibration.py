@@ -234,13 +234,13 @@ def test_a_record_gives_the_full_law_and_what_more_gpus_would_buy(tmp_path) -> N
     result, group = calibrated(
         tmp_path / "next",
         OptimizerCalibration(reference=path, probe_batches=16),
-        module=Net(with_eps(1e-8, lr=1.0)),
+        module=Net(with_eps(1e-8, lr=0.1)),
         data=loader(32, samples=512),
         max_epochs=1,
     )
     assert result.law == "surge" and result.noise_source == "record"
     assert result.ratio == pytest.approx(law.ratio(32, 8))
-    assert group["lr"] == pytest.approx(4e-3 * law.ratio(32, 8))  # the recorded rate, not the 1.0 in the code
+    assert group["lr"] == pytest.approx(4e-3 * law.ratio(32, 8))  # the recorded rate, not the 0.1 in the code
     assert any("of the recorded rate" in reason for reason in result.reasons)
     assert result.tradeoff() == batch_size_tradeoff(critical_batch_size(noise), 32)
     assert events(tmp_path / "next").Images("calibration/steps_and_samples_over_batch_size")

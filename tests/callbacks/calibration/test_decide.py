@@ -195,11 +195,29 @@ def test_short_runs_and_warm_ups_that_do_not_end_are_named(law: str) -> None:
     [
         pytest.param(recorded("Adam"), "is of Adam", id="class"),
         pytest.param(recorded(rates=(1.0, 2.0)), "has other parameter groups", id="groups"),
+        pytest.param(recorded("AdamW(SGD)"), "is of AdamW(SGD)", id="what it wraps"),
     ],
 )
 def test_a_record_of_something_else_brings_the_ratio_alone(record: OptimizerRecord, why: str) -> None:
     result = decide(Asked(epsilon="keep"), evidence(recorded=record))
     assert result.learning_rate == pytest.approx(1e-3 * result.ratio) and why in " ".join(result.reasons)
+
+
+@pytest.mark.parametrize(
+    ("order", "rates", "own", "used"),
+    [
+        pytest.param("ab", (1e-3, 1e-2), (2e-3, 2e-2), True, id="as they were"),
+        pytest.param("ba", (1e-3, 1e-2), (2e-2, 2e-3), False, id="in another order"),
+        pytest.param("ba", (1e-3, 1e-3), (2e-2, 2e-3), False, id="with other ratios"),
+        pytest.param("ba", (1e-3, 1e-3), (2e-3, 2e-3), True, id="of one rate"),
+    ],
+)
+def test_recorded_rates_are_those_of_the_same_groups(order: str, rates: Any, own: Any, used: bool) -> None:
+    record = replace(recorded(rates=rates), parameters=["a", "b"])
+    result = decide(Asked(epsilon="keep"), evidence(*map(group, own), recorded=record, parameters=order))
+    expected = [result.ratio * rate for rate in (rates if used else own)]
+    assert [change.after for change in result.changes] == pytest.approx(expected)
+    assert ("has other parameter groups" in " ".join(result.reasons)) is not used
 
 
 def test_groups_keep_their_ratio_and_a_frozen_one_its_zero() -> None:
