@@ -124,7 +124,7 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
     ):
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive, got {number!r}")
-    return tuple(_plan(entry, batch_sizes, steps or record.steps) for entry in record.optimizers)
+    return tuple(_plan(entry, batch_sizes, steps or entry.length.made or record.steps) for entry in record.optimizers)
 
 
 def _plan(entry: OptimizerRecord, batch_sizes: Sequence[float], steps: int) -> Plan:

@@ -6,6 +6,8 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from types import FunctionType
 from typing import Any
 
@@ -124,7 +126,7 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
     # of sums in which the largest rate is a term
     rounding = 1e-9 * max(float(group.get("initial_lr", group["lr"])) for group in scheduler.optimizer.param_groups)
     try:
-        with warnings.catch_warnings(), isolate_rng():
+        with warnings.catch_warnings(), isolate_rng(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
             plain, scaled = twin(scheduler), twin(scheduler)
             _scale(scaled.optimizer, [scaled], factors)

@@ -168,7 +168,7 @@ class GradientHistogramMonitor(Callback):
 
     @property
     def noise_records(self) -> list[NoiseRecord]:
-        """The noise measured so far, one record an optimizer."""
+        """The noise measured so far, one record an optimizer; under ``ddp_spawn`` and ``ddp_fork`` only the ranks have it."""
         return [progress.noise for progress in self._progress]
 
     def state_dict(self) -> dict[str, Any]:

@@ -400,6 +400,18 @@ def test_schedulers_are_tried_without_a_trace() -> None:
     assert repr((optimizer.param_groups, vars(one) | {"optimizer": 0}, vars(other) | {"optimizer": 0})) == before
 
 
+def test_a_scheduler_that_prints_is_tried_in_silence(capsys) -> None:
+    class Prints(schedules.LRScheduler):
+        def get_lr(self) -> Any:
+            print("now at", self.last_epoch)
+            return self.base_lrs
+
+    optimizer = make()
+    scheduler = Prints(optimizer)
+    capsys.readouterr()
+    assert stray_schedule(optimizer, [(scheduler, 8)], (2.0, 2.0)) is None and not capsys.readouterr().out
+
+
 def test_a_million_steps_are_tried_in_a_moment() -> None:
     optimizer = make()
     start = time.perf_counter()
