@@ -100,7 +100,7 @@ def stray_schedule(
     """
     for scheduler, horizon in horizons:
         for part in parts(schedulers_of(optimizer, [scheduler])):
-            if any(_looks_at(function, part.optimizer) for function in getattr(part, "lr_lambdas", ())):
+            if any(_looks_at(function, part) for function in getattr(part, "lr_lambdas", ())):
                 return f"{type(part).__name__} (lr_lambdas, which look at the optimizer)"
             if type(part) not in _FOLLOW and not _follows(part, horizon, factors):
                 groups = len(factors)  # as many numbers may be rates, whatever their name
@@ -110,12 +110,16 @@ def stray_schedule(
     return None
 
 
-def _looks_at(function: Any, optimizer: Optimizer) -> bool:
-    """Whether a function of a schedule holds an optimizer or its groups, or names them, and may take the rate away again."""
-    groups = {id(group) for group in (optimizer.param_groups, *optimizer.param_groups)}
+def _looks_at(function: Any, scheduler: Any) -> bool:
+    """Whether a function of a schedule holds or names what has absolute rates, and may take the new one away again.
+
+    That is an optimizer, its groups, or another scheduler.
+    """
+    groups = scheduler.optimizer.param_groups
+    rates = {id(one) for one in (groups, *groups)}
     return any(
-        isinstance(one, Optimizer)
-        or id(one) in groups
+        (isinstance(one, (Optimizer, lr_scheduler.LRScheduler)) and one is not scheduler)
+        or id(one) in rates
         or (isinstance(one, FunctionType) and "param_groups" in one.__code__.co_names)
         for one in reached(function)
     )

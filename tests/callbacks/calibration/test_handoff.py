@@ -150,6 +150,7 @@ READS = {
     "object in an object": lambda o: Factor(Factor(o.param_groups[0])),
     "function in a function": lambda o: (lambda inner: lambda step: inner(step))(lambda step: of_group(step, vars(o))),
     "method of a module": lambda o: NamesGroups(o).factor,
+    "another scheduler": lambda o: (lambda other: lambda step: other.get_last_lr()[0] / 0.1)(SCHEDULERS["cosine"](o)),
 }
 
 
@@ -166,7 +167,7 @@ class Linear(schedules.LambdaLR):
     """As those of older transformers, with a function that is a method of its own."""
 
     def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer, self.lr_lambda)
+        super().__init__(optimizer, [self.lr_lambda, lambda step: self.lr_lambda(step)])
 
     def lr_lambda(self, step: int) -> float:
         return 1 / (1 + step)
