@@ -174,13 +174,10 @@ def parts(schedulers: Iterable[Any]) -> list[Any]:
     """Schedulers, and those of the same optimizer that they hold, as SequentialLR and a warm-up around another one do."""
     found = list(schedulers)
     for scheduler in found:  # which grows
-        for value in getattr(scheduler, "__dict__", {}).values():
-            held = [
-                one
-                for one in (value if isinstance(value, list) else [value])
-                if isinstance(one, lr_scheduler.LRScheduler)
-            ]
-            found += [one for one in held if one.optimizer is scheduler.optimizer and one not in found]
+        values = getattr(scheduler, "__dict__", {}).values()
+        held = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        held = [one for one in held if isinstance(one, lr_scheduler.LRScheduler) and one not in found]
+        found += [one for one in held if getattr(one, "optimizer", None) is scheduler.optimizer]
     return found
 
 

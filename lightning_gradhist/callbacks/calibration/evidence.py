@@ -155,7 +155,7 @@ def gather(
             for group, rate in zip(optimizer.param_groups, rates, strict=True)
         ],
         batch_size=effective_batch_size(trainer, samples),
-        parameters=[*optimizer_parameters(module, optimizer)],
+        parameters=[*optimizer_parameters(module, trainer.optimizers[0])],
         recorded=recorded,
         stray=partial(stray_schedule, optimizer, schedules),
         length=run_length(trainer, optimizer),
