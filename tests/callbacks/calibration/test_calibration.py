@@ -228,6 +228,7 @@ def test_a_probe_stays_between_one_and_the_square_root(tmp_path, reference: int,
 
 
 def test_a_record_gives_the_full_law_and_what_more_gpus_would_buy(tmp_path) -> None:
+    torch.manual_seed(0)  # whose noise scale has a narrow interval
     path = record_of_a_run(tmp_path / "run", data=loader(8, samples=512), module=Net(with_eps(1e-8, lr=4e-3)))
     noise = RunRecord.load(path).optimizers[0].noise["adam"]
     law = SurgeLaw(noise.value, valid_until=math.pi / 2 * noise.value)
