@@ -160,7 +160,7 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
     multiplied: dict[int, float] = {}  # tensors, which groups may share
     for group, factor in zip(optimizer.param_groups, filled, strict=True):
         for key, rate in _rates(group).items():
-            if not isinstance(rate, Tensor):
+            if not isinstance(rate, Tensor) or not rate.is_floating_point():
                 group[key] = rate * factor
             elif id(rate) not in multiplied:
                 rate.detach().mul_(factor)  # in place: captured graphs and compiled steps hold this tensor

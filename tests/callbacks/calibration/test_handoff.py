@@ -95,6 +95,12 @@ def test_a_rate_in_a_tensor_stays_that_tensor() -> None:
     assert float(held) == pytest.approx(0.3)
 
 
+def test_a_rate_in_a_tensor_of_integers_is_multiplied() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=torch.tensor(1))
+    apply_changes(optimizer, [], [GroupChange(0, "lr", 1.0, 0.5)])
+    assert float(optimizer.param_groups[0]["lr"]) == 0.5
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_a_rate_that_is_learned_is_multiplied() -> None:
     rate = torch.tensor(0.1, requires_grad=True)
