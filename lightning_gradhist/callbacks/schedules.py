@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def _can_be_tried(part: Any) -> bool:
 
 def _is_pure(value: Any) -> bool:
     """Whether it is a plain value, or a function that holds none but such and changes none."""
-    plain = (int, float, str, tuple, partial, type(None))
+    plain = (int, float, str, tuple, partial, type(None), type, ModuleType, BuiltinFunctionType)
     return all(isinstance(one, plain) or (isinstance(one, FunctionType) and not _writes(one)) for one in reached(value))
 
 
@@ -118,7 +118,7 @@ def _writes(function: FunctionType) -> bool:
 
 
 def reached(function: Any) -> list[Any]:
-    """A function, and what it holds, that holds, and so on: closures, defaults, attributes, what is bound to it."""
+    """A function, and what it holds, that holds, and so on: closures, globals, defaults, attributes, what is bound to it."""
     found = [function]
     for one in found:  # which grows
         if len(found) < _REACHED:
@@ -133,6 +133,7 @@ def _held(value: Any) -> Iterator[Any]:
         yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, FunctionType):
         yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
+        yield from (value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__)
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # not filled, or not any more
                 yield cell.cell_contents

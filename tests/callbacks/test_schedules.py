@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,7 @@ def warm_up_and_cosine(optimizer: Any) -> Any:
         pytest.param(lambda o: schedules.LinearLR(o, 0.25, total_iters=6), 6, id="warm-up"),
         pytest.param(lambda o: schedules.OneCycleLR(o, 0.1, total_steps=16, pct_start=0.25), 3, id="one cycle"),
         pytest.param(lambda o: schedules.LambdaLR(o, partial(ramp, steps=8)), 7, id="function"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda step: ramp(step, 8) * math.exp(0)), 7, id="of the file"),
         pytest.param(warm_up_and_cosine, 4, id="sequence"),
     ],
 )
@@ -114,7 +116,19 @@ def scaling(optimizer: Any) -> Any:
     return schedules.CyclicLR(optimizer, 0, 1e-2, scale_fn=lambda x: next(count), scale_mode="iterations", **options)
 
 
-STATEFUL = [counted, counting, remembering, noting, scaling]
+CALLS: list[int] = []
+
+
+def appending(optimizer: Any) -> Any:
+    def calls(step: int) -> int:
+        CALLS.append(step)
+        return len(CALLS)
+
+    CALLS.clear()
+    return schedules.LambdaLR(optimizer, lambda step: calls(step))
+
+
+STATEFUL = [counted, counting, remembering, noting, scaling, appending]
 
 
 @pytest.mark.parametrize(

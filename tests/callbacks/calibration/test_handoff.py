@@ -122,6 +122,13 @@ def of_group(step: int, group: Any) -> float:
     return 0.1 / group["lr"]
 
 
+HELD: list[Any] = []
+
+
+def of_held(step: int) -> float:
+    return of_group(step, HELD[0])
+
+
 class Factor:
     """A schedule as an object, which may hold what it likes."""
 
@@ -156,6 +163,7 @@ READS = {
     "object in an object": lambda o: Factor(Factor(o.param_groups[0])),
     "function in a function": lambda o: (lambda inner: lambda step: inner(step))(lambda step: of_group(step, vars(o))),
     "method of a module": lambda o: NamesGroups(o).factor,
+    "function of the file": lambda o: lambda step: of_held(step),
     "another scheduler": lambda o: (lambda other: lambda step: other.get_last_lr()[0] / 0.1)(SCHEDULERS["cosine"](o)),
 }
 
@@ -166,6 +174,7 @@ def test_a_function_that_reads_the_rate_does_not_follow(kind: Any, held: str) ->
     optimizer = make()
     scheduler = kind(optimizer, lambda step: 1.0)
     scheduler.lr_lambdas = [READS[held](optimizer)] * 2
+    HELD[:] = optimizer.param_groups
     assert "look at the optimizer" in str(stray_schedule(optimizer, [(scheduler, 8)], [2.0, 2.0]))
 
 
