@@ -17,9 +17,8 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.explore import AUTO, resolve_explore
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.optim._backends import Backend, backend_of, is_small, side_by_side
+from lightning_gradhist.optim._backends import Backend, Bucket, backend_of, is_small, side_by_side
 from lightning_gradhist.optim._base import ExploringOptimizer
-from lightning_gradhist.optim._buckets import Bucket
 from lightning_gradhist.optim._checks import (
     check_hyper_parameters,
     refuse_amsgrad,
