@@ -64,15 +64,14 @@ class MagnitudeHistogram:
     scale of ``2**n`` moves every count by ``8 * n`` bins.
 
     Values of other dtypes are converted to float32; float64 is truncated to its bin, not rounded. Every value is counted
-    once: zeros and magnitudes below ``2**-126`` (subnormal in float32) in :attr:`zeros`, infinities and magnitudes of
-    ``2**128`` or more in :attr:`infs`, NaN in :attr:`nans`. Values that a sparse tensor does not store are zeros.
+    once: zeros, also those that a sparse tensor does not store, and magnitudes below ``2**-126`` (subnormal in float32) in
+    :attr:`zeros`, infinities and magnitudes of ``2**128`` or more in :attr:`infs`, NaN in :attr:`nans`.
 
     Args:
-        names: the names of the rows; they must differ.
+        names: the names of the rows, which must differ; also an attribute.
         device: of the counts; the host by default.
 
     Attributes:
-        names: list of the names.
         table: all counts, int64 ``[len(names), 2035]``: zeros, bins, infinities, NaN. Adding tables merges histograms.
 
     Raises:
@@ -99,9 +98,8 @@ class MagnitudeHistogram:
     @classmethod
     def from_table(cls, names: Sequence[str], table: Tensor) -> MagnitudeHistogram:
         """The histogram of a :attr:`table` with these names; the table is not copied."""
-        histogram = cls(())
-        histogram.names, histogram.table = list(names), table
-        histogram._row_of = {name: row for row, name in enumerate(histogram.names)}
+        histogram = cls(names, device="meta")
+        histogram.table = table
         return histogram
 
     @property
@@ -135,8 +133,8 @@ class MagnitudeHistogram:
     def update(self, values: Mapping[str, Tensor], rows: Mapping[str, str] | None = None) -> None:
         """Counts the magnitudes of floating-point tensors of any shape, layout and device.
 
-        The host does not wait for tensors on the device of :attr:`table`. On CUDA, with Triton, those of one dtype of
-        float32, bfloat16 and float16 are counted in one launch.
+        The host does not wait for tensors on the device of :attr:`table`. With Triton on CUDA, those of one dtype of float32,
+        bfloat16 and float16 are counted in one launch.
 
         Args:
             values: from a name of :attr:`names` to a tensor. Names may be missing.
@@ -173,11 +171,7 @@ class MagnitudeHistogram:
         torch.distributed.all_reduce(self.table, group=group)
 
     def merge(self, other: MagnitudeHistogram) -> None:
-        """Adds the counts of another histogram with the same names.
-
-        Raises:
-            ValueError: for other names.
-        """
+        """Adds the counts of another histogram with the same names, else raises ``ValueError``."""
         if self.names != other.names:
             raise ValueError(f"other must have the same names to be merged: {self.names}, got {other.names}")
         self.table += other.table.to(self.table.device)
@@ -201,27 +195,20 @@ class MagnitudeHistogram:
         Zeros and non-finite values are left out. The answer is the geometric middle of the bin that holds the value.
 
         Args:
-            q: from 0 to 1.
+            q: from 0 to 1, else ``ValueError``.
             pooled: over all names together.
 
         Returns:
             float64 ``[len(names)]``, or 0-d if pooled; NaN where nothing was counted.
-
-        Raises:
-            ValueError: for a ``q`` out of its range.
         """
         if not 0.0 <= q <= 1.0:
             raise ValueError(f"q must lie in [0, 1], got {q!r}")
         return self.pooled().quantile(q)[0] if pooled else self._bins.quantiles([q])[:, 0]
 
     def share_below(self, magnitude: float) -> Tensor:
-        """Share of the values in :attr:`counts` below a magnitude, interpolated within the bin that holds it.
+        """Share of the values in :attr:`counts` below a magnitude from 0 up, interpolated within the bin that holds it.
 
-        Args:
-            magnitude: a non-negative number.
-
-        Returns:
-            float64 ``[len(names)]`` from 0 to 1; NaN where nothing was counted.
+        float64 ``[len(names)]`` from 0 to 1; NaN where nothing was counted.
         """
         return self._bins.shares_below([magnitude])[:, 0]
 

@@ -74,15 +74,10 @@ class RateRatio:
 
 
 def plain_ratio(law: str, batch_size: float, reference_batch_size: float) -> float:
-    """The rate at one batch size as a multiple of that at another: a power of their ratio.
-
-    Args:
-        law: one of :data:`PLAIN_LAWS`.
-        batch_size: samples of an optimizer step, positive.
-        reference_batch_size: those of the run whose rate is trusted, positive.
+    """The rate at one batch size as a multiple of that at the reference's: a power of their ratio.
 
     Raises:
-        ValueError: for another law, and for a batch size that is not positive.
+        ValueError: for a law that is none of :data:`PLAIN_LAWS`, and for a batch size in samples that is not positive.
     """
     if law not in EXPONENTS:
         raise ValueError(f"the name of a law must be one of {LAWS}, got {law!r}")
@@ -97,11 +92,7 @@ def share_of_equal_samples(
 
     .. math:: h = \log(S_0 / S) \Big/ \log(B / B_0), \qquad 0 \le h \le 1
 
-    Args:
-        batch_size: samples :math:`B` of an optimizer step.
-        reference_batch_size: those of the run whose rate is trusted; at the same batch size :math:`h` is 1.
-        steps: optimizer steps :math:`S` of the run, positive.
-        reference_steps: those of the run whose rate is trusted, positive.
+    with :math:`B` samples in each of :math:`S` optimizer steps; at the reference's own batch size :math:`h` is 1.
 
     Example:
         >>> share_of_equal_samples(256, 64, steps=1000, reference_steps=4000), share_of_equal_samples(256, 64, 4000, 4000)
@@ -145,9 +136,9 @@ def choose_ratio(
     Of the surge law:
 
     - With the noise scale of a probe, which is far too small, the ratio stays between 1 and the square root of the ratio of
-      batch sizes. With that of a record the full law is used, for a run of as many samples as the recorded one; for one of as
-      many steps the same ratio, but kept between 1 and the fourth root; and between these their geometric mean, with the
-      weights :math:`h` and :math:`1 - h`.
+      batch sizes. With that of a record the full law is used for a run of as many samples as the recorded one; for one of as
+      many steps it is kept between 1 and the fourth root; and between these it is their geometric mean, with the weights
+      :math:`h` and :math:`1 - h`.
     - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio levels off.
     - It is refused, and the fallback used, where no signal stands out of the noise, and where the interval of the noise
       scale is not within positive bounds, or its ends give ratios of the full law a factor of two or more apart. At the
@@ -156,7 +147,7 @@ def choose_ratio(
     Args:
         law: one of :data:`LAWS`.
         batch_size: samples of an optimizer step.
-        reference_batch_size: samples of an optimizer step of the run whose rate is trusted.
+        reference_batch_size: those of the run whose rate is trusted.
         noise: ``B_adam``; needed for ``"surge"``.
         from_record: whether it was measured over a run rather than at its start.
         fallback: the law that is used on a refusal: one of :data:`PLAIN_LAWS`.
@@ -184,16 +175,12 @@ def choose_ratio(
         return replace(plain, law=law)
     if why is not None or noise is None:
         return replace(plain, reasons=(f"surge law refused: {why}; fallback={fallback!r} is used",))
-    value, *ends = (
-        surge_ratio(scale, batch_size, reference_batch_size, from_record, share)
-        for scale in (noise.value, noise.lower, noise.upper)
-    )
-    reasons = [_origin(from_record)]
-    if batch_size > BOUND * noise.value:
-        reasons.append(
-            f"{batch_size:g} samples are beyond the bound of the law, {BOUND * noise.value:.3g}: the rate levels off"
-        )
-    return RateRatio(value, min(value, *ends), max(value, *ends), law, tuple(reasons), share)
+    scales, reasons = (noise.value, noise.lower, noise.upper), [_origin(from_record)]
+    ratios = [surge_ratio(scale, batch_size, reference_batch_size, from_record, share) for scale in scales]
+    bound = BOUND * noise.value
+    if batch_size > bound:
+        reasons.append(f"{batch_size:g} samples are beyond the bound of the law, {bound:.3g}: the rate levels off")
+    return RateRatio(ratios[0], min(ratios), max(ratios), law, tuple(reasons), share)
 
 
 def _why_refused(

@@ -19,8 +19,7 @@ class ExploringOptimizer(Optimizer):
     _added_defaults: ClassVar[dict[str, Any]] = {}
     """What a param group of a torch optimizer, or of an older pickle, may lack."""
 
-    def _explore_names(self) -> tuple[str, str]:
-        """The keys of the two numbers in the param groups."""
+    def _explore_names(self) -> tuple[str, str]:  # the keys of the two numbers in the param groups
         return "alpha", "explore_beta"
 
     @abstractmethod
@@ -33,10 +32,7 @@ class ExploringOptimizer(Optimizer):
 
         Args:
             closure: Clears the gradients, computes the loss and its gradients, and returns the loss. It runs
-                first, with gradients enabled; the gradients are read after it.
-
-        Returns:
-            What ``closure`` returned; None without one.
+                first, with gradients enabled; the gradients are read after it. What it returns is returned.
 
         Raises:
             RuntimeError: If a gradient is sparse, or ``fused=True`` cannot be had (on the CPU without a C++ compiler,
@@ -73,9 +69,9 @@ class ExploringOptimizer(Optimizer):
             ValueError: If ``batch_size`` is not a positive number.
         """
         self._complete_groups()
-        choice = dict(zip(self._explore_names(), explore_choice(batch_size), strict=True))
-        for group in self.param_groups:
-            group.update({name: value for name, value in choice.items() if group[name] == AUTO})
+        for name, value in zip(self._explore_names(), explore_choice(batch_size), strict=True):
+            for group in self.param_groups:
+                group[name] = value if group[name] == AUTO else group[name]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, whose hyper-parameters are checked first.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.explore import AUTO, resolve_explore
@@ -27,8 +27,6 @@ from lightning_gradhist.optim._checks import (
 )
 from lightning_gradhist.optim._formulas import wide_dtype
 
-__all__ = ["MomentOptimizer", "ParamsT", "Subgroup"]
-
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 _STATE = {"step", *BUFFERS}
 State = dict[str, Tensor]
@@ -37,18 +35,15 @@ Alike = tuple[list[Tensor], list[Tensor], list[State]]  # parameters, gradients 
 
 @dataclass
 class Subgroup:
-    """Parameters of one param group, on one device, of one dtype and with one number of steps: what a backend is given.
-
-    It steps them in buckets, and those in chunks.
-    """
+    """Parameters of one param group, on one device, of one dtype and with one number of steps: what a backend is given."""
 
     tensors: StepTensors
     scalars: StepScalars
     group: dict[str, Any]
     params: list[Tensor]
-    """The parameters that the entries of :attr:`tensors` are, or under FSDP2 are this rank's shards of."""
+    """What the entries of :attr:`tensors` are, or under FSDP2 are this rank's shards of."""
     steps: list[Tensor]
-    """The numbers of the steps that they have made, of each or of all, which :attr:`scalars` is one ahead of."""
+    """How many they have made, of each or of all; :attr:`scalars` is one ahead."""
     backend: Backend
 
     def for_each_bucket(self, do: Callable[[Subgroup, Bucket], None], written: Sequence[str]) -> None:
@@ -160,18 +155,15 @@ class MomentOptimizer(ExploringOptimizer):
         states = [self.state[param] for param in params]
         fresh = [(param, state) for param, state in zip(params, states, strict=True) if not state.keys() >= _STATE]
         for param, state in fresh:
-            self._complete(state, param, group)
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
+            for name in BUFFERS:
+                if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
+                    dtype = _state_dtype(param, group)
+                    state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if group["fused"] and not torch.compiler.is_compiling():
             lay_side_by_side([state for _, state in fresh])
         return states
-
-    def _complete(self, state: State, param: Tensor, group: dict[str, Any]) -> None:
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
-        for name in BUFFERS:
-            if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
-                dtype = group["state_dtype"] or wide_dtype(param)
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyper_parameters(group)
@@ -181,11 +173,10 @@ class MomentOptimizer(ExploringOptimizer):
         refuse_narrow_state(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of this class, or of torch's Adam or AdamW.
+        """Load a state dict of this class, or of torch's Adam or AdamW; with theirs, ``exp_avg_grad`` starts at zero.
 
-        With torch's, ``exp_avg_grad`` starts at zero. The state stays in fp32 for fp16 and bf16 parameters,
-        and is copied: later steps do not write to ``state_dict``. Hyper-parameters that ``state_dict`` does
-        not have keep their present values.
+        The state stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not write to ``state_dict``.
+        Hyper-parameters that ``state_dict`` does not have keep their present values.
 
         Args:
             state_dict: What :meth:`state_dict` returned; it is not changed.
@@ -228,7 +219,7 @@ class _Shielded:
             return torch.tensor(float(self.value), dtype=torch.float32, device=_step_device(param, group))
         if not isinstance(self.value, Tensor):
             return self.value
-        dtype = group["state_dtype"] or wide_dtype(param)
+        dtype = _state_dtype(param, group)
         if is_dtensor(param) or self.value.shape != param.shape:
             return self.value.to(device=param.device, dtype=dtype, copy=True)
         # in the order of the parameter's memory, whatever that of the checkpoint was
@@ -282,6 +273,11 @@ def lay_side_by_side(states: Sequence[State]) -> None:
         flat = torch._utils._flatten_dense_tensors(values)
         for state, value in zip(some, torch._utils._unflatten_dense_tensors(flat, values), strict=True):
             state[name] = value
+
+
+def _state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    dtype: torch.dtype | None = group["state_dtype"]
+    return dtype or wide_dtype(param)
 
 
 def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:

@@ -31,19 +31,18 @@ def any_sharded(params: Iterable[Tensor]) -> bool:
 def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> None:
     """Add up what each rank found for its shard of a parameter, in place, in one all-reduce for each mesh dimension.
 
-    To be called on every rank with the same parameters: every sharded one takes its place in the collective, whether
-    or not this rank has a part of it or a gradient for it.
-
-    Args:
-        params: All parameters, in an order that is the same on every rank.
-        sums: Parameters and their local sums ``[2]``.
+    To be called on every rank with the same parameters in the same order: every sharded one takes its place in the
+    collective, whether or not this rank has a part of it or a gradient for it. ``sums`` are the local ones, ``[2]`` each.
     """
     by_ranks: dict[Any, list[Tensor]] = {}
     for param in params:
         if is_sharded(param):
             by_ranks.setdefault(_ranks(param), []).append(param)
-    for sharded in by_ranks.values():
-        groups, device = _groups(sharded[0])
+    for (where, how), sharded in by_ranks.items():
+        is_mesh = is_dtensor(sharded[0])
+        groups, device = (
+            ([where.get_group(dim) for dim in how], local(sharded[0]).device) if is_mesh else ([where], how)
+        )
         zero = torch.zeros(2, dtype=torch.float64, device=device)
         table = torch.stack([sums[param].to(zero) if param in sums else zero for param in sharded])
         for group in groups:
@@ -54,18 +53,12 @@ def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> 
 
 
 def _ranks(param: Tensor) -> tuple[Any, Any]:
-    """Equal for parameters whose parts are on the same ranks."""
+    """Equal for parameters whose parts are on the same ranks: mesh and dimensions, or process group and device."""
     if is_dtensor(param):
         return param.device_mesh, _sharded_dims(param)
     piece = fsdp_piece(param)
     assert piece is not None
     return piece.others, piece.device
-
-
-def _groups(param: Tensor) -> tuple[list[Any], torch.device]:
-    """The process groups to add up over, one after another, and the device that they communicate on."""
-    where, how = _ranks(param)
-    return ([where.get_group(dim) for dim in how], local(param).device) if is_dtensor(param) else ([where], how)
 
 
 def _sharded_dims(param: DTensor) -> tuple[int, ...]:

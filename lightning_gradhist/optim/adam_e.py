@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
@@ -21,7 +22,7 @@ from lightning_gradhist.optim._formulas import (
     widened,
     write_back,
 )
-from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
+from lightning_gradhist.optim._moments import MomentOptimizer, Subgroup
 
 WRITTEN = ("params", *STATE)
 

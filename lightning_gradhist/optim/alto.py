@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
@@ -23,7 +23,7 @@ from lightning_gradhist.optim._formulas import (
     widened,
     write_back,
 )
-from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
+from lightning_gradhist.optim._moments import MomentOptimizer, Subgroup
 from lightning_gradhist.optim._sharding import any_sharded, sum_over_shards
 
 EPS2 = 1e-6
