@@ -76,9 +76,7 @@ class Plan:
             facts.append(f"  noise scale {_estimate(self.noise)} ({self.noise.measurements} measurements)")
         if self.critical is not None:
             facts.append(f"  critical batch size {_estimate(self.critical)}: beyond it more samples save few steps")
-        table = [_HEADER, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        lines = aligned([_HEADER, *(_cells(row) for row in self.rows)])
         said = (
             f"{row.batch_size:,g} samples: {reason}" if row.is_refused else reason
             for row in self.rows
@@ -119,6 +117,12 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive, got {number!r}")
     return tuple(_plan(entry, batch_sizes, length) for entry in record.optimizers)
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for a console, its columns flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def _plan(entry: OptimizerRecord, batch_sizes: Sequence[float], steps: int) -> Plan:

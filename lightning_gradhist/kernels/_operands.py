@@ -20,11 +20,7 @@ class StepTensors(NamedTuple):
 
 
 class StepScalars(NamedTuple):
-    """The scalars of one step, numbers or 0-d tensors.
-
-    Where parameters have made different numbers of steps, those that depend on it have one 0-d tensor for each entry of
-    the lists.
-    """
+    """The scalars of one step: numbers or 0-d tensors, or one for each entry where these have made different numbers of steps."""
 
     lr: float | Tensor
     mix: float | Tensor
@@ -35,9 +31,8 @@ class StepScalars(NamedTuple):
     step: float | Tensor | Sequence[Tensor]
     """The number ``k`` of the step, from 1 up."""
     bias_correction1: float | Tensor | Sequence[Tensor]
-    """``1 - beta1^k``, or 1 without bias correction."""
+    """``1 - beta1^k``, or 1 without bias correction; so the next with ``beta2``."""
     bias_correction2: float | Tensor | Sequence[Tensor]
-    """``1 - beta2^k``, or 1 without bias correction."""
     eps: float | Tensor
     weight_decay: float | Tensor
     """The number 0.0 for none."""
@@ -45,9 +40,7 @@ class StepScalars(NamedTuple):
 
     def of(self, entries: slice | int) -> StepScalars:
         """The scalars of some of the entries, or of one of them, then without lists."""
-        chosen: dict[str, Any] = {
-            name: value[entries] for name, value in self._asdict().items() if isinstance(value, list)
-        }
+        chosen: dict[str, Any] = {n: value[entries] for n, value in self._asdict().items() if isinstance(value, list)}
         return self._replace(**chosen)
 
     def as_tensors(self) -> StepScalars:

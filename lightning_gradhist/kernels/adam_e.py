@@ -18,10 +18,7 @@ def adam_e_step(
     """As the eager :func:`~lightning_gradhist.optim.adam_e.adam_e_step`, in fp32.
 
     Tensors among the scalars are on the device of the parameters, and are read there. The operands are those of the
-    tensors, where they are known.
-
-    Raises:
-        ValueError: If the kernels do not take these tensors; nothing has been changed then.
+    tensors, where they are known. ``ValueError`` if the kernels do not take these; nothing has been changed then.
     """
     if not tensors.params:
         return

@@ -20,8 +20,7 @@ from lightning_gradhist.kernels._chunks import (
     locate,
     read,
 )
-from lightning_gradhist.kernels._launch import OPTIONS, on_device_of
-from lightning_gradhist.kernels._tables import chunk_table
+from lightning_gradhist.kernels._launch import OPTIONS, chunk_table, on_device_of
 
 CHUNK = 16384
 """Elements a program: 32 a thread, so that few programs add to the same row of the table."""
@@ -44,12 +43,9 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
     integers, and so the same in any order. The host waits for nothing.
 
     Args:
-        table: ``[names, columns]`` in int64, of ``254 * bins_per_octave + 3`` columns, contiguous, on the device of the tensors.
+        table: ``[names, columns]`` in int64, of ``254 * bins_per_octave + 3`` columns, contiguous, on the tensors' device.
         rows: A row for each tensor.
-        tensors: One-dimensional, of one dtype of fp32, bf16 and fp16. Those with gaps are copied.
-
-    Raises:
-        ValueError: If the kernel does not take these tensors; nothing has been counted then.
+        tensors: One-dimensional, of one dtype of fp32, bf16 and fp16, else ``ValueError``. Those with gaps are copied.
     """
     if not tensors:
         return

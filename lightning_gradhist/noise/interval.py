@@ -21,7 +21,7 @@ class NoiseEstimate:
         lower: lower end of the interval.
         upper: upper end; infinite where the data cannot bound it.
         confidence: probability that the interval is meant to hold the true value with.
-        measurements: number of gradients or pairs of gradients it rests on.
+        measurements: number of gradients, or pairs of them, that it rests on.
     """
 
     value: float
@@ -70,10 +70,8 @@ def student_quantile(probability: float, degrees: int) -> float:
     low, high = -math.pi / 2, math.pi / 2  # of atan(t / sqrt(degrees))
     for _ in range(54):
         angle = (low + high) / 2
-        if _student_distribution(angle, degrees) < probability:
-            low = angle
-        else:
-            high = angle
+        is_below = _student_distribution(angle, degrees) < probability
+        low, high = (angle, high) if is_below else (low, angle)
     return math.sqrt(degrees) * math.tan((low + high) / 2)
 
 
