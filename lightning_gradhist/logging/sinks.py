@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
+from lightning_gradhist.logging import event_file
 from lightning_gradhist.logging.figures import pixels
-from lightning_gradhist.logging.magnitude_report import Distribution, Distributions
-
-if TYPE_CHECKING:
-    from tensorboard.compat.proto.summary_pb2 import Summary
+from lightning_gradhist.logging.magnitude_report import Distribution
 
 
 class Sink:
@@ -90,59 +86,17 @@ class SummarySink(Sink):
 
 
 class TensorBoardSink(SummarySink):
-    """Writes to a ``SummaryWriter`` of torch: all scalars of a step as one event, and all histograms.
-
-    A model of 2,000 tensors logs 16,000 values a step, and an event for each takes far longer than to make the values.
-    """
+    """Writes to a ``SummaryWriter`` of torch: all scalars of a step as one event, and all histograms."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Scalars page."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        summary = Summary()
-        for tag, value in values.items():  # not a list of them, which Python's garbage collector would go through
-            summary.value.add(tag=tag, simple_value=value)
-        self._write(summary, step)
+        if values:
+            event_file.write(self.writer, event_file.scalar_summary(values), step)
 
     def histograms(self, histograms: Mapping[str, Distribution], step: int) -> None:
         """Histograms and Distributions pages."""
         if histograms:
-            self._write(_histogram_summary(histograms), step)
-
-    def _write(self, summary: Summary, step: int) -> None:
-        # there is no public method for several values; this one opens a file anew that was closed, as the writer's own do
-        if summary.value:
-            self.writer._get_file_writer().add_summary(summary, step)
-
-
-def _histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
-    """Histograms by tag, at least one, each as ``SummaryWriter.add_histogram_raw`` writes it."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    if isinstance(histograms, Distributions):
-        counts, edges, sizes = histograms.counts, histograms.edges, histograms.sizes
-    else:
-        counts = torch.cat([shown.counts for shown in histograms.values()])
-        edges = torch.cat([shown.edges for shown in histograms.values()])
-        sizes = torch.tensor([len(shown.counts) for shown in histograms.values()])
-    counts = counts.double()  # as they are written
-    is_lower = torch.ones(len(edges), dtype=torch.bool).index_fill_(0, (sizes + 1).cumsum(0) - 1, False)
-    lower, upper = edges[is_lower], edges[is_lower.roll(1)]
-    middles = (lower + upper) / 2
-    terms = torch.stack([counts, counts * middles, counts * middles.square()], 1)
-    owners = torch.arange(len(sizes)).repeat_interleave(sizes)
-    sums = terms.new_zeros(len(sizes), 3).index_add_(0, owners, terms)
-
-    minima, limits, buckets = lower.tolist(), upper.tolist(), counts.tolist()
-    ends = sizes.cumsum(0).tolist()
-    summary = Summary()
-    for tag, start, end, (number, total, squares) in zip(histograms, [0, *ends], ends, sums.tolist(), strict=False):
-        shown = summary.value.add(tag=tag).histo
-        shown.min, shown.max = minima[start], limits[end - 1]
-        shown.num, shown.sum, shown.sum_squares = number, total, squares
-        shown.bucket_limit.extend(limits[start:end])
-        shown.bucket.extend(buckets[start:end])
-    return summary
+            event_file.write(self.writer, event_file.histogram_summary(histograms), step)
 
 
 class LoggerSink(Sink):
