@@ -258,6 +258,8 @@ def _flat_copy(
     entries = StepTensors(*([column[index] for index in indices] for column in tensors))
     sizes = [param.numel() for param in entries.params]
     views = {name: side_by_side(column, sizes) for name, column in entries._asdict().items()}
+    if views["grads"] is not None and not all(map(Tensor.is_contiguous, entries.grads)):
+        views["grads"] = None  # their memory is in another order than the parameters'
     is_flat = all(param.dim() == 1 for param in entries.params)
     # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
     join = torch.cat if is_flat else torch._utils._flatten_dense_tensors

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
-from lightning_gradhist.explore import AUTO, resolve_explore
+from lightning_gradhist.explore import resolve_explore
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Backend, Bucket, backend_of, is_small, side_by_side
 from lightning_gradhist.optim._base import ExploringOptimizer
@@ -53,16 +53,6 @@ class Subgroup:
 
 class MomentOptimizer(ExploringOptimizer):
     """Base of AdamE and ALTO, whose state is ``e``, ``m`` and ``v``."""
-
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        "alpha": AUTO,
-        "explore_beta": AUTO,
-        "maximize": False,
-        "foreach": None,
-        "fused": None,
-        "capturable": False,
-        "state_dtype": None,
-    }
 
     @abstractmethod
     def _update(self, subgroups: list[Subgroup]) -> None:

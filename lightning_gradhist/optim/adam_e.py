@@ -133,8 +133,6 @@ class AdamE(MomentOptimizer):
         True
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, "decoupled_weight_decay": True}
-
     def __init__(
         self,
         params: ParamsT,
@@ -159,6 +157,8 @@ class AdamE(MomentOptimizer):
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    _added_defaults: ClassVar[dict[str, Any]] = __init__.__kwdefaults__  # type: ignore[assignment]
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         for subgroup in subgroups:

@@ -203,10 +203,6 @@ class ALTO(MomentOptimizer):
         0.0500
     """
 
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        **MomentOptimizer._added_defaults, "layerwise": True, "bias_correction": True,
-    }  # fmt: skip
-
     def __init__(
         self,
         params: ParamsT,
@@ -232,6 +228,8 @@ class ALTO(MomentOptimizer):
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    _added_defaults: ClassVar[dict[str, Any]] = __init__.__kwdefaults__  # type: ignore[assignment]
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
