@@ -22,11 +22,7 @@ _TELLING = 1e-3  # a share below it has no chart of its own
 _BY_ROW = ("zero_share", "nonfinite_share", "fp16_loss_share")
 # From a number format to the magnitude below which rounding gives zero, half its smallest subnormal number, and the one
 # above which it finds no number, the largest one and half a unit of its last place.
-_RANGES = {
-    "fp16": (2.0**-25, 65_520.0),
-    "fp8_e4m3": (2.0**-10, 464.0),
-    "fp8_e5m2": (2.0**-17, 61_440.0),
-}
+_RANGES = {"fp16": (2.0**-25, 65_520.0), "fp8_e4m3": (2.0**-10, 464.0), "fp8_e5m2": (2.0**-17, 61_440.0)}
 
 
 @dataclass(frozen=True)

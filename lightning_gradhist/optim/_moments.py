@@ -19,12 +19,7 @@ from lightning_gradhist.explore import resolve_explore
 from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Backend, Bucket, backend_of, is_small, side_by_side
 from lightning_gradhist.optim._base import ExploringOptimizer
-from lightning_gradhist.optim._checks import (
-    check_hyper_parameters,
-    refuse_amsgrad,
-    refuse_capture,
-    refuse_narrow_state,
-)
+from lightning_gradhist.optim._checks import check_hyper_parameters, refuse_amsgrad, refuse_capture, refuse_narrow_state
 from lightning_gradhist.optim._formulas import wide_dtype
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
