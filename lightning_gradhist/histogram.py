@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import ModuleType
@@ -30,7 +30,7 @@ _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
 
 @dataclass(frozen=True)
 class Bins:
-    """Counts of finite values on bins, with what can be told from them alone."""
+    """Counts of finite values on bins, with what can be told from them alone, as :class:`MagnitudeHistogram` tells it."""
 
     edges: Tensor  # of the bins, float64 [bins + 1]
     counts: Tensor  # int64 [rows, bins]
@@ -270,7 +270,7 @@ def _kernel(device: torch.device) -> ModuleType | None:
     try:
         from lightning_gradhist.kernels import histogram
 
-        wrong = next((str(values[0].dtype) for values in _trial(device) if not _agrees(histogram, values)), None)
+        wrong = _counted_otherwise(histogram, device)
         reason = None if wrong is None else f"counts {wrong} otherwise than torch"
     except Exception as error:
         reason = f"failed: {error!r}"
@@ -279,19 +279,18 @@ def _kernel(device: torch.device) -> ModuleType | None:
     return histogram if reason is None else None
 
 
-def _trial(device: torch.device) -> Iterator[list[Tensor]]:
-    """Tensors of each dtype that the kernel takes: any bits, of odd sizes, not aligned, and with gaps."""
+def _counted_otherwise(kernel: ModuleType, device: torch.device) -> torch.dtype | None:
+    """The first dtype of which a kernel is wrong: on any bits, of odd sizes, not aligned, and with gaps."""
     bits = torch.randint(-(2**31), 2**31, (20_001,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values = bits.to(device).view(dtype)
-        yield [values, values[1:], values[::3], values[:1], values[:0], values[: 2**14]]
-
-
-def _agrees(kernel: ModuleType, values: list[Tensor]) -> bool:
-    counted, expected = torch.zeros(2, len(values), COLUMNS, dtype=torch.int64, device=values[0].device)
-    kernel.add_magnitudes(counted, range(len(values)), values)
-    add_magnitudes(expected, range(len(values)), values)
-    return torch.equal(counted, expected)
+        tensors = [values, values[1:], values[::3], values[:1], values[:0], values[: 2**14]]
+        counted, expected = torch.zeros(2, len(tensors), COLUMNS, dtype=torch.int64, device=device)
+        kernel.add_magnitudes(counted, range(len(tensors)), tensors)
+        add_magnitudes(expected, range(len(tensors)), tensors)
+        if not torch.equal(counted, expected):
+            return dtype
+    return None
 
 
 def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:

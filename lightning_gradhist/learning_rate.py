@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_gradhist.noise.interval import ENOUGH, NoiseEstimate
+from lightning_gradhist.tradeoff import Band
 
 SURGE = "surge"
 """The law that needs a noise scale."""
-Law = Literal["surge", "sqrt", "fourth_root", "linear", "keep"]
 PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]
+"""The laws that need none."""
+Law = Literal["surge", "sqrt", "fourth_root", "linear", "keep"]
 LAWS: tuple[Law, ...] = get_args(Law)
 PLAIN_LAWS: tuple[PlainLaw, ...] = get_args(PlainLaw)
-"""The laws that need no noise scale."""
 BOUND = math.pi / 2
 """Theorem 3 holds up to this multiple of the noise scale, over all coordinates together; from there the rate is constant."""
 MAX_SPREAD = 2.0
@@ -22,6 +23,11 @@ MAX_SPREAD = 2.0
 SHORT_RUN = 50
 """Steps below which the best rates of runs follow no law that is known (``benchmarks/calibration``)."""
 EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
+_FROM_RECORD = "surge law with the noise scale of a recorded run"
+_FROM_PROBE = (
+    "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
+    " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,12 @@ class SurgeLaw:
 
 
 @dataclass(frozen=True)
-class RateRatio:
-    """A ratio of learning rates, its interval, and what to know about it."""
+class RateRatio(Band):
+    """A learning rate as a multiple of the reference's, and what to know about it.
 
-    value: float  # the rate as a multiple of the reference's
-    lower: float  # the smallest ratio at the noise scale and the two ends of its interval
-    upper: float  # the largest of the three
+    Its band goes from the smallest ratio at the noise scale and the two ends of its interval to the largest of the three.
+    """
+
     law: str  # that it comes from
     reasons: tuple[str, ...] = ()  # sentences, in the order of the decisions
     share: float = 1.0  # of equal samples, that the surge law was used with
@@ -175,7 +181,7 @@ def choose_ratio(
         return replace(plain, law=law)
     if why is not None or noise is None:
         return replace(plain, reasons=(f"surge law refused: {why}; fallback={fallback!r} is used",))
-    scales, reasons = (noise.value, noise.lower, noise.upper), [_origin(from_record)]
+    scales, reasons = (noise.value, noise.lower, noise.upper), [_FROM_RECORD if from_record else _FROM_PROBE]
     ratios = [surge_ratio(scale, batch_size, reference_batch_size, from_record, share) for scale in scales]
     bound = BOUND * noise.value
     if batch_size > bound:
@@ -207,15 +213,6 @@ def _why_refused(
     return (
         f"{why} (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
         " every_n_steps of the GradientHistogramMonitor there)"
-    )
-
-
-def _origin(from_record: bool) -> str:
-    if from_record:
-        return "surge law with the noise scale of a recorded run"
-    return (
-        "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
-        " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
     )
 
 

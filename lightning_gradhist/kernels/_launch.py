@@ -1,7 +1,6 @@
 """How kernels are launched: which tensors they take, the tables in which a program finds its chunk, and what all are given.
 
-Each program works on one chunk of one tensor. It looks up which, and where the memory of that tensor is. Tensors are taken in
-the order of their memory, so that a parameter and its state must have the same strides.
+Tensors are taken in the order of their memory, so that a parameter and its state must have the same strides.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import DEVICE_TYPE, DTYPES
 from lightning_gradhist.kernels._math import KernelScalars
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 
 CHUNK = 2048
 """Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
@@ -110,11 +109,7 @@ def _inverse(value: float | Tensor) -> float | Tensor:
 
 
 def operands_of(tensors: StepTensors) -> Operands:
-    """What the kernels of a step are launched on.
-
-    Raises:
-        ValueError: If they do not take these tensors; nothing has been changed then.
-    """
+    """What the kernels of a step are launched on; ``ValueError`` if they do not take these tensors."""
 
     def check() -> None:
         reason = unsupported(tensors)
@@ -131,9 +126,8 @@ def operands_of(tensors: StepTensors) -> Operands:
 def unsupported(tensors: StepTensors) -> str | None:
     """Say what keeps the kernels from these tensors, naming the entry; None if they take them.
 
-    They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any
-    strides, and state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor
-    overlaps.
+    They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any strides, and
+    state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor overlaps.
     """
     device = tensors.params[0].device
     if device.type != DEVICE_TYPE:

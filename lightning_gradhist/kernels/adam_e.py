@@ -6,10 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
 from lightning_gradhist.kernels._launch import Operands, kernel_scalars, launch, operands_of, variant_of
 from lightning_gradhist.kernels._math import adam_direction, moved, scalars_of, stored
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 
 
 def adam_e_step(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
 from lightning_gradhist.kernels._launch import (
     CHUNK,
@@ -20,7 +21,6 @@ from lightning_gradhist.kernels._launch import (
     variant_of,
 )
 from lightning_gradhist.kernels._math import adam_direction, moved, number, scalars_of, square, stored
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 
 
 def alto_moments(tensors: StepTensors, s: StepScalars, operands: Operands | None = None) -> Tensor:

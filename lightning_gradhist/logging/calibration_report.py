@@ -115,12 +115,17 @@ class CalibrationResult:
             spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
             whole = f"{_number(critical.value)} samples, {spread}"
             rows.append(("critical batch size", whole) if why is None else (_TRADEOFF, f"not known: {why}"))
-        rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
-        for (name, before, after), groups in self._by_change().items():
-            rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))
-        if not self.changes:
-            rows.append(("changes", "none"))
-        return rows
+        lower, upper = (f"{ratio:.3g}" for ratio in self.ratio_interval)
+        spread = "" if lower == upper else f"; {lower} to {upper}"
+        rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{spread})"))
+        return rows + (self._rows_of_changes() or [("changes", "none")])
+
+    def _rows_of_changes(self) -> list[tuple[str, str]]:
+        groups: dict[tuple[str, str], list[str]] = {}
+        for change in self.changes:
+            before = change.before if isinstance(change.before, str) else f"{change.before:.4g}"
+            groups.setdefault((change.name, f"{before} -> {change.after:.4g}"), []).append(str(change.group))
+        return [(f"{name} (group {', '.join(members)})", change) for (name, change), members in groups.items()]
 
     def to_text(self) -> str:
         """The report as plain lines, for a console."""
@@ -130,10 +135,8 @@ class CalibrationResult:
         lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
         lines += [f"  - {sentence}" for sentence in (*self.problems, *self.reasons)]
         if self.tradeoff():
-            lines += [
-                f"  {_TRADEOFF}, as multiples of now",
-                *(f"    {line}" for line in aligned(self._tradeoff_table())),
-            ]
+            lines.append(f"  {_TRADEOFF}, as multiples of now")
+            lines += [f"    {line}" for line in aligned(self._tradeoff_table())]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -165,12 +168,6 @@ class CalibrationResult:
         cells = [(_number(row.batch_size), _band(row.steps), _band(row.samples)) for row in self.tradeoff()]
         return [_TRADEOFF_HEADER, *cells]
 
-    def _by_change(self) -> dict[tuple[str, float | str, float], str]:
-        groups: dict[tuple[str, float | str, float], list[int]] = {}
-        for change in self.changes:
-            groups.setdefault((change.name, change.before, change.after), []).append(change.group)
-        return {key: "(group " + ", ".join(map(str, members)) + ")" for key, members in groups.items()}
-
 
 def _number(value: float | None) -> str:
     if value is None:
@@ -184,12 +181,3 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _band(band: Band) -> str:
     return f"{band.value:.3g}" + ("" if band.lower == band.upper else f" ({band.lower:.3g} to {band.upper:.3g})")
-
-
-def _value(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _spread(interval: tuple[float, float]) -> str:
-    lower, upper = (f"{ratio:.3g}" for ratio in interval)
-    return "" if lower == upper else f"; {lower} to {upper}"

@@ -57,10 +57,8 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     may be beyond the darkest colour: a bias of three values does not make all other layers pale. A row's orange tick is
     the median, and the dashed line is the smallest number that float16 can hold.
 
-    Args:
-        histogram: of gradients; or, with ``eps``, of roots of second moments.
-        title: of the figure.
-        eps: the epsilon that is added to the values, by name; names may be missing. It is the dashed line then.
+    The histogram is of gradients; or, with ``eps``, of roots of second moments: the dashed line is then the epsilon that is
+    added to them, by name; names may be missing.
     """
     rows = histogram.counts.any(1).nonzero()[:, 0].tolist()
     names = [histogram.names[row] for row in rows]
@@ -80,9 +78,12 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     left, right = 0.3 + 0.066 * max(map(len, labels)), width - 1.0
     axes = figure.add_axes((left / width, 0.52 / height, (right - left) / width, (height - 1.0) / height))
     rows_each = math.ceil(len(names) / _MAX_ROWS)
+    padded = torch.nn.functional.pad(density, (0, 0, 0, -len(density) % rows_each))
+    largest, occupied = padded.unflatten(0, (-1, rows_each)).amax(1), density[density > 0].sort().values
+    darkest = float(occupied[int(0.95 * (len(occupied) - 1))])
     extent = (low, high, math.ceil(len(names) / rows_each) * rows_each, 0.0)
-    image = axes.imshow(_largest_of(density, rows_each).numpy(), extent=extent, aspect="auto", cmap="Blues",
-                        interpolation="nearest", vmin=0.0, vmax=_darkest(density))  # fmt: skip
+    image = axes.imshow(largest.numpy(), extent=extent, aspect="auto", cmap="Blues",
+                        interpolation="nearest", vmin=0.0, vmax=darkest)  # fmt: skip
     medians, ticks = histogram.quantile(0.5)[rows].log10().tolist(), torch.arange(len(names))
     _on_white(axes, medians, (ticks + 0.15).tolist(), (ticks + 0.85).tolist(), color=_ORANGE)
     if eps is not None:
@@ -168,11 +169,7 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
 
 
 def tradeoff_figure(result: CalibrationResult) -> Figure:
-    """Steps and samples to the same loss over batch size, as multiples of now, with their bands.
-
-    Raises:
-        ValueError: where :meth:`CalibrationResult.tradeoff` is empty.
-    """
+    """Steps and samples to the same loss over batch size, as multiples of now, with their bands."""
     noise, batch = result.noise_scale, result.effective_batch_size
     ends = [row.factor for row in result.tradeoff()]
     if noise is None or batch is None or not ends:
@@ -197,10 +194,10 @@ def plan_figure(plan: Plan) -> Figure:
     rows = sorted(plan.rows, key=lambda row: row.batch_size)
     batches = [row.batch_size for row in rows]
     known = [row for row in rows if not row.is_refused]
-    ratios = [Band(row.ratio.value, row.ratio.lower, row.ratio.upper) for row in known]
     figure = _figure(width=10.0, height=4.0)
     rate, cost = figure.subplots(1, 2)
-    _band(rate, [row.batch_size for row in known], ratios, _BLUE, f"learning rate / {max(plan.learning_rates):g}")
+    label = f"learning rate / {max(plan.learning_rates):g}"
+    _band(rate, [row.batch_size for row in known], [row.ratio for row in known], _BLUE, label)
     rate.set_title(f"{plan.optimizer}: learning rate over batch size", fontsize=10, loc="left")
     for name, color, whole in (("steps", _BLUE, plan.steps), ("samples", _ORANGE, plan.steps * plan.batch_size)):
         bands = [getattr(row, name) for row in rows]
@@ -272,16 +269,6 @@ def _labels(names: Sequence[str]) -> list[str]:
     short = [name if len(name) <= _MAX_LABEL else f"{name[:14]}…{name[15 - _MAX_LABEL :]}" for name in rest]
     times = Counter(short)
     return [label if times[label] == 1 else f"{label} (row {row})" for row, label in enumerate(short)]
-
-
-def _largest_of(density: torch.Tensor, rows_each: int) -> torch.Tensor:
-    padded = torch.nn.functional.pad(density, (0, 0, 0, -len(density) % rows_each))
-    return padded.unflatten(0, (-1, rows_each)).amax(1)
-
-
-def _darkest(density: torch.Tensor) -> float:
-    occupied = density[density > 0].sort().values
-    return float(occupied[int(0.95 * (len(occupied) - 1))])
 
 
 def _density(counts: torch.Tensor, edges: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:

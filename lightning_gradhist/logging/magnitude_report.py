@@ -114,10 +114,10 @@ def distributions(histogram: MagnitudeHistogram, kind: str, pooled_name: str = "
 
 
 def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
-    """A table in Markdown of the names that are worst off, at most ``most``, the worst first.
+    """A table in Markdown of the names that are worst off, the worst first.
 
-    Names with the largest share of non-finite values come first; among equals those with the largest share of zeros and
-    of what float16 loses, together; among equals those with the smallest median.
+    Those are the ones with the largest share of non-finite values; among equals with the largest share of zeros and of what
+    float16 loses, together; among equals with the smallest median.
     """
     counted = _Counted(histogram)
     columns = {tag: column.tolist() for tag, column in counted.columns().items()}

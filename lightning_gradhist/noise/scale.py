@@ -16,8 +16,7 @@ from lightning_gradhist.tensors import apart, batches, joined, sums, total
 class GradientMoments:
     """Streaming mean and variance of gradients, coordinate by coordinate (Welford; over ranks as Chan et al. 1983).
 
-    Args:
-        like: names and tensors whose shapes and devices the gradients have. Kept in float32, or float64 for float64.
+    In float32, or float64 for float64; ``like`` are names and tensors whose shapes and devices the gradients have.
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
@@ -124,11 +123,9 @@ class NoiseScale:
         return len(self._measurements)
 
     def update(self, gradients: Mapping[str, Tensor | None], samples: float | None = None) -> None:
-        """Adds one gradient: to the first half, or after :meth:`split` to the second.
+        """Adds one gradient, of ``batch_size`` samples or another number: to the first half, or after :meth:`split` the second.
 
-        Args:
-            gradients: names and gradients; a parameter that is missing or None has gradient zero.
-            samples: of this gradient, where they are others than ``batch_size``.
+        A parameter that is missing or None has gradient zero.
         """
         weight = 1.0 if samples is None else samples / self.batch_size
         if self._weights is None:
@@ -146,15 +143,12 @@ class NoiseScale:
         self._measurements.append((total(terms), inflation))
 
     def split(self, eps: float, batch_ratio: float = 1.0, centered: Collection[str] = ()) -> None:
-        """Ends the first half, and fixes the metric of ``B_adam`` from it.
+        """Ends the first half of two gradients or more, and fixes the metric of ``B_adam`` from it.
 
         Args:
             eps: Adam's epsilon, in units of the gradient.
             batch_ratio: samples of an optimizer step as a multiple of ``batch_size``, which is what ``v`` is of.
             centered: names of the parameters whose ``v`` is the variance, as a centered RMSprop has it.
-
-        Raises:
-            RuntimeError: if the first half has fewer than two gradients, or was ended before.
         """
         if self._weights is not None:
             raise RuntimeError("split() ends the first half and can be called once")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist import kernels
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 
 _CPU_BUCKET = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_BUCKET = 2**24  # bounds the temporary memory
@@ -116,16 +116,10 @@ class Kernels(Backend):
 def backend_of(
     group: dict[str, Any], tensors: StepTensors, fault: Callable[[Backend, torch.device, bool], str | None]
 ) -> Backend:
-    """Decide who steps the tensors of a group, before anything is changed.
+    """Decide who steps the tensors of a group, all on one device, before anything is changed.
 
-    Args:
-        group: The param group, with ``foreach`` and ``fused``.
-        tensors: What is to be stepped, all on one device.
-        fault: Says what is wrong with a backend on a device, None if nothing is; tries again, if told to.
-
-    Raises:
-        RuntimeError: If ``fused=True`` cannot be had on that device.
-        ValueError: If the kernels do not take these tensors, and ``fused=True``.
+    ``fault`` says what is wrong with a backend on a device, None if nothing is; it tries again, if told to. ``RuntimeError``
+    if ``fused=True`` cannot be had on that device; ``ValueError`` if the kernels then do not take these tensors.
     """
     device = tensors.params[0].device
     foreach, fused = group["foreach"], group["fused"]
@@ -138,9 +132,8 @@ def backend_of(
     if not fused:
         return Eager(foreach)
     if device.type != "cpu" and not kernels.run_on(device):
-        raise RuntimeError(
-            _no_fused(f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}")
-        )
+        where = f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}"
+        raise RuntimeError(_no_fused(where))
     backend = Kernels() if kernels.run_on(device) else Compiled()
     reason = fault(backend, device, True)
     if reason is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 
 STATE = StepTensors._fields[2:]
 

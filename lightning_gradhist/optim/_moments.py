@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.explore import resolve_explore
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Backend, Bucket, backend_of, is_small, side_by_side
 from lightning_gradhist.optim._base import ExploringOptimizer
 from lightning_gradhist.optim._checks import check_hyper_parameters, refuse_amsgrad, refuse_capture, refuse_narrow_state
@@ -163,12 +163,8 @@ class MomentOptimizer(ExploringOptimizer):
         The state stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not write to ``state_dict``.
         Hyper-parameters that ``state_dict`` does not have keep their present values.
 
-        Args:
-            state_dict: What :meth:`state_dict` returned; it is not changed.
-
         Raises:
-            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
-                has been changed then.
+            ValueError: If groups do not fit, a number is out of range, or ``amsgrad`` was on; nothing has been changed then.
         """
         hook = self.register_load_state_dict_pre_hook(_shield_state)  # last, hence after the user's own hooks
         try:

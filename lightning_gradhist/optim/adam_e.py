@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_gradhist.explore import AUTO
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Bucket
 from lightning_gradhist.optim._formulas import (
     STATE,
@@ -150,7 +150,6 @@ class AdamE(MomentOptimizer):
         capturable: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        """Check the hyper-parameters and register the parameters."""
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "decoupled_weight_decay": decoupled_weight_decay,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from lightning_gradhist.explore import AUTO
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Bucket
 from lightning_gradhist.optim._checks import refuse_flat
 from lightning_gradhist.optim._formulas import (
@@ -221,7 +221,6 @@ class ALTO(MomentOptimizer):
         capturable: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        """Check the hyper-parameters and register the parameters."""
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "layerwise": layerwise, "bias_correction": bias_correction,
@@ -245,16 +244,9 @@ class ALTO(MomentOptimizer):
             refuse_flat(group["params"], type(self).__name__)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict as :meth:`AdamE.load_state_dict` does, or one of the authors' ALTO (``e-optimizer-adaptor`` 0.1.0).
+        """Load a state dict as :class:`AdamE` does, or one of the authors' ALTO (``e-optimizer-adaptor`` 0.1.0).
 
         That goes on as theirs would, except for their clipping: clip the global gradient norm to 1 yourself if it was active.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned; it is not changed.
-
-        Raises:
-            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
-                has been changed then.
         """
         groups = state_dict["param_groups"]
         is_authors = bool(groups) and all("alp" in group for group in groups)

@@ -80,7 +80,6 @@ class EAdaptor(ExploringOptimizer):
     """The inner optimizer."""
 
     def __init__(self, optimizer: Optimizer, alpha: float | str = AUTO, explore_beta: float | str = AUTO) -> None:
-        """Check ``optimizer`` and the two numbers, and write them into its defaults and param groups."""
         _check_inner(optimizer)
         check_explore(alpha, explore_beta)
         for group in optimizer.param_groups:
@@ -161,9 +160,6 @@ class EAdaptor(ExploringOptimizer):
         With the latter, ``exp_avg_grad`` starts at zero, and ``alpha`` and ``explore_beta`` keep their present values.
         ``exp_avg_grad`` stays in fp32 for fp16 and bf16 parameters, and is a copy.
 
-        Args:
-            state_dict: What :meth:`state_dict` returned; it is not changed.
-
         Raises:
             ValueError: If the groups do not fit, or the two numbers are out of range; nothing has been changed then.
         """
@@ -201,11 +197,9 @@ class EAdaptor(ExploringOptimizer):
         return {**state_dict, "state": state, "param_groups": groups}, averages
 
     def __getstate__(self) -> dict[str, Any]:
-        """The inner optimizer is all that is copied or pickled."""
-        return {"inner": self.inner}
+        return {"inner": self.inner}  # all that is copied or pickled
 
     def __repr__(self) -> str:
-        """Show the inner optimizer, with the numbers that are in force for ``"auto"``."""
         return f"{type(self).__name__} of {self._with_explore_in_force(repr(self.inner))}"
 
 

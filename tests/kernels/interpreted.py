@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim.adam_e import adam_e_reference, adam_e_step
 from lightning_gradhist.optim.alto import alto_apply, alto_moments, alto_reference, trust_ratio
 
