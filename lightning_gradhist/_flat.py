@@ -77,8 +77,7 @@ def end_forward(modules: Iterable[Any]) -> None:
         _post_backward_final_callback(root, root)
 
 
-_FOUND = WeakTensorKeyDictionary()
-"""What was found of parameters."""
+_FOUND = WeakTensorKeyDictionary()  # what was found of parameters
 
 
 def _is_found(parameter: Tensor) -> bool:

@@ -12,12 +12,9 @@ from torch import Tensor
 from lightning_gradhist.explore import AUTO, resolve_explore
 from lightning_gradhist.histogram import MagnitudeHistogram
 
-IDLE_SHARE = 0.02
-"""The share of coordinates that an epsilon may damp and still count as idle."""
-HALF_PRECISION_EPSILON = 1e-7
-"""The smallest power of ten that float16 can hold, whose smallest positive number is 6e-8."""
-FAMILIES = ("adam", "rmsprop", "adabelief", "adamomentum", "adame", "alto")
-"""The optimizers of the paper, and ours."""
+IDLE_SHARE = 0.02  # the share of coordinates that an epsilon may damp and still count as idle
+HALF_PRECISION_EPSILON = 1e-7  # the smallest power of ten that float16 can hold, whose smallest positive number is 6e-8
+FAMILIES = ("adam", "rmsprop", "adabelief", "adamomentum", "adame", "alto")  # the optimizers of the paper, and ours
 
 
 @dataclass(frozen=True)

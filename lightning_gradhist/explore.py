@@ -18,11 +18,7 @@ _LARGE_BATCH_CHOICE = (-5.0, 0.99)
 def explore_choice(batch_size: float | None) -> tuple[float, float]:
     """Choose ``(alpha, explore_beta)`` as the paper does: to exploit below 1,000 samples a step, to explore from there on.
 
-    Args:
-        batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0; None, as if small.
-
-    Raises:
-        ValueError: If ``batch_size`` is not a positive number.
+    The samples are those of all devices and accumulated micro-batches, > 0; None is as if small.
 
     Example:
         >>> explore_choice(256), explore_choice(4096)

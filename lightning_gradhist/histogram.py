@@ -16,13 +16,11 @@ from torch import Tensor
 
 from lightning_gradhist import kernels
 
-BINS_PER_OCTAVE = 8
-"""Bins to a factor of two, a power of two: a bin is at most 1/8 of its magnitude wide."""
+BINS_PER_OCTAVE = 8  # bins to a factor of two, a power of two: a bin is at most 1/8 of its magnitude wide
 _MANTISSA_BITS = 23
 _SHIFT = _MANTISSA_BITS - BINS_PER_OCTAVE.bit_length() + 1  # from the bits of a float32 to its bin
 _EXPONENTS = 256
-COLUMNS = (_EXPONENTS - 2) * BINS_PER_OCTAVE + 3
-"""Columns of a table of counts: zeros, bins, infinities, NaN."""
+COLUMNS = (_EXPONENTS - 2) * BINS_PER_OCTAVE + 3  # columns of a table of counts: zeros, bins, infinities, NaN
 _CPU_CHUNK = 2**17  # stays in a core's cache: ten times faster than one pass over 20 million values
 _CPU_SMALL = 2**15  # up to here a tensor takes less time with others than alone
 _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB

@@ -9,19 +9,16 @@ from typing import Literal, get_args
 from lightning_gradhist.noise.interval import ENOUGH, NoiseEstimate
 from lightning_gradhist.tradeoff import Band
 
-SURGE = "surge"
-"""The law that needs a noise scale."""
-PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]
-"""The laws that need none."""
+SURGE = "surge"  # the law that needs a noise scale
+PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]  # the laws that need none
 Law = Literal["surge", "sqrt", "fourth_root", "linear", "keep"]
 LAWS: tuple[Law, ...] = get_args(Law)
 PLAIN_LAWS: tuple[PlainLaw, ...] = get_args(PlainLaw)
-BOUND = math.pi / 2
-"""Theorem 3 holds up to this multiple of the noise scale, over all coordinates together; from there the rate is constant."""
-MAX_SPREAD = 2.0
-"""A learning rate that is not known to this factor is not worth setting."""
-SHORT_RUN = 50
-"""Steps below which the best rates of runs follow no law that is known (``benchmarks/calibration``)."""
+BOUND = (
+    math.pi / 2
+)  # Theorem 3 holds up to this multiple of the noise scale of all coordinates; then the rate is constant
+MAX_SPREAD = 2.0  # a learning rate that is not known to this factor is not worth setting
+SHORT_RUN = 50  # steps below which the best rates of runs follow no law that is known (benchmarks/calibration)
 EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
 _FROM_RECORD = "surge law with the noise scale of a recorded run"
 _FROM_PROBE = (
@@ -154,8 +151,8 @@ def choose_ratio(
         law: one of :data:`LAWS`.
         batch_size: samples of an optimizer step.
         reference_batch_size: those of the run whose rate is trusted.
-        noise: ``B_adam``; needed for ``"surge"``.
-        from_record: whether it was measured over a run rather than at its start.
+        noise: ``B_adam``, which ``"surge"`` needs.
+        from_record: whether that was measured over a run rather than at its start.
         fallback: the law that is used on a refusal: one of :data:`PLAIN_LAWS`.
         share: :math:`h` of :func:`share_of_equal_samples`, from 0 to 1; equal samples by default.
 

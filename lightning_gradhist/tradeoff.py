@@ -27,19 +27,12 @@ class Band:
 
 @dataclass(frozen=True)
 class TradeoffRow:
-    """What a run at one batch size needs, as multiples of what it needs at the present one.
+    """What a run at one batch size needs, as multiples of what it needs at the present one."""
 
-    Attributes:
-        factor: batch size as a multiple of the present one.
-        batch_size: samples of an optimizer step.
-        steps: optimizer steps to the same loss; with perfectly divided work, the time.
-        samples: samples to the same loss, which is the computation that is paid for.
-    """
-
-    factor: float
-    batch_size: float
-    steps: Band
-    samples: Band
+    factor: float  # batch size as a multiple of the present one
+    batch_size: float  # samples of an optimizer step
+    steps: Band  # optimizer steps to the same loss; with perfectly divided work, the time
+    samples: Band  # to the same loss, which is the computation that is paid for
 
 
 def critical_batch_size(noise: NoiseEstimate) -> NoiseEstimate:

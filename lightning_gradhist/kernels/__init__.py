@@ -45,19 +45,15 @@ class StepScalars(NamedTuple):
     """The scalars of one step: numbers or 0-d tensors, or one for each entry where these have made different numbers of steps."""
 
     lr: float | Tensor
-    mix: float | Tensor
-    """``c = alpha * (1 - explore_beta)``."""
+    mix: float | Tensor  # c = alpha * (1 - explore_beta)
     explore_beta: float | Tensor
     beta1: float | Tensor
     beta2: float | Tensor
-    step: float | Tensor | Sequence[Tensor]
-    """The number ``k`` of the step, from 1 up."""
-    bias_correction1: float | Tensor | Sequence[Tensor]
-    """``1 - beta1^k``, or 1 without bias correction; so the next with ``beta2``."""
+    step: float | Tensor | Sequence[Tensor]  # the number k of the step, from 1 up
+    bias_correction1: float | Tensor | Sequence[Tensor]  # 1 - beta1^k, or 1 without bias correction
     bias_correction2: float | Tensor | Sequence[Tensor]
     eps: float | Tensor
-    weight_decay: float | Tensor
-    """The number 0.0 for none."""
+    weight_decay: float | Tensor  # the number 0.0 for none
     maximize: bool
 
     def of(self, entries: slice | int) -> StepScalars:

@@ -19,8 +19,7 @@ from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import DEVICE_TYPE, DTYPES
 from lightning_gradhist.kernels._math import KernelScalars
 
-CHUNK = 2048
-"""Elements a program of a step: enough to pay for its look-ups, few enough to spread a small model over the device."""
+CHUNK = 2048  # elements a program of a step: enough to pay for its look-ups, few enough that a small model spreads
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {
     "num_warps": 2 if torch.version.hip else 4,  # 128 threads; a warp of AMD's is twice as wide
@@ -45,12 +44,9 @@ class Variant(NamedTuple):
 class ChunkTable(NamedTuple):
     """Where a launch finds its ``n`` tensors, on their device."""
 
-    pointers: Tensor
-    """``[n, columns]`` int64: addresses, a column for each list of tensors."""
-    extents: Tensor
-    """``[n, 2]`` int64: number of elements, and number of the first chunk."""
-    chunks: Tensor
-    """``[chunks, 2]`` int32: of each chunk the tensor, and its place in it."""
+    pointers: Tensor  # [n, columns] int64: addresses, a column for each list of tensors
+    extents: Tensor  # [n, 2] int64: number of elements, and number of the first chunk
+    chunks: Tensor  # [chunks, 2] int32: of each chunk the tensor, and its place in it
 
 
 class Operands(NamedTuple):
@@ -196,8 +192,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.permute(order).is_contiguous()
 
 
-_POINTERS: dict[Any, Tensor] = {}
-"""The tables of addresses that were asked for most recently, the last of them last."""
+_POINTERS: dict[Any, Tensor] = {}  # the tables of addresses that were asked for most recently, the last of them last
 
 
 def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None], chunk: int = CHUNK) -> ChunkTable:

@@ -22,8 +22,7 @@ from lightning_gradhist.kernels._chunks import (
 )
 from lightning_gradhist.kernels._launch import OPTIONS, chunk_table, on_device_of
 
-CHUNK = 16384
-"""Elements a program: 32 a thread, so that few programs add to the same row of the table."""
+CHUNK = 16384  # elements a program: 32 a thread, so that few programs add to the same row of the table
 _SHARED = not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 WINDOW = 2048 if _SHARED else 256
 """Bins that are counted together: all, where Triton counts in shared memory. Before 3.8, and on AMD, each of them takes

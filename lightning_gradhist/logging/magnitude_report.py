@@ -27,17 +27,11 @@ _RANGES = {"fp16": (2.0**-25, 65_520.0), "fp8_e4m3": (2.0**-10, 464.0), "fp8_e5m
 
 @dataclass(frozen=True)
 class Distribution:
-    """A histogram as it is shown.
+    """A histogram as it is shown."""
 
-    Attributes:
-        edges: ``log10`` of the magnitude, float64 ``[n + 1]``, increasing.
-        counts: int64 ``[n]``, with ``n`` from 1 to 64, and to 8 or the root of the number of values if that is less.
-        quantiles: the magnitude below which a share of the values lies, for each share of :data:`QUANTILES`.
-    """
-
-    edges: Tensor
-    counts: Tensor
-    quantiles: Mapping[float, float]
+    edges: Tensor  # log10 of the magnitude, float64 [n + 1], increasing
+    counts: Tensor  # int64 [n], with n from 1 to 64, and to 8 or the root of the number of values if that is less
+    quantiles: Mapping[float, float]  # the magnitude below which a share of the values lies, for each of QUANTILES
 
 
 class Distributions(Mapping[str, Distribution]):

@@ -17,10 +17,8 @@ from lightning_gradhist.tensors import HostTensor
 
 T = TypeVar("T")
 
-NOT_COUNTED = -(2**48)
-"""In every place of a table of a rank that could not count: below zero also with 10,000 ranks' counts added."""
-NOT_ALIKE = -1
-"""In every place of a table of gradients that are not the same on all ranks."""
+NOT_COUNTED = -(2**48)  # all over the table of a rank that could not count: below zero also with 10,000 ranks added
+NOT_ALIKE = -1  # all over a table of gradients that are not the same on all ranks
 
 
 class Lazy(Generic[T]):
@@ -141,8 +139,7 @@ class LoggerQueues:
     ``warn`` is given a sentence, to be preceded by the name of the reporter.
     """
 
-    patience = 30.0
-    """Seconds that :meth:`close` waits for all loggers together, if nothing else is said."""
+    patience = 30.0  # seconds that close waits for all loggers together, if nothing else is said
 
     def __init__(self, loggers: Iterable[Any], warn: Callable[[str], None]) -> None:
         self._warn = warn

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import covariance, fmean
 
-ENOUGH = 10
-"""Measurements along a run from which its noise scale can be told, as a rule."""
+ENOUGH = 10  # measurements along a run from which its noise scale can be told, as a rule
 
 
 @dataclass(frozen=True)

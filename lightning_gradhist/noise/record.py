@@ -14,8 +14,7 @@ from lightning_gradhist.noise.interval import NoiseEstimate
 
 FILE_NAME = "calibration.json"
 SCHEMA_VERSION = 1
-_LARGEST = 1e15
-"""Beyond any number of steps or samples, and any learning rate; only a noise scale may be larger."""
+_LARGEST = 1e15  # beyond any number of steps or samples, and any learning rate; only a noise scale may be larger
 
 
 class RecordError(ValueError):

@@ -36,8 +36,8 @@ class NoiseRecord:
 
     def __init__(self, samples: Sequence[Mapping[str, Any]] = (), most: int = 4096) -> None:
         self._samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
+        # measurements of an entry; the last entry has fewer until it is whole
         self._stride = max(map(_measurements, self._samples), default=1)
-        """Measurements of an entry; the last entry has fewer until it is whole."""
         self._waiting: deque[tuple[int, HostTensor]] = deque()  # steps, and batch size and measurement
         self._most = most
 

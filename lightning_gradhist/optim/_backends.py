@@ -25,15 +25,11 @@ _FLAT_BUCKET = 2**17  # elements of small tensors that are copied into one
 class Bucket(NamedTuple):
     """What is stepped together: whole entries of the lists, as views or copies."""
 
-    chunks: list[StepTensors]
-    """One, or those of a single large entry, which are stepped one after another."""
+    chunks: list[StepTensors]  # one, or those of a single large entry, which are stepped one after another
     scalars: StepScalars
-    entries: slice | Tensor
-    """Which entries of the lists they are: an index of the first dimension."""
-    small: bool
-    """Whether there is room for a copy of one of the lists."""
-    sizes: Tensor | None = None
-    """Where one tensor holds several entries, one after another: their numbers of elements, int64 ``[n]``."""
+    entries: slice | Tensor  # which entries of the lists they are: an index of the first dimension
+    small: bool  # whether there is room for a copy of one of the lists
+    sizes: Tensor | None = None  # elements of each entry, int64 [n], where one tensor holds several, one after another
 
 
 Step = TypeVar("Step", bound=Callable[..., Any])

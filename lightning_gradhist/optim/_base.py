@@ -16,8 +16,7 @@ from lightning_gradhist.optim._checks import refuse_complex, refuse_sparse
 class ExploringOptimizer(Optimizer):
     """Base of the optimizers with adaptor E; a subclass gives the step."""
 
-    _added_defaults: ClassVar[dict[str, Any]] = {}
-    """What a param group of a torch optimizer, or of an older pickle, may lack."""
+    _added_defaults: ClassVar[dict[str, Any]] = {}  # what a group of a torch optimizer, or of an older pickle, may lack
 
     def _explore_names(self) -> tuple[str, str]:  # the keys of the two numbers in the param groups
         return "alpha", "explore_beta"

@@ -35,10 +35,8 @@ class Subgroup:
     tensors: StepTensors
     scalars: StepScalars
     group: dict[str, Any]
-    params: list[Tensor]
-    """What the entries of :attr:`tensors` are, or under FSDP2 are this rank's shards of."""
-    steps: list[Tensor]
-    """How many they have made, of each or of all; :attr:`scalars` is one ahead."""
+    params: list[Tensor]  # what the entries of tensors are, or under FSDP2 are this rank's shards of
+    steps: list[Tensor]  # how many they have made, of each or of all; scalars is one ahead
     backend: Backend
 
     def for_each_bucket(self, do: Callable[[Subgroup, Bucket], None], written: Sequence[str]) -> None:
@@ -274,8 +272,7 @@ def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Te
     return corrections
 
 
-_FAULTS: dict[tuple[type[MomentOptimizer], type[Backend], torch.device], str | None] = {}
-"""What trials have found."""
+_FAULTS: dict[tuple[type[MomentOptimizer], type[Backend], torch.device], str | None] = {}  # what trials have found
 
 
 def _fault_of(cls: type[MomentOptimizer], kind: type[Backend], device: torch.device) -> str | None:

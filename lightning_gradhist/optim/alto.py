@@ -26,10 +26,8 @@ from lightning_gradhist.optim._formulas import (
 from lightning_gradhist.optim._moments import MomentOptimizer, Subgroup
 from lightning_gradhist.optim._sharding import any_sharded, sum_over_shards
 
-EPS2 = 1e-6
-"""Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
-EPS3 = 1e-10
-"""Added to the norm of the parameters: the paper's epsilon 3."""
+EPS2 = 1e-6  # bounds the trust ratio by 1 / EPS2: the paper's epsilon 2
+EPS3 = 1e-10  # added to the norm of the parameters: the paper's epsilon 3
 
 
 def alto_reference(
