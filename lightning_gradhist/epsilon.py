@@ -172,10 +172,10 @@ class SecondMoment:
         alpha: of adaptor E, ``"auto"`` for its choice for small batches.
         explore_beta: of adaptor E, likewise.
 
-    Memory: one tensor a parameter, two for the last four families; float32, or float64 for float64.
-
     Raises:
         ValueError: for another family, and for a number out of its range.
+
+    Memory: one tensor a parameter, two for the last four families; float32, or float64 for float64.
 
     Example:
         >>> import torch
@@ -213,14 +213,9 @@ class SecondMoment:
 
     @torch.no_grad()
     def update(self, gradients: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor] | None = None) -> None:
-        """Adds the gradients of one step.
+        """Adds the gradients of one step; ``weight_decay`` needs the parameters, else ``ValueError``.
 
-        Args:
-            gradients: names and gradients; a parameter that is missing or None is skipped, as optimizers do.
-            parameters: names and parameters, for ``weight_decay``.
-
-        Raises:
-            ValueError: where ``weight_decay`` is not 0 and there are no parameters.
+        One that is missing or None is skipped, as optimizers do.
         """
         if self.weight_decay and parameters is None:
             raise ValueError(

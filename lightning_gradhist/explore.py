@@ -56,12 +56,7 @@ def check_explore(alpha: float | str, explore_beta: float | str) -> None:
 
 
 def resolve_explore(alpha: float | str, explore_beta: float | str) -> tuple[float, float]:
-    """The numbers that are in force, checked: for ``"auto"`` the choice for small batches.
-
-    Example:
-        >>> resolve_explore("auto", "auto"), resolve_explore(-2, 0.9)
-        ((0.5, 0.01), (-2.0, 0.9))
-    """
+    """The numbers that are in force, checked: for ``"auto"`` the choice for small batches."""
     check_explore(alpha, explore_beta)
     return explore_choice(None) if alpha == AUTO else (float(alpha), float(explore_beta))
 

@@ -135,7 +135,7 @@ class MagnitudeHistogram:
         bfloat16 and float16 are counted in one launch.
 
         Args:
-            values: from a name of :attr:`names` to a tensor. Names may be missing.
+            values: from a name to a tensor. Names may be missing.
             rows: from each name in ``values`` to that of :attr:`names` under which it is counted; itself by default.
 
         Raises:

@@ -77,11 +77,7 @@ class RateRatio(Band):
 
 
 def plain_ratio(law: str, batch_size: float, reference_batch_size: float) -> float:
-    """The rate at one batch size as a multiple of that at the reference's: a power of their ratio.
-
-    Raises:
-        ValueError: for a law that is none of :data:`PLAIN_LAWS`, and for a batch size in samples that is not positive.
-    """
+    """The rate as a multiple of the reference's, a power of the ratio of batch sizes, by one of :data:`PLAIN_LAWS`."""
     if law not in EXPONENTS:
         raise ValueError(f"the name of a law must be one of {LAWS}, got {law!r}")
     batch = _samples("batch_size", batch_size)
@@ -93,9 +89,8 @@ def share_of_equal_samples(
 ) -> float:
     r"""How near a run is to one of as many samples as the reference's, 1, from one of as many steps, 0.
 
-    .. math:: h = \log(S_0 / S) \Big/ \log(B / B_0), \qquad 0 \le h \le 1
-
-    with :math:`B` samples in each of :math:`S` optimizer steps; at the reference's own batch size :math:`h` is 1.
+    It is :math:`h = \log(S_0 / S) / \log(B / B_0)`, from 0 to 1, with :math:`B` samples in each of :math:`S` optimizer steps;
+    at the reference's own batch size it is 1.
 
     Example:
         >>> share_of_equal_samples(256, 64, steps=1000, reference_steps=4000), share_of_equal_samples(256, 64, 4000, 4000)
@@ -136,7 +131,7 @@ def choose_ratio(
 ) -> RateRatio:
     r"""Applies a law with care: bounds what a probe may do, and refuses what the data do not support.
 
-    Of the surge law:
+    The surge law:
 
     - With the noise scale of a probe, which is far too small, the ratio stays between 1 and the square root of the ratio of
       batch sizes. With that of a record the full law is used for a run of as many samples as the recorded one; for one of as
@@ -154,7 +149,7 @@ def choose_ratio(
         noise: ``B_adam``, which ``"surge"`` needs.
         from_record: whether that was measured over a run rather than at its start.
         fallback: the law that is used on a refusal: one of :data:`PLAIN_LAWS`.
-        share: :math:`h` of :func:`share_of_equal_samples`, from 0 to 1; equal samples by default.
+        share: :math:`h` of :func:`share_of_equal_samples`, from 0 to 1.
 
     Raises:
         ValueError: for another law or fallback, and for a batch size that is not positive.

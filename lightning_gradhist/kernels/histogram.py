@@ -39,12 +39,8 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
     """Add the counts of tensors to rows of the table of a :class:`~lightning_gradhist.histogram.MagnitudeHistogram`.
 
     A program counts one chunk in shared memory, and adds the bins that are not empty to the table. Those sums are of
-    integers, and so the same in any order. The host waits for nothing.
-
-    Args:
-        table: ``[names, columns]`` in int64, of ``254 * bins_per_octave + 3`` columns, contiguous, on the tensors' device.
-        rows: A row for each tensor.
-        tensors: One-dimensional, of one dtype of fp32, bf16 and fp16, else ``ValueError``. Those with gaps are copied.
+    integers, and so the same in any order. The host waits for nothing. The tensors, a row each, are one-dimensional and of
+    one dtype of fp32, bf16 and fp16, on the device of the table, else ``ValueError``; those with gaps are copied.
     """
     if not tensors:
         return

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy
 import torch
 
 from lightning_gradhist.epsilon import EpsilonRange
@@ -22,7 +23,6 @@ from lightning_gradhist.plan import Plan
 from lightning_gradhist.tradeoff import Band, batch_size_tradeoff, critical_batch_size
 
 if TYPE_CHECKING:
-    import numpy
     from matplotlib.figure import Figure
 
 _FP16_SMALLEST = math.log10(2.0**-24)
@@ -41,7 +41,6 @@ def available() -> bool:
 
 def pixels(figure: Figure) -> numpy.ndarray:
     """A figure as uint8 ``[height, width, 3]``; it may be asked for in several threads at once."""
-    import numpy
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with _RENDERING:  # drawing changes a figure, and several loggers show the same one

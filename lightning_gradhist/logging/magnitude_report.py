@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy  # comes with whatever draws or logs histograms
 import torch
 from torch import Tensor
 
 from lightning_gradhist.histogram import MagnitudeHistogram
-
-if TYPE_CHECKING:
-    import numpy
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _MAX_BUCKETS = 64  # TensorBoard's page shows 30
@@ -133,8 +130,6 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
 
 def shown_buckets(edges: Tensor, counts: Tensor, most: int = 512) -> tuple[Tensor, Tensor]:
     """The occupied buckets and their edges, neighbours merged until there are at most ``most``."""
-    import numpy
-
     below = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).numpy()
     cuts, _ = _cuts(below[None], numpy.array([most]))
     return edges[cuts], torch.from_numpy(numpy.diff(below[cuts]))
@@ -146,8 +141,6 @@ def _cuts(below: numpy.ndarray, most: numpy.ndarray) -> tuple[numpy.ndarray, num
     From counts below each edge ``[rows, edges]``, of rows that are not empty, and the most buckets of each; the places of
     the edges of all rows one after another, and how many each row has.
     """
-    import numpy  # comes with whatever draws or logs histograms
-
     first = (below > 0).argmax(1) - 1
     last = (below == below[:, -1:]).argmax(1)
     widths = 1 << numpy.ceil(numpy.log2((last - first) / most)).clip(0).astype(numpy.int64)
@@ -185,8 +178,6 @@ class _Counted:
 
     def distributions(self, kind: str, pooled_name: str) -> Mapping[str, Distribution]:
         """What to draw of each row that has a count, by tag."""
-        import numpy
-
         rows = self.finite.nonzero()[:, 0]  # all of them in a few operations: a model may have thousands
         if not len(rows):
             return {}

@@ -23,10 +23,9 @@ _WAITING = 64  # measurements, after which it is looked for those that have arri
 class NoiseRecord:
     """Noise scale over a run, at no extra backward pass.
 
-    Within a step a part, such as a micro-batch, is measured against the whole, without bias
-    (:func:`~lightning_gradhist.noise.step.measure_part`). Else successive steps are measured against each other
-    (:func:`~lightning_gradhist.noise.step.measure_pair`): as the first gradient took part in the step to the second, the
-    signal then comes out too small, and the noise scale too large, the more so the larger the rate.
+    Within a step a part, such as a micro-batch, is measured against the whole, without bias. Else successive steps are
+    measured against each other: as the first gradient took part in the step to the second, the signal then comes out too
+    small, and the noise scale too large, the more so the larger the rate.
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
@@ -46,12 +45,9 @@ class NoiseRecord:
         return sum(map(_measurements, self._samples)) + len(self._waiting)
 
     def add(self, step: int, batch_size: float | Tensor, measurement: Tensor) -> None:
-        """Adds one measurement, without waiting for the device that makes it.
+        """Adds one measurement of :func:`~lightning_gradhist.noise.step.noise_and_signal`, without waiting for the device.
 
-        Args:
-            step: optimizer step of the gradient, of a pair that of the first.
-            batch_size: samples of the gradient that the noise is told for.
-            measurement: of :func:`~lightning_gradhist.noise.step.noise_and_signal`; what is not finite is recorded as None.
+        The step is that of the gradient, of a pair that of the first, and the batch size that which the noise is told for.
         """
         if len(self._waiting) >= _WAITING:
             self._take_down(wait=False)

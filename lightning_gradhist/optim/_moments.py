@@ -164,11 +164,8 @@ class MomentOptimizer(ExploringOptimizer):
         Raises:
             ValueError: If groups do not fit, a number is out of range, or ``amsgrad`` was on; nothing has been changed then.
         """
-        hook = self.register_load_state_dict_pre_hook(_shield_state)  # last, hence after the user's own hooks
-        try:
+        with self.register_load_state_dict_pre_hook(_shield_state):  # last, hence after the user's own hooks
             super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled or loaded state, and complete what an older one lacks."""
