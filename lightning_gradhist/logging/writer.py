@@ -70,8 +70,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.dropped = 0
-        self._full = False
-        self._closed = False
+        self._full = self._closed = False
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(self.room)
         self._thread: threading.Thread | None = None
 
