@@ -77,8 +77,8 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     left, right = 0.3 + 0.066 * max(map(len, labels)), width - 1.0
     axes = figure.add_axes((left / width, 0.52 / height, (right - left) / width, (height - 1.0) / height))
     rows_each = math.ceil(len(names) / _MAX_ROWS)
-    padded = torch.nn.functional.pad(density, (0, 0, 0, -len(density) % rows_each))
-    largest, occupied = padded.unflatten(0, (-1, rows_each)).amax(1), density[density > 0].sort().values
+    largest = torch.nn.functional.max_pool2d(density[None], (rows_each, 1), ceil_mode=True)[0]
+    occupied = density[density > 0].sort().values
     darkest = float(occupied[int(0.95 * (len(occupied) - 1))])
     extent = (low, high, math.ceil(len(names) / rows_each) * rows_each, 0.0)
     image = axes.imshow(largest.numpy(), extent=extent, aspect="auto", cmap="Blues",

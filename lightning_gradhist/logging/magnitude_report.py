@@ -16,7 +16,7 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _MAX_BUCKETS = 64  # TensorBoard's page shows 30
 _MIN_BUCKETS = 8
 _TELLING = 1e-3  # a share below it has no chart of its own
-_BY_ROW = ("zero_share", "nonfinite_share", "fp16_loss_share")
+_BY_ROW = ("nonfinite_share", "zero_share", "fp16_loss_share")
 # From a number format to the magnitude below which rounding gives zero, half its smallest subnormal number, and the one
 # above which it finds no number, the largest one and half a unit of its last place.
 _RANGES = {"fp16": (2.0**-25, 65_520.0), "fp8_e4m3": (2.0**-10, 464.0), "fp8_e5m2": (2.0**-17, 61_440.0)}
@@ -119,11 +119,10 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
         return -columns["nonfinite_share"][row], -lost, columns["median"][row]
 
     worst = sorted((row for row, values in enumerate(total) if values), key=badness)[:most]
-    shares = ("nonfinite_share", "zero_share", "fp16_loss_share")
     table = "| layer | values | median | not finite | zero | lost in float16 |\n|---|--:|--:|--:|--:|--:|\n"
     for row in worst:
         cells = [histogram.names[row].replace("|", "\\|"), f"{total[row]:,}", f"{columns['median'][row]:.2g}"]
-        cells += [f"{columns[share][row]:.2%}" for share in shares]
+        cells += [f"{columns[share][row]:.2%}" for share in _BY_ROW]
         table += f"| {' | '.join(cells)} |\n"
     return table
 

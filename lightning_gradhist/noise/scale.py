@@ -211,8 +211,7 @@ def _all_reduced(tensors: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]
 
 
 def _accumulator(tensor: Tensor) -> Tensor:
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32), requires_grad=False)
 
 
 def _deviation(gradient: Tensor | None, mean: Tensor) -> Tensor:
