@@ -58,19 +58,11 @@ class SummarySink(Sink):
 
     def histograms(self, histograms: Mapping[str, Distribution], step: int) -> None:
         """Histograms and Distributions pages."""
-        for tag, shown in histograms.items():
-            middles = (shown.edges[:-1] + shown.edges[1:]) / 2
-            self.writer.add_histogram_raw(
-                tag,
-                min=float(shown.edges[0]),
-                max=float(shown.edges[-1]),
-                num=int(shown.counts.sum()),
-                sum=float((shown.counts * middles).sum()),
-                sum_squares=float((shown.counts * middles.square()).sum()),
-                bucket_limits=shown.edges[1:].tolist(),
-                bucket_counts=shown.counts.tolist(),
-                global_step=step,
-            )
+        if histograms:
+            for value in event_file.histogram_summary(histograms).value:
+                h = value.histo
+                sums = h.min, h.max, h.num, h.sum, h.sum_squares
+                self.writer.add_histogram_raw(value.tag, *sums, list(h.bucket_limit), list(h.bucket), step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Images page."""
