@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lightning_gradhist.noise.interval import ENOUGH, NoiseEstimate
-from lightning_gradhist.tradeoff import Band
+from lightning_gradhist.noise.interval import ENOUGH, Band, NoiseEstimate
 
 SURGE = "surge"  # the law that needs a noise scale
 PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]  # the laws that need none

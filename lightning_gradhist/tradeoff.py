@@ -6,23 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_gradhist.noise.interval import NoiseEstimate
+from lightning_gradhist.noise.interval import Band, NoiseEstimate
 
 _CRITICAL, _LOWEST, _HIGHEST = 0.12, 0.04, 0.5  # of the mean B_adam; benchmarks/calibration, Theorem 5
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-
-
-@dataclass(frozen=True)
-class Band:
-    """A value with the interval that its noise scale's interval gives."""
-
-    value: float
-    lower: float
-    upper: float
-
-    def times(self, factor: float) -> Band:
-        """The band of a multiple."""
-        return Band(self.value * factor, self.lower * factor, self.upper * factor)
 
 
 @dataclass(frozen=True)

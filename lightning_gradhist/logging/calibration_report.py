@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_gradhist.epsilon import EpsilonRange
-from lightning_gradhist.noise.interval import NoiseEstimate
+from lightning_gradhist.noise.interval import Band, NoiseEstimate
 from lightning_gradhist.plan import aligned
-from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff, critical_batch_size
+from lightning_gradhist.tradeoff import TradeoffRow, batch_size_tradeoff, critical_batch_size
 
 _TRADEOFF = "what more GPUs would buy"
 _TRADEOFF_HEADER = ("samples a step", "steps to the same loss", "samples to the same loss")

@@ -19,8 +19,9 @@ from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_ratio, surge_ratio
 from lightning_gradhist.logging.calibration_report import CalibrationResult
 from lightning_gradhist.logging.magnitude_report import shown_buckets
+from lightning_gradhist.noise.interval import Band
 from lightning_gradhist.plan import Plan
-from lightning_gradhist.tradeoff import Band, batch_size_tradeoff, critical_batch_size
+from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

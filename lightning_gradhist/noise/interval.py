@@ -12,7 +12,20 @@ ENOUGH = 10  # measurements along a run from which its noise scale can be told, 
 
 
 @dataclass(frozen=True)
-class NoiseEstimate:
+class Band:
+    """A value with its interval, as a noise scale's interval gives it."""
+
+    value: float
+    lower: float
+    upper: float
+
+    def times(self, factor: float) -> Band:
+        """The band of a multiple."""
+        return Band(self.value * factor, self.lower * factor, self.upper * factor)
+
+
+@dataclass(frozen=True)
+class NoiseEstimate(Band):
     """A noise scale in samples, with its confidence interval.
 
     Attributes:
@@ -23,9 +36,6 @@ class NoiseEstimate:
         measurements: number of gradients, or pairs of them, that it rests on.
     """
 
-    value: float
-    lower: float
-    upper: float
     confidence: float
     measurements: int
 
