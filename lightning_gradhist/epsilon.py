@@ -88,13 +88,13 @@ def epsilon_range(
         histogram = MagnitudeHistogram.from_table(rms.names, rms.table.clone())
         ends = zip(rms.quantile(lower).tolist(), rms.quantile(upper).tolist(), strict=True)
         per_name = {name: pair for name, pair in zip(rms.names, ends, strict=True) if not math.isnan(pair[0])}
-        pooled = [float(rms.quantile(q, pooled=True)) for q in (lower, upper)]
+        pooled = tuple(float(rms.quantile(q, pooled=True)) for q in (lower, upper))
     else:
         histogram = MagnitudeHistogram(list(rms))
         histogram.update(rms)
         per_name = {name: _sorted_ends(values, lower, upper) for name, values in rms.items() if values.any()}
-        together = torch.cat([values.detach().flatten().cpu() for values in rms.values()]) if per_name else None
-        pooled = [] if together is None else [*_sorted_ends(together, lower, upper)]
+        if per_name:
+            pooled = _sorted_ends(torch.cat([values.detach().flatten().cpu() for values in rms.values()]), lower, upper)
     if int((histogram.infs + histogram.nans).sum()):
         raise ValueError("rms must be finite; leave out the gradients that are not")
     if not per_name:
