@@ -12,7 +12,8 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, NamedTuple
@@ -27,18 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import (
-    CPU,
-    RESULTS,
-    Row,
-    machine,
-    parser,
-    print_machine,
-    print_table,
-    print_verdicts,
-    quartiles,
-    write_by_model,
-)
+from reporting import CPU, Row, machine, measured, parser, print_table, print_verdicts, quartiles
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -263,26 +253,18 @@ def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> fl
 
 
 def slice_share(name: str, scale: float, rounds: int) -> float:
-    """On a rank: time of counting its slice over the time of counting all, with the other ranks at the same."""
+    """On a rank: work of counting its slice over that of counting all, with the other ranks at the same."""
     gradients = gradients_of(next(task for task in cases.tasks(scale) if task.name == name), CPU)
     histogram = MagnitudeHistogram(list(gradients))
     sizes = {key: gradient.numel() for key, gradient in gradients.items()}
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shares = []
+    work, shares = partial(seconds_per_call, calls=CALLS, device=CPU, clock=process_time), []
     for _ in range(rounds + 1):
         torch.distributed.barrier()
-        cut = work_of(lambda: histogram.update(dict(slice_of(gradients, sizes, rank, ranks))))
+        cut = work(lambda: histogram.update(dict(slice_of(gradients, sizes, rank, ranks))))
         torch.distributed.barrier()
-        shares.append(cut / work_of(lambda: histogram.update(gradients)))
+        shares.append(cut / work(lambda: histogram.update(gradients)))
     return statistics.median(shares[1:])
-
-
-def work_of(function: Callable[[], object]) -> float:
-    """Seconds of the processor that some calls take."""
-    start = process_time()
-    for _ in range(CALLS):
-        function()
-    return process_time() - start
 
 
 def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
@@ -358,10 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
-    described = machine(device, "lightning", "triton")
-    print_machine(described)
-    output = args.output or RESULTS / f"capture_cost_{args.device}.csv"
-    rows = write_by_model(output, COLUMNS, run(args, device), described)  # after each model: it takes long
+    rows = measured("capture_cost", args, COLUMNS, run(args, device), machine(device, "lightning", "triton"))
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     print_verdicts("capture_cost", rows, "variant", args.device)

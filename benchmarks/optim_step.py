@@ -15,18 +15,7 @@ from typing import Any
 import torch
 from measuring import extra_peak_bytes, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
-from reporting import (
-    RESULTS,
-    Row,
-    installed_version,
-    machine,
-    parser,
-    print_machine,
-    print_table,
-    print_verdicts,
-    quartiles,
-    write_by_model,
-)
+from reporting import Row, installed_version, machine, measured, parser, print_table, print_verdicts, quartiles
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -34,22 +23,14 @@ LR, WARM_UP = 1e-4, 2
 GRADIENT = 1e-5  # a norm of 0.1 at 100 M parameters
 STEPS = {"cpu": 2, "cuda": 20}
 TURN = 0.25  # seconds on a GPU, after which slow implementations make no more steps
-BASELINES = {
-    "ratio_to_adamw": "AdamW",
-    "ratio_to_adamw_fused": "AdamW fused",
-    "ratio_to_authors_alto": "authors' ALTO",
-}
+BASELINES = {"ratio_to_adamw": "AdamW", "ratio_to_adamw_fused": "AdamW fused", "ratio_to_authors_alto": "authors' ALTO"}
+MEASURED_ONCE = "state_bytes_per_parameter extra_peak_share first_steps_seconds".split()
 COLUMNS = [
     *"model tensors parameters dtype implementation version rounds seconds seconds_q25 seconds_q75".split(),
-    *BASELINES,
-    *"floor_bytes_per_parameter share_of_copy_bandwidth state_bytes_per_parameter extra_peak_share".split(),
-    *"first_steps_seconds note".split(),
+    *(*BASELINES, "floor_bytes_per_parameter", "share_of_copy_bandwidth", *MEASURED_ONCE, "note"),
     *"date device cpu cores threads gpu python torch triton lightning_gradhist".split(),
 ]
-SHOWN = [
-    *("model", "implementation", "seconds", *BASELINES),
-    *"share_of_copy_bandwidth state_bytes_per_parameter extra_peak_share first_steps_seconds".split(),
-]
+SHOWN = ["model", "implementation", "seconds", *BASELINES, "share_of_copy_bandwidth", *MEASURED_ONCE]
 
 
 class Model:
@@ -122,11 +103,8 @@ def footprint(model: Model, implementation: Implementation) -> Row:
     with torch.compiler.config.patch(force_disable_caches=True):
         first = WARM_UP * seconds_per_call(optimizer.step, WARM_UP, model.device)
     extra = extra_peak_bytes(optimizer.step, model.device)
-    return {
-        "state_bytes_per_parameter": state_bytes(optimizer) / model.size,
-        "extra_peak_share": extra / (model.size * model.dtype.itemsize),
-        "first_steps_seconds": first,
-    }
+    shares = state_bytes(optimizer) / model.size, extra / (model.size * model.dtype.itemsize)
+    return dict(zip(MEASURED_ONCE, (*shares, first), strict=True))
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -223,10 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
     args = options.parse_args(arguments)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    described = machine(device, "triton")
-    print_machine(described)
-    output = args.output or RESULTS / f"optim_step_{args.device}.csv"
-    rows = write_by_model(output, COLUMNS, run(args, device, dtype), described)
+    rows = measured("optim_step", args, COLUMNS, run(args, device, dtype), machine(device, "triton"))
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")

@@ -113,9 +113,12 @@ def quartiles(column: str, values: Sequence[float]) -> Row:
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
 
 
-def print_machine(described: Row) -> None:
-    """Print what :func:`machine` found, in a line."""
-    print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
+def measured(
+    name: str, args: argparse.Namespace, columns: Sequence[str], models: Iterable[list[Row]], of: Row
+) -> list[Row]:
+    """Print the machine and the versions ``of`` which the rows of a benchmark are, and write them model after model."""
+    print("  ".join(f"{what}: {value}" for what, value in of.items() if value), flush=True)
+    return write_by_model(args.output or RESULTS / f"{name}_{args.device}.csv", columns, models, of)
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:

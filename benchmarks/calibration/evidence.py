@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, half_octaves, middle, read, references
-from reporting import read_csv
 from training import Run
 from workloads import WORKLOADS, Workload
 
@@ -230,9 +229,11 @@ def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
 class Evidence:
     """The runs of one workload, and what follows from them at once. Best rates are in log2, noise scales in samples."""
 
-    def __init__(self, workload: Workload, results: Results, critical: Mapping[int, list[float]] | None = None) -> None:
+    def __init__(self, workload: Workload, results: Results) -> None:
         self.workload, self.results = workload, results
-        self.critical = critical or {}  # log2 of the critical rates of the first step, by batch size
+        self.critical: dict[int, list[float]] = defaultdict(
+            list
+        )  # log2 of the first step's critical rates, by batch size
         # a run of Adam at equal samples for each batch size, and that at the middle one
         self.references = references(workload)
         self.middle = next(run for run in self.references if run.batch_size == middle(workload))
@@ -276,8 +277,5 @@ def cells_of(evidence: Evidence) -> list[Cell]:
 def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:
     """By name the workloads, or the small grids beside them, that have a batch size with a finished run."""
     workloads = SIDE if side else WORKLOADS
-    logs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_csv(folder / "critical.csv"):
-        logs[row["workload"]][row["batch_size"]].append(math.log2(row["critical_rate"] or 2**-99))
-    found = {name: Evidence(of, read(folder / f"{name}.csv"), logs.get(name)) for name, of in workloads.items()}
+    found = {name: Evidence(workload, read(folder / f"{name}.csv")) for name, workload in workloads.items()}
     return {name: evidence for name, evidence in found.items() if evidence.losses}

@@ -9,6 +9,7 @@ at fixed weights (``probes.py``), the search space of epsilon and the coverage o
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import optimizer_section
@@ -18,6 +19,7 @@ import transfers
 from evidence import collect
 from grid import FOLDER, read
 from page import Page
+from recorded import recorded
 from workloads import FASHION_MNIST
 
 HERE = Path(__file__).parent
@@ -40,6 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--results must be a folder with the tables of grid.py, got {options.results}; run it first")
     page, draws = Page(options.output), options.draws
     tables, measure = options.output / "tables", (options.data_dir, options.again)
+    probes.kept(options.results / "recorded.csv", found, recorded, *measure)
+    for row in probes.kept(options.results / "critical.csv", found, probes.critical_rates, *measure):
+        found[row["workload"]].critical[row["batch_size"]].append(math.log2(row["critical_rate"] or 2**-99))
     run_sections.runs(page, found)
     run_sections.best_rates(page, found, draws)
     run_sections.surge(page, side, draws)
