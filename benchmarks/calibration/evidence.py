@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -53,10 +54,7 @@ class Curve:
         return bool(high[:best].any() and high[best + 1 :].any())
 
     def excess(self, rates: np.ndarray) -> np.ndarray:
-        """Loss over that of the best rate, less 1, at log2 rates of any shape; at most :data:`CAP`, there where it diverges.
-
-        Beyond the rates that were measured it is that of the last one, and so a lower bound.
-        """
+        """Loss over that of the best rate, less 1, at log2 rates: :data:`CAP` where it diverges, that of the last one beyond."""
         finite = np.isfinite(self.losses)
         logs = np.log(self.losses[finite] / self.losses.min())
         excess = np.minimum(np.expm1(np.interp(rates, self.rates[finite], logs)), CAP)
@@ -87,10 +85,7 @@ class Measured:
         return curve
 
     def curve(self, weights: np.ndarray | None = None) -> Curve | None:
-        """The mean over seeds with weights ``[seeds]``, 1 by default; None where every rate diverged.
-
-        A rate of whose runs none has a weight keeps the plain mean of those that it has.
-        """
+        """The mean over seeds with weights ``[seeds]``, at a rate where none has one the plain mean; None where all diverged."""
         there = ~np.isnan(self.losses)
         weight = np.where(there, 1.0 if weights is None else weights, 0.0)
         weight = np.where(weight.any(1, keepdims=True), weight, there)
@@ -142,10 +137,7 @@ def with_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def seed_spread(losses: Measured) -> float:
-    """Standard deviation of the log loss over seeds: root mean square over the rates within half an octave of the best.
-
-    NaN where none of them has two seeds.
-    """
+    """Standard deviation of the log loss over seeds, root mean square over the rates within half an octave of the best."""
     near = losses.losses[np.abs(losses.rates - losses.mean().best_rate) <= 0.5]
     of_rates = [np.log(at_rate[np.isfinite(at_rate)]) for at_rate in near]
     variances = [logs.var(ddof=1) for logs in of_rates if len(logs) > 1]
@@ -153,25 +145,19 @@ def seed_spread(losses: Measured) -> float:
 
 
 def noise_runs(results: Results, workload: Workload, best: Mapping[int, float]) -> dict[int, list[tuple[Run, Any]]]:
-    """The runs along which the noise scale was measured, by batch size, in the order of their seeds.
-
-    They are those at the rate nearest to the ``best``, which is in log2.
-    """
-    found: dict[int, list[tuple[Run, Any]]] = {}
-    for size in best:
-        of_size = [run for run in results if run.noise and run.batch_size == size and run.samples == workload.samples]
-        away = {run: abs(math.log2(run.learning_rate) - best[size]) for run in of_size}
-        nearest = [run for run in of_size if away[run] == min(away.values())]
-        if nearest:
-            found[size] = [(run, results[run]["noise_scale"]) for run in sorted(nearest, key=lambda run: run.seed)]
-    return found
+    """The runs that measured the noise scale at the rate nearest to the best, in log2: by batch size, in order of seeds."""
+    by_size: dict[int, dict[float, list[tuple[Run, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(results, key=lambda run: run.seed):
+        if run.noise and run.samples == workload.samples and run.batch_size in best:
+            away = abs(math.log2(run.learning_rate) - best[run.batch_size])
+            by_size[run.batch_size][away].append((run, results[run]["noise_scale"]))
+    return {size: by_size[size][min(by_size[size])] for size in best if size in by_size}
 
 
 def of_a_run(moments: Moments, metric: str, samples: int) -> dict[str, float]:
     """One noise scale out of the many that a run of so many samples measured, by name; NaN where there is none.
 
-    The mean and the median are over samples: each moment stands for those that are nearer to it than to its neighbours.
-    The mean is without the moments whose interval has no bound.
+    Mean and median are over samples: each moment stands for those nearest to it. The mean is without unbounded ones.
     """
     at, values = (np.array([float(m[key]) for m in moments]) for key in ("samples", metric))
     weights = np.diff(np.concatenate([at[:1], (at[1:] + at[:-1]) / 2, [samples]]))
@@ -190,17 +176,8 @@ def is_bounded(moment: Mapping[str, Any], metric: str) -> bool:
     return bool(moment[f"{metric}_lower"] > 0 and moment[f"{metric}_upper"] < math.inf)
 
 
-def median_of(values: np.ndarray) -> float:
-    """The median of what there is; NaN of nothing."""
-    there = values[~np.isnan(values)]
-    return float(np.median(there)) if there.size else math.nan
-
-
 def samples_to_target(results: Results, references: Collection[Run]) -> dict[float, dict[int, float]]:
-    """Samples to each target loss by batch size, at the rate where they are fewest; targets and sizes in ascending order.
-
-    They are averaged over seeds; a rate with a run that does not reach the target does not count.
-    """
+    """Samples to each target loss by batch size, mean over seeds, at the rate where they are fewest and all reach it."""
     found: dict[float, dict[int, float]] = {}
     for like in references:
         of_size: dict[tuple[float, int], list[float]] = defaultdict(list)
@@ -215,10 +192,7 @@ def samples_to_target(results: Results, references: Collection[Run]) -> dict[flo
 
 
 def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
-    """Theorem 5's line ``1/S = -B_noise / E + 1/S_min`` through the samples ``E`` and steps ``S = E / B``, least squares.
-
-    The noise scale in samples and ``S_min``; NaN where there are fewer than three sizes or the line rises.
-    """
+    """``B_noise`` and ``S_min`` of Theorem 5's line ``1/S = -B_noise / E + 1/S_min`` through samples ``E`` and ``S = E / B``."""
     if len(samples) < 3:
         return math.nan, math.nan
     sizes, needed = np.array(list(samples), float), np.array(list(samples.values()))
@@ -254,14 +228,13 @@ class Evidence:
 
     def _estimates(self) -> dict[str, np.ndarray]:
         """Noise scales by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
-        found: dict[str, np.ndarray] = {}
         shape = (max(map(len, self.noise.values()), default=0), len(self.losses))
-        for metric, called in METRICS.items():
-            for column, size in enumerate(self.losses):
-                for row, (run, moments) in enumerate(self.noise.get(size, [])):
-                    for name, value in of_a_run(moments, metric, run.samples).items():
-                        found.setdefault(f"{called} {name}", np.full(shape, math.nan))[row, column] = value
-        return found
+        found: dict[str, np.ndarray] = defaultdict(lambda: np.full(shape, math.nan))
+        for (metric, called), (column, size) in itertools.product(METRICS.items(), enumerate(self.losses)):
+            for row, (run, moments) in enumerate(self.noise.get(size, [])):
+                for name, value in of_a_run(moments, metric, run.samples).items():
+                    found[f"{called} {name}"][row, column] = value
+        return dict(found)
 
 
 def cells_of(evidence: Evidence) -> list[Cell]:
