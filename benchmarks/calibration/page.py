@@ -6,12 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from reporting import Row, write_csv
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TEXT = Path(__file__).parent / "page.md"
 NOT_MEASURED = "Not measured yet."

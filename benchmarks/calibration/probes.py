@@ -39,18 +39,17 @@ def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
     fresh = gradients_of(model, data, size, torch.Generator().manual_seed(1))
     for gradients in itertools.islice(fresh, min(EPOCH, len(data.train) // size)):
         moment.update(gradients)
-    rows = []
-    for scale in LOSS_SCALES:
-        space = epsilon_range({name: scale * rms for name, rms in moment.rms().items()})
-        rows.append(
-            {
-                **{"workload": workload.name, "batch_size": size, "loss_scale": scale},
-                **{name: getattr(space, name) for name in ("lower", "upper", "pooled_lower", "pooled_upper")},
-                **{"default": EPS["Adam"], "damped_by_default": space.damped_share(EPS["Adam"])},
-                "auto": choose_epsilon(EPS["Adam"], space),
-            }
-        )
-    return rows
+    return [_space(workload.name, size, scale, moment) for scale in LOSS_SCALES]
+
+
+def _space(workload: str, batch_size: int, scale: float, moment: SecondMoment) -> Row:
+    space, default = epsilon_range({name: scale * rms for name, rms in moment.rms().items()}), EPS["Adam"]
+    return {
+        **{"workload": workload, "batch_size": batch_size, "loss_scale": scale},
+        **{name: getattr(space, name) for name in ("lower", "upper", "pooled_lower", "pooled_upper")},
+        **{"default": default, "damped_by_default": space.damped_share(default)},
+        "auto": choose_epsilon(default, space),
+    }
 
 
 def coverage(evidence: Evidence, folder: Path) -> list[Row]:
@@ -70,27 +69,17 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
         for repeat in range(REPEATS):
             noise = noise_scale(fresh, run)
             for metric, of in METRICS.items():
-                estimate = of(noise)
-                rows.append(
-                    {
-                        **{"workload": workload.name, "state": state, "metric": metric, "repeat": repeat},
-                        **{"value": estimate.value, "lower": estimate.lower, "upper": estimate.upper},
-                        "from_ten_times_the_data": of(truth).value,
-                    }
-                )
+                row = {"workload": workload.name, "state": state, "metric": metric, "repeat": repeat}
+                row |= {end: getattr(of(noise), end) for end in ("value", "lower", "upper")}
+                rows.append({**row, "from_ten_times_the_data": of(truth).value})
     return rows
 
 
 def critical_rates(evidence: Evidence, folder: Path) -> list[Row]:
     """The critical rate of the first step of each batch size, as the calibration's probe finds it."""
     workload, data = evidence.workload, data_of(evidence.workload.name, folder)
-    return [
-        {
-            **{"workload": workload.name, "batch_size": size, "seed": seed},
-            "critical_rate": _critical(workload, data, size, seed),
-        }
-        for size, seed in itertools.product(workload.batch_sizes, range(SEEDS))
-    ]
+    cases = [{"batch_size": size, "seed": seed} for size in workload.batch_sizes for seed in range(SEEDS)]
+    return [{"workload": workload.name, **of, "critical_rate": _critical(workload, data, **of)} for of in cases]
 
 
 def _critical(workload: Workload, data: Data, batch_size: int, seed: int) -> float:

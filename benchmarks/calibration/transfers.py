@@ -101,16 +101,12 @@ class Transfers:
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = cells
-        self.all, critical = [], []
-        for i, j in itertools.permutations(range(len(cells)), 2):
-            each = [*itertools.product(cells[i].noise, cells[j].critical)]
-            self.all += [(i, j, noise) for noise, _ in each]
-            critical += [at for _, at in each]
+        pairs = itertools.permutations(range(len(cells)), 2)
+        each = [(i, j, *both) for i, j in pairs for both in itertools.product(cells[i].noise, cells[j].critical)]
+        self.all = [(i, j, noise) for i, j, noise, _ in each]
         self.origins, self.targets = np.array([(i, j) for i, j, _ in self.all], int).reshape(-1, 2).T
-        first = np.array(
-            [-math.log2(warm_up(cell.steps)) for cell in cells]
-        )  # octaves that the first step is below the peak
-        self._critical = np.array(critical) - first[self.targets]
+        first = -np.log2([warm_up(cell.steps) for cell in cells])  # octaves that the first step is below the peak
+        self._critical = np.array([critical for *_, critical in each]) - first[self.targets]
         self._steeper = first[self.targets] - first[self.origins]
         self.kinds = {k: np.array([k in _kinds(cells[i], cells[j]) for i, j, _ in self.all], bool) for k in KINDS}
 
@@ -199,15 +195,11 @@ def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -
     for kind, law in itertools.product(KINDS, [*LAWS, OTHERS]):
         worse = [n for n in of if with_interval(means[n][law, kind] - means[n][BEFORE, kind])[1] > 0]
         there = [(*arrived[name, law], of[name].kinds[kind]) for name in averaged]
-        rows.append(
-            {
-                **{"kind": kind, "law": law, **{name: with_interval(means[name][law, kind]) for name in of}},
-                "mean": with_interval(np.mean([means[name][law, kind] for name in averaged], 0)),
-                "octaves": float(np.mean([octaves @ mask / (mask.sum() or math.nan) for _, octaves, mask in there])),
-                "worst": max(float(excess[mask].max(initial=0)) for excess, _, mask in there),
-                "worse": listed(worse, " "),
-            }
-        )
+        row = {"kind": kind, "law": law, **{name: with_interval(means[name][law, kind]) for name in of}}
+        row["mean"] = with_interval(np.mean([means[name][law, kind] for name in averaged], 0))
+        row["octaves"] = float(np.mean([octaves @ mask / (mask.sum() or math.nan) for _, octaves, mask in there]))
+        row["worst"] = max(float(excess[mask].max(initial=0)) for excess, _, mask in there)
+        rows.append({**row, "worse": listed(worse, " ")})
     return rows
 
 
