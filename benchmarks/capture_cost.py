@@ -1,6 +1,6 @@
 """What it costs to watch gradients while Lightning trains: the monitor, and its peers.
 
-``make bench-capture``, or ``python benchmarks/capture_cost.py``; how it measures is told in ``benchmarks/README.md``.
+``make bench-capture``; how it measures is told in ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ COLUMNS = [
     *(*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note"),
     *"date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split(),
 ]
-HIDDEN = ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms")
-SHOWN = ["model", "variant", *(column for column in MEASURED if column not in HIDDEN)]
+SHOWN = ["model", "variant", *(c for c in MEASURED if c not in ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms"))]
 ALONE, PROBE = "counting alone", "calibration's probe"
 
 
@@ -80,7 +79,9 @@ class Clock(L.Callback):
 
 def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
     """A Trainer with a TensorBoard logger that shows nothing and keeps no checkpoints."""
-    quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    quiet = dict.fromkeys(
+        ("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "deterministic"), False
+    )
     logger = TensorBoardLogger(folder, name="", version="")
     return L.Trainer(callbacks=callbacks, logger=logger, **{"accelerator": "cpu", "devices": 1, **quiet, **options})
 
@@ -90,10 +91,9 @@ def fit(
 ) -> Training:
     """Train a module for an epoch of a loader."""
     accelerator = "gpu" if device.type == "cuda" else "cpu"
-    made_for = trainer(folder, callbacks, accelerator=accelerator, max_epochs=1, **{"deterministic": False, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
-        made_for.fit(*data)
+        trainer(folder, callbacks, accelerator=accelerator, max_epochs=1, **options).fit(*data)
     return data[0]
 
 
@@ -161,11 +161,7 @@ def _heatmaps(reports: int) -> int:
 
 
 def check(task: Task, device: torch.device) -> None:
-    """Hold the logged counts against numpy's, and the weights against those of a training without a monitor.
-
-    Raises:
-        AssertionError: where they differ.
-    """
+    """Assert that the logged counts are numpy's, and the weights those of a training without a monitor."""
     steps: list[dict[str, np.ndarray]] = []
 
     def keep(trainer: Any, module: Any, optimizer: Any) -> None:

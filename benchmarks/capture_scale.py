@@ -1,7 +1,6 @@
 """Bytes that the monitor all-reduces, logs and keeps: a model, its prediction for 70 B parameters, and its check.
 
-``make bench-scale``, or ``python benchmarks/capture_scale.py``; the model is told in ``benchmarks/README.md``. All is
-counted in bytes and no time is taken, so that the numbers do not depend on the machine.
+``make bench-scale``; the model is told in ``benchmarks/README.md``. No time is taken: the numbers are those of any machine.
 """
 
 from __future__ import annotations
@@ -55,10 +54,7 @@ def _measurements(logged: Sequence[int], steps: int, within_steps: bool) -> int:
 
 
 def predicted(sizes: Mapping[str, int], ranks: int, steps: int, every_n_steps: int, sharded: bool = False) -> Row:
-    """The model: bytes of a whole run, with one optimizer of one group, gradients in fp32, and tensors by name.
-
-    Where it is ``sharded``, a rank has its share of the parameters, as under FSDP2, else all of them, as under DDP.
-    """
+    """The model: bytes of a whole run with one group and gradients in fp32, under DDP, or ``sharded`` as under FSDP2."""
     logged = range(0, steps, every_n_steps)
     within_steps = ranks > 1 and not sharded  # noise is measured from what each rank has before averaging
     measurements = _measurements(logged, steps, within_steps)
@@ -124,10 +120,7 @@ def train(folder: Path, steps: int, every_n_steps: int) -> dict[str, int]:
 
 
 def all_reduced(folder: Path, steps: int, callbacks: list[L.Callback]) -> list[int]:
-    """Train on this rank, and list the bytes of each call of ``torch.distributed.all_reduce``.
-
-    The averaging of the gradients is not among them, as DDP does it in C++.
-    """
+    """Train on this rank, and list the bytes of each ``torch.distributed.all_reduce``; DDP averages gradients elsewhere."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     sent: list[int] = []
@@ -157,11 +150,7 @@ def _numbers_in(state: Any) -> int:
 
 
 def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
-    """Measure on gloo ranks, or in this process for one, and put the prediction beside it.
-
-    Raises:
-        AssertionError: where they differ.
-    """
+    """Measure on gloo ranks, or in this process for one, and put the prediction beside it; an error where they differ."""
     expected = predicted({n: p.numel() for n, p in Training(small()).named_parameters()}, ranks, steps, every_n_steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), steps, every_n_steps)
@@ -181,12 +170,10 @@ def compare(measured: Mapping[str, int], expected: Row, ranks: int) -> None:
 def llama_sizes() -> dict[str, int]:
     """The 723 tensors of a decoder like Llama 3's of 70 B: 80 layers of width 8,192, and 8 key-value heads of 128."""
     width, keys, hidden, vocabulary = 8192, 1024, 28672, 128256
-    layer = {
-        **dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), width * width),
-        **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), keys * width),
-        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), hidden * width),
-        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), width),
-    }
+    layer = dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), width * width)
+    layer |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), keys * width)
+    layer |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), hidden * width)
+    layer |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), width)
     layers = {f"model.layers.{i}.{name}.weight": size for i in range(80) for name, size in layer.items()}
     ends = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), vocabulary * width)
     return {**layers, **ends, "model.norm.weight": width}

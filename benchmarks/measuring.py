@@ -37,10 +37,8 @@ def seconds_per_call(
 def extra_peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Measure by how many bytes the tensors in memory grow, at most, during a call that makes no lasting ones.
 
-    On CUDA from ``torch.cuda.max_memory_allocated``. On CPU from the allocations and releases that torch's profiler
-    records, added up in order of time from the beginning of the call. The profiler does not see the release of
-    memory that was allocated before it started; a call before the measured one, also under the profiler, makes
-    up for it where state is replaced at each step.
+    On CPU from the allocations and releases that torch's profiler records. It does not see the release of memory that was
+    allocated before it started; a call before the measured one makes up for it where state is replaced at each step.
     """
     if device.type == "cpu":
         return _extra_peak_bytes_on_cpu(function)

@@ -1,6 +1,6 @@
 """Time and memory of one optimizer step: ours, torch's, the authors', and the LAMB of timm and pytorch_optimizer.
 
-``make bench-optim``, or ``python benchmarks/optim_step.py``; how it measures is told in ``benchmarks/README.md``.
+``make bench-optim``; how it measures is told in ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
