@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,14 +120,13 @@ def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Meas
     return found
 
 
-def drawn_seeds(seeds: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each seed comes in a draw with repetition, ``[seeds]``."""
-    return np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
-
-
-def drawn_curves(losses: Iterable[Measured], weights: np.ndarray | None) -> list[Curve]:
-    """Of every batch size, the seeds weighted; the plain one where all rates with a weight diverged."""
-    return [m.curve(None if weights is None else weights[: m.losses.shape[1]]) or m.mean() for m in losses]
+def drawn_curves(losses: Collection[Measured], draws: int, generator: np.random.Generator) -> Iterator[list[Curve]]:
+    """The mean curves, then those of draws of the seeds with repetition; the mean where all rates that are drawn diverged."""
+    yield [measured.mean() for measured in losses]
+    seeds = max(measured.losses.shape[1] for measured in losses)
+    for _ in range(draws):
+        weights = np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
+        yield [measured.curve(weights[: measured.losses.shape[1]]) or measured.mean() for measured in losses]
 
 
 def with_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -205,9 +204,8 @@ class Evidence:
 
     def __init__(self, workload: Workload, results: Results) -> None:
         self.workload, self.results = workload, results
-        self.critical: dict[int, list[float]] = defaultdict(
-            list
-        )  # log2 of the first step's critical rates, by batch size
+        # log2 of the first step's critical rates, by batch size
+        self.critical: dict[int, list[float]] = defaultdict(list)
         # a run of Adam at equal samples for each batch size, and that at the middle one
         self.references = references(workload)
         self.middle = next(run for run in self.references if run.batch_size == middle(workload))

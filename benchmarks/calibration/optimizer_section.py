@@ -94,8 +94,7 @@ def _epsilon_row(evidence: Evidence, curve: Curve, space: Row) -> Row:
 def _judged(page: Page, rows: Sequence[Row], kind: str) -> Row:
     """Whether search spaces of one kind hold the best epsilon, and how wide they are, against the goals."""
     without = [row["workload"] for row in rows if not row[f"{kind}_held"]]
-    if without:
-        page.bad.append(f"Search spaces ({kind}) without an epsilon of the plateau: {listed(without)}.")
+    page.tell(f"Search spaces ({kind}) without an epsilon of the plateau", without)
     widths = [row[f"{kind}_decades"] for row in rows]
     middle, widest = float(np.median(widths)), max(widths)
     return {
@@ -117,8 +116,7 @@ def _scaled(page: Page, found: Found, curves: Mapping[str, Curve], spaces: Mappi
     worse = [f"{r['workload']} times {r['loss_scale']:g}" for r in judged if r["auto_excess"] > r["tolerance"]]
     within = {"within": len(judged) - len(worse), "judged": len(judged)}
     page.fill("epsilon_scaled", epsilon_scaled=page.keep("epsilon_scaled", rows), **within)
-    if worse:
-        page.bad.append(f'`epsilon="auto"` is worse than the unscaled default: {listed(worse)}.')
+    page.tell('`epsilon="auto"` is worse than the unscaled default', worse)
 
 
 def _scaled_row(evidence: Evidence, curve: Curve, scale: float, auto: float) -> Row:
@@ -157,14 +155,12 @@ def optimizers(page: Page, found: Mapping[str, Evidence]) -> None:
         for (name, size, optimizer), accuracy in by_name.items()
         if optimizer == "ALTO" and (name, size, "Lamb") in by_name
     ]
-    _bad(page, "ALTO gains less than a point of test accuracy on Lamb", gains)
+    page.tell("ALTO gains less than a point of test accuracy on Lamb", _below(gains))
     page.fill("optimizers", optimizers=page.keep("optimizers", rows), gains=gains)
 
 
-def _bad(page: Page, what: str, gains: Sequence[Row]) -> None:
-    below = [f"{r['workload']} at {r['batch_size']:,} ({100 * r['gain']:+.2f})" for r in gains if r["gain"] < GOAL]
-    if below:
-        page.bad.append(f"{what}: {listed(below)}.")
+def _below(gains: Sequence[Row]) -> list[str]:
+    return [f"{r['workload']} at {r['batch_size']:,} ({100 * r['gain']:+.2f})" for r in gains if r["gain"] < GOAL]
 
 
 def _row(evidence: Evidence, like: Run) -> Row:
@@ -189,7 +185,7 @@ def claims(page: Page, results: Results) -> None:
         return
     pairs = [row for row in differences if row["pair"] == "ALTO - Lamb" and row["batch_size"] >= FROM]
     large = [{**row, "gain": row["gain"][0]} for row in pairs]
-    _bad(page, "With both rates tuned and over five seeds ALTO gains less than a point on Lamb", large)
+    page.tell("With both rates tuned and over five seeds ALTO gains less than a point on Lamb", _below(large))
     page.fill(
         **{"section": "claims", "claims_by_optimizer": page.keep("claims_by_optimizer", rows)},
         **{"claims_differences": page.keep("claims_differences", differences)},

@@ -37,6 +37,11 @@ class Page:
         write_csv(self.folder / "tables" / f"{name}.csv", list(flat[0]), flat, digits=6)
         return rows
 
+    def tell(self, what: str, where: Sequence[str]) -> None:
+        """What turned out badly, and where, if it did anywhere."""
+        if where:
+            self.bad.append(f"{what}: {listed(where)}.")
+
     def draw(self, name: str, figure: Figure) -> None:
         """A figure as ``tables/<name>.png``."""
         figure.savefig(self.folder / "tables" / f"{name}.png", metadata={"Software": None})

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import figures
 import numpy as np
-from evidence import FIT, MEAN, Evidence, Measured, drawn_curves, drawn_seeds, is_bounded, seed_spread
+from evidence import FIT, MEAN, Evidence, Measured, drawn_curves, is_bounded, seed_spread
 from grid import STAGES
 from page import Page, listed, number, percent
 from reporting import Row
@@ -54,8 +54,7 @@ def best_rates(page: Page, found: Found, draws: int) -> None:
     """The best rate at each batch size, how sharp it is, and whether it falls at the largest."""
     rows = [rate_row(name, size, evidence) for name, evidence in found.items() for size in evidence.losses]
     edge = [f"{row['workload']} at {row['batch_size']:,}" for row in rows if not row["interior"]]
-    if edge:
-        page.bad.append(f"The optimum is at the edge of what was measured: {listed(edge)}.")
+    page.tell("The optimum is at the edge of what was measured", edge)
     generator, peaks = np.random.default_rng(0), []
     for of, steps in (("losses", "samples"), ("losses_at_equal_steps", "steps")):
         for name, losses in ((name, getattr(evidence, of)) for name, evidence in found.items()):
@@ -82,11 +81,10 @@ def rate_row(name: str, size: int, evidence: Evidence) -> Row:
 
 def falls(losses: Mapping[int, Measured], draws: int, generator: np.random.Generator) -> tuple[float, int]:
     """The share of draws of the seeds in which a batch larger than that with the highest best rate has a lower one; and that."""
-    seeds = max(measured.losses.shape[1] for measured in losses.values())
-    plain = [curve.best_rate for curve in drawn_curves(losses.values(), None)]
-    drawn = (drawn_curves(losses.values(), drawn_seeds(seeds, generator)) for _ in range(draws))
-    lower = [curves[-1].best_rate < max(curve.best_rate for curve in curves) for curves in drawn]
-    return float(np.mean(lower)) if draws else math.nan, list(losses)[len(plain) - 1 - int(np.argmax(plain[::-1]))]
+    curves = drawn_curves(losses.values(), draws, generator)
+    plain, *drawn = ([curve.best_rate for curve in of_draw] for of_draw in curves)
+    peak = max(zip(plain, losses, strict=True))[1]  # the last one of the highest, as batch sizes ascend
+    return float(np.mean([rates[-1] < max(rates) for rates in drawn])) if drawn else math.nan, peak
 
 
 def surge(page: Page, side: Found, draws: int) -> None:
@@ -208,9 +206,7 @@ def tradeoff(page: Page, found: Found) -> None:
     page.fill("theorem5", needed=needed, left_out=left_out, predicted=shown)
     typical = {(row["workload"], row["estimate"]): row["typical"] for row in predicted}
     useless = [name for name in reached if typical.get((name, MEAN), 0.0) >= typical[name, SAME]]
-    if useless:
-        said = f"Theorem 5 with the {MEAN} as it is predicts no better than the same samples"
-        page.bad.append(f"{said}: {listed(useless)}.")
+    page.tell(f"Theorem 5 with the {MEAN} as it is predicts no better than the same samples", useless)
 
 
 def _predictions(own: Evidence) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import figures
 import numpy as np
-from evidence import SAMPLES, STEPS, Cell, Curve, Evidence, Measured, cells_of, drawn_curves, drawn_seeds, with_interval
+from evidence import SAMPLES, STEPS, Cell, Curve, Evidence, Measured, cells_of, drawn_curves, with_interval
 from page import Page, listed, percent
 from reporting import Row, read_csv
 from training import warm_up
@@ -130,10 +130,8 @@ class Transfers:
 
     def means(self, shifts: Mapping[str, np.ndarray], draws: int) -> dict[tuple[str, str], np.ndarray]:
         """Mean excess by law and kind, ``[1 + draws]``: as measured, then with the seeds drawn again."""
-        generator, found, losses = np.random.default_rng(0), defaultdict(list), [cell.measured for cell in self.cells]
-        seeds = max(measured.losses.shape[1] for measured in losses)
-        for draw in range(draws + 1):
-            curves = drawn_curves(losses, drawn_seeds(seeds, generator) if draw else None)
+        found, losses = defaultdict(list), [cell.measured for cell in self.cells]
+        for curves in drawn_curves(losses, draws, np.random.default_rng(0)):
             for law, of_law in shifts.items():
                 excess = self.arrive(law, of_law, curves)[0]
                 for kind, mask in self.kinds.items():
