@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import CPU, Row, machine, measured, parser, print_table, print_verdicts, quartiles
+from reporting import CPU, Row, machine, parser, print_table, print_verdicts, quartiles, write_report
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -336,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
-    rows = measured("capture_cost", args, COLUMNS, run(args, device), machine(device, "lightning", "triton"))
+    rows = write_report("capture_cost", args, COLUMNS, run(args, device), machine(device, "lightning", "triton"))
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     print_verdicts("capture_cost", rows, "variant", args.device)

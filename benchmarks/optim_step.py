@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from measuring import extra_peak_bytes, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
-from reporting import Row, installed_version, machine, measured, parser, print_table, print_verdicts, quartiles
+from reporting import Row, installed_version, machine, parser, print_table, print_verdicts, quartiles, write_report
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
     args = options.parse_args(arguments)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    rows = measured("optim_step", args, COLUMNS, run(args, device, dtype), machine(device, "triton"))
+    rows = write_report("optim_step", args, COLUMNS, run(args, device, dtype), machine(device, "triton"))
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")

@@ -110,7 +110,7 @@ def quartiles(column: str, values: Sequence[float]) -> Row:
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
 
 
-def measured(
+def write_report(
     name: str, args: argparse.Namespace, columns: Sequence[str], models: Iterable[list[Row]], of: Row
 ) -> list[Row]:
     """Print the machine and the versions ``of`` which the rows of a benchmark are, and write them model after model."""

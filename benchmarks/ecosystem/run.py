@@ -153,7 +153,8 @@ def measure(project: Project, rows: list[Row]) -> None:
         interpreter = environment(project)
     except subprocess.CalledProcessError as error:
         rows.append({"project": project.name, "way": "install", "status": "failed", "note": str(error)[-200:]})
-        return write_csv(OUTPUT, COLUMNS, rows)
+        write_csv(OUTPUT, COLUMNS, rows)
+        return
     common = {**versions(interpreter, project), "date": machine()["date"]}
     folder = ENVIRONMENTS / f"{project.name}.run"
     folder.mkdir(exist_ok=True)

@@ -14,15 +14,9 @@ from nequip.train import EMALightningModule
 from nequip.utils.global_state import set_global_state
 
 KINDS = ["H", "O"]
+SIZE = {"r_max": 4.0, "num_layers": 2, "l_max": 1, "num_features": 8, "radial_mlp_width": 16}
 MODEL = {"_target_": "nequip.model.NequIPGNNModel", "seed": 0, "model_dtype": "float32", "type_names": KINDS}
-MODEL |= {
-    "r_max": 4.0,
-    "num_layers": 2,
-    "l_max": 1,
-    "num_features": 8,
-    "radial_mlp_width": 16,
-    "avg_num_neighbors": 3.0,
-}
+MODEL |= {**SIZE, "avg_num_neighbors": 3.0}
 TRANSFORMS = [
     {"_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper", "model_type_names": KINDS},
     {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": 4.0},
@@ -45,11 +39,12 @@ def train(callbacks, batch_factor, optimizer):
     set_global_state()
     file = str(Path.cwd() / "molecules.xyz")
     ase.io.write(file, list(molecules(160)), format="extxyz")
-    loaders = {
+    files = {"train_file_path": file, "val_file_path": file}
+    loading = {
         "train_dataloader": {"batch_size": 4 * batch_factor, "shuffle": True},
         "val_dataloader": {"batch_size": 16},
     }
-    data = ASEDataModule(seed=0, train_file_path=file, val_file_path=file, transforms=TRANSFORMS, **loaders)
+    data = ASEDataModule(seed=0, transforms=TRANSFORMS, **files, **loading)
     chosen = optimizer or torch.optim.AdamW
     module = EMALightningModule(
         model=MODEL,
