@@ -10,6 +10,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,25 +75,18 @@ def small_shapes(parameters: float) -> list[tuple[int, ...]]:
     return [(32 << index % 6,) for index in range(max(6, round(parameters / 10_000)))]
 
 
-class Copy:
+def copy(params: list[Parameter], _lr: float, bytes_per_parameter: int) -> SimpleNamespace:
     """A copy in the place of an optimizer."""
-
-    def __init__(self, params: list[Parameter], _lr: float, bytes_per_parameter: int) -> None:
-        words = sum(param.numel() for param in params) * bytes_per_parameter // 2 // 4
-        # written to, since the pages of fresh zeros are all the same one
-        self.source = torch.ones(words, dtype=torch.float32, device=params[0].device)
-        self.target = torch.ones_like(self.source)
-        self.state: dict[Any, Any] = {}
-
-    def step(self) -> None:
-        """Copy once."""
-        self.target.copy_(self.source)
+    words = sum(param.numel() for param in params) * bytes_per_parameter // 2 // 4
+    # written to, since the pages of fresh zeros are all the same one
+    source, target = (torch.ones(words, dtype=torch.float32, device=params[0].device) for _ in range(2))
+    return SimpleNamespace(source=source, target=target, step=partial(target.copy_, source), state={})
 
 
 def copies(bytes_per_parameter: set[int]) -> list[Implementation]:
     """One copy for each floor."""
     return [
-        Implementation(f"copy {floor}", "torch", (0, 0), partial(Copy, bytes_per_parameter=floor), fixed_bytes=floor)
+        Implementation(f"copy {floor}", "torch", (0, 0), partial(copy, bytes_per_parameter=floor), fixed_bytes=floor)
         for floor in sorted(bytes_per_parameter)
     ]
 
