@@ -12,7 +12,7 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
@@ -250,31 +250,31 @@ def gradients_of(task: Task, device: torch.device) -> dict[str, Tensor]:
     return {name: 1e-4 * torch.randn(p.shape, device=device) for name, p in module.named_parameters()}
 
 
+def median_share(rounds: int, one: Callable[[], float], other: Callable[[], float]) -> float:
+    """One time over another: the median over the rounds, before which one warms up."""
+    return statistics.median([one() / other() for _ in range(rounds + 1)][1:])
+
+
 def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> float:
-    """Time of a read of the gradients' bytes over the time of counting them: the median over the rounds."""
+    """Time of a read of the gradients' bytes over the time of counting them."""
     gradients = gradients_of(task, device)
-    histogram = MagnitudeHistogram(list(gradients), device)
-    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
-    shares = []
-    for _ in range(rounds + 1):
-        read = seconds_per_call(flat.sum, CALLS, device)
-        shares.append(read / seconds_per_call(lambda: histogram.update(gradients), CALLS, device))
-    return statistics.median(shares[1:])  # the first one warms up
+    histogram, flat = MagnitudeHistogram(list(gradients), device), torch.cat([g.flatten() for g in gradients.values()])
+    timed = partial(seconds_per_call, calls=CALLS, device=device)
+    return median_share(rounds, lambda: timed(flat.sum), lambda: timed(lambda: histogram.update(gradients)))
 
 
 def slice_share(name: str, scale: float, rounds: int) -> float:
     """On a rank: work of counting its slice over that of counting all, with the other ranks at the same."""
     gradients = gradients_of(next(task for task in cases.tasks(scale) if task.name == name), CPU)
-    histogram = MagnitudeHistogram(list(gradients))
-    sizes = {key: gradient.numel() for key, gradient in gradients.items()}
+    histogram, sizes = MagnitudeHistogram(list(gradients)), {key: g.numel() for key, g in gradients.items()}
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    work, shares = partial(seconds_per_call, calls=CALLS, device=CPU, clock=process_time), []
-    for _ in range(rounds + 1):
+
+    def work(values: Callable[[], dict[str, Tensor]]) -> float:
         torch.distributed.barrier()
-        cut = work(lambda: histogram.update(dict(slice_of(gradients, sizes, rank, ranks))))
-        torch.distributed.barrier()
-        shares.append(cut / work(lambda: histogram.update(gradients)))
-    return statistics.median(shares[1:])
+        return seconds_per_call(lambda: histogram.update(values()), CALLS, CPU, process_time)
+
+    own = partial(slice_of, gradients, sizes, rank, ranks)
+    return median_share(rounds, lambda: work(lambda: dict(own())), lambda: work(lambda: gradients))
 
 
 def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
