@@ -79,11 +79,9 @@ class Clock(L.Callback):
 
 def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
     """A Trainer with a TensorBoard logger that shows nothing and keeps no checkpoints."""
-    quiet = dict.fromkeys(
-        ("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "deterministic"), False
-    )
-    logger = TensorBoardLogger(folder, name="", version="")
-    return L.Trainer(callbacks=callbacks, logger=logger, **{"accelerator": "cpu", "devices": 1, **quiet, **options})
+    quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
+    usual = {"accelerator": "cpu", "devices": 1, "deterministic": False, **quiet}
+    return L.Trainer(callbacks=callbacks, logger=TensorBoardLogger(folder, name="", version=""), **usual | options)
 
 
 def fit(

@@ -186,12 +186,10 @@ def claims(page: Page, results: Results) -> None:
     pairs = [row for row in differences if row["pair"] == "ALTO - Lamb" and row["batch_size"] >= FROM]
     large = [{**row, "gain": row["gain"][0]} for row in pairs]
     page.tell("With both rates tuned and over five seeds ALTO gains less than a point on Lamb", _below(large))
-    page.fill(
-        **{"section": "claims", "claims_by_optimizer": page.keep("claims_by_optimizer", rows)},
-        **{"claims_differences": page.keep("claims_differences", differences)},
-        **{"met": sum(row["gain"] >= GOAL for row in large), "large": len(large)},
-        unfinished=listed([f"{s.workload} at {s.batch_size:,}" for s in SETTINGS if s not in finished]),
-    )
+    tables = {"claims_by_optimizer": rows, "claims_differences": differences}
+    kept = {name: page.keep(name, of) for name, of in tables.items()}
+    unfinished = listed([f"{s.workload} at {s.batch_size:,}" for s in SETTINGS if s not in finished])
+    page.fill("claims", **kept, met=len(large) - len(_below(large)), large=len(large), unfinished=unfinished)
 
 
 def at_best(setting: Setting, results: Results) -> dict[str, dict[int, Row]]:

@@ -25,17 +25,7 @@ def runs(page: Page, found: Found) -> None:
     rows = [row for evidence in found.values() for row in evidence.results.values()]
     known = ("cores", "cpu", "python", "torch", "lightning_gradhist")
     machines = Counter(listed([f"{name} {row[name]}" for name in known]) for row in rows)
-    table = [
-        {
-            "workload": name,
-            "batch_sizes": listed([f"{size:,}" for size in evidence.workload.batch_sizes]),
-            "samples": evidence.workload.samples,
-            "steps_at_largest": evidence.workload.samples // evidence.workload.batch_sizes[-1],
-            **dict.fromkeys(STAGES, 0),
-            **Counter(row["stage"] for row in evidence.results.values()),
-        }
-        for name, evidence in found.items()
-    ]
+    table = [_runs_row(evidence) for evidence in found.values()]
     lacking = {stage: [row["workload"] for row in table if not row[stage]] for stage in STAGES}
     page.fill(
         "runs",
@@ -48,6 +38,13 @@ def runs(page: Page, found: Found) -> None:
         runs=page.keep("runs", table),
         lacking=listed([f"{stage} ({listed(names)})" for stage, names in lacking.items() if names]),
     )
+
+
+def _runs_row(evidence: Evidence) -> Row:
+    workload, stages = evidence.workload, Counter(row["stage"] for row in evidence.results.values())
+    sizes = listed([f"{size:,}" for size in workload.batch_sizes])
+    of_runs = {"samples": workload.samples, "steps_at_largest": workload.samples // workload.batch_sizes[-1]}
+    return {"workload": workload.name, "batch_sizes": sizes, **of_runs, **dict.fromkeys(STAGES, 0), **stages}
 
 
 def best_rates(page: Page, found: Found, draws: int) -> None:

@@ -17,14 +17,7 @@ from page import Page, listed, percent
 from reporting import Row, read_csv
 from training import warm_up
 
-from lightning_gradhist.learning_rate import (
-    EXPONENTS,
-    PLAIN_LAWS,
-    SHORT_RUN,
-    SurgeLaw,
-    share_of_equal_samples,
-    surge_ratio,
-)
+from lightning_gradhist import learning_rate as laws
 
 CLOSE = 1.25  # runs whose numbers of steps are less than this factor apart have equal steps
 ACROSS, LENGTH = "across", "length"
@@ -38,16 +31,16 @@ Law = Callable[[float, Cell, Cell], float]  # of a noise scale: the rate at a ce
 
 def at_equal_samples(noise: float, to: Cell, known: Cell) -> float:
     """The package's law where nothing is known of the lengths: surge, which levels off."""
-    return surge_ratio(noise, to.batch_size, known.batch_size, from_record=True)
+    return laws.surge_ratio(noise, to.batch_size, known.batch_size, from_record=True)
 
 
 def _share(to: Cell, known: Cell) -> float:
-    return share_of_equal_samples(to.batch_size, known.batch_size, to.steps, known.steps)
+    return laws.share_of_equal_samples(to.batch_size, known.batch_size, to.steps, known.steps)
 
 
 def falling(noise: float, to: Cell, known: Cell) -> float:
     """Theorem 3 for all batch sizes."""
-    return SurgeLaw(noise).ratio(to.batch_size, known.batch_size)
+    return laws.SurgeLaw(noise).ratio(to.batch_size, known.batch_size)
 
 
 def power(exponent: float) -> Law:
@@ -84,10 +77,10 @@ BOUNDED = {NOW: FREE} | {f"{law}, and the first step": law for law in (FALLING, 
 """Laws that raise no rate beyond where the first step would raise the loss."""
 OTHERS = FREE.replace("the fourth root", "a power of the others")
 LAWS: dict[str, Law] = {
-    **{name: power(EXPONENTS[name]) for name in PLAIN_LAWS},
+    **{name: power(laws.EXPONENTS[name]) for name in laws.PLAIN_LAWS},
     BEFORE: at_equal_samples,
     "falling": falling,
-    FREE: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
+    FREE: lambda noise, to, known: laws.surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
     "surge, fourth root at equal steps": mixed(at_equal_samples, power(0.25)),
     FALLING: mixed(falling, power(0.2)),
     "surge of the steps, samples^0.25": by_steps,
@@ -144,7 +137,7 @@ def _kinds(known: Cell, to: Cell) -> set[str]:
     if many < CLOSE * few and not length:
         return {STEPS}
     kind = SAMPLES if known.grid == to.grid != STEPS else ACROSS
-    return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= SHORT_RUN)}
+    return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= laws.SHORT_RUN)}
 
 
 def fitted(cells: Sequence[Cell], law: Law) -> float:
