@@ -54,11 +54,6 @@ class FirstGradient:
     halves: Tensor | None
     """Noise and signal from the two halves of its batch, or None; NaN where they cannot be told."""
 
-    @property
-    def is_told(self) -> bool:
-        """Whether its noise is known without a second gradient; of what a device measures nobody knows it yet."""
-        return self.halves is not None and self.halves.is_cpu and bool(self.halves[:2].isfinite().all())
-
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
         if not self.gradients:  # others have all there is
@@ -85,7 +80,7 @@ class NoiseMonitor(StepObserver):
         self._halves: HalfBatches | None = None  # of the coming step
         self._halves_batch = False  # whether the coming step's batch is measured by them
         self._sample = Sample({})  # of it, and of what is compared
-        self._in_pair = False  # the same on all ranks, as the next
+        self._pair: int | None = None  # the batch in which one has begun; the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
@@ -98,18 +93,17 @@ class NoiseMonitor(StepObserver):
         self._drop_part()
         self._backwards, self._left, self._changed = 0, None, []
         trainer, begins = self._fit.trainer, self._begins(due)
-        # Of a pair, gradients that lie whole in p.grad, and are clipped where Lightning does.
-        whole = trainer.lightning_module.automatic_optimization and not is_cut_up(trainer)
+        whole = not is_cut_up(trainer)
         is_one_batch = parts_of_a_step(trainer) == 1
         has_parts = begins and not is_one_batch and not self._changes_sums()
-        self._compares = has_parts or ((begins or self._compares_pair()) and whole)
+        self._compares = whole and self.wants_gradients(due)
         if self._compares:
             parameters = self._watched.parameters
             sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
-        alone = begins and whole and is_one_batch and not self._in_pair and self._fit.replicas.ranks == 1
+        alone = begins and whole and self._is_automatic and is_one_batch and self._pair is None
         self._halves_batch = alone and self._progress.steps > 0  # before, there is no metric
 
     def _changes_sums(self) -> bool:
@@ -130,7 +124,7 @@ class NoiseMonitor(StepObserver):
         """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
         if self._part is not None:
             self._part.extend(self._watched.parameters)
-        if self._left is not None:
+        if self._left is not None and self._is_automatic:  # else a zero_grad may have come between
             with self._fit.guard.attempt("measure noise"):
                 self._compare(self._squared_norm())
 
@@ -147,15 +141,16 @@ class NoiseMonitor(StepObserver):
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
-        return self._begins(due) or self._compares_pair()
+        return self._begins(due) or self._pair is not None
 
     def before_step(self, step: Step) -> None:
         """Measures."""
         begins, now = self._begins(step.due), self._progress.steps
         if self._part is not None:
             self._measure_part(self._part, step)
-        elif self._in_pair:
-            self._complete_pair(step)
+        elif self._pair is not None:
+            if self._pair != self._fit.trainer.fit_loop.total_batch_idx:  # else the samples are the same
+                self._complete_pair(step)
             return
         elif begins:
             self._begin_pair(step)
@@ -175,7 +170,13 @@ class NoiseMonitor(StepObserver):
 
     def discard(self) -> None:
         """Measures nothing of the step before."""
-        self._in_pair, self._first = False, None
+        self._pair = self._first = None
+
+    def finish(self) -> None:
+        """Takes down what the halves of the last batch tell; the host may wait for them by now."""
+        first = self._first
+        if first is not None and first.halves is not None and _is_told(first.halves):
+            self._progress.noise.add(first.step, first.samples.effective, first.halves)
 
     def close(self) -> None:
         """Drops what is held."""
@@ -198,16 +199,14 @@ class NoiseMonitor(StepObserver):
         may = self._fit.samples.problem is None or self._fit.replicas.ranks > 1
         return due and may and self._progress.steps >= self._not_before
 
-    def _compares_pair(self) -> bool:
-        """Whether the gradient of the coming step is held against the one before it; the same on all ranks."""
-        return self._in_pair and (self._first is None or not self._first.is_told)
+    @property
+    def _is_automatic(self) -> bool:
+        return bool(self._fit.trainer.lightning_module.automatic_optimization)
 
     def _samples(self) -> StepSamples | None:
         """The samples of this step; None where they are not known, and where a micro-batch had no loss."""
-        trainer = self._fit.trainer
-        samples = self._fit.samples.of_step(trainer)
-        automatic = trainer.lightning_module.automatic_optimization
-        return None if samples and automatic and samples.batches != self._backwards else samples
+        samples = self._fit.samples.of_step(self._fit.trainer)
+        return None if samples and self._is_automatic and samples.batches != self._backwards else samples
 
     def _compare(self, squares: Tensor) -> None:
         """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
@@ -223,30 +222,37 @@ class NoiseMonitor(StepObserver):
         return squared_norm(self._sample.of(there).values())
 
     def _begin_pair(self, step: Step) -> None:
-        self._in_pair = True
-        parts = step.parts
-        parameters, optimizer = self._watched.parameters, self._watched.optimizer
+        """Begins a pair, but where the halves of the batch tell the noise at once."""
+        self._pair = self._fit.trainer.fit_loop.total_batch_idx
         samples = self._samples()
-        if samples is None or not parts:
+        if samples is None or not step.parts:
             return
         with self._fit.guard.attempt("measure noise"):
             self._progress.measures(self._rates())
             self._compare_at_step(step.gradients)
-            number, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
             halves = self._of_halves(step.gradients, samples)
-            told = FirstGradient(number, samples, sizes, Sample({}), {}, None, [], halves)
-            if told.is_told:
-                self._first = told
-                return
-            sample = Sample.at(number, sizes)
-            held = copies(sample.of_gradients(parts))
+            if (
+                halves is not None and halves.is_cpu and _is_told(halves)
+            ):  # of what a device measures nobody knows it yet
+                self._progress.noise.add(self._progress.steps, samples.effective, halves)
+                self._pair = None  # no other rank has begun one: there are halves on one device alone
+            else:
+                self._first = self._first_gradient(step.parts, samples, halves)
 
-            def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
-                found = sample.of(own_parts(moments, parameters, self._fit.replicas))
-                return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
+    def _first_gradient(
+        self, parts: Mapping[str, Tensor], samples: StepSamples, halves: Tensor | None
+    ) -> FirstGradient:
+        optimizer, parameters = self._watched.optimizer, self._watched.parameters
+        number, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
+        sample = Sample.at(number, sizes)
+        held = copies(sample.of_gradients(parts))
 
-            weights = metric_weights(optimizer, parameters, own, is_cut_up(self._fit.trainer))
-            self._first = FirstGradient(number, samples, sizes, sample, held, weights, self._changed, halves)
+        def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = sample.of(own_parts(moments, parameters, self._fit.replicas))
+            return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
+
+        weights = metric_weights(optimizer, parameters, own, is_cut_up(self._fit.trainer))
+        return FirstGradient(number, samples, sizes, sample, held, weights, self._changed, halves)
 
     def _of_halves(self, gradients: Mapping[str, Tensor] | None, samples: StepSamples) -> Tensor | None:
         """Noise and signal of the coming step, from the two halves of its batch."""
@@ -267,11 +273,6 @@ class NoiseMonitor(StepObserver):
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
         self.discard()
-        if first is not None and first.halves is not None and first.is_told:
-            with self._fit.guard.attempt("measure noise"):
-                if samples is not None:
-                    self._progress.noise.add(first.step, samples.effective, first.halves)
-            return
         if first is None or samples is None or not parts:
             self._sums(None, None)
             return
@@ -351,3 +352,8 @@ class NoiseMonitor(StepObserver):
 def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
     """The sums, NaN where gradients have been changed."""
     return sums.masked_fill(torch.stack(changed).any().to(sums.device), math.nan) if changed else sums
+
+
+def _is_told(halves: Tensor) -> bool:
+    """Whether the two halves of a batch tell the noise."""
+    return bool(halves[:2].isfinite().all())
