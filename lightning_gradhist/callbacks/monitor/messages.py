@@ -98,5 +98,6 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int)
     else:
         rank_zero_warn(
             f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step; clip"
-            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
+            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise is not"
+            " measured where the module clips."
         )

@@ -111,8 +111,8 @@ class GradientHistogramMonitor(Callback):
 
     Works with one device, DDP, FSDP, ModelParallelStrategy (FSDP2, tensor parallelism) and DeepSpeed's ZeRO in stages 1, 2
     and 3, automatic and manual optimization, and several optimizers. With other strategies it warns and stays off. Under
-    manual optimization the step begins where the module calls ``optimizer.step()``: ``"before_clip"`` counts, and noise is
-    measured, after ``clip_gradients``.
+    manual optimization the step begins where the module calls ``optimizer.step()``: ``"before_clip"`` counts after
+    ``clip_gradients``, and noise is not measured where it or something else has changed what ``manual_backward`` left.
 
     Example:
         >>> from lightning.pytorch import Trainer

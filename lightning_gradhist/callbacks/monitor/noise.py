@@ -80,7 +80,8 @@ class NoiseMonitor(StepObserver):
         self._halves: HalfBatches | None = None  # of the coming step
         self._halves_batch = False  # whether the coming step's batch is measured by them
         self._sample = Sample({})  # of it, and of what is compared
-        self._pair: int | None = None  # the batch in which one has begun; the same on all ranks, as the next
+        self._batch = -1  # of the gradient that was looked at last
+        self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
@@ -103,7 +104,7 @@ class NoiseMonitor(StepObserver):
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
-        alone = begins and whole and self._is_automatic and is_one_batch and self._pair is None
+        alone = begins and whole and self._is_automatic and is_one_batch and not self._in_pair
         self._halves_batch = alone and self._progress.steps > 0  # before, there is no metric
 
     def _changes_sums(self) -> bool:
@@ -141,20 +142,22 @@ class NoiseMonitor(StepObserver):
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
-        return self._begins(due) or self._pair is not None
+        return self._begins(due) or self._in_pair
 
     def before_step(self, step: Step) -> None:
         """Measures."""
-        begins, now = self._begins(step.due), self._progress.steps
+        now, batch = self._progress.steps, self._fit.trainer.fit_loop.total_batch_idx
+        if not self.wants_gradients(step.due) or batch == self._batch:  # another step with the same samples
+            return
+        self._batch = batch
         if self._part is not None:
             self._measure_part(self._part, step)
-        elif self._pair is not None:
-            if self._pair != self._fit.trainer.fit_loop.total_batch_idx:  # else the samples are the same
-                self._complete_pair(step)
+        elif self._in_pair:
+            self._complete_pair(step)
             return
-        elif begins:
+        else:
             self._begin_pair(step)
-        if begins and now >= _AS_OFTEN_AS_LOGGED:
+        if now >= _AS_OFTEN_AS_LOGGED:
             self._not_before = now + _APART
 
     def at_update(self, step: Step) -> None:
@@ -170,7 +173,7 @@ class NoiseMonitor(StepObserver):
 
     def discard(self) -> None:
         """Measures nothing of the step before."""
-        self._pair = self._first = None
+        self._in_pair, self._first = False, None
 
     def finish(self) -> None:
         """Takes down what the halves of the last batch tell; the host may wait for them by now."""
@@ -223,7 +226,7 @@ class NoiseMonitor(StepObserver):
 
     def _begin_pair(self, step: Step) -> None:
         """Begins a pair, but where the halves of the batch tell the noise at once."""
-        self._pair = self._fit.trainer.fit_loop.total_batch_idx
+        self._in_pair = True
         samples = self._samples()
         if samples is None or not step.parts:
             return
@@ -235,7 +238,7 @@ class NoiseMonitor(StepObserver):
                 halves is not None and halves.is_cpu and _is_told(halves)
             ):  # of what a device measures nobody knows it yet
                 self._progress.noise.add(self._progress.steps, samples.effective, halves)
-                self._pair = None  # no other rank has begun one: there are halves on one device alone
+                self._in_pair = False  # no other rank has begun one: there are halves on one device alone
             else:
                 self._first = self._first_gradient(step.parts, samples, halves)
 

@@ -1497,3 +1497,40 @@ def test_clipping_within_backward_is_not_taken_for_noise_under_accumulation(tmp_
         fit(tmp_path / module.__name__, monitor, module=module, data=data, accumulate_grad_batches=8)
         found.append(monitor.noise_records[0].estimate("simple").value)
     assert found[1] == pytest.approx(found[0], rel=0.6)
+
+
+class ClipsByHand(L.LightningModule):
+    """Manual optimization of frozen weights, with one step or several on a batch; of a sample the noise scale is 4."""
+
+    def __init__(self, clip: float | None = None, steps: int = 1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight, self.clip, self.steps = nn.Parameter(torch.zeros(2000)), clip, steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, gradient = self.optimizers(), (1 + 2 * torch.randn(8, 2000)).mean(0)
+        for _ in range(self.steps):
+            optimizer.zero_grad()
+            self.manual_backward(self.weight @ gradient)
+            if self.clip is not None:
+                self.clip_gradients(optimizer, self.clip, "norm")
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_noise_is_not_measured_where_a_module_clips_by_hand(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=8)
+    with pytest.warns(UserWarning, match="at 0 of 11 steps.*Under manual optimization noise is not measured"):
+        fit(tmp_path / "clipped", monitor, module=ClipsByHand(clip=1.0), data=loader(8, samples=192))
+    fit(tmp_path / "not clipped", monitor, module=ClipsByHand(clip=1e6))
+    assert monitor.noise_records[0].estimate("simple").value == pytest.approx(4, rel=0.1)
+
+
+def test_two_steps_on_one_batch_are_no_pair(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=8)
+    fit(tmp_path, monitor, module=ClipsByHand(steps=3), data=loader(8, samples=192))
+    record = monitor.noise_records[0]
+    assert [sample["step"] for sample in record.samples] == [6 * pair for pair in range(11)]
+    assert record.estimate("simple").value == pytest.approx(4, rel=0.1)
