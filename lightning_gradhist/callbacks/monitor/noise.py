@@ -178,7 +178,7 @@ class NoiseMonitor(StepObserver):
     def finish(self) -> None:
         """Takes down what the halves of the last batch tell; the host may wait for them by now."""
         first = self._first
-        if first is not None and first.halves is not None and _is_told(first.halves):
+        if first is not None and first.halves is not None and _tell(first.halves, wait=True):
             self._progress.noise.add(first.step, first.samples.effective, first.halves)
 
     def close(self) -> None:
@@ -234,9 +234,7 @@ class NoiseMonitor(StepObserver):
             self._progress.measures(self._rates())
             self._compare_at_step(step.gradients)
             halves = self._of_halves(step.gradients, samples)
-            if (
-                halves is not None and halves.is_cpu and _is_told(halves)
-            ):  # of what a device measures nobody knows it yet
+            if halves is not None and _tell(halves):
                 self._progress.noise.add(self._progress.steps, samples.effective, halves)
                 self._in_pair = False  # no other rank has begun one: there are halves on one device alone
             else:
@@ -357,6 +355,6 @@ def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
     return sums.masked_fill(torch.stack(changed).any().to(sums.device), math.nan) if changed else sums
 
 
-def _is_told(halves: Tensor) -> bool:
-    """Whether the two halves of a batch tell the noise."""
-    return bool(halves[:2].isfinite().all())
+def _tell(halves: Tensor, wait: bool = False) -> bool:
+    """Whether it is known by now that the two halves of a batch tell the noise, or, waiting for the device, that they do."""
+    return (wait or halves.is_cpu) and bool(halves[:2].isfinite().all())

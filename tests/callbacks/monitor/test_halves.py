@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradhist import GradientHistogramMonitor
-from lightning_gradhist.callbacks.monitor import halves
+from lightning_gradhist.callbacks.monitor import halves, noise
 from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 
 BATCH = 24
@@ -241,6 +241,16 @@ def test_where_the_halves_tell_the_noise_no_pair_of_steps_is_measured(
     samples = monitor.noise_records[0].samples  # the first step has no halves yet, and so a pair, which fails
     assert [sample["step"] for sample in samples] == [0, *range(2, 12)]
     assert [sample["noise_simple"] is not None for sample in samples] == [False] + [True] * 10
+
+
+def test_what_a_device_has_measured_last_is_recorded_at_the_end(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = noise._tell
+    monkeypatch.setattr(noise, "_tell", lambda halves, wait=False: wait and tell(halves, wait))
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, monitor, module=Steep, data=loader(64, samples=64 * 12), max_steps=11)
+    samples = monitor.noise_records[0].samples
+    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 10]
+    assert all(sample["noise_simple"] is not None for sample in samples)
 
 
 def test_the_monitor_takes_its_hooks_off_and_changes_no_bit(tmp_path) -> None:
