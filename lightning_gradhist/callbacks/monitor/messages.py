@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_gradhist.callbacks.monitor.observer import Fit
+from lightning_gradhist.callbacks.strategies import compresses
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
@@ -30,21 +31,23 @@ def no_step_hooks(name: str) -> str:
     )
 
 
-def overfits(trainer: Trainer) -> bool:
-    """Whether the Trainer trains on the same few batches again."""
-    return bool(getattr(trainer, "overfit_batches", False))
+def why_without_noise(trainer: Trainer) -> str | None:
+    """Why gradients do not tell of their noise, or None."""
+    if getattr(trainer, "overfit_batches", False):
+        return "overfit_batches trains on the same few batches again, and their gradients do not tell of others"
+    if compresses(trainer):
+        return "a communication hook of DDP compresses gradients, and its error would be taken for noise"
+    return None
 
 
 def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
     """Says once, when the first batch has come, what is not recorded, and where nothing is logged."""
     if "lacks" in fit.warned:
         return
-    if wants_noise and overfits(fit.trainer):
+    reason = why_without_noise(fit.trainer)
+    if wants_noise and reason is not None:
         fit.warned.add("lacks")
-        rank_zero_info(
-            "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
-            " their gradients do not tell of others."
-        )
+        rank_zero_info(f"GradientHistogramMonitor records no noise scale: {reason}.")
     elif wants_noise and fit.samples.problem is not None:
         fit.warn_once(
             "lacks",

@@ -215,7 +215,7 @@ class GradientHistogramMonitor(Callback):
         self._record_path = self._path_of_record(fit)
         if self._record_path is not None and trainer.is_global_zero:
             self._record = RecordFile(self._record_path, fit.guard)
-        self._measures_noise = self.noise_scale and not messages.overfits(trainer)
+        self._measures_noise = self.noise_scale and messages.why_without_noise(trainer) is None
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)

@@ -37,6 +37,7 @@ from support import (
     trainer,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_gradhist import GradientHistogramMonitor
@@ -456,6 +457,22 @@ def test_steps_on_the_same_few_batches_are_not_measured(tmp_path, caplog) -> Non
         fit(tmp_path, monitor, overfit_batches=2, max_epochs=6, data=DataLoader(dataset(), 8))
     assert not len(monitor.noise_records[0]) and not (tmp_path / "calibration.json").exists()
     assert len([record for record in caplog.records if "overfit_batches trains on the same" in record.message]) == 1
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+def test_what_a_communication_hook_loses_is_not_taken_for_noise(tmp_path, caplog, compresses: bool) -> None:
+    class Hook(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            power = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=0.5)
+            pair = (power, powerSGD_hook.powerSGD_hook) if compresses else (None, default_hooks.fp16_compress_hook)
+            trainer.strategy.model.register_comm_hook(*pair)  # type: ignore[union-attr, operator]
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    strategy = DDPStrategy(process_group_backend="gloo")
+    with caplog.at_level("INFO"):
+        fit(tmp_path, monitor, Hook(), data=loader(8), devices=1, strategy=strategy)
+    said = [record for record in caplog.records if "a communication hook of DDP compresses" in record.message]
+    assert (len(said), bool(len(monitor.noise_records[0]))) == ((1, False) if compresses else (0, True))
 
 
 def test_the_record_knows_the_run(tmp_path) -> None:
