@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
+_SHORT = 10  # batches of an epoch
 _MAY_BE_TIME = (
     "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
     " loader does not say that it is the samples"
@@ -228,6 +231,16 @@ def parts_of_a_step(trainer: Trainer) -> int:
 def gradients_a_step(trainer: Trainer) -> int:
     """How many of the probe's gradients, over all ranks, an optimizer step is the mean of."""
     return accumulated(trainer) * (1 if averages_in_backward(trainer) else trainer.world_size)
+
+
+def repeats_samples(trainer: Trainer) -> bool:
+    """Whether a batch has a tenth of its samples or more from any batch of the epoch before: data that are indexed."""
+    loader: Any = trainer.train_dataloader
+    data = getattr(loader, "dataset", loader)
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        return False
+    in_order = isinstance(getattr(loader, "sampler", None), SequentialSampler)
+    return (trainer.num_training_batches if in_order else length_hint(loader, _SHORT + 1)) <= _SHORT
 
 
 def _declared(trainer: Trainer) -> int | None:

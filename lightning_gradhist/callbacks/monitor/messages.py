@@ -93,9 +93,9 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int)
     if tried < ENOUGH < logged / 4:  # a pair takes two
         rank_zero_warn(
             f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
-            " returns None, and with LBFGS."
+            " returns None, and with LBFGS, or are of epochs of one batch, which have the same samples."
         )
-    elif tried < ENOUGH or 2 * measured > tried:
+    elif 2 * measured > tried or not tried:
         rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
         rank_zero_info(f"{said}{rarer}train longer.")
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks._lightning import is_overridden
-from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
+from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step, repeats_samples
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import (
     LocalGradients,
@@ -80,7 +80,7 @@ class NoiseMonitor(StepObserver):
         self._halves: HalfBatches | None = None  # of the coming step
         self._halves_batch = False  # whether the coming step's batch is measured by them
         self._sample = Sample({})  # of it, and of what is compared
-        self._batch = -1  # of the gradient that was looked at last
+        self._batch = self._epoch = -1  # of the gradient that was looked at last
         self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
@@ -104,7 +104,7 @@ class NoiseMonitor(StepObserver):
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
-        alone = begins and whole and self._is_automatic and is_one_batch and not self._in_pair
+        alone = begins and whole and self._is_automatic and is_one_batch
         self._halves_batch = alone and self._progress.steps > 0  # before, there is no metric
 
     def _changes_sums(self) -> bool:
@@ -115,9 +115,12 @@ class NoiseMonitor(StepObserver):
         return hooked or is_overridden("backward", self._fit.module)
 
     def before_forward(self) -> None:
-        """Looks at the layers, where the halves of the batch are measured."""
-        if self._halves_batch:
-            with self._fit.guard.attempt("measure noise"):
+        """Ends a pair with the epoch where the next has the same samples; looks at the layers, where halves are measured."""
+        trainer = self._fit.trainer
+        with self._fit.guard.attempt("measure noise"):
+            if self._in_pair and self._epoch != trainer.current_epoch and repeats_samples(trainer):
+                self._leave_pair()
+            if self._halves_batch and not self._in_pair:
                 self._drop_halves()
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
 
@@ -149,7 +152,7 @@ class NoiseMonitor(StepObserver):
         now, batch = self._progress.steps, self._fit.trainer.fit_loop.total_batch_idx
         if not self.wants_gradients(step.due) or batch == self._batch:  # another step with the same samples
             return
-        self._batch = batch
+        self._batch, self._epoch = batch, self._fit.trainer.current_epoch
         if self._part is not None:
             self._measure_part(self._part, step)
         elif self._in_pair:
@@ -176,10 +179,8 @@ class NoiseMonitor(StepObserver):
         self._in_pair, self._first = False, None
 
     def finish(self) -> None:
-        """Takes down what the halves of the last batch tell; the host may wait for them by now."""
-        first = self._first
-        if first is not None and first.halves is not None and _tell(first.halves, wait=True):
-            self._progress.noise.add(first.step, first.samples.effective, first.halves)
+        """Ends the last pair."""
+        self._leave_pair()
 
     def close(self) -> None:
         """Drops what is held."""
@@ -234,11 +235,19 @@ class NoiseMonitor(StepObserver):
             self._progress.measures(self._rates())
             self._compare_at_step(step.gradients)
             halves = self._of_halves(step.gradients, samples)
-            if halves is not None and _tell(halves):
+            if halves is not None and halves.is_cpu and _tell(halves):
                 self._progress.noise.add(self._progress.steps, samples.effective, halves)
                 self._in_pair = False  # no other rank has begun one: there are halves on one device alone
             else:
                 self._first = self._first_gradient(step.parts, samples, halves)
+
+    def _leave_pair(self) -> None:
+        """Ends a pair without its second gradient; of what a device measures it is not known whether the halves tell it."""
+        first = self._first
+        self.discard()
+        if first is not None and first.halves is not None and (not first.halves.is_cpu or _tell(first.halves)):
+            with self._fit.guard.attempt("measure noise"):
+                self._progress.noise.add(first.step, first.samples.effective, first.halves)
 
     def _first_gradient(
         self, parts: Mapping[str, Tensor], samples: StepSamples, halves: Tensor | None
@@ -273,10 +282,11 @@ class NoiseMonitor(StepObserver):
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
-        self.discard()
         if first is None or samples is None or not parts:
+            self._leave_pair()
             self._sums(None, None)
             return
+        self.discard()
         begun, second = first, parts
 
         def measure() -> Tensor:
@@ -355,6 +365,6 @@ def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
     return sums.masked_fill(torch.stack(changed).any().to(sums.device), math.nan) if changed else sums
 
 
-def _tell(halves: Tensor, wait: bool = False) -> bool:
-    """Whether it is known by now that the two halves of a batch tell the noise, or, waiting for the device, that they do."""
-    return (wait or halves.is_cpu) and bool(halves[:2].isfinite().all())
+def _tell(halves: Tensor) -> bool:
+    """Whether the two halves of a batch tell the noise."""
+    return bool(halves[:2].isfinite().all())

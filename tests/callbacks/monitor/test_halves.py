@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_gradhist import GradientHistogramMonitor
-from lightning_gradhist.callbacks.monitor import halves, noise
+from lightning_gradhist.callbacks.monitor import halves
 from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 
 BATCH = 24
@@ -243,13 +243,17 @@ def test_where_the_halves_tell_the_noise_no_pair_of_steps_is_measured(
     assert [sample["noise_simple"] is not None for sample in samples] == [False] + [True] * 10
 
 
-def test_what_a_device_has_measured_last_is_recorded_at_the_end(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tell = noise._tell
-    monkeypatch.setattr(noise, "_tell", lambda halves, wait=False: wait and tell(halves, wait))
+@pytest.mark.parametrize(("batches", "steps"), [(12, [0, 2, 4, 6, 8, 10]), (1, [*range(1, 11)])])
+def test_what_a_device_has_measured_is_recorded_where_no_second_step_follows(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, batches: int, steps: list[int]
+) -> None:
+    """At the end, and in epochs of one batch. A pair waits for what the halves tell, as nobody knows it at once."""
+    monkeypatch.setattr(Tensor, "is_cpu", property(lambda _: False))
     monitor = GradientHistogramMonitor(every_n_steps=1)
-    fit(tmp_path, monitor, module=Steep, data=loader(64, samples=64 * 12), max_steps=11)
+    data = loader(64, samples=64 * batches)
+    fit(tmp_path, monitor, module=Steep, data=data, max_steps=11, max_epochs=11)
     samples = monitor.noise_records[0].samples
-    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 10]
+    assert [sample["step"] for sample in samples] == steps
     assert all(sample["noise_simple"] is not None for sample in samples)
 
 

@@ -459,6 +459,12 @@ def test_steps_on_the_same_few_batches_are_not_measured(tmp_path, caplog) -> Non
     assert len([record for record in caplog.records if "overfit_batches trains on the same" in record.message]) == 1
 
 
+def test_steps_of_epochs_of_one_batch_are_no_pairs(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="at 0 of 0 steps.*epochs of one batch"):
+        fit(tmp_path, monitor, module=Still, data=loader(8, samples=8), max_epochs=50)
+
+
 @pytest.mark.parametrize("compresses", [True, False])
 def test_what_a_communication_hook_loses_is_not_taken_for_noise(tmp_path, caplog, compresses: bool) -> None:
     class Hook(L.Callback):
