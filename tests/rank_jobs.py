@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import warnings
@@ -446,6 +447,37 @@ def not_averaged(folder: Path) -> Any:
             fit(folder / when, monitor, OwnGradients(), data=loader(4), max_steps=6, **ddp(2))
         said = [str(one.message) for one in caught if "GradientHistogramMonitor" in str(one.message)]
         found[when] = said, [sample["noise_simple"] for sample in monitor.noise_records[0].samples]
+    return found
+
+
+class Stream(IterableDataset):
+    """The same samples on every rank, or each rank its own; some values are missing where it is ``gappy``."""
+
+    def __init__(self, is_split: bool, gappy: bool = False) -> None:
+        self.is_split, self.gappy = is_split, gappy
+
+    def __iter__(self) -> Any:
+        rank, ranks = _world()
+        for place, (inputs, label) in enumerate(dataset(64)):
+            if not self.is_split or place % ranks == rank:
+                yield inputs, label, math.nan if self.gappy else 1.0
+
+
+class OfStream(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[:2], batch_idx)
+
+
+def streamed(folder: Path) -> Any:
+    """How many steps were measured of data that are not split between ranks, and that are."""
+    found = []
+    for place, (data, accumulate) in enumerate(
+        [(Stream(False), 1), (Stream(False), 2), (Stream(True), 1), (Stream(True, gappy=True), 1)]
+    ):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        options = {"max_steps": 4, "accumulate_grad_batches": accumulate, **ddp(2)}
+        fit(folder / str(place), monitor, module=OfStream, data=DataLoader(data, 4), **options)
+        found.append(monitor.noise_records[0].estimate("simple").measurements)
     return found
 
 

@@ -15,8 +15,10 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up
+from lightning_gradhist.tensors import as_real
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
+_PRIME = 1048573
 _SHORT = 10  # batches of an epoch
 _MAY_BE_TIME = (
     "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
@@ -41,22 +43,40 @@ def count_samples(batch: Any) -> int | None:
     return found.pop() or None if len(found) == 1 else None
 
 
+def digest(batch: Any) -> Tensor | None:
+    """A whole number below 2**20 that other samples hardly give, float64 ``[]``; None or NaN where none can be told."""
+    sums = [as_real(tensor).sum(dtype=torch.float64) + tensor.numel() for tensor in _tensors(batch)]
+    if not sums:
+        return None
+    total = torch.stack(sums).sum()
+    return total.view(torch.int64).remainder(_PRIME).double().masked_fill(~total.isfinite(), math.nan)
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    for member in _members(part):
+        yield from _tensors(member)
+
+
 def _lengths(part: Any) -> Iterator[int]:
-    members: Iterable[Any] = ()
     if isinstance(part, Tensor):
         yield part.size(0) if part.ndim else 1
     elif isinstance(part, PackedSequence):
         yield int(part.batch_sizes[0])  # which is always in the host's memory
     elif isinstance(getattr(part, "num_graphs", None), int):
         yield part.num_graphs
-    elif isinstance(part, Mapping):
-        members = part.values()
-    elif isinstance(part, (list, tuple)):
-        members = part
-    elif is_dataclass(part):
-        members = [getattr(part, field.name) for field in fields(part)]
-    for member in members:
-        yield from _lengths(member)
+    else:
+        for member in _members(part):
+            yield from _lengths(member)
+
+
+def _members(part: Any) -> Iterable[Any]:
+    if isinstance(part, Mapping):
+        return part.values()
+    if isinstance(part, (list, tuple)):
+        return part
+    return [getattr(part, field.name) for field in fields(part)] if is_dataclass(part) else ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from rank_jobs import (
     numbers,
     out_of_step,
     short_of_memory,
+    streamed,
     told_to_stop,
     uneven,
     zero,
@@ -211,6 +212,10 @@ def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path)
         logged = [tag for tag in events(tmp_path / when).Tags()["histograms"] if tag == f"{kind}_magnitude/all"]
         assert bool(logged) == (when == "local")
         assert [("differ from rank to rank" in one) for one in said] == ([] if when == "local" else [True])
+
+
+def test_the_same_samples_on_every_rank_tell_of_no_noise(tmp_path) -> None:
+    assert run_ranks(streamed, 2, tmp_path)[0] == [0, 0, 4, 4]
 
 
 def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path) -> None:

@@ -231,7 +231,7 @@ class GradientHistogramMonitor(Callback):
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
         for observer in self._observers:
-            observer.before_forward()
+            observer.before_forward(batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""

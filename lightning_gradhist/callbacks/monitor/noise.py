@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks._lightning import is_overridden
-from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step, repeats_samples
+from lightning_gradhist.callbacks.batch_size import StepSamples, data_ranks, digest, parts_of_a_step, repeats_samples
 from lightning_gradhist.callbacks.calibration.handoff import base_rates
 from lightning_gradhist.callbacks.gradients import (
     LocalGradients,
@@ -85,6 +86,8 @@ class NoiseMonitor(StepObserver):
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
+        self._wanted = False  # the gradients of the coming step
+        self._digest: Tensor | None = None  # of its first batch
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
         self._changed: list[Tensor] = []  # whether it was another one afterwards
@@ -92,12 +95,13 @@ class NoiseMonitor(StepObserver):
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
-        self._backwards, self._left, self._changed = 0, None, []
+        self._backwards, self._left, self._changed, self._digest = 0, None, [], None
         trainer, begins = self._fit.trainer, self._begins(due)
         whole = not is_cut_up(trainer)
         is_one_batch = parts_of_a_step(trainer) == 1
         has_parts = begins and not is_one_batch and not self._changes_sums()
-        self._compares = whole and self.wants_gradients(due)
+        self._wanted = self.wants_gradients(due)
+        self._compares = whole and self._wanted
         if self._compares:
             parameters = self._watched.parameters
             sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
@@ -114,10 +118,12 @@ class NoiseMonitor(StepObserver):
         hooked = any(map(has_gradient_hook, self._watched.parameters.values()))
         return hooked or is_overridden("backward", self._fit.module)
 
-    def before_forward(self) -> None:
+    def before_forward(self, batch: Any) -> None:
         """Ends a pair with the epoch where the next has the same samples; looks at the layers, where halves are measured."""
-        trainer = self._fit.trainer
+        trainer, ranks = self._fit.trainer, self._fit.replicas.ranks
         with self._fit.guard.attempt("measure noise"):
+            if self._wanted and self._digest is None and 1 < ranks == data_ranks(trainer):
+                self._digest = digest(batch)
             if self._in_pair and self._epoch != trainer.current_epoch and repeats_samples(trainer):
                 self._leave_pair()
             if self._halves_batch and not self._in_pair:
@@ -343,20 +349,23 @@ class NoiseMonitor(StepObserver):
     ) -> Tensor:
         """The sum ``[7]`` over ranks of what is measured on each, and of the sizes; to be called on every rank.
 
-        NaN if on one rank it is not, or their gradients differ.
+        NaN if on one rank it is not, or their gradients differ, or all have the same samples.
         """
         fit, sums = self._fit, None
         if measure is not None and gradients is not None:
             with fit.guard.attempt("measure noise"):
                 measured = measure() if fit.replicas.ranks == 1 else measure().to(fit.module.device)
-                checked = torch.cat([measured, *(measured.new_full((1,), n) for n in sizes), measured.new_zeros(2)])
+                bits = measured.new_full((), math.nan) if self._digest is None else self._digest.to(measured)
+                extents = [measured.new_full((), size) for size in sizes]
+                checked = torch.cat([measured, torch.stack([*extents, bits, bits**2]), measured.new_zeros(2)])
                 fit.sums.check(checked, self._watched.replicated(gradients))
                 sums = checked
-        fit.sums.add_up(sums, 9, math.nan)
+        fit.sums.add_up(sums, 11, math.nan)
         if sums is None:
             return torch.full((7,), math.nan)
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
+            sums[:7].masked_fill_(fit.replicas.ranks * sums[8] == sums[7] ** 2, math.nan)  # all have the same bits
         return sums[:7]
 
 
