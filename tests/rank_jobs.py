@@ -481,6 +481,31 @@ def streamed(folder: Path) -> Any:
     return found
 
 
+class ClipsInBackward(L.LightningModule):
+    """Within backward, so that what ranks have averaged is not what their own gradients add up to; of noise scale 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2000))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        generator = torch.Generator().manual_seed(2 * batch_idx + self.global_rank)
+        return self.weight @ (1 + 2 * torch.randn(4, 2000, generator=generator)).mean(0)
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def clipped(folder: Path) -> Any:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(folder, monitor, module=ClipsInBackward, data=loader(4), **ddp(2))
+    return monitor.noise_records[0].estimate("simple").value
+
+
 def killed(folder: Path) -> Any:
     """One rank dies in the middle of training; the other says what became of it."""
 

@@ -113,10 +113,9 @@ class NoiseMonitor(StepObserver):
 
     def _changes_sums(self) -> bool:
         """Whether somebody may change what micro-batches add up to while they do, as by clipping within backward."""
-        if self._fit.trainer.accumulate_grad_batches == 1 or self._fit.replicas.ranks > 1:
-            return False
-        hooked = any(map(has_gradient_hook, self._watched.parameters.values()))
-        return hooked or is_overridden("backward", self._fit.module)
+        hooked = any(map(has_gradient_hook, self._watched.parameters.values()))  # before ranks' gradients are averaged
+        accumulates = self._fit.trainer.accumulate_grad_batches > 1
+        return (hooked and accumulates) or is_overridden("backward", self._fit.module)
 
     def before_forward(self, batch: Any) -> None:
         """Ends a pair with the epoch where the next has the same samples; looks at the layers, where halves are measured."""

@@ -1480,6 +1480,13 @@ def test_no_clip_factor_where_not_all_gradients_are_counted(tmp_path) -> None:
     assert "gradient_clip_factor" not in events(tmp_path).Tags()["scalars"]
 
 
+def test_a_second_monitor_of_local_gradients_changes_nothing_of_the_first(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    local = GradientHistogramMonitor(every_n_steps=1, noise_scale=False, when="local")
+    fit(tmp_path, local, monitor, accumulate_grad_batches=2)
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == list(range(8))
+
+
 @pytest.mark.parametrize("how", ["backward", "hook"])
 def test_clipping_within_backward_is_not_taken_for_noise_under_accumulation(tmp_path, how: str) -> None:
     """What is clipped while micro-batches add up differs from the sum by more than noise: two steps are compared."""
