@@ -45,6 +45,7 @@ class FirstGradient:
     The metric depends on neither gradient.
     """
 
+    epoch: int
     step: int
     samples: StepSamples
     sizes: dict[str, int]
@@ -81,7 +82,7 @@ class NoiseMonitor(StepObserver):
         self._halves: HalfBatches | None = None  # of the coming step
         self._halves_batch = False  # whether the coming step's batch is measured by them
         self._sample = Sample({})  # of it, and of what is compared
-        self._batch = self._epoch = -1  # of the gradient that was looked at last
+        self._batch = -1  # of the gradient that was looked at last
         self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
@@ -99,7 +100,8 @@ class NoiseMonitor(StepObserver):
         trainer, begins = self._fit.trainer, self._begins(due)
         whole = not is_cut_up(trainer)
         is_one_batch = parts_of_a_step(trainer) == 1
-        has_parts = begins and not is_one_batch and not self._changes_sums()
+        clips = is_overridden("backward", self._fit.module) or (self._fit.replicas.ranks == 1 and self._changes_sums())
+        has_parts = begins and not is_one_batch and not clips  # the same on all ranks
         self._wanted = self.wants_gradients(due)
         self._compares = whole and self._wanted
         if self._compares:
@@ -108,24 +110,21 @@ class NoiseMonitor(StepObserver):
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
-        alone = begins and whole and self._is_automatic and is_one_batch
+        alone = begins and whole and self._is_automatic and is_one_batch and not self._in_pair
         self._halves_batch = alone and self._progress.steps > 0  # before, there is no metric
 
     def _changes_sums(self) -> bool:
-        """Whether somebody may change what micro-batches add up to while they do, as by clipping within backward."""
-        hooked = any(map(has_gradient_hook, self._watched.parameters.values()))  # before ranks' gradients are averaged
-        accumulates = self._fit.trainer.accumulate_grad_batches > 1
-        return (hooked and accumulates) or is_overridden("backward", self._fit.module)
+        """Whether somebody may change what micro-batches add up to while they do, by a hook; on this rank."""
+        hooked = any(map(has_gradient_hook, self._watched.parameters.values()))
+        return hooked and self._fit.trainer.accumulate_grad_batches > 1
 
     def before_forward(self, batch: Any) -> None:
-        """Ends a pair with the epoch where the next has the same samples; looks at the layers, where halves are measured."""
+        """Takes the batch's digest, and looks at the layers, where the halves of the batch are measured."""
         trainer, ranks = self._fit.trainer, self._fit.replicas.ranks
         with self._fit.guard.attempt("measure noise"):
             if self._wanted and self._digest is None and 1 < ranks == data_ranks(trainer):
                 self._digest = digest(batch)
-            if self._in_pair and self._epoch != trainer.current_epoch and repeats_samples(trainer):
-                self._leave_pair()
-            if self._halves_batch and not self._in_pair:
+            if self._halves_batch:
                 self._drop_halves()
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
 
@@ -157,7 +156,7 @@ class NoiseMonitor(StepObserver):
         now, batch = self._progress.steps, self._fit.trainer.fit_loop.total_batch_idx
         if not self.wants_gradients(step.due) or batch == self._batch:  # another step with the same samples
             return
-        self._batch, self._epoch = batch, self._fit.trainer.current_epoch
+        self._batch = batch
         if self._part is not None:
             self._measure_part(self._part, step)
         elif self._in_pair:
@@ -257,7 +256,7 @@ class NoiseMonitor(StepObserver):
     def _first_gradient(
         self, parts: Mapping[str, Tensor], samples: StepSamples, halves: Tensor | None
     ) -> FirstGradient:
-        optimizer, parameters = self._watched.optimizer, self._watched.parameters
+        optimizer, parameters, trainer = self._watched.optimizer, self._watched.parameters, self._fit.trainer
         number, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
         sample = Sample.at(number, sizes)
         held = copies(sample.of_gradients(parts))
@@ -266,8 +265,10 @@ class NoiseMonitor(StepObserver):
             found = sample.of(own_parts(moments, parameters, self._fit.replicas))
             return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
 
-        weights = metric_weights(optimizer, parameters, own, is_cut_up(self._fit.trainer))
-        return FirstGradient(number, samples, sizes, sample, held, weights, self._changed, halves)
+        weights = metric_weights(optimizer, parameters, own, is_cut_up(trainer))
+        return FirstGradient(
+            trainer.current_epoch, number, samples, sizes, sample, held, weights, self._changed, halves
+        )
 
     def _of_halves(self, gradients: Mapping[str, Tensor] | None, samples: StepSamples) -> Tensor | None:
         """Noise and signal of the coming step, from the two halves of its batch."""
@@ -287,7 +288,7 @@ class NoiseMonitor(StepObserver):
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
-        if first is None or samples is None or not parts:
+        if first is None or samples is None or not parts or self._repeats(first):
             self._leave_pair()
             self._sums(None, None)
             return
@@ -302,13 +303,20 @@ class NoiseMonitor(StepObserver):
         sums = self._sums(step.gradients, measure, spread, 0.0, samples.effective)
         self._add(first.step, sums, first.halves)
 
+    def _repeats(self, first: FirstGradient) -> bool:
+        """Whether this step may have samples of a pair's first one again."""
+        trainer = self._fit.trainer
+        with self._fit.guard.attempt("measure noise"):  # the user's loader may raise
+            return first.epoch != trainer.current_epoch and repeats_samples(trainer)
+        return True
+
     def _measure_part(self, copied: LocalGradients, step: Step) -> None:
         """Holds the gradient of one micro-batch of each rank against that of all."""
         trainer, watched, gradients = self._fit.trainer, self._watched, step.gradients
         samples = self._samples()
         copied.close()
         self.discard()  # begun before accumulation was
-        if samples is None or samples.micro_batches < 2 or gradients is None:
+        if samples is None or samples.micro_batches < 2 or gradients is None or self._changes_sums():
             self._sums(None, None)
             return
         ranks, times = self._fit.replicas.ranks, trainer.accumulate_grad_batches

@@ -243,7 +243,7 @@ def test_where_the_halves_tell_the_noise_no_pair_of_steps_is_measured(
     assert [sample["noise_simple"] is not None for sample in samples] == [False] + [True] * 10
 
 
-@pytest.mark.parametrize(("batches", "steps"), [(12, [0, 2, 4, 6, 8, 10]), (1, [*range(1, 11)])])
+@pytest.mark.parametrize(("batches", "steps"), [(12, [0, 2, 4, 6, 8, 10]), (1, [2, 4, 6, 8, 10])])
 def test_what_a_device_has_measured_is_recorded_where_no_second_step_follows(
     tmp_path, monkeypatch: pytest.MonkeyPatch, batches: int, steps: list[int]
 ) -> None:
