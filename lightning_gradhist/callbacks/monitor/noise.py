@@ -100,8 +100,9 @@ class NoiseMonitor(StepObserver):
         trainer, begins = self._fit.trainer, self._begins(due)
         whole = not is_cut_up(trainer)
         is_one_batch = parts_of_a_step(trainer) == 1
-        clips = is_overridden("backward", self._fit.module) or (self._fit.replicas.ranks == 1 and self._changes_sums())
-        has_parts = begins and not is_one_batch and not clips  # the same on all ranks
+        has_parts = begins and not is_one_batch and not is_overridden("backward", self._fit.module)
+        if has_parts and self._fit.replicas.ranks == 1:  # of several one alone may have a hook
+            has_parts = not self._changes_sums()
         self._wanted = self.wants_gradients(due)
         self._compares = whole and self._wanted
         if self._compares:
