@@ -45,11 +45,14 @@ def count_samples(batch: Any) -> int | None:
 
 def digest(batch: Any) -> Tensor | None:
     """A whole number below 2**20 that other samples hardly give, float64 ``[]``; None or NaN where none can be told."""
-    sums = [as_real(tensor).sum(dtype=torch.float64) + tensor.numel() for tensor in _tensors(batch)]
-    if not sums:
+    try:
+        tensors = list(_tensors(batch))
+        device = max(tensors, key=Tensor.numel).device  # what lies elsewhere is not waited for
+        values = [as_real(tensor) for tensor in tensors if tensor.device == device]
+        total = torch.stack([value.sum(dtype=torch.float64) + value.numel() for value in values]).sum()
+        return total.view(torch.int64).remainder(_PRIME).double().masked_fill(~total.isfinite(), math.nan)
+    except Exception:  # there is no tensor, or one of a kind that cannot be summed up
         return None
-    total = torch.stack(sums).sum()
-    return total.view(torch.int64).remainder(_PRIME).double().masked_fill(~total.isfinite(), math.nan)
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:
