@@ -35,15 +35,14 @@ def histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
     """Histograms by tag, at least one, each as ``SummaryWriter.add_histogram_raw`` writes it."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    if isinstance(histograms, Distributions):  # of a model of thousands of tensors, all lie side by side already
+    if isinstance(histograms, Distributions):
         counts, edges, sizes = histograms.counts, histograms.edges, histograms.sizes
     else:
         counts = torch.cat([shown.counts for shown in histograms.values()])
         edges = torch.cat([shown.edges for shown in histograms.values()])
         sizes = torch.tensor([len(shown.counts) for shown in histograms.values()])
     counts = counts.double()  # as they are written
-    last_edges = (sizes + 1).cumsum(0) - 1
-    is_lower = torch.ones(len(edges), dtype=torch.bool).index_fill_(0, last_edges, False)
+    is_lower = torch.ones(len(edges), dtype=torch.bool).index_fill_(0, (sizes + 1).cumsum(0) - 1, False)
     lower, upper = edges[is_lower], edges[is_lower.roll(1)]
     middles = (lower + upper) / 2
     terms = torch.stack([counts, counts * middles, counts * middles.square()], 1)
