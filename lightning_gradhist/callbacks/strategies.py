@@ -21,7 +21,7 @@ from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 _DATA = "data_parallel"  # what Lightning calls the dimension of a mesh over which ranks have other samples
-_AVERAGING = {"allreduce_hook", "fp16_compress_hook", "bf16_compress_hook"}  # torch's own, but for rounding
+_AVERAGING = ("default_hooks", "post_localSGD_hook")  # torch's modules; what differs from rank to rank is noticed
 _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 
@@ -55,12 +55,6 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     return bits.sum(dim=0, keepdim=True, dtype=torch.int64) % 2**20
 
 
-def changing_hook(trainer: Trainer) -> str | None:
-    """The name of a communication hook of DDP's that does not just average, as PowerSGD's; private, as torch tells nobody."""
-    names = [getattr(hook, "__name__", repr(hook)) for hook, _ in getattr(trainer.strategy.model, "_comm_hooks", ())]
-    return next((name for name in names if name not in _AVERAGING), None)
-
-
 def is_cut_up(trainer: Trainer) -> bool:
     """Whether ranks hold parts of parameters, so that none has a gradient of its own before they are averaged."""
     return is_sharded(trainer) or is_fsdp(trainer) or is_deepspeed(trainer)
@@ -84,6 +78,18 @@ def is_sharded(trainer: Trainer) -> bool:
 def is_known(trainer: Trainer) -> bool:
     """Whether the strategy is one of which it is known how it spreads gradients over ranks."""
     return is_sharded(trainer) or replicas(trainer) is not None
+
+
+def changing_hook(trainer: Trainer) -> str | None:
+    """The name of a communication hook of DDP's that may leave another gradient than the ranks' mean, as PowerSGD's.
+
+    Private, as there is no public way to ask.
+    """
+    for hook, state in getattr(trainer.strategy.model, "_comm_hooks", ()):
+        averages = str(getattr(hook, "__module__", "")).endswith(_AVERAGING) and not is_a(state, "PowerSGDState")
+        if not averages:
+            return getattr(hook, "__name__", repr(hook))
+    return None
 
 
 def replicas(trainer: Trainer) -> Replicas | None:

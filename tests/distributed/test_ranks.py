@@ -9,7 +9,7 @@ import torch
 from rank_jobs import (
     apart,
     calibrated,
-    compressed,
+    clipped,
     exit_codes,
     hostile_record,
     invisible,
@@ -19,6 +19,7 @@ from rank_jobs import (
     numbers,
     out_of_step,
     short_of_memory,
+    streamed,
     told_to_stop,
     uneven,
     zero,
@@ -214,9 +215,12 @@ def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path)
         assert [("differ from rank to rank" in one) for one in said] == ([] if when == "local" else [True])
 
 
-def test_noise_is_not_measured_where_gradients_are_compressed(tmp_path) -> None:
-    steps, samples, why = run_ranks(compressed, 2, tmp_path)[0]
-    assert (steps, samples) == (6, []) and "powerSGD_hook changes the gradients" in why
+def test_the_same_samples_on_every_rank_tell_of_no_noise(tmp_path) -> None:
+    assert run_ranks(streamed, 2, tmp_path)[0] == [0, 0, 4, 4]
+
+
+def test_clipping_within_backward_is_not_taken_for_noise_of_ranks(tmp_path) -> None:
+    assert run_ranks(clipped, 2, tmp_path)[0] == pytest.approx(4, rel=0.1)
 
 
 def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path) -> None:

@@ -92,7 +92,7 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int)
     if tried < ENOUGH < logged / 4:  # a pair takes two
         rank_zero_warn(
             f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
-            " returns None, and with LBFGS."
+            " returns None, and with LBFGS, or are of epochs of one batch, which have the same samples."
         )
     elif tried < ENOUGH or 2 * measured > tried:
         rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
@@ -100,5 +100,7 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int)
     else:
         rank_zero_warn(
             f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step; clip"
-            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
+            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise is not"
+            " measured where the module clips. Nor is it where all ranks have the same samples, as of an IterableDataset that is"
+            " not split."
         )
