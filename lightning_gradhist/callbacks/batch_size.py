@@ -18,7 +18,7 @@ from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut
 from lightning_gradhist.tensors import as_real
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
-_PRIME = 1048573
+_PLACES, _PRIME = 1021, 1048573
 _SHORT = 10  # batches of an epoch
 _MAY_BE_TIME = (
     "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
@@ -48,11 +48,22 @@ def digest(batch: Any) -> Tensor | None:
     try:
         tensors = list(_tensors(batch))
         device = max(tensors, key=Tensor.numel).device  # what lies elsewhere is not waited for
-        values = [as_real(tensor) for tensor in tensors if tensor.device == device]
-        total = torch.stack([value.sum(dtype=torch.float64) + value.numel() for value in values]).sum()
-        return total.view(torch.int64).remainder(_PRIME).double().masked_fill(~total.isfinite(), math.nan)
+        values = [as_real(tensor).reshape(-1) for tensor in tensors if tensor.device == device and tensor.numel()]
+        total = torch.stack([_weighted(value) for value in values]).sum()
+        # of one value in many places nobody can tell whether it is data
+        is_plain = torch.stack([value.min() == value.max() for value in values]).all()
+        bits = total.view(torch.int64).remainder(_PRIME).double()
+        return bits.masked_fill(is_plain | ~total.isfinite(), math.nan)
     except Exception:  # there is no tensor, or one of a kind that cannot be summed up
         return None
+
+
+def _weighted(values: Tensor) -> Tensor:
+    """The sum of values, each by its place: so that it is another one in another order."""
+    whole = values.numel() // _PLACES * _PLACES
+    sums = values[:whole].view(-1, _PLACES).sum(0, dtype=torch.float64)
+    sums[: values.numel() - whole] += values[whole:]
+    return sums @ torch.arange(1, _PLACES + 1, dtype=torch.float64, device=values.device)
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:

@@ -6,12 +6,12 @@ import copy
 import dis
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -25,21 +25,21 @@ from lightning_gradhist.noise.record import RunLength
 
 _ONE_BY_ONE = 2048
 _PARTS = 16  # of a run, at whose ends the shape of a schedule is taken down
+_ATOMS = (int, float, str, type(None))
 _REACHED = 1000  # things that a function holds, beyond which no more are looked at
 
 
 def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | None]:
-    """The learning rate of each group that its schedule is a multiple of: the maximum of a cycle, the initial or the only.
+    """The learning rate of each group that its schedule is a multiple of: OneCycleLR's maximum, the initial or the only.
 
     What a scheduler has left in a group that is no longer in use counts for nothing. None where it is no number.
     """
-    used, groups = parts(schedulers_of(optimizer, schedulers)), optimizer.param_groups
+    used = parts(schedulers_of(optimizer, schedulers))
     one_cycle = any(isinstance(scheduler, lr_scheduler.OneCycleLR) for scheduler in used)
     scheduled = any(hasattr(scheduler, "base_lrs") for scheduler in used)
     key = "max_lr" if one_cycle else "initial_lr" if scheduled else "lr"
-    rates = [group.get(key, group.get("lr")) for group in groups]
-    cycles = [one.max_lrs for one in used if isinstance(one, lr_scheduler.CyclicLR) and len(one.max_lrs) == len(groups)]
-    return [float(rate) if is_rate(rate) else None for rate in (cycles[0] if cycles else rates)]
+    rates = [group.get(key, group.get("lr")) for group in optimizer.param_groups]
+    return [float(rate) if is_rate(rate) else None for rate in rates]
 
 
 def is_rate(value: Any) -> TypeGuard[float | Tensor]:
@@ -98,23 +98,44 @@ def _can_be_tried(part: Any) -> bool:
     """Whether copies of a scheduler can be stepped without a trace: torch's own, without functions that may have a state."""
     if type(part).__module__ != lr_scheduler.__name__ or isinstance(part, lr_scheduler.ReduceLROnPlateau):
         return False
-    return all(map(_is_pure, [getattr(part, "_scale_fn_custom", None), *getattr(part, "lr_lambdas", ())]))
+    return all(map(is_pure, [getattr(part, "_scale_fn_custom", None), *getattr(part, "lr_lambdas", ())]))
 
 
-def _is_pure(value: Any) -> bool:
-    """Whether it is a plain value, or a function that holds none but such and changes none."""
-    plain = (int, float, str, tuple, partial, type(None), type, ModuleType, BuiltinFunctionType)
-    return all(isinstance(one, plain) or (isinstance(one, FunctionType) and not _writes(one)) for one in reached(value))
+def is_pure(function: Any) -> bool:
+    """Whether a function of a schedule leaves nothing behind when it is called; also of a number, and of None."""
+    found = reached(function)
+    functions = [one for one in found if isinstance(one, FunctionType)]
+    named = {name for one in functions for code in _codes(one.__code__) for name in code.co_names}
+    others = (one for one in found if not isinstance(one, FunctionType))
+    return not any(map(_writes, functions)) and all(_is_only_read(one, named) for one in others)
+
+
+def _is_only_read(value: Any, named: Set[str]) -> bool:
+    """Whether functions that name these attributes have no way of changing a value."""
+    if isinstance(value, BuiltinFunctionType):
+        return isinstance(value.__self__, (ModuleType, type(None)))  # else a method
+    if isinstance(value, (*_ATOMS, ModuleType, type, partial)):
+        return True
+    has_a_state = callable(value) or isinstance(value, Iterator)
+    return not has_a_state and not any(callable(getattr(type(value), name, None)) for name in named)
 
 
 def _writes(function: FunctionType) -> bool:
-    """Whether a function changes variables that are not its own, as a counter of its calls."""
-    code = function.__code__
-    of_others = {"STORE_GLOBAL", "STORE_ATTR"}
+    """Whether a function changes what is not its own, as a counter of its calls."""
+    of_others = {"STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR"}
     return any(
-        at.opname in of_others or (at.opname == "STORE_DEREF" and at.argval in code.co_freevars)
+        at.opname in of_others or (at.opname == "STORE_DEREF" and at.argval in function.__code__.co_freevars)
+        for code in _codes(function.__code__)
         for at in dis.get_instructions(code)
     )
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and of those that are made in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
 
 def reached(function: Any) -> list[Any]:
@@ -122,7 +143,7 @@ def reached(function: Any) -> list[Any]:
     found = [function]
     for one in found:  # which grows
         if len(found) < _REACHED:
-            found += islice(_held(one), _REACHED)
+            found += islice((held for held in _held(one) if not isinstance(held, _ATOMS)), _REACHED)
     return found
 
 
@@ -133,11 +154,14 @@ def _held(value: Any) -> Iterator[Any]:
         yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, FunctionType):
         yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
-        yield from (value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__)
+        names = {name for code in _codes(value.__code__) for name in code.co_names}
+        yield from (value.__globals__[name] for name in names if name in value.__globals__)
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # not filled, or not any more
                 yield cell.cell_contents
-    elif callable(value):  # a method, or an object that is called
+    elif callable(value) and not isinstance(
+        value, (BuiltinFunctionType, type)
+    ):  # a method, or an object that is called
         owner = value.__self__ if isinstance(value, MethodType) else value
         yield value.__func__ if isinstance(value, MethodType) else type(value).__call__
         if not isinstance(owner, (nn.Module, lr_scheduler.LRScheduler, type)):  # which lead to the optimizer anyway
@@ -175,10 +199,11 @@ def parts(schedulers: Iterable[Any]) -> list[Any]:
     """Schedulers, and those of the same optimizer that they hold, as SequentialLR and a warm-up around another one do."""
     found = list(schedulers)
     for scheduler in found:  # which grows
-        values = getattr(scheduler, "__dict__", {}).values()
-        held = [one for value in values for one in (value if isinstance(value, list) else [value])]
-        held = [one for one in held if isinstance(one, lr_scheduler.LRScheduler) and one not in found]
-        found += [one for one in held if getattr(one, "optimizer", None) is scheduler.optimizer]
+        for value in list(getattr(scheduler, "__dict__", {}).values()):
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                is_one = isinstance(one, lr_scheduler.LRScheduler) and one not in found
+                if is_one and getattr(one, "optimizer", None) is scheduler.optimizer:
+                    found.append(one)
     return found
 
 

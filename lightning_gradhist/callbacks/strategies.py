@@ -21,7 +21,10 @@ from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 _DATA = "data_parallel"  # what Lightning calls the dimension of a mesh over which ranks have other samples
-_AVERAGING = ("default_hooks", "post_localSGD_hook")  # torch's modules; what differs from rank to rank is noticed
+_AVERAGING = tuple(
+    f"torch.distributed.algorithms.ddp_comm_hooks.{name}" for name in ("default_hooks", "post_localSGD_hook")
+)
+"""Modules whose hooks leave the ranks' mean; what then differs from rank to rank is noticed."""
 _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 
@@ -86,7 +89,7 @@ def changing_hook(trainer: Trainer) -> str | None:
     Private, as there is no public way to ask.
     """
     for hook, state in getattr(trainer.strategy.model, "_comm_hooks", ()):
-        averages = str(getattr(hook, "__module__", "")).endswith(_AVERAGING) and not is_a(state, "PowerSGDState")
+        averages = getattr(hook, "__module__", None) in _AVERAGING and not is_a(state, "PowerSGDState")
         if not averages:
             return getattr(hook, "__name__", repr(hook))
     return None

@@ -165,9 +165,12 @@ def test_a_digest_tells_samples_apart() -> None:
     assert digest(batch) == digest({**batch})
     digests = [digest({**batch, "inputs": torch.randn(8, 3)}) for _ in range(100)]
     assert len({float(one) for one in digests if one is not None}) > 95
-    assert digest(torch.zeros(3)) != digest(torch.zeros(4))
-    missing = digest(torch.full((3,), torch.nan))
-    assert missing is not None and missing.isnan() and digest(["no tensor"]) is None
+    orders = [digest(torch.stack([torch.randperm(16) for _ in range(8)])) for _ in range(50)]
+    assert len({float(one) for one in orders if one is not None}) > 45
+    for batch in (torch.full((3,), torch.nan), torch.zeros(2000), [torch.ones(8, 3), torch.zeros(8)]):
+        missing = digest(batch)
+        assert missing is not None and missing.isnan()  # of which nobody can tell whether they are data
+    assert digest(["no tensor"]) is None
 
 
 class Fresh(IterableDataset):

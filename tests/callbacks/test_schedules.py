@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from math import cos, pi
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,7 +16,7 @@ from support import Net, fit, loader
 from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradhist.callbacks.schedules import run_length
+from lightning_gradhist.callbacks.schedules import is_pure, run_length
 from lightning_gradhist.noise.record import RunLength
 
 
@@ -128,7 +130,37 @@ def appending(optimizer: Any) -> Any:
     return schedules.LambdaLR(optimizer, lambda step: calls(step))
 
 
-STATEFUL = [counted, counting, remembering, noting, scaling, appending]
+def within(optimizer: Any) -> Any:
+    count = 0
+
+    def calls(step: int) -> float:
+        def up() -> int:
+            nonlocal count
+            count += 1
+            return count
+
+        return up()
+
+    return schedules.LambdaLR(optimizer, calls)
+
+
+STATEFUL = [counted, counting, remembering, noting, scaling, appending, within]
+TABLE, ARGUMENTS, CONFIG = [0.5, 1.0], {"warm": 4}, SimpleNamespace(warm=4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda step: 0.5 * (1 + cos(pi * step / 100)),
+        lambda step: TABLE[min(step, 1)],
+        lambda step: min(1.0, step / ARGUMENTS["warm"]),
+        lambda step: min(1.0, step / CONFIG.warm),
+        lambda step: next(value for value in TABLE if value > 0.1),
+        partial(ramp, steps=8),
+    ],
+)
+def test_functions_that_only_read_are_tried(function: Any) -> None:
+    assert is_pure(function)
 
 
 @pytest.mark.parametrize(

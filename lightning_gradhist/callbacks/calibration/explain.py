@@ -104,7 +104,8 @@ def no_rate(optimizer: str) -> str:
 def all_rates_zero() -> str:
     return (
         "every rate is 0 when training begins, and nothing can be multiplied, so the rate is kept; give the optimizer its lr,"
-        " and have a scheduler of torch's multiply it (LinearLR, LambdaLR), or pass learning_rate='keep'"
+        " and return a scheduler of torch's that multiplies it (LinearLR, LambdaLR) from configure_optimizers, or pass"
+        " learning_rate='keep'"
     )
 
 

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from types import FunctionType
 from typing import Any
@@ -15,7 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import isolate_rng
-from lightning_gradhist.callbacks.schedules import base_rates, is_rate, parts, reached, schedulers_of, twin, walk
+from lightning_gradhist.callbacks.schedules import (
+    base_rates,
+    is_pure,
+    is_rate,
+    parts,
+    reached,
+    schedulers_of,
+    twin,
+    walk,
+)
 from lightning_gradhist.logging.calibration_report import GroupChange
 
 _IS_RATE = re.compile(r"_?(\w+_)?(lrs?|lr_m(in|ax))|eta_m(in|ax)")
@@ -102,7 +112,7 @@ def stray_schedule(
         for part in parts(schedulers_of(optimizer, [scheduler])):
             if any(_looks_at(function, part) for function in getattr(part, "lr_lambdas", ())):
                 return f"{type(part).__name__} (lr_lambdas, which look at the optimizer)"
-            if type(part) not in _FOLLOW and not _follows(part, horizon, factors):
+            if not _follows(part, horizon, factors):
                 groups = len(factors)  # as many numbers may be rates, whatever their name
                 kept = {name for name, value in vars(part).items() if isinstance(value, list) and len(value) == groups}
                 kept |= _rates(vars(part)).keys()
@@ -126,6 +136,11 @@ def _looks_at(function: Any, scheduler: Any) -> bool:
 
 
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
+    methods = ("get_lr", "step")  # of a subclass that leaves these as they are
+    if any(isinstance(scheduler, c) and all(map(partial(_same, type(scheduler), c), methods)) for c in _FOLLOW):
+        return True
+    if not all(map(is_pure, getattr(scheduler, "lr_lambdas", ()))):
+        return False
     expected = _filled(factors)
     # of sums in which the largest rate is a term
     rounding = 1e-9 * max(float(group.get("initial_lr", group["lr"])) for group in scheduler.optimizer.param_groups)
@@ -141,6 +156,10 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
             )
     except Exception:  # whatever it is, it cannot be tried
         return False
+
+
+def _same(cls: type, base: type, name: str) -> bool:
+    return getattr(cls, name, None) is getattr(base, name, None)
 
 
 def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[float | None]) -> None:

@@ -217,7 +217,7 @@ class GradientHistogramMonitor(Callback):
         self._record_path = self._path_of_record(fit)
         if self._record_path is not None and trainer.is_global_zero:
             self._record = RecordFile(self._record_path, fit.guard)
-        self._measures_noise = self.noise_scale and messages.why_no_noise(trainer) is None
+        self._measures_noise = self._may_measure_noise(trainer)
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
@@ -230,7 +230,9 @@ class GradientHistogramMonitor(Callback):
         if self._measures_noise:
             self._fit.samples.start_batch(trainer, batch, batch_idx)
         messages.tell_of_lacks(self._fit, self.noise_scale, self._record_path)
-        if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
+        measured, self._measures_noise = self._measures_noise, self._may_measure_noise(trainer)
+        known = [each.watched.optimizer for each in self._optimizers]
+        if self._restored or measured != self._measures_noise or known != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
         for observer in self._observers:
             observer.before_forward(batch)
@@ -279,6 +281,9 @@ class GradientHistogramMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the record, so that an interrupted run is of use, and waits for what is still to be written."""
         self._finish()
+
+    def _may_measure_noise(self, trainer: Trainer) -> bool:
+        return self.noise_scale and messages.why_no_noise(trainer) is None
 
     def _path_of_record(self, fit: Fit) -> str | None:
         """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""

@@ -258,12 +258,16 @@ def test_base_rate_is_what_the_schedule_is_a_multiple_of() -> None:
     assert base_rates(optimizer, [scheduler]) == pytest.approx([0.1, 0.01])
 
 
-def test_base_rate_of_a_cycle_is_its_maximum() -> None:
+class Calls(schedules.LambdaLR):
+    """What is of torch but for its name."""
+
+
+def test_functions_are_not_called_ahead_to_see_whether_a_scheduler_follows() -> None:
+    calls: list[int] = []
     optimizer = make()
-    cyclic = SCHEDULERS["cyclic"](optimizer)
-    assert base_rates(optimizer, [cyclic]) == [0.1, 0.01]
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.5, "initial_lr": 0.5})
-    assert base_rates(optimizer, [cyclic]) == [0.01, 0.001, 0.5]
+    scheduler = Calls(optimizer, lambda step: 0.9 ** len([calls.append(step), *calls]))
+    before = len(calls)
+    assert stray_schedule(optimizer, [(scheduler, 10)], [2.0, 2.0]) is None and len(calls) == before
 
 
 def test_a_group_without_a_rate_has_no_number() -> None:
@@ -327,7 +331,7 @@ class Around(schedules.LRScheduler):
     """A warm-up around another scheduler, as GradualWarmupScheduler is."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.after = schedules.CosineAnnealingLR(optimizer, 10, eta_min=2e-3)
+        self.after = self.last = schedules.CosineAnnealingLR(optimizer, 10, eta_min=2e-3)
         super().__init__(optimizer)
 
     def get_lr(self) -> Any:
