@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import bisect
 import copyreg
 import enum
 import functools
 import multiprocessing.managers
-import queue
-import sys
 import threading
-import traceback
 import types
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Generator, Iterable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -24,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
 from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_writer
+from lightning_gradhist.callbacks.probe.stand_ins import Lent, Missing, Unheard
 
-_ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
-_ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
+_ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _BEYOND_THIS_PROCESS = (SharedMemory, multiprocessing.managers.BaseProxy)  # a copy of one is the same once more
 _WEAK_DICTIONARIES = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, WeakIdKeyDictionary)
@@ -55,23 +51,6 @@ ALL_SMALL = 2**26
 """Bytes of the data's smaller ones that are copied; the others are lent, too."""
 
 
-class Missing:
-    """In the place of what cannot be copied. To use it ends the probe."""
-
-    def __init__(self, why: str) -> None:
-        vars(self)["why"] = why
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return Missing, (vars(self)["why"],)  # on its way to a worker
-
-    def _use(self, *args: Any, **kwargs: Any) -> Any:
-        raise ProbeRefusedError(vars(self)["why"])
-
-    __call__ = __iter__ = __next__ = __len__ = __bool__ = __float__ = __int__ = __enter__ = __exit__ = _use
-    __contains__ = __getitem__ = __setitem__ = __delitem__ = __getattr__ = __setattr__ = _use
-    __add__ = __radd__ = __mul__ = __rmul__ = _use
-
-
 class Copier:
     """Copies objects with all that they reach, as ``copy.deepcopy`` does, and names by its path what cannot be copied.
 
@@ -80,23 +59,26 @@ class Copier:
     with workers, which read in processes of their own, it is lent to them.
 
     Attributes:
-        code: functions and classes that were met, which may refer to more.
+        code: functions, classes, modules and objects that were met and stay themselves, and may refer to more; each with
+            whether the data led to it.
+        of_data: whether it copies what the data hold, of which what is large is lent.
         by_id: objects by their ``id()``: where that is met, the copy has the id of the object's copy.
     """
 
     def __init__(self) -> None:
         self._lent: list[tuple[int, int, str]] = []
-        self.code: list[Any] = []
+        self.code: list[tuple[Any, bool]] = []
+        self.of_data = self._in_worker = False
         self.by_id: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}  # as copy.deepcopy's memo, since some objects' own __deepcopy__ is handed it
         self._originals: list[Any] = []  # an id is only an object's own while that lives
         self._path: list[str] = []
-        self._of_data = self._in_worker = False
         self._small = 0
 
     def put(self, original: Any, stand_in: Any) -> None:
         """Has something else in the place of an object, or the object itself."""
         self._copies[id(original)] = stand_in
+        self._copies.setdefault(id(stand_in), stand_in)  # met once more, it is no original
         self._originals.append((original, stand_in))
 
     def lend(self, *originals: Any) -> None:
@@ -104,9 +86,14 @@ class Copier:
         for original in originals:
             self.put(original, original)
 
+    def keep(self, original: Any) -> Any:
+        """Has an object stay itself, to be looked into later, and returns it."""
+        self.code.append((original, self.of_data))
+        return original
+
     def shell(self, original: Any) -> Any:
         """An object's copy without what is in it, which :meth:`fill` puts in: later, for one that refers to all others."""
-        self.code.append(type(original))
+        self.keep(type(original))
         copied = _quiet(object.__new__(type(original)))
         self.put(original, copied)
         return copied
@@ -134,13 +121,12 @@ class Copier:
             self.put(value, copied)
             return copied
         self._path.append(name)
-        manner = self._of_data, self._in_worker
-        self._of_data |= len(self._path) == 1
+        manner = self.of_data, self._in_worker
         try:
             if isinstance(value, (nn.Module, Optimizer)):
-                self._of_data = self._in_worker = False
+                self.of_data = self._in_worker = False
             elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, "LightningDataModule"):
-                self._of_data = True
+                self.of_data = True
             made = self._copied(value)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, ProbeRefusedError):
@@ -148,13 +134,13 @@ class Copier:
             made = self._not_copied(value, error)
         finally:
             self._path.pop()
-            self._of_data, self._in_worker = manner
+            self.of_data, self._in_worker = manner
         self.put(value, made)
         return made
 
     @functools.cached_property
-    def _guard(self) -> _Unwritable | None:
-        return _Unwritable(self._lent) if self._lent else None
+    def _guard(self) -> Lent | None:
+        return Lent(self._lent) if self._lent else None
 
     @contextmanager
     def reading(self) -> Generator[None, None, None]:
@@ -185,8 +171,10 @@ class Copier:
             return self._tensor(value)
         # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
         lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
-        if lent or isinstance(value, (type, enum.Enum, *_LOCKS)):
+        if lent or isinstance(value, _LOCKS):
             return value
+        if isinstance(value, (type, types.ModuleType, enum.Enum)):
+            return self.keep(value)
         if is_a(value, "Logger") and hasattr(kind, "log_metrics"):  # one of Lightning's
             self.put(vars(value).get("_experiment"), DummyLogger().experiment)  # to ask for it by name may make it
             return SilentLogger(value)
@@ -196,20 +184,17 @@ class Copier:
             raise TypeError("it is shared between processes")
         if isinstance(value, threading.Thread) and value.is_alive():
             self._refuse_thread()
-        if isinstance(value, threading.Condition) and getattr(value, "_waiters", None):  # private: no other way to ask
-            raise TypeError("another thread waits for it")
-        if isinstance(value, queue.Queue) and _is_at_hand_elsewhere(value):
-            raise TypeError("another thread waits for it or fills it")
+        if kind is threading.Condition:
+            return Unheard(self.copy(vars(value)["_lock"]), self._where())
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
             original = getattr(value, "_torchdynamo_orig_callable", None)
             if original is not None:
                 return self.copy(original)
-            self.code.append(value)
-            return value
+            return self.keep(value)
         if is_cached(value):  # with a memory of its own; a copy of it would be the same once more
-            self.code.append(value.__wrapped__)
+            self.keep(value.__wrapped__)
             return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
         if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
@@ -229,12 +214,11 @@ class Copier:
             return self.fill(self.shell(value), vars(value))
         if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
             return self._loader(value)
-        if hasattr(kind, "__deepcopy__"):
-            return value.__deepcopy__(self._copies)
-        return self._reduced(value)
+        made = value.__deepcopy__(self._copies) if hasattr(kind, "__deepcopy__") else self._reduced(value)
+        return self.keep(value) if made is value else made
 
     def _refuse_thread(self) -> None:
-        if self._of_data and not self._in_worker:
+        if self.of_data and not self._in_worker:
             raise ProbeRefusedError(
                 f"{self._where()} is a running thread, for which a copy of the data would wait in vain; start one in each"
                 " __iter__, and keep it there in a local variable"
@@ -253,9 +237,9 @@ class Copier:
         what = "a generator" if generator else f"a {type(value).__name__}"
         why = "" if generator else f" ({type(error).__name__}: {error!s:.200})"
         way_out = (
-            "" if self._in_worker or not self._of_data else ", or let workers read the data: DataLoader(num_workers=1)"
+            "" if self._in_worker or not self.of_data else ", or let workers read the data: DataLoader(num_workers=1)"
         )
-        where = "__iter__" if self._of_data else "training_step"
+        where = "__iter__" if self.of_data else "training_step"
         return Missing(
             f"{self._where()} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
             f" training; make it where it is used, as in {where}{way_out}"
@@ -266,7 +250,7 @@ class Copier:
         return "".join(name if isinstance(name, str) else f"[{name[0]!r:.40}]" for name in self._path)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        if self._of_data and tensor.layout == torch.strided and not self._has_room(tensor.nbytes):
+        if self.of_data and tensor.layout == torch.strided and not self._has_room(tensor.nbytes):
             if self._in_worker and tensor.is_shared():
                 raise TypeError("it is shared between processes, and large")
             storage = tensor.untyped_storage()
@@ -293,7 +277,7 @@ class Copier:
             return copied
         if not array.flags.writeable:
             return array
-        if isinstance(array, np.memmap) or (self._of_data and not self._has_room(array.nbytes)):
+        if isinstance(array, np.memmap) or (self.of_data and not self._has_room(array.nbytes)):
             if self._in_worker and not isinstance(array, np.memmap):
                 return array
             view = array.view()
@@ -354,7 +338,7 @@ class Copier:
         return copied
 
     def _reduced(self, value: Any) -> Any:
-        self.code.append(type(value))
+        self.keep(type(value))
         reduce = copyreg.dispatch_table.get(type(value))
         found: Any = reduce(value) if reduce else value.__reduce_ex__(4)
         if isinstance(found, str):
@@ -362,9 +346,9 @@ class Copier:
         make, arguments, *more = found
         state, items, pairs = [*more, None, None, None][:3]
         copied: Any = self.copy(make)(*(self.copy(argument) for argument in arguments))
-        if copied is value and make is copyreg.__newobj__:  # type: ignore[attr-defined] # a singleton, by its __new__
-            copied = object.__new__(type(value))
-        copied = copied if copied is value else _quiet(copied)
+        if copied is value:  # there is one alone
+            return value
+        copied = _quiet(copied)
         self.put(value, copied)
         if state is not None:
             self._set_state(copied, state)
@@ -391,54 +375,6 @@ class Copier:
             object.__setattr__(copied, name, value)
 
 
-class _Unwritable(TorchDispatchMode):
-    """Ends the probe where an operation writes into one of these ranges of memory."""
-
-    def __init__(self, ranges: list[tuple[int, int, str]]) -> None:
-        super().__init__()
-        self._ranges = sorted(ranges)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments, kwargs = func._schema.arguments, kwargs or {}
-        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
-        for argument in arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = given.get(argument.name)
-                for tensor in written if isinstance(written, (list, tuple)) else [written]:
-                    self._check(tensor)
-        return func(*args, **kwargs)
-
-    def _check(self, tensor: Any) -> None:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            return
-        address = tensor.untyped_storage().data_ptr()
-        place = bisect.bisect_right(self._ranges, address, key=lambda one: one[0]) - 1
-        if place >= 0 and address < self._ranges[place][0] + self._ranges[place][1]:
-            raise ProbeRefusedError(
-                f"{self._ranges[place][2]} is written into when it is read, and too large to be copied"
-            )
-
-
-def _is_at_hand_elsewhere(thing: Any) -> bool:
-    """Whether another thread has it in a variable, or in an attribute of an object in one, three deep."""
-    stacks = [frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()]
-    found = [local for stack in stacks for frame, _ in traceback.walk_stack(stack) for local in frame.f_locals.values()]
-    for _ in range(4):
-        if any(one is thing for one in found):
-            return True
-        found = [attribute for one in found for attribute in _attributes(one).values()]
-    return False
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """Those that an object has itself, without any code of its own."""
-    if not issubclass(type(value), (type, types.ModuleType, *weakref.ProxyTypes)):
-        with suppress(AttributeError):
-            found = object.__getattribute__(value, "__dict__")
-            return found if isinstance(found, dict) else {}
-    return {}
-
-
 def is_cached(value: Any) -> bool:
     """Whether it is a function that remembers its results, as of ``functools.lru_cache``."""
     return isinstance(value, functools._lru_cache_wrapper)
@@ -459,4 +395,4 @@ def _quiet(copied: Any) -> Any:
 
 @functools.cache
 def _without_del(kind: Any) -> type:
-    return type(kind.__name__, (kind,), {"__del__": lambda self: None, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__del__": lambda self: None, "__slots__": (), "__module__": kind.__module__})

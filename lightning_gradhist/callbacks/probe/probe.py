@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
 from lightning_gradhist.callbacks._lightning import (
-    CombinedLoader,
     LightningModule,
     SIGTERMException,
     Trainer,
@@ -332,7 +331,7 @@ def _batches(apart: Apart) -> Iterator[Any]:
     overridden = trainer.datamodule is not None and is_overridden("on_before_batch_transfer", trainer.datamodule)
     hooks: Any = trainer.datamodule if overridden else apart.module
     with apart.reading():
-        loaders = iter(CombinedLoader(trainer.train_dataloader, "max_size_cycle"))
+        loaders = iter(trainer.fit_loop._combined_loader)  # private; in the mode that training has
     while True:
         with apart.reading():
             try:

@@ -79,7 +79,9 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
         copier.lend(*trainer.model.modules(), *module.parameters())
         copier.lend(*(each for zero in filter(is_zero, trainer.optimizers) for each in (zero, unwrapped(zero))))
     copier.by_id = {id(one): one for one in (*module.modules(), *module.parameters(), *module.buffers())}
+    copier.of_data = True
     copier.copy(trainer.train_dataloader, "train_dataloader")
+    copier.of_data = False
     own = copier.copy(module, "module")
     if own is module:
         _lend_sharded(stack, copier, module)
