@@ -236,10 +236,12 @@ class _Measurement:
         return group.chosen_eps(self._options.epsilon, self._found.search_space)
 
     def _note_batch_size(self, noise: NoiseScale) -> None:
-        """Where batches vary, the average over the first half of the probe is what a step has."""
-        if self._samples.problem is not None:
+        """Where batches vary, on any rank, the average over the first half of the probe is what a step has."""
+        known = 0.0 if self._samples.problem is not None else 1.0 if self._samples.varies else 2.0
+        known = least_over_ranks(known, self._trainer)
+        if known == 0:
             self.batch_size = None
-        elif self._samples.varies and self.batch_size is not None:
+        elif known == 1 and self.batch_size is not None:
             mean = noise.batch_size * noise.first_half.weight / noise.first_half.count
             self.batch_size = mean * self._micro_batches
             self._found.reasons.append(explain.batches_vary(self.batch_size))
