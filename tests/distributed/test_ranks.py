@@ -20,8 +20,8 @@ from rank_jobs import (
     out_of_step,
     short_of_memory,
     told_to_stop,
-    unlike_batches,
     uneven,
+    unlike_batches,
     zero,
 )
 from ranks import run_ranks

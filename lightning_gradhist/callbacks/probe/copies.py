@@ -6,6 +6,7 @@ import copyreg
 import enum
 import functools
 import multiprocessing.managers
+import queue
 import threading
 import types
 import warnings
@@ -186,6 +187,9 @@ class Copier:
             self._refuse_thread()
         if kind is threading.Condition:
             return Unheard(self.copy(vars(value)["_lock"]), self._where())
+        if isinstance(value, queue.Queue):
+            with value.mutex:  # a thread may be filling it
+                return self._reduced(value)
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
