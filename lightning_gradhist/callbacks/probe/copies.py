@@ -75,6 +75,7 @@ class Copier:
         self._originals: list[Any] = []  # an id is only an object's own while that lives
         self._path: list[str] = []
         self._small = 0
+        self._rooms: dict[int, bool] = {}  # for storages, by their addresses
 
     def put(self, original: Any, stand_in: Any) -> None:
         """Has something else in the place of an object, or the object itself."""
@@ -218,7 +219,8 @@ class Copier:
             return self.fill(self.shell(value), vars(value))
         if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
             return self._loader(value)
-        made = value.__deepcopy__(self._copies) if hasattr(kind, "__deepcopy__") else self._reduced(value)
+        by_itself = hasattr(kind, "__deepcopy__") and not _is_of(value, ("pandas",))  # whose tables may be large
+        made = value.__deepcopy__(self._copies) if by_itself else self._reduced(value)
         return self.keep(value) if made is value else made
 
     def _refuse_thread(self) -> None:
@@ -254,10 +256,10 @@ class Copier:
         return "".join(name if isinstance(name, str) else f"[{name[0]!r:.40}]" for name in self._path)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        if self.of_data and tensor.layout == torch.strided and not self._has_room(tensor.nbytes):
+        storage = tensor.untyped_storage() if self.of_data and tensor.layout == torch.strided else None
+        if storage is not None and not self._fits(storage):
             if self._in_worker and tensor.is_shared():
                 raise TypeError("it is shared between processes, and large")
-            storage = tensor.untyped_storage()
             self._lent.append((storage.data_ptr(), storage.nbytes(), self._where()))
             return tensor
         try:
@@ -289,6 +291,13 @@ class Copier:
             view.flags.writeable = False
             return view
         return array.copy()
+
+    def _fits(self, storage: Any) -> bool:
+        """Whether there is room for all that a tensor is a view of, as a copy has it all."""
+        address = storage.data_ptr()
+        if address not in self._rooms:
+            self._rooms[address] = self._has_room(storage.nbytes())
+        return self._rooms[address]
 
     def _has_room(self, size: int) -> bool:
         size = max(size, 4096)  # many small ones take their time

@@ -12,6 +12,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_gradhist.callbacks._lightning import DummyLogger
 from lightning_gradhist.callbacks.probe.copies import Copier, is_cached
 from lightning_gradhist.callbacks.probe.silence import writes
@@ -28,6 +30,9 @@ def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
 
     Of global names and classes, this looks into the user's own code, and not into installed packages.
     """
+    hooks = vars(torch.nn.modules.module)  # private: those of all modules
+    of_all = {name for name, value in hooks.items() if name.startswith("_global_") and isinstance(value, dict)}
+    _in_names(hooks, of_all, copier, undo, set())
     seen: set[int] = set()
     while copier.code:  # more comes with what is copied
         one, copier.of_data = copier.code.pop()

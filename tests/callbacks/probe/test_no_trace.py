@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import importlib.util
 import io
 import itertools
 import multiprocessing
@@ -475,6 +476,28 @@ def fresh() -> DataLoader:  # type: ignore[type-arg]
     return DataLoader(dataset(96), 8)
 
 
+class HasHookOfAllModules(Small):
+    """An object that torch calls before each module."""
+
+    def on_train_start(self) -> None:
+        self.hook = CallCounter()
+        self.handle = nn.modules.module.register_module_forward_pre_hook(self.hook)
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        return self.hook.calls / 100
+
+    def on_train_end(self) -> None:
+        self.handle.remove()
+
+
+class CallCounter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *args: Any) -> None:
+        self.calls += 1
+
+
 class HeldWeakly(Small):
     """Weak dictionaries and a weak proxy."""
 
@@ -720,6 +743,7 @@ MODULES = [
     HiddenInDescriptors,
     HeldAsModules,
     KeepsBanks,
+    HasHookOfAllModules,
     LogsByPackage,
     KnowsAddresses,
     OfTheProcess,
@@ -832,6 +856,29 @@ class LargeArrayWritten(Large):
     def touch(self, index: int) -> float:
         torch.from_numpy(self.array[index]).add_(1)
         return super().touch(index)
+
+
+class ViewOfLargeWritten(Plain):
+    def set_up(self) -> None:
+        self.rows = [row[:4] for row in torch.zeros(64, copies.LARGE // 64)]
+
+    def touch(self, index: int) -> float:
+        self.rows[index] += 1
+        return float(self.rows[index][0])
+
+
+class Table(Plain):
+    """Numbers and lists in a table of pandas."""
+
+    def set_up(self) -> None:
+        import pandas  # type: ignore[import-untyped]
+
+        self.table = pandas.DataFrame({"number": np.zeros(64), "list": [[] for _ in range(64)]})
+
+    def touch(self, index: int) -> float:
+        self.table.loc[index, "number"] += 1
+        self.table["list"].iloc[index].append(1)
+        return self.table["number"].iloc[index] + len(self.table["list"].iloc[index])
 
 
 class LargeTensorWrittenByNumpy(Large):
@@ -1013,6 +1060,13 @@ LOADERS = [
     pytest.param(lambda: DataLoader(LargeTensorWritten(), 8), "too large to be copied", id="large and written"),
     pytest.param(lambda: DataLoader(LargeArrayWritten(), 8), "too large to be copied", id="large, written as a tensor"),
     pytest.param(lambda: DataLoader(LargeTensorWrittenByNumpy(), 8), "too large to be copied", id="large, by numpy"),
+    pytest.param(lambda: DataLoader(ViewOfLargeWritten(), 8), "too large to be copied", id="a view of what is large"),
+    pytest.param(
+        lambda: DataLoader(Table(), 8),
+        None,
+        id="a table",
+        marks=pytest.mark.skipif(not importlib.util.find_spec("pandas"), reason="there is no pandas"),
+    ),
     pytest.param(lambda: DataLoader(OwnPlace(), 8), None, id="a place, and a state_dict with arguments"),
     pytest.param(lambda: Endless(Drawing(), 8, shuffle=True), None, id="a loader that never ends"),
     pytest.param(lambda: Endless(dataset(64), 8, shuffle=True, num_workers=1), None, id="a worker that never ends"),
