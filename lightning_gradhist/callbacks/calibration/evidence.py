@@ -10,6 +10,7 @@ from itertools import starmap
 from numbers import Real
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -200,7 +201,14 @@ class _Measurement:
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
-        noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
+
+        def begin() -> NoiseScale:
+            noise = NoiseScale(probe.parameters, samples)
+            if trainer.world_size > 1:  # as much as to add them up takes, while none waits for the others there
+                [torch.empty_like(mean) for mean in noise.first_half.mean.values() for _ in range(3)]
+            return noise
+
+        noise = on_every_rank(trainer, "to hold gradients", begin)
 
         def read(batches: int) -> None:
             reason = None
