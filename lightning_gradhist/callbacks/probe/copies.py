@@ -309,7 +309,8 @@ class Copier:
         copied = self.copy(method.__self__, ".__self__")
         if copied is method.__self__:
             return method
-        if hasattr(method, "__func__"):
+        stands_in = not isinstance(copied, (type(method.__self__), Missing))  # as for a writer
+        if hasattr(method, "__func__") and not stands_in:
             return types.MethodType(method.__func__, copied)
         return getattr(copied, method.__name__)
 

@@ -584,11 +584,12 @@ class KeepsWriters(Small):
 
     def on_train_start(self) -> None:
         self.kept = [self.logger]
-        self.writer = self.logger.experiment
+        self.writer, self.add = self.logger.experiment, self.logger.experiment.add_scalar
         self.own = SummaryWriter(self.logger.log_dir + "/own")
 
     def touch(self, batch: Any, batch_idx: int) -> Any:
         self.writer.add_scalar("kept", 1.0, len(self.seen))
+        self.add("bound", 1.0, len(self.seen))
         self.own.add_scalar("own", 1.0, len(self.seen))
         self.kept[0].log_metrics({"logger": 1.0}, len(self.seen))
         return 0.0
@@ -596,7 +597,7 @@ class KeepsWriters(Small):
     def on_train_end(self) -> None:
         self.own.close()
         self.writer.flush()
-        for folder, tag in (("", "kept"), ("", "logger"), ("/own", "own")):
+        for folder, tag in (("", "kept"), ("", "bound"), ("", "logger"), ("/own", "own")):
             self.seen.extend(event.step for event in events(Path(self.logger.log_dir + folder)).Scalars(tag))
 
 
