@@ -5,13 +5,14 @@ from __future__ import annotations
 import copyreg
 import enum
 import functools
+import math
 import multiprocessing.managers
 import queue
 import threading
 import types
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from multiprocessing.shared_memory import SharedMemory
@@ -49,7 +50,8 @@ _NOT_COPIED = (
 LARGE = 2**20
 """Bytes above which a tensor or array of the data is lent, to be read only."""
 ALL_SMALL = 2**26
-"""Bytes of the data's smaller ones that are copied; the others are lent, too."""
+"""Bytes of the data's smaller ones that are copied; the others are lent, too. As many are copied of what code refers to."""
+_OF_DATA = ("LightningDataModule", "CombinedLoader", "_DataLoaderSource")
 
 
 class Copier:
@@ -61,20 +63,21 @@ class Copier:
 
     Attributes:
         code: functions, classes, modules and objects that were met and stay themselves, and may refer to more; each with
-            whether the data led to it.
-        of_data: whether it copies what the data hold, of which what is large is lent.
+            the limit that was in force.
+        limit: bytes above which a tensor or an array is lent, to be read only: infinite for what the module holds.
         by_id: objects by their ``id()``: where that is met, the copy has the id of the object's copy.
     """
 
     def __init__(self) -> None:
         self._lent: list[tuple[int, int, str]] = []
-        self.code: list[tuple[Any, bool]] = []
-        self.of_data = self._in_worker = False
+        self.code: list[tuple[Any, float]] = []
+        self.limit, self._in_worker = math.inf, False
         self.by_id: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}  # as copy.deepcopy's memo, since some objects' own __deepcopy__ is handed it
         self._originals: list[Any] = []  # an id is only an object's own while that lives
         self._path: list[str] = []
-        self._small = 0
+        self._used: Counter[float] = Counter()  # bytes of copies, by limit
+        self._lends_elsewhere = False  # what is not of the data
         self._rooms: dict[int, bool] = {}  # for storages, by their addresses
 
     def put(self, original: Any, stand_in: Any) -> None:
@@ -90,7 +93,7 @@ class Copier:
 
     def keep(self, original: Any) -> Any:
         """Has an object stay itself, to be looked into later, and returns it."""
-        self.code.append((original, self.of_data))
+        self.code.append((original, self.limit))
         return original
 
     def shell(self, original: Any) -> Any:
@@ -123,12 +126,12 @@ class Copier:
             self.put(value, copied)
             return copied
         self._path.append(name)
-        manner = self.of_data, self._in_worker
+        manner = self.limit, self._in_worker
         try:
             if isinstance(value, (nn.Module, Optimizer)):
-                self.of_data = self._in_worker = False
-            elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, "LightningDataModule"):
-                self.of_data = True
+                self.limit, self._in_worker = math.inf, False
+            elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, *_OF_DATA):
+                self.limit = LARGE
             made = self._copied(value)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, ProbeRefusedError):
@@ -136,7 +139,7 @@ class Copier:
             made = self._not_copied(value, error)
         finally:
             self._path.pop()
-            self.of_data, self._in_worker = manner
+            self.limit, self._in_worker = manner
         self.put(value, made)
         return made
 
@@ -145,8 +148,11 @@ class Copier:
         return Lent(self._lent) if self._lent else None
 
     @contextmanager
-    def reading(self) -> Generator[None, None, None]:
-        """Within it, nothing can be written into what is lent."""
+    def reading(self, in_training: bool = False) -> Generator[None, None, None]:
+        """Within it, nothing can be written into what is lent; in a training step, if it is not of the data alone."""
+        if in_training and not self._lends_elsewhere:
+            yield
+            return
         try:
             with warnings.catch_warnings(), self._guard or nullcontext():
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -154,9 +160,12 @@ class Copier:
         except ValueError as error:
             if not self._lent or "read-only" not in str(error):  # so numpy has it
                 raise
+            names = " or ".join(path for _, _, path in self._lent[:3])
             raise ProbeRefusedError(
-                f"{' or '.join(path for _, _, path in self._lent[:3])} is written into when data are read, and too large to be"
-                " copied; let workers read: DataLoader(num_workers=1)"
+                f"{names} is written into in a training step, and too large to be copied"
+                if in_training
+                else f"{names} is written into when data are read, and too large to be copied; let workers read:"
+                " DataLoader(num_workers=1)"
             ) from error
 
     def _are_atoms(self, values: Collection[Any]) -> bool:
@@ -223,8 +232,12 @@ class Copier:
         made = value.__deepcopy__(self._copies) if by_itself else self._reduced(value)
         return self.keep(value) if made is value else made
 
+    @property
+    def _of_data(self) -> bool:
+        return self.limit == LARGE
+
     def _refuse_thread(self) -> None:
-        if self.of_data and not self._in_worker:
+        if self._of_data and not self._in_worker:
             raise ProbeRefusedError(
                 f"{self._where()} is a running thread, for which a copy of the data would wait in vain; start one in each"
                 " __iter__, and keep it there in a local variable"
@@ -243,9 +256,9 @@ class Copier:
         what = "a generator" if generator else f"a {type(value).__name__}"
         why = "" if generator else f" ({type(error).__name__}: {error!s:.200})"
         way_out = (
-            "" if self._in_worker or not self.of_data else ", or let workers read the data: DataLoader(num_workers=1)"
+            "" if self._in_worker or not self._of_data else ", or let workers read the data: DataLoader(num_workers=1)"
         )
-        where = "__iter__" if self.of_data else "training_step"
+        where = "__iter__" if self._of_data else "training_step"
         return Missing(
             f"{self._where()} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
             f" training; make it where it is used, as in {where}{way_out}"
@@ -256,11 +269,11 @@ class Copier:
         return "".join(name if isinstance(name, str) else f"[{name[0]!r:.40}]" for name in self._path)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage() if self.of_data and tensor.layout == torch.strided else None
+        storage = tensor.untyped_storage() if self.limit < math.inf and tensor.layout == torch.strided else None
         if storage is not None and not self._fits(storage):
             if self._in_worker and tensor.is_shared():
                 raise TypeError("it is shared between processes, and large")
-            self._lent.append((storage.data_ptr(), storage.nbytes(), self._where()))
+            self._lend(storage.data_ptr(), storage.nbytes())
             return tensor
         try:
             copied: Tensor = (tensor if tensor.is_leaf else tensor.detach()).__deepcopy__(self._copies)
@@ -283,11 +296,11 @@ class Copier:
             return copied
         if not array.flags.writeable:
             return array
-        if isinstance(array, np.memmap) or (self.of_data and not self._has_room(array.nbytes)):
+        if isinstance(array, np.memmap) or not self._has_room(array.nbytes):
             if self._in_worker and not isinstance(array, np.memmap):
                 return array
             view = array.view()
-            self._lent.append((array.__array_interface__["data"][0], array.nbytes, self._where()))
+            self._lend(array.__array_interface__["data"][0], array.nbytes)
             view.flags.writeable = False
             return view
         return array.copy()
@@ -301,9 +314,13 @@ class Copier:
 
     def _has_room(self, size: int) -> bool:
         size = max(size, 4096)  # many small ones take their time
-        fits = size <= LARGE and self._small + size <= ALL_SMALL
-        self._small += size if fits else 0
+        fits = self.limit == math.inf or (size <= self.limit and self._used[self.limit] + size <= ALL_SMALL)
+        self._used[self.limit] += size if fits else 0
         return fits
+
+    def _lend(self, address: int, size: int) -> None:
+        self._lent.append((address, size, self._where()))
+        self._lends_elsewhere |= not self._of_data
 
     def _method(self, method: Any) -> Any:
         copied = self.copy(method.__self__, ".__self__")

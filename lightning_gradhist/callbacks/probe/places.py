@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lightning_gradhist.callbacks._lightning import DummyLogger
-from lightning_gradhist.callbacks.probe.copies import Copier, is_cached
+from lightning_gradhist.callbacks.probe.copies import ALL_SMALL, Copier, is_cached
 from lightning_gradhist.callbacks.probe.silence import writes
 
 _PARTS = ("__func__", "fget", "fset", "fdel", "func", "dispatcher")  # of classmethods, properties, ...
@@ -35,7 +35,8 @@ def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
     _in_names(hooks, of_all, copier, undo, set())
     seen: set[int] = set()
     while copier.code:  # more comes with what is copied
-        one, copier.of_data = copier.code.pop()
+        one, limit = copier.code.pop()
+        copier.limit = min(limit, ALL_SMALL)
         if id(one) in seen:
             continue
         seen.add(id(one))

@@ -445,6 +445,15 @@ class KeepsBanks(Small):
         return float(BANK.sum() + self.bank.sum()) / 100 + draw() + self.shared.random()
 
 
+LARGER = torch.zeros(copies.ALL_SMALL // 4 + 1)
+
+
+class WritesIntoALargerBank(Small):
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        LARGER[batch_idx] += 1
+        return float(LARGER[:16].sum()) / 100
+
+
 class LogsByPackage(Small):
     """As by wandb.log, into a run that is there already."""
 
@@ -465,6 +474,7 @@ def fresh() -> DataLoader:  # type: ignore[type-arg]
     Meta.made.clear()
     COUNTS.update(dict.fromkeys(COUNTS, 0))
     BANK.zero_()
+    LARGER.zero_()
     KeepsBanks.bank.zero_()
     SHARED.seed(3)
     code = "total = [0]\ndef count():\n    total[0] += 1\n    return total[0]\nclass Class:\n    total = 0\nclasses = [Class]"
@@ -1117,6 +1127,12 @@ def test_the_run_is_the_same_whatever_the_module_does(tmp_path, module) -> None:
     calibration, *made = runs(tmp_path, module, fresh)
     assert_same(*made)
     assert calibration.result.gradients == 6 and calibration.result.problems == ()
+
+
+def test_what_is_too_large_to_be_copied_and_written_in_a_training_step_ends_the_probe(tmp_path) -> None:
+    with pytest.warns(UserWarning, match=r"no probe: .*test_no_trace.LARGER is written into .* too large to be copied"):
+        _, *made = runs(tmp_path, WritesIntoALargerBank, fresh)
+    assert_same(*made)
 
 
 @pytest.mark.filterwarnings("ignore:.*this process is multi-threaded")
