@@ -148,6 +148,22 @@ def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.
     return done
 
 
+def added_in_round(turns: dict[str, Turn], variant: Variant) -> np.ndarray:
+    """As :func:`added`, of the processor or the device and on the clock; of a run that measures noise as often as it does.
+
+    In a turn it is measured at every logged step, as in the first 1,000 steps of a run.
+    """
+
+    def of(name: str) -> np.ndarray:
+        pairs = zip(turns[name], turns[cases.NONE], strict=True)
+        return np.array([added(variant, mine, none) for mine, none in pairs])
+
+    beyond = of(variant.name)
+    if variant.is_denser_in_turn:
+        beyond -= (1 - cases.NOISE_SHARE) * (of(cases.EVERY_STEP) - of(cases.NO_NOISE))
+    return beyond
+
+
 def added(variant: Variant, seconds: Sequence[float], plain: Sequence[float]) -> float:
     """Seconds beyond a training without a callback, a step, over the first 10,000 of a run."""
     beyond = np.array(seconds) - statistics.fmean(plain[LEFT_OUT_STEPS:])
@@ -216,9 +232,7 @@ def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in rounds])
     if variant.name == cases.NONE:
         return {"rounds": len(rounds), **quartiles("step_ms", plain)}
-    pairs = [(one.turns[variant.name], one.turns[cases.NONE]) for one in rounds]
-    work = 1e3 * np.array([added(variant, mine.seconds, none.seconds) for mine, none in pairs])
-    clock = 1e3 * np.array([added(variant, mine.clock_seconds, none.clock_seconds) for mine, none in pairs])
+    work, clock = 1e3 * np.array([added_in_round(one.turns, variant) for one in rounds]).T
     share, on_clock = float(np.median(work) / np.median(plain)), float(np.median(clock))
     return {"rounds": len(rounds), **quartiles("added_ms", work), "added_share": share, "added_clock_ms": on_clock}
 
@@ -309,7 +323,11 @@ def probe_row(task: Task, rounds: int, device: torch.device) -> Row:
 
 def split(task: Task, only: list[str] | None) -> tuple[list[Variant], list[Row]]:
     """The variants that can be made, and a row with the reason for each that cannot."""
-    wanted = [variant for variant in cases.variants() if only is None or variant.name in (cases.NONE, *only)]
+    there = cases.variants()
+    names = {one.name for one in there if only is None or one.name in (cases.NONE, *only)}
+    if any(one.is_denser_in_turn for one in there if one.name in names):
+        names |= {cases.EVERY_STEP, cases.NO_NOISE}
+    wanted = [one for one in there if one.name in names]
     good, reasons = built(wanted, lambda variant: variant.callbacks(task))
     return good, [{"variant": name, "note": note} for name, note in reasons.items()]
 

@@ -21,7 +21,10 @@ DEFAULT_CADENCE, CADENCE_IN_TURN = 50, 2
 RUN = 10_000  # steps of the run that an added time a step is given for
 NONE, NONE_AGAIN = "none", "none, again"
 DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
-FIRST_STEPS = "monitor, first 100 steps"
+NO_NOISE, FIRST_STEPS = "monitor, every step, noise_scale=False", "monitor, first 100 steps"
+NOISE_SHARE = (
+    0.28  # of pairs of steps in that run, where each step is logged: those in 1,000 steps, then one in ten steps
+)
 ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 
@@ -150,9 +153,15 @@ class Variant:
     callbacks: Callable[[Task], list[L.Callback]]  # raises LeftOut where they cannot be
     every_n_steps: int = 1  # from one logged step of a run to the next
     every_n_steps_in_turn: int = 1
+    measures_noise: bool = False
     draws: bool = False  # a heatmap at the 4th, 16th, 64th, ... logged step
     distribution: str = ""  # of a peer; ours and torch's versions have columns of their own
     steps: int = 0  # of a turn, all of which count; else those of the task, of which the later ones do
+
+    @property
+    def is_denser_in_turn(self) -> bool:
+        """Whether a turn measures noise at more of the logged steps than a run does."""
+        return self.measures_noise and self.every_n_steps == 1
 
     @property
     def version(self) -> str:
@@ -168,6 +177,7 @@ def variants() -> list[Variant]:
         monitor(DEFAULT, DEFAULT_CADENCE),
         monitor(EVERY_STEP, 1),
         monitor("monitor, every step, group_by=1", 1, group_by=1),
+        monitor(NO_NOISE, 1, noise_scale=False),
         Variant(FIRST_STEPS, lambda task: [GradientHistogramMonitor()], steps=100),
         Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)]),
         Variant(ADD_HISTOGRAM, lambda task: [LambdaCallback(on_before_optimizer_step=_add_histogram)]),
@@ -177,10 +187,9 @@ def variants() -> list[Variant]:
 
 def monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
     """Ours, at a cadence."""
-    in_turn = min(every_n_steps, CADENCE_IN_TURN)
-    return Variant(
-        name, lambda task: [GradientHistogramMonitor(in_turn, **options)], every_n_steps, in_turn, draws=True
-    )
+    in_turn, with_noise = min(every_n_steps, CADENCE_IN_TURN), options.get("noise_scale", True)
+    callbacks = lambda task: [GradientHistogramMonitor(in_turn, **options)]  # noqa: E731
+    return Variant(name, callbacks, every_n_steps, in_turn, with_noise, draws=True)
 
 
 def _add_histogram(trainer: Any, module: Any, optimizer: Any) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_gradhist.histogram import COLUMNS, _columns
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 
 SHOWN = "kernel dtype data microseconds floor_bytes share_of_read share_of_copy ratio_to_adamw_fused".split()
 COLUMNS_OF_CSV = [*SHOWN, *"date device gpu torch triton lightning_gradhist note".split()]

@@ -37,15 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         help="learning rate, steps and samples at other batch sizes, without training",
         description="Learning rate, steps and samples to the same loss at other batch sizes, from the record of one run.",
     )
-    command.add_argument("record", metavar="RECORD", help="calibration.json in the log directory of a run, or its URL")
-    command.add_argument("--batch-size", type=float, nargs="+", required=True, help="samples of an optimizer step")
-    command.add_argument(
-        "--steps", type=int, help="length of the run at the recorded batch size; default: the record's"
-    )
-    command.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    command.add_argument(
-        "--save", metavar="FILE", help="draw a figure, too; its ending says the format (png, pdf, svg)"
-    )
+    add = command.add_argument
+    add("record", metavar="RECORD", help="calibration.json in the log directory of a run, or its URL")
+    add("--batch-size", type=float, nargs="+", required=True, help="samples of an optimizer step")
+    add("--steps", type=int, help="length of the run at the recorded batch size; default: the record's")
+    add("--json", action="store_true", help="print JSON in place of a table")
+    add("--save", metavar="FILE", help="draw a figure, too; its ending says the format (png, pdf, svg)")
     return parser
 
 

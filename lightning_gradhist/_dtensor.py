@@ -1,7 +1,6 @@
-"""DTensors, told from other tensors without importing them.
+"""DTensors, told from other tensors without importing them, which takes long, and which not every build of torch has.
 
-``torch.distributed.tensor`` takes long to import, and is not there where torch was built without ``torch.distributed``. Who has
-a DTensor has imported it.
+Who has a DTensor has imported ``torch.distributed.tensor``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Parameters of which a strategy leaves each rank a flat piece, and what FSDP1, ``FullyShardedDataParallel``, says of them.
 
-This is the one place that reads FSDP1's private attributes. There is no public way to a parameter's whole shape but to gather
-it (``summon_full_params``), nor to the ranks that hold other pieces of it.
+The one place that reads FSDP1's private attributes: there is no public way to a parameter's whole shape but to gather it, nor
+to the ranks that hold other pieces of it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-
-_MARK = "_fsdp_flattened"
-"""What FSDP1 calls the attribute of a parameter that it has cut up."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class FlatPiece:
 
 def is_of_fsdp(parameter: Tensor) -> bool:
     """Whether FSDP1 has a parameter in its care, and averages its gradient."""
-    return hasattr(parameter, _MARK)
+    return hasattr(parameter, "_fsdp_flattened")
 
 
 def is_flat(parameter: Tensor) -> bool:
@@ -63,9 +60,8 @@ def fsdp_pieces(modules: Iterable[Any]) -> list[tuple[Tensor, FlatPiece | None]]
         flat, others = handle.flat_param, (handle.process_group, handle.device)
         if flat._params is None:  # use_orig_params=False: the optimizer has the flat parameter itself
             values = flat.shape[0] - getattr(flat, "_shard_numel_padded", 0)
-            pieces = [
-                (flat, FlatPiece(torch.Size([sum(shape.numel() for shape in flat._shapes)]), values, group, *others))
-            ]
+            shape = torch.Size([sum(shape.numel() for shape in flat._shapes)])
+            pieces = [(flat, FlatPiece(shape, values, group, *others))]
         else:
             shapes = zip(flat._params, flat._shapes, strict=True)
             pieces = [(parameter, FlatPiece(shape, None, group, *others)) for parameter, shape in shapes]
@@ -81,8 +77,7 @@ def end_forward(modules: Iterable[Any]) -> None:
         _post_backward_final_callback(root, root)
 
 
-_FOUND = WeakTensorKeyDictionary()
-"""What was found of parameters."""
+_FOUND = WeakTensorKeyDictionary()  # what was found of parameters
 
 
 def _is_found(parameter: Tensor) -> bool:

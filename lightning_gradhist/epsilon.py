@@ -12,12 +12,9 @@ from torch import Tensor
 from lightning_gradhist.explore import AUTO, resolve_explore
 from lightning_gradhist.histogram import MagnitudeHistogram
 
-IDLE_SHARE = 0.02
-"""The share of coordinates that an epsilon may damp and still count as idle."""
-HALF_PRECISION_EPSILON = 1e-7
-"""The smallest power of ten that float16 can hold, whose smallest positive number is 6e-8."""
-FAMILIES = ("adam", "rmsprop", "adabelief", "adamomentum", "adame", "alto")
-"""The optimizers of the paper, and ours."""
+IDLE_SHARE = 0.02  # the share of coordinates that an epsilon may damp and still count as idle
+HALF_PRECISION_EPSILON = 1e-7  # the smallest power of ten that float16 can hold, whose smallest positive number is 6e-8
+FAMILIES = ("adam", "rmsprop", "adabelief", "adamomentum", "adame", "alto")  # the optimizers of the paper, and ours
 
 
 @dataclass(frozen=True)
@@ -28,10 +25,10 @@ class EpsilonRange:
     where such coordinates are more than 2% of all.
 
     Attributes:
-        lower: lower end of the authors', a power of ten. Below it an epsilon is idle in every tensor, up to the rounding.
-        upper: upper end of the authors', a power of ten. Above it Adam is momentum SGD with step ``lr / eps``.
-        pooled_lower: lower end of the pooled one, a power of ten.
-        pooled_upper: upper end of the pooled one, a power of ten.
+        lower: of the authors', a power of ten. Below it an epsilon is idle in every tensor, up to the rounding.
+        upper: of the authors', a power of ten. Above it Adam is momentum SGD with step ``lr / eps``.
+        pooled_lower: of the pooled one, a power of ten.
+        pooled_upper: of the pooled one, a power of ten.
         lower_unrounded: smallest of the tensors' lower quantiles.
         upper_unrounded: largest of the tensors' upper quantiles.
         per_name: lower and upper quantile of each tensor that has a value other than zero.
@@ -51,11 +48,7 @@ class EpsilonRange:
     def damped_share(self, eps: float) -> float:
         r"""Share of the coordinates with :math:`\sqrt{\hat v} < \epsilon`, whose step is less than half of Adam's.
 
-        Args:
-            eps: a positive number. A coordinate's step is multiplied by ``r / (r + eps)``.
-
-        Returns:
-            from 0 to 1, exact to one bin, over all coordinates that are not zero.
+        Of all that are not zero, from 0 to 1 and exact to one bin; ``eps`` is a positive number.
         """
         return float(self.histogram.pooled().share_below(eps)[0])
 
@@ -65,18 +58,16 @@ def epsilon_range(
 ) -> EpsilonRange:
     r"""Finds where epsilon matters: between two quantiles of :math:`r = \sqrt{\hat v}`.
 
-    Adam's step is :math:`\hat m / (\sqrt{\hat v} + \epsilon)`, so epsilon damps a coordinate by :math:`r / (r +
-    \epsilon)`. Per tensor, zeros are dropped and ``r`` is sorted ascending; the ends are ``r[int(lower * n)]`` and
-    ``r[int(upper * n)]``. The authors' search space goes from the smallest lower end to the largest upper end over all
-    tensors, each rounded to a power of ten, ``10 ** round(log10(.))``. The pooled one, which is narrower, goes between the
-    same quantiles of all coordinates together, rounded alike.
+    Epsilon multiplies a coordinate's step by :math:`r / (r + \epsilon)`. Per tensor, zeros are dropped and ``r`` is sorted
+    ascending; the ends are ``r[int(lower * n)]`` and ``r[int(upper * n)]``. The authors' search space goes from the
+    smallest lower end to the largest upper end over all tensors, each rounded to ``10 ** round(log10(.))``. The pooled
+    one, which is narrower, goes between the same quantiles of all coordinates together, rounded alike.
 
     Source: Silva and Rodriguez, "Fine-tuning adaptive stochastic optimizers: determining the optimal hyperparameter
     epsilon via gradient magnitude histogram analysis", Neural Computing and Applications 2024 (arXiv 2311.11532).
 
     Args:
-        rms: names and tensors of :math:`\sqrt{\hat v}`, any shapes; or a histogram of them, whose quantiles are exact
-            to one bin.
+        rms: names and tensors of :math:`\sqrt{\hat v}`, any shapes; or a histogram of them, exact to one bin.
         lower: quantile of the lower end, in [0, 1]; 0.02 by default.
         upper: quantile of the upper end, in [0, 1], not below ``lower``; 0.98 by default.
 
@@ -90,10 +81,6 @@ def epsilon_range(
         (1e-06, 0.01)
         >>> round(found.damped_share(1e-4), 2)
         0.5
-        >>> noise = torch.full((2,), 1e-11)  # the gradient of a bias before a normalization
-        >>> found = epsilon_range({"weight": torch.logspace(-6, -2, 1001), "bias": noise})
-        >>> (found.lower, found.upper), (found.pooled_lower, found.pooled_upper)
-        ((1e-11, 0.01), (1e-06, 0.01))
     """
     if not 0.0 <= lower <= upper <= 1.0:
         raise ValueError(f"lower and upper must satisfy 0 <= lower <= upper <= 1, got {lower!r} and {upper!r}")
@@ -101,18 +88,19 @@ def epsilon_range(
         histogram = MagnitudeHistogram.from_table(rms.names, rms.table.clone())
         ends = zip(rms.quantile(lower).tolist(), rms.quantile(upper).tolist(), strict=True)
         per_name = {name: pair for name, pair in zip(rms.names, ends, strict=True) if not math.isnan(pair[0])}
-        pooled = [float(rms.quantile(q, pooled=True)) for q in (lower, upper)]
+        pooled = tuple(float(rms.quantile(q, pooled=True)) for q in (lower, upper))
     else:
         histogram = MagnitudeHistogram(list(rms))
         histogram.update(rms)
         per_name = {name: _sorted_ends(values, lower, upper) for name, values in rms.items() if values.any()}
-        pooled = [*_sorted_ends(_joined(rms), lower, upper)] if per_name else []
+        if per_name:
+            pooled = _sorted_ends(torch.cat([values.detach().flatten().cpu() for values in rms.values()]), lower, upper)
     if int((histogram.infs + histogram.nans).sum()):
         raise ValueError("rms must be finite; leave out the gradients that are not")
     if not per_name:
         raise ValueError("rms must hold a value other than zero; every coordinate is zero")
-    low = min(pair[0] for pair in per_name.values())
-    high = max(pair[1] for pair in per_name.values())
+    lows, highs = zip(*per_name.values(), strict=True)
+    low, high = min(lows), max(highs)
     return EpsilonRange(
         lower=_power_of_ten(low),
         upper=_power_of_ten(high),
@@ -130,9 +118,8 @@ def without_rounding_noise(rms: MagnitudeHistogram, unit: float) -> MagnitudeHis
     r"""A copy of a histogram in which what is zero but for rounding counts as zero.
 
     The gradient of a bias before a normalization, or of an attention's keys, is a sum of terms that cancel, each about as
-    large as the layer's largest gradient. What is left was 0.02 to 9 units in the last place of that one in float32, 0.01
+    large as the layer's largest gradient. What was left was 0.02 to 9 units in the last place of that one in float32, 0.01
     to 2 in bfloat16. Noise is what lies below 16 of them; in 16-bit arithmetic below 1, as true gradients are not far above.
-
     A layer is what comes before the last dot of a name; ``unit`` is the arithmetic's ``torch.finfo(dtype).eps``.
     """
     layers = [name.rpartition(".")[0] or name for name in rms.names]
@@ -178,17 +165,17 @@ class SecondMoment:
     search space is that of ``r ** 2``, and of ``(1 - beta2) * r ** 2`` where it adds it at every step, as its authors do.
 
     Args:
-        family: one of ``"adam"``, ``"rmsprop"``, ``"adabelief"``, ``"adamomentum"``, ``"adame"`` and ``"alto"``.
+        family: one of those above.
         beta1: decay of ``m``, in [0, 1).
         beta2: decay of ``v``, in [0, 1).
         weight_decay: :math:`\lambda`, coupled: added to the gradient; from 0 up. Leave out a decoupled one, as AdamW's.
         alpha: of adaptor E, ``"auto"`` for its choice for small batches.
         explore_beta: of adaptor E, likewise.
 
-    Memory: one tensor a parameter, two for the last four families; float32, or float64 for float64.
-
     Raises:
         ValueError: for another family, and for a number out of its range.
+
+    Memory: one tensor a parameter, two for the last four families; float32, or float64 for float64.
 
     Example:
         >>> import torch
@@ -226,14 +213,9 @@ class SecondMoment:
 
     @torch.no_grad()
     def update(self, gradients: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor] | None = None) -> None:
-        """Adds the gradients of one step.
+        """Adds the gradients of one step; ``weight_decay`` needs the parameters, else ``ValueError``.
 
-        Args:
-            gradients: names and gradients; a parameter that is missing or None is skipped, as optimizers do.
-            parameters: names and parameters, for ``weight_decay``.
-
-        Raises:
-            ValueError: where ``weight_decay`` is not 0 and there are no parameters.
+        One that is missing or None is skipped, as optimizers do.
         """
         if self.weight_decay and parameters is None:
             raise ValueError(
@@ -272,10 +254,6 @@ def _sorted_ends(values: Tensor, lower: float, upper: float) -> tuple[float, flo
     number = ascending.numel()
     low, high = (float(ascending[min(int(q * number), number - 1)]) for q in (lower, upper))
     return low, high
-
-
-def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([values.detach().flatten().cpu() for values in tensors.values()])
 
 
 def _power_of_ten(value: float) -> float:

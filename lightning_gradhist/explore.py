@@ -1,8 +1,7 @@
-"""The choice of ``alpha`` and ``explore_beta`` of ALTO, AdamE and EAdaptor: defaults, what is legal, what they do to noise.
+"""``alpha`` and ``explore_beta`` of adaptor E: the paper's choice, what is legal, what they do to noise.
 
-They are the numbers of adaptor E (Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025, arXiv
-2510.27153): an optimizer sees ``g + alpha * a`` in place of the gradient ``g``, where ``a`` is the moving average, with decay
-``explore_beta``, of the change of the gradient.
+An optimizer sees ``g + alpha * a`` in place of the gradient ``g``, where ``a`` is the moving average of its change with decay
+``explore_beta`` (Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025, arXiv 2510.27153).
 """
 
 from __future__ import annotations
@@ -11,23 +10,15 @@ import math
 from numbers import Real
 
 AUTO = "auto"
-
 _LARGE_BATCH = 1_000
 _SMALL_BATCH_CHOICE = (0.5, 0.01)
 _LARGE_BATCH_CHOICE = (-5.0, 0.99)
 
 
 def explore_choice(batch_size: float | None) -> tuple[float, float]:
-    """Choose ``(alpha, explore_beta)`` for a batch size, as the paper does.
+    """Choose ``(alpha, explore_beta)`` as the paper does: to exploit below 1,000 samples a step, to explore from there on.
 
-    Args:
-        batch_size: Samples per optimizer step over all devices and accumulated micro-batches, > 0; None if unknown.
-
-    Returns:
-        ``(0.5, 0.01)``, which exploits, below 1,000 samples or when unknown; ``(-5.0, 0.99)``, which explores, from there on.
-
-    Raises:
-        ValueError: If ``batch_size`` is not a positive number.
+    The samples are those of all devices and accumulated micro-batches, > 0; None is as if small.
 
     Example:
         >>> explore_choice(256), explore_choice(4096)
@@ -37,28 +28,19 @@ def explore_choice(batch_size: float | None) -> tuple[float, float]:
         return _SMALL_BATCH_CHOICE
     if not 0 < batch_size < math.inf:
         raise ValueError(
-            f"batch_size={batch_size!r} is out of range: it is the number of samples per optimizer step, "
-            "a finite number > 0, or None if unknown."
+            f"batch_size={batch_size!r} is out of range: it is the number of samples per optimizer step, a finite number > 0, "
+            "or None if unknown."
         )
     return _LARGE_BATCH_CHOICE if batch_size >= _LARGE_BATCH else _SMALL_BATCH_CHOICE
 
 
 def check_explore(alpha: float | str, explore_beta: float | str) -> None:
-    """Check that ``alpha`` and ``explore_beta`` are both ``"auto"``, or two numbers that are legal together.
-
-    Args:
-        alpha: Weight of the averaged gradient change, ``|alpha| < 1 / (1 - explore_beta)``.
-        explore_beta: Decay of that average, ``0 <= explore_beta < 1``.
-
-    Raises:
-        ValueError: For any other pair.
-    """
+    """Raise ``ValueError`` unless both are ``"auto"``, or ``0 <= explore_beta < 1`` and ``|alpha| < 1 / (1 - explore_beta)``."""
     if alpha == AUTO and explore_beta == AUTO:
         return
     if not (isinstance(alpha, Real) and isinstance(explore_beta, Real)):
         raise ValueError(
-            f"alpha={alpha!r} and explore_beta={explore_beta!r} do not go together: give two numbers, "
-            'or leave both "auto".'
+            f'alpha={alpha!r} and explore_beta={explore_beta!r} do not go together: give two numbers, or leave both "auto".'
         )
     if not 0.0 <= explore_beta < 1.0:
         raise ValueError(
@@ -68,22 +50,13 @@ def check_explore(alpha: float | str, explore_beta: float | str) -> None:
     limit = 1.0 / (1.0 - explore_beta)
     if not abs(alpha) < limit:
         raise ValueError(
-            f"alpha={alpha!r} is out of range: at explore_beta={explore_beta!r} it must satisfy "
-            f"|alpha| < 1/(1 - explore_beta) = {limit:g}. "
-            'Move alpha towards 0, raise explore_beta, or leave both "auto".'
+            f"alpha={alpha!r} is out of range: at explore_beta={explore_beta!r} it must satisfy |alpha| < 1/(1 - explore_beta) "
+            f'= {limit:g}. Move alpha towards 0, raise explore_beta, or leave both "auto".'
         )
 
 
 def resolve_explore(alpha: float | str, explore_beta: float | str) -> tuple[float, float]:
-    """The numbers that are in force: for ``"auto"`` the choice for small batches.
-
-    Raises:
-        ValueError: If :func:`check_explore` refuses the pair.
-
-    Example:
-        >>> resolve_explore("auto", "auto"), resolve_explore(-2, 0.9)
-        ((0.5, 0.01), (-2.0, 0.9))
-    """
+    """The numbers that are in force, checked: for ``"auto"`` the choice for small batches."""
     check_explore(alpha, explore_beta)
     return explore_choice(None) if alpha == AUTO else (float(alpha), float(explore_beta))
 
@@ -91,11 +64,8 @@ def resolve_explore(alpha: float | str, explore_beta: float | str) -> tuple[floa
 def variance_factor(alpha: float, explore_beta: float) -> float:
     """The variance of ``g + alpha * a`` as a multiple ``q`` of that of ``g``, for noise that is independent between steps.
 
-    ``q = (1 + c)^2 + alpha^2 * (1 - explore_beta)^3 / (1 + explore_beta)``, with ``c = alpha * (1 - explore_beta)``. The
-    optimizer sees the noise of a batch that is ``q`` times smaller.
-
-    Raises:
-        ValueError: If :func:`check_explore` refuses the pair, or it is ``"auto"``.
+    ``q = (1 + c)^2 + alpha^2 * (1 - explore_beta)^3 / (1 + explore_beta)``, with ``c = alpha * (1 - explore_beta)``: the
+    noise of a batch that is ``q`` times smaller. ``ValueError`` for a pair that :func:`check_explore` refuses, or ``"auto"``.
 
     Example:
         >>> round(variance_factor(-5.0, 0.99), 2), round(variance_factor(0.5, 0.01), 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from types import ModuleType
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from lightning_gradhist import kernels
 
-BINS_PER_OCTAVE = 8
-"""Bins to a factor of two, a power of two: a bin is at most 1/8 of its magnitude wide."""
+BINS_PER_OCTAVE = 8  # bins to a factor of two, a power of two: a bin is at most 1/8 of its magnitude wide
 _MANTISSA_BITS = 23
 _SHIFT = _MANTISSA_BITS - BINS_PER_OCTAVE.bit_length() + 1  # from the bits of a float32 to its bin
 _EXPONENTS = 256
-COLUMNS = (_EXPONENTS - 2) * BINS_PER_OCTAVE + 3
-"""Columns of a table of counts: zeros, bins, infinities, NaN."""
+COLUMNS = (_EXPONENTS - 2) * BINS_PER_OCTAVE + 3  # columns of a table of counts: zeros, bins, infinities, NaN
 _CPU_CHUNK = 2**17  # stays in a core's cache: ten times faster than one pass over 20 million values
 _CPU_SMALL = 2**15  # up to here a tensor takes less time with others than alone
 _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
@@ -30,7 +28,7 @@ _DEVICE_CHUNK = 2**24  # bounds the temporary memory to 300 MiB
 
 @dataclass(frozen=True)
 class Bins:
-    """Counts of finite values on bins, with what can be told from them alone."""
+    """Counts of finite values on bins, with what can be told from them alone, as :class:`MagnitudeHistogram` tells it."""
 
     edges: Tensor  # of the bins, float64 [bins + 1]
     counts: Tensor  # int64 [rows, bins]
@@ -64,15 +62,14 @@ class MagnitudeHistogram:
     scale of ``2**n`` moves every count by ``8 * n`` bins.
 
     Values of other dtypes are converted to float32; float64 is truncated to its bin, not rounded. Every value is counted
-    once: zeros and magnitudes below ``2**-126`` (subnormal in float32) in :attr:`zeros`, infinities and magnitudes of
-    ``2**128`` or more in :attr:`infs`, NaN in :attr:`nans`. Values that a sparse tensor does not store are zeros.
+    once: zeros, also those that a sparse tensor does not store, and magnitudes below ``2**-126`` (subnormal in float32) in
+    :attr:`zeros`, infinities and magnitudes of ``2**128`` or more in :attr:`infs`, NaN in :attr:`nans`.
 
     Args:
-        names: the names of the rows; they must differ.
+        names: the names of the rows, which must differ; also an attribute.
         device: of the counts; the host by default.
 
     Attributes:
-        names: list of the names.
         table: all counts, int64 ``[len(names), 2035]``: zeros, bins, infinities, NaN. Adding tables merges histograms.
 
     Raises:
@@ -99,9 +96,8 @@ class MagnitudeHistogram:
     @classmethod
     def from_table(cls, names: Sequence[str], table: Tensor) -> MagnitudeHistogram:
         """The histogram of a :attr:`table` with these names; the table is not copied."""
-        histogram = cls(())
-        histogram.names, histogram.table = list(names), table
-        histogram._row_of = {name: row for row, name in enumerate(histogram.names)}
+        histogram = cls(names, device="meta")
+        histogram.table = table
         return histogram
 
     @property
@@ -135,11 +131,11 @@ class MagnitudeHistogram:
     def update(self, values: Mapping[str, Tensor], rows: Mapping[str, str] | None = None) -> None:
         """Counts the magnitudes of floating-point tensors of any shape, layout and device.
 
-        The host does not wait for tensors on the device of :attr:`table`. On CUDA, with Triton, those of one dtype of
-        float32, bfloat16 and float16 are counted in one launch.
+        The host does not wait for tensors on the device of :attr:`table`. With Triton on CUDA, those of one dtype of float32,
+        bfloat16 and float16 are counted in one launch.
 
         Args:
-            values: from a name of :attr:`names` to a tensor. Names may be missing.
+            values: from a name to a tensor. Names may be missing.
             rows: from each name in ``values`` to that of :attr:`names` under which it is counted; itself by default.
 
         Raises:
@@ -173,11 +169,7 @@ class MagnitudeHistogram:
         torch.distributed.all_reduce(self.table, group=group)
 
     def merge(self, other: MagnitudeHistogram) -> None:
-        """Adds the counts of another histogram with the same names.
-
-        Raises:
-            ValueError: for other names.
-        """
+        """Adds the counts of another histogram with the same names, else raises ``ValueError``."""
         if self.names != other.names:
             raise ValueError(f"other must have the same names to be merged: {self.names}, got {other.names}")
         self.table += other.table.to(self.table.device)
@@ -201,27 +193,20 @@ class MagnitudeHistogram:
         Zeros and non-finite values are left out. The answer is the geometric middle of the bin that holds the value.
 
         Args:
-            q: from 0 to 1.
+            q: from 0 to 1, else ``ValueError``.
             pooled: over all names together.
 
         Returns:
             float64 ``[len(names)]``, or 0-d if pooled; NaN where nothing was counted.
-
-        Raises:
-            ValueError: for a ``q`` out of its range.
         """
         if not 0.0 <= q <= 1.0:
             raise ValueError(f"q must lie in [0, 1], got {q!r}")
         return self.pooled().quantile(q)[0] if pooled else self._bins.quantiles([q])[:, 0]
 
     def share_below(self, magnitude: float) -> Tensor:
-        """Share of the values in :attr:`counts` below a magnitude, interpolated within the bin that holds it.
+        """Share of the values in :attr:`counts` below a magnitude from 0 up, interpolated within the bin that holds it.
 
-        Args:
-            magnitude: a non-negative number.
-
-        Returns:
-            float64 ``[len(names)]`` from 0 to 1; NaN where nothing was counted.
+        float64 ``[len(names)]`` from 0 to 1; NaN where nothing was counted.
         """
         return self._bins.shares_below([magnitude])[:, 0]
 
@@ -283,7 +268,7 @@ def _kernel(device: torch.device) -> ModuleType | None:
     try:
         from lightning_gradhist.kernels import histogram
 
-        wrong = next((str(values[0].dtype) for values in _trial(device) if not _agrees(histogram, values)), None)
+        wrong = _counted_otherwise(histogram, device)
         reason = None if wrong is None else f"counts {wrong} otherwise than torch"
     except Exception as error:
         reason = f"failed: {error!r}"
@@ -292,19 +277,18 @@ def _kernel(device: torch.device) -> ModuleType | None:
     return histogram if reason is None else None
 
 
-def _trial(device: torch.device) -> Iterator[list[Tensor]]:
-    """Tensors of each dtype that the kernel takes: any bits, of odd sizes, not aligned, and with gaps."""
+def _counted_otherwise(kernel: ModuleType, device: torch.device) -> torch.dtype | None:
+    """The first dtype of which a kernel is wrong: on any bits, of odd sizes, not aligned, and with gaps."""
     bits = torch.randint(-(2**31), 2**31, (20_001,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values = bits.to(device).view(dtype)
-        yield [values, values[1:], values[::3], values[:1], values[:0], values[: 2**14]]
-
-
-def _agrees(kernel: ModuleType, values: list[Tensor]) -> bool:
-    counted, expected = torch.zeros(2, len(values), COLUMNS, dtype=torch.int64, device=values[0].device)
-    kernel.add_magnitudes(counted, range(len(values)), values)
-    add_magnitudes(expected, range(len(values)), values)
-    return torch.equal(counted, expected)
+        tensors = [values, values[1:], values[::3], values[:1], values[:0], values[: 2**14]]
+        counted, expected = torch.zeros(2, len(tensors), COLUMNS, dtype=torch.int64, device=device)
+        kernel.add_magnitudes(counted, range(len(tensors)), tensors)
+        add_magnitudes(expected, range(len(tensors)), tensors)
+        if not torch.equal(counted, expected):
+            return dtype
+    return None
 
 
 def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:

@@ -6,22 +6,24 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lightning_gradhist.noise.interval import ENOUGH, NoiseEstimate
+from lightning_gradhist.noise.interval import ENOUGH, Band, NoiseEstimate
 
-SURGE = "surge"
-"""The law that needs a noise scale."""
+SURGE = "surge"  # the law that needs a noise scale
+PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]  # the laws that need none
 Law = Literal["surge", "sqrt", "fourth_root", "linear", "keep"]
-PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]
 LAWS: tuple[Law, ...] = get_args(Law)
 PLAIN_LAWS: tuple[PlainLaw, ...] = get_args(PlainLaw)
-"""The laws that need no noise scale."""
-BOUND = math.pi / 2
-"""Theorem 3 holds up to this multiple of the noise scale, over all coordinates together; from there the rate is constant."""
-MAX_SPREAD = 2.0
-"""A learning rate that is not known to this factor is not worth setting."""
-SHORT_RUN = 50
-"""Steps below which the best rates of runs follow no law that is known (``benchmarks/calibration``)."""
+BOUND = (
+    math.pi / 2
+)  # Theorem 3 holds up to this multiple of the noise scale of all coordinates; then the rate is constant
+MAX_SPREAD = 2.0  # a learning rate that is not known to this factor is not worth setting
+SHORT_RUN = 50  # steps below which the best rates of runs follow no law that is known (benchmarks/calibration)
 EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}
+_FROM_RECORD = "surge law with the noise scale of a recorded run"
+_FROM_PROBE = (
+    "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
+    " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
+)
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,19 @@ class SurgeLaw:
 
 
 @dataclass(frozen=True)
-class RateRatio:
-    """A ratio of learning rates, its interval, and what to know about it."""
+class RateRatio(Band):
+    """A learning rate as a multiple of the reference's, and what to know about it.
 
-    value: float  # the rate as a multiple of the reference's
-    lower: float  # the smallest ratio at the noise scale and the two ends of its interval
-    upper: float  # the largest of the three
+    Its band goes from the smallest ratio at the noise scale and the two ends of its interval to the largest of the three.
+    """
+
     law: str  # that it comes from
     reasons: tuple[str, ...] = ()  # sentences, in the order of the decisions
     share: float = 1.0  # of equal samples, that the surge law was used with
 
 
 def plain_ratio(law: str, batch_size: float, reference_batch_size: float) -> float:
-    """The rate at one batch size as a multiple of that at another: a power of their ratio.
-
-    Args:
-        law: one of :data:`PLAIN_LAWS`.
-        batch_size: samples of an optimizer step, positive.
-        reference_batch_size: those of the run whose rate is trusted, positive.
-
-    Raises:
-        ValueError: for another law, and for a batch size that is not positive.
-    """
+    """The rate as a multiple of the reference's, a power of the ratio of batch sizes, by one of :data:`PLAIN_LAWS`."""
     if law not in EXPONENTS:
         raise ValueError(f"the name of a law must be one of {LAWS}, got {law!r}")
     batch = _samples("batch_size", batch_size)
@@ -95,13 +88,8 @@ def share_of_equal_samples(
 ) -> float:
     r"""How near a run is to one of as many samples as the reference's, 1, from one of as many steps, 0.
 
-    .. math:: h = \log(S_0 / S) \Big/ \log(B / B_0), \qquad 0 \le h \le 1
-
-    Args:
-        batch_size: samples :math:`B` of an optimizer step.
-        reference_batch_size: those of the run whose rate is trusted; at the same batch size :math:`h` is 1.
-        steps: optimizer steps :math:`S` of the run, positive.
-        reference_steps: those of the run whose rate is trusted, positive.
+    It is :math:`h = \log(S_0 / S) / \log(B / B_0)`, from 0 to 1, with :math:`B` samples in each of :math:`S` optimizer steps;
+    at the reference's own batch size it is 1.
 
     Example:
         >>> share_of_equal_samples(256, 64, steps=1000, reference_steps=4000), share_of_equal_samples(256, 64, 4000, 4000)
@@ -142,12 +130,12 @@ def choose_ratio(
 ) -> RateRatio:
     r"""Applies a law with care: bounds what a probe may do, and refuses what the data do not support.
 
-    Of the surge law:
+    The surge law:
 
     - With the noise scale of a probe, which is far too small, the ratio stays between 1 and the square root of the ratio of
-      batch sizes. With that of a record the full law is used, for a run of as many samples as the recorded one; for one of as
-      many steps the same ratio, but kept between 1 and the fourth root; and between these their geometric mean, with the
-      weights :math:`h` and :math:`1 - h`.
+      batch sizes. With that of a record the full law is used for a run of as many samples as the recorded one; for one of as
+      many steps it is kept between 1 and the fourth root; and between these it is their geometric mean, with the weights
+      :math:`h` and :math:`1 - h`.
     - Beyond :math:`\tfrac{\pi}{2} B_n`, the bound of Theorem 3 over all coordinates together, the ratio levels off.
     - It is refused, and the fallback used, where no signal stands out of the noise, and where the interval of the noise
       scale is not within positive bounds, or its ends give ratios of the full law a factor of two or more apart. At the
@@ -156,11 +144,11 @@ def choose_ratio(
     Args:
         law: one of :data:`LAWS`.
         batch_size: samples of an optimizer step.
-        reference_batch_size: samples of an optimizer step of the run whose rate is trusted.
-        noise: ``B_adam``; needed for ``"surge"``.
-        from_record: whether it was measured over a run rather than at its start.
+        reference_batch_size: those of the run whose rate is trusted.
+        noise: ``B_adam``, which ``"surge"`` needs.
+        from_record: whether that was measured over a run rather than at its start.
         fallback: the law that is used on a refusal: one of :data:`PLAIN_LAWS`.
-        share: :math:`h` of :func:`share_of_equal_samples`, from 0 to 1; equal samples by default.
+        share: :math:`h` of :func:`share_of_equal_samples`, from 0 to 1.
 
     Raises:
         ValueError: for another law or fallback, and for a batch size that is not positive.
@@ -184,16 +172,12 @@ def choose_ratio(
         return replace(plain, law=law)
     if why is not None or noise is None:
         return replace(plain, reasons=(f"surge law refused: {why}; fallback={fallback!r} is used",))
-    value, *ends = (
-        surge_ratio(scale, batch_size, reference_batch_size, from_record, share)
-        for scale in (noise.value, noise.lower, noise.upper)
-    )
-    reasons = [_origin(from_record)]
-    if batch_size > BOUND * noise.value:
-        reasons.append(
-            f"{batch_size:g} samples are beyond the bound of the law, {BOUND * noise.value:.3g}: the rate levels off"
-        )
-    return RateRatio(value, min(value, *ends), max(value, *ends), law, tuple(reasons), share)
+    scales, reasons = (noise.value, noise.lower, noise.upper), [_FROM_RECORD if from_record else _FROM_PROBE]
+    ratios = [surge_ratio(scale, batch_size, reference_batch_size, from_record, share) for scale in scales]
+    bound = BOUND * noise.value
+    if batch_size > bound:
+        reasons.append(f"{batch_size:g} samples are beyond the bound of the law, {bound:.3g}: the rate levels off")
+    return RateRatio(ratios[0], min(ratios), max(ratios), law, tuple(reasons), share)
 
 
 def _why_refused(
@@ -220,15 +204,6 @@ def _why_refused(
     return (
         f"{why} (the record has {noise.measurements} measurements, and some {ENOUGH} are wanted; record a longer run, or lower"
         " every_n_steps of the GradientHistogramMonitor there)"
-    )
-
-
-def _origin(from_record: bool) -> str:
-    if from_record:
-        return "surge law with the noise scale of a recorded run"
-    return (
-        "surge law with the noise scale of a probe, which is too small at the start of a run: the ratio is kept between 1"
-        " and the square root of the ratio of batch sizes; record a run with GradientHistogramMonitor for the full law"
     )
 
 

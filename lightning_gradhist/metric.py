@@ -15,11 +15,8 @@ class MagnitudeHistogramMetric(Metric):
     """Counts of magnitudes as a :class:`torchmetrics.Metric`; counts of ranks and updates are added.
 
     Args:
-        names: the names of the rows; they must differ.
+        names: the names of the rows; they must differ, else ``ValueError``.
         **kwargs: as for :class:`torchmetrics.Metric`.
-
-    Raises:
-        ValueError: for repeated names.
 
     Example:
         >>> import torch

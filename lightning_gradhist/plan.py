@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
-from lightning_gradhist.noise import NoiseEstimate
-from lightning_gradhist.noise.record import OptimizerRecord, RunRecord
-from lightning_gradhist.tradeoff import Band, batch_size_tradeoff, critical_batch_size
+from lightning_gradhist.noise.interval import Band, NoiseEstimate
+from lightning_gradhist.noise.record import OptimizerRecord, RunRecord, finite
+from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
 
 _HEADER = ("samples a step", "learning rate", "times", "steps to the same loss", "samples to the same loss")
 
@@ -24,7 +24,7 @@ class PlanRow:
         learning_rates: of each parameter group.
         ratio: those rates as a multiple of the recorded ones, with its band, the law and its reasons.
         steps: optimizer steps to the loss that the recorded run ends with; None where the noise scale has no bound.
-        samples: samples to that loss, likewise.
+        samples: likewise.
     """
 
     batch_size: float
@@ -63,7 +63,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as what JSON can hold; an infinite number is None."""
-        content: dict[str, Any] = _finite(asdict(self))
+        content: dict[str, Any] = finite(asdict(self))
         return content
 
     def to_text(self) -> str:
@@ -76,9 +76,7 @@ class Plan:
             facts.append(f"  noise scale {_estimate(self.noise)} ({self.noise.measurements} measurements)")
         if self.critical is not None:
             facts.append(f"  critical batch size {_estimate(self.critical)}: beyond it more samples save few steps")
-        table = [_HEADER, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        lines = aligned([_HEADER, *(_cells(row) for row in self.rows)])
         said = (
             f"{row.batch_size:,g} samples: {reason}" if row.is_refused else reason
             for row in self.rows
@@ -91,23 +89,19 @@ class Plan:
 
 
 def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = None) -> tuple[Plan, ...]:
-    """What a recorded run says of other batch sizes; nothing is trained.
+    """What a recorded run says of other batch sizes, a plan for each of its optimizers; nothing is trained.
 
     Learning rates are the recorded ones times :func:`lightning_gradhist.learning_rate.choose_ratio`, as
     ``OptimizerCalibration(reference=...)`` sets them for a run of as many samples. Steps and samples are
-    :func:`batch_size_tradeoff` of the critical batch size; their bands are those of its interval, typically a factor of 1.3
-    to 3.5.
+    :func:`batch_size_tradeoff` of the critical batch size, with the bands of its interval, typically a factor of 1.3 to 3.5.
 
     Args:
         record: of a run, ``RunRecord.load("lightning_logs/version_3/calibration.json")``.
-        batch_sizes: samples of an optimizer step, positive.
-        steps: optimizer steps of the run at the recorded batch size; those of the record by default.
-
-    Returns:
-        a plan for each optimizer of the record.
+        batch_sizes: samples of an optimizer step, one at least, positive.
+        steps: optimizer steps of the run at the recorded batch size, positive; those of the record by default.
 
     Raises:
-        ValueError: for a batch size or a number of steps that is not positive, and for no batch size.
+        ValueError: for a number that is not positive, and for no batch size.
 
     Example:
         >>> noise = NoiseEstimate(value=1000.0, lower=800.0, upper=1300.0, confidence=0.95, measurements=200)
@@ -118,13 +112,17 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
     """
     if not batch_sizes:
         raise ValueError("batch_sizes must have one at least, got none")
-    for name, number in (
-        ("steps", record.steps if steps is None else steps),
-        *(("batch_sizes", b) for b in batch_sizes),
-    ):
+    length = record.steps if steps is None else steps
+    for name, number in (("steps", length), *(("batch_sizes", batch_size) for batch_size in batch_sizes)):
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive, got {number!r}")
-    return tuple(_plan(entry, batch_sizes, steps or record.steps) for entry in record.optimizers)
+    return tuple(_plan(entry, batch_sizes, length) for entry in record.optimizers)
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for a console, its columns flush right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def _plan(entry: OptimizerRecord, batch_sizes: Sequence[float], steps: int) -> Plan:
@@ -142,19 +140,12 @@ def _row(
     if critical is None:
         return PlanRow(batch_size, rates, ratio, None, None)
     (needs,) = batch_size_tradeoff(critical, entry.batch_size, [batch_size / entry.batch_size])
-    return PlanRow(
-        batch_size, rates, ratio, _times(needs.steps, steps), _times(needs.samples, steps * entry.batch_size)
-    )
-
-
-def _times(band: Band, factor: float) -> Band:
-    return Band(band.value * factor, band.lower * factor, band.upper * factor)
+    return PlanRow(batch_size, rates, ratio, needs.steps.times(steps), needs.samples.times(steps * entry.batch_size))
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
     rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(row.learning_rates))
-    ratio = Band(row.ratio.value, row.ratio.lower, row.ratio.upper)
-    times = "refused" if row.is_refused else _band(ratio)
+    times = "refused" if row.is_refused else _band(row.ratio)
     return (f"{row.batch_size:,g}", rates, times, _band(row.steps), _band(row.samples))
 
 
@@ -173,11 +164,3 @@ def _estimate(noise: NoiseEstimate) -> str:
 def _number(value: float) -> str:
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

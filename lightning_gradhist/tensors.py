@@ -37,10 +37,9 @@ def joined(batch: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = N
 
     To compute something of 100 small tensors takes hardly longer than of one, if they lie side by side.
     """
-    parts = (
-        batch if tensors is None else {n: tensors[n] if n in tensors else torch.zeros_like(g) for n, g in batch.items()}
-    )
-    flat = [tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in parts.values()]
+    some = batch if tensors is None else tensors
+    parts = [some[name] if name in some else torch.zeros_like(like) for name, like in batch.items()]
+    flat = [tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
@@ -62,10 +61,14 @@ def _by_batch(make: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[s
     """What is made of the values of each batch, ``[values]``, in the shapes of its tensors."""
     found: dict[str, Tensor] = {}
     for batch in batches(tensors):
-        parts = make(batch).split([tensor.numel() for tensor in batch.values()])
-        for (name, tensor), part in zip(batch.items(), parts, strict=True):
-            found[name] = part if tensor.dim() == 1 else part.view(tensor.shape)
+        found |= apart(make(batch), batch)
     return found
+
+
+def apart(values: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`joined`: parts of ``[values]``, in the shapes of tensors."""
+    parts = zip(like.items(), values.split([tensor.numel() for tensor in like.values()]), strict=True)
+    return {name: part if tensor.dim() == 1 else part.view(tensor.shape) for (name, tensor), part in parts}
 
 
 def _in_pieces(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
@@ -110,12 +113,9 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class HostTensor:
-    """A tensor on the host; called, it gives the tensor, waiting for a copy from a GPU that is under way.
+    """A tensor of any device on the host; called, it gives the tensor, waiting for a copy that is under way.
 
     The training thread only starts the copy. The tensor must not be changed afterwards.
-
-    Args:
-        tensor: on any device.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -6,49 +6,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_gradhist.noise.interval import NoiseEstimate
+from lightning_gradhist.noise.interval import Band, NoiseEstimate
 
 _CRITICAL, _LOWEST, _HIGHEST = 0.12, 0.04, 0.5  # of the mean B_adam; benchmarks/calibration, Theorem 5
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 @dataclass(frozen=True)
-class Band:
-    """A value with the interval that its noise scale's interval gives."""
-
-    value: float
-    lower: float
-    upper: float
-
-
-@dataclass(frozen=True)
 class TradeoffRow:
-    """What a run at one batch size needs, as multiples of what it needs at the present one.
+    """What a run at one batch size needs, as multiples of what it needs at the present one."""
 
-    Attributes:
-        factor: batch size as a multiple of the present one.
-        batch_size: samples of an optimizer step.
-        steps: optimizer steps to the same loss; with perfectly divided work, the time.
-        samples: samples to the same loss, which is the computation that is paid for.
-    """
-
-    factor: float
-    batch_size: float
-    steps: Band
-    samples: Band
+    factor: float  # batch size as a multiple of the present one
+    batch_size: float  # samples of an optimizer step
+    steps: Band  # optimizer steps to the same loss; with perfectly divided work, the time
+    samples: Band  # to the same loss, which is the computation that is paid for
 
 
 def critical_batch_size(noise: NoiseEstimate) -> NoiseEstimate:
     """The noise scale of Theorem 5, where half of the samples are spent on noise, from ``B_adam`` over a run.
 
-    It is 0.12 of ``B_adam``, with an interval from 0.04 of the lower end to 0.5 of the upper one: on three workloads
-    Theorem 5 fitted best with 0.044, 0.074 and 0.5 times the mean (``benchmarks/calibration``).
+    It is 0.12 of ``B_adam`` in samples, with an interval from 0.04 of the lower end to 0.5 of the upper one: on three
+    workloads Theorem 5 fitted best with 0.044, 0.074 and 0.5 times the mean (``benchmarks/calibration``).
 
     Args:
         noise: ``B_adam`` over a whole run; one at its start is far too small.
-
-    Returns:
-        the critical batch size in samples, with that interval.
 
     Example:
         >>> critical = critical_batch_size(NoiseEstimate(1000.0, 800.0, 1300.0, confidence=0.95, measurements=200))
@@ -72,10 +53,7 @@ def batch_size_tradeoff(
     Args:
         noise: the noise scale :math:`B_n` with a bounded interval, as :func:`critical_batch_size` gives it.
         batch_size: samples of an optimizer step at present, positive.
-        factors: batch sizes as multiples of the present one, positive; from 1/8 to 64 by default.
-
-    Returns:
-        a row for each factor, in their order.
+        factors: batch sizes as multiples of the present one, positive, a row each; from 1/8 to 64 by default.
 
     Raises:
         ValueError: for an interval without a bound, and for a batch size or factor that is not positive.
@@ -100,8 +78,4 @@ def _row(noise: NoiseEstimate, batch_size: float, factor: float) -> TradeoffRow:
     scales = (noise.value, noise.lower, noise.upper)
     samples = [(factor * batch_size + scale) / (batch_size + scale) for scale in scales]
     steps = [grown / factor for grown in samples]
-    return TradeoffRow(factor, factor * batch_size, _band(steps), _band(samples))
-
-
-def _band(values: Sequence[float]) -> Band:
-    return Band(values[0], min(values), max(values))
+    return TradeoffRow(factor, factor * batch_size, *(Band(x[0], min(x), max(x)) for x in (steps, samples)))

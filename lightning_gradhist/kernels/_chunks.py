@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-ALIGNMENT = tl.constexpr(16)
-"""Bytes of the widest load and store."""
-BLOCK = tl.constexpr(512)
-"""Elements that a program holds in registers at a time: one 128-bit load a thread and tensor, so that many threads fit."""
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-"""What parameters and gradients may be; state is fp32 or bf16."""
+ALIGNMENT = tl.constexpr(16)  # bytes of the widest load and store
+BLOCK = tl.constexpr(
+    512
+)  # elements in registers at a time: a 128-bit load a thread and tensor, so that many threads fit
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # state has not the last
 
 
 class Chunk(NamedTuple):
@@ -99,7 +98,5 @@ def write(address, block, values, DTYPE: tl.constexpr):
         tl.store(pointers, values.to(DTYPE), mask=block.inside)
 
 
-INTERPRETED = not isinstance(locate, triton.runtime.JITFunction)
-"""Whether the kernels are interpreted (TRITON_INTERPRET=1), and so work on CPU tensors."""
-DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"
-"""Of the tensors that they take."""
+INTERPRETED = not isinstance(locate, triton.runtime.JITFunction)  # by TRITON_INTERPRET=1, on the CPU
+DEVICE_TYPE = "cpu" if INTERPRETED else "cuda"  # of the tensors that they take

@@ -1,24 +1,33 @@
-"""How the kernels of a step are launched: which tensors they take, and the arguments that all of them have."""
+"""How kernels are launched: which tensors they take, the tables in which a program finds its chunk, and what all are given.
+
+Tensors are taken in the order of their memory, so that a parameter and its state must have the same strides.
+"""
 
 from __future__ import annotations
 
+import functools
+from array import array
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import DEVICE_TYPE, DTYPES
 from lightning_gradhist.kernels._math import KernelScalars
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import CHUNK, ChunkTable, all_contiguous, chunk_table
 
+CHUNK = 2048  # elements a program of a step: enough to pay for its look-ups, few enough that a small model spreads
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 OPTIONS = {
     "num_warps": 2 if torch.version.hip else 4,  # 128 threads; a warp of AMD's is twice as wide
     "num_stages": 1,  # loads must not be moved over the stores of an earlier block
     "enable_fp_fusion": False,  # a fused multiply-add would round unlike the eager step, and saves no time here
 }
+_STAGED = 2**16  # bytes
+_KEPT = 64  # tables of each kind; a table of a whole model takes 0.1% of its fp32 parameters
 
 
 class Variant(NamedTuple):
@@ -32,9 +41,32 @@ class Variant(NamedTuple):
     decoupled: bool = False
 
 
+class ChunkTable(NamedTuple):
+    """Where a launch finds its ``n`` tensors, on their device."""
+
+    pointers: Tensor  # [n, columns] int64: addresses, a column for each list of tensors
+    extents: Tensor  # [n, 2] int64: number of elements, and number of the first chunk
+    chunks: Tensor  # [chunks, 2] int32: of each chunk the tensor, and its place in it
+
+
+class Operands(NamedTuple):
+    """Tensors that the kernels take, gradients in the order of the memory of their parameters, and where they are."""
+
+    tensors: StepTensors
+    table: ChunkTable
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the device of a tensor the current one, on which kernels are launched."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def launch(kernel: Any, operands: Operands, *arguments: Any) -> None:
+    """Launch a program for each chunk; the operands are to be held till then, as they may have copies of gradients."""
+    table = operands.table
+    if len(table.chunks):
+        with on_device_of(table.chunks):
+            kernel[(len(table.chunks),)](table, *arguments, CHUNK, **OPTIONS)
 
 
 def variant_of(tensors: StepTensors, s: StepScalars) -> Variant:
@@ -72,15 +104,27 @@ def _inverse(value: float | Tensor) -> float | Tensor:
     return value.reciprocal() if isinstance(value, Tensor) else 1.0 / value
 
 
+def operands_of(tensors: StepTensors) -> Operands:
+    """What the kernels of a step are launched on; ``ValueError`` if they do not take these tensors."""
+
+    def check() -> None:
+        reason = unsupported(tensors)
+        if reason is not None:
+            raise ValueError(reason)
+
+    if tensors.params[0].device.type != DEVICE_TYPE:  # some of which have no addresses to look up
+        check()
+    with on_device_of(tensors.params[0]):
+        ordered = tensors._replace(grads=_in_memory_order(tensors))
+        return Operands(ordered, chunk_table(ordered, check))
+
+
 def unsupported(tensors: StepTensors) -> str | None:
     """Say what keeps the kernels from these tensors, naming the entry; None if they take them.
 
-    They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any
-    strides, and state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor
-    overlaps.
+    They take parameters of one device and one dtype of fp32, bf16 and fp16, gradients of one such dtype in any strides, and
+    state in fp32 or all in bf16, with the strides of the parameter, whose memory has neither gaps nor overlaps.
     """
-    if not tensors.params:
-        return None
     device = tensors.params[0].device
     if device.type != DEVICE_TYPE:
         return (
@@ -119,46 +163,16 @@ def _plainly_supported(tensors: StepTensors) -> bool:
     if not one_kind or not device == grad_device == state_device:
         return False
     shapes = [[tensor.shape for tensor in column] for column in tensors]
-    return all(other == shapes[0] for other in shapes) and all(map(all_contiguous, tensors))
+    return all(other == shapes[0] for other in shapes) and all(map(_all_contiguous, tensors))
 
 
-class Operands(NamedTuple):
-    """Tensors that the kernels take, gradients in the order of the memory of their parameters, and where they are."""
-
-    tensors: StepTensors
-    table: ChunkTable
-
-
-def launch(kernel: Any, operands: Operands, *arguments: Any) -> None:
-    """Launch a program for each chunk; the operands are to be held till then, as they may have copies of gradients."""
-    table = operands.table
-    if len(table.chunks):
-        with on_device_of(table.chunks):
-            kernel[(len(table.chunks),)](table, *arguments, CHUNK, **OPTIONS)
-
-
-def operands_of(tensors: StepTensors) -> Operands:
-    """What the kernels of a step are launched on.
-
-    Raises:
-        ValueError: If they do not take these tensors; nothing has been changed then.
-    """
-
-    def check() -> None:
-        reason = unsupported(tensors)
-        if reason is not None:
-            raise ValueError(reason)
-
-    if tensors.params[0].device.type != DEVICE_TYPE:  # some of which have no addresses to look up
-        check()
-    with on_device_of(tensors.params[0]):
-        ordered = tensors._replace(grads=_in_memory_order(tensors))
-        return Operands(ordered, chunk_table(ordered, check))
+def _all_contiguous(tensors: list[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors))
 
 
 def _in_memory_order(tensors: StepTensors) -> list[Tensor]:
     """Gradients with the strides of their parameters: themselves, or copies of those that have others."""
-    if all_contiguous(tensors.params) and all_contiguous(tensors.grads):
+    if _all_contiguous(tensors.params) and _all_contiguous(tensors.grads):
         return tensors.grads
     return [
         grad if _same_order(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
@@ -176,3 +190,81 @@ def _same_order(tensor: Tensor, other: Tensor) -> bool:
 def _is_dense(tensor: Tensor) -> bool:
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).is_contiguous()
+
+
+_POINTERS: dict[Any, Tensor] = {}  # the tables of addresses that were asked for most recently, the last of them last
+
+
+def chunk_table(columns: Sequence[list[Tensor]], check: Callable[[], None], chunk: int = CHUNK) -> ChunkTable:
+    """Look up or build the table of some lists of tensors, with one small copy to the device, and none where nothing moved.
+
+    A table is found by the addresses, sizes and strides it was made for: it is as good for other tensors in the same
+    place. The current device is that of the columns, the first of which, parameters, are cut into chunks of as many
+    elements. ``check`` is called before a table is built; it raises if the kernels do not take these tensors.
+    """
+    params = columns[0]
+    device = params[0].device
+    numels = array("q", map(Tensor.numel, params))
+    addresses = array("q", chain.from_iterable(map(Tensor.data_ptr, column) for column in columns))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        check()
+        return _captured(addresses, numels, chunk, device)  # a graph may outlive what is kept here
+    # Of this stream only: nothing else orders the copy, or its memory's reuse, with work on another.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    strides = None if all(map(_all_contiguous, columns)) else [[t.stride() for t in column] for column in columns]
+    dtypes = [{tensor.dtype for tensor in column} for column in columns[:2]]
+    key = (device, stream, addresses.tobytes(), numels.tobytes(), str(strides), str(dtypes))
+    pointers = _POINTERS.pop(key, None)
+    if pointers is None:
+        check()
+        pointers = _sent(_rows(addresses, len(columns)), device)
+    _POINTERS[key] = pointers
+    if len(_POINTERS) > _KEPT:
+        del _POINTERS[next(iter(_POINTERS))]
+    return ChunkTable(pointers, *_layout(numels.tobytes(), chunk, device, stream))
+
+
+@functools.lru_cache(_KEPT)
+def _layout(numels: bytes, chunk: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    extents = _extents(array("q", numels), chunk)
+    return _sent(extents, device), _sent(_chunks(extents, chunk), device)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: CUDA stages at once what is small, the rest only if it is pinned."""
+    is_large = device.type == "cuda" and table.nbytes > _STAGED
+    return (table.pin_memory() if is_large else table).to(device, non_blocking=True)
+
+
+def _rows(addresses: array[int], columns: int) -> Tensor:
+    return torch.frombuffer(addresses, dtype=torch.int64).view(columns, -1).t().contiguous()
+
+
+def _extents(numels: array[int], chunk: int) -> Tensor:
+    numel = torch.frombuffer(numels, dtype=torch.int64)
+    counts = _counts(numel, chunk)
+    return torch.stack([numel, counts.cumsum(0) - counts], dim=1)
+
+
+def _chunks(extents: Tensor, chunk: int, total: int | None = None) -> Tensor:
+    numel, first = extents.unbind(1)
+    counts = _counts(numel, chunk)
+    tensors = torch.arange(len(numel), device=numel.device).repeat_interleave(counts, output_size=total)
+    places = torch.arange(len(tensors), device=numel.device) - first[tensors]
+    return torch.stack([tensors, places], dim=1).int()
+
+
+def _counts(numel: Tensor, chunk: int) -> Tensor:
+    return (numel + (chunk - 1)) // chunk
+
+
+def _captured(addresses: array[int], numels: array[int], chunk: int, device: torch.device) -> ChunkTable:
+    """A table that is part of the CUDA graph being captured: made by kernels alone, in the graph's memory."""
+    rows, extents = _rows(addresses, len(addresses) // len(numels)), _extents(numels, chunk)
+    values = torch.cat([rows.view(-1), extents.view(-1)]).tolist()
+    table = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(table.unbind()), values)  # its kernels carry the values as arguments
+    pointers, extents_there = table.split([rows.numel(), extents.numel()])
+    extents_there = extents_there.view(-1, 2)
+    total = int(_counts(extents[:, 0], chunk).sum())
+    return ChunkTable(pointers.view(rows.shape), extents_there, _chunks(extents_there, chunk, total))

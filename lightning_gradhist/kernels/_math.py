@@ -17,16 +17,13 @@ class KernelScalars(NamedTuple):
     A decay is a pair ``(beta, 1 - beta)``, as fp32 would round ``1 - beta`` coarsely near 1.
     """
 
-    lr: Any
-    """Or a tensor of one element."""
+    lr: Any  # or a tensor of one element
     mix: Any
     explore_beta: Any
     beta1: Any
     beta2: Any
-    step: Any
-    """Or fp32 ``[n]``, as the next two."""
-    unbias1: Any
-    """``1 / (1 - beta1^k)``: a product is faster than a quotient, and needs fewer registers."""
+    step: Any  # or fp32 [n], as the next two
+    unbias1: Any  # 1 / (1 - beta1^k): a product is faster than a quotient, and needs fewer registers
     unbias2: Any
     eps: Any
     weight_decay: Any

@@ -6,10 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
 from lightning_gradhist.kernels._launch import Operands, kernel_scalars, launch, operands_of, variant_of
 from lightning_gradhist.kernels._math import adam_direction, moved, scalars_of, stored
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
 
 
 def adam_e_step(
@@ -18,10 +18,7 @@ def adam_e_step(
     """As the eager :func:`~lightning_gradhist.optim.adam_e.adam_e_step`, in fp32.
 
     Tensors among the scalars are on the device of the parameters, and are read there. The operands are those of the
-    tensors, where they are known.
-
-    Raises:
-        ValueError: If the kernels do not take these tensors; nothing has been changed then.
+    tensors, where they are known. ``ValueError`` if the kernels do not take these; nothing has been changed then.
     """
     if not tensors.params:
         return

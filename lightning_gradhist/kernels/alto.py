@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
 from lightning_gradhist.kernels._launch import (
+    CHUNK,
     OPTIONS,
     Operands,
     kernel_scalars,
@@ -19,19 +21,12 @@ from lightning_gradhist.kernels._launch import (
     variant_of,
 )
 from lightning_gradhist.kernels._math import adam_direction, moved, number, scalars_of, square, stored
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.kernels._tables import CHUNK
 
 
 def alto_moments(tensors: StepTensors, s: StepScalars, operands: Operands | None = None) -> Tensor:
-    """As the eager :func:`~lightning_gradhist.optim.alto.alto_moments`, in fp32.
+    """As the eager :func:`~lightning_gradhist.optim.alto.alto_moments`, in fp32; see :func:`adam_e.adam_e_step`.
 
-    The squares are summed by chunk in float64, and those sums in a fixed order: the same bits from run to run. Tensors among the
-    scalars are on the device of the parameters, and are read there. The operands are those of the tensors, where they
-    are known.
-
-    Raises:
-        ValueError: If the kernels do not take these tensors; nothing has been changed then.
+    The squares are summed by chunk in float64, and those sums in a fixed order: the same bits from run to run.
     """
     if not tensors.params:
         return torch.zeros(0, 2, dtype=torch.float64)
@@ -46,11 +41,7 @@ def alto_moments(tensors: StepTensors, s: StepScalars, operands: Operands | None
 
 
 def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None, operands: Operands | None = None) -> None:
-    """As the eager :func:`~lightning_gradhist.optim.alto.alto_apply`, in fp32; ratios are ``[n]``.
-
-    Raises:
-        ValueError: If the kernels do not take these tensors; nothing has been changed then.
-    """
+    """As the eager :func:`~lightning_gradhist.optim.alto.alto_apply`, in fp32; ratios are ``[n]``."""
     if not tensors.params:
         return
     operands = operands or operands_of(tensors)

@@ -20,11 +20,9 @@ from lightning_gradhist.kernels._chunks import (
     locate,
     read,
 )
-from lightning_gradhist.kernels._launch import OPTIONS, on_device_of
-from lightning_gradhist.kernels._tables import chunk_table
+from lightning_gradhist.kernels._launch import OPTIONS, chunk_table, on_device_of
 
-CHUNK = 16384
-"""Elements a program: 32 a thread, so that few programs add to the same row of the table."""
+CHUNK = 16384  # elements a program: 32 a thread, so that few programs add to the same row of the table
 _SHARED = not torch.version.hip and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 WINDOW = 2048 if _SHARED else 256
 """Bins that are counted together: all, where Triton counts in shared memory. Before 3.8, and on AMD, each of them takes
@@ -41,15 +39,8 @@ def add_magnitudes(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]
     """Add the counts of tensors to rows of the table of a :class:`~lightning_gradhist.histogram.MagnitudeHistogram`.
 
     A program counts one chunk in shared memory, and adds the bins that are not empty to the table. Those sums are of
-    integers, and so the same in any order. The host waits for nothing.
-
-    Args:
-        table: ``[names, columns]`` in int64, of ``254 * bins_per_octave + 3`` columns, contiguous, on the device of the tensors.
-        rows: A row for each tensor.
-        tensors: One-dimensional, of one dtype of fp32, bf16 and fp16. Those with gaps are copied.
-
-    Raises:
-        ValueError: If the kernel does not take these tensors; nothing has been counted then.
+    integers, and so the same in any order. The host waits for nothing. The tensors, a row each, are one-dimensional and of
+    one dtype of fp32, bf16 and fp16, on the device of the table, else ``ValueError``; those with gaps are copied.
     """
     if not tensors:
         return

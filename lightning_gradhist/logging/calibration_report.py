@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_gradhist.epsilon import EpsilonRange
-from lightning_gradhist.noise.interval import NoiseEstimate
-from lightning_gradhist.tradeoff import Band, TradeoffRow, batch_size_tradeoff, critical_batch_size
+from lightning_gradhist.noise.interval import Band, NoiseEstimate
+from lightning_gradhist.plan import aligned
+from lightning_gradhist.tradeoff import TradeoffRow, batch_size_tradeoff, critical_batch_size
 
 _TRADEOFF = "what more GPUs would buy"
 _TRADEOFF_HEADER = ("samples a step", "steps to the same loss", "samples to the same loss")
@@ -21,7 +23,7 @@ class GroupChange:
         group: index of the parameter group.
         name: key in the group: ``"lr"``, ``"eps"``, ``"alpha"`` (``"explore_alpha"``) or ``"explore_beta"``.
         before: value that the group had.
-        after: value that the calibration found.
+        after: value that was found.
     """
 
     group: int
@@ -103,23 +105,27 @@ class CalibrationResult:
             rows.append(("epsilon search space, pooled", f"{found.pooled_lower:g} to {found.pooled_upper:g}"))
             rows.append(("epsilon search space, authors'", f"{found.lower:g} to {found.upper:g}"))
         if self.noise_scale is not None:
-            noise = self.noise_scale
-            value = _samples(noise.value) if math.isfinite(noise.value) else "no signal out of the noise"
+            noise, why = self.noise_scale, self._why_no_tradeoff()
+            known = math.isfinite(noise.value)
+            value = f"{_number(noise.value)} samples" if known else "no signal out of the noise"
             upper = "or more" if math.isinf(noise.upper) else f"to {_number(noise.upper)}"
             interval = f"{noise.confidence:.0%}: {_number(noise.lower)} {upper}"
             rows.append((f"noise scale ({self.noise_source})", f"{value}, {interval}"))
-            if self._why_no_tradeoff() is not None:
-                rows.append((_TRADEOFF, f"not known: {self._why_no_tradeoff()}"))
-            else:
-                critical = critical_batch_size(noise)
-                spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
-                rows.append(("critical batch size", f"{_samples(critical.value)}, {spread}"))
-        rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{_spread(self.ratio_interval)})"))
-        for (name, before, after), groups in self._by_change().items():
-            rows.append((f"{name} {groups}", f"{_value(before)} -> {_value(after)}"))
-        if not self.changes:
-            rows.append(("changes", "none"))
-        return rows
+            critical = critical_batch_size(noise)
+            spread = f"{_number(critical.lower)} to {_number(critical.upper)}"
+            whole = f"{_number(critical.value)} samples, {spread}"
+            rows.append(("critical batch size", whole) if why is None else (_TRADEOFF, f"not known: {why}"))
+        lower, upper = (f"{ratio:.3g}" for ratio in self.ratio_interval)
+        spread = "" if lower == upper else f"; {lower} to {upper}"
+        rows.append(("learning rate", f"times {self.ratio:.4g} ({self.law}{spread})"))
+        return rows + (self._rows_of_changes() or [("changes", "none")])
+
+    def _rows_of_changes(self) -> list[tuple[str, str]]:
+        groups: dict[tuple[str, str], list[str]] = {}
+        for change in self.changes:
+            before = change.before if isinstance(change.before, str) else f"{change.before:.4g}"
+            groups.setdefault((change.name, f"{before} -> {change.after:.4g}"), []).append(str(change.group))
+        return [(f"{name} (group {', '.join(members)})", change) for (name, change), members in groups.items()]
 
     def to_text(self) -> str:
         """The report as plain lines, for a console."""
@@ -128,14 +134,21 @@ class CalibrationResult:
         title = "Calibration of the optimizer" + ("" if self.applied else " (apply=False: nothing was changed)")
         lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
         lines += [f"  - {sentence}" for sentence in (*self.problems, *self.reasons)]
-        return "\n".join(lines + self._tradeoff_lines())
+        if self.tradeoff():
+            lines.append(f"  {_TRADEOFF}, as multiples of now")
+            lines += [f"    {line}" for line in aligned(self._tradeoff_table())]
+        return "\n".join(lines)
 
     def to_markdown(self) -> str:
         """The report in Markdown, for a logger."""
-        table = "\n".join(f"| {name} | {value} |" for name, value in self.rows())
-        reasons = "\n".join(f"- {sentence}" for sentence in (*self.problems, *self.reasons))
         title = "applied" if self.applied else "not applied (apply=False)"
-        return f"| calibration | {title} |\n|---|---|\n{table}\n\n{reasons}\n{self._tradeoff_markdown()}"
+        reasons = "\n".join(f"- {sentence}" for sentence in (*self.problems, *self.reasons))
+        report = f"| calibration | {title} |\n|---|---|\n{_markdown(self.rows())}\n\n{reasons}\n"
+        if self.tradeoff():
+            header, *rows = self._tradeoff_table()
+            table = _markdown([header, ("---", "---", "---"), *rows])
+            report += f"\n**{_TRADEOFF}**, as multiples of now\n\n{table}\n"
+        return report
 
     def scalars(self) -> dict[str, float]:
         """The numbers of the report by tag; what is not known or not finite is left out."""
@@ -151,26 +164,9 @@ class CalibrationResult:
         }
         return {tag: value for tag, value in numbers.items() if value is not None and math.isfinite(value)}
 
-    def _tradeoff_lines(self) -> list[str]:
-        rows = [_tradeoff_cells(row) for row in self.tradeoff()]
-        if not rows:
-            return []
-        widths = [max(map(len, column)) for column in zip(_TRADEOFF_HEADER, *rows, strict=True)]
-        table = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (_TRADEOFF_HEADER, *rows)]
-        return [f"  {_TRADEOFF}, as multiples of now", *(f"    {line}" for line in table)]
-
-    def _tradeoff_markdown(self) -> str:
-        rows = [_tradeoff_cells(row) for row in self.tradeoff()]
-        if not rows:
-            return ""
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (_TRADEOFF_HEADER, ("---", "---", "---"), *rows))
-        return f"\n**{_TRADEOFF}**, as multiples of now\n\n{table}\n"
-
-    def _by_change(self) -> dict[tuple[str, float | str, float], str]:
-        groups: dict[tuple[str, float | str, float], list[int]] = {}
-        for change in self.changes:
-            groups.setdefault((change.name, change.before, change.after), []).append(change.group)
-        return {key: "(group " + ", ".join(map(str, members)) + ")" for key, members in groups.items()}
+    def _tradeoff_table(self) -> list[Sequence[str]]:
+        cells = [(_number(row.batch_size), _band(row.steps), _band(row.samples)) for row in self.tradeoff()]
+        return [_TRADEOFF_HEADER, *cells]
 
 
 def _number(value: float | None) -> str:
@@ -179,24 +175,9 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _samples(value: float) -> str:
-    return _number(value) + (" samples" if math.isfinite(value) else "")
-
-
-def _tradeoff_cells(row: TradeoffRow) -> tuple[str, str, str]:
-    return _number(row.batch_size), _band(row.steps), _band(row.samples)
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def _band(band: Band) -> str:
-    if band.lower == band.upper:
-        return f"{band.value:.3g}"
-    return f"{band.value:.3g} ({band.lower:.3g} to {band.upper:.3g})"
-
-
-def _value(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _spread(interval: tuple[float, float]) -> str:
-    lower, upper = (f"{ratio:.3g}" for ratio in interval)
-    return "" if lower == upper else f"; {lower} to {upper}"
+    return f"{band.value:.3g}" + ("" if band.lower == band.upper else f" ({band.lower:.3g} to {band.upper:.3g})")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy
 import torch
 
 from lightning_gradhist.epsilon import EpsilonRange
@@ -18,14 +19,14 @@ from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_ratio, surge_ratio
 from lightning_gradhist.logging.calibration_report import CalibrationResult
 from lightning_gradhist.logging.magnitude_report import shown_buckets
+from lightning_gradhist.noise.interval import Band
 from lightning_gradhist.plan import Plan
-from lightning_gradhist.tradeoff import Band, batch_size_tradeoff, critical_batch_size
+from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
 
 if TYPE_CHECKING:
-    import numpy
     from matplotlib.figure import Figure
 
-_FP16_SMALLEST = 2.0**-24
+_FP16_SMALLEST = math.log10(2.0**-24)
 _BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9661f", "#8a8f98", "#d4143a"
 _MAX_LABELS = 48
 _MAX_LABEL = 44  # characters
@@ -41,7 +42,6 @@ def available() -> bool:
 
 def pixels(figure: Figure) -> numpy.ndarray:
     """A figure as uint8 ``[height, width, 3]``; it may be asked for in several threads at once."""
-    import numpy
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with _RENDERING:  # drawing changes a figure, and several loggers show the same one
@@ -51,18 +51,14 @@ def pixels(figure: Figure) -> numpy.ndarray:
 
 
 def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[str, float] | None = None) -> Figure:
-    """Layers by magnitude: one row a name, first on top, darker where more of the layer's values lie.
+    """Layers by magnitude: one row a name, first on top, darker where more of the layer's values lie, by density per decade.
 
-    Beyond 1,000 names the largest density of neighbours is shown, so that none is lost between pixels.
-    One in twenty cells may be beyond the darkest colour: a bias of three values does not make all other layers pale.
+    Beyond 1,000 names the largest density of neighbours is shown, so that none is lost between pixels. One in twenty cells
+    may be beyond the darkest colour: a bias of three values does not make all other layers pale. A row's orange tick is
+    the median, and the dashed line is the smallest number that float16 can hold.
 
-    A row's values are the densities per decade of that layer, its orange tick is the median, and the dashed line is the
-    smallest number that float16 can hold.
-
-    Args:
-        histogram: of gradients; or, with ``eps``, of roots of second moments.
-        title: of the figure.
-        eps: the epsilon that is added to the values, by name; names may be missing. It is the dashed line then.
+    The histogram is of gradients; or, with ``eps``, of roots of second moments: the dashed line is then the epsilon that is
+    added to them, by name; names may be missing.
     """
     rows = histogram.counts.any(1).nonzero()[:, 0].tolist()
     names = [histogram.names[row] for row in rows]
@@ -82,26 +78,19 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     left, right = 0.3 + 0.066 * max(map(len, labels)), width - 1.0
     axes = figure.add_axes((left / width, 0.52 / height, (right - left) / width, (height - 1.0) / height))
     rows_each = math.ceil(len(names) / _MAX_ROWS)
-    image = axes.imshow(
-        _largest_of(density, rows_each).numpy(),
-        aspect="auto",
-        cmap="Blues",
-        interpolation="nearest",
-        extent=(low, high, math.ceil(len(names) / rows_each) * rows_each, 0.0),
-        vmin=0.0,
-        vmax=_darkest(density),
-    )
-    medians = histogram.quantile(0.5)[rows].log10()
-    for color, thick in (("white", 2.4), (_ORANGE, 1.4)):
-        ticks = torch.arange(len(names))
-        axes.vlines(medians.tolist(), (ticks + 0.15).tolist(), (ticks + 0.85).tolist(), color=color, linewidth=thick)
+    largest = torch.nn.functional.max_pool2d(density[None], (rows_each, 1), ceil_mode=True)[0]
+    occupied = density[density > 0].sort().values
+    darkest = float(occupied[int(0.95 * (len(occupied) - 1))])
+    extent = (low, high, math.ceil(len(names) / rows_each) * rows_each, 0.0)
+    image = axes.imshow(largest.numpy(), extent=extent, aspect="auto", cmap="Blues",
+                        interpolation="nearest", vmin=0.0, vmax=darkest)  # fmt: skip
+    medians, ticks = histogram.quantile(0.5)[rows].log10().tolist(), torch.arange(len(names))
+    _on_white(axes, medians, (ticks + 0.15).tolist(), (ticks + 0.85).tolist(), color=_ORANGE)
     if eps is not None:
-        tops, bottoms = range(len(names)), range(1, len(names) + 1)
-        axes.vlines(lines, tops, bottoms, color="white", linewidth=2.4)
-        axes.vlines(lines, tops, bottoms, color=_RED, linestyle="--", linewidth=1.4)
-    elif low < math.log10(_FP16_SMALLEST) < high:
-        axes.axvline(math.log10(_FP16_SMALLEST), color=_GREY, linestyle="--", linewidth=1)
-        axes.annotate("float16 min", (math.log10(_FP16_SMALLEST), 0), xytext=(3, 3), textcoords="offset points",
+        _on_white(axes, lines, ticks.tolist(), (ticks + 1).tolist(), color=_RED, linestyle="--")
+    elif low < _FP16_SMALLEST < high:
+        axes.axvline(_FP16_SMALLEST, color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate("float16 min", (_FP16_SMALLEST, 0), xytext=(3, 3), textcoords="offset points",
                       color=_GREY, fontsize=8)  # fmt: skip
     axes.set_yticks([row + 0.5 for row in range(0, len(names), every)], labels, fontsize=8)
     axes.set_xlim(low, high)
@@ -120,10 +109,9 @@ def of_calibration(result: CalibrationResult) -> dict[str, Figure]:
     """The figures of a calibration by tag: those for which it has found what they show."""
     figures: dict[str, Figure] = {}
     if result.epsilon_range is not None:
-        before = next((c.before for c in result.changes if (c.group, c.name) == (0, "eps")), result.epsilon)
-        figures["calibration/epsilon_search_space"] = epsilon_figure(
-            result.epsilon_range, before if isinstance(before, float) else None, result.epsilon
-        )
+        found = next((c.before for c in result.changes if (c.group, c.name) == (0, "eps")), result.epsilon)
+        before = found if isinstance(found, float) else None
+        figures["calibration/epsilon_search_space"] = epsilon_figure(result.epsilon_range, before, result.epsilon)
     if result.effective_batch_size and result.reference_batch_size:
         figures["calibration/learning_rate_over_batch_size"] = learning_rate_figure(result)
     if result.tradeoff():
@@ -133,8 +121,7 @@ def of_calibration(result: CalibrationResult) -> dict[str, Figure]:
 
 def epsilon_figure(search_space: EpsilonRange, before: float | None, after: float | None) -> Figure:
     """Histogram of the root-mean-square gradient, the pooled search space shaded, epsilon before and after marked."""
-    figure = _figure(width=6.2, height=4.0)
-    axes = figure.add_subplot()
+    figure, axes = _one_plot("Epsilon among the gradients that it is added to")
     histogram = search_space.histogram.pooled()
     edges, counts = shown_buckets(histogram.edges.log10(), histogram.counts[0])
     density = counts / counts.sum() / edges.diff()
@@ -149,7 +136,6 @@ def epsilon_figure(search_space: EpsilonRange, before: float | None, after: floa
         axes.axvline(math.log10(after), color=_ORANGE, label=_eps_label(when, after, search_space))
     axes.set_xlabel("log10 of the root-mean-square gradient, and of epsilon")
     axes.set_ylabel("share per decade")
-    axes.set_title("Epsilon among the gradients that it is added to", fontsize=10, loc="left")
     _legend(axes)
     return figure
 
@@ -159,10 +145,9 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
     batch, reference, noise = result.effective_batch_size, result.reference_batch_size, result.noise_scale
     if batch is None or reference is None:
         raise ValueError("the figure needs result.effective_batch_size and result.reference_batch_size")
-    figure = _figure(width=6.2, height=4.0)
-    axes = figure.add_subplot()
+    figure, axes = _one_plot("Learning rate over batch size")
     low, high = sorted((batch, reference))
-    batches = torch.logspace(math.log2(low / 4), math.log2(high * 4), 129, base=2, dtype=torch.float64).tolist()
+    batches = _powers(low / 4, high * 4)
     if noise is not None:
 
         def ratios(scale: float) -> list[float]:
@@ -177,46 +162,30 @@ def learning_rate_figure(result: CalibrationResult) -> Figure:
         axes.plot(batches, plain, color=_GREY, linestyle=style, linewidth=1, label=law.replace("_", " "))
     axes.plot([reference], [1.0], "o", color=_GREY, label=f"reference {reference:g}")
     axes.plot([batch], [result.ratio], "o", color=_ORANGE, label=f"now {batch:g}: times {result.ratio:.3g}")
-    _log2(axes)
-    tallest = 2 * max(result.ratio_interval[1], math.sqrt(max(batch / reference, 1.0)))
-    axes.set_ylim(min(result.ratio_interval[0], math.sqrt(min(batch / reference, 1.0))) / 2, tallest)
-    axes.set_xlabel("samples of an optimizer step")
-    axes.set_ylabel("learning rate / reference")
-    axes.set_title("Learning rate over batch size", fontsize=10, loc="left")
-    _legend(axes)
+    _over_batch_size(axes, "learning rate / reference")
+    (lowest, highest), root = result.ratio_interval, math.sqrt(batch / reference)
+    axes.set_ylim(min(lowest, root, 1.0) / 2, 2 * max(highest, root, 1.0))
     return figure
 
 
 def tradeoff_figure(result: CalibrationResult) -> Figure:
-    """Steps and samples to the same loss over batch size, as multiples of now, with their bands.
-
-    Raises:
-        ValueError: where :meth:`CalibrationResult.tradeoff` is empty.
-    """
+    """Steps and samples to the same loss over batch size, as multiples of now, with their bands."""
     noise, batch = result.noise_scale, result.effective_batch_size
     ends = [row.factor for row in result.tradeoff()]
     if noise is None or batch is None or not ends:
         raise ValueError(
             "the figure needs the noise scale of a recorded run, with a bounded interval: result.tradeoff()"
         )
-    factors = torch.logspace(math.log2(ends[0]), math.log2(ends[-1]), 129, base=2, dtype=torch.float64).tolist()
     critical = critical_batch_size(noise)
-    rows = batch_size_tradeoff(critical, batch, factors)
-    figure = _figure(width=6.2, height=4.0)
-    axes = figure.add_subplot()
+    rows = batch_size_tradeoff(critical, batch, _powers(ends[0], ends[-1]))
+    figure, axes = _one_plot("What more GPUs would buy")
     batches = [row.batch_size for row in rows]
     for name, color in (("steps", _BLUE), ("samples", _ORANGE)):
-        bands = [getattr(row, name) for row in rows]
-        axes.fill_between(batches, [b.lower for b in bands], [b.upper for b in bands], color=color, alpha=0.15)
-        axes.plot(batches, [b.value for b in bands], color=color, label=f"{name} to the same loss")
+        _band(axes, batches, [getattr(row, name) for row in rows], color, f"{name} to the same loss", "-")
     axes.plot([batch], [1.0], "o", color=_GREY, label=f"now {batch:g}")
     axes.axvspan(critical.lower, critical.upper, color=_GREY, alpha=0.12, label="critical batch size")
     axes.set_xlim(batches[0], batches[-1])
-    axes.set_xlabel("samples of an optimizer step")
-    axes.set_ylabel("multiple of now")
-    axes.set_title("What more GPUs would buy", fontsize=10, loc="left")
-    _log2(axes)
-    _legend(axes)
+    _over_batch_size(axes, "multiple of now")
     return figure
 
 
@@ -225,10 +194,10 @@ def plan_figure(plan: Plan) -> Figure:
     rows = sorted(plan.rows, key=lambda row: row.batch_size)
     batches = [row.batch_size for row in rows]
     known = [row for row in rows if not row.is_refused]
-    ratios = [Band(row.ratio.value, row.ratio.lower, row.ratio.upper) for row in known]
     figure = _figure(width=10.0, height=4.0)
     rate, cost = figure.subplots(1, 2)
-    _band(rate, [row.batch_size for row in known], ratios, _BLUE, f"learning rate / {max(plan.learning_rates):g}")
+    label = f"learning rate / {max(plan.learning_rates):g}"
+    _band(rate, [row.batch_size for row in known], [row.ratio for row in known], _BLUE, label)
     rate.set_title(f"{plan.optimizer}: learning rate over batch size", fontsize=10, loc="left")
     for name, color, whole in (("steps", _BLUE, plan.steps), ("samples", _ORANGE, plan.steps * plan.batch_size)):
         bands = [getattr(row, name) for row in rows]
@@ -241,16 +210,30 @@ def plan_figure(plan: Plan) -> Figure:
     cost.set_title("Steps and samples to the same loss", fontsize=10, loc="left")
     for axes in (rate, cost):
         axes.plot([plan.batch_size], [1.0], "o", color=_GREY, label=f"recorded at {plan.batch_size:g}")
-        axes.set_xlabel("samples of an optimizer step")
-        axes.set_ylabel("multiple of the recorded run's")
-        _log2(axes)
-        _legend(axes)
+        _over_batch_size(axes, "multiple of the recorded run's")
     return figure
 
 
-def _band(axes: Any, batches: Sequence[float], bands: Sequence[Band], color: str, label: str) -> None:
+def _band(axes: Any, batches: Sequence[float], bands: Sequence[Band], color: str, label: str, line: str = "o-") -> None:
     axes.fill_between(batches, [band.lower for band in bands], [band.upper for band in bands], color=color, alpha=0.15)
-    axes.plot(batches, [band.value for band in bands], "o-", color=color, label=label)
+    axes.plot(batches, [band.value for band in bands], line, color=color, label=label)
+
+
+def _powers(first: float, last: float) -> list[float]:
+    found: list[float] = torch.logspace(math.log2(first), math.log2(last), 129, base=2, dtype=torch.float64).tolist()
+    return found
+
+
+def _on_white(axes: Any, places: Sequence[float], tops: Any, bottoms: Any, **look: str) -> None:
+    axes.vlines(places, tops, bottoms, color="white", linewidth=2.4)
+    axes.vlines(places, tops, bottoms, linewidth=1.4, **look)
+
+
+def _one_plot(title: str) -> tuple[Figure, Any]:
+    figure = _figure(width=6.2, height=4.0)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, loc="left")
+    return figure, axes
 
 
 def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
@@ -259,11 +242,13 @@ def _figure(width: float, height: float, layout: Literal["constrained"] | None =
     return Figure(figsize=(width, height), dpi=130, layout=layout)
 
 
-def _log2(axes: Any) -> None:
+def _over_batch_size(axes: Any, ylabel: str) -> None:
+    axes.set(xlabel="samples of an optimizer step", ylabel=ylabel)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
+    _legend(axes)
 
 
 def _legend(axes: Any) -> None:
@@ -284,16 +269,6 @@ def _labels(names: Sequence[str]) -> list[str]:
     short = [name if len(name) <= _MAX_LABEL else f"{name[:14]}…{name[15 - _MAX_LABEL :]}" for name in rest]
     times = Counter(short)
     return [label if times[label] == 1 else f"{label} (row {row})" for row, label in enumerate(short)]
-
-
-def _largest_of(density: torch.Tensor, rows_each: int) -> torch.Tensor:
-    padded = torch.nn.functional.pad(density, (0, 0, 0, -len(density) % rows_each))
-    return padded.unflatten(0, (-1, rows_each)).amax(1)
-
-
-def _darkest(density: torch.Tensor) -> float:
-    occupied = density[density > 0].sort().values
-    return float(occupied[int(0.95 * (len(occupied) - 1))])
 
 
 def _density(counts: torch.Tensor, edges: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:

@@ -5,47 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy  # comes with whatever draws or logs histograms
 import torch
 from torch import Tensor
 
 from lightning_gradhist.histogram import MagnitudeHistogram
 
-if TYPE_CHECKING:
-    import numpy
-
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _MAX_BUCKETS = 64  # TensorBoard's page shows 30
 _MIN_BUCKETS = 8
 _TELLING = 1e-3  # a share below it has no chart of its own
-_BY_ROW = ("zero_share", "nonfinite_share", "fp16_loss_share")
+_BY_ROW = ("nonfinite_share", "zero_share", "fp16_loss_share")
 # From a number format to the magnitude below which rounding gives zero, half its smallest subnormal number, and the one
 # above which it finds no number, the largest one and half a unit of its last place.
-_RANGES = {
-    "fp16": (2.0**-25, 65_520.0),
-    "fp8_e4m3": (2.0**-10, 464.0),
-    "fp8_e5m2": (2.0**-17, 61_440.0),
-}
+_RANGES = {"fp16": (2.0**-25, 65_520.0), "fp8_e4m3": (2.0**-10, 464.0), "fp8_e5m2": (2.0**-17, 61_440.0)}
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """A histogram as it is shown.
+    """A histogram as it is shown."""
 
-    Attributes:
-        edges: ``log10`` of the magnitude, float64 ``[n + 1]``, increasing.
-        counts: int64 ``[n]``, with ``n`` from 1 to 64, and to 8 or the root of the number of values if that is less.
-        quantiles: the magnitude below which a share of the values lies, for each share of :data:`QUANTILES`.
-    """
-
-    edges: Tensor
-    counts: Tensor
-    quantiles: Mapping[float, float]
+    edges: Tensor  # log10 of the magnitude, float64 [n + 1], increasing
+    counts: Tensor  # int64 [n], with n from 1 to 64, and to 8 or the root of the number of values if that is less
+    quantiles: Mapping[float, float]  # the magnitude below which a share of the values lies, for each of QUANTILES
 
 
 class Distributions(Mapping[str, Distribution]):
-    """Histograms by tag, which lie one after another: ``sizes`` are their numbers of counts, ``[n]``."""
+    """Histograms by tag, of thousands of tensors, which lie one after another; ``sizes`` are their numbers of counts, ``[n]``."""
 
     def __init__(
         self, tags: Sequence[str], sizes: Tensor, edges: Tensor, counts: Tensor, quantiles: Sequence[Sequence[float]]
@@ -86,17 +73,12 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
     - ``<prefix>_zero_share`` and ``<prefix>_nonfinite_share``, shares of all values from 0 to 1.
     - ``<prefix>_fp16_loss_share``, ``<prefix>_fp8_e4m3_loss_share`` and ``<prefix>_fp8_e5m2_loss_share``: of values, neither
       zero nor infinite, that are out of the range of float16, float8_e4m3fn or float8_e5m2: a cast without a scale turns
-      them into zero, infinity or NaN, or, torch's newer ones to e4m3, into 448. Digits that a cast rounds off are no loss
-      here.
+      them into zero, infinity or NaN, or, torch's newer ones to e4m3, into 448. There is none for bfloat16: it has the
+      exponents of float32, and loses far less than a bin.
 
     Each name has its norm, and of the shares of zeros, of what is not finite and of what float16 loses those that are
-    0.1% or more.
-
-    There is none for bfloat16: it has the exponents of float32, so that a cast flushes nothing that has a bin, and only
-    the topmost 1/256 of the last octave before float32 ends becomes infinite, far less than a bin.
-
-    The pooled ones are named ``pooled_name``. A name of which nothing was counted is left out, and one without a finite
-    value other than zero has no histogram.
+    0.1% or more. A name of which nothing was counted is left out, and one without a finite value other than zero has no
+    histogram.
 
     Args:
         histogram: counts on the host.
@@ -118,21 +100,15 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
 
 
 def distributions(histogram: MagnitudeHistogram, kind: str, pooled_name: str = "all") -> Mapping[str, Distribution]:
-    """What to draw of each name, and pooled, by tag ``<kind>/<name>``; nothing where no value but zero is finite.
-
-    Args:
-        histogram: counts on the host.
-        kind: what the magnitudes are of.
-        pooled_name: name of all of them together.
-    """
+    """The histograms alone, by tag ``<kind>/<name>``; arguments are as of :func:`magnitude_report`."""
     return _Counted(histogram).distributions(kind, pooled_name)
 
 
 def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
-    """A table in Markdown of the names that are worst off, at most ``most``, the worst first.
+    """A table in Markdown of the names that are worst off, the worst first.
 
-    Names with the largest share of non-finite values come first; among equals those with the largest share of zeros and
-    of what float16 loses, together; among equals those with the smallest median.
+    Those are the ones with the largest share of non-finite values; among equals with the largest share of zeros and of what
+    float16 loses, together; among equals with the smallest median.
     """
     counted = _Counted(histogram)
     columns = {tag: column.tolist() for tag, column in counted.columns().items()}
@@ -143,21 +119,16 @@ def worst_layers(histogram: MagnitudeHistogram, most: int = 10) -> str:
         return -columns["nonfinite_share"][row], -lost, columns["median"][row]
 
     worst = sorted((row for row, values in enumerate(total) if values), key=badness)[:most]
-    shares = ("nonfinite_share", "zero_share", "fp16_loss_share")
-    lines = [
-        f"| {histogram.names[row].replace('|', chr(92) + '|')} | {total[row]:,} | {columns['median'][row]:.2g} | "
-        + " | ".join(f"{columns[share][row]:.2%}" for share in shares)
-        + " |"
-        for row in worst
-    ]
-    head = "| layer | values | median | not finite | zero | lost in float16 |\n|---|--:|--:|--:|--:|--:|\n"
-    return head + "\n".join(lines) + "\n"
+    table = "| layer | values | median | not finite | zero | lost in float16 |\n|---|--:|--:|--:|--:|--:|\n"
+    for row in worst:
+        cells = [histogram.names[row].replace("|", "\\|"), f"{total[row]:,}", f"{columns['median'][row]:.2g}"]
+        cells += [f"{columns[share][row]:.2%}" for share in _BY_ROW]
+        table += f"| {' | '.join(cells)} |\n"
+    return table
 
 
 def shown_buckets(edges: Tensor, counts: Tensor, most: int = 512) -> tuple[Tensor, Tensor]:
     """The occupied buckets and their edges, neighbours merged until there are at most ``most``."""
-    import numpy
-
     below = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).numpy()
     cuts, _ = _cuts(below[None], numpy.array([most]))
     return edges[cuts], torch.from_numpy(numpy.diff(below[cuts]))
@@ -166,15 +137,9 @@ def shown_buckets(edges: Tensor, counts: Tensor, most: int = 512) -> tuple[Tenso
 def _cuts(below: numpy.ndarray, most: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """The edges that stay where neighbours among the occupied bins of each row are merged, a power of two of them each.
 
-    Args:
-        below: counts below each edge ``[rows, edges]``, of rows that are not empty.
-        most: buckets of each row.
-
-    Returns:
-        The places of the edges of all rows one after another, and how many each row has.
+    From counts below each edge ``[rows, edges]``, of rows that are not empty, and the most buckets of each; the places of
+    the edges of all rows one after another, and how many each row has.
     """
-    import numpy  # comes with whatever draws or logs histograms
-
     first = (below > 0).argmax(1) - 1
     last = (below == below[:, -1:]).argmax(1)
     widths = 1 << numpy.ceil(numpy.log2((last - first) / most)).clip(0).astype(numpy.int64)
@@ -212,8 +177,6 @@ class _Counted:
 
     def distributions(self, kind: str, pooled_name: str) -> Mapping[str, Distribution]:
         """What to draw of each row that has a count, by tag."""
-        import numpy
-
         rows = self.finite.nonzero()[:, 0]  # all of them in a few operations: a model may have thousands
         if not len(rows):
             return {}
@@ -221,9 +184,8 @@ class _Counted:
         most = self.finite[rows].double().sqrt().ceil().clamp(_MIN_BUCKETS, _MAX_BUCKETS).numpy()
         cuts, sizes = _cuts(below, most)
         at_cuts = torch.from_numpy(below[numpy.arange(len(rows)).repeat(sizes), cuts])
-        within_rows = torch.ones(len(cuts), dtype=torch.bool).index_fill_(
-            0, torch.from_numpy(sizes.cumsum() - 1), False
-        )
+        last = torch.from_numpy(sizes.cumsum() - 1)
+        within_rows = torch.ones(len(cuts), dtype=torch.bool).index_fill_(0, last, False)
         counted, edges = at_cuts.diff(append=at_cuts[:1])[within_rows], self.bins.edges.log10()[cuts]
         names = [*self.names, pooled_name]
         tags = [f"{kind}/{names[row]}" for row in rows.tolist()]

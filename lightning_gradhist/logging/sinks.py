@@ -12,15 +12,14 @@ from lightning_gradhist.logging.magnitude_report import Distribution
 
 
 class Sink:
-    """Takes what is reported to one logger; every method names the optimizer step.
+    """Takes what is reported to one logger, by optimizer step.
 
-    A sink of your own inherits from this and overrides what its logger can show; :func:`register_sink` puts it to use.
-    What is not overridden is left out, but for histograms.
+    A sink of your own overrides what its logger can show; :func:`register_sink` puts it to use. What is not overridden is
+    left out, but for histograms.
     """
 
     background: bool = False
-    """Whether the methods may run in another thread while the training thread uses the logger. Where they may not, they
-    run in the training thread, which waits for them."""
+    """Whether the methods may run in another thread while the training thread uses the logger; else that one waits."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Numbers by tag."""
@@ -59,19 +58,11 @@ class SummarySink(Sink):
 
     def histograms(self, histograms: Mapping[str, Distribution], step: int) -> None:
         """Histograms and Distributions pages."""
-        for tag, shown in histograms.items():
-            middles = (shown.edges[:-1] + shown.edges[1:]) / 2
-            self.writer.add_histogram_raw(
-                tag,
-                min=float(shown.edges[0]),
-                max=float(shown.edges[-1]),
-                num=int(shown.counts.sum()),
-                sum=float((shown.counts * middles).sum()),
-                sum_squares=float((shown.counts * middles.square()).sum()),
-                bucket_limits=shown.edges[1:].tolist(),
-                bucket_counts=shown.counts.tolist(),
-                global_step=step,
-            )
+        if histograms:
+            for value in event_file.histogram_summary(histograms).value:
+                h = value.histo
+                sums = h.min, h.max, h.num, h.sum, h.sum_squares
+                self.writer.add_histogram_raw(value.tag, *sums, list(h.bucket_limit), list(h.bucket), step)
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
         """Images page."""
@@ -103,8 +94,7 @@ class TensorBoardSink(SummarySink):
 class LoggerSink(Sink):
     """Any Lightning logger: scalars, and the quantiles of histograms.
 
-    Loggers promise nothing about threads. ``CSVLogger``, for one, loses rows, and raises in the training thread, when
-    two threads log at once.
+    Not in the background: ``CSVLogger``, for one, loses rows, and raises in the training thread, when two threads log.
     """
 
     def __init__(self, logger: Any) -> None:
@@ -118,8 +108,7 @@ class LoggerSink(Sink):
 class WandbSink(LoggerSink):
     """Writes to a ``WandbLogger``, with its prefix, over its ``trainer/global_step``.
 
-    A call of ``run.log`` without a step becomes one message to the process of W&B, which numbers them; so two threads
-    may call it.
+    A call of ``run.log`` without a step becomes one message to the process of W&B, which numbers them: two threads may call.
     """
 
     background = True
@@ -170,8 +159,7 @@ class MLflowSink(LoggerSink):
 class CometSink(LoggerSink):
     """Writes to a ``CometLogger``, in the training thread: an experiment keeps the step of an image in an attribute.
 
-    Comet's histograms count on bins of their own, a tenth of the value wide from 1e-12 up and an upload each, so it gets
-    quantiles.
+    It gets quantiles: Comet's histograms count on bins of their own, a tenth of the value wide, and are an upload each.
     """
 
     def figure(self, tag: str, figure: Any, step: int) -> None:
@@ -220,11 +208,8 @@ def register_sink(matches: type | Callable[[Any], bool], make: Callable[[Any], S
         >>> logger
         ['50 gradient_norm/all 0.5']
     """
-    if isinstance(matches, type):
-        kind = matches
-        _KINDS.insert(0, (lambda logger: isinstance(logger, kind), make))
-    else:
-        _KINDS.insert(0, (matches, make))
+    is_of_kind = (lambda logger: isinstance(logger, matches)) if isinstance(matches, type) else matches
+    _KINDS.insert(0, (is_of_kind, make))
 
 
 def sinks(loggers: Iterable[Any]) -> list[Sink]:

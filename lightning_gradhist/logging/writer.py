@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -16,35 +17,27 @@ from lightning_gradhist.tensors import HostTensor
 
 T = TypeVar("T")
 
-NOT_COUNTED = -(2**48)
-"""In every place of a table of counts of a rank that could not count: below zero also with 10,000 ranks' counts added."""
-NOT_ALIKE = -1
-"""In every place of a table of counts of gradients that are not the same on all ranks."""
+NOT_COUNTED = -(2**48)  # all over the table of a rank that could not count: below zero also with 10,000 ranks added
+NOT_ALIKE = -1  # all over a table of gradients that are not the same on all ranks
 
 
 class Lazy(Generic[T]):
     """A value that is made once, by whoever asks for it first, in whichever thread."""
 
     def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._made: list[T] = []
+        self._value = functools.cache(make)
         self._lock = threading.Lock()
 
     def __call__(self) -> T:
         """The value."""
         with self._lock:
-            if not self._made:
-                self._made.append(self._make())
-            return self._made[0]
+            return self._value()
 
 
 class HostHistogram:
     """A histogram on the host; called, it gives the histogram, as :class:`HostTensor` does a tensor.
 
-    It raises RuntimeError instead where a rank's counts are :data:`NOT_COUNTED`, which nobody knows before.
-
-    Args:
-        histogram: on any device.
+    It raises RuntimeError instead where counts are :data:`NOT_COUNTED` or :data:`NOT_ALIKE`, which nobody knows before.
     """
 
     def __init__(self, histogram: MagnitudeHistogram) -> None:
@@ -54,12 +47,13 @@ class HostHistogram:
     def __call__(self) -> MagnitudeHistogram:
         """The histogram on the host."""
         table = self._table()
-        if table.numel() and table[0, 0] == NOT_ALIKE:
+        first = int(table[0, 0]) if table.numel() else 0
+        if first == NOT_ALIKE:
             raise RuntimeError(
                 "the gradients that the optimizer uses differ from rank to rank, as with a communication hook that does not"
                 " average them, so that the step is left out; when='local' counts those of all ranks"
             )
-        if table.numel() and table[0, 0] < 0:
+        if first < 0:
             raise RuntimeError("a rank could not count its part of the gradients, so that the step is left out")
         return MagnitudeHistogram.from_table(self._names, table)
 
@@ -67,8 +61,8 @@ class HostHistogram:
 class Writer:
     """Runs jobs one after another in a daemon thread, which starts with the first.
 
-    :attr:`room` jobs may wait. Where there is no room, :meth:`submit` waits for it, :attr:`patience` seconds at most; then
-    the job is dropped, and as long as there is none, later jobs are dropped without waiting.
+    :attr:`room` jobs may wait. Where there is none, :meth:`submit` waits for it, :attr:`patience` seconds at most; then the
+    job is dropped, and as long as there is none, later jobs are dropped without waiting.
     """
 
     room = 8
@@ -76,8 +70,7 @@ class Writer:
 
     def __init__(self) -> None:
         self.dropped = 0
-        self._full = False
-        self._closed = False
+        self._full = self._closed = False
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(self.room)
         self._thread: threading.Thread | None = None
 
@@ -139,17 +132,13 @@ def send_heatmap(
 
 
 class LoggerQueues:
-    """The loggers of a Trainer together: each gets what is reported, whatever happens to the others.
+    """The loggers of a Trainer together, or ``SummaryWriter``: each gets what is reported, whatever happens to the others.
 
     What a logger raises is warned of once, in the thread that calls the methods; it is tried again with the next report.
-
-    Args:
-        loggers: loggers, or instances of ``SummaryWriter``.
-        warn: is given a sentence, to be preceded by the name of the reporter.
+    ``warn`` is given a sentence, to be preceded by the name of the reporter.
     """
 
-    patience = 30.0
-    """Seconds that :meth:`close` waits for all loggers together, if nothing else is said."""
+    patience = 30.0  # seconds that close waits for all loggers together, if nothing else is said
 
     def __init__(self, loggers: Iterable[Any], warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -180,8 +169,7 @@ class LoggerQueues:
 class _LoggerQueue:
     """A logger's sink, and what there is to warn of.
 
-    A sink that may run in the background has a :class:`Writer` of its own, so that one that hangs holds up neither the
-    training nor the other sinks.
+    One that may run in the background has a :class:`Writer` of its own: if it hangs, it holds up nobody else.
     """
 
     def __init__(self, logger: Any) -> None:

@@ -8,12 +8,24 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import covariance, fmean
 
-ENOUGH = 10
-"""Measurements along a run from which its noise scale can be told, as a rule."""
+ENOUGH = 10  # measurements along a run from which its noise scale can be told, as a rule
 
 
 @dataclass(frozen=True)
-class NoiseEstimate:
+class Band:
+    """A value with its interval, as a noise scale's interval gives it."""
+
+    value: float
+    lower: float
+    upper: float
+
+    def times(self, factor: float) -> Band:
+        """The band of a multiple."""
+        return Band(self.value * factor, self.lower * factor, self.upper * factor)
+
+
+@dataclass(frozen=True)
+class NoiseEstimate(Band):
     """A noise scale in samples, with its confidence interval.
 
     Attributes:
@@ -21,12 +33,9 @@ class NoiseEstimate:
         lower: lower end of the interval.
         upper: upper end; infinite where the data cannot bound it.
         confidence: probability that the interval is meant to hold the true value with.
-        measurements: number of gradients or pairs of gradients it rests on.
+        measurements: number of gradients, or pairs of them, that it rests on.
     """
 
-    value: float
-    lower: float
-    upper: float
     confidence: float
     measurements: int
 
@@ -70,10 +79,8 @@ def student_quantile(probability: float, degrees: int) -> float:
     low, high = -math.pi / 2, math.pi / 2  # of atan(t / sqrt(degrees))
     for _ in range(54):
         angle = (low + high) / 2
-        if _student_distribution(angle, degrees) < probability:
-            low = angle
-        else:
-            high = angle
+        is_below = _student_distribution(angle, degrees) < probability
+        low, high = (angle, high) if is_below else (low, angle)
     return math.sqrt(degrees) * math.tan((low + high) / 2)
 
 

@@ -14,8 +14,7 @@ from lightning_gradhist.noise.interval import NoiseEstimate
 
 FILE_NAME = "calibration.json"
 SCHEMA_VERSION = 1
-_LARGEST = 1e15
-"""Beyond any number of steps or samples, and any learning rate; only a noise scale may be larger."""
+_LARGEST = 1e15  # beyond any number of steps or samples, and any learning rate; only a noise scale may be larger
 
 
 class RecordError(ValueError):
@@ -97,7 +96,7 @@ class RunRecord:
         Args:
             path: of a file, whose folder is made, or a URL that fsspec knows (``s3://``, ``gs://``, ``memory://``).
         """
-        content = _finite({"schema_version": SCHEMA_VERSION, **asdict(self)})
+        content = finite({"schema_version": SCHEMA_VERSION, **asdict(self)})
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         if _is_url(path):
             _save_at_url(str(path), text)
@@ -253,10 +252,10 @@ def _number(name: str, value: Any, largest: float = _LARGEST) -> float:
     return float(value)
 
 
-def _finite(content: Any) -> Any:
-    # JSON has no infinity; an unbounded estimate is written as null.
+def finite(content: Any) -> Any:
+    """What JSON can hold of some content: an infinite number, as of an estimate without a bound, is null."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_finite(value) for value in content]
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content

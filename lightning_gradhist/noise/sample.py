@@ -23,14 +23,10 @@ class Sample:
     Of a tensor of :math:`n` values it has about :math:`\sqrt n` parts in :math:`\sum \sqrt n`, and of one of up to 4,096 all:
     small tensors, as the biases of the last layer, have more of a gradient's square than of its values. Samples of other
     steps have other values, and over the steps all are looked at equally often.
-
-    Attributes:
-        strides: from one run to the next, by name; of other names it has all values.
-        turn: which run is the first, from 0 to 1 of a stride; that of a tensor depends on its name as well.
     """
 
-    strides: Mapping[str, int]
-    turn: float = 0.0
+    strides: Mapping[str, int]  # from one run to the next, by name; of other names it has all values
+    turn: float = 0.0  # which run is the first, from 0 to 1 of a stride; that of a tensor depends on its name as well
 
     @classmethod
     def at(cls, step: int, sizes: Mapping[str, int], most: int = MOST) -> Sample:
@@ -48,7 +44,9 @@ class Sample:
 
     def of_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As :meth:`of`, by such a factor that sums of products of two are, but for chance, those over all values."""
-        return {name: self._scaled(name, values) for name, values in self.of(gradients).items()}
+        factors = {name: math.sqrt(stride) for name, stride in self.strides.items() if stride > 1}
+        found = self.of(gradients).items()
+        return {name: values.float() * factors[name] if name in factors else values for name, values in found}
 
     def first(self, name: str, stride: int) -> int:
         """The place of the first that is picked, where every ``stride``-th is."""
@@ -63,7 +61,3 @@ class Sample:
         some = values[: runs * _RUN].view(runs, _RUN)[first::stride]
         has_rest = rest > 0 and runs % stride == first
         return torch.cat([some.reshape(-1), values[runs * _RUN :]]) if has_rest else some
-
-    def _scaled(self, name: str, values: Tensor) -> Tensor:
-        stride = self.strides.get(name, 1)
-        return values if stride <= 1 else values.float() * math.sqrt(stride)

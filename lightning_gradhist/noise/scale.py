@@ -10,20 +10,17 @@ from torch import Tensor
 
 from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate
 from lightning_gradhist.noise.step import adam_weight
-from lightning_gradhist.tensors import batches, joined, sums, total
+from lightning_gradhist.tensors import apart, batches, joined, sums, total
 
 
 class GradientMoments:
     """Streaming mean and variance of gradients, coordinate by coordinate (Welford; over ranks as Chan et al. 1983).
 
-    Args:
-        like: names and tensors whose shapes and devices the gradients have. Kept in float32, or float64 for float64.
+    In float32, or float64 for float64; ``like`` are names and tensors whose shapes and devices the gradients have.
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
-        self.count = 0
-        self.weight = 0.0
-        """The sum of the gradients' weights."""
+        self.count, self.weight = 0, 0.0  # of the gradients, the sum of their weights
         self.mean = {name: _accumulator(tensor) for name, tensor in like.items()}
         self.sum_of_squares = {name: _accumulator(tensor) for name, tensor in like.items()}
         self._batches = [list(batch) for batch in batches(self.mean)]  # small ones go together, which takes less time
@@ -31,13 +28,9 @@ class GradientMoments:
     def update(self, gradients: Mapping[str, Tensor | None], weight: float = 1.0) -> None:
         """Adds one gradient; a parameter that is missing or None has gradient zero.
 
-        Args:
-            gradients: names and gradients.
-            weight: its samples as a multiple of those of a gradient that mean and variance are told for.
+        ``weight`` is its samples as a multiple of those of a gradient that mean and variance are told for.
         """
-        before = self.weight
-        self.count += 1
-        self.weight += weight
+        before, self.count, self.weight = self.weight, self.count + 1, self.weight + weight
         for names in self._batches:
             means, squares = [self.mean[name] for name in names], [self.sum_of_squares[name] for name in names]
             deviations = [_deviation(gradients.get(name), mean) for name, mean in zip(names, means, strict=True)]
@@ -90,13 +83,15 @@ class NoiseScale:
     of ``b``. What ``w * mean`` has too little, as ``w`` falls with the measured mean, is added by Stein's lemma.
 
     The interval is Fieller's for the ratio of the averages. That of ``B_adam`` is in the metric that the first half gave,
-    which differs from the metric of the exact :math:`v` by a few percent.
+    which differs from that of the exact :math:`v` by a few percent. Memory: two tensors a parameter for the first half,
+    four from :meth:`split` on.
 
     Args:
         like: names and tensors whose shapes and devices the gradients have, such as the parameters.
         batch_size: samples ``b`` of a gradient, unless :meth:`update` says another number.
 
-    Memory: two tensors a parameter for the first half, four from :meth:`split` on.
+    Raises:
+        ValueError: for a batch size that is not positive.
 
     Example:
         >>> import torch
@@ -128,11 +123,9 @@ class NoiseScale:
         return len(self._measurements)
 
     def update(self, gradients: Mapping[str, Tensor | None], samples: float | None = None) -> None:
-        """Adds one gradient: to the first half, or after :meth:`split` to the second.
+        """Adds one gradient, of ``batch_size`` samples or another number: to the first half, or after :meth:`split` the second.
 
-        Args:
-            gradients: names and gradients; a parameter that is missing or None has gradient zero.
-            samples: of this gradient, where they are others than ``batch_size``.
+        A parameter that is missing or None has gradient zero.
         """
         weight = 1.0 if samples is None else samples / self.batch_size
         if self._weights is None:
@@ -150,15 +143,12 @@ class NoiseScale:
         self._measurements.append((total(terms), inflation))
 
     def split(self, eps: float, batch_ratio: float = 1.0, centered: Collection[str] = ()) -> None:
-        """Ends the first half, and fixes the metric of ``B_adam`` from it.
+        """Ends the first half of two gradients or more, and fixes the metric of ``B_adam`` from it.
 
         Args:
             eps: Adam's epsilon, in units of the gradient.
             batch_ratio: samples of an optimizer step as a multiple of ``batch_size``, which is what ``v`` is of.
             centered: names of the parameters whose ``v`` is the variance, as a centered RMSprop has it.
-
-        Raises:
-            RuntimeError: if the first half has fewer than two gradients, or was ended before.
         """
         if self._weights is not None:
             raise RuntimeError("split() ends the first half and can be called once")
@@ -174,10 +164,7 @@ class NoiseScale:
         }
 
     def all_reduce(self, group: Any = None) -> None:
-        """Merges over all ranks; to be called on every rank, at the end of each half.
-
-        Called before :meth:`split`, the second half is measured against the first half of all ranks.
-        """
+        """Merges over all ranks, at the end of each half; to be called on every rank."""
         if self._weights is None:
             self.first_half.all_reduce(group)
             return
@@ -189,11 +176,7 @@ class NoiseScale:
     def all_reduce_shards(self, group: Any = None, device: torch.device | None = None) -> None:
         """As :meth:`all_reduce`, for ranks that each hold another part of every gradient: one all-reduce of the sums.
 
-        The first half needs nothing of the other ranks. Every rank has seen the same gradients.
-
-        Args:
-            group: of the ranks.
-            device: that they communicate on, where it is not that of the gradients.
+        The first half needs nothing of the other ranks. ``device`` is what they communicate on, if not that of the gradients.
         """
         if self._measurements:
             measured, inflations = zip(*self._measurements, strict=True)
@@ -217,20 +200,18 @@ class NoiseScale:
 
 
 def _all_reduced(tensors: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]:
-    # One collective for each dtype, however many tensors there are.
+    """Sums over ranks, in one collective for each dtype, however many tensors there are."""
     summed: dict[str, Tensor] = {}
-    for dtype in {tensor.dtype: None for tensor in tensors.values()}:
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors.values()):
         of_dtype = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
         flat = torch.cat([tensor.reshape(-1) for tensor in of_dtype.values()])
         torch.distributed.all_reduce(flat, group=group)
-        parts = flat.split([tensor.numel() for tensor in of_dtype.values()])
-        summed |= {n: part.view(of_dtype[n].shape) for n, part in zip(of_dtype, parts, strict=True)}
+        summed |= apart(flat, of_dtype)
     return {name: summed[name] for name in tensors}
 
 
 def _accumulator(tensor: Tensor) -> Tensor:
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32), requires_grad=False)
 
 
 def _deviation(gradient: Tensor | None, mean: Tensor) -> Tensor:

@@ -23,10 +23,9 @@ _WAITING = 64  # measurements, after which it is looked for those that have arri
 class NoiseRecord:
     """Noise scale over a run, at no extra backward pass.
 
-    Within a step, a micro-batch, accumulated or of one rank, is measured against the whole, without bias
-    (:func:`lightning_gradhist.noise.step.measure_part`); likewise one half of a batch. Else successive steps are measured
-    against each other (:func:`lightning_gradhist.noise.step.measure_pair`): as the first gradient took part in the step to the
-    second, the signal then comes out too small, and the noise scale too large, the more so the larger the rate.
+    Within a step a part, such as a micro-batch, is measured against the whole, without bias. Else successive steps are
+    measured against each other: as the first gradient took part in the step to the second, the signal then comes out too
+    small, and the noise scale too large, the more so the larger the rate.
 
     Args:
         samples: plain numbers, in the order of the steps, as :attr:`samples` gives them.
@@ -36,8 +35,8 @@ class NoiseRecord:
 
     def __init__(self, samples: Sequence[Mapping[str, Any]] = (), most: int = 4096) -> None:
         self._samples: list[dict[str, Any]] = [dict(sample) for sample in samples]
+        # measurements of an entry; the last entry has fewer until it is whole
         self._stride = max(map(_measurements, self._samples), default=1)
-        """Measurements of an entry; the last entry has fewer until it is whole."""
         self._waiting: deque[tuple[int, HostTensor]] = deque()  # steps, and batch size and measurement
         self._most = most
 
@@ -46,12 +45,9 @@ class NoiseRecord:
         return sum(map(_measurements, self._samples)) + len(self._waiting)
 
     def add(self, step: int, batch_size: float | Tensor, measurement: Tensor) -> None:
-        """Adds one measurement, without waiting for the device that makes it.
+        """Adds one measurement of :func:`~lightning_gradhist.noise.step.noise_and_signal`, without waiting for the device.
 
-        Args:
-            step: optimizer step of the gradient, of a pair that of the first.
-            batch_size: samples of the gradient that the noise is told for.
-            measurement: of :func:`lightning_gradhist.noise.step.noise_and_signal`; what is not finite is recorded as None.
+        The step is that of the gradient, of a pair that of the first, and the batch size that which the noise is told for.
         """
         if len(self._waiting) >= _WAITING:
             self._take_down(wait=False)
@@ -99,12 +95,8 @@ class NoiseRecord:
         """The noise scale averaged over the run, in samples.
 
         As it grows during a run, the ratios of windows of equally many steps, with Fieller's intervals, are averaged,
-        errors in quadrature. There are as many windows, up to eight, as leave every interval bounded.
-
-        Args:
-            metric: ``"simple"`` or ``"adam"``.
-            confidence: of the interval.
-            wait: for what a device measures still; else it is left out.
+        errors in quadrature. There are as many windows, up to eight, as leave every interval bounded. ``metric`` is
+        ``"simple"`` or ``"adam"``. Without ``wait``, what a device measures still is left out.
         """
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")

@@ -23,10 +23,8 @@ def measure_pair(
     r"""Squared distance :math:`|g_1 - g_2|^2` and product :math:`g_1 g_2` of two independent gradients.
 
     Of :math:`n_1` and :math:`n_2` samples, at fixed weights, :math:`E|g_1 - g_2|^2 = \operatorname{tr}\Sigma (1/n_1 + 1/n_2)`
-    and :math:`E\,g_1 g_2 = |G|^2`, with :math:`\Sigma` the covariance of one sample's gradient.
-
-    A name that only one of the two has is left out. ``weights`` are those of :func:`adam_weight`, None if the optimizer has
-    no second moment.
+    and :math:`E\,g_1 g_2 = |G|^2`, with :math:`\Sigma` the covariance of one sample's gradient. A name that only one of the
+    two has is left out. ``weights`` are those of :func:`adam_weight`, None if the optimizer has no second moment.
 
     Returns:
         float64 ``[4]``: distance and product with weight 1, then with ``weights``; NaN where there is nothing to measure.
@@ -47,24 +45,20 @@ def measure_part(
     .. math:: E|p - g|^2 = \operatorname{tr}\Sigma \left(\frac{1 - 2/K}{n} + \frac1N\right), \qquad
         E|g|^2 = |G|^2 + \operatorname{tr}\Sigma / N
 
-    (McCandlish et al. 2018, appendix A.1, with the difference in place of two norms, which has less variance).
-
-    A name that ``part`` has not had no gradient there, which is zero. Weights and result are as of :func:`measure_pair`.
+    (McCandlish et al. 2018, appendix A.1, with the difference in place of two norms, which has less variance). A name that
+    ``part`` has not had no gradient there, which is zero. Weights and result are as of :func:`measure_pair`.
     """
     return _measured(lambda g, _: g.square(), whole, part, weights)
 
 
 def noise_and_signal(sums: Tensor, spread: Tensor | float, excess: Tensor | float, samples: Tensor | float) -> Tensor:
-    r"""Noise and signal of a gradient of so many samples, without bias.
+    r"""Noise :math:`\operatorname{tr}\Sigma / n` and signal :math:`|G|^2` without bias, with weight 1, then weighted: ``[4]``.
 
     Args:
-        sums: ``[4]`` of :func:`measure_pair` or :func:`measure_part`.
+        sums: float64 ``[4]`` of :func:`measure_pair` or :func:`measure_part`.
         spread: expected distance as a multiple of :math:`\operatorname{tr}\Sigma`.
         excess: what the expected product has more than :math:`|G|^2`, likewise: 0 of a pair, :math:`1/N` of a part.
-        samples: of the gradient that the noise is told for.
-
-    Returns:
-        float64 ``[4]``: noise :math:`\operatorname{tr}\Sigma / n` and signal :math:`|G|^2` with weight 1, then weighted.
+        samples: ``n`` of the gradient that the noise is told for.
     """
     distances, products = sums[0::2], sums[1::2]
     trace = distances / spread
@@ -88,7 +82,7 @@ def _measured(
 
 
 def _joined_weights(batch: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Tensor:
-    if weights is None:
-        first = next(iter(batch.values()))
-        return torch.full((), math.nan, device=first.device).expand(sum(tensor.numel() for tensor in batch.values()))
-    return joined(batch, weights)
+    if weights is not None:
+        return joined(batch, weights)
+    first = next(iter(batch.values()))
+    return torch.full((), math.nan, device=first.device).expand(sum(tensor.numel() for tensor in batch.values()))

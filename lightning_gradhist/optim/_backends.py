@@ -1,4 +1,4 @@
-"""Who makes a step: the eager functions, the same ones compiled for the CPU, or the Triton kernels of the same names."""
+"""Who makes a step, and in which buckets: the eager functions, these compiled for the CPU, or the kernels of the same names."""
 
 from __future__ import annotations
 
@@ -8,22 +8,32 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist import kernels
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.optim._buckets import Bucket, buckets_of, flat_views, one_bucket, one_by_one
-
-Step = TypeVar("Step", bound=Callable[..., Any])
-Do = Callable[[Bucket], None]
+from lightning_gradhist.kernels import StepScalars, StepTensors
 
 _CPU_BUCKET = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_BUCKET = 2**24  # bounds the temporary memory
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
 _FLAT_BUCKET = 2**17  # elements of small tensors that are copied into one
+
+
+class Bucket(NamedTuple):
+    """What is stepped together: whole entries of the lists, as views or copies."""
+
+    chunks: list[StepTensors]  # one, or those of a single large entry, which are stepped one after another
+    scalars: StepScalars
+    entries: slice | Tensor  # which entries of the lists they are: an index of the first dimension
+    small: bool  # whether there is room for a copy of one of the lists
+    sizes: Tensor | None = None  # elements of each entry, int64 [n], where one tensor holds several, one after another
+
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+Do = Callable[[Bucket], None]
 
 
 class Backend:
@@ -39,10 +49,7 @@ class Backend:
 
     @abstractmethod
     def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
-        """Do something with one bucket after another, the same ones whenever it is called.
-
-        ``written`` names the lists that it writes to.
-        """
+        """Do something that writes to some of the lists with one bucket after another, the same ones at each call."""
 
 
 class Eager(Backend):
@@ -52,24 +59,24 @@ class Eager(Backend):
         self.foreach = foreach
 
     def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
-        """As ``foreach`` asks for."""
         if self.foreach:
-            do(one_bucket(tensors, scalars, small=True))
-            return
-        size = _CPU_BUCKET if tensors.params[0].device.type == "cpu" else _DEVICE_BUCKET
-        for bucket in one_by_one(tensors, scalars) if self.foreach is False else buckets_of(tensors, scalars, size):
-            do(bucket)
+            do(_whole(tensors, scalars, small=True))
+        elif self.foreach is False:
+            for index, entry in enumerate(zip(*tensors, strict=True)):
+                do(_bucket([entry], scalars, index))
+        else:
+            size = _CPU_BUCKET if tensors.params[0].device.type == "cpu" else _DEVICE_BUCKET
+            for bucket in _cut(tensors, scalars, size):
+                do(bucket)
 
 
 class Compiled(Backend):
     """The functions compiled to one pass over memory, for tensors of one dimension and any length."""
 
     def function(self, step: Step) -> Step:
-        """The compiled function, which all optimizers share."""
         return _compiled(step)
 
     def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
-        """One tensor after another; small ones as a copy of several."""
         for flat in _flat_buckets(tensors, scalars.as_tensors(), written):
             with flat as bucket:
                 do(bucket)
@@ -82,14 +89,12 @@ class Kernels(Backend):
         self.operands: Any = None  # of the coming step, once it is known that the kernels take its tensors
 
     def function(self, step: Step) -> Step:
-        """The launcher of the same name."""
         from lightning_gradhist.kernels import adam_e, alto  # imports Triton
 
         launch = getattr(adam_e if hasattr(adam_e, step.__name__) else alto, step.__name__)
         return cast(Step, functools.partial(launch, operands=self.operands))
 
     def unsupported(self, tensors: StepTensors) -> str | None:
-        """As the kernels say."""
         from lightning_gradhist.kernels import _launch
 
         try:
@@ -99,8 +104,7 @@ class Kernels(Backend):
         return None
 
     def for_each_bucket(self, do: Do, tensors: StepTensors, scalars: StepScalars, written: Sequence[str]) -> None:
-        """All at once."""
-        do(one_bucket(tensors, scalars, small=False))
+        do(_whole(tensors, scalars, small=False))
         # A kernel is handed addresses: nobody else tells autograd what it has written.
         torch.autograd.graph.increment_version([*chain.from_iterable(getattr(tensors, name) for name in written)])
 
@@ -108,16 +112,10 @@ class Kernels(Backend):
 def backend_of(
     group: dict[str, Any], tensors: StepTensors, fault: Callable[[Backend, torch.device, bool], str | None]
 ) -> Backend:
-    """Decide who steps the tensors of a group, before anything is changed.
+    """Decide who steps the tensors of a group, all on one device, before anything is changed.
 
-    Args:
-        group: The param group, with ``foreach`` and ``fused``.
-        tensors: What is to be stepped, all on one device.
-        fault: Says what is wrong with a backend on a device, None if nothing is; tries again, if told to.
-
-    Raises:
-        RuntimeError: If ``fused=True`` cannot be had on that device.
-        ValueError: If the kernels do not take these tensors, and ``fused=True``.
+    ``fault`` says what is wrong with a backend on a device, None if nothing is; it tries again, if told to. ``RuntimeError``
+    if ``fused=True`` cannot be had on that device; ``ValueError`` if the kernels then do not take these tensors.
     """
     device = tensors.params[0].device
     foreach, fused = group["foreach"], group["fused"]
@@ -130,9 +128,8 @@ def backend_of(
     if not fused:
         return Eager(foreach)
     if device.type != "cpu" and not kernels.run_on(device):
-        raise RuntimeError(
-            _no_fused(f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}")
-        )
+        where = f"it is for the CPU, and for CUDA devices with Triton; parameters are on {device}"
+        raise RuntimeError(_no_fused(where))
     backend = Kernels() if kernels.run_on(device) else Compiled()
     reason = fault(backend, device, True)
     if reason is not None:
@@ -144,13 +141,51 @@ def backend_of(
     return backend
 
 
-def is_small(tensor: Tensor) -> bool:
-    """Whether a tensor of the state may be stepped with others as one."""
-    return tensor.numel() < _SMALL and tensor.is_cpu and tensor.is_contiguous()
-
-
 def _no_fused(reason: str) -> str:
     return f"fused=True is not to be had: {reason} Use the eager step, fused=False."
+
+
+def _whole(tensors: StepTensors, scalars: StepScalars, *, small: bool) -> Bucket:
+    return Bucket([tensors], scalars, slice(0, len(tensors.params)), small)
+
+
+def _cut(tensors: StepTensors, scalars: StepScalars, size: int) -> Iterator[Bucket]:
+    """Small tensors together, at most ``size`` elements, and large ones in chunks of as many; one with gaps is one chunk."""
+    bucket: list[tuple[Tensor, ...]] = []
+    filled = first = 0
+    for index, entry in enumerate(zip(*tensors, strict=True)):
+        flat = _flat_views(entry) if entry[0].numel() > size else None
+        if bucket and (flat is not None or filled + entry[0].numel() > size):
+            yield _bucket(bucket, scalars, first)
+            bucket, filled = [], 0
+        if flat is not None:
+            chunks = zip(*(tensor.split(size) for tensor in flat), strict=True)
+            place = slice(index, index + 1)
+            yield Bucket([_transposed([chunk]) for chunk in chunks], scalars.of(place), place, small=False)
+            continue
+        first = first if bucket else index
+        bucket.append(entry)
+        filled += entry[0].numel()
+    if bucket:
+        yield _bucket(bucket, scalars, first)
+
+
+def _bucket(entries: list[tuple[Tensor, ...]], scalars: StepScalars, first: int) -> Bucket:
+    place = slice(first, first + len(entries))
+    return Bucket([_transposed(entries)], scalars.of(place), place, small=True)
+
+
+def _transposed(entries: list[tuple[Tensor, ...]]) -> StepTensors:
+    return StepTensors(*map(list, zip(*entries, strict=True)))
+
+
+def _flat_views(entry: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Parameter, gradient and state as one-dimensional views in the order of their memory; None where it has gaps."""
+    order = sorted(range(entry[0].dim()), key=entry[0].stride, reverse=True)
+    param, grad, *state = (tensor.permute(order) for tensor in entry)
+    if not all(tensor.is_contiguous() for tensor in (param, *state)):
+        return None
+    return param.view(-1), grad.reshape(-1), *(tensor.view(-1) for tensor in state)
 
 
 @functools.cache
@@ -160,6 +195,11 @@ def _compiled(step: Step) -> Step:
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = 64
     return cast(Step, torch.compile(step, **options))
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a tensor of the state may be stepped with others as one."""
+    return tensor.numel() < _SMALL and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _flat_buckets(
@@ -190,7 +230,7 @@ def _flat_buckets(
 def _flat_entry(tensors: StepTensors, scalars: StepScalars, index: int, written: Sequence[str]) -> Iterator[Bucket]:
     """One entry as a view, or as a copy where its memory has gaps, which is copied back in the end."""
     entry = [column[index] for column in tensors]
-    views = flat_views(entry)
+    views = _flat_views(entry)
     flat = _one_entry(views or [tensor.reshape(-1) for tensor in entry])
     yield Bucket([flat], scalars.of(index), slice(index, index + 1), small=False)
     if views is None:
@@ -207,6 +247,8 @@ def _flat_copy(
     entries = StepTensors(*([column[index] for index in indices] for column in tensors))
     sizes = [param.numel() for param in entries.params]
     views = {name: side_by_side(column, sizes) for name, column in entries._asdict().items()}
+    if views["grads"] is not None and not all(map(Tensor.is_contiguous, entries.grads)):
+        views["grads"] = None  # their memory is in another order than the parameters'
     is_flat = all(param.dim() == 1 for param in entries.params)
     # DDP's own, in C++: for thousands of small tensors Python takes longer than the step
     join = torch.cat if is_flat else torch._utils._flatten_dense_tensors

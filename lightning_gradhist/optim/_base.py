@@ -16,11 +16,9 @@ from lightning_gradhist.optim._checks import refuse_complex, refuse_sparse
 class ExploringOptimizer(Optimizer):
     """Base of the optimizers with adaptor E; a subclass gives the step."""
 
-    _added_defaults: ClassVar[dict[str, Any]] = {}
-    """What a param group of a torch optimizer, or of an older pickle, may lack."""
+    _added_defaults: ClassVar[dict[str, Any]] = {}  # what a group of a torch optimizer, or of an older pickle, may lack
 
-    def _explore_names(self) -> tuple[str, str]:
-        """The keys of the two numbers in the param groups."""
+    def _explore_names(self) -> tuple[str, str]:  # the keys of the two numbers in the param groups
         return "alpha", "explore_beta"
 
     @abstractmethod
@@ -29,14 +27,7 @@ class ExploringOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Make one step with all parameters that have a gradient.
-
-        Args:
-            closure: Clears the gradients, computes the loss and its gradients, and returns the loss. It runs
-                first, with gradients enabled; the gradients are read after it.
-
-        Returns:
-            What ``closure`` returned; None without one.
+        """Make one step with all parameters that have a gradient, after the closure, which returns the loss.
 
         Raises:
             RuntimeError: If a gradient is sparse, or ``fused=True`` cannot be had (on the CPU without a C++ compiler,
@@ -73,20 +64,12 @@ class ExploringOptimizer(Optimizer):
             ValueError: If ``batch_size`` is not a positive number.
         """
         self._complete_groups()
-        choice = dict(zip(self._explore_names(), explore_choice(batch_size), strict=True))
-        for group in self.param_groups:
-            group.update({name: value for name, value in choice.items() if group[name] == AUTO})
+        for name, value in zip(self._explore_names(), explore_choice(batch_size), strict=True):
+            for group in self.param_groups:
+                group[name] = value if group[name] == AUTO else group[name]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, whose hyper-parameters are checked first.
-
-        Args:
-            param_group: The parameters under ``"params"``, and what is to differ from the defaults.
-
-        Raises:
-            ValueError: If a hyper-parameter is out of range.
-            TypeError: If a parameter is complex, or ALTO is to take the norm of a part of a flat partition (ZeRO, some of FSDP1).
-        """
+        """Add a param group as torch does, or refuse it as the constructor does, and leave all as it was."""
         if isinstance(param_group, dict):  # torch says what is wrong with anything else
             self._check_group({**self._added_defaults, **self.defaults, **param_group})
         self._add(param_group)
@@ -106,10 +89,10 @@ class ExploringOptimizer(Optimizer):
         refuse_complex(group, type(self).__name__)
 
     def __repr__(self) -> str:
-        """Show the groups as torch does, with the numbers that are in force for ``"auto"``."""
         return self._with_explore_in_force(super().__repr__())
 
     def _with_explore_in_force(self, text: str) -> str:
+        """What torch shows, with the numbers that are in force for ``"auto"``."""
         for name, value in zip(self._explore_names(), explore_choice(None), strict=True):
             text = text.replace(f"    {name}: {AUTO}\n", f"    {name}: {AUTO} ({value} in force)\n")
         return text

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 
 STATE = StepTensors._fields[2:]
 
@@ -69,11 +69,7 @@ def subtract_adam_directions(thetas: list[Tensor], ms: list[Tensor], vs: list[Te
 
 
 def _uncorrected(s: StepScalars) -> tuple[Any, Any]:
-    """``eps'`` and ``f`` so that the direction is ``f * m / (sqrt(v) + eps')``, which saves a pass over ``v``.
-
-    With the bias corrections ``b1`` and ``b2`` they are ``eps * sqrt(b2)`` and ``sqrt(b2) / b1``: numbers, or tensors
-    where the corrections are.
-    """
+    """``eps'`` and ``f`` so that the direction is ``f * m / (sqrt(v) + eps')``, which saves a pass over ``v``."""
     if isinstance(s.bias_correction2, list):
         roots = torch._foreach_sqrt(s.bias_correction2)
         return torch._foreach_mul(roots, s.eps), torch._foreach_div(roots, s.bias_correction1)  # type: ignore[arg-type]
@@ -94,9 +90,8 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def widened(tensors: StepTensors, columns: Sequence[str] = StepTensors._fields) -> StepTensors:
     """The lists as they are computed with: fp16 and bf16 of some columns copied to fp32, all else as it is."""
-    return tensors._replace(
-        **{name: [tensor.to(wide_dtype(tensor)) for tensor in getattr(tensors, name)] for name in columns}
-    )
+    wide = {name: [tensor.to(wide_dtype(tensor)) for tensor in getattr(tensors, name)] for name in columns}
+    return tensors._replace(**wide)
 
 
 def write_back(wide: StepTensors, tensors: StepTensors, s: StepScalars, columns: Sequence[str]) -> None:
@@ -110,17 +105,10 @@ def write_back(wide: StepTensors, tensors: StepTensors, s: StepScalars, columns:
 
 
 def rounded_stochastically(values: Tensor, step: float | Tensor) -> Tensor:
-    """Round fp32 to one of its two neighbours in bf16, the nearer one more often, so that the mean is the value.
+    """Round fp32 to one of its two neighbours in bf16, as fp32; the nearer one more often, so that the mean is the value.
 
     The random bits are a hash of the value and the number of the step: the same on every device and after a resume,
     and nothing is drawn from the user's generators. What bf16 can hold stays as it is.
-
-    Args:
-        values: fp32, of any shape.
-        step: The number of the step.
-
-    Returns:
-        The values that were chosen, in fp32.
     """
     bits = values.view(torch.int32)
     # multiply-xorshift ("lowbias32", by C. Wellons); int32 has no logical shift, hence the masks

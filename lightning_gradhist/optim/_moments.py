@@ -8,27 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+from torch.optim.optimizer import Optimizer, StateDict
 
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
-from lightning_gradhist.explore import AUTO, resolve_explore
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.optim._backends import Backend, backend_of, is_small, side_by_side
+from lightning_gradhist.explore import resolve_explore
+from lightning_gradhist.kernels import StepScalars, StepTensors
+from lightning_gradhist.optim._backends import Backend, Bucket, backend_of, is_small, side_by_side
 from lightning_gradhist.optim._base import ExploringOptimizer
-from lightning_gradhist.optim._buckets import Bucket
-from lightning_gradhist.optim._checks import (
-    check_hyper_parameters,
-    refuse_amsgrad,
-    refuse_capture,
-    refuse_narrow_state,
-)
+from lightning_gradhist.optim._checks import check_hyper_parameters, refuse_amsgrad, refuse_capture, refuse_narrow_state
 from lightning_gradhist.optim._formulas import wide_dtype
-
-__all__ = ["MomentOptimizer", "ParamsT", "Subgroup"]
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 _STATE = {"step", *BUFFERS}
@@ -38,18 +30,13 @@ Alike = tuple[list[Tensor], list[Tensor], list[State]]  # parameters, gradients 
 
 @dataclass
 class Subgroup:
-    """Parameters of one param group, on one device, of one dtype and with one number of steps: what a backend is given.
-
-    It steps them in buckets, and those in chunks.
-    """
+    """Parameters of one param group, on one device, of one dtype and with one number of steps: what a backend is given."""
 
     tensors: StepTensors
     scalars: StepScalars
     group: dict[str, Any]
-    params: list[Tensor]
-    """The parameters that the entries of :attr:`tensors` are, or under FSDP2 are this rank's shards of."""
-    steps: list[Tensor]
-    """The numbers of the steps that they have made, of each or of all, which :attr:`scalars` is one ahead of."""
+    params: list[Tensor]  # what the entries of tensors are, or under FSDP2 are this rank's shards of
+    steps: list[Tensor]  # how many they have made, of each or of all; scalars is one ahead
     backend: Backend
 
     def for_each_bucket(self, do: Callable[[Subgroup, Bucket], None], written: Sequence[str]) -> None:
@@ -59,16 +46,6 @@ class Subgroup:
 
 class MomentOptimizer(ExploringOptimizer):
     """Base of AdamE and ALTO, whose state is ``e``, ``m`` and ``v``."""
-
-    _added_defaults: ClassVar[dict[str, Any]] = {
-        "alpha": AUTO,
-        "explore_beta": AUTO,
-        "maximize": False,
-        "foreach": None,
-        "fused": None,
-        "capturable": False,
-        "state_dtype": None,
-    }
 
     @abstractmethod
     def _update(self, subgroups: list[Subgroup]) -> None:
@@ -161,18 +138,15 @@ class MomentOptimizer(ExploringOptimizer):
         states = [self.state[param] for param in params]
         fresh = [(param, state) for param, state in zip(params, states, strict=True) if not state.keys() >= _STATE]
         for param, state in fresh:
-            self._complete(state, param, group)
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
+            for name in BUFFERS:
+                if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
+                    dtype = _state_dtype(param, group)
+                    state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if group["fused"] and not torch.compiler.is_compiling():
             lay_side_by_side([state for _, state in fresh])
         return states
-
-    def _complete(self, state: State, param: Tensor, group: dict[str, Any]) -> None:
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
-        for name in BUFFERS:
-            if name not in state:  # one by one: a checkpoint of torch's Adam has no exp_avg_grad
-                dtype = group["state_dtype"] or wide_dtype(param)
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_hyper_parameters(group)
@@ -182,24 +156,16 @@ class MomentOptimizer(ExploringOptimizer):
         refuse_narrow_state(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of this class, or of torch's Adam or AdamW.
+        """Load a state dict of this class, or of torch's Adam or AdamW; with theirs, ``exp_avg_grad`` starts at zero.
 
-        With torch's, ``exp_avg_grad`` starts at zero. The state stays in fp32 for fp16 and bf16 parameters,
-        and is copied: later steps do not write to ``state_dict``. Hyper-parameters that ``state_dict`` does
-        not have keep their present values.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned; it is not changed.
+        The state stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not write to ``state_dict``.
+        Hyper-parameters that ``state_dict`` does not have keep their present values.
 
         Raises:
-            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
-                has been changed then.
+            ValueError: If groups do not fit, a number is out of range, or ``amsgrad`` was on; nothing has been changed then.
         """
-        hook = self.register_load_state_dict_pre_hook(_shield_state)  # last, hence after the user's own hooks
-        try:
+        with self.register_load_state_dict_pre_hook(_shield_state):  # last, hence after the user's own hooks
             super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a pickled or loaded state, and complete what an older one lacks."""
@@ -229,7 +195,7 @@ class _Shielded:
             return torch.tensor(float(self.value), dtype=torch.float32, device=_step_device(param, group))
         if not isinstance(self.value, Tensor):
             return self.value
-        dtype = group["state_dtype"] or wide_dtype(param)
+        dtype = _state_dtype(param, group)
         if is_dtensor(param) or self.value.shape != param.shape:
             return self.value.to(device=param.device, dtype=dtype, copy=True)
         # in the order of the parameter's memory, whatever that of the checkpoint was
@@ -285,6 +251,11 @@ def lay_side_by_side(states: Sequence[State]) -> None:
             state[name] = value
 
 
+def _state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    dtype: torch.dtype | None = group["state_dtype"]
+    return dtype or wide_dtype(param)
+
+
 def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
     # on the CPU reading it does not wait for the device; a captured graph needs it on the device
     return param.device if group["capturable"] else torch.device("cpu")
@@ -298,8 +269,7 @@ def _bias_correction(beta: float, step: float | list[Tensor]) -> float | list[Te
     return corrections
 
 
-_FAULTS: dict[tuple[type[MomentOptimizer], type[Backend], torch.device], str | None] = {}
-"""What trials have found."""
+_FAULTS: dict[tuple[type[MomentOptimizer], type[Backend], torch.device], str | None] = {}  # what trials have found
 
 
 def _fault_of(cls: type[MomentOptimizer], kind: type[Backend], device: torch.device) -> str | None:

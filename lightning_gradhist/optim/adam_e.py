@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from lightning_gradhist.explore import AUTO
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.optim._buckets import Bucket
+from lightning_gradhist.kernels import StepScalars, StepTensors
+from lightning_gradhist.optim._backends import Bucket
 from lightning_gradhist.optim._formulas import (
     STATE,
     add_multiple,
@@ -21,7 +22,7 @@ from lightning_gradhist.optim._formulas import (
     widened,
     write_back,
 )
-from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
+from lightning_gradhist.optim._moments import MomentOptimizer, Subgroup
 
 WRITTEN = ("params", *STATE)
 
@@ -49,10 +50,7 @@ def adam_e_reference(theta: Any, g: Any, e: Any, m: Any, v: Any, k: int, group: 
 def adam_e_step(tensors: StepTensors, s: StepScalars, *, decoupled_weight_decay: bool) -> None:
     """Make one AdamE step in place, in fp32 or float64; the gradients are not changed.
 
-    Args:
-        tensors: Parameters, gradients and state.
-        s: The scalars of this step.
-        decoupled_weight_decay: Shrink ``theta`` (AdamW), or add the decay to the gradient (Adam).
+    ``decoupled_weight_decay`` shrinks ``theta`` (AdamW); else the decay is added to the gradient (Adam).
     """
     wide = widened(tensors)
     theta, g, e, m, v = wide  # a list of tensors each
@@ -84,9 +82,8 @@ class AdamE(MomentOptimizer):
         v     = beta2 * v + (1 - beta2) * g'^2
         theta = theta - lr * (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps)
 
-    ``a`` is the paper's moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 - explore_beta) *
-    (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer does for its two.
-    Weight decay: ``theta`` is first multiplied by ``1 - lr * weight_decay`` (decoupled, AdamW), or ``weight_decay *
+    The paper's ``a``, the moving average of the gradient's change, is ``(1 - explore_beta) * (g - e)``: one buffer does for
+    its two. Weight decay: ``theta`` is first multiplied by ``1 - lr * weight_decay`` (decoupled, AdamW), or ``weight_decay *
     theta`` is added to ``g'`` (coupled, Adam). At ``alpha = 0`` it is ``torch.optim.AdamW`` or ``torch.optim.Adam``.
 
     The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the parameter and in
@@ -107,13 +104,12 @@ class AdamE(MomentOptimizer):
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
         decoupled_weight_decay: Weight decay as in AdamW rather than as in Adam.
         maximize: Ascend instead of descend.
-        foreach: How the eager step goes through the tensors: as many at once as fit a cache, or on other devices than the
-            CPU a bounded memory (None), all at once, in several times their memory (True), or one at a time (False).
-            The result is the same.
-        fused: True makes the step in one pass over memory: on CUDA by Triton kernels, on the CPU by the eager step compiled
-            with ``torch.compile``, which needs a C++ compiler. A small trial step must agree with the eager one first.
-            False takes the eager step. None takes the kernels on CUDA where they can run and pass their trial (else, with
-            one warning, the eager step), and the eager step on the CPU, or where ``foreach`` is given.
+        foreach: How many tensors the eager step takes at once: as many as fit a cache, or on other devices than the CPU a
+            bounded memory (None), all, in several times their memory (True), or one (False). The result is the same.
+        fused: True makes the step in one pass over memory: on CUDA by Triton kernels, on the CPU by ``torch.compile``, which
+            needs a C++ compiler; a small trial step must agree with the eager one first. False takes the eager step.
+            None takes the kernels on CUDA where they run and pass their trial (else, with one warning, the eager
+            step), and the eager step on the CPU, or where ``foreach`` is given.
         capturable: Keep ``step`` on the device, and read it and a tensor ``lr`` there, so that a CUDA graph can hold the step.
         state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. State and
             parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too small for
@@ -127,7 +123,6 @@ class AdamE(MomentOptimizer):
     applied to Adam.
 
     Example:
-        >>> import torch
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
         >>> optimizer = AdamE([x], lr=0.1, alpha=-5.0, explore_beta=0.99)
         >>> for _ in range(200):
@@ -137,8 +132,6 @@ class AdamE(MomentOptimizer):
         >>> bool(x.abs().max() < 0.1)
         True
     """
-
-    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, "decoupled_weight_decay": True}
 
     def __init__(
         self,
@@ -157,13 +150,14 @@ class AdamE(MomentOptimizer):
         capturable: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        """Check the hyper-parameters and register the parameters."""
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    _added_defaults: ClassVar[dict[str, Any]] = __init__.__kwdefaults__  # type: ignore[assignment]
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         for subgroup in subgroups:

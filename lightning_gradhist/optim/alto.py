@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import StateDict
+from torch.nn import Parameter
+from torch.optim.optimizer import ParamsT, StateDict
 
+from lightning_gradhist._dtensor import is_dtensor, local
+from lightning_gradhist._flat import fsdp_piece
 from lightning_gradhist.explore import AUTO
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
-from lightning_gradhist.optim._buckets import Bucket
+from lightning_gradhist.kernels import StepScalars, StepTensors
+from lightning_gradhist.optim._backends import Bucket
 from lightning_gradhist.optim._checks import refuse_flat
 from lightning_gradhist.optim._formulas import (
     STATE,
@@ -23,13 +26,13 @@ from lightning_gradhist.optim._formulas import (
     widened,
     write_back,
 )
-from lightning_gradhist.optim._moments import MomentOptimizer, ParamsT, Subgroup
-from lightning_gradhist.optim._sharding import any_sharded, sum_over_shards
+from lightning_gradhist.optim._moments import MomentOptimizer, Subgroup
 
-EPS2 = 1e-6
-"""Bounds the trust ratio by ``1 / EPS2``: the paper's epsilon 2."""
-EPS3 = 1e-10
-"""Added to the norm of the parameters: the paper's epsilon 3."""
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+EPS2 = 1e-6  # bounds the trust ratio by 1 / EPS2: the paper's epsilon 2
+EPS3 = 1e-10  # added to the norm of the parameters: the paper's epsilon 3
 
 
 def alto_reference(
@@ -55,11 +58,7 @@ def alto_reference(
 
 
 def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
-    """Move ``e``, ``m`` and ``v`` on in place.
-
-    Args:
-        tensors: Parameters, gradients and state; parameters and gradients are not changed.
-        s: The scalars of this step.
+    """Move ``e``, ``m`` and ``v`` on in place; parameters and gradients are not changed.
 
     Returns:
         ``[n, 2]`` in float64: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
@@ -93,12 +92,9 @@ def _theta_and_r(tensors: StepTensors, s: StepScalars) -> tuple[list[Tensor], li
 
 
 def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None) -> None:
-    """Subtract ``lr * ratio * r`` from the parameters in place.
+    """Subtract ``lr * ratio * r`` from the parameters in place, with the state as :func:`alto_moments` left it.
 
-    Args:
-        tensors: Parameters and state, as :func:`alto_moments` left them.
-        s: The scalars of this step.
-        ratios: The trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
+    ``ratios`` are the trust ratio of each entry, ``[n]``, or of each element of a single one, ``[1, numel]``; None for 1.
     """
     subtract_updates(tensors, s, _theta_and_r(tensors, s)[1], ratios)
 
@@ -114,17 +110,15 @@ def subtract_updates(tensors: StepTensors, s: StepScalars, r: list[Tensor], rati
 
 def squared_norms(theta: list[Tensor], r: list[Tensor], sizes: Tensor | None = None) -> Tensor:
     """``[n, 2]``: squared norms of ``theta`` and ``r`` of each entry, or of each part of a single one of given sizes."""
+    dtype = _norm_dtype(theta[0])
     if sizes is not None:
-        squares = torch.cat([*theta, *r]).to(_norm_dtype(theta[0])).square_()
+        squares = torch.cat([*theta, *r]).to(dtype).square_()
         return torch.segment_reduce(squares, "sum", lengths=sizes.repeat(2)).view(2, -1).t()
-    return torch.stack([_squared_norms_of(column) for column in (theta, r)], dim=1)
-
-
-def _squared_norms_of(tensors: list[Tensor]) -> Tensor:
-    dtype = _norm_dtype(tensors[0])
     if torch.compiler.is_compiling():  # makes one pass of it
-        return torch.stack([tensor.to(dtype).square().sum() for tensor in tensors])
-    return torch.stack(list(torch._foreach_norm(tensors, 2, dtype))).square_()
+        squares = torch.stack([tensor.to(dtype).square().sum() for tensor in (*theta, *r)])
+    else:
+        squares = torch.stack([*torch._foreach_norm([*theta, *r], 2, dtype)]).square_()
+    return squares.view(2, -1).t()
 
 
 def _norm_dtype(tensor: Tensor) -> torch.dtype:
@@ -133,13 +127,9 @@ def _norm_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def trust_ratio(squares: Tensor) -> Tensor:
-    """Compute ``phi(|theta|) / (|r| + EPS2 * phi(|theta|))`` with ``phi(x) = x + EPS3``.
+    """Compute ``phi(|theta|) / (|r| + EPS2 * phi(|theta|))`` with ``phi(x) = x + EPS3``; 1 where one of the norms is zero.
 
-    Args:
-        squares: ``[n, 2]``, squared norms of ``theta`` and of the update ``r`` of each tensor.
-
-    Returns:
-        ``[n]``, > 0; 1 where one of the norms is zero.
+    From ``[n, 2]``, squared norms of ``theta`` and of the update ``r`` of each tensor, to ``[n]``, > 0.
     """
     theta_norm, update_norm = squares.sqrt().unbind(1)
     phi = theta_norm + EPS3
@@ -160,10 +150,9 @@ class ALTO(MomentOptimizer):
         r     = (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + eps) + weight_decay * theta
         theta = theta - lr * r * phi(|theta|) / (|r| + 1e-6 * phi(|theta|))
 
-    ``a`` is the paper's moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 - explore_beta) *
-    (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer does for its two.
-    The trust ratio, the factor behind ``r``, is 1 where ``theta`` or ``r`` is zero, so that a zero-initialised layer can
-    learn.
+    The paper's ``a``, the moving average of the gradient's change, is ``(1 - explore_beta) * (g - e)``: one buffer does for
+    its two. The trust ratio, the factor behind ``r``, is 1 where ``theta`` or ``r`` is zero, so that a zero-initialised
+    layer can learn.
 
     The state of a parameter is ``exp_avg_grad`` (e), ``exp_avg`` (m) and ``exp_avg_sq`` (v), shaped as the parameter and in
     fp32 (float64 for float64, or ``state_dtype``), and ``step``. For fp16 and bf16 the step is computed in fp32 and its
@@ -186,14 +175,14 @@ class ALTO(MomentOptimizer):
         layerwise: Apply the trust ratio. Switch it off in the group of biases and norm layers to step them as AdamE does.
         bias_correction: Divide ``m`` and ``v`` by ``1 - beta^k``; False is the paper's "ALTO Vanilla".
         maximize: Ascend instead of descend.
-        foreach: How the eager step goes through the tensors: as many at once as fit a cache, or on other devices than the
-            CPU a bounded memory (None), all at once, in several times their memory (True), or one at a time (False).
-            The result is the same but for the order of the sums in the norms (and, with
-            ``state_dtype=torch.bfloat16``, for the neighbour that is then chosen).
-        fused: True makes the step in one pass over memory: on CUDA by Triton kernels, on the CPU by the eager step compiled
-            with ``torch.compile``, which needs a C++ compiler. A small trial step must agree with the eager one first.
-            False takes the eager step. None takes the kernels on CUDA where they can run and pass their trial (else, with
-            one warning, the eager step), and the eager step on the CPU, or where ``foreach`` is given.
+        foreach: How many tensors the eager step takes at once: as many as fit a cache, or on other devices than the CPU a
+            bounded memory (None), all, in several times their memory (True), or one (False). The result is the same but
+            for the order of the sums in the norms (and, with ``state_dtype=torch.bfloat16``, for the neighbour that is
+            then chosen).
+        fused: True makes the step in one pass over memory: on CUDA by Triton kernels, on the CPU by ``torch.compile``, which
+            needs a C++ compiler; a small trial step must agree with the eager one first. False takes the eager step.
+            None takes the kernels on CUDA where they run and pass their trial (else, with one warning, the eager
+            step), and the eager step on the CPU, or where ``foreach`` is given.
         capturable: Keep ``step`` on the device, and read it and a tensor ``lr`` there, so that a CUDA graph can hold the step.
         state_dtype: None for state in fp32 (float64 for float64); ``torch.bfloat16`` for half the memory. State and
             parameters in bf16 are then rounded up or down by chance, right in the mean, so that changes too small for
@@ -208,7 +197,6 @@ class ALTO(MomentOptimizer):
     applied to LAMB.
 
     Example:
-        >>> import torch
         >>> x = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = ALTO([x], lr=0.01, alpha=-5.0, explore_beta=0.99)
         >>> x.square().sum().backward()
@@ -217,9 +205,6 @@ class ALTO(MomentOptimizer):
         >>> print(f"{(x.detach() - before).norm():.4f}")  # lr times the length 5 of x
         0.0500
     """
-
-    _own_defaults: ClassVar[dict[str, Any]] = {"layerwise": True, "bias_correction": True}
-    _added_defaults: ClassVar[dict[str, Any]] = {**MomentOptimizer._added_defaults, **_own_defaults}
 
     def __init__(
         self,
@@ -239,13 +224,14 @@ class ALTO(MomentOptimizer):
         capturable: bool = False,
         state_dtype: torch.dtype | None = None,
     ) -> None:
-        """Check the hyper-parameters and register the parameters."""
         defaults = {
             "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "layerwise": layerwise, "bias_correction": bias_correction,
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    _added_defaults: ClassVar[dict[str, Any]] = __init__.__kwdefaults__  # type: ignore[assignment]
 
     def _update(self, subgroups: list[Subgroup]) -> None:
         layers = [param for group in self.param_groups if group["layerwise"] for param in group["params"]]
@@ -261,19 +247,9 @@ class ALTO(MomentOptimizer):
             refuse_flat(group["params"], type(self).__name__)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load a state dict of this class, of torch's Adam or AdamW, or of the authors' ALTO.
+        """Load a state dict as :class:`AdamE` does, or one of the authors' ALTO (``e-optimizer-adaptor`` 0.1.0).
 
-        The authors' is the one in ``e-optimizer-adaptor`` 0.1.0. It goes on as theirs would, except for their clipping: clip
-        the global gradient norm to 1 yourself if that was active. With torch's, ``exp_avg_grad`` starts at zero. The
-        state stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not write to ``state_dict``.
-        Hyper-parameters that ``state_dict`` does not have keep their present values.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned; it is not changed.
-
-        Raises:
-            ValueError: If the groups do not fit, a hyper-parameter is out of range, or ``amsgrad`` was on; nothing
-                has been changed then.
+        That goes on as theirs would, except for their clipping: clip the global gradient norm to 1 yourself if it was active.
         """
         groups = state_dict["param_groups"]
         is_authors = bool(groups) and all("alp" in group for group in groups)
@@ -356,3 +332,52 @@ def _from_authors(state_dict: StateDict) -> StateDict:
                 e = theirs["prev_grad"] - theirs["exp_grad_diff"] * (explore_beta / (1.0 - explore_beta))
                 state[key] = {"exp_avg_grad": e, **{name: theirs[name] for name in ("step", "exp_avg", "exp_avg_sq")}}
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether other ranks hold other parts of a parameter."""
+    return bool(_sharded_dims(param)) if is_dtensor(param) else fsdp_piece(param) is not None
+
+
+def any_sharded(params: Iterable[Tensor]) -> bool:
+    """Whether one of them is; plain parameters without a mark, mostly all, are not asked one by one."""
+    if torch.compiler.is_compiling():  # which cannot look into a parameter's dictionary
+        return any(map(is_sharded, params))
+    return any(is_sharded(param) for param in params if type(param) is not Parameter or param.__dict__)
+
+
+def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> None:
+    """Add up what each rank found for its shard of a parameter, in place, in one all-reduce for each mesh dimension.
+
+    To be called on every rank with the same parameters in the same order: every sharded one takes its place in the
+    collective, whether or not this rank has a part of it or a gradient for it. ``sums`` are the local ones, ``[2]`` each.
+    """
+    by_ranks: dict[Any, list[Tensor]] = {}
+    for param in params:
+        if is_sharded(param):
+            by_ranks.setdefault(_ranks(param), []).append(param)
+    for (where, how), sharded in by_ranks.items():
+        groups, device = [where], how
+        if is_dtensor(sharded[0]):
+            groups, device = [where.get_group(dim) for dim in how], local(sharded[0]).device
+        zero = torch.zeros(2, dtype=torch.float64, device=device)
+        table = torch.stack([sums[param].to(zero) if param in sums else zero for param in sharded])
+        for group in groups:
+            torch.distributed.all_reduce(table, group=group)
+        for row, param in zip(table, sharded, strict=True):
+            if param in sums:
+                sums[param].copy_(row)
+
+
+def _ranks(param: Tensor) -> tuple[Any, Any]:
+    """Equal for parameters whose parts are on the same ranks: mesh and dimensions, or process group and device."""
+    if is_dtensor(param):
+        return param.device_mesh, _sharded_dims(param)
+    piece = fsdp_piece(param)
+    assert piece is not None
+    return piece.others, piece.device
+
+
+def _sharded_dims(param: DTensor) -> tuple[int, ...]:
+    # not is_shard(): FSDP2 over tensor parallelism has strided shards, for which that is False
+    return tuple(dim for dim, placement in enumerate(param.placements) if not placement.is_replicate())

@@ -27,9 +27,9 @@ def _of_inner(name: str, doc: str) -> Any:
 class EAdaptor(ExploringOptimizer):
     """Adaptor E: lets a torch optimizer see ``g + alpha * a`` in place of the gradient ``g``.
 
-    ``a`` is the moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 - explore_beta) *
-    (g_k - g_{k-1})``. It equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer does for its two.
-    At each step, with ``c = alpha * (1 - explore_beta)`` and ``e`` zero at first::
+    ``a`` is the moving average of the gradient's change, ``a_k = explore_beta * a_{k-1} + (1 - explore_beta) * (g_k -
+    g_{k-1})``; it equals ``(1 - explore_beta) * (g_k - e_{k-1})``, so that one buffer does for the paper's two. At each
+    step, with ``c = alpha * (1 - explore_beta)`` and ``e`` zero at first::
 
         g'    = g + c * (g - e)                            # = g + alpha * a
         theta = one step of the inner optimizer with g'
@@ -37,36 +37,31 @@ class EAdaptor(ExploringOptimizer):
 
     ``EAdaptor(SGD(...))`` is the paper's ESGD; ``EAdaptor(AdamW(...))`` is :class:`AdamE`, which needs less memory and time.
 
-    It is an optimizer over the very ``param_groups``, ``defaults`` and ``state`` of the inner one: schedulers, callbacks and
-    ``add_param_group`` may be given either of the two. ``alpha`` and ``explore_beta`` are keys of the param groups and
-    are read at each step; where the inner optimizer has an ``alpha`` of its own (RMSprop, ASGD), the key is
-    ``explore_alpha``. The state of a parameter is the inner optimizer's and ``exp_avg_grad`` (e), shaped as the parameter
-    and in fp32 (float64 for float64); ``state_dict`` holds both.
+    Its ``param_groups``, ``defaults`` and ``state`` are those of the inner one, so that schedulers and callbacks may be given
+    either. ``alpha`` and ``explore_beta`` are keys of the param groups and are read at each step; where the inner
+    optimizer has an ``alpha`` of its own (RMSprop, ASGD), the key is ``explore_alpha``. The state of a parameter is the
+    inner optimizer's and ``exp_avg_grad`` (e), shaped as the parameter and in fp32 (float64 for float64).
 
-    During the step of the inner optimizer ``.grad`` is a tensor with ``g'``, rounded to the gradient's dtype, which takes
-    as much memory as the gradients; afterwards it is the user's tensor again, unchanged. The inner optimizer's own step
-    hooks see ``g'``, those of this one ``g``. A ``GradScaler`` unscales the gradients and skips steps by itself, also
-    where the inner optimizer could do that (``fused=True``), so that clipping works.
+    During the step of the inner optimizer ``.grad`` is a tensor with ``g'``, rounded to the gradient's dtype; afterwards it
+    is the user's tensor again, unchanged. The inner optimizer's own step hooks see ``g'``, those of this one ``g``. A
+    ``GradScaler`` unscales the gradients and skips steps by itself, also where the inner optimizer could do that
+    (``fused=True``), so that clipping works.
 
     Args:
-        optimizer: The inner optimizer: SGD, AdamW, RMSprop, Muon or any other whose ``step`` needs no closure. Step this
-            object from now on, not the inner one.
+        optimizer: The inner optimizer: SGD, AdamW, RMSprop, Muon or any other whose ``step`` needs no closure. From now on
+            step this object.
         alpha: Weight of the gradient's change, ``|alpha| < 1 / (1 - explore_beta)``: negative explores along valleys
             (large batches), positive exploits. ``"auto"`` is 0.5 with ``explore_beta`` 0.01, the paper's choice below
             1,000 samples a batch, until a callback or :meth:`set_batch_size` writes numbers in its place; from 1,000
             on, the paper takes -5 and 0.99.
         explore_beta: Decay of the average in E, in [0, 1); ``"auto"`` if and only if ``alpha`` is.
 
-    Attributes:
-        inner: The inner optimizer.
-
     Raises:
         TypeError: If ``optimizer`` is no torch optimizer or needs a closure (LBFGS), or a parameter is complex.
         ValueError: If ``optimizer`` contains adaptor E already or is ``differentiable``, or if ``alpha`` or
             ``explore_beta`` is out of range.
 
-    Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv
-    2510.27153), adaptor E.
+    Source: Zhao et al., "Exploring Landscapes for Better Minima along Valleys", NeurIPS 2025 (arXiv 2510.27153).
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
@@ -82,9 +77,9 @@ class EAdaptor(ExploringOptimizer):
     """
 
     inner: Optimizer
+    """The inner optimizer."""
 
     def __init__(self, optimizer: Optimizer, alpha: float | str = AUTO, explore_beta: float | str = AUTO) -> None:
-        """Check ``optimizer`` and the two numbers, and write them into its defaults and param groups."""
         _check_inner(optimizer)
         check_explore(alpha, explore_beta)
         for group in optimizer.param_groups:
@@ -96,9 +91,7 @@ class EAdaptor(ExploringOptimizer):
         self._complete_groups()
 
     param_groups = _of_inner("param_groups", "The param groups of the inner optimizer.")
-    state = _of_inner(
-        "state", "The state of the inner optimizer, with ``exp_avg_grad`` of each parameter that was stepped."
-    )
+    state = _of_inner("state", "The state of the inner optimizer, with ``exp_avg_grad`` of what was stepped.")
     defaults = _of_inner("defaults", "The defaults of the inner optimizer, with those of adaptor E.")
 
     def _explore_names(self) -> tuple[str, str]:
@@ -128,11 +121,8 @@ class EAdaptor(ExploringOptimizer):
 
     def _hide_averages(self) -> dict[Tensor, Tensor]:
         """Take all ``e`` out of the state, so that the inner optimizer finds what it has put there, and no more."""
-        hidden = {
-            param: state.pop(BUFFER)
-            for param, state in self.state.items()
-            if isinstance(param, Tensor) and BUFFER in state
-        }
+        ours = [(param, state) for param, state in self.state.items() if isinstance(param, Tensor) and BUFFER in state]
+        hidden = {param: state.pop(BUFFER) for param, state in ours}
         for param in hidden:
             if not self.state[param]:
                 del self.state[param]
@@ -167,16 +157,11 @@ class EAdaptor(ExploringOptimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class, or one of the inner optimizer.
 
-        With the latter, ``exp_avg_grad`` starts at zero, and ``alpha`` and ``explore_beta`` keep their present
-        values. ``exp_avg_grad`` stays in fp32 for fp16 and bf16 parameters, and is copied: later steps do not
-        write to ``state_dict``.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned; it is not changed.
+        With the latter, ``exp_avg_grad`` starts at zero, and ``alpha`` and ``explore_beta`` keep their present values.
+        ``exp_avg_grad`` stays in fp32 for fp16 and bf16 parameters, and is a copy.
 
         Raises:
-            ValueError: If the groups do not fit or ``alpha`` or ``explore_beta`` is out of range; nothing has
-                been changed then.
+            ValueError: If the groups do not fit, or the two numbers are out of range; nothing has been changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -212,11 +197,9 @@ class EAdaptor(ExploringOptimizer):
         return {**state_dict, "state": state, "param_groups": groups}, averages
 
     def __getstate__(self) -> dict[str, Any]:
-        """The inner optimizer is all that is copied or pickled."""
-        return {"inner": self.inner}
+        return {"inner": self.inner}  # all that is copied or pickled
 
     def __repr__(self) -> str:
-        """Show the inner optimizer, with the numbers that are in force for ``"auto"``."""
         return f"{type(self).__name__} of {self._with_explore_in_force(repr(self.inner))}"
 
 

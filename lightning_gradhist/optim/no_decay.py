@@ -32,32 +32,28 @@ def no_decay_groups(
 
     - it has at most one dimension, or
     - the last part of its name has the word "bias" in it (``bias``, ``bias_k``, ``in_proj_bias``), or
-    - it belongs to a norm layer (LayerNorm, RMSNorm, GroupNorm, Batch-, SyncBatch- and InstanceNorm, and
-      their subclasses), or
+    - it belongs to a norm layer (LayerNorm, RMSNorm, GroupNorm, Batch-, SyncBatch-, InstanceNorm and subclasses), or
     - it belongs to an ``Embedding`` or ``EmbeddingBag`` and ``embeddings`` is true, or
     - a pattern is found in its full name.
 
-    Every trainable parameter is in exactly one group, once, under its first name and in the order of
-    ``module.named_parameters()``; frozen ones are in none. So a tied weight is decided by all layers that use it.
+    Every trainable parameter is in one group, once, under its first name and in the order of ``named_parameters()``; frozen
+    ones are in none. So a tied weight is decided by all layers that use it.
 
     Args:
-        module: The module. Its shapes must be the real ones: not lazy, and not yet wrapped in FSDP1, which
-            flattens parameters (``fully_shard`` is fine).
-        weight_decay: Weight decay of the first group, >= 0; that of the second is 0.
+        module: The module, not lazy, and not yet wrapped in FSDP1, which flattens parameters (``fully_shard`` is fine).
+        weight_decay: Of the first group, >= 0; that of the second is 0.
         embeddings: Do not decay embeddings either.
         patterns: Regular expression or expressions; ``re.search`` looks for them in full names such as
             ``"encoder.0.weight"``.
-        **no_decay_options: Options of the group without decay, such as ``layerwise=False`` for :class:`ALTO`,
-            or an ``lr`` of its own.
+        **no_decay_options: Of the group without decay, such as ``layerwise=False`` for :class:`ALTO`, or its own ``lr``.
 
     Returns:
-        The group with decay and the one without, in this order, as any torch optimizer takes them. ``"params"``
-        are pairs of name and parameter, so that error messages and state dicts have the names; a group added
-        later must have names too. A group that would be empty is left out.
+        The group with decay and the one without, as any torch optimizer takes them; one that would be empty is left out.
+        ``"params"`` are pairs of name and parameter, so that error messages and state dicts have the names; a group
+        added later must have names too.
 
     Raises:
-        ValueError: If ``weight_decay`` is out of range, a pattern is found in no name, or ``module`` has lazy
-            or FSDP1 parameters.
+        ValueError: If ``weight_decay`` is out of range, a pattern is in no name, or there are lazy or FSDP1 parameters.
         TypeError: If ``no_decay_options`` contains ``params``.
 
     Example:
@@ -111,6 +107,5 @@ def _refuse_unreal_shapes(module: nn.Module) -> None:
     for name, param in module.named_parameters():
         if is_lazy(param):
             raise ValueError(
-                f"parameter {name} is lazy and has no shape yet. Run one batch through the module before "
-                "no_decay_groups."
+                f"parameter {name} is lazy and has no shape yet. Run one batch through the module before no_decay_groups."
             )

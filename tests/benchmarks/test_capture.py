@@ -54,7 +54,8 @@ def test_capture_cost_runs_and_writes_what_it_measured(tmp_path: Path, capsys: p
         reader = csv.DictReader(file)
         rows = {row["variant"]: row for row in reader}
         assert reader.fieldnames == capture_cost.COLUMNS
-    assert set(rows) == {"another model", "none", *names, capture_cost.ALONE, capture_cost.PROBE}
+    by_itself = {capture_variants.NO_NOISE, capture_cost.ALONE, capture_cost.PROBE}
+    assert set(rows) == {"another model", "none", *names, *by_itself}
     none, ours, by_hand = (rows[name] for name in ("none", "monitor, every step", "add_histogram"))
     assert float(none["step_ms_q25"]) <= float(none["step_ms"]) <= float(none["step_ms_q75"]) and none["added_ms"] == ""
     for row in (ours, by_hand):
@@ -146,6 +147,20 @@ def test_logged_steps_and_heatmaps_are_told_apart_and_weigh_as_often_as_they_com
     found = capture_cost.added(one, seconds[:-1], [1e6, 1e6, 1e6, *[1.0] * 20])
     draws = {200: 3, 10_000: 6}[reports]
     assert found == pytest.approx((0.75 * reports + 4 * draws) / 10_000)
+
+
+def test_noise_weighs_as_often_as_a_run_measures_it() -> None:
+    none, with_noise, without = ([step] * 33 for step in (1.0, 6.0, 2.0))
+    names = (capture_variants.NONE, capture_variants.EVERY_STEP, capture_variants.NO_NOISE, "monitor")
+    turns = {
+        name: capture_cost.Turn(seconds, seconds)
+        for name, seconds in zip(names, (none, with_noise, without, with_noise), strict=True)
+    }
+    every_step = capture_cost.added_in_round(turns, variant("monitor, every step"))
+    assert every_step == pytest.approx(1.0 + 4.0 * (0.1 + 0.9 * 2 / 10))
+    assert capture_cost.added_in_round(turns, variant("monitor")) == pytest.approx(
+        2 * 5.0 / 50
+    )  # a turn logs every second step
 
 
 def test_what_draws_nothing_adds_the_mean_of_its_later_half() -> None:

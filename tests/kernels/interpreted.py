@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradhist.kernels._operands import StepScalars, StepTensors
+from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim.adam_e import adam_e_reference, adam_e_step
 from lightning_gradhist.optim.alto import alto_apply, alto_moments, alto_reference, trust_ratio
 
@@ -254,12 +254,12 @@ def many_chunks() -> None:
 
 
 def tables() -> None:
-    from lightning_gradhist.kernels import _tables
+    from lightning_gradhist.kernels import _launch
 
-    assert _tables.CHUNK == CHUNK
+    assert _launch.CHUNK == CHUNK
     checks: list[int] = []
     tensors = Memory(("odd", "empty", "above")).tensors
-    table = partial(_tables.chunk_table, check=lambda: checks.append(1))
+    table = partial(_launch.chunk_table, check=lambda: checks.append(1))
     first = table([tensors.params, tensors.exp_avgs])
     assert first.pointers.tolist() == [
         [p.data_ptr(), m.data_ptr()] for p, m in zip(tensors[0], tensors[3], strict=True)
@@ -275,21 +275,21 @@ def tables() -> None:
     table([[transposed]])
     table([[transposed.t()]])  # the same place and size, but other strides
     assert len(checks) == 4
-    for _ in range(2 * _tables._KEPT):
+    for _ in range(2 * _launch._KEPT):
         table([[torch.empty(3)], [torch.empty(5)]])
-    assert len(_tables._POINTERS._values) <= _tables._KEPT
+    assert len(_launch._POINTERS) <= _launch._KEPT
 
 
 def captured_table() -> None:
     """The table of a CUDA graph, made without a copy, is the same one."""
-    from lightning_gradhist.kernels import _tables
+    from lightning_gradhist.kernels import _launch
 
     tensors = Memory(("odd", "empty", "above", "one")).tensors
     columns = [tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs]
-    numels = _tables.array("q", [t.numel() for t in tensors.params])
-    addresses = _tables.array("q", [t.data_ptr() for column in columns for t in column])
-    got = _tables._captured(addresses, numels, CHUNK, torch.device("cpu"))
-    for a, b in zip(got, _tables.chunk_table(columns, lambda: None), strict=True):
+    numels = _launch.array("q", [t.numel() for t in tensors.params])
+    addresses = _launch.array("q", [t.data_ptr() for column in columns for t in column])
+    got = _launch._captured(addresses, numels, CHUNK, torch.device("cpu"))
+    for a, b in zip(got, _launch.chunk_table(columns, lambda: None), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.is_contiguous()
 
 
@@ -338,7 +338,7 @@ def offsets_beyond_32_bits() -> None:
     import triton.language as tl
 
     from lightning_gradhist.kernels import _chunks
-    from lightning_gradhist.kernels._tables import ChunkTable
+    from lightning_gradhist.kernels._launch import ChunkTable
 
     @triton.jit
     def place(table, out):

@@ -40,7 +40,7 @@ def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
     code = """if True:
         import torch
         from lightning_gradhist.kernels.adam_e import adam_e_step
-        from lightning_gradhist.kernels._operands import StepTensors
+        from lightning_gradhist.kernels import StepTensors
         from kernels.interpreted import PLAIN
         tensors = StepTensors(*([torch.zeros(3)] for _ in range(5)))
         try:

@@ -255,6 +255,18 @@ def test_norms_of_large_tensors_are_exact(fused: bool | None, gaps: bool) -> Non
     torch.testing.assert_close(param.detach().double().mean().item(), 0.1 - 0.01 * 0.1, rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@OPTIMIZERS
+def test_fused_with_a_gradient_in_another_order_of_memory(optimizer_class: Any) -> None:
+    results = []
+    for fused in (True, False):
+        param = Parameter(torch.ones(6, 5))
+        param.grad = torch.arange(30.0).view(5, 6).t()
+        optimizer_class([param], fused=fused).step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
+
+
 @OPTIMIZERS
 def test_numbers_of_any_kind_are_taken(optimizer_class: Any) -> None:
     """As schedulers and sweeps write them into param groups; none of them reaches a backend as it is."""
