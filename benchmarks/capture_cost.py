@@ -1,6 +1,6 @@
 """What it costs to watch gradients while Lightning trains: the monitor, and its peers.
 
-``make bench-capture``, or ``python benchmarks/capture_cost.py``; how it measures is told in ``benchmarks/README.md``.
+``make bench-capture``; how it measures is told in ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, NamedTuple
@@ -27,18 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import (
-    CPU,
-    RESULTS,
-    Row,
-    machine,
-    parser,
-    print_machine,
-    print_table,
-    print_verdicts,
-    quartiles,
-    write_by_model,
-)
+from reporting import CPU, Row, machine, parser, print_table, print_verdicts, quartiles, write_report
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -60,8 +50,7 @@ COLUMNS = [
     *(*"model tensors parameters batch variant version rounds".split(), *MEASURED, "note"),
     *"date device cpu cores threads gpu python torch lightning triton lightning_gradhist".split(),
 ]
-HIDDEN = ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms")
-SHOWN = ["model", "variant", *(column for column in MEASURED if column not in HIDDEN)]
+SHOWN = ["model", "variant", *(c for c in MEASURED if c not in ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms"))]
 ALONE, PROBE = "counting alone", "calibration's probe"
 
 
@@ -90,9 +79,9 @@ class Clock(L.Callback):
 
 def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
     """A Trainer with a TensorBoard logger that shows nothing and keeps no checkpoints."""
-    quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    logger = TensorBoardLogger(folder, name="", version="")
-    return L.Trainer(callbacks=callbacks, logger=logger, **{"accelerator": "cpu", "devices": 1, **quiet, **options})
+    quiet = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
+    usual = {"accelerator": "cpu", "devices": 1, "deterministic": False, **quiet}
+    return L.Trainer(callbacks=callbacks, logger=TensorBoardLogger(folder, name="", version=""), **usual | options)
 
 
 def fit(
@@ -100,10 +89,9 @@ def fit(
 ) -> Training:
     """Train a module for an epoch of a loader."""
     accelerator = "gpu" if device.type == "cuda" else "cpu"
-    made_for = trainer(folder, callbacks, accelerator=accelerator, max_epochs=1, **{"deterministic": False, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
-        made_for.fit(*data)
+        trainer(folder, callbacks, accelerator=accelerator, max_epochs=1, **options).fit(*data)
     return data[0]
 
 
@@ -187,11 +175,7 @@ def _heatmaps(reports: int) -> int:
 
 
 def check(task: Task, device: torch.device) -> None:
-    """Hold the logged counts against numpy's, and the weights against those of a training without a monitor.
-
-    Raises:
-        AssertionError: where they differ.
-    """
+    """Assert that the logged counts are numpy's, and the weights those of a training without a monitor."""
     steps: list[dict[str, np.ndarray]] = []
 
     def keep(trainer: Any, module: Any, optimizer: Any) -> None:
@@ -264,39 +248,31 @@ def gradients_of(task: Task, device: torch.device) -> dict[str, Tensor]:
     return {name: 1e-4 * torch.randn(p.shape, device=device) for name, p in module.named_parameters()}
 
 
+def median_share(rounds: int, one: Callable[[], float], other: Callable[[], float]) -> float:
+    """One time over another: the median over the rounds, before which one warms up."""
+    return statistics.median([one() / other() for _ in range(rounds + 1)][1:])
+
+
 def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> float:
-    """Time of a read of the gradients' bytes over the time of counting them: the median over the rounds."""
+    """Time of a read of the gradients' bytes over the time of counting them."""
     gradients = gradients_of(task, device)
-    histogram = MagnitudeHistogram(list(gradients), device)
-    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
-    shares = []
-    for _ in range(rounds + 1):
-        read = seconds_per_call(flat.sum, CALLS, device)
-        shares.append(read / seconds_per_call(lambda: histogram.update(gradients), CALLS, device))
-    return statistics.median(shares[1:])  # the first one warms up
+    histogram, flat = MagnitudeHistogram(list(gradients), device), torch.cat([g.flatten() for g in gradients.values()])
+    timed = partial(seconds_per_call, calls=CALLS, device=device)
+    return median_share(rounds, lambda: timed(flat.sum), lambda: timed(lambda: histogram.update(gradients)))
 
 
 def slice_share(name: str, scale: float, rounds: int) -> float:
-    """On a rank: time of counting its slice over the time of counting all, with the other ranks at the same."""
+    """On a rank: work of counting its slice over that of counting all, with the other ranks at the same."""
     gradients = gradients_of(next(task for task in cases.tasks(scale) if task.name == name), CPU)
-    histogram = MagnitudeHistogram(list(gradients))
-    sizes = {key: gradient.numel() for key, gradient in gradients.items()}
+    histogram, sizes = MagnitudeHistogram(list(gradients)), {key: g.numel() for key, g in gradients.items()}
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shares = []
-    for _ in range(rounds + 1):
-        torch.distributed.barrier()
-        cut = work_of(lambda: histogram.update(dict(slice_of(gradients, sizes, rank, ranks))))
-        torch.distributed.barrier()
-        shares.append(cut / work_of(lambda: histogram.update(gradients)))
-    return statistics.median(shares[1:])
 
+    def work(values: Callable[[], dict[str, Tensor]]) -> float:
+        torch.distributed.barrier()
+        return seconds_per_call(lambda: histogram.update(values()), CALLS, CPU, process_time)
 
-def work_of(function: Callable[[], object]) -> float:
-    """Seconds of the processor that some calls take."""
-    start = process_time()
-    for _ in range(CALLS):
-        function()
-    return process_time() - start
+    own = partial(slice_of, gradients, sizes, rank, ranks)
+    return median_share(rounds, lambda: work(lambda: dict(own())), lambda: work(lambda: gradients))
 
 
 def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
@@ -376,10 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
-    described = machine(device, "lightning", "triton")
-    print_machine(described)
-    output = args.output or RESULTS / f"capture_cost_{args.device}.csv"
-    rows = write_by_model(output, COLUMNS, run(args, device), described)  # after each model: it takes long
+    rows = write_report("capture_cost", args, COLUMNS, run(args, device), machine(device, "lightning", "triton"))
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     print_verdicts("capture_cost", rows, "variant", args.device)

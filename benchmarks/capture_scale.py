@@ -1,17 +1,13 @@
 """Bytes that the monitor all-reduces, logs and keeps: a model, its prediction for 70 B parameters, and its check.
 
-``make bench-scale``, or ``python benchmarks/capture_scale.py``; the model is told in ``benchmarks/README.md``. All is
-counted in bytes and no time is taken, so that the numbers do not depend on the machine.
+``make bench-scale``; the model is told in ``benchmarks/README.md``. No time is taken: the numbers are those of any machine.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
 import logging
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,6 @@ from capture_variants import Training
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import run_ranks
 from reporting import CPU, RESULTS, Row, machine, print_table, write_csv
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from torch import Tensor, nn
@@ -38,17 +33,14 @@ WORD = 8  # int64, and a number in a checkpoint
 MOST_BUCKETS = 64
 LENGTH = 2 + 17  # planned steps, warm-up, and the rate at the ends of sixteenths of the run
 MOST_MEASUREMENTS, NUMBERS_A_MEASUREMENT = 4096, 6
-MEASURED = "all_reduced logged_histograms logged_scalars kept".split()
+FRAME = 16  # around an event in its file: its length in 8 bytes, and a checksum of either in 4
+MEASURED = ("all_reduced", "kept")
 COLUMNS = [
-    *"case ranks tensors parameters steps every_n_steps logged_steps buckets".split(),
+    *"case ranks tensors parameters steps every_n_steps logged_steps".split(),
     *(f"{what}_bytes{suffix}" for what in MEASURED for suffix in ("", "_measured")),
-    *"ring_bytes_a_rank held_bytes_a_rank logged_other_bytes_measured".split(),
+    *"ring_bytes_a_rank held_bytes_a_rank logged_histograms_bytes logged_scalars_bytes".split(),
     *"date device cpu cores threads python torch lightning tensorboard lightning_gradhist".split(),
 ]
-_FRAME = 16  # around an event: its length in 8 bytes, and a checksum of either in 4
-
-Buckets = Callable[[str, int], int]  # how many are shown of a histogram, by its tag and the step
-Events = Sequence[tuple[int, Sequence[str]]]  # of scalars: the step and the tags of each
 
 
 def _measurements(logged: Sequence[int], steps: int, within_steps: bool) -> int:
@@ -61,36 +53,23 @@ def _measurements(logged: Sequence[int], steps: int, within_steps: bool) -> int:
     return count
 
 
-def predicted(
-    sizes: Mapping[str, int],
-    ranks: int,
-    steps: int,
-    every_n_steps: int,
-    buckets: Buckets,
-    scalars: Events | None = None,
-    sharded: bool = False,
-) -> Row:
-    """The model: bytes of a whole run, with one optimizer of one group, gradients in fp32, and tensors by name.
-
-    Which scalars a row has depends on its values: ``scalars`` says it, else each has its norm, and each step has the noise
-    scale. Where it is ``sharded``, a rank has its share of the parameters, as under FSDP2, else all of them, as under DDP.
-    """
-    logged, parameters = range(0, steps, every_n_steps), sum(sizes.values())
+def predicted(sizes: Mapping[str, int], ranks: int, steps: int, every_n_steps: int, sharded: bool = False) -> Row:
+    """The model: bytes of a whole run with one group and gradients in fp32, under DDP, or ``sharded`` as under FSDP2."""
+    logged = range(0, steps, every_n_steps)
     within_steps = ranks > 1 and not sharded  # noise is measured from what each rank has before averaging
     measurements = _measurements(logged, steps, within_steps)
     # counts with a checksum of two words, measurements with sizes and checksum, and once whether all ranks have memory
     counts = len(logged) * (len(sizes) * BINS + 2)
     reduced = WORD * (counts + 9 * measurements + 1) if ranks > 1 else 0
+    sampled = _sampled(size // (ranks if sharded else 1) for size in sizes.values())
     return {
-        **{"ranks": ranks, "tensors": len(sizes), "parameters": parameters},
+        **{"ranks": ranks, "tensors": len(sizes), "parameters": sum(sizes.values())},
         **{"steps": steps, "every_n_steps": every_n_steps, "logged_steps": len(logged)},
         "all_reduces": len(logged) + measurements + 1 if ranks > 1 else 0,
         "all_reduced_bytes": reduced,
         "ring_bytes_a_rank": 2 * (ranks - 1) * reduced // ranks,
         "kept_bytes": WORD * (5 + LENGTH + NUMBERS_A_MEASUREMENT * min(measurements, MOST_MEASUREMENTS)),
-        "held_bytes_a_rank": (4 if within_steps else 8)
-        * _sampled(size // (ranks if sharded else 1) for size in sizes.values()),
-        **_logged_bytes(list(sizes), logged, buckets, scalars),
+        "held_bytes_a_rank": (4 if within_steps else 8) * sampled,
     }
 
 
@@ -101,45 +80,26 @@ def _sampled(sizes: Iterable[int]) -> int:
     return sum(size // strides.get(name, 1) for name, size in named.items())
 
 
-def _logged_bytes(names: Sequence[str], steps: Sequence[int], buckets: Buckets, scalars: Events | None) -> Row:
+def logged(names: Sequence[str], steps: Sequence[int]) -> Row:
+    """Bytes of the records of an event file where each histogram has all its buckets, and each row its norm."""
     counted = MagnitudeHistogram(names)
     counted.table[:, BINS // 2] = 1  # so that every name has something to be logged
-    report = magnitude_report(counted, "gradient")
-    histograms = ([_histogram_bytes(len(tag.encode()), buckets(tag, s)) for tag in report.histograms] for s in steps)
+    report, ones = magnitude_report(counted, "gradient"), [1.0] * MOST_BUCKETS
+    proto = HistogramProto(min=1, max=1, num=1, sum=1, sum_squares=1, bucket_limit=ones, bucket=ones)
     noise = [tag for tags in noise_margins().values() for tag in tags]
     noise += [f"noise_scale/{kind}batch_size" for kind in ("", "critical_")]
-    events = (
-        scalars if scalars is not None else [(step, tags) for step in steps for tags in (list(report.scalars), noise)]
-    )
+    histograms = [Summary.Value(tag=tag, histo=proto) for tag in report.histograms]
+    scalars = ([Summary.Value(tag=tag, simple_value=1.0) for tag in tags] for tags in (report.scalars, noise))
     return {
-        "logged_histograms_bytes": sum(map(_event_bytes, histograms, steps)),
-        "logged_scalars_bytes": sum(
-            _event_bytes([_scalar_bytes(len(tag.encode())) for tag in tags], step) for step, tags in events
-        ),
+        "logged_histograms_bytes": _records(histograms, steps),
+        "logged_scalars_bytes": sum(_records(values, steps) for values in scalars),
     }
 
 
-def _event_bytes(values: Iterable[int], step: int) -> int:
-    """Bytes of the record of an event in an event file, of the bytes of its values."""
-    summary = sum(map(_field_bytes, values))
-    return _FRAME + Event(wall_time=1.0, step=step).ByteSize() + _field_bytes(summary)
-
-
-@functools.cache
-def _histogram_bytes(tag_bytes: int, buckets: int) -> int:
-    ones = [1.0] * buckets
-    histogram = HistogramProto(min=1, max=1, num=1, sum=1, sum_squares=1, bucket_limit=ones, bucket=ones)
-    return Summary.Value(tag="a" * tag_bytes, histo=histogram).ByteSize()
-
-
-@functools.cache
-def _scalar_bytes(tag_bytes: int) -> int:
-    return Summary.Value(tag="a" * tag_bytes, simple_value=1.0).ByteSize()
-
-
-def _field_bytes(size: int) -> int:
-    """Bytes of a message within another: its number, its length in pieces of seven bits, and itself."""
-    return 1 + max(1, -(-size.bit_length() // 7)) + size
+def _records(values: Sequence[Summary.Value], steps: Sequence[int]) -> int:
+    """Bytes of one event at each step, all with the same values."""
+    summary = Event(summary=Summary(value=values)).ByteSize()
+    return sum(FRAME + summary + Event(wall_time=1.0, step=step).ByteSize() for step in steps)
 
 
 def small() -> nn.Module:
@@ -160,17 +120,14 @@ def train(folder: Path, steps: int, every_n_steps: int) -> dict[str, int]:
 
 
 def all_reduced(folder: Path, steps: int, callbacks: list[L.Callback]) -> list[int]:
-    """Train on this rank, and list the bytes of each call of ``torch.distributed.all_reduce``.
-
-    The averaging of the gradients is not among them, as DDP does it in C++.
-    """
+    """Train on this rank, and list the bytes of each ``torch.distributed.all_reduce``; DDP averages gradients elsewhere."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     sent: list[int] = []
     all_reduce = torch.distributed.all_reduce
 
     def counting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        sent.append(tensor.numel() * tensor.element_size())
+        sent.append(tensor.nbytes)
         return all_reduce(tensor, *arguments, **options)
 
     strategy = DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
@@ -192,39 +149,15 @@ def _numbers_in(state: Any) -> int:
     return sum(map(_numbers_in, state)) if isinstance(state, list) else 1
 
 
-def read_events(folder: Path) -> tuple[Counter[str], dict[tuple[str, int], int], Events]:
-    """Bytes of the records of an event file by their kind, the buckets of histograms by tag and step, and the scalars."""
-    [path] = folder.glob("events.out.tfevents.*")
-    found: Counter[str] = Counter()
-    buckets, scalars = {}, []
-    for record in RawEventFileLoader(str(path)).Load():
-        event = Event.FromString(record)
-        kind = "+".join({value.WhichOneof("value") for value in event.summary.value})
-        named = {"histo": "histograms", "simple_value": "scalars"}.get(kind, "other")
-        found[f"logged_{named}_bytes"] += _FRAME + len(record)
-        if kind == "histo":
-            buckets |= {(value.tag, event.step): len(value.histo.bucket) for value in event.summary.value}
-        if kind == "simple_value":
-            scalars.append((event.step, [value.tag for value in event.summary.value]))
-    return found, buckets, scalars
-
-
 def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:
-    """Measure on gloo ranks, or in this process for one, and put the prediction beside it.
-
-    Raises:
-        AssertionError: where they differ.
-    """
-    sizes = {name: p.numel() for name, p in Training(small()).named_parameters()}
+    """Measure on gloo ranks, or in this process for one, and put the prediction beside it; an error where they differ."""
+    expected = predicted({n: p.numel() for n, p in Training(small()).named_parameters()}, ranks, steps, every_n_steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), steps, every_n_steps)
         of_ranks = run_ranks(train, ranks, *arguments, seconds=600) if ranks > 1 else [train(*arguments)]
-        logged, shown, scalars = read_events(Path(folder) / "with")
-    expected = predicted(sizes, ranks, steps, every_n_steps, lambda tag, step: shown[tag, step], scalars)
     for of_rank in of_ranks:
-        compare({**of_rank, **logged}, expected, ranks)
-    measured = {f"{name}_measured": number for name, number in {**of_ranks[0], **logged}.items()}
-    return {"case": "measured", **expected, **measured, "buckets": round(sum(shown.values()) / len(shown))}
+        compare(of_rank, expected, ranks)
+    return {"case": "measured", **expected, **{f"{name}_measured": number for name, number in of_ranks[0].items()}}
 
 
 def compare(measured: Mapping[str, int], expected: Row, ranks: int) -> None:
@@ -237,12 +170,10 @@ def compare(measured: Mapping[str, int], expected: Row, ranks: int) -> None:
 def llama_sizes() -> dict[str, int]:
     """The 723 tensors of a decoder like Llama 3's of 70 B: 80 layers of width 8,192, and 8 key-value heads of 128."""
     width, keys, hidden, vocabulary = 8192, 1024, 28672, 128256
-    layer = {
-        **dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), width * width),
-        **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), keys * width),
-        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), hidden * width),
-        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), width),
-    }
+    layer = dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), width * width)
+    layer |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), keys * width)
+    layer |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), hidden * width)
+    layer |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), width)
     layers = {f"model.layers.{i}.{name}.weight": size for i in range(80) for name, size in layer.items()}
     ends = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), vocabulary * width)
     return {**layers, **ends, "model.norm.weight": width}
@@ -250,29 +181,22 @@ def llama_sizes() -> dict[str, int]:
 
 def large_rows(ranks: int = 1024, steps: int = 10_000) -> list[Row]:
     """The model of 70 B under FSDP2, at two cadences."""
-    rows = []
-    for every in (50, 1):
-        row = predicted(llama_sizes(), ranks, steps, every, lambda _tag, _step: MOST_BUCKETS, sharded=True)
-        rows.append({"case": "model", **row, "buckets": MOST_BUCKETS})
-    return rows
+    sizes = llama_sizes()
+    of_cadence = {every: predicted(sizes, ranks, steps, every, sharded=True) for every in (50, 1)}
+    return [{"case": "model", **row, **logged([*sizes], range(0, steps, n))} for n, row in of_cadence.items()]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Run the check, and print the model's table."""
-    parser = argparse.ArgumentParser(description="Bytes that the monitor all-reduces, logs and keeps.")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8], help="to measure on (default: 1 2 4 8)")
-    parser.add_argument("--steps", type=int, default=5, help="of the measured runs, every second logged (default: 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "capture_scale_cpu.csv")
-    args = parser.parse_args(arguments)
     rows: list[Row] = []
-    for ranks in args.ranks:
-        rows.append(check(ranks, args.steps))
+    for ranks in (1, 2, 4, 8):
+        rows.append(check(ranks))
         shown = ", ".join(f"{what} {rows[-1][f'{what}_bytes']:,}" for what in MEASURED)
         print(f"{ranks} ranks: measured bytes equal the predicted ones: {shown}", flush=True)
     rows += large_rows()
     print_table(rows, COLUMNS[: COLUMNS.index("date")])
     described = machine(CPU, "lightning", "tensorboard")
-    write_csv(args.output, COLUMNS, [{**row, **described} for row in rows])
+    write_csv(RESULTS / "capture_scale_cpu.csv", COLUMNS, [{**row, **described} for row in rows])
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ RUN = 10_000  # steps of the run that an added time a step is given for
 NONE, NONE_AGAIN = "none", "none, again"
 DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off-steps"
 NO_NOISE, FIRST_STEPS = "monitor, every step, noise_scale=False", "monitor, first 100 steps"
-NOISE_SHARE = (
-    0.28  # of pairs of steps in that run, where each step is logged: those in 1,000 steps, then one in ten steps
-)
+NOISE_SHARE = 0.28  # of that run's pairs of steps, where each step is logged: all in 1,000 steps, then one in ten steps
 ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
 
 

@@ -44,73 +44,67 @@ class Part:
 
 def parts(device: str, out: Path, tiny: bool, data_dir: Path | None = None) -> list[Part]:
     """All, the most important first; the limits of all but the evidence, which takes what is left, add up to the whole."""
+
+    def script(name: str, output: str, *options: str) -> list[str]:
+        return [str(HERE / f"{name}.py"), "--device", device, "--output", str(out / output), *options]
+
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini", "filterwarnings=ignore", "--tb=short"]
-    at_once = (
-        ["--numprocesses", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
-    )  # much of it is numpy's
-    at_once += ["-k", "not torch.float16"] if tiny else []
+    parallel = ["--numprocesses", str(min(8, os.cpu_count() or 1))]  # much of it is numpy's
+    at_once = [*(parallel if find_spec("xdist") else []), *(["-k", "not torch.float16"] if tiny else [])]
     small = ["tests/gpu/test_steps.py", "tests/gpu/test_counts.py", "-k", "same_bits or 4097"]
     few = ["--only", "AdamW fused", "AdamE fused", "ALTO fused"]
-    fast = [*few, "AdamW foreach"]  # others take seconds for a step of 10,000 tensors
-    optim = [str(HERE / "optim_step.py"), "--device", device]
-    kernels = [str(HERE / "kernel_speed.py"), "--device", device, "--output", str(out / "kernels.csv")]
-    evidence = [str(HERE / "gpu_evidence.py"), "--device", device, *(["--tiny"] if tiny else [])]
-    evidence += ["--data-dir", str(data_dir.resolve())] if data_dir else []
-    rates, resnet = ([*evidence, name, "--output", str(out / f"gpu_{name}.csv")] for name in ("rates", "resnet"))
-    optim += ["--repeats", "1", "--parameters", "2e5"] if tiny else ["--repeats", "3"]
-    step = [*optim, "--output", str(out / f"optim_step_{device}.csv")]
-    of_transformer, of_small = (["--only", "AdamW fused", "AdamE", "ALTO"],) * 2 if tiny else ([], fast)
-    large = ["--parameters", "4e5" if tiny else "1.5e9", "--dtype", "bfloat16", "--models", "transformer", *few]
-    large += ["--output", str(out / "optim_step_large.csv")]
-    small_kernels = ["--size", "20000", "--parameters", "1"] if tiny else []
-    longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
+    of_transformer, of_small = [], [*few, "AdamW foreach"]  # others take seconds for a step of 10,000 tensors
+    size, large, kernels = ["--repeats", "3"], ["--repeats", "3", "--parameters", "1.5e9"], []
+    evidence = ["--data-dir", str(data_dir.resolve())] if data_dir else []
+    if tiny:
+        of_transformer = of_small = ["--only", "AdamW fused", "AdamE", "ALTO"]
+        size, large = (["--repeats", "1", "--parameters", parameters] for parameters in ("2e5", "4e5"))
+        kernels, evidence = ["--size", "20000", "--parameters", "1"], [*evidence, "--tiny"]
+    step = script("optim_step", f"optim_step_{device}.csv", *size, "--models")
+    large = script("optim_step", "optim_step_large.csv", *large, "--dtype", "bfloat16", "--models", "transformer", *few)
+    rates, resnet = (script("gpu_evidence", f"gpu_{name}.csv", *evidence, name) for name in ("rates", "resnet"))
     sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
+    longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
     return [
         Part("correctness", [*tests, *at_once, "tests/gpu"], 120 * longer),
         Part("sanitizer", sanitized, 45 * longer, program="compute-sanitizer"),
-        Part("step", [*step, "--models", "transformer", *of_transformer], 70 * longer),
-        Part("step, small tensors", [*step, "--models", "small tensors", *of_small], 25 * longer),
-        Part("kernels", [*kernels, *small_kernels], 30 * longer),
-        *captures(device, out, tiny),
-        Part("large step, bfloat16", [*optim, *large], 30 * longer),
+        Part("step", [*step, "transformer", *of_transformer], 70 * longer),
+        Part("step, small tensors", [*step, "small tensors", *of_small], 25 * longer),
+        Part("kernels", script("kernel_speed", "kernels.csv", *kernels), 30 * longer),
+        *captures(script("capture_cost", f"capture_cost_{device}.csv", "--rounds", "1" if tiny else "2"), tiny),
+        Part("large step, bfloat16", large, 30 * longer),
         Part("rates of a character GPT", rates, 150 * longer),
         Part("ResNet-20 at large batches", resnet, 150 * longer),
     ]
 
 
-def captures(device: str, out: Path, tiny: bool) -> list[Part]:
+def captures(command: list[str], tiny: bool) -> list[Part]:
     """What the monitor costs, one model after another; the peers take minutes on the largest, and so are left out there."""
-    output = ["--device", device, "--output", str(out / f"capture_cost_{device}.csv")]
-    command = [str(HERE / "capture_cost.py"), *output, "--rounds", "1" if tiny else "2"]
     ours = ["--only", "none, again", "monitor", "monitor, every step", "monitor, off-steps"]
     if tiny:
         return [Part("capture, CNN", [*command, "--scale", "1e-3", "--models", "CNN", *ours], 240)]
-    limits = {"CNN": (45, ["add_histogram", "wandb.watch"]), "transformer": (45, ["add_histogram", "wandb.watch"])}
-    limits |= {"small tensors": (30, []), "transformer, 350 M": (40, [])}
-    return [
-        Part(f"capture, {name}", [*command, "--models", name, *ours, *peers], seconds)
-        for name, (seconds, peers) in limits.items()
-    ]
+    all_of_them = [*ours, "add_histogram", "wandb.watch"]
+    wanted = {"CNN": (45, all_of_them), "transformer": (45, all_of_them), "small tensors": (30, ours)}
+    wanted["transformer, 350 M"] = (40, ours)
+    return [Part(f"capture, {name}", [*command, "--models", name, *some], n) for name, (n, some) in wanted.items()]
 
 
 def run(part: Part, seconds: float, log: Path, device: str) -> Row:
     """Runs one part for at most so many seconds; its output goes to the log."""
-    if part.program and shutil.which(part.program) is None:
-        return {"part": part.name, "status": "not measured", "last_line": f"{part.program} is not installed"}
-    if seconds <= 1:
-        return {"part": part.name, "status": "not measured", "last_line": "no time was left"}
+    lacking = f"{part.program} is not installed" if part.program and shutil.which(part.program) is None else ""
+    if lacking or seconds <= 1:
+        return {"part": part.name, "status": "not measured", "last_line": lacking or "no time was left"}
     command = part.command if part.program else [sys.executable, *part.command]
     folders = (ROOT, HERE, HERE / "calibration", ROOT / "examples", ROOT / "tests")  # the package need not be installed
     quiet = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
-    environment = {**os.environ, **quiet, "GRADHIST_DEVICE": device}
-    environment["PYTHONPATH"] = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **quiet, "GRADHIST_DEVICE": device, "PYTHONPATH": path}
     start = monotonic()
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n===== {part.name}\n")
         file.flush()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        own = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, **own)
         try:
             status = STATUS.get(process.wait(seconds), "failed")
         except subprocess.TimeoutExpired:

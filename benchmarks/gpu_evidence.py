@@ -11,9 +11,9 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from optim_implementations import LeftOut, timm_lamb
@@ -29,12 +29,29 @@ from lightning_gradhist.callbacks.optimizers import metric_weights
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.step import measure_part, noise_and_signal
 
-SETTINGS = ["question", "optimizer", "alpha", "explore_beta", "learning_rate", "batch_size", "steps", "seed"]
 NOISE = ["noise_scale", "noise_lower", "noise_upper"]
-COLUMNS = [*SETTINGS, "loss", "accuracy", *NOISE, *"date device gpu torch lightning_gradhist".split()]
 PAIRS = [(-5.0, 0.99), (0.5, 0.01), (-2.0, 0.9), (-5.0, 0.96), (-50.0, 0.99), (-80.0, 0.99)]
 """alpha and explore_beta: the paper's for large and small batches, and four whose slow average weighs 0.2, 0.2, 0.5, 0.8."""
 _EVERY = 10  # steps between two measurements of the noise scale
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run depends on."""
+
+    question: str
+    optimizer: str
+    learning_rate: float
+    batch_size: int
+    steps: int
+    alpha: float = 0.0
+    explore_beta: float = 0.0
+    seed: int = 0
+
+
+SETTINGS = [field.name for field in fields(Run)]
+COLUMNS = [*SETTINGS, "loss", "accuracy", *NOISE, *"date device gpu torch lightning_gradhist".split()]
+Results = dict[Run, Row]
 
 
 class ResNet20(nn.Module):
@@ -42,11 +59,9 @@ class ResNet20(nn.Module):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        widths = [width] * 3 + [2 * width] * 3 + [4 * width] * 3
+        widths = [width, *[width] * 3, *[2 * width] * 3, *[4 * width] * 3]
         self.stem = _convolution(1, width, 1)
-        self.blocks = nn.Sequential(
-            *(_Residual(before, after) for before, after in itertools.pairwise([width, *widths]))
-        )
+        self.blocks = nn.Sequential(*(_Residual(before, after) for before, after in itertools.pairwise(widths)))
         self.head = nn.Linear(4 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,29 +84,27 @@ def _convolution(before: int, after: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after))
 
 
-def make_optimizer(settings: Row, module: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(run: Run, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run."""
-    name, rate = settings["optimizer"], settings["learning_rate"]
-    groups, options = no_decay_groups(module, 5e-4), {"lr": rate, "betas": (0.9, 0.99)}
-    explore = {"alpha": settings["alpha"], "explore_beta": settings["explore_beta"]}
-    if name == "LAMB":
+    groups, options = no_decay_groups(module, 5e-4), {"lr": run.learning_rate, "betas": (0.9, 0.99)}
+    if run.optimizer == "LAMB":
         return timm_lamb()(groups, **options, eps=1e-6, always_adapt=True, max_grad_norm=None)
-    if name == "AdamW":
+    if run.optimizer == "AdamW":
         return torch.optim.AdamW(groups, **options)
-    return {"ALTO": ALTO, "AdamE": AdamE}[name](groups, **options, **explore)
+    ours = {"ALTO": ALTO, "AdamE": AdamE}[run.optimizer]
+    return ours(groups, **options, alpha=run.alpha, explore_beta=run.explore_beta)
 
 
-def train(settings: Row, make_model: Callable[[], nn.Module], data: Data, device: torch.device) -> Row:
+def train(run: Run, make_model: Callable[[], nn.Module], data: Data, device: torch.device) -> Row:
     """Trains once: warm-up over a twentieth, linear decay; and what came of it."""
-    torch.manual_seed(settings["seed"])
+    torch.manual_seed(run.seed)
     module = make_model().to(device)
-    optimizer = make_optimizer(settings, module)
-    steps, size = settings["steps"], settings["batch_size"]
-    scheduler = LambdaLR(optimizer, lambda step: schedule(step, steps))
+    optimizer = make_optimizer(run, module)
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
     inputs, labels = data.train.tensors
-    record, generator = NoiseRecord(), torch.Generator(device).manual_seed(settings["seed"])
-    for number, batch in enumerate(itertools.islice(batches(len(inputs), size, generator), steps)):
-        halves = batch.chunk(2) if number % _EVERY == 0 and settings["question"] == "rates" else [batch]
+    record, generator = NoiseRecord(), torch.Generator(device).manual_seed(run.seed)
+    for number, batch in enumerate(itertools.islice(batches(len(inputs), run.batch_size, generator), run.steps)):
+        halves = batch.chunk(2) if number % _EVERY == 0 and run.question == "rates" else [batch]
         gradients = []
         for half in halves:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -101,13 +114,13 @@ def train(settings: Row, make_model: Callable[[], nn.Module], data: Data, device
         for parameter, *parts in zip(module.parameters(), *gradients, strict=True):
             parameter.grad = sum(parts) / len(parts)
         if len(halves) == 2:
-            record.add(number, size, _measured(module, optimizer, gradients[0], size))
+            record.add(number, run.batch_size, _measured(module, optimizer, gradients[0], run.batch_size))
         optimizer.step()
         scheduler.step()
     estimate = record.estimate("adam")
     noise = (estimate.value, estimate.lower, estimate.upper) if estimate.measurements else ()
     loss, accuracy = evaluate(module, data.test.tensors, len(data.test))
-    return {**settings, "loss": loss, "accuracy": accuracy, **dict(zip(NOISE, noise, strict=False))}
+    return {**asdict(run), "loss": loss, "accuracy": accuracy, **dict(zip(NOISE, noise, strict=False))}
 
 
 def _measured(module: nn.Module, optimizer: torch.optim.Optimizer, half: Sequence[Tensor], size: int) -> Tensor:
@@ -119,58 +132,41 @@ def _measured(module: nn.Module, optimizer: torch.optim.Optimizer, half: Sequenc
     return noise_and_signal(sums, 1 / size, 1 / size, size)
 
 
-def rate_runs(tiny: bool) -> Iterator[Row]:
+def rate_runs(tiny: bool) -> Iterator[Run]:
     """Batch sizes a factor of four apart, rates a factor of two, at equal samples and at equal steps."""
     sizes, samples, steps = ((16, 64), 512, 8) if tiny else ((16, 64, 256, 1024, 4096), 98_304, 256)
     rates = (1e-3, 2e-3) if tiny else tuple(2.0**-power for power in range(13, 6, -1))
     for size, rate in itertools.product(reversed(sizes), rates):
         for length in dict.fromkeys((max(1, samples // size), steps)):
-            yield _settings("rates", "AdamW", rate, size, length)
+            yield Run("rates", "AdamW", rate, size, length)
 
 
-def resnet_runs(tiny: bool, found: Callable[[], list[Row]]) -> Iterator[Row]:
+def resnet_runs(tiny: bool, results: Results) -> Iterator[Run]:
     """At each batch size: every optimizer at its rates with one seed, then its best one with two more."""
-    sizes, epochs = ((64,), 1) if tiny else ((16_384, 4096), 100)
-    samples = 128 if tiny else 60_000
+    sizes, samples = ((64,), 128) if tiny else ((16_384, 4096), 100 * 60_000)
     layerwise, plain = ((0.02,), (3e-3,)) if tiny else ((0.01, 0.02, 0.04, 0.08), (2e-3, 4e-3, 8e-3, 1.6e-2))
-    pairs = PAIRS[:1] if tiny else PAIRS
-    contestants = [("LAMB", 0.0, 0.0, layerwise), ("AdamW", 0.0, 0.0, plain)]
-    contestants += [
-        (name, *pair, layerwise if name == "ALTO" else plain) for pair in pairs for name in ("ALTO", "AdamE")
-    ]
-    for size, (name, alpha, explore_beta, rates) in itertools.product(sizes, contestants):
-        make = partial(_settings, "resnet", name, batch_size=size, steps=max(1, epochs * samples // size))
-        tuned = [make(rate, alpha=alpha, explore_beta=explore_beta) for rate in rates]
+    ours = itertools.product(PAIRS[:1] if tiny else PAIRS, ("ALTO", "AdamE"))
+    contestants = [("LAMB", 0.0, 0.0), ("AdamW", 0.0, 0.0), *((name, *pair) for pair, name in ours)]
+    for size, (name, *pair) in itertools.product(sizes, contestants):
+        rates = layerwise if name in ("LAMB", "ALTO") else plain
+        tuned = [Run("resnet", name, rate, size, max(1, samples // size), *pair) for rate in rates]
         yield from tuned
-        done = [row for row in found() if any(_same(row, settings) for settings in tuned)]
+        done = [run for run in tuned if run in results]
         if done:
-            best = max(done, key=lambda row: row["accuracy"])["learning_rate"]
-            yield from (make(best, alpha=alpha, explore_beta=explore_beta, seed=seed) for seed in (1, 2))
+            best = max(done, key=lambda run: results[run]["accuracy"])
+            yield from (replace(best, seed=seed) for seed in (1, 2))
 
 
-def _settings(
-    question: str, optimizer: str, learning_rate: float, batch_size: int, steps: int,
-    alpha: float = 0.0, explore_beta: float = 0.0, seed: int = 0,
-) -> Row:  # fmt: skip
-    values = (question, optimizer, alpha, explore_beta, learning_rate, batch_size, steps, seed)
-    return dict(zip(SETTINGS, values, strict=True))
-
-
-def _same(row: Row, settings: Row) -> bool:
-    return all(row[key] == value or str(row[key]) == str(value) for key, value in settings.items())
-
-
-def run_all(wanted: Iterable[Row], rows: list[Row], train_one: Callable[[Row], Row], output: Path, extra: Any) -> None:
+def run_all(wanted: Iterable[Run], results: Results, train_one: Callable[[Run], Row], output: Path, extra: Row) -> None:
     """Makes the runs that the table lacks, and writes it after each."""
-    for settings in (one for one in wanted if not any(_same(row, one) for row in rows)):
+    for run in (one for one in wanted if one not in results):
         try:
-            row = train_one(settings)
+            results[run] = {**train_one(run), **extra}
         except LeftOut as reason:
-            print(f"left out: {settings['optimizer']}: {reason}")
+            print(f"left out: {run.optimizer}: {reason}")
             continue
-        rows.append({**row, **extra})
-        write_csv(output, COLUMNS, rows, digits=None)
-        print("  ".join(f"{key} {row[key]}" for key in (*SETTINGS[1:], "loss", "accuracy")), flush=True)
+        write_csv(output, COLUMNS, results.values(), digits=None)
+        print("  ".join(f"{key} {results[run][key]}" for key in (*SETTINGS[1:], "loss", "accuracy")), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -191,15 +187,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"no data: {error}")
         sys.exit(NOT_MEASURED)
     data = on_device(loaded, device, 128 if args.tiny else None)
-    rows = read_csv(output)
+    results = {Run(*(row[name] for name in SETTINGS)): row for row in read_csv(output)}
     if args.question == "rates":
-        make_model = partial(GPT, 32, 1, 2) if args.tiny else partial(GPT, 368, 6, 8)
-        wanted = rate_runs(args.tiny)
+        make_model, wanted = partial(GPT, *((32, 1, 2) if args.tiny else (368, 6, 8))), rate_runs(args.tiny)
     else:
-        make_model = partial(ResNet20, 4 if args.tiny else 16)
-        wanted = resnet_runs(args.tiny, lambda: rows)
+        make_model, wanted = partial(ResNet20, 4 if args.tiny else 16), resnet_runs(args.tiny, results)
     print(f"{args.question}: {sum(p.numel() for p in make_model().parameters()):,} parameters, context {CONTEXT}")
-    run_all(wanted, rows, lambda one: train(one, make_model, data, device), output, machine(device))
+    run_all(wanted, results, lambda run: train(run, make_model, data, device), output, machine(device))
 
 
 def on_device(data: Data, device: torch.device, samples: int | None) -> Data:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from measuring import seconds_per_call
-from optim_step import GRADIENT, LR, Copy, transformer_shapes
+from optim_step import GRADIENT, LR, copy, transformer_shapes
 from reporting import RESULTS, Row, machine, print_table, write_csv
 from torch import Tensor
 from torch.nn import Parameter
@@ -93,7 +93,7 @@ def stepping(size: float, device: torch.device) -> Iterator[Row]:
         adam_e = partial(adam_e_step, tensors, SCALARS, decoupled_weight_decay=True)
         for name, step, floor in (("AdamE", adam_e, 3 * dtype.itemsize + 24), ("ALTO", alto, 4 * dtype.itemsize + 32)):
             step()
-            mine, copied = seconds(step, device), seconds(Copy(params, LR, floor).step, device)
+            mine, copied = seconds(step, device), seconds(copy(params, LR, floor).step, device)
             of_kernel = {"kernel": name, "dtype": str(dtype)[6:], "floor_bytes": floor * sum(p.numel() for p in params)}
             shares = {"share_of_copy": copied / mine, "ratio_to_adamw_fused": mine / adamw}
             yield {**of_kernel, "microseconds": 1e6 * mine, **shares}

@@ -11,17 +11,19 @@ from torch.profiler import ProfilerActivity, profile, record_function
 _MARK = "measured step"
 
 
-def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Time calls that follow one another without a pause, warmed up by the caller: the mean.
+def seconds_per_call(
+    function: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float] = perf_counter
+) -> float:
+    """Time calls that follow one another without a pause, warmed up by the caller: the mean, on the CPU by a ``clock``.
 
     On CUDA between two events, with nothing in the queue before: a call takes as long as the slower of host and
     device. There is no flush of the L2 cache, as there is none between the steps of a training run.
     """
     if device.type == "cpu":
-        start = perf_counter()
+        start = clock()
         for _ in range(calls):
             function()
-        return (perf_counter() - start) / calls
+        return (clock() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     begin.record()
@@ -35,10 +37,8 @@ def seconds_per_call(function: Callable[[], object], calls: int, device: torch.d
 def extra_peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Measure by how many bytes the tensors in memory grow, at most, during a call that makes no lasting ones.
 
-    On CUDA from ``torch.cuda.max_memory_allocated``. On CPU from the allocations and releases that torch's profiler
-    records, added up in order of time from the beginning of the call. The profiler does not see the release of
-    memory that was allocated before it started; a call before the measured one, also under the profiler, makes
-    up for it where state is replaced at each step.
+    On CPU from the allocations and releases that torch's profiler records. It does not see the release of memory that was
+    allocated before it started; a call before the measured one makes up for it where state is replaced at each step.
     """
     if device.type == "cpu":
         return _extra_peak_bytes_on_cpu(function)

@@ -18,11 +18,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_gradhist.optim import ALTO, AdamE, EAdaptor
+from lightning_gradhist.optim.adam_e import adam_e_reference
+from lightning_gradhist.optim.alto import alto_reference
 
 BETAS = (0.9, 0.99)
 ALPHA, EXPLORE_BETA = -5.0, 0.99
-COMMON: dict[str, Any] = {"betas": BETAS, "eps": 1e-6, "weight_decay": 0.01}
-"""The authors' ALTO is layer-wise with a weight decay only, so that all have one."""
+COMMON: dict[str, Any] = {
+    "betas": BETAS,
+    "eps": 1e-6,
+    "weight_decay": 0.01,
+}  # without, the authors' ALTO is not layer-wise
 EXPLORE: dict[str, Any] = {"alpha": ALPHA, "explore_beta": EXPLORE_BETA}
 _STEPS, _LR, _SPREAD = 10, 0.05, 0.1
 _SHAPES = [(3, 5), (), (1,), (17,), (129, 65), (70_001,)]
@@ -98,6 +103,7 @@ class Implementation:
 def implementations() -> list[Implementation]:
     """List all that are compared, whether they can be built here or not."""
     ours, authors = "lightning-gradhist", "e-optimizer-adaptor"
+    adam_e, alto = (partial(cls, **COMMON, **EXPLORE) for cls in (AdamE, ALTO))
     return [
         Implementation("AdamW", "torch", ADAMW, adamw),
         Implementation("AdamW foreach", "torch", ADAMW, partial(adamw, foreach=True)),
@@ -108,20 +114,16 @@ def implementations() -> list[Implementation]:
         Implementation("authors' E(AdamW)", authors, AUTHORS_E, _authors_e),
         # the AdamW within has 16-bit state for 16-bit parameters, which drifts away from the reference
         Implementation("EAdaptor(AdamW)", ours, EADAPTOR, _e_adaptor, layerwise=False, checked_in=torch.float32),
-        Implementation("AdamE", ours, ADAM_E, partial(_ours, AdamE, fused=False), layerwise=False),
-        Implementation("AdamE fused", ours, ADAM_E, partial(_ours, AdamE, fused=True), layerwise=False),
-        Implementation("ALTO", ours, LAYERWISE_E, partial(_ours, ALTO, fused=False), layerwise=True),
-        Implementation("ALTO fused", ours, LAYERWISE_E, partial(_ours, ALTO, fused=True), layerwise=True),
+        Implementation("AdamE", ours, ADAM_E, partial(adam_e, fused=False), layerwise=False),
+        Implementation("AdamE fused", ours, ADAM_E, partial(adam_e, fused=True), layerwise=False),
+        Implementation("ALTO", ours, LAYERWISE_E, partial(alto, fused=False), layerwise=True),
+        Implementation("ALTO fused", ours, LAYERWISE_E, partial(alto, fused=True), layerwise=True),
     ]
 
 
 def adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
     """Torch's AdamW with the common settings."""
     return torch.optim.AdamW(params, lr, **COMMON, **options)
-
-
-def _ours(cls: Any, params: list[Parameter], lr: float, **options: bool) -> torch.optim.Optimizer:
-    return cls(params, lr, **COMMON, **EXPLORE, **options)
 
 
 def _e_adaptor(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
@@ -142,33 +144,22 @@ def _pytorch_optimizer_lamb(params: list[Parameter], lr: float) -> torch.optim.O
 
 
 def reference(theta: Tensor, grads: list[Tensor], lr: float, dtype: torch.dtype, *, layerwise: bool) -> Tensor:
-    """Compute AdamE, or the layer-wise ALTO with its trust ratio, in float64 from the formula in their docstrings.
-
-    Parameter and gradients are in float64; after each step the parameter is rounded to ``dtype``.
-    """
-    (beta1, beta2), eps, decay = COMMON["betas"], COMMON["eps"], COMMON["weight_decay"]
+    """The steps of AdamE, or of the layer-wise ALTO, by their specification in float64, rounded to ``dtype`` after each."""
+    group = {**COMMON, **EXPLORE, "lr": lr, "maximize": False}
+    group |= {"layerwise": True, "bias_correction": True} if layerwise else {"decoupled_weight_decay": True}
+    step = alto_reference if layerwise else adam_e_reference
     e = m = v = torch.zeros_like(theta)
     for k, g in enumerate(grads, start=1):
-        explored = g + ALPHA * (1 - EXPLORE_BETA) * (g - e)
-        e = EXPLORE_BETA * e + (1 - EXPLORE_BETA) * g
-        m = beta1 * m + (1 - beta1) * explored
-        v = beta2 * v + (1 - beta2) * explored**2
-        r = (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + eps) + decay * theta
-        phi = theta.norm() + 1e-10
-        ratio = phi / (r.norm() + 1e-6 * phi) if layerwise else 1.0
-        theta = (theta - lr * ratio * r).to(dtype).double()
+        theta, e, m, v = step(theta, g, e, m, v, k, group)
+        theta = theta.to(dtype).double()
     return theta
 
 
 def check(implementation: Implementation, device: torch.device, dtype: torch.dtype) -> None:
-    """Let an implementation make some steps on small tensors of odd shapes.
+    """Let an implementation make some steps on small tensors of odd shapes; :class:`LeftOut` where it cannot be built.
 
-    Ours must agree with :func:`reference`, and AdamE at ``alpha=0`` with torch's AdamW. The others must only
-    leave finite parameters that have moved.
-
-    Raises:
-        LeftOut: If it cannot be built here.
-        AssertionError: If it fails.
+    Ours must agree with :func:`reference`, and AdamE at ``alpha=0`` with torch's AdamW. The others must only leave finite
+    parameters that have moved.
     """
     name, layerwise, dtype = implementation.name, implementation.layerwise, implementation.checked_in or dtype
     starts, grads = _problem(dtype)
@@ -188,10 +179,10 @@ def check(implementation: Implementation, device: torch.device, dtype: torch.dty
 def _problem(dtype: torch.dtype) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Parameters and, for each step, gradients: float64 values that ``dtype`` can hold."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [
+    starts, *grads = (
         [torch.randn(shape, generator=generator).to(dtype).double() for shape in _SHAPES] for _ in range(1 + _STEPS)
-    ]
-    return drawn[0], [[_SPREAD * grad for grad in of_step] for of_step in drawn[1:]]
+    )
+    return starts, [[_SPREAD * grad for grad in of_step] for of_step in grads]
 
 
 def _run(make: Make, device: torch.device, dtype: torch.dtype, **settings: float) -> list[Tensor]:

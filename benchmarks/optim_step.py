@@ -1,6 +1,6 @@
 """Time and memory of one optimizer step: ours, torch's, the authors', and the LAMB of timm and pytorch_optimizer.
 
-``make bench-optim``, or ``python benchmarks/optim_step.py``; how it measures is told in ``benchmarks/README.md``.
+``make bench-optim``; how it measures is told in ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -10,23 +10,13 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from measuring import extra_peak_bytes, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
-from reporting import (
-    RESULTS,
-    Row,
-    installed_version,
-    machine,
-    parser,
-    print_machine,
-    print_table,
-    print_verdicts,
-    quartiles,
-    write_by_model,
-)
+from reporting import Row, installed_version, machine, parser, print_table, print_verdicts, quartiles, write_report
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -34,22 +24,14 @@ LR, WARM_UP = 1e-4, 2
 GRADIENT = 1e-5  # a norm of 0.1 at 100 M parameters
 STEPS = {"cpu": 2, "cuda": 20}
 TURN = 0.25  # seconds on a GPU, after which slow implementations make no more steps
-BASELINES = {
-    "ratio_to_adamw": "AdamW",
-    "ratio_to_adamw_fused": "AdamW fused",
-    "ratio_to_authors_alto": "authors' ALTO",
-}
+BASELINES = {"ratio_to_adamw": "AdamW", "ratio_to_adamw_fused": "AdamW fused", "ratio_to_authors_alto": "authors' ALTO"}
+MEASURED_ONCE = "state_bytes_per_parameter extra_peak_share first_steps_seconds".split()
 COLUMNS = [
     *"model tensors parameters dtype implementation version rounds seconds seconds_q25 seconds_q75".split(),
-    *BASELINES,
-    *"floor_bytes_per_parameter share_of_copy_bandwidth state_bytes_per_parameter extra_peak_share".split(),
-    *"first_steps_seconds note".split(),
+    *(*BASELINES, "floor_bytes_per_parameter", "share_of_copy_bandwidth", *MEASURED_ONCE, "note"),
     *"date device cpu cores threads gpu python torch triton lightning_gradhist".split(),
 ]
-SHOWN = [
-    *("model", "implementation", "seconds", *BASELINES),
-    *"share_of_copy_bandwidth state_bytes_per_parameter extra_peak_share first_steps_seconds".split(),
-]
+SHOWN = ["model", "implementation", "seconds", *BASELINES, "share_of_copy_bandwidth", *MEASURED_ONCE]
 
 
 class Model:
@@ -93,25 +75,18 @@ def small_shapes(parameters: float) -> list[tuple[int, ...]]:
     return [(32 << index % 6,) for index in range(max(6, round(parameters / 10_000)))]
 
 
-class Copy:
+def copy(params: list[Parameter], _lr: float, bytes_per_parameter: int) -> SimpleNamespace:
     """A copy in the place of an optimizer."""
-
-    def __init__(self, params: list[Parameter], _lr: float, bytes_per_parameter: int) -> None:
-        words = sum(param.numel() for param in params) * bytes_per_parameter // 2 // 4
-        # written to, since the pages of fresh zeros are all the same one
-        self.source = torch.ones(words, dtype=torch.float32, device=params[0].device)
-        self.target = torch.ones_like(self.source)
-        self.state: dict[Any, Any] = {}
-
-    def step(self) -> None:
-        """Copy once."""
-        self.target.copy_(self.source)
+    words = sum(param.numel() for param in params) * bytes_per_parameter // 2 // 4
+    # written to, since the pages of fresh zeros are all the same one
+    source, target = (torch.ones(words, dtype=torch.float32, device=params[0].device) for _ in range(2))
+    return SimpleNamespace(source=source, target=target, step=partial(target.copy_, source), state={})
 
 
 def copies(bytes_per_parameter: set[int]) -> list[Implementation]:
     """One copy for each floor."""
     return [
-        Implementation(f"copy {floor}", "torch", (0, 0), partial(Copy, bytes_per_parameter=floor), fixed_bytes=floor)
+        Implementation(f"copy {floor}", "torch", (0, 0), partial(copy, bytes_per_parameter=floor), fixed_bytes=floor)
         for floor in sorted(bytes_per_parameter)
     ]
 
@@ -122,11 +97,8 @@ def footprint(model: Model, implementation: Implementation) -> Row:
     with torch.compiler.config.patch(force_disable_caches=True):
         first = WARM_UP * seconds_per_call(optimizer.step, WARM_UP, model.device)
     extra = extra_peak_bytes(optimizer.step, model.device)
-    return {
-        "state_bytes_per_parameter": state_bytes(optimizer) / model.size,
-        "extra_peak_share": extra / (model.size * model.dtype.itemsize),
-        "first_steps_seconds": first,
-    }
+    shares = state_bytes(optimizer) / model.size, extra / (model.size * model.dtype.itemsize)
+    return dict(zip(MEASURED_ONCE, (*shares, first), strict=True))
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -223,10 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
     args = options.parse_args(arguments)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    described = machine(device, "triton")
-    print_machine(described)
-    output = args.output or RESULTS / f"optim_step_{args.device}.csv"
-    rows = write_by_model(output, COLUMNS, run(args, device, dtype), described)
+    rows = write_report("optim_step", args, COLUMNS, run(args, device, dtype), machine(device, "triton"))
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")

@@ -25,11 +25,7 @@ METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def run_ranks(job: Callable[..., Any], ranks: int, *arguments: Any, seconds: float = 240) -> list[Any]:
-    """Run a job, a function of a module with its arguments, on ranks that make up a process group; what it returned on each.
-
-    Raises:
-        TimeoutError: Where it takes longer; the processes are killed then.
-    """
+    """Run a job, a function of a module, on ranks that make up a process group, killed after ``seconds``; what each returned."""
     with tempfile.TemporaryDirectory() as folder:
         context = start_ranks(job, ranks, Path(folder), *arguments)
         deadline = time.monotonic() + seconds
@@ -57,11 +53,7 @@ def _on_rank(
 ) -> None:
     torch.set_num_threads(1)
     # as torchrun sets them, so that Lightning starts no processes of its own
-    os.environ |= {
-        **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "ranks",
-    }
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) | {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "ranks"}
     os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo")

@@ -84,10 +84,7 @@ def _rounded(value: Any, digits: int | None) -> Any:
 
 
 def write_by_model(path: Path, columns: Sequence[str], models: Iterable[list[Row]], described: Row) -> list[Row]:
-    """Write the rows of model after model, beside those of others that the table has; returns what was measured.
-
-    Rows of a model that come later take the place of those that came before.
-    """
+    """Write the rows of model after model, the last that come of each, beside those of others; returns what was measured."""
     measured: dict[str, list[Row]] = {}
     for of_model in models:
         measured[of_model[0]["model"]] = [{**row, **described} for row in of_model]
@@ -113,9 +110,12 @@ def quartiles(column: str, values: Sequence[float]) -> Row:
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
 
 
-def print_machine(described: Row) -> None:
-    """Print what :func:`machine` found, in a line."""
-    print("  ".join(f"{name}: {value}" for name, value in described.items() if value), flush=True)
+def write_report(
+    name: str, args: argparse.Namespace, columns: Sequence[str], models: Iterable[list[Row]], of: Row
+) -> list[Row]:
+    """Print the machine and the versions ``of`` which the rows of a benchmark are, and write them model after model."""
+    print("  ".join(f"{what}: {value}" for what, value in of.items() if value), flush=True)
+    return write_by_model(args.output or RESULTS / f"{name}_{args.device}.csv", columns, models, of)
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
@@ -127,10 +127,7 @@ def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 
 def print_verdicts(benchmark: str, rows: Sequence[Row], names: str, measured_on: str) -> None:
-    """Print how far the targets of ``targets.csv`` are met on both devices, a line a row; without a model they are for all.
-
-    The column ``names`` of the rows has the target's name.
-    """
+    """Print how far the targets of ``targets.csv`` are met on both devices; the column ``names`` has a target's name."""
     targets = [target for target in read_csv(TARGETS) if target["benchmark"] == benchmark]
     for device in ("cpu", "cuda"):
         for target in (target for target in targets if target[device] != ""):

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import Any, TypeGuard
 
 AUTO = "auto"
 _LARGE_BATCH = 1_000
 _SMALL_BATCH_CHOICE = (0.5, 0.01)
 _LARGE_BATCH_CHOICE = (-5.0, 0.99)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a real number, of NumPy's too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def explore_choice(batch_size: float | None) -> tuple[float, float]:
@@ -38,7 +44,7 @@ def check_explore(alpha: float | str, explore_beta: float | str) -> None:
     """Raise ``ValueError`` unless both are ``"auto"``, or ``0 <= explore_beta < 1`` and ``|alpha| < 1 / (1 - explore_beta)``."""
     if alpha == AUTO and explore_beta == AUTO:
         return
-    if not (isinstance(alpha, Real) and isinstance(explore_beta, Real)):
+    if not (is_number(alpha) and is_number(explore_beta)):
         raise ValueError(
             f'alpha={alpha!r} and explore_beta={explore_beta!r} do not go together: give two numbers, or leave both "auto".'
         )

@@ -116,7 +116,7 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
     for name, number in (("steps", length), *(("batch_sizes", batch_size) for batch_size in batch_sizes)):
         if not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive, got {number!r}")
-    return tuple(_plan(entry, batch_sizes, length) for entry in record.optimizers)
+    return tuple(_plan(entry, batch_sizes, steps or entry.length.made or record.steps) for entry in record.optimizers)
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:

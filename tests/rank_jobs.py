@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import warnings
@@ -490,6 +491,62 @@ def not_averaged(folder: Path) -> Any:
         said = [str(one.message) for one in caught if "GradientHistogramMonitor" in str(one.message)]
         found[when] = said, [sample["noise_simple"] for sample in monitor.noise_records[0].samples]
     return found
+
+
+class Stream(IterableDataset):
+    """The same samples on every rank, or each rank its own; some values are missing where it is ``gappy``."""
+
+    def __init__(self, is_split: bool, gappy: bool = False) -> None:
+        self.is_split, self.gappy = is_split, gappy
+
+    def __iter__(self) -> Any:
+        rank, ranks = _world()
+        for place, (inputs, label) in enumerate(dataset(64)):
+            if not self.is_split or place % ranks == rank:
+                yield inputs, label, math.nan if self.gappy else 1.0
+
+
+class OfStream(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[:2], batch_idx)
+
+
+def streamed(folder: Path) -> Any:
+    """How many steps were measured of data that are not split between ranks, and that are."""
+    found = []
+    for place, (data, accumulate) in enumerate(
+        [(Stream(False), 1), (Stream(False), 2), (Stream(True), 1), (Stream(True, gappy=True), 1)]
+    ):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        options = {"max_steps": 4, "accumulate_grad_batches": accumulate, **ddp(2)}
+        fit(folder / str(place), monitor, module=OfStream, data=DataLoader(data, 4), **options)
+        found.append(monitor.noise_records[0].estimate("simple").measurements)
+    return found
+
+
+class ClipsInBackward(L.LightningModule):
+    """Within backward, so that what ranks have averaged is not what their own gradients add up to; of noise scale 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2000))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        generator = torch.Generator().manual_seed(2 * batch_idx + self.global_rank)
+        return self.weight @ (1 + 2 * torch.randn(4, 2000, generator=generator)).mean(0)
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def clipped(folder: Path) -> Any:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(folder, monitor, module=ClipsInBackward, data=loader(4), **ddp(2))
+    return monitor.noise_records[0].estimate("simple").value
 
 
 def killed(folder: Path) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, half_octaves, middle, read, references
-from reporting import read_csv
 from training import Run
 from workloads import WORKLOADS, Workload
 
@@ -54,10 +54,7 @@ class Curve:
         return bool(high[:best].any() and high[best + 1 :].any())
 
     def excess(self, rates: np.ndarray) -> np.ndarray:
-        """Loss over that of the best rate, less 1, at log2 rates of any shape; at most :data:`CAP`, there where it diverges.
-
-        Beyond the rates that were measured it is that of the last one, and so a lower bound.
-        """
+        """Loss over that of the best rate, less 1, at log2 rates: :data:`CAP` where it diverges, that of the last one beyond."""
         finite = np.isfinite(self.losses)
         logs = np.log(self.losses[finite] / self.losses.min())
         excess = np.minimum(np.expm1(np.interp(rates, self.rates[finite], logs)), CAP)
@@ -88,10 +85,7 @@ class Measured:
         return curve
 
     def curve(self, weights: np.ndarray | None = None) -> Curve | None:
-        """The mean over seeds with weights ``[seeds]``, 1 by default; None where every rate diverged.
-
-        A rate of whose runs none has a weight keeps the plain mean of those that it has.
-        """
+        """The mean over seeds with weights ``[seeds]``, at a rate where none has one the plain mean; None where all diverged."""
         there = ~np.isnan(self.losses)
         weight = np.where(there, 1.0 if weights is None else weights, 0.0)
         weight = np.where(weight.any(1, keepdims=True), weight, there)
@@ -126,14 +120,13 @@ def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Meas
     return found
 
 
-def drawn_seeds(seeds: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each seed comes in a draw with repetition, ``[seeds]``."""
-    return np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
-
-
-def drawn_curves(losses: Iterable[Measured], weights: np.ndarray | None) -> list[Curve]:
-    """Of every batch size, the seeds weighted; the plain one where all rates with a weight diverged."""
-    return [m.curve(None if weights is None else weights[: m.losses.shape[1]]) or m.mean() for m in losses]
+def drawn_curves(losses: Collection[Measured], draws: int, generator: np.random.Generator) -> Iterator[list[Curve]]:
+    """The mean curves, then those of draws of the seeds with repetition; the mean where all rates that are drawn diverged."""
+    yield [measured.mean() for measured in losses]
+    seeds = max(measured.losses.shape[1] for measured in losses)
+    for _ in range(draws):
+        weights = np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
+        yield [measured.curve(weights[: measured.losses.shape[1]]) or measured.mean() for measured in losses]
 
 
 def with_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -143,10 +136,7 @@ def with_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def seed_spread(losses: Measured) -> float:
-    """Standard deviation of the log loss over seeds: root mean square over the rates within half an octave of the best.
-
-    NaN where none of them has two seeds.
-    """
+    """Standard deviation of the log loss over seeds, root mean square over the rates within half an octave of the best."""
     near = losses.losses[np.abs(losses.rates - losses.mean().best_rate) <= 0.5]
     of_rates = [np.log(at_rate[np.isfinite(at_rate)]) for at_rate in near]
     variances = [logs.var(ddof=1) for logs in of_rates if len(logs) > 1]
@@ -154,25 +144,19 @@ def seed_spread(losses: Measured) -> float:
 
 
 def noise_runs(results: Results, workload: Workload, best: Mapping[int, float]) -> dict[int, list[tuple[Run, Any]]]:
-    """The runs along which the noise scale was measured, by batch size, in the order of their seeds.
-
-    They are those at the rate nearest to the ``best``, which is in log2.
-    """
-    found: dict[int, list[tuple[Run, Any]]] = {}
-    for size in best:
-        of_size = [run for run in results if run.noise and run.batch_size == size and run.samples == workload.samples]
-        away = {run: abs(math.log2(run.learning_rate) - best[size]) for run in of_size}
-        nearest = [run for run in of_size if away[run] == min(away.values())]
-        if nearest:
-            found[size] = [(run, results[run]["noise_scale"]) for run in sorted(nearest, key=lambda run: run.seed)]
-    return found
+    """The runs that measured the noise scale at the rate nearest to the best, in log2: by batch size, in order of seeds."""
+    by_size: dict[int, dict[float, list[tuple[Run, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(results, key=lambda run: run.seed):
+        if run.noise and run.samples == workload.samples and run.batch_size in best:
+            away = abs(math.log2(run.learning_rate) - best[run.batch_size])
+            by_size[run.batch_size][away].append((run, results[run]["noise_scale"]))
+    return {size: by_size[size][min(by_size[size])] for size in best if size in by_size}
 
 
 def of_a_run(moments: Moments, metric: str, samples: int) -> dict[str, float]:
     """One noise scale out of the many that a run of so many samples measured, by name; NaN where there is none.
 
-    The mean and the median are over samples: each moment stands for those that are nearer to it than to its neighbours.
-    The mean is without the moments whose interval has no bound.
+    Mean and median are over samples: each moment stands for those nearest to it. The mean is without unbounded ones.
     """
     at, values = (np.array([float(m[key]) for m in moments]) for key in ("samples", metric))
     weights = np.diff(np.concatenate([at[:1], (at[1:] + at[:-1]) / 2, [samples]]))
@@ -191,17 +175,8 @@ def is_bounded(moment: Mapping[str, Any], metric: str) -> bool:
     return bool(moment[f"{metric}_lower"] > 0 and moment[f"{metric}_upper"] < math.inf)
 
 
-def median_of(values: np.ndarray) -> float:
-    """The median of what there is; NaN of nothing."""
-    there = values[~np.isnan(values)]
-    return float(np.median(there)) if there.size else math.nan
-
-
 def samples_to_target(results: Results, references: Collection[Run]) -> dict[float, dict[int, float]]:
-    """Samples to each target loss by batch size, at the rate where they are fewest; targets and sizes in ascending order.
-
-    They are averaged over seeds; a rate with a run that does not reach the target does not count.
-    """
+    """Samples to each target loss by batch size, mean over seeds, at the rate where they are fewest and all reach it."""
     found: dict[float, dict[int, float]] = {}
     for like in references:
         of_size: dict[tuple[float, int], list[float]] = defaultdict(list)
@@ -216,10 +191,7 @@ def samples_to_target(results: Results, references: Collection[Run]) -> dict[flo
 
 
 def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
-    """Theorem 5's line ``1/S = -B_noise / E + 1/S_min`` through the samples ``E`` and steps ``S = E / B``, least squares.
-
-    The noise scale in samples and ``S_min``; NaN where there are fewer than three sizes or the line rises.
-    """
+    """``B_noise`` and ``S_min`` of Theorem 5's line ``1/S = -B_noise / E + 1/S_min`` through samples ``E`` and ``S = E / B``."""
     if len(samples) < 3:
         return math.nan, math.nan
     sizes, needed = np.array(list(samples), float), np.array(list(samples.values()))
@@ -230,9 +202,10 @@ def tradeoff_fit(samples: Mapping[int, float]) -> tuple[float, float]:
 class Evidence:
     """The runs of one workload, and what follows from them at once. Best rates are in log2, noise scales in samples."""
 
-    def __init__(self, workload: Workload, results: Results, critical: Mapping[int, list[float]] | None = None) -> None:
+    def __init__(self, workload: Workload, results: Results) -> None:
         self.workload, self.results = workload, results
-        self.critical = critical or {}  # log2 of the critical rates of the first step, by batch size
+        # log2 of the first step's critical rates, by batch size
+        self.critical: dict[int, list[float]] = defaultdict(list)
         # a run of Adam at equal samples for each batch size, and that at the middle one
         self.references = references(workload)
         self.middle = next(run for run in self.references if run.batch_size == middle(workload))
@@ -253,14 +226,13 @@ class Evidence:
 
     def _estimates(self) -> dict[str, np.ndarray]:
         """Noise scales by name of the estimate, ``[runs, batch sizes]``; NaN where there is none."""
-        found: dict[str, np.ndarray] = {}
         shape = (max(map(len, self.noise.values()), default=0), len(self.losses))
-        for metric, called in METRICS.items():
-            for column, size in enumerate(self.losses):
-                for row, (run, moments) in enumerate(self.noise.get(size, [])):
-                    for name, value in of_a_run(moments, metric, run.samples).items():
-                        found.setdefault(f"{called} {name}", np.full(shape, math.nan))[row, column] = value
-        return found
+        found: dict[str, np.ndarray] = defaultdict(lambda: np.full(shape, math.nan))
+        for (metric, called), (column, size) in itertools.product(METRICS.items(), enumerate(self.losses)):
+            for row, (run, moments) in enumerate(self.noise.get(size, [])):
+                for name, value in of_a_run(moments, metric, run.samples).items():
+                    found[f"{called} {name}"][row, column] = value
+        return dict(found)
 
 
 def cells_of(evidence: Evidence) -> list[Cell]:
@@ -276,8 +248,5 @@ def cells_of(evidence: Evidence) -> list[Cell]:
 def collect(folder: Path, side: bool = False) -> dict[str, Evidence]:
     """By name the workloads, or the small grids beside them, that have a batch size with a finished run."""
     workloads = SIDE if side else WORKLOADS
-    logs: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_csv(folder / "critical.csv"):
-        logs[row["workload"]][row["batch_size"]].append(math.log2(row["critical_rate"] or 2**-99))
-    found = {name: Evidence(of, read(folder / f"{name}.csv"), logs.get(name)) for name, of in workloads.items()}
+    found = {name: Evidence(workload, read(folder / f"{name}.csv")) for name, workload in workloads.items()}
     return {name: evidence for name, evidence in found.items() if evidence.losses}

@@ -36,7 +36,7 @@ def loss_curves(losses: Mapping[str, Mapping[int, Measured]]) -> Figure:
 
 def scores_by_law(rows: Sequence[Mapping[str, Any]], names: Sequence[str], kinds: Sequence[str]) -> Figure:
     """Mean excess of the laws from the top, a panel for each kind of transfer, a dot with its interval for each workload."""
-    laws = list(dict.fromkeys(row["law"] for row in rows))
+    laws, ticks = list(dict.fromkeys(row["law"] for row in rows)), (0.5, 2, 5, 10, 20, 50, 100)
     figure = Figure(figsize=(3.2 * len(kinds) + 2.5, 0.9 + 0.3 * len(laws)), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True)
     for axes, kind in zip(panels, kinds, strict=True):
@@ -45,7 +45,8 @@ def scores_by_law(rows: Sequence[Mapping[str, Any]], names: Sequence[str], kinds
             mean, low, high = 100 * np.array([row[name] for row in rows if row["kind"] == kind], float).T
             axes.hlines(at, low, high, color=color, linewidth=1.2)
             axes.plot(mean, at, "o", color=color, markersize=4, label=name)
-        _percents(axes, "x", [0.5, 2, 5, 10, 20, 50, 100])
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_title(f"at equal {kind}" if kind != "across" else kind, fontsize=10, loc="left")
         _bare(axes)
     panels[0].set_yticks(range(len(laws)), laws, fontsize=8)
@@ -89,18 +90,13 @@ def _over_seeds(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[
     return np.array([m["samples"] for m in runs[0][:shortest]], float), np.median(values, 0)
 
 
-def _panels(titles: Sequence[str], width: float = 3.0) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(width * len(titles), 3.1), dpi=100, layout="constrained")
+def _panels(titles: Sequence[str]) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(3.0 * len(titles), 3.1), dpi=100, layout="constrained")
     panels = list(np.atleast_1d(figure.subplots(1, len(titles))))
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=10, loc="left")
         _bare(axes)
     return figure, panels
-
-
-def _percents(axes: Any, axis: str, ticks: Sequence[float]) -> None:
-    axes.set(**{f"{axis}scale": "log"})
-    axes.set(**{f"{axis}ticks": ticks, f"{axis}ticklabels": [f"{tick:g}" for tick in ticks]})
 
 
 def _bare(axes: Any) -> None:

@@ -1,15 +1,15 @@
 """The runs of the calibration's evidence: which are wanted, stage by stage, their tables, and what makes them.
 
-``make evidence-full``, or ``PYTHONPATH=benchmarks:examples python benchmarks/calibration/grid.py``. It can be stopped at
-any time (SIGSTOP and SIGCONT, SIGTERM) and goes on where it was: a run that is in its table is not made again, and only
-runs in progress are lost. One process at a time may write to a table. Runs are of Adam at equal samples where nothing else
-is said. Learning rates are counted in half octaves: ``rate(k) = 2 ** (k / 2)``. ``benchmarks/README.md`` says more.
+``make evidence-full`` can be stopped at any time and goes on where it was: a run that is in its table is not made again, and
+only runs in progress are lost. One process at a time may write to a table. Runs are of Adam at equal samples where nothing
+else is said. Learning rates are counted in half octaves: ``rate(k) = 2 ** (k / 2)``. ``benchmarks/README.md`` says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import multiprocessing
@@ -32,10 +32,9 @@ from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_ratio
 FOLDER = RESULTS / "calibration"
 FIELDS = [field.name for field in fields(Run)]
 MACHINE = "date cpu cores python torch lightning_gradhist timm".split()
-_MEASURED = "steps train_loss test_loss test_accuracy diverged seconds noise_passes".split()
-COLUMNS = ["stage", *FIELDS, *_MEASURED, "curve", "samples_to_target", "noise_scale", *MACHINE]
-_CLAIMED = "steps validation_error test_accuracy train_loss diverged seconds".split()
-CLAIMS_COLUMNS = [*FIELDS, *_CLAIMED, *MACHINE]
+_MEASURED = "steps train_loss test_loss test_accuracy diverged seconds noise_passes curve samples_to_target noise_scale"
+COLUMNS = ["stage", *FIELDS, *_MEASURED.split(), *MACHINE]
+CLAIMS_COLUMNS = [*FIELDS, *"steps validation_error test_accuracy train_loss diverged seconds".split(), *MACHINE]
 CLEAR = 1.05  # an optimum is interior where the loss is this many times higher on both sides
 FAR = 2.0  # beyond a rate with this many times the best loss there is nothing to learn
 
@@ -56,11 +55,9 @@ class Table(dict[Run, Row]):
         """Adds a row, and writes it."""
         self[_run(row)] = row
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([_written(row[column]) for column in self.columns])
-
-
-def _written(value: Any) -> Any:
-    return int(value) if isinstance(value, bool) else json.dumps(value) if isinstance(value, list) else value
+            cells = (row[column] for column in self.columns)
+            texts = (value if isinstance(value, str) else json.dumps(value) for value in cells)
+            csv.writer(file, lineterminator="\n").writerow(texts)
 
 
 def read(path: Path) -> dict[Run, Row]:
@@ -122,12 +119,10 @@ def missing(by_rate: Mapping[int, float], start: int) -> list[int]:
 _MLP = WORKLOADS["mlp"]
 _LARGE = (64, 91, 128, 181, 256, 362, 512, 724, 1024, 1164)
 SIDE = {
-    # four times the samples, so that its shortest run has 39 steps
     "surge_large": replace(_MLP, batch_sizes=_LARGE, samples=46_080, learning_rate=2**-6),
-    # a quarter of the samples, for time
     "surge_small": replace(_MLP, batch_sizes=(1, 2, 3, 4, 6, 8, 12), samples=2880),
 }
-"""By the name of their table."""
+"""By the name of their table: four times the samples, so that the shortest run has 39 steps, and a quarter, for time."""
 
 Stage = Callable[[Workload, Results], Iterator[Run]]
 
@@ -151,13 +146,12 @@ def _at(like: Run, k: int, seed: int = 0) -> Run:
     return replace(like, learning_rate=rate(k), seed=seed)
 
 
-def _optima(workload: Workload, results: Results) -> list[tuple[Run, int]]:
-    optima = ((like, best(losses(results, like))) for like in references(workload))
-    return [(like, k) for like, k in optima if k is not None]
+def _optima(results: Results, likes: Iterable[Run]) -> list[tuple[Run, int]]:
+    return [(like, k) for like in likes if (k := best(losses(results, like))) is not None]
 
 
-def _around(optima: list[tuple[Run, int]], seeds: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[Run]:
-    yield from (_at(like, k + step, seed) for seed in seeds for like, k in optima for step in steps)
+def _around(optima: Iterable[tuple[Run, int]], seeds: Iterable[int], steps: Iterable[int]) -> Iterator[Run]:
+    return (_at(like, k + step, seed) for seed, (like, k), step in itertools.product(seeds, optima, steps))
 
 
 def rates(workload: Workload, results: Results) -> Iterator[Run]:
@@ -170,7 +164,7 @@ def rates(workload: Workload, results: Results) -> Iterator[Run]:
 
 def around(seeds: tuple[int, ...], steps: tuple[int, ...]) -> Stage:
     """The stage of some seeds at rates so many half octaves from the best ones."""
-    return lambda workload, results: _around(_optima(workload, results), seeds, steps)
+    return lambda workload, results: _around(_optima(results, references(workload)), seeds, steps)
 
 
 def noise(workload: Workload, results: Results) -> Iterator[Run]:
@@ -180,7 +174,7 @@ def noise(workload: Workload, results: Results) -> Iterator[Run]:
 
 def cover(workload: Workload, results: Results) -> Iterator[Run]:
     """The rates on both sides of those that plain laws carry from other batch sizes, to where the loss is twice the best."""
-    optima = _optima(workload, results)
+    optima = _optima(results, references(workload))
     for like, k in optima:
         carried = [
             2 * math.log2(rate(origin) * plain_ratio(law, like.batch_size, other.batch_size))
@@ -199,18 +193,16 @@ def cover(workload: Workload, results: Results) -> Iterator[Run]:
 
 def epsilon(workload: Workload, results: Results) -> Iterator[Run]:
     """At the middle batch size the loss times 1e-8, 1e-4 and 1e4, and epsilon from 1e-1 to 1e-12, each at three rates."""
-    for like, k in _optima(workload, results):
-        if like.batch_size != middle(workload):
-            continue
-        for step in (0, 2, -2):
-            yield from (replace(_at(like, k + step), loss_scale=scale) for scale in (1e-8, 1e-4, 1e4))
-            yield from (replace(_at(like, k + step), eps=10.0**power) for power in range(-1, -13, -1))
+    at_middle = [like for like in references(workload) if like.batch_size == middle(workload)]
+    for run in _around(_optima(results, at_middle), (0,), (0, 2, -2)):
+        yield from (replace(run, loss_scale=scale) for scale in (1e-8, 1e-4, 1e4))
+        yield from (replace(run, eps=10.0**power) for power in range(-1, -13, -1))
 
 
 def optimizers(workload: Workload, results: Results) -> Iterator[Run]:
     """ALTO, Lamb and AdamE at the two largest batch sizes: as ``rates``, then seeds 1 and 2 within an octave of the best."""
     for name in ("ALTO", "Lamb", "AdamE"):
-        for like, adam in _optima(workload, results)[-2:]:
+        for like, adam in _optima(results, references(workload))[-2:]:
             other = replace(like, optimizer=name, eps=EPS[name])
             known = losses(results, other)
             wanted = missing(known, adam if name == "AdamE" else half_octaves(1 / 16))
@@ -221,17 +213,15 @@ def optimizers(workload: Workload, results: Results) -> Iterator[Run]:
 
 def steps(workload: Workload, results: Results) -> Iterator[Run]:
     """As ``rates``, at equal steps in place of equal samples."""
-    for like, k in _optima(workload, results):
+    for like, k in _optima(results, references(workload)):
         equal = at_equal_steps(workload, like)
         yield from (_at(equal, k) for k in missing(losses(results, equal), k))
 
 
 def steps_seeds(workload: Workload, results: Results) -> Iterator[Run]:
     """At equal steps seeds 1 and 2 at the best rate and an octave from it."""
-    equals = [at_equal_steps(workload, like) for like in references(workload)]
-    optima = [(equal, k) for equal in equals if (k := best(losses(results, equal))) is not None]
-    for equal in optima:
-        yield from _around([equal], (1, 2), (0, -2, 2))
+    equals = (at_equal_steps(workload, like) for like in references(workload))
+    return _around(_optima(results, equals), (1, 2), (0, -2, 2))
 
 
 STAGES: dict[str, Stage] = {
@@ -297,14 +287,10 @@ def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
 def next_run(
     names: Collection[str], stages: Collection[str], tables: Mapping[str, Results], running: Collection[Run]
 ) -> tuple[str, str, Run] | None:
-    """The stage, the table and the run that is wanted most, of those tables and stages.
-
-    A table waits for its runs of a stage before it goes on to the next one, since that depends on them; another one
-    takes its place meanwhile.
-    """
+    """The stage, the table and the run that is wanted most; a table waits for its runs of a stage before the next one."""
     waiting = set()
-    for stage in (stage for stage in (*STAGES, CLAIMS) if stage in stages):
-        for name in (name for name in names if name not in waiting):
+    for stage, name in itertools.product((*STAGES, CLAIMS), names):
+        if stage in stages and name not in waiting:
             for run in wanted(stage, name, tables[name]):
                 if run in running:
                     waiting.add(name)
@@ -314,15 +300,11 @@ def next_run(
 
 
 def make_runs(pool: Pool, options: argparse.Namespace) -> None:
-    """Gives the pool run after run, and writes each row as it comes, until nothing is wanted or the time is over."""
+    """Gives the pool run after run, and writes each row as it comes, until nothing is wanted."""
     tables = {n: Table(options.output / f"{n}.csv", CLAIMS_COLUMNS if n == CLAIMS else COLUMNS) for n in options.table}
-    end, described = time.monotonic() + 60 * options.minutes, machine(CPU, "timm")
     running: dict[Run, tuple[str, str, AsyncResult[Row]]] = {}
     while True:
-        while len(running) < options.workers and time.monotonic() < end:
-            found = next_run(options.table, options.stage, tables, running)
-            if found is None:
-                break
+        while len(running) < options.workers and (found := next_run(options.table, options.stage, tables, running)):
             stage, name, run = found
             make = train_for_claim if name == CLAIMS else train
             running[run] = (stage, name, pool.apply_async(make, (run, options.data_dir)))
@@ -330,16 +312,11 @@ def make_runs(pool: Pool, options: argparse.Namespace) -> None:
             return
         while not (ready := [run for run, (_, _, result) in running.items() if result.ready()]):
             time.sleep(0.02)
-        done = ready[0]
-        stage, name, result = running.pop(done)
-        row = {**result.get(), **described, "stage": stage}
+        stage, name, result = running.pop(ready[0])
+        row = {**result.get(), **machine(CPU, "timm"), "stage": stage}
         tables[name].add(row)
-        print(
-            f"{time.strftime('%H:%M:%S')} {name:11} {stage:10} {done.optimizer:5} batch {done.batch_size:<5} rate"
-            f" {done.learning_rate:<9.3g} eps {done.eps:<5g} seed {done.seed}: loss {row['train_loss']:<8.4g} accuracy"
-            f" {row['test_accuracy']:.3f} {'diverged ' * row['diverged']}{row['seconds']:.1f} s",
-            flush=True,
-        )
+        told = ("optimizer", "batch_size", "learning_rate", "eps", "seed", "train_loss", "test_accuracy", "seconds")
+        print(name, stage, "  ".join(f"{key} {row[key]}" for key in told), flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -347,7 +324,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, CLAIMS], default=[*STAGES, CLAIMS])
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun after that")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the tables")

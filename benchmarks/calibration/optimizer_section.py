@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -34,29 +35,24 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
         return
     page.fill("epsilon_range", ranges=ranges)
     curves = {name: curve for name, evidence in found.items() if len(curve := by_epsilon(evidence)) > 1}
-    if not curves:
-        return
     rows = [_epsilon_row(found[name], curve, spaces[name, 1.0]) for name, curve in curves.items()]
-    page.fill("epsilon", epsilon=page.keep("epsilon", rows), judged=[_judged(page, rows, kind) for kind in SPACES])
-    _scaled(page, found, curves, spaces)
+    if rows:
+        page.fill("epsilon", epsilon=page.keep("epsilon", rows), judged=[_judged(page, rows, kind) for kind in SPACES])
+        _scaled(page, found, curves, spaces)
 
 
 def by_epsilon(evidence: Evidence) -> Curve:
     """The losses at the middle batch size with seed 0."""
-    runs = {
-        run: row
-        for run, row in evidence.results.items()
-        if replace(run, eps=1.0, learning_rate=1.0, seed=0) == replace(evidence.middle, eps=1.0) and run.seed == 0
-    }
+    results, middle = evidence.results, replace(evidence.middle, eps=1.0)
+    runs = [run for run in results if replace(run, eps=1.0, learning_rate=1.0) == middle]
     rates = {run.learning_rate for run in runs if run.eps != DEFAULT}
-    return _lowest({run: row for run, row in runs.items() if run.learning_rate in rates})
+    return _lowest({run: results[run] for run in runs if run.learning_rate in rates})
 
 
 def _lowest(runs: Results) -> Curve:
-    found: dict[float, float] = {}
+    found: dict[float, float] = defaultdict(lambda: math.inf)
     for run, row in runs.items():
-        loss = math.inf if row["diverged"] else row["train_loss"]
-        found[run.eps] = min(loss, found.get(run.eps, math.inf))
+        found[run.eps] = min(found[run.eps], math.inf if row["diverged"] else row["train_loss"])
     return dict(sorted(found.items()))
 
 
@@ -69,10 +65,6 @@ def _at(curve: Curve, eps: float) -> float:
     return curve[min(curve, key=lambda known: abs(math.log(known / eps)))]
 
 
-def _ends(space: Row, kind: str) -> list[float]:
-    return [space[column] for column in SPACES[kind]]
-
-
 def _epsilon_row(evidence: Evidence, curve: Curve, space: Row) -> Row:
     best, tolerance = min(curve, key=lambda eps: curve[eps]), _tolerance(evidence)
     good = {eps: loss <= (1 + tolerance) * curve[best] for eps, loss in curve.items()}
@@ -80,8 +72,8 @@ def _epsilon_row(evidence: Evidence, curve: Curve, space: Row) -> Row:
     plateau = [list(itertools.takewhile(good.__getitem__, side))[-1] for side in sides]
     at_auto, default = _at(curve, space["auto"]), curve[DEFAULT]
     judged: Row = {}
-    for kind in SPACES:
-        lower, upper = _ends(space, kind)
+    for kind, columns in SPACES.items():
+        lower, upper = (space[column] for column in columns)
         judged |= {
             kind: f"{number(lower)} to {number(upper)}",
             f"{kind}_decades": math.log10(upper / lower),
@@ -102,8 +94,7 @@ def _epsilon_row(evidence: Evidence, curve: Curve, space: Row) -> Row:
 def _judged(page: Page, rows: Sequence[Row], kind: str) -> Row:
     """Whether search spaces of one kind hold the best epsilon, and how wide they are, against the goals."""
     without = [row["workload"] for row in rows if not row[f"{kind}_held"]]
-    if without:
-        page.bad.append(f"Search spaces ({kind}) without an epsilon of the plateau: {listed(without)}.")
+    page.tell(f"Search spaces ({kind}) without an epsilon of the plateau", without)
     widths = [row[f"{kind}_decades"] for row in rows]
     middle, widest = float(np.median(widths)), max(widths)
     return {
@@ -114,25 +105,27 @@ def _judged(page: Page, rows: Sequence[Row], kind: str) -> Row:
 
 
 def _scaled(page: Page, found: Found, curves: Mapping[str, Curve], spaces: Mapping[tuple[str, float], Row]) -> None:
-    rows: list[Row] = []
-    for name, curve in curves.items():
-        results = found[name].results
-        for scale in sorted({run.loss_scale for run in results} - {1.0}):
-            if (name, scale) not in spaces:
-                continue
-            scaled = _lowest({r: row for r, row in results.items() if r.loss_scale == scale and r.seed == 0})
-            auto, unscaled = spaces[name, scale]["auto"], curve[DEFAULT]
-            of_auto = {"auto": auto, "auto_excess": _at(curve, auto / scale) / unscaled - 1}
-            excess = {"default_excess": scaled[DEFAULT] / unscaled - 1, **of_auto}
-            rows.append({"workload": name, "loss_scale": scale, **excess, "tolerance": _tolerance(found[name])})
+    rows = [
+        _scaled_row(found[name], curve, scale, spaces[name, scale]["auto"])
+        for name, curve in curves.items()
+        for scale in sorted({run.loss_scale for run in found[name].results} - {1.0})
+    ]
     if not rows:
         return
     judged = [row for row in rows if not math.isnan(row["tolerance"])]  # the default has more than one seed
     worse = [f"{r['workload']} times {r['loss_scale']:g}" for r in judged if r["auto_excess"] > r["tolerance"]]
     within = {"within": len(judged) - len(worse), "judged": len(judged)}
     page.fill("epsilon_scaled", epsilon_scaled=page.keep("epsilon_scaled", rows), **within)
-    if worse:
-        page.bad.append(f'`epsilon="auto"` is worse than the unscaled default: {listed(worse)}.')
+    page.tell('`epsilon="auto"` is worse than the unscaled default', worse)
+
+
+def _scaled_row(evidence: Evidence, curve: Curve, scale: float, auto: float) -> Row:
+    scaled = _lowest({r: row for r, row in evidence.results.items() if r.loss_scale == scale and r.seed == 0})
+    unscaled = curve[DEFAULT]
+    return {
+        **{"workload": evidence.workload.name, "loss_scale": scale, "default_excess": scaled[DEFAULT] / unscaled - 1},
+        **{"auto": auto, "auto_excess": _at(curve, auto / scale) / unscaled - 1, "tolerance": _tolerance(evidence)},
+    }
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
@@ -157,17 +150,17 @@ def optimizers(page: Page, found: Mapping[str, Evidence]) -> None:
     if not rows:
         return
     by_name = {(row["workload"], row["batch_size"], row["optimizer"]): row["accuracy"] for row in rows}
-    both = [key[:2] for key in by_name if key[2] == "ALTO" and (*key[:2], "Lamb") in by_name]
-    gain = {where: by_name[(*where, "ALTO")] - by_name[(*where, "Lamb")] for where in both}
-    gains = [{"workload": where[0], "batch_size": where[1], "gain": of} for where, of in gain.items()]
-    _bad(page, "ALTO gains less than a point of test accuracy on Lamb", gains)
+    gains = [
+        {"workload": name, "batch_size": size, "gain": accuracy - by_name[name, size, "Lamb"]}
+        for (name, size, optimizer), accuracy in by_name.items()
+        if optimizer == "ALTO" and (name, size, "Lamb") in by_name
+    ]
+    page.tell("ALTO gains less than a point of test accuracy on Lamb", _below(gains))
     page.fill("optimizers", optimizers=page.keep("optimizers", rows), gains=gains)
 
 
-def _bad(page: Page, what: str, gains: Sequence[Row]) -> None:
-    below = [f"{r['workload']} at {r['batch_size']:,} ({100 * r['gain']:+.2f})" for r in gains if r["gain"] < GOAL]
-    if below:
-        page.bad.append(f"{what}: {listed(below)}.")
+def _below(gains: Sequence[Row]) -> list[str]:
+    return [f"{r['workload']} at {r['batch_size']:,} ({100 * r['gain']:+.2f})" for r in gains if r["gain"] < GOAL]
 
 
 def _row(evidence: Evidence, like: Run) -> Row:
@@ -192,54 +185,40 @@ def claims(page: Page, results: Results) -> None:
         return
     pairs = [row for row in differences if row["pair"] == "ALTO - Lamb" and row["batch_size"] >= FROM]
     large = [{**row, "gain": row["gain"][0]} for row in pairs]
-    _bad(page, "With both rates tuned and over five seeds ALTO gains less than a point on Lamb", large)
-    page.fill(
-        "claims",
-        claims_by_optimizer=page.keep("claims_by_optimizer", rows),
-        claims_differences=page.keep("claims_differences", differences),
-        met=sum(row["gain"] >= GOAL for row in large),
-        large=len(large),
-        unfinished=listed([f"{s.workload} at {s.batch_size:,}" for s in SETTINGS if s not in finished]),
-    )
+    page.tell("With both rates tuned and over five seeds ALTO gains less than a point on Lamb", _below(large))
+    tables = {"claims_by_optimizer": rows, "claims_differences": differences}
+    kept = {name: page.keep(name, of) for name, of in tables.items()}
+    unfinished = listed([f"{s.workload} at {s.batch_size:,}" for s in SETTINGS if s not in finished])
+    page.fill("claims", **kept, met=len(large) - len(_below(large)), large=len(large), unfinished=unfinished)
 
 
 def at_best(setting: Setting, results: Results) -> dict[str, dict[int, Row]]:
     """The rows by optimizer and seed, at the rate with the lowest mean validation error."""
     found = {}
-    for name in setting.optimizers:
-        like = setting.run(name)
+    for like in map(setting.run, setting.optimizers):
         top = best(losses(results, like, "validation_error"))
         own = {run.seed: row for run, row in alike(results, like).items() if half_octaves(run.learning_rate) == top}
-        if own:
-            found[name] = dict(sorted(own.items()))
+        found[like.optimizer] = dict(sorted(own.items()))
     return found
 
 
 def _claim_rows(setting: Setting, found: Mapping[str, Mapping[int, Row]], results: Results) -> list[Row]:
     rows = []
     for name, by_seed in found.items():
-        like = setting.run(name)
-        known = losses(results, like, "validation_error")
-        accuracies = [row["test_accuracy"] for row in by_seed.values()]
+        like, own = setting.run(name), [*by_seed.values()]
+        known, accuracies = losses(results, like, "validation_error"), [row["test_accuracy"] for row in own]
         interior = not missing(known, half_octaves(like.learning_rate))
-        rows.append(
-            {
-                **{"workload": setting.workload, "batch_size": setting.batch_size, "steps": setting.steps},
-                **{"optimizer": name, "rate": next(iter(by_seed.values()))["learning_rate"], "interior": interior},
-                **{"seeds": len(accuracies), "accuracy": float(np.mean(accuracies))},
-                **{"error": _standard_error(accuracies)},
-                "train_loss": float(np.mean([of["train_loss"] for of in by_seed.values()])),
-            }
-        )
+        where = {"workload": setting.workload, "batch_size": setting.batch_size, "steps": setting.steps}
+        chosen = {"optimizer": name, "rate": own[0]["learning_rate"], "interior": interior, "seeds": len(own)}
+        accuracy = {"accuracy": float(np.mean(accuracies)), "error": _standard_error(accuracies)}
+        rows.append({**where, **chosen, **accuracy, "train_loss": float(np.mean([row["train_loss"] for row in own]))})
     return rows
 
 
 def _differences(setting: Setting, found: Mapping[str, Mapping[int, Row]]) -> list[Row]:
     rows = []
-    for one, other in PAIRS:
-        seeds = sorted(found.get(one, {}).keys() & found.get(other, {}).keys())
-        if len(seeds) < 2:
-            continue
+    for one, other in (pair for pair in PAIRS if found.keys() >= {*pair}):
+        seeds = sorted(found[one].keys() & found[other].keys())
         accuracies = ([found[name][seed]["test_accuracy"] for seed in seeds] for name in (one, other))
         gain, half = student([mine - theirs for mine, theirs in zip(*accuracies, strict=True)])
         where = {"workload": setting.workload, "batch_size": setting.batch_size, "pair": f"{one} - {other}"}

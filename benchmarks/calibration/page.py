@@ -6,12 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from reporting import Row, write_csv
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TEXT = Path(__file__).parent / "page.md"
 NOT_MEASURED = "Not measured yet."
@@ -38,6 +36,11 @@ class Page:
         flat = [_flat(row) for row in rows]
         write_csv(self.folder / "tables" / f"{name}.csv", list(flat[0]), flat, digits=6)
         return rows
+
+    def tell(self, what: str, where: Sequence[str]) -> None:
+        """What turned out badly, and where, if it did anywhere."""
+        if where:
+            self.bad.append(f"{what}: {listed(where)}.")
 
     def draw(self, name: str, figure: Figure) -> None:
         """A figure as ``tables/<name>.png``."""

@@ -1,7 +1,6 @@
-"""What is measured at fixed weights, beside the runs of the grid: the search space of epsilon, and intervals' coverage.
+"""What is measured at fixed weights, beside the runs of the grid: search spaces of epsilon, critical rates, and coverage.
 
-The former takes seconds on one core, the latter minutes. Either stands in a table, and is not measured again unless it is
-asked for.
+It takes seconds to minutes on one core, stands in tables, and is not measured again unless it is asked for.
 """
 
 from __future__ import annotations
@@ -16,15 +15,18 @@ import torch
 from evidence import Evidence
 from reporting import Row, read_csv, write_csv
 from torch import nn
-from training import EPS, NOISE_GRADIENTS, data_of, fit, gradients_of, noise_scale
-from workloads import Workload
+from training import EPS, NOISE_GRADIENTS, batches, data_of, fit, gradients_of, loss_of, noise_scale
+from workloads import Data, Workload
 
 from lightning_gradhist import NoiseScale, SecondMoment, epsilon_range
+from lightning_gradhist.callbacks.probe.first_step import first_step, largest_factor
 from lightning_gradhist.epsilon import choose_epsilon
 
 LOSS_SCALES = (1.0, 1e-8, 1e-4, 1e4)
 EPOCH = 100  # gradients at most that the search space of epsilon is taken from
 REPEATS, TIMES = 20, 10  # measurements whose intervals are compared with a measurement from that many times the data
+SEEDS, BATCHES, KEPT = 3, 32, 4  # of a probe, at most; its first half gives the step, which is tried on the last ones
+UNIT, LARGEST = 2**-8, 1.0  # critical rates: that of factor 1, and the first that is tried
 METRICS = {"B_simple": NoiseScale.simple, "B_adam": NoiseScale.adam}
 STATES = {"at the start": 0.0, "after a tenth": 0.1}
 """The weights that coverage is measured at, by the share of the samples that they were trained on."""
@@ -37,18 +39,17 @@ def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
     fresh = gradients_of(model, data, size, torch.Generator().manual_seed(1))
     for gradients in itertools.islice(fresh, min(EPOCH, len(data.train) // size)):
         moment.update(gradients)
-    rows = []
-    for scale in LOSS_SCALES:
-        space = epsilon_range({name: scale * rms for name, rms in moment.rms().items()})
-        rows.append(
-            {
-                **{"workload": workload.name, "batch_size": size, "loss_scale": scale},
-                **{name: getattr(space, name) for name in ("lower", "upper", "pooled_lower", "pooled_upper")},
-                **{"default": EPS["Adam"], "damped_by_default": space.damped_share(EPS["Adam"])},
-                "auto": choose_epsilon(EPS["Adam"], space),
-            }
-        )
-    return rows
+    return [_space(workload.name, size, scale, moment) for scale in LOSS_SCALES]
+
+
+def _space(workload: str, batch_size: int, scale: float, moment: SecondMoment) -> Row:
+    space, default = epsilon_range({name: scale * rms for name, rms in moment.rms().items()}), EPS["Adam"]
+    return {
+        **{"workload": workload, "batch_size": batch_size, "loss_scale": scale},
+        **{name: getattr(space, name) for name in ("lower", "upper", "pooled_lower", "pooled_upper")},
+        **{"default": default, "damped_by_default": space.damped_share(default)},
+        "auto": choose_epsilon(default, space),
+    }
 
 
 def coverage(evidence: Evidence, folder: Path) -> list[Row]:
@@ -68,20 +69,47 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
         for repeat in range(REPEATS):
             noise = noise_scale(fresh, run)
             for metric, of in METRICS.items():
-                estimate = of(noise)
-                rows.append(
-                    {
-                        **{"workload": workload.name, "state": state, "metric": metric, "repeat": repeat},
-                        **{"value": estimate.value, "lower": estimate.lower, "upper": estimate.upper},
-                        "from_ten_times_the_data": of(truth).value,
-                    }
-                )
+                row = {"workload": workload.name, "state": state, "metric": metric, "repeat": repeat}
+                row |= {end: getattr(of(noise), end) for end in ("value", "lower", "upper")}
+                rows.append({**row, "from_ten_times_the_data": of(truth).value})
     return rows
 
 
-def _initial(workload: Workload) -> nn.Module:
+def critical_rates(evidence: Evidence, folder: Path) -> list[Row]:
+    """The critical rate of the first step of each batch size, as the calibration's probe finds it."""
+    workload, data = evidence.workload, data_of(evidence.workload.name, folder)
+    cases = [{"batch_size": size, "seed": seed} for size in workload.batch_sizes for seed in range(SEEDS)]
+    return [{"workload": workload.name, **of, "critical_rate": _critical(workload, data, **of)} for of in cases]
+
+
+def _critical(workload: Workload, data: Data, batch_size: int, seed: int) -> float:
+    """The highest rate, of those half an octave apart, whose first step does not raise the loss; 0 where none is."""
+    model = _initial(workload, seed)
+    weights = list(model.parameters())
+    drawn = batches(len(data.train), batch_size, torch.Generator().manual_seed(seed))
+    read = [next(drawn) for _ in range(min(BATCHES, len(data.train) // batch_size))]
+    half = read[: (len(read) + 1) // 2]
+    sums = [torch.zeros_like(weight) for weight in weights]
+    for indices in half:
+        for total, gradient in zip(sums, torch.autograd.grad(loss_of(model, data, indices), weights), strict=True):
+            total.add_(gradient, alpha=1 / len(half))
+    steps = [first_step(mean, UNIT, EPS["Adam"]) for mean in sums]
+    before = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def loss_at(factor: float) -> float:
+        for weight, start, step in zip(weights, before, steps, strict=True):
+            weight.copy_(start - factor * step)
+        return sum(float(loss_of(model, data, indices)) for indices in read[-KEPT:])
+
+    factor = largest_factor(loss_at, LARGEST / UNIT)
+    assert factor is not None  # losses are finite here
+    return UNIT * factor
+
+
+def _initial(workload: Workload, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return workload.make_model()
 
 

@@ -1,11 +1,7 @@
-"""The noise scale that a monitor records in 100 steps on one device, beside that of fresh gradients at the same weights.
-
-``python benchmarks/calibration/recorded.py`` (PYTHONPATH as in the Makefile; some five minutes on one core).
-"""
+"""The noise scale that a monitor records in 100 steps on one device, beside that of fresh gradients at the same weights."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import statistics
@@ -16,12 +12,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from reporting import RESULTS, Row, machine, print_table, write_csv
-from torch import Tensor
-from torch.nn import functional
+from capture_variants import Training
+from evidence import Evidence
+from reporting import Row
+from torch import nn
 from torch.utils.data import DataLoader
-from training import EPS, gradients_of
-from workloads import FASHION_MNIST, WORKLOADS, Data, Workload
+from training import EPS, data_of, gradients_of
+from workloads import Data, Workload
 
 from lightning_gradhist import GradientHistogramMonitor, NoiseScale
 from lightning_gradhist.callbacks.monitor import halves
@@ -32,19 +29,14 @@ WAYS = {"halves": halves._LEAST_SAMPLES, "pairs": 10**9}
 """How noise is measured, by the samples of a batch from which on its halves are."""
 
 
-class Module(L.LightningModule):
+class Module(Training):
     """A workload under Adam."""
 
     def __init__(self, workload: Workload, batch_size: int) -> None:
-        super().__init__()
-        self.net, self.workload = workload.make_model(), workload
+        super().__init__(nn.Sequential(workload.make_model(), nn.Flatten(0, -2)))
         self.rate = workload.learning_rate * (batch_size / workload.batch_sizes[0]) ** 0.4
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss."""
-        return functional.cross_entropy(self.net(batch[0]).flatten(0, -2), batch[1].flatten())
-
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""
         return torch.optim.Adam(self.parameters(), self.rate)
 
@@ -61,8 +53,9 @@ class Truth(L.Callback):
         """Measure, without a trace: no gradient is left in the parameters."""
         if trainer.global_step not in MOMENTS:
             return
-        noise = NoiseScale(dict(pl_module.net.named_parameters()), FRESH)
-        fresh = gradients_of(pl_module.net, self.data, FRESH, self._generator)
+        model = pl_module.network[0]
+        noise = NoiseScale(dict(model.named_parameters()), FRESH)
+        fresh = gradients_of(model, self.data, FRESH, self._generator)
         for number, gradients in enumerate(itertools.islice(fresh, 2 * GRADIENTS)):
             if number == GRADIENTS:
                 noise.split(EPS["Adam"], self.batch_size / FRESH)
@@ -70,58 +63,32 @@ class Truth(L.Callback):
         self.found.append(noise.adam().value)
 
 
-def run(workload: Workload, data: Data, batch_size: int, seed: int, folder: Path, truth: bool = False) -> Any:
-    """Train for 100 steps; the record's estimate, and the truth's mean."""
-    torch.manual_seed(seed)
+def train(workload: Workload, data: Data, batch_size: int, others: list[L.Callback]) -> Any:
+    """Train for 100 steps; the record's estimate."""
+    torch.manual_seed(0)
     module, monitor = Module(workload, batch_size), GradientHistogramMonitor(every_n_steps=1)
-    true = Truth(data, batch_size)
     quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"), False)
-    callbacks = [monitor, true] if truth else [monitor]
-    trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, default_root_dir=folder, **quiet)
-    trainer.fit(module, DataLoader(data.train, batch_size, shuffle=True, drop_last=True))
-    return monitor.noise_records[0].estimate("adam"), statistics.fmean(true.found) if truth else None
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"max_steps": STEPS, "accelerator": "cpu", "default_root_dir": folder, **quiet}
+        loader = DataLoader(data.train, batch_size, shuffle=True, drop_last=True)
+        L.Trainer(callbacks=[monitor, *others], **options).fit(module, loader)
+    return monitor.noise_records[0].estimate("adam")
 
 
-def measure(workload: Workload, data: Data, batch_size: int, seed: int, folder: Path) -> Row:
-    """A row of the table."""
-    row: Row = {"workload": workload.name, "batch_size": batch_size, "seed": seed}
-    for way, least in WAYS.items():
-        halves._LEAST_SAMPLES = least
-        noise, true = run(workload, data, batch_size, seed, folder, truth=way == "halves")
-        row |= {"truth": true} if true is not None else {}
-        row |= {way: noise.value, f"{way}_lower": noise.lower, f"{way}_upper": noise.upper}
-        carried = choose_ratio(SURGE, 4 * batch_size, batch_size, noise, from_record=True)
-        row[f"{way}_usable"] = int(carried.law == SURGE)
-    return row
-
-
-def main() -> None:
-    """Measure on all workloads."""
-    parser = argparse.ArgumentParser(description="Noise scales that runs of 100 steps record, and true ones.")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "calibration" / "recorded.csv")
-    args = parser.parse_args()
+def recorded(evidence: Evidence, folder: Path) -> list[Row]:
+    """What is recorded at the middle batch sizes in both ways, the true value, and whether a rate could be carried with it."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for workload in WORKLOADS.values():
-            data = workload.load(FASHION_MNIST)
-            for size, seed in itertools.product(workload.batch_sizes[1:4], range(args.seeds)):
-                rows.append(measure(workload, data, size, seed, Path(folder)))
-                print(rows[-1], flush=True)
-    described = machine()
-    write_csv(args.output, [*rows[0], *described], [{**row, **described} for row in rows])
-    print_table(rows, list(rows[0]))
-    for way in WAYS:
-        usable = [row for row in rows if row[f"{way}_usable"]]
-        factors = sorted(max(row[way] / row["truth"], row["truth"] / row[way]) for row in usable)
-        typical, worst = (statistics.median(factors), factors[-1]) if factors else (float("nan"),) * 2
-        print(
-            f"{way}: usable {len(usable)} of {len(rows)}; off by a factor of {typical:.2g} typically, {worst:.2g} at worst"
-        )
-
-
-if __name__ == "__main__":
-    main()
+    workload, rows = evidence.workload, []
+    data = data_of(workload.name, folder)
+    for size in workload.batch_sizes[1:4]:
+        truth = Truth(data, size)
+        row: Row = {"workload": workload.name, "batch_size": size}
+        for way, least in WAYS.items():
+            halves._LEAST_SAMPLES = least
+            noise = train(workload, data, size, [truth] if way == "halves" else [])
+            carried = choose_ratio(SURGE, 4 * size, size, noise, from_record=True)
+            row |= {way: noise.value, f"{way}_lower": noise.lower, f"{way}_upper": noise.upper}
+            row |= {f"{way}_usable": int(carried.law == SURGE), "truth": statistics.fmean(truth.found)}
+        rows.append(row)
+    return rows

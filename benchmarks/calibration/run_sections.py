@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import figures
 import numpy as np
-from evidence import FIT, MEAN, Evidence, Measured, drawn_curves, drawn_seeds, is_bounded, median_of, seed_spread
+from evidence import FIT, MEAN, Evidence, Measured, drawn_curves, is_bounded, seed_spread
 from grid import STAGES
 from page import Page, listed, number, percent
 from reporting import Row
@@ -25,17 +25,7 @@ def runs(page: Page, found: Found) -> None:
     rows = [row for evidence in found.values() for row in evidence.results.values()]
     known = ("cores", "cpu", "python", "torch", "lightning_gradhist")
     machines = Counter(listed([f"{name} {row[name]}" for name in known]) for row in rows)
-    table = [
-        {
-            "workload": name,
-            "batch_sizes": listed([f"{size:,}" for size in evidence.workload.batch_sizes]),
-            "samples": evidence.workload.samples,
-            "steps_at_largest": evidence.workload.samples // evidence.workload.batch_sizes[-1],
-            **dict.fromkeys(STAGES, 0),
-            **Counter(row["stage"] for row in evidence.results.values()),
-        }
-        for name, evidence in found.items()
-    ]
+    table = [_runs_row(evidence) for evidence in found.values()]
     lacking = {stage: [row["workload"] for row in table if not row[stage]] for stage in STAGES}
     page.fill(
         "runs",
@@ -50,12 +40,18 @@ def runs(page: Page, found: Found) -> None:
     )
 
 
+def _runs_row(evidence: Evidence) -> Row:
+    workload, stages = evidence.workload, Counter(row["stage"] for row in evidence.results.values())
+    sizes = listed([f"{size:,}" for size in workload.batch_sizes])
+    of_runs = {"samples": workload.samples, "steps_at_largest": workload.samples // workload.batch_sizes[-1]}
+    return {"workload": workload.name, "batch_sizes": sizes, **of_runs, **dict.fromkeys(STAGES, 0), **stages}
+
+
 def best_rates(page: Page, found: Found, draws: int) -> None:
     """The best rate at each batch size, how sharp it is, and whether it falls at the largest."""
     rows = [rate_row(name, size, evidence) for name, evidence in found.items() for size in evidence.losses]
     edge = [f"{row['workload']} at {row['batch_size']:,}" for row in rows if not row["interior"]]
-    if edge:
-        page.bad.append(f"The optimum is at the edge of what was measured: {listed(edge)}.")
+    page.tell("The optimum is at the edge of what was measured", edge)
     generator, peaks = np.random.default_rng(0), []
     for of, steps in (("losses", "samples"), ("losses_at_equal_steps", "steps")):
         for name, losses in ((name, getattr(evidence, of)) for name, evidence in found.items()):
@@ -82,11 +78,10 @@ def rate_row(name: str, size: int, evidence: Evidence) -> Row:
 
 def falls(losses: Mapping[int, Measured], draws: int, generator: np.random.Generator) -> tuple[float, int]:
     """The share of draws of the seeds in which a batch larger than that with the highest best rate has a lower one; and that."""
-    seeds = max(measured.losses.shape[1] for measured in losses.values())
-    plain = [curve.best_rate for curve in drawn_curves(losses.values(), None)]
-    drawn = (drawn_curves(losses.values(), drawn_seeds(seeds, generator)) for _ in range(draws))
-    lower = [curves[-1].best_rate < max(curve.best_rate for curve in curves) for curves in drawn]
-    return float(np.mean(lower)) if draws else math.nan, list(losses)[len(plain) - 1 - int(np.argmax(plain[::-1]))]
+    curves = drawn_curves(losses.values(), draws, generator)
+    plain, *drawn = ([curve.best_rate for curve in of_draw] for of_draw in curves)
+    peak = max(zip(plain, losses, strict=True))[1]  # the last one of the highest, as batch sizes ascend
+    return float(np.mean([rates[-1] < max(rates) for rates in drawn])) if drawn else math.nan, peak
 
 
 def surge(page: Page, side: Found, draws: int) -> None:
@@ -97,12 +92,8 @@ def surge(page: Page, side: Found, draws: int) -> None:
     generator = np.random.default_rng(0)
     rows = [rate_row("mlp", size, evidence) for evidence in found for size in evidence.losses]
     seconds = sum(row["seconds"] for evidence in found for row in evidence.results.values())
-    page.fill(
-        "surge",
-        minutes=f"{seconds / 60:.0f}",
-        surge_sizes=page.keep("surge_sizes", rows),
-        peaks=[_peak(evidence, draws, generator) for evidence in found],
-    )
+    peaks = [_peak(evidence, draws, generator) for evidence in found]
+    page.fill("surge", minutes=f"{seconds / 60:.0f}", surge_sizes=page.keep("surge_sizes", rows), peaks=peaks)
 
 
 def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> Row:
@@ -124,19 +115,14 @@ def growth(page: Page, found: Found) -> None:
         return
     rows = [_growth_row(name, evidence, size) for name, evidence in measured.items() for size in evidence.noise]
     grown = [row["growth"] for row in rows]
-    page.fill(
-        "growth",
-        noise_scale=page.keep("noise_scale", rows),
-        lowest=number(min(grown)),
-        highest=number(max(grown)),
-    )
+    ends = {"lowest": number(min(grown)), "highest": number(max(grown))}
+    page.fill("growth", noise_scale=page.keep("noise_scale", rows), **ends)
     page.draw("noise_scale", figures.growth(measured))
     worst = max(rows, key=lambda row: row["unbounded"])
     if worst["unbounded"]:
-        page.bad.append(
-            f"Up to {percent(worst['unbounded'])} of the intervals of `B_adam` along a run have no bound"
-            f" ({worst['workload']}, batch size {worst['batch_size']:,})."
-        )
+        where = f"{worst['workload']}, batch size {worst['batch_size']:,}"
+        share = percent(worst["unbounded"])
+        page.bad.append(f"Up to {share} of the intervals of `B_adam` along a run have no bound ({where}).")
 
 
 def _growth_row(name: str, evidence: Evidence, size: int) -> Row:
@@ -144,10 +130,8 @@ def _growth_row(name: str, evidence: Evidence, size: int) -> Row:
     moments = [m for _, m in evidence.noise[size]]
     bounded = [is_bounded(m, "adam") for run in moments for m in run]
     return {
-        "workload": name,
-        "batch_size": size,
-        "runs": len(moments),
-        **{estimate: median_of(values[:, column]) for estimate, values in evidence.estimates.items()},
+        **{"workload": name, "batch_size": size, "runs": len(moments)},
+        **{estimate: float(np.nanmedian(values[:, column])) for estimate, values in evidence.estimates.items()},
         "growth": float(np.median([run[-1]["adam"] / run[0]["adam"] for run in moments])),
         "unbounded": 1 - sum(bounded) / len(bounded),
     }
@@ -157,18 +141,17 @@ def coverage(page: Page, rows: Sequence[Row]) -> None:
     """How often the interval of the noise scale holds the value from ten times the data."""
     if not rows:
         return
-    groups: dict[Group, list[Row]] = {}
+    groups: dict[Group, list[Row]] = defaultdict(list)
     for row in rows:
         for workload in (row["workload"], "all"):
-            groups.setdefault((workload, row["state"], row["metric"]), []).append(row)
+            groups[workload, row["state"], row["metric"]].append(row)
     ordered = sorted(groups.items(), key=lambda group: (group[0][0] == "all", group[0]))
     table = page.keep("coverage_summary", [_coverage_row(group, own) for group, own in ordered])
     whole = [row for row in table if row["workload"] == "all"]
     short = [row for row in whole if row["covered"][0] < HELD]
     for row in short:
-        page.bad.append(
-            f"The interval of `{row['metric']}` {row['state']} holds the value in {percent(row['covered'][0])}."
-        )
+        share = percent(row["covered"][0])
+        page.bad.append(f"The interval of `{row['metric']}` {row['state']} holds the value in {share}.")
     page.fill("coverage", coverage_summary=table, met=len(whole) - len(short))
 
 
@@ -196,7 +179,6 @@ def errors(noise: np.ndarray, samples: Mapping[float, np.ndarray], sizes: Sequen
     """Log2 of predicted over measured samples, from each size to each other, ``[..., targets, n, n]``; NaN on the diagonal.
 
     Theorem 5 predicts the ratio ``(B + B_noise) / (B_0 + B_noise)``, the noise ``[..., n]`` being known at each size ``B_0``.
-    Steps have the same errors, as a step is always of the same size.
     """
     batch, known = np.array(sizes, float), noise[..., None]
     predicted = np.log2((batch + known) / (batch[:, None] + known))
@@ -216,18 +198,12 @@ def tradeoff(page: Page, found: Found) -> None:
             samples = "; ".join(f"{size:,}: {number(samples)}" for size, samples in by_size.items())
             needed.append({"workload": name, "target": target, "samples": samples, "fit": evidence.fits[target]})
     predicted = page.keep("theorem5", [row for evidence in reached.values() for row in _predictions(evidence)])
-    page.fill(
-        "theorem5",
-        needed=needed,
-        left_out=listed([name for name in found if name not in reached]),
-        predicted=[row for row in predicted if row["estimate"] in (FIT, MEAN, SAME)],
-    )
+    shown = [row for row in predicted if row["estimate"] in (FIT, MEAN, SAME)]
+    left_out = listed([name for name in found if name not in reached])
+    page.fill("theorem5", needed=needed, left_out=left_out, predicted=shown)
     typical = {(row["workload"], row["estimate"]): row["typical"] for row in predicted}
     useless = [name for name in reached if typical.get((name, MEAN), 0.0) >= typical[name, SAME]]
-    if useless:
-        page.bad.append(
-            f"Theorem 5 with the {MEAN} as it is predicts no better than the same samples: {listed(useless)}."
-        )
+    page.tell(f"Theorem 5 with the {MEAN} as it is predicts no better than the same samples", useless)
 
 
 def _predictions(own: Evidence) -> list[Row]:

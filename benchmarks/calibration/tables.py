@@ -1,14 +1,13 @@
 """Draws the tables and figures of the calibration's evidence from what the grids measured: ``make evidence``.
 
-``PYTHONPATH=benchmarks:examples python benchmarks/calibration/tables.py``. It reads the tables of ``grid.py`` as far as
-they have come, and writes the page ``README.md`` beside them, with a folder of tables and figures. What it measures itself
-at fixed weights (``probes.py``), the search space of epsilon and the coverage of intervals, is kept in that folder until
-``--again``.
+It reads the tables of ``grid.py`` as far as they have come, and writes the page ``README.md`` beside them, with a folder of
+tables and figures. What it measures itself (``probes.py``, ``recorded.py``) is kept in tables until ``--again``.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import optimizer_section
@@ -18,6 +17,7 @@ import transfers
 from evidence import collect
 from grid import FOLDER, read
 from page import Page
+from recorded import recorded
 from workloads import FASHION_MNIST
 
 HERE = Path(__file__).parent
@@ -29,17 +29,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the tables of grid.py")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the page")
     parser.add_argument("--draws", type=int, default=200, help="draws of the seeds for the intervals")
-    parser.add_argument("--again", action="store_true", help="measure the search spaces and the coverage again")
+    parser.add_argument("--again", action="store_true", help="measure again what is measured here")
     parser.add_argument("--data-dir", type=Path, default=FASHION_MNIST, help="folder of Fashion-MNIST's four files")
-    parser.add_argument(
-        "--public", type=Path, help="folder of the public grids step_law_dense.csv and step_law_moe.csv"
-    )
+    parser.add_argument("--public", type=Path, help="folder of step_law_dense.csv and step_law_moe.csv")
     options = parser.parse_args(arguments)
     found, side = collect(options.results), collect(options.results, side=True)
     if not found:
         raise SystemExit(f"--results must be a folder with the tables of grid.py, got {options.results}; run it first")
     page, draws = Page(options.output), options.draws
     tables, measure = options.output / "tables", (options.data_dir, options.again)
+    probes.kept(options.results / "recorded.csv", found, recorded, *measure)
+    for row in probes.kept(options.results / "critical.csv", found, probes.critical_rates, *measure):
+        found[row["workload"]].critical[row["batch_size"]].append(math.log2(row["critical_rate"] or 2**-99))
     run_sections.runs(page, found)
     run_sections.best_rates(page, found, draws)
     run_sections.surge(page, side, draws)
@@ -52,9 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer_section.epsilon(page, found, ranges)
     optimizer_section.optimizers(page, found)
     optimizer_section.claims(page, read(options.results / "claims.csv"))
-    page.fill(
-        "bad", sentences="\n".join(f"- {sentence}" for sentence in page.bad) or "Nothing that this page looks for."
-    )
+    page.fill("bad", sentences="\n".join(f"- {said}" for said in page.bad) or "Nothing that this page looks for.")
     for name in ("left_out", "choices"):
         page.fill(name, text=(HERE / f"{name}.md").read_text(encoding="utf-8").strip())
     page.write()

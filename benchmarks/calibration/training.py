@@ -26,8 +26,7 @@ NOISE_GRADIENTS = 32
 _WARM_UP, _MOMENTS = 0.05, 12
 _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
 # Without weight decay, but for AdamW's 0.01. ALTO and Lamb share their moments, as Adam and AdamE do, so that each pair
-# differs by E alone.
-# timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
+# differs by E alone. timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
 _LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
 _UNCLIPPED: dict[str, Any] = {"always_adapt": True, "max_grad_norm": None}
@@ -46,10 +45,7 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run depends on, and all that it depends on.
-
-    The learning rate rises linearly over the first 5% of the steps and then falls linearly to zero.
-    """
+    """What a training run depends on. The rate rises linearly over the first 5% of the steps and then falls to zero."""
 
     workload: str
     optimizer: str
@@ -68,17 +64,14 @@ class Run:
 
 
 def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
-    """Trains once, on one thread.
-
-    Losses are the mean cross-entropy per prediction in evaluation mode: the final training loss over a fixed subset of
-    the training data, so that batch sizes compare; the loss on the way over a quarter of that subset.
+    """Trains once, on one thread; losses are the mean cross-entropy per prediction in evaluation mode.
 
     Returns:
-        The settings and ``steps``, ``train_loss``, ``test_loss``, ``test_accuracy`` (0 to 1), ``diverged`` (1 where a
-        loss is not finite, or the final one is above the first; else 0), ``seconds``, ``curve`` (``[samples, loss]`` on
-        the way), ``samples_to_target`` (``[target, samples]``, None where it is not reached), ``noise_scale`` (one entry
-        for each moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (forward and backward
-        passes that it took, each of the workload's ``noise_batch_size``).
+        The settings and ``steps``, ``train_loss`` (over a fixed subset of the training data, so that batch sizes compare),
+        ``test_loss``, ``test_accuracy`` (0 to 1), ``diverged`` (1 where a loss is not finite, or the final one is above the
+        first; else 0), ``seconds``, ``curve`` (``[samples, loss]`` on the way, over a quarter of the subset),
+        ``samples_to_target`` (``[target, samples]``, None where it is not reached), ``noise_scale`` (one entry for each
+        moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (gradients that it took).
     """
     model, data, row = _trained(run, folder)
     test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
@@ -149,10 +142,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Generator) -> dict[str, float]:
-    """The noise scale at the present weights, from fresh gradients of independent samples.
-
-    ``simple`` and ``adam`` are in samples, each with ``_lower`` and ``_upper``, the ends of its 95% interval.
-    """
+    """The noise scale at the present weights: ``simple`` and ``adam`` in samples, ``_lower`` and ``_upper`` of 95% intervals."""
     fresh = gradients_of(model, data, WORKLOADS[run.workload].noise_batch_size, generator)
     noise, found = noise_scale(fresh, run), {}
     for name, of in (("simple", noise.simple()), ("adam", noise.adam())):
@@ -178,9 +168,7 @@ def fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, f
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, run.steps))
     samples_of_step = batches(len(data.train), run.batch_size, torch.Generator().manual_seed(2 * run.seed))
     fresh = torch.Generator().manual_seed(2 * run.seed + 1)
-    curve: list[tuple[int, float]] = []
-    noise: list[dict[str, float]] = []
-    looked_at = moments(run.steps)
+    curve, noise, looked_at = [], [], moments(run.steps)
     for step in range(run.steps + 1):
         if step in looked_at:
             samples, loss_now = step * run.batch_size, evaluate(model, data.train.tensors, _EVALUATED_ON_THE_WAY)[0]
@@ -218,9 +206,8 @@ def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[
     if batch_size > size:
         raise ValueError(f"batch_size must be at most the {size} samples of the training data, got {batch_size}")
     while True:
-        yield from torch.randperm(size, generator=generator, device=generator.device).split(batch_size)[
-            : size // batch_size
-        ]
+        order = torch.randperm(size, generator=generator, device=generator.device)
+        yield from order.split(batch_size)[: size // batch_size]
 
 
 @cache

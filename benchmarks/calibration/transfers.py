@@ -12,19 +12,12 @@ from typing import Any
 
 import figures
 import numpy as np
-from evidence import SAMPLES, STEPS, Cell, Curve, Evidence, Measured, cells_of, drawn_curves, drawn_seeds, with_interval
+from evidence import SAMPLES, STEPS, Cell, Curve, Evidence, Measured, cells_of, drawn_curves, with_interval
 from page import Page, listed, percent
 from reporting import Row, read_csv
 from training import warm_up
 
-from lightning_gradhist.learning_rate import (
-    EXPONENTS,
-    PLAIN_LAWS,
-    SHORT_RUN,
-    SurgeLaw,
-    share_of_equal_samples,
-    surge_ratio,
-)
+from lightning_gradhist import learning_rate as laws
 
 CLOSE = 1.25  # runs whose numbers of steps are less than this factor apart have equal steps
 ACROSS, LENGTH = "across", "length"
@@ -38,16 +31,16 @@ Law = Callable[[float, Cell, Cell], float]  # of a noise scale: the rate at a ce
 
 def at_equal_samples(noise: float, to: Cell, known: Cell) -> float:
     """The package's law where nothing is known of the lengths: surge, which levels off."""
-    return surge_ratio(noise, to.batch_size, known.batch_size, from_record=True)
+    return laws.surge_ratio(noise, to.batch_size, known.batch_size, from_record=True)
 
 
 def _share(to: Cell, known: Cell) -> float:
-    return share_of_equal_samples(to.batch_size, known.batch_size, to.steps, known.steps)
+    return laws.share_of_equal_samples(to.batch_size, known.batch_size, to.steps, known.steps)
 
 
 def falling(noise: float, to: Cell, known: Cell) -> float:
     """Theorem 3 for all batch sizes."""
-    return SurgeLaw(noise).ratio(to.batch_size, known.batch_size)
+    return laws.SurgeLaw(noise).ratio(to.batch_size, known.batch_size)
 
 
 def power(exponent: float) -> Law:
@@ -84,10 +77,10 @@ BOUNDED = {NOW: FREE} | {f"{law}, and the first step": law for law in (FALLING, 
 """Laws that raise no rate beyond where the first step would raise the loss."""
 OTHERS = FREE.replace("the fourth root", "a power of the others")
 LAWS: dict[str, Law] = {
-    **{name: power(EXPONENTS[name]) for name in PLAIN_LAWS},
+    **{name: power(laws.EXPONENTS[name]) for name in laws.PLAIN_LAWS},
     BEFORE: at_equal_samples,
     "falling": falling,
-    FREE: lambda noise, to, known: surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
+    FREE: lambda noise, to, known: laws.surge_ratio(noise, to.batch_size, known.batch_size, True, _share(to, known)),
     "surge, fourth root at equal steps": mixed(at_equal_samples, power(0.25)),
     FALLING: mixed(falling, power(0.2)),
     "surge of the steps, samples^0.25": by_steps,
@@ -101,16 +94,12 @@ class Transfers:
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = cells
-        self.all, critical = [], []
-        for i, j in itertools.permutations(range(len(cells)), 2):
-            each = [*itertools.product(cells[i].noise, cells[j].critical)]
-            self.all += [(i, j, noise) for noise, _ in each]
-            critical += [at for _, at in each]
+        pairs = itertools.permutations(range(len(cells)), 2)
+        each = [(i, j, *both) for i, j in pairs for both in itertools.product(cells[i].noise, cells[j].critical)]
+        self.all = [(i, j, noise) for i, j, noise, _ in each]
         self.origins, self.targets = np.array([(i, j) for i, j, _ in self.all], int).reshape(-1, 2).T
-        first = np.array(
-            [-math.log2(warm_up(cell.steps)) for cell in cells]
-        )  # octaves that the first step is below the peak
-        self._critical = np.array(critical) - first[self.targets]
+        first = -np.log2([warm_up(cell.steps) for cell in cells])  # octaves that the first step is below the peak
+        self._critical = np.array([critical for *_, critical in each]) - first[self.targets]
         self._steeper = first[self.targets] - first[self.origins]
         self.kinds = {k: np.array([k in _kinds(cells[i], cells[j]) for i, j, _ in self.all], bool) for k in KINDS}
 
@@ -134,10 +123,8 @@ class Transfers:
 
     def means(self, shifts: Mapping[str, np.ndarray], draws: int) -> dict[tuple[str, str], np.ndarray]:
         """Mean excess by law and kind, ``[1 + draws]``: as measured, then with the seeds drawn again."""
-        generator, found, losses = np.random.default_rng(0), defaultdict(list), [cell.measured for cell in self.cells]
-        seeds = max(measured.losses.shape[1] for measured in losses)
-        for draw in range(draws + 1):
-            curves = drawn_curves(losses, drawn_seeds(seeds, generator) if draw else None)
+        found, losses = defaultdict(list), [cell.measured for cell in self.cells]
+        for curves in drawn_curves(losses, draws, np.random.default_rng(0)):
             for law, of_law in shifts.items():
                 excess = self.arrive(law, of_law, curves)[0]
                 for kind, mask in self.kinds.items():
@@ -150,7 +137,7 @@ def _kinds(known: Cell, to: Cell) -> set[str]:
     if many < CLOSE * few and not length:
         return {STEPS}
     kind = SAMPLES if known.grid == to.grid != STEPS else ACROSS
-    return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= SHORT_RUN)}
+    return {kind, *[LENGTH] * length, *[f"{kind}, long"] * (few >= laws.SHORT_RUN)}
 
 
 def fitted(cells: Sequence[Cell], law: Law) -> float:
@@ -199,15 +186,11 @@ def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -
     for kind, law in itertools.product(KINDS, [*LAWS, OTHERS]):
         worse = [n for n in of if with_interval(means[n][law, kind] - means[n][BEFORE, kind])[1] > 0]
         there = [(*arrived[name, law], of[name].kinds[kind]) for name in averaged]
-        rows.append(
-            {
-                **{"kind": kind, "law": law, **{name: with_interval(means[name][law, kind]) for name in of}},
-                "mean": with_interval(np.mean([means[name][law, kind] for name in averaged], 0)),
-                "octaves": float(np.mean([octaves @ mask / (mask.sum() or math.nan) for _, octaves, mask in there])),
-                "worst": max(float(excess[mask].max(initial=0)) for excess, _, mask in there),
-                "worse": listed(worse, " "),
-            }
-        )
+        row = {"kind": kind, "law": law, **{name: with_interval(means[name][law, kind]) for name in of}}
+        row["mean"] = with_interval(np.mean([means[name][law, kind] for name in averaged], 0))
+        row["octaves"] = float(np.mean([octaves @ mask / (mask.sum() or math.nan) for _, octaves, mask in there]))
+        row["worst"] = max(float(excess[mask].max(initial=0)) for excess, _, mask in there)
+        rows.append({**row, "worse": listed(worse, " ")})
     return rows
 
 

@@ -36,11 +36,7 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, its data, and the size of its grid.
-
-    The model comes from torch's global random numbers and maps inputs to logits ``[..., classes]``; the loss is the mean
-    cross-entropy.
-    """
+    """A model from inputs to logits ``[..., classes]``, by torch's global random numbers; its data; the size of its grid."""
 
     name: str
     make_model: Callable[[], nn.Module]
@@ -153,13 +149,11 @@ def _text(folder: Path) -> Data:
     return Data(TensorDataset(*whole[_TEST_SEQUENCES:]), TensorDataset(*whole[:_TEST_SEQUENCES]))
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload("mlp", mlp, _digits, (2, 8, 32, 128, 512), 11_520, 90, 2**-8, 64, (1.5, 1.2, 1.0, 0.9, 0.8)),
-        Workload("cnn", cnn, _images, (16, 64, 256, 1024, 4096), 60_000, 60, 2**-9, 64, (1.0, 0.8, 0.6, 0.5, 0.4)),
-        Workload("gpt", GPT, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-9, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
-        Workload("lstm", LSTM, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-8, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
-    )
-}
+_ALL = (
+    Workload("mlp", mlp, _digits, (2, 8, 32, 128, 512), 11_520, 90, 2**-8, 64, (1.5, 1.2, 1.0, 0.9, 0.8)),
+    Workload("cnn", cnn, _images, (16, 64, 256, 1024, 4096), 60_000, 60, 2**-9, 64, (1.0, 0.8, 0.6, 0.5, 0.4)),
+    Workload("gpt", GPT, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-9, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
+    Workload("lstm", LSTM, _text, (4, 16, 64, 256, 1024), 32_768, 128, 2**-8, 32, (3.0, 2.75, 2.5, 2.25, 2.0)),
+)
+WORKLOADS = {workload.name: workload for workload in _ALL}
 """By name, the cheapest first."""

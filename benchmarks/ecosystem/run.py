@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -23,99 +24,88 @@ sys.path.insert(0, str(HERE.parent))
 
 from reporting import RESULTS, Row, machine, read_csv, write_csv  # noqa: E402
 
-PAGE = ROOT / "docs" / "support.md"
+OUTPUT, PAGE = RESULTS / "ecosystem.csv", ROOT / "docs" / "support.md"
+ENVIRONMENTS = ROOT / ".ecosystem"
 START, END = "<!-- made by benchmarks/ecosystem/run.py -->\n", "<!-- end -->"
 HEAD = ("Project", "Monitor", "`apply=False`", "`apply=True`", "Record, 4 x batch", "ALTO")
 WAYS = ("plain", "monitor", "apply=False", "apply=True", "record x4", "ALTO")
-COLUMNS = [*"project version lightning way status note seconds date python torch lightning_gradhist".split()]
+COLUMNS = "project version lightning way status note seconds date python torch lightning_gradhist".split()
 LIMIT = 300  # seconds of one way
+TORCH = "torch==2.13.0"
 
 
-@dataclass(frozen=True)
-class Project:
-    """A project, what is installed for it, and the distribution whose version is reported."""
+class Project(NamedTuple):
+    """A project, and what is installed for it: first the distribution whose version is reported."""
 
     name: str
-    requirements: tuple[str, ...]
-    distribution: str
+    requirements: str
 
 
 PROJECTS = [
-    Project("transformers_gpt2", ("transformers",), "transformers"),
-    Project("transformers_bert", ("transformers",), "transformers"),
-    Project("lightly_byol", ("lightly",), "lightly"),
-    Project("torch_geometric_gcn", ("torch_geometric",), "torch_geometric"),
-    Project("pytorch_forecasting_tft", ("pytorch-forecasting",), "pytorch-forecasting"),
-    Project("chemprop_mpnn", ("chemprop",), "chemprop"),
-    Project("gluonts_deepar", ("gluonts[torch]",), "gluonts"),
-    Project("neuralforecast_nhits", ("neuralforecast",), "neuralforecast"),
-    Project("darts_nbeats", ("darts[torch]",), "darts"),
-    Project("scvi_scvi", ("scvi-tools",), "scvi-tools"),
-    Project("scvi_scanvi", ("scvi-tools",), "scvi-tools"),
-    Project("pytorch_tabular_mlp", ("pytorch_tabular", "requests"), "pytorch_tabular"),
-    Project("litgpt_gpt", ("litgpt",), "litgpt"),
-    Project("litdata_stream", ("litdata",), "litdata"),
-    Project("nequip_model", ("nequip",), "nequip"),
+    Project("transformers_gpt2", "transformers"),
+    Project("transformers_bert", "transformers"),
+    Project("lightly_byol", "lightly"),
+    Project("torch_geometric_gcn", "torch_geometric"),
+    Project("pytorch_forecasting_tft", "pytorch-forecasting"),
+    Project("chemprop_mpnn", "chemprop"),
+    Project("gluonts_deepar", "gluonts[torch]"),
+    Project("neuralforecast_nhits", "neuralforecast"),
+    Project("darts_nbeats", "darts[torch]"),
+    Project("scvi_scvi", "scvi-tools"),
+    Project("scvi_scanvi", "scvi-tools"),
+    Project("pytorch_tabular_mlp", "pytorch_tabular requests"),
+    Project("litgpt_gpt", "litgpt"),
+    Project("litdata_stream", "litdata"),
+    Project("nequip_model", "nequip"),
 ]
 
 
-def environment(project: Project, folder: Path) -> Path:
+def environment(project: Project) -> Path:
     """The interpreter of a project's environment, which is made if it is not there."""
-    place = folder / "-".join(sorted(project.requirements)).replace("[", "_").replace("]", "_")
+    place = ENVIRONMENTS / re.sub(r"[^\w-]", "_", project.requirements)
     interpreter, ready = place / "bin" / "python", place / ".ready"
     if not ready.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-        pip = [str(interpreter), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "torch==2.13.0"], check=True)
-        subprocess.run([*pip, *project.requirements, "tensorboard", "torch==2.13.0"], check=True)
-        subprocess.run([*pip, "--editable", str(ROOT), "torch==2.13.0"], check=True)
+        for wanted in ([], [*project.requirements.split(), "tensorboard"], ["--editable", str(ROOT)]):
+            subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *wanted, TORCH], check=True)
         ready.touch()
     return interpreter
 
 
 def versions(interpreter: Path, project: Project) -> Row:
     """Of what is reported."""
-    code = (
-        "import importlib.metadata as m, json, platform\n"
-        "def v(name):\n"
-        "    try: return m.version(name)\n"
-        "    except m.PackageNotFoundError: return ''\n"
-        f"names = [{project.distribution!r}, 'lightning', 'pytorch-lightning', 'torch', 'lightning-gradhist']\n"
-        "print(json.dumps([*map(v, names), platform.python_version()]))"
-    )
-    done = subprocess.run([str(interpreter), "-c", code], check=True, capture_output=True, text=True)
-    own, lightning, older, torch, ours, python = json.loads(done.stdout)
-    both = ", ".join(filter(None, (lightning and f"lightning {lightning}", older and f"pytorch_lightning {older}")))
-    return {"version": own, "lightning": both, "torch": torch, "lightning_gradhist": ours, "python": python}
+    command = [str(interpreter), "-m", "pip", "list", "--format=json"]
+    listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = {one["name"].lower().replace("-", "_"): one["version"] for one in listed}
+    own = re.split(r"[\[ ]", project.requirements)[0].replace("-", "_")
+    both = [f"{name} {found[name]}" for name in ("lightning", "pytorch_lightning") if name in found]
+    ours = {name: found[name] for name in ("torch", "lightning_gradhist")}
+    return {"version": found[own], "lightning": ", ".join(both), **ours, "python": platform.python_version()}
 
 
-def run_way(interpreter: Path, project: str, way: str, folder: Path, log: Path) -> Row:
+def run_way(interpreter: Path, project: str, way: str, folder: Path) -> Row:
     """Runs one way; what it says of itself, and the time."""
-    start = monotonic()
+    start, log = monotonic(), ENVIRONMENTS / "log.txt"
     with tempfile.TemporaryDirectory() as empty, log.open("a", encoding="utf-8") as file:
         file.write(f"\n===== {project}: {way}\n")
         file.flush()
         try:
             command = [str(interpreter), str(HERE / "ways.py"), project, way, str(folder)]
             done = subprocess.run(command, cwd=empty, stdout=subprocess.PIPE, stderr=file, text=True, timeout=LIMIT)
-            found = json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else died(log)
         except subprocess.TimeoutExpired:
-            found = {"status": "hangs"}
+            found: Row = {"status": "hangs"}
+        else:
+            last_words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+            died = {"status": "died", "note": last_words[:300]}
+            found = json.loads(done.stdout.strip().splitlines()[-1]) if done.stdout.strip() else died
     return {"project": project, "way": way, **found, "seconds": monotonic() - start}
 
 
-def died(log: Path) -> Row:
-    """What is known of a process that has printed nothing: its last words."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return {"status": "died", "note": lines[-1][:300]}
-
-
-def judged(row: Row, plain: Row | None) -> Row:
+def judged(row: Row, plain: Row) -> Row:
     """Where the weights must be those of the plain run, whether they are."""
-    if "bits" not in row or plain is None or "bits" not in plain or row["way"] == "plain":
+    if row is plain or "bits" not in row or "bits" not in plain:
         return row
-    same = row["bits"] == plain["bits"]
-    return {**row, "status": "same bits" if same else "OTHER BITS"}
+    return {**row, "status": "same bits" if row["bits"] == plain["bits"] else "OTHER BITS"}
 
 
 def why(note: str) -> str:
@@ -152,49 +142,43 @@ def table(rows: list[Row]) -> str:
         title = f"`{name}`, {mine['plain']['version']}"
         lines.append((title, *(cell(mine.get(way)) for way in WAYS[1:])))
     days = sorted({row["date"] for row in rows})
-    with_what = sorted(
-        {f"Python {row['python']}, torch {row['torch']}, {row['lightning']}" for row in rows if row["torch"]}
-    )
+    with_what = {f"Python {row['python']}, torch {row['torch']}, {row['lightning']}" for row in rows if row["torch"]}
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{body}\n\nRun from {days[0]} to {days[-1]} with {'; '.join(with_what)}.\n"
+    return f"{body}\n\nRun from {days[0]} to {days[-1]} with {'; '.join(sorted(with_what))}.\n"
 
 
-def write(rows: list[Row], page: Path = PAGE) -> None:
-    """Puts the table in its place."""
-    before, rest = page.read_text(encoding="utf-8").split(START)
-    page.write_text(before + START + table(rows) + END + rest.split(END, 1)[1], encoding="utf-8")
+def measure(project: Project, rows: list[Row]) -> None:
+    """Adds the rows of a project, and writes the table after each."""
+    try:
+        interpreter = environment(project)
+    except subprocess.CalledProcessError as error:
+        rows.append({"project": project.name, "way": "install", "status": "failed", "note": str(error)[-200:]})
+        write_csv(OUTPUT, COLUMNS, rows)
+        return
+    common = {**versions(interpreter, project), "date": machine()["date"]}
+    folder = ENVIRONMENTS / f"{project.name}.run"
+    folder.mkdir(exist_ok=True)
+    plain: Row = {}
+    for way in WAYS:
+        row = run_way(interpreter, project.name, way, folder)
+        plain = plain or row
+        rows.append({**judged(row, plain), **common})
+        write_csv(OUTPUT, COLUMNS, rows)
+        print(f"{project.name}  {way}: {rows[-1]['status']}  {row.get('note', '')[:150]}", flush=True)
 
 
 def main() -> None:
-    """Runs the projects that are named, or all."""
+    """Runs the projects that are named, or all that lack rows, and puts the table into the docs."""
     parser = argparse.ArgumentParser(description="Other people's projects with our callbacks in them.")
     parser.add_argument("projects", nargs="*", choices=[*(project.name for project in PROJECTS), []], metavar="PROJECT")
-    parser.add_argument("--environments", type=Path, default=ROOT / ".ecosystem")
-    parser.add_argument("--output", type=Path, default=RESULTS / "ecosystem.csv")
-    args = parser.parse_args()
+    named = parser.parse_args().projects
     for project in PROJECTS:
-        there = read_csv(args.output)
+        there = read_csv(OUTPUT)
         whole = sum(row["project"] == project.name for row in there) == len(WAYS)
-        if project.name not in args.projects if args.projects else whole:
-            continue
-        rows = [row for row in there if row["project"] != project.name]
-        try:
-            interpreter = environment(project, args.environments)
-        except subprocess.CalledProcessError as error:
-            rows.append({"project": project.name, "way": "install", "status": "failed", "note": str(error)[-200:]})
-            write_csv(args.output, COLUMNS, rows)
-            continue
-        common, plain = {**versions(interpreter, project), "date": machine()["date"]}, None
-        folder = args.environments / f"{project.name}.run"
-        folder.mkdir(exist_ok=True)
-        for way in WAYS:
-            row = judged(run_way(interpreter, project.name, way, folder, args.environments / "log.txt"), plain)
-            plain = row if way == "plain" else plain
-            rows.append({**row, **common})
-            write_csv(args.output, COLUMNS, rows)
-            print(f"{project.name}  {way}: {row['status']}  {row.get('note', '')[:150]}", flush=True)
-    if args.output == RESULTS / "ecosystem.csv":
-        write(read_csv(args.output))
+        if project.name in named if named else not whole:
+            measure(project, [row for row in there if row["project"] != project.name])
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    PAGE.write_text(before + START + table(read_csv(OUTPUT)) + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

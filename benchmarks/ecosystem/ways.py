@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ except RuntimeError:
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration  # noqa: E402
 
 RECORD = "calibration.json"
+Train = Callable[..., torch.nn.Module]
+Found = dict[str, Any]
 
 
 def bits(module: torch.nn.Module) -> str:
@@ -47,12 +50,12 @@ def bits(module: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def plain(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+def plain(train: Train, folder: Path) -> Found:
     """Without us."""
     return {"bits": bits(train([], 1, None))}
 
 
-def monitor(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+def monitor(train: Train, folder: Path) -> Found:
     """With the monitor, which must change nothing and leave a record."""
     watched = train([GradientHistogramMonitor(every_n_steps=2)], 1, None)
     records = sorted(Path.cwd().rglob(RECORD))
@@ -61,20 +64,14 @@ def monitor(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, An
     return {"bits": bits(watched), "note": "" if records else "no record"}
 
 
-def dry(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
-    """With a probe that must change nothing."""
-    used = [OptimizerCalibration(reference_batch_size=8, apply=False)]
-    return {"bits": bits(train(used, 1, None)), "note": said(*used)}
+def probe(train: Train, folder: Path, apply: bool) -> Found:
+    """With a probe, which must change nothing where it is not applied."""
+    used = [OptimizerCalibration(reference_batch_size=8, apply=apply)]
+    module = train(used, 1, None)
+    return {"note": said(*used)} if apply else {"bits": bits(module), "note": said(*used)}
 
 
-def applied(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
-    """With a probe whose values are used."""
-    used = [OptimizerCalibration(reference_batch_size=8)]
-    train(used, 1, None)
-    return {"note": said(*used)}
-
-
-def record(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+def record(train: Train, folder: Path) -> Found:
     """At four times the batch, from the record of the monitored run."""
     if not (folder / RECORD).exists():
         return {"note": "there is no record"}
@@ -83,7 +80,7 @@ def record(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any
     return {"note": said(*used)}
 
 
-def alto(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
+def alto(train: Train, folder: Path) -> Found:
     """With ALTO as the project's optimizer, where it can be chosen."""
     module = train([GradientHistogramMonitor(every_n_steps=5)], 1, ALTO)
     finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
@@ -91,12 +88,9 @@ def alto(train: Callable[..., torch.nn.Module], folder: Path) -> dict[str, Any]:
 
 
 WAYS = {
-    "plain": plain,
-    "monitor": monitor,
-    "apply=False": dry,
-    "apply=True": applied,
-    "record x4": record,
-    "ALTO": alto,
+    **{"plain": plain, "monitor": monitor},
+    **{f"apply={apply}": partial(probe, apply=apply) for apply in (False, True)},
+    **{"record x4": record, "ALTO": alto},
 }
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up
+from lightning_gradhist.tensors import as_real
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
+_PRIME = 1048573
+_SHORT = 10  # batches of an epoch
 _MAY_BE_TIME = (
     "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
     " loader does not say that it is the samples"
@@ -38,22 +43,43 @@ def count_samples(batch: Any) -> int | None:
     return found.pop() or None if len(found) == 1 else None
 
 
+def digest(batch: Any) -> Tensor | None:
+    """A whole number below 2**20 that other samples hardly give, float64 ``[]``; None or NaN where none can be told."""
+    try:
+        tensors = list(_tensors(batch))
+        device = max(tensors, key=Tensor.numel).device  # what lies elsewhere is not waited for
+        values = [as_real(tensor) for tensor in tensors if tensor.device == device]
+        total = torch.stack([value.sum(dtype=torch.float64) + value.numel() for value in values]).sum()
+        return total.view(torch.int64).remainder(_PRIME).double().masked_fill(~total.isfinite(), math.nan)
+    except Exception:  # there is no tensor, or one of a kind that cannot be summed up
+        return None
+
+
+def _tensors(part: Any) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    for member in _members(part):
+        yield from _tensors(member)
+
+
 def _lengths(part: Any) -> Iterator[int]:
-    members: Iterable[Any] = ()
     if isinstance(part, Tensor):
         yield part.size(0) if part.ndim else 1
     elif isinstance(part, PackedSequence):
         yield int(part.batch_sizes[0])  # which is always in the host's memory
     elif isinstance(getattr(part, "num_graphs", None), int):
         yield part.num_graphs
-    elif isinstance(part, Mapping):
-        members = part.values()
-    elif isinstance(part, (list, tuple)):
-        members = part
-    elif is_dataclass(part):
-        members = [getattr(part, field.name) for field in fields(part)]
-    for member in members:
-        yield from _lengths(member)
+    else:
+        for member in _members(part):
+            yield from _lengths(member)
+
+
+def _members(part: Any) -> Iterable[Any]:
+    if isinstance(part, Mapping):
+        return part.values()
+    if isinstance(part, (list, tuple)):
+        return part
+    return [getattr(part, field.name) for field in fields(part)] if is_dataclass(part) else ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +254,16 @@ def parts_of_a_step(trainer: Trainer) -> int:
 def gradients_a_step(trainer: Trainer) -> int:
     """How many of the probe's gradients, over all ranks, an optimizer step is the mean of."""
     return accumulated(trainer) * (1 if averages_in_backward(trainer) else trainer.world_size)
+
+
+def repeats_samples(trainer: Trainer) -> bool:
+    """Whether a batch has a tenth of its samples or more from any batch of the epoch before: data that are indexed."""
+    loader: Any = trainer.train_dataloader
+    data = getattr(loader, "dataset", loader)
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        return False
+    in_order = isinstance(getattr(loader, "sampler", None), SequentialSampler)
+    return (trainer.num_training_batches if in_order else length_hint(loader, _SHORT + 1)) <= _SHORT
 
 
 def _declared(trainer: Trainer) -> int | None:

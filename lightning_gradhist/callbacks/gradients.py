@@ -22,8 +22,10 @@ _MANY = 100  # tensors, which take several times as long one by one as side by s
 
 
 def has_gradient_hook(parameter: nn.Parameter) -> bool:
-    """Whether it has a hook that is called when its gradient is accumulated; private, as there is no public way to ask."""
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    """Whether it has a hook, not ours, that is called when its gradient is accumulated; there is no public way to ask."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    functions = [getattr(hook, "func", hook) for hook in hooks.values()]
+    return any(getattr(function, "__func__", None) is not LocalGradients._copy for function in functions)
 
 
 def ready_gradients(

@@ -93,6 +93,12 @@ def innermost(optimizer: Optimizer) -> Any:
     return optimizer
 
 
+def class_name(optimizer: Optimizer) -> str:
+    """The class of an optimizer, and of the one that it wraps, as ``EAdaptor(SGD)``: by which a record knows it."""
+    outer, inner = type(unwrapped(optimizer)).__name__, innermost(optimizer)
+    return outer if inner is unwrapped(optimizer) else f"{outer}({type(inner).__name__})"
+
+
 def rule_of(optimizer: Optimizer) -> StepRule:
     """The rule of an optimizer: by its class, or a base whose ``step`` it has."""
     return next((RULES[key] for key in _keys(innermost(optimizer)) if key in RULES), UNKNOWN)

@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import copy
+import dis
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from types import FunctionType
-from typing import Any
+from itertools import islice
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeGuard
 
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, is_a, isolate_rng
 from lightning_gradhist.callbacks.optimizers import innermost
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.record import RunLength
 
 _ONE_BY_ONE = 2048
 _PARTS = 16  # of a run, at whose ends the shape of a schedule is taken down
+_REACHED = 1000  # things that a function holds, beyond which no more are looked at
+
+
+def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | None]:
+    """The learning rate of each group that its schedule is a multiple of: the maximum of a cycle, the initial or the only.
+
+    What a scheduler has left in a group that is no longer in use counts for nothing. None where it is no number.
+    """
+    used, groups = parts(schedulers_of(optimizer, schedulers)), optimizer.param_groups
+    one_cycle = any(isinstance(scheduler, lr_scheduler.OneCycleLR) for scheduler in used)
+    scheduled = any(hasattr(scheduler, "base_lrs") for scheduler in used)
+    key = "max_lr" if one_cycle else "initial_lr" if scheduled else "lr"
+    rates = [group.get(key, group.get("lr")) for group in groups]
+    cycles = [one.max_lrs for one in used if isinstance(one, lr_scheduler.CyclicLR) and len(one.max_lrs) == len(groups)]
+    return [float(rate) if is_rate(rate) else None for rate in (cycles[0] if cycles else rates)]
+
+
+def is_rate(value: Any) -> TypeGuard[float | Tensor]:
+    """Whether a value is a number, or a tensor of one."""
+    return is_number(value) or isinstance(value, Tensor)
 
 
 def planned_steps(trainer: Trainer) -> int | None:
@@ -73,16 +98,50 @@ def _can_be_tried(part: Any) -> bool:
     """Whether copies of a scheduler can be stepped without a trace: torch's own, without functions that may have a state."""
     if type(part).__module__ != lr_scheduler.__name__ or isinstance(part, lr_scheduler.ReduceLROnPlateau):
         return False
-    return all(map(_is_pure, [getattr(part, "_scale_fn_ref", None), *getattr(part, "lr_lambdas", ())]))
+    return all(map(_is_pure, [getattr(part, "_scale_fn_custom", None), *getattr(part, "lr_lambdas", ())]))
 
 
 def _is_pure(value: Any) -> bool:
-    """Whether it is a plain value, or a function that closes over none but such."""
+    """Whether it is a plain value, or a function that holds none but such and changes none."""
+    plain = (int, float, str, tuple, partial, type(None), type, ModuleType, BuiltinFunctionType)
+    return all(isinstance(one, plain) or (isinstance(one, FunctionType) and not _writes(one)) for one in reached(value))
+
+
+def _writes(function: FunctionType) -> bool:
+    """Whether a function changes variables that are not its own, as a counter of its calls."""
+    code = function.__code__
+    of_others = {"STORE_GLOBAL", "STORE_ATTR"}
+    return any(
+        at.opname in of_others or (at.opname == "STORE_DEREF" and at.argval in code.co_freevars)
+        for at in dis.get_instructions(code)
+    )
+
+
+def reached(function: Any) -> list[Any]:
+    """A function, and what it holds, that holds, and so on: closures, globals, defaults, attributes, what is bound to it."""
+    found = [function]
+    for one in found:  # which grows
+        if len(found) < _REACHED:
+            found += islice(_held(one), _REACHED)
+    return found
+
+
+def _held(value: Any) -> Iterator[Any]:
     if isinstance(value, partial):
-        return all(map(_is_pure, (value.func, *value.args, *value.keywords.values())))
-    if isinstance(value, FunctionType):
-        return all(_is_pure(cell.cell_contents) for cell in value.__closure__ or ())
-    return value is None or isinstance(value, (int, float, str))
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, (list, tuple, dict)):
+        yield from value.values() if isinstance(value, dict) else value
+    elif isinstance(value, FunctionType):
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
+        yield from (value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__)
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # not filled, or not any more
+                yield cell.cell_contents
+    elif callable(value):  # a method, or an object that is called
+        owner = value.__self__ if isinstance(value, MethodType) else value
+        yield value.__func__ if isinstance(value, MethodType) else type(value).__call__
+        if not isinstance(owner, (nn.Module, lr_scheduler.LRScheduler, type)):  # which lead to the optimizer anyway
+            yield from getattr(owner, "__dict__", {}).values()
 
 
 def later_accumulation(trainer: Trainer) -> dict[int, int]:
@@ -112,11 +171,15 @@ def schedulers_of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
     return [s for s in schedulers if any(getattr(s, "optimizer", None) is one for one in own)]
 
 
-def parts(schedulers: Iterable[Any]) -> Iterator[Any]:
-    """Schedulers, and what SequentialLR and ChainedScheduler are made of."""
-    for scheduler in schedulers:
-        yield scheduler
-        yield from parts(getattr(scheduler, "_schedulers", ()))
+def parts(schedulers: Iterable[Any]) -> list[Any]:
+    """Schedulers, and those of the same optimizer that they hold, as SequentialLR and a warm-up around another one do."""
+    found = list(schedulers)
+    for scheduler in found:  # which grows
+        values = getattr(scheduler, "__dict__", {}).values()
+        held = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        held = [one for one in held if isinstance(one, lr_scheduler.LRScheduler) and one not in found]
+        found += [one for one in held if getattr(one, "optimizer", None) is scheduler.optimizer]
+    return found
 
 
 def twin(scheduler: Any) -> Any:

@@ -21,6 +21,7 @@ from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 _DATA = "data_parallel"  # what Lightning calls the dimension of a mesh over which ranks have other samples
+_AVERAGING = ("default_hooks", "post_localSGD_hook")  # torch's modules; what differs from rank to rank is noticed
 _PIECE = 2**19  # values that a RankSum sends at once, which bounds its reserve
 
 
@@ -77,6 +78,18 @@ def is_sharded(trainer: Trainer) -> bool:
 def is_known(trainer: Trainer) -> bool:
     """Whether the strategy is one of which it is known how it spreads gradients over ranks."""
     return is_sharded(trainer) or replicas(trainer) is not None
+
+
+def changing_hook(trainer: Trainer) -> str | None:
+    """The name of a communication hook of DDP's that may leave another gradient than the ranks' mean, as PowerSGD's.
+
+    Private, as there is no public way to ask.
+    """
+    for hook, state in getattr(trainer.strategy.model, "_comm_hooks", ()):
+        averages = str(getattr(hook, "__module__", "")).endswith(_AVERAGING) and not is_a(state, "PowerSGDState")
+        if not averages:
+            return getattr(hook, "__name__", repr(hook))
+    return None
 
 
 def replicas(trainer: Trainer) -> Replicas | None:

@@ -29,11 +29,13 @@ class RunLength:
         planned: optimizer steps; None where nobody knew, as of an endless loader without ``max_steps``.
         warm_up: steps before the learning rate is first at its highest, 0 without a schedule; None where not known.
         schedule: the learning rate at 0, 1/16, ... and 1 of the run as a share of its highest; empty where not known.
+        made: steps that this optimizer has made; None in records of older releases.
     """
 
     planned: int | None = None
     warm_up: int | None = None
     schedule: list[float] = field(default_factory=list)
+    made: int | None = None
 
     @property
     def rises(self) -> bool:
@@ -48,7 +50,7 @@ class RunLength:
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> RunLength:
         """The inverse of ``asdict``; what lacks is not known, and what is no number from 0 up raises ``ValueError``."""
-        steps = {key: entry.get(key) for key in ("planned", "warm_up")}
+        steps = {key: entry.get(key) for key in ("planned", "warm_up", "made")}
         known = {key: None if value is None else int(_number(key, value)) for key, value in steps.items()}
         return cls(**known, schedule=[_number("schedule", share) for share in entry.get("schedule", ())])
 
@@ -82,7 +84,7 @@ class RunRecord:
 
     Attributes:
         model: names and shapes of the trained parameters; a record is of use for the same model only.
-        steps: optimizer steps that the run had made.
+        steps: optimizer steps that the run had made, of all optimizers together.
         optimizers: one entry an optimizer.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,23 +11,22 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_gradhist._flat import is_flat
-from lightning_gradhist.explore import check_explore
+from lightning_gradhist.explore import check_explore, is_number
 
 
 def check_hyper_parameters(group: dict[str, Any]) -> None:
     """Raise an error that names the first hyper-parameter of a group of AdamE or ALTO that is no number or out of range."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(
-            f"lr={lr!r} has {lr.numel()} elements: it must be a number or a tensor of one element. "
-            "For several rates, use several param groups."
-        )
-    betas = group["betas"]
+    betas = as_tuple(group["betas"])
     for name, value in (
         *((name, group[name]) for name in ("lr", "eps", "weight_decay")),
         *(("betas", b) for b in betas),
     ):
-        if not isinstance(value, (Real, Tensor)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{name}={group[name]!r} has {value.numel()} elements: it must be a number or a tensor of one element. "
+                "For several rates, use several param groups."
+            )
+        if not (is_number(value) or isinstance(value, Tensor)):
             raise TypeError(
                 f"{name}={group[name]!r} holds the {type(value).__name__} {value!r}: it must be a number. YAML reads 1e-3 as "
                 "a string; write 1.0e-3."
@@ -38,7 +36,7 @@ def check_hyper_parameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name}={group[name]!r} is out of range: it must be finite and satisfy {name} >= 0.")
     if len(betas) != 2:
         raise ValueError(
-            f"betas={betas!r} has {len(betas)} elements: it must have two, the decays of the first and "
+            f"betas={group['betas']!r} has {len(betas)} elements: it must have two, the decays of the first and "
             "the second moment. The decay of adaptor E is explore_beta."
         )
     for index, beta in enumerate(betas):
@@ -52,6 +50,14 @@ def check_hyper_parameters(group: dict[str, Any]) -> None:
             f"state_dtype={group['state_dtype']!r} is not offered: it must be None, for fp32 (float64 for float64 "
             "parameters), or torch.bfloat16."
         )
+
+
+def as_tuple(betas: Any) -> tuple[Any, ...]:
+    """The betas that were given, one by one; what cannot be gone through is one alone."""
+    try:
+        return tuple(betas)
+    except TypeError:  # a number, or a tensor of no dimension
+        return (betas,)
 
 
 def refuse_complex(group: dict[str, Any], whom: str) -> None:

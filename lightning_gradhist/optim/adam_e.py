@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Bucket
+from lightning_gradhist.optim._checks import as_tuple
 from lightning_gradhist.optim._formulas import (
     STATE,
     add_multiple,
@@ -151,7 +152,7 @@ class AdamE(MomentOptimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "lr": lr, "betas": as_tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip

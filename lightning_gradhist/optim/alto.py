@@ -15,7 +15,7 @@ from lightning_gradhist._flat import fsdp_piece
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Bucket
-from lightning_gradhist.optim._checks import refuse_flat
+from lightning_gradhist.optim._checks import as_tuple, refuse_flat
 from lightning_gradhist.optim._formulas import (
     STATE,
     adam_directions,
@@ -225,7 +225,7 @@ class ALTO(MomentOptimizer):
         state_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+            "lr": lr, "betas": as_tuple(betas), "eps": eps, "weight_decay": weight_decay,
             "alpha": alpha, "explore_beta": explore_beta, "layerwise": layerwise, "bias_correction": bias_correction,
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable, "state_dtype": state_dtype,
         }  # fmt: skip
@@ -282,14 +282,19 @@ def _apply_all(subgroup: Subgroup, squares: Tensor) -> None:
 
 
 def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
-    """Makes the step of whole tensors, while they are in the cache."""
+    """Makes the step of whole tensors; the updates are kept until their norms are known, or made again if that is too much."""
     if not bucket.small:
         _apply_bucket(subgroup, bucket, _moments_of_bucket(subgroup, bucket))
         return
-    (tensors,) = bucket.chunks
-    theta, r = subgroup.backend.function(alto_updates)(tensors, bucket.scalars)
-    squares = squared_norms(theta, r, bucket.sizes) if subgroup.group["layerwise"] else None
-    subtract_updates(tensors, bucket.scalars, r, _ratios(bucket, squares))
+    updates, squares = [], []
+    for chunk in bucket.chunks:
+        theta, r = subgroup.backend.function(alto_updates)(chunk, bucket.scalars)
+        updates.append(r)
+        if subgroup.group["layerwise"]:
+            squares.append(squared_norms(theta, r, bucket.sizes))
+    ratios = _ratios(bucket, torch.stack(squares).sum(0) if squares else None)
+    for chunk, r in zip(bucket.chunks, updates, strict=True):
+        subtract_updates(chunk, bucket.scalars, r, ratios)
 
 
 def _moments_of_bucket(subgroup: Subgroup, bucket: Bucket) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import OptimizerCalibration
-from lightning_gradhist.callbacks.batch_size import count_samples
+from lightning_gradhist.callbacks.batch_size import count_samples, digest, repeats_samples
 
 Pair = namedtuple("Pair", "x y")
 
@@ -158,3 +158,35 @@ def test_what_the_loader_says_too_is_not_told(tmp_path) -> None:
 def test_time_is_not_taken_for_samples(tmp_path, data: Any, layer: Any, why: str) -> None:
     with pytest.warns(UserWarning, match=why):
         assert calibrated(tmp_path, data(), layer).effective_batch_size is None
+
+
+def test_a_digest_tells_samples_apart() -> None:
+    batch = {"inputs": torch.randn(8, 3), "labels": [torch.arange(8)]}
+    assert digest(batch) == digest({**batch})
+    digests = [digest({**batch, "inputs": torch.randn(8, 3)}) for _ in range(100)]
+    assert len({float(one) for one in digests if one is not None}) > 95
+    assert digest(torch.zeros(3)) != digest(torch.zeros(4))
+    missing = digest(torch.full((3,), torch.nan))
+    assert missing is not None and missing.isnan() and digest(["no tensor"]) is None
+
+
+class Fresh(IterableDataset):
+    def __iter__(self) -> Any:
+        yield torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("data", "batches", "repeats"),
+    [
+        pytest.param(DataLoader(range(20), 2, shuffle=True), 10, True, id="ten batches"),
+        pytest.param(DataLoader(range(22), 2, shuffle=True), 11, False, id="eleven"),
+        pytest.param(DataLoader(range(22), 2, shuffle=True), 1, False, id="some of eleven, drawn anew"),
+        pytest.param(DataLoader(range(22), 2), 1, True, id="some of eleven, in order"),
+        pytest.param([1, 2], 2, True, id="a list"),
+        pytest.param(DataLoader(Fresh()), 1, False, id="a stream"),
+        pytest.param(iter([1]), 1, False, id="an iterator"),
+    ],
+)
+def test_short_epochs_of_indexed_data_repeat_their_samples(data: Any, batches: int, repeats: bool) -> None:
+    trainer: Any = SimpleNamespace(train_dataloader=data, num_training_batches=batches)
+    assert repeats_samples(trainer) == repeats

@@ -12,6 +12,7 @@ from lightning_gradhist import ALTO, AdamE, EAdaptor
 from lightning_gradhist.callbacks.optimizers import (
     UNKNOWN,
     centered,
+    class_name,
     coupled_decay,
     innermost,
     metric_weights,
@@ -126,3 +127,9 @@ def test_centered_are_those_of_a_centered_group() -> None:
     named = {name: nn.Parameter(torch.zeros(2)) for name in "ab"}
     groups = [{"params": [named["a"]], "centered": True}, {"params": [named["b"]]}]
     assert centered(torch.optim.RMSprop(groups), named) == {"a"}
+
+
+def test_an_optimizer_is_called_by_what_it_wraps() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    assert class_name(torch.optim.SGD(parameters, lr=0.1)) == "SGD"
+    assert class_name(EAdaptor(torch.optim.SGD(parameters, lr=0.1))) == "EAdaptor(SGD)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,7 @@ def warm_up_and_cosine(optimizer: Any) -> Any:
         pytest.param(lambda o: schedules.LinearLR(o, 0.25, total_iters=6), 6, id="warm-up"),
         pytest.param(lambda o: schedules.OneCycleLR(o, 0.1, total_steps=16, pct_start=0.25), 3, id="one cycle"),
         pytest.param(lambda o: schedules.LambdaLR(o, partial(ramp, steps=8)), 7, id="function"),
+        pytest.param(lambda o: schedules.LambdaLR(o, lambda step: ramp(step, 8) * math.exp(0)), 7, id="of the file"),
         pytest.param(warm_up_and_cosine, 4, id="sequence"),
     ],
 )
@@ -80,13 +82,83 @@ def counted(optimizer: Any) -> Any:
     return schedules.LambdaLR(optimizer, lambda step: next(count))
 
 
+def counting(optimizer: Any) -> Any:
+    count = 0
+
+    def calls(step: int) -> float:
+        nonlocal count
+        count += 1
+        return count
+
+    return schedules.LambdaLR(optimizer, calls)
+
+
+def remembering(optimizer: Any) -> Any:
+    def calls(step: int, seen: Any = []) -> float:  # noqa: B006
+        seen.append(step)
+        return len(seen)
+
+    return schedules.LambdaLR(optimizer, calls)
+
+
+def noting(optimizer: Any) -> Any:
+    def calls(step: int) -> float:
+        calls.count += 1
+        return calls.count
+
+    calls.count = 0
+    return schedules.LambdaLR(optimizer, calls)
+
+
+def scaling(optimizer: Any) -> Any:
+    count = itertools.count(1)
+    options = {"step_size_up": 1, "step_size_down": 10**9, "cycle_momentum": False}
+    return schedules.CyclicLR(optimizer, 0, 1e-2, scale_fn=lambda x: next(count), scale_mode="iterations", **options)
+
+
+CALLS: list[int] = []
+
+
+def appending(optimizer: Any) -> Any:
+    def calls(step: int) -> int:
+        CALLS.append(step)
+        return len(CALLS)
+
+    CALLS.clear()
+    return schedules.LambdaLR(optimizer, lambda step: calls(step))
+
+
+STATEFUL = [counted, counting, remembering, noting, scaling, appending]
+
+
 @pytest.mark.parametrize(
-    "scheduler", [pytest.param(counted, id="function with a state"), pytest.param(Own, id="of the user")]
+    "scheduler", [*[pytest.param(one, id=one.__name__) for one in STATEFUL], pytest.param(Own, id="of the user")]
 )
 def test_what_a_copy_could_leave_a_trace_in_is_not_tried(tmp_path, scheduler: Any) -> None:
     watch = watched(tmp_path, scheduler)
     assert watch.length == RunLength(16)
-    assert watch.rates[-1] == pytest.approx(1e-2 * 16 if scheduler is counted else 0.1)
+    assert watch.rates[-1] == pytest.approx(1e-2 * 16 if scheduler in STATEFUL else 0.1, rel=1e-6)
+
+
+def calling_itself(optimizer: Any) -> Any:
+    def half(step: int) -> float:
+        return half(8) if step > 8 else 1 - step / 16
+
+    return schedules.LambdaLR(optimizer, half)
+
+
+def with_an_empty_cell(optimizer: Any) -> Any:
+    def half(step: int) -> float:
+        return max(0.5, 1 - step / 16) if step >= 0 else unset
+
+    if not optimizer:
+        unset = 0.0
+    return schedules.LambdaLR(optimizer, half)
+
+
+@pytest.mark.parametrize("scheduler", [calling_itself, with_an_empty_cell])
+def test_functions_that_are_hard_to_look_into_end_nothing(tmp_path, scheduler: Any) -> None:
+    assert watched(tmp_path, scheduler).length.schedule[::4] == [1.0, 0.75, 0.5, 0.5, 0.5]
 
 
 def test_epochs_and_frequencies_are_steps_of_the_scheduler(tmp_path) -> None:

@@ -9,6 +9,7 @@ import torch
 from rank_jobs import (
     apart,
     calibrated,
+    clipped,
     exit_codes,
     fails_in_measuring,
     hostile_record,
@@ -19,6 +20,7 @@ from rank_jobs import (
     numbers,
     out_of_step,
     short_of_memory,
+    streamed,
     told_to_stop,
     uneven,
     unlike_batches,
@@ -228,6 +230,14 @@ def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path)
         logged = [tag for tag in events(tmp_path / when).Tags()["histograms"] if tag == f"{kind}_magnitude/all"]
         assert bool(logged) == (when == "local")
         assert [("differ from rank to rank" in one) for one in said] == ([] if when == "local" else [True])
+
+
+def test_the_same_samples_on_every_rank_tell_of_no_noise(tmp_path) -> None:
+    assert run_ranks(streamed, 2, tmp_path)[0] == [0, 0, 4, 4]
+
+
+def test_clipping_within_backward_is_not_taken_for_noise_of_ranks(tmp_path) -> None:
+    assert run_ranks(clipped, 2, tmp_path)[0] == pytest.approx(4, rel=0.1)
 
 
 def test_a_step_that_one_rank_cannot_count_is_left_out_with_one_warning(tmp_path) -> None:

@@ -106,12 +106,51 @@ def test_a_step_tells_autograd_that_the_weights_have_changed(cls: Any, options: 
         pytest.param({"eps": "1e-8"}, "eps='1e-8'", id="eps"),
         pytest.param({"weight_decay": None}, "weight_decay=None", id="weight_decay"),
         pytest.param({"betas": (0.9, "0.99")}, "betas=", id="betas"),
+        pytest.param({"lr": True}, "lr=True", id="lr-bool"),
+        pytest.param({"eps": False}, "eps=False", id="eps-bool"),
+        pytest.param({"weight_decay": True}, "weight_decay=True", id="weight_decay-bool"),
+        pytest.param({"betas": (True, 0.99)}, "betas=", id="betas-bool"),
     ],
 )
 @pytest.mark.parametrize("cls", [ALTO, AdamE])
 def test_hyper_parameters_that_are_no_numbers_are_refused(cls: Any, options: dict[str, Any], named: str) -> None:
     with pytest.raises(TypeError, match=f"{named}.*must be a number"):
         cls([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"eps": torch.tensor([1e-8, 1e-8])}, "eps=.* has 2 elements: it must be a number", id="eps"),
+        pytest.param({"betas": (torch.ones(2), 0.9)}, "betas=.* has 2 elements: it must be a number", id="one-beta"),
+        pytest.param({"betas": torch.tensor(0.9)}, "betas=.* has 1 elements: it must have two", id="betas-tensor"),
+        pytest.param({"betas": 0.9}, "betas=.*0.9.* has 1 elements: it must have two", id="betas-number"),
+        pytest.param({"alpha": True, "explore_beta": 0.5}, "alpha=True and explore_beta=0.5 do not", id="alpha"),
+        pytest.param({"alpha": 0.5, "explore_beta": False}, "alpha=0.5 and explore_beta=False do not", id="beta"),
+    ],
+)
+@pytest.mark.parametrize("cls", [ALTO, AdamE])
+def test_hyper_parameters_of_another_kind_are_refused(cls: Any, options: dict[str, Any], message: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=message):
+        cls([weight], **options)
+    with pytest.raises(ValueError, match=message):
+        cls([{"params": [weight], **options}])
+    if "alpha" in options:
+        with pytest.raises(ValueError, match=message):
+            EAdaptor(torch.optim.SGD([weight], lr=0.1), **options)
+
+
+def test_tensors_of_one_element_are_numbers() -> None:
+    found = []
+    for number in (float, torch.tensor):
+        weight = torch.nn.Parameter(torch.ones(2))
+        betas = torch.tensor([0.9, 0.99]) if number is torch.tensor else (float(torch.tensor(0.9)), 0.99)
+        optimizer = AdamE([weight], lr=number(0.1), betas=betas, eps=number(1e-6), weight_decay=number(0.1))
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found)
 
 
 class Slow(torch.optim.SGD):

@@ -7,22 +7,11 @@ from darts.models import NBEATSModel
 
 
 def train(callbacks, batch_factor, optimizer):
-    draw = np.random.default_rng(0)
-    series = TimeSeries.from_values(draw.normal(size=400).cumsum())
-    more = options(callbacks)
-    more.pop("max_steps")
+    series = TimeSeries.from_values(np.random.default_rng(0).normal(size=400).cumsum())
+    trainer = options(callbacks, limit_train_batches=STEPS // 3, logger=True)
+    trainer.pop("max_steps")
+    size = {"num_stacks": 2, "num_blocks": 1, "layer_widths": 16, "batch_size": 8 * batch_factor, "n_epochs": 3}
     chosen = {} if optimizer is None else {"optimizer_cls": optimizer, "optimizer_kwargs": {"lr": 1e-3}}
-    model = NBEATSModel(
-        12,
-        4,
-        num_stacks=2,
-        num_blocks=1,
-        layer_widths=16,
-        batch_size=8 * batch_factor,
-        n_epochs=3,
-        random_state=0,
-        pl_trainer_kwargs={**more, "limit_train_batches": STEPS // 3, "logger": True},
-        **chosen,
-    )
+    model = NBEATSModel(12, 4, random_state=0, pl_trainer_kwargs=trainer, **size, **chosen)
     model.fit(series)
     return model.model

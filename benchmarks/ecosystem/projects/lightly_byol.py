@@ -30,10 +30,9 @@ class BYOL(pl.LightningModule):
         momentum = cosine_schedule(self.global_step, 100, 0.996, 1)
         update_momentum(self.backbone, self.backbone_momentum, m=momentum)
         update_momentum(self.projection_head, self.projection_head_momentum, m=momentum)
-        views = batch
-        online = [self.prediction_head(self.projection_head(self.backbone(view))) for view in views]
+        online = [self.prediction_head(self.projection_head(self.backbone(view))) for view in batch]
         with torch.no_grad():
-            targets = [self.projection_head_momentum(self.backbone_momentum(view)) for view in views]
+            targets = [self.projection_head_momentum(self.backbone_momentum(view)) for view in batch]
         return 0.5 * (self.criterion(online[0], targets[1]) + self.criterion(online[1], targets[0]))
 
     def configure_optimizers(self):

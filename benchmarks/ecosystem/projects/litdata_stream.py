@@ -4,22 +4,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from common import optimizer_of, options
+from common import Module, options
 from litdata import StreamingDataLoader, StreamingDataset, optimize
 from torch import nn
 
 
-class Module(L.LightningModule):
-    def __init__(self, optimizer):
-        super().__init__()
-        self.chosen = optimizer
-        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self.body(batch["x"]), batch["y"])
-
-    def configure_optimizers(self):
-        return optimizer_of(self.chosen, self.parameters())
+def loss_of(module, batch):
+    return nn.functional.cross_entropy(module.network(batch["x"]), batch["y"])
 
 
 def sample(index):
@@ -32,9 +23,8 @@ def train(callbacks, batch_factor, optimizer):
     if not folder.exists():
         optimize(fn=sample, inputs=list(range(512)), output_dir=str(folder), num_workers=1, chunk_bytes="64KB")
     torch.manual_seed(0)
-    module = Module(optimizer)
-    loader = StreamingDataLoader(
-        StreamingDataset(str(folder), shuffle=True, seed=0), batch_size=8 * batch_factor, num_workers=0
-    )
+    module = Module(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), loss_of, optimizer)
+    data = StreamingDataset(str(folder), shuffle=True, seed=0)
+    loader = StreamingDataLoader(data, batch_size=8 * batch_factor, num_workers=0)
     L.Trainer(**options(callbacks)).fit(module, loader)
     return module

@@ -14,6 +14,14 @@ from nequip.train import EMALightningModule
 from nequip.utils.global_state import set_global_state
 
 KINDS = ["H", "O"]
+SIZE = {"r_max": 4.0, "num_layers": 2, "l_max": 1, "num_features": 8, "radial_mlp_width": 16}
+MODEL = {"_target_": "nequip.model.NequIPGNNModel", "seed": 0, "model_dtype": "float32", "type_names": KINDS}
+MODEL |= {**SIZE, "avg_num_neighbors": 3.0}
+TRANSFORMS = [
+    {"_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper", "model_type_names": KINDS},
+    {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": 4.0},
+]
+WEIGHTS = {"total_energy": 1.0, "forces": 1.0}
 
 
 def molecules(count):
@@ -29,37 +37,20 @@ def molecules(count):
 
 def train(callbacks, batch_factor, optimizer):
     set_global_state()
-    file = Path.cwd() / "molecules.xyz"
+    file = str(Path.cwd() / "molecules.xyz")
     ase.io.write(file, list(molecules(160)), format="extxyz")
-    data = ASEDataModule(
-        seed=0,
-        train_file_path=str(file),
-        val_file_path=str(file),
-        transforms=[
-            {"_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper", "model_type_names": KINDS},
-            {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": 4.0},
-        ],
-        train_dataloader={"batch_size": 4 * batch_factor, "shuffle": True},
-        val_dataloader={"batch_size": 16},
-    )
-    coefficients = {"total_energy": 1.0, "forces": 1.0}
+    files = {"train_file_path": file, "val_file_path": file}
+    loading = {
+        "train_dataloader": {"batch_size": 4 * batch_factor, "shuffle": True},
+        "val_dataloader": {"batch_size": 16},
+    }
+    data = ASEDataModule(seed=0, transforms=TRANSFORMS, **files, **loading)
     chosen = optimizer or torch.optim.AdamW
     module = EMALightningModule(
-        model={
-            "_target_": "nequip.model.NequIPGNNModel",
-            "seed": 0,
-            "model_dtype": "float32",
-            "type_names": KINDS,
-            "r_max": 4.0,
-            "num_layers": 2,
-            "l_max": 1,
-            "num_features": 8,
-            "radial_mlp_width": 16,
-            "avg_num_neighbors": 3.0,
-        },
+        model=MODEL,
         num_datasets=data.num_datasets,
         optimizer={"_target_": f"{chosen.__module__}.{chosen.__name__}", "lr": 1e-3},
-        loss={"_target_": "nequip.train.EnergyForceLoss", "per_atom_energy": True, "coeffs": coefficients},
+        loss={"_target_": "nequip.train.EnergyForceLoss", "per_atom_energy": True, "coeffs": WEIGHTS},
         val_metrics={"_target_": "nequip.train.EnergyForceMetrics", "coeffs": {"total_energy_mae": 1.0}},
     )
     L.Trainer(**options(callbacks)).fit(module, datamodule=data)

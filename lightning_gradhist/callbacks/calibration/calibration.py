@@ -26,9 +26,10 @@ from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults, stray_rate
-from lightning_gradhist.callbacks.optimizers import why_without_layers
+from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
 from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
@@ -163,7 +164,7 @@ class OptimizerCalibration(Callback):
         fallback: PlainLaw = "keep",
     ) -> None:
         for name, size in (("reference_batch_size", reference_batch_size), ("batch_size", batch_size)):
-            if size is not None and not size > 0:
+            if size is not None and not (_is_number(size) and size > 0):
                 raise MisconfigurationException(f"{name} must be a positive number of samples, got {size!r}")
         if reference is not None and reference_batch_size is not None:
             raise MisconfigurationException(
@@ -319,7 +320,7 @@ class OptimizerCalibration(Callback):
             if isinstance(outcome, RecordError):
                 raise outcome
             outcome.check_model(model_shapes(trainer))
-            return outcome.of_optimizer(type(unwrapped(optimizer)).__name__, [*optimizer_parameters(module, optimizer)])
+            return outcome.of_optimizer(class_name(optimizer), [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
 
@@ -350,7 +351,7 @@ def _obstacle(trainer: Trainer) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return is_number(value) and 0 <= value < math.inf
 
 
 def _load(path: str) -> RunRecord | RecordError:

@@ -132,6 +132,9 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
         decision.problems.append(explain.stray_schedule(stray))
         return _KEPT, decision
     decision.reasons.extend([reason] if reason else [])
+    apart = ((rate, before) for rate, before in zip(trusted, own, strict=True) if rate and before)
+    far = [pair for pair in apart if max(pair) > explain.FAR * min(pair)]
+    decision.problems.extend([explain.recorded_rate_is_far(*far[0])] if far else [])
     decision.changes.extend(changes)
     return ratio, decision
 
@@ -172,7 +175,9 @@ def _rate_obstacle(options: Options, evidence: Evidence) -> str | None:
         return explain.no_batch_size(evidence.why_no_batch_size, "the learning rate is kept")
     if law == SURGE and not evidence.adaptive:
         return explain.not_adaptive(law, evidence.optimizer)
-    return explain.no_rate(evidence.optimizer) if any(group.lr is None for group in evidence.groups) else None
+    if any(group.lr is None for group in evidence.groups):
+        return explain.no_rate(evidence.optimizer)
+    return None if any(evidence.own_rates) else explain.all_rates_zero()
 
 
 def _within_first_step(ratio: RateRatio, evidence: Evidence) -> tuple[RateRatio, str | None]:

@@ -18,16 +18,29 @@ from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrappe
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
+<<<<<<< HEAD
 from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
 from lightning_gradhist.callbacks.gradients import clips_by_norm, hooks_not_called, rounding_unit
 from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of, starts_with_signs
+=======
+from lightning_gradhist.callbacks.calibration.handoff import stray_schedule
+from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
+from lightning_gradhist.callbacks.optimizers import (
+    centered,
+    class_name,
+    least_epsilon,
+    own_clip_norm,
+    rule_of,
+    starts_with_signs,
+)
+>>>>>>> main
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.first_step import first_step
 from lightning_gradhist.callbacks.probe.outcome import agree, on_every_rank, why_failed
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
-from lightning_gradhist.callbacks.schedules import horizons, later_accumulation, run_length
+from lightning_gradhist.callbacks.schedules import base_rates, horizons, later_accumulation, run_length
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
@@ -95,6 +108,7 @@ class Evidence:
     adaptive: bool  # whether its step is divided by the root of an average of squares, plus its epsilon
     groups: Sequence[ParamGroup]
     batch_size: float | None  # samples of an optimizer step; None if unknown
+    parameters: Sequence[str] = ()  # their names, in the order of the groups
     recorded: OptimizerRecord | None = None
     stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None  # see handoff.stray_schedule
     why_no_batch_size: str | None = None  # where this rank knows
@@ -121,7 +135,8 @@ class Evidence:
             return None
         rates, own = self.recorded.learning_rates, self.own_rates
         alike = len(rates) == len(own) and not any(r == 0 < before for r, before in zip(rates, own, strict=True))
-        return rates if alike else None
+        in_order = [*self.recorded.parameters] in ([], [*self.parameters]) or len({*rates}) == len({*own}) == 1
+        return rates if alike and in_order else None
 
 
 def gather(
@@ -136,7 +151,7 @@ def gather(
     adaptive, schedules = rule_of(optimizer).adaptive, horizons(trainer)
     rates = base_rates(optimizer, [scheduler for scheduler, _ in schedules])
     evidence = Evidence(
-        optimizer=type(optimizer).__name__,
+        optimizer=class_name(optimizer),
         adaptive=adaptive,
         groups=[
             ParamGroup(
@@ -148,6 +163,7 @@ def gather(
             for group, rate in zip(optimizer.param_groups, rates, strict=True)
         ],
         batch_size=effective_batch_size(trainer, samples),
+        parameters=[*optimizer_parameters(module, trainer.optimizers[0])],
         recorded=recorded,
         stray=partial(stray_schedule, optimizer, schedules),
         length=run_length(trainer, optimizer),

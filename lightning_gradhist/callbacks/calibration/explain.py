@@ -9,6 +9,9 @@ from lightning_gradhist.callbacks.probe.first_step import FINENESS
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.learning_rate import SHORT_RUN
 
+FAR = 100
+"""Times by which no two rates of one model differ but by mistake."""
+
 
 def no_batch_size(why: str | None, consequence: str) -> str:
     return (
@@ -99,10 +102,17 @@ def no_rate(optimizer: str) -> str:
     )
 
 
+def all_rates_zero() -> str:
+    return (
+        "every rate is 0 when training begins, and nothing can be multiplied, so the rate is kept; give the optimizer its lr,"
+        " and have a scheduler of torch's multiply it (LinearLR, LambdaLR), or pass learning_rate='keep'"
+    )
+
+
 def stray_schedule(scheduler: str) -> str:
     return (
-        f"{scheduler} would not follow a changed rate at every step, as a copy of it showed, so the rate is kept; set its"
-        " rates where it is made, or pass learning_rate='keep'"
+        f"{scheduler} would not follow a changed rate at every step, as far as a copy of it shows, so the rate is kept; set"
+        " its rates where it is made, or pass learning_rate='keep'"
     )
 
 
@@ -169,6 +179,14 @@ def _tried(critical: float) -> str:
 def recorded_rate(ratio: float, recorded: Sequence[float], own: Sequence[float]) -> str:
     return (
         f"times {ratio:.4g} of the recorded rate {_rates(recorded)}, which replaces the {_rates(own)} of the optimizer"
+    )
+
+
+def recorded_rate_is_far(recorded: float, own: float) -> str:
+    return (
+        f"the recorded rate {recorded:.4g} and the {own:.4g} of the optimizer are more than {FAR} times apart, and the record's"
+        " is used, as told; where the two runs have other schedules, as one whose function multiplies a rate of 1, pass"
+        " learning_rate='keep', or record a run like this one"
     )
 
 

@@ -6,15 +6,16 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from numbers import Real
+from contextlib import redirect_stdout
+from io import StringIO
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import isolate_rng
-from lightning_gradhist.callbacks.schedules import parts, schedulers_of, twin, walk
+from lightning_gradhist.callbacks.schedules import base_rates, is_rate, parts, reached, schedulers_of, twin, walk
 from lightning_gradhist.logging.calibration_report import GroupChange
 
 _IS_RATE = re.compile(r"_?(\w+_)?(lrs?|lr_m(in|ax))|eta_m(in|ax)")
@@ -28,19 +29,6 @@ _FOLLOW = (
     lr_scheduler.ChainedScheduler,
 )
 """Not tried: they multiply what is scaled, or what they are made of is tried; some call functions of the user's."""
-
-
-def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | None]:
-    """The learning rate of each group that its schedule is a multiple of: OneCycleLR's maximum, the initial or the only.
-
-    What a scheduler has left in a group that is no longer in use counts for nothing. None where it is no number.
-    """
-    used = list(parts(schedulers_of(optimizer, schedulers)))
-    one_cycle = any(isinstance(scheduler, lr_scheduler.OneCycleLR) for scheduler in used)
-    scheduled = any(hasattr(scheduler, "base_lrs") for scheduler in used)
-    key = "max_lr" if one_cycle else "initial_lr" if scheduled else "lr"
-    rates = [group.get(key, group["lr"]) for group in optimizer.param_groups]
-    return [float(rate) if _is_number(rate) else None for rate in rates]
 
 
 def holds_before(optimizer: Optimizer, schedulers: Iterable[Any], change: GroupChange) -> bool:
@@ -112,24 +100,29 @@ def stray_schedule(
     """
     for scheduler, horizon in horizons:
         for part in parts(schedulers_of(optimizer, [scheduler])):
-            if any(map(_looks_at_an_optimizer, getattr(part, "lr_lambdas", ()))):
+            if any(_looks_at(function, part) for function in getattr(part, "lr_lambdas", ())):
                 return f"{type(part).__name__} (lr_lambdas, which look at the optimizer)"
             if type(part) not in _FOLLOW and not _follows(part, horizon, factors):
                 groups = len(factors)  # as many numbers may be rates, whatever their name
-                kept = [name for name, value in vars(part).items() if isinstance(value, list) and len(value) == groups]
-                return f"{type(part).__name__} ({', '.join(sorted({*kept, *_rates(vars(part))}))})"
+                kept = {name for name, value in vars(part).items() if isinstance(value, list) and len(value) == groups}
+                kept |= _rates(vars(part)).keys()
+                return type(part).__name__ + (f" ({', '.join(sorted(kept))})" if kept else "")
     return None
 
 
-def _looks_at_an_optimizer(function: Any) -> bool:
-    """Whether a function of a schedule holds an optimizer or its groups, from which it may take the rate away again."""
-    held: list[Any] = []
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # not filled, or not any more
-            held.append(cell.cell_contents)
-    held += [*(getattr(function, "__defaults__", None) or ()), *getattr(function, "__dict__", {}).values()]
-    held += [one for some in held if isinstance(some, (list, tuple)) for one in some]
-    return any(isinstance(one, Optimizer) or (isinstance(one, dict) and "params" in one) for one in held)
+def _looks_at(function: Any, scheduler: Any) -> bool:
+    """Whether a function of a schedule holds or names what has absolute rates, and may take the new one away again.
+
+    That is an optimizer, its groups, or another scheduler.
+    """
+    groups = scheduler.optimizer.param_groups
+    rates = {id(one) for one in (groups, *groups)}
+    return any(
+        (isinstance(one, (Optimizer, lr_scheduler.LRScheduler)) and one is not scheduler)
+        or id(one) in rates
+        or (isinstance(one, FunctionType) and "param_groups" in one.__code__.co_names)
+        for one in reached(function)
+    )
 
 
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
@@ -137,7 +130,7 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
     # of sums in which the largest rate is a term
     rounding = 1e-9 * max(float(group.get("initial_lr", group["lr"])) for group in scheduler.optimizer.param_groups)
     try:
-        with warnings.catch_warnings(), isolate_rng():
+        with warnings.catch_warnings(), isolate_rng(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
             plain, scaled = twin(scheduler), twin(scheduler)
             _scale(scaled.optimizer, [scaled], factors)
@@ -167,10 +160,10 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
     multiplied: dict[int, float] = {}  # tensors, which groups may share
     for group, factor in zip(optimizer.param_groups, filled, strict=True):
         for key, rate in _rates(group).items():
-            if not isinstance(rate, Tensor):
+            if not isinstance(rate, Tensor) or not rate.is_floating_point():
                 group[key] = rate * factor
             elif id(rate) not in multiplied:
-                rate.mul_(factor)  # in place: captured graphs and compiled steps hold this tensor
+                rate.detach().mul_(factor)  # in place: captured graphs and compiled steps hold this tensor
                 multiplied[id(rate)] = factor
             elif multiplied[id(rate)] != factor:
                 group[key] = rate * (factor / multiplied[id(rate)])
@@ -193,9 +186,5 @@ def _rates(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in attributes.items()
-        if _IS_RATE.fullmatch(name) and all(map(_is_number, value if isinstance(value, list) else [value]))
+        if _IS_RATE.fullmatch(name) and all(map(is_rate, value if isinstance(value, list) else [value]))
     }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_gradhist.callbacks.monitor.observer import Fit
+from lightning_gradhist.callbacks.strategies import changing_hook
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
@@ -30,21 +31,22 @@ def no_step_hooks(name: str) -> str:
     )
 
 
-def overfits(trainer: Trainer) -> bool:
-    """Whether the Trainer trains on the same few batches again."""
-    return bool(getattr(trainer, "overfit_batches", False))
+def why_no_noise(trainer: Trainer) -> str | None:
+    """What keeps the gradients of a run from telling its noise, or None."""
+    if getattr(trainer, "overfit_batches", False):
+        return "overfit_batches trains on the same few batches again, and their gradients do not tell of others"
+    hook = changing_hook(trainer)
+    return hook and f"the communication hook {hook} changes the gradients, which cannot be told from noise"
 
 
 def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
     """Says once, when the first batch has come, what is not recorded, and where nothing is logged."""
     if "lacks" in fit.warned:
         return
-    if wants_noise and overfits(fit.trainer):
+    why_none = why_no_noise(fit.trainer)
+    if wants_noise and why_none is not None:
         fit.warned.add("lacks")
-        rank_zero_info(
-            "GradientHistogramMonitor records no noise scale: overfit_batches trains on the same few batches again, and"
-            " their gradients do not tell of others."
-        )
+        rank_zero_info(f"GradientHistogramMonitor records no noise scale: {why_none}.")
     elif wants_noise and fit.samples.problem is not None:
         fit.warn_once(
             "lacks",
@@ -90,7 +92,7 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int)
     if tried < ENOUGH < logged / 4:  # a pair takes two
         rank_zero_warn(
             f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
-            " returns None, and with LBFGS."
+            " returns None, and with LBFGS, or are of epochs of one batch, which have the same samples."
         )
     elif tried < ENOUGH or 2 * measured > tried:
         rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
@@ -98,5 +100,7 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int)
     else:
         rank_zero_warn(
             f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step; clip"
-            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping."
+            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise is not"
+            " measured where the module clips. Nor is it where all ranks have the same samples, as of an IterableDataset that is"
+            " not split."
         )

@@ -58,7 +58,8 @@ class GradientHistogramMonitor(Callback):
         optimizer_state: whether to log the optimizer's update and second moment as well. A logged step then costs one
             more all-reduce, and memory for a copy of this rank's part of the weights and of the second moment.
         noise_scale: whether to measure the noise scale. It takes the loss for a mean over samples that are independent: it is
-            wrong for sums, for mixup and contrastive losses, and for outputs that are normalised over the batch by hand.
+            wrong for sums over batches of several sizes, for mixup and contrastive losses, and for outputs that are
+            normalised over the batch by hand.
         batch_size: samples of one micro-batch on one device where the loader does not tell it; of one optimizer step on
             one device under manual optimization.
         name: tells this monitor from another one in the same Trainer that counts the same rows ``when`` this one does, or
@@ -105,14 +106,15 @@ class GradientHistogramMonitor(Callback):
     half of the parameters: linear, convolutions without groups, layer norms, and embeddings with them, not compiled and not
     checkpointed, with batch norm from 64 samples on; else from a logged step and the next, which overstates it where steps
     overshoot. It is measured of 262,144 values of each rank's gradients, others at each step, or of all where there are no
-    more: these are copied. A step with fewer samples than others, or whose gradients a hook has changed, is not measured.
-    The record also has the steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a
-    copy is stepped through the run before it begins.
+    more: these are copied. A step with fewer samples than others, or whose gradients a hook has changed, is not measured;
+    nor where all ranks have the same samples, nor under PowerSGD or a communication hook of your own. The record also has the
+    steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a copy is stepped through
+    the run before it begins.
 
     Works with one device, DDP, FSDP, ModelParallelStrategy (FSDP2, tensor parallelism) and DeepSpeed's ZeRO in stages 1, 2
     and 3, automatic and manual optimization, and several optimizers. With other strategies it warns and stays off. Under
-    manual optimization the step begins where the module calls ``optimizer.step()``: ``"before_clip"`` counts, and noise is
-    measured, after ``clip_gradients``.
+    manual optimization the step begins where the module calls ``optimizer.step()``: ``"before_clip"`` counts after
+    ``clip_gradients``, and noise is not measured where it or something else has changed what ``manual_backward`` left.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -168,7 +170,7 @@ class GradientHistogramMonitor(Callback):
 
     @property
     def noise_records(self) -> list[NoiseRecord]:
-        """The noise measured so far, one record an optimizer."""
+        """The noise measured so far, one record an optimizer; under ``ddp_spawn`` and ``ddp_fork`` only the ranks have it."""
         return [progress.noise for progress in self._progress]
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +217,7 @@ class GradientHistogramMonitor(Callback):
         self._record_path = self._path_of_record(fit)
         if self._record_path is not None and trainer.is_global_zero:
             self._record = RecordFile(self._record_path, fit.guard)
-        self._measures_noise = self.noise_scale and not messages.overfits(trainer)
+        self._measures_noise = self.noise_scale and messages.why_no_noise(trainer) is None
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
@@ -231,7 +233,7 @@ class GradientHistogramMonitor(Callback):
         if self._restored or [each.watched.optimizer for each in self._optimizers] != trainer.optimizers:
             self._watch(self._fit, self.state_dict()["optimizers"])
         for observer in self._observers:
-            observer.before_forward()
+            observer.before_forward(batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Counts and measures where this step is due."""

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks._lightning import is_overridden
-from lightning_gradhist.callbacks.batch_size import StepSamples, parts_of_a_step
-from lightning_gradhist.callbacks.calibration.handoff import base_rates
+from lightning_gradhist.callbacks.batch_size import StepSamples, data_ranks, digest, parts_of_a_step, repeats_samples
 from lightning_gradhist.callbacks.gradients import (
     LocalGradients,
     dense,
@@ -25,6 +25,7 @@ from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
+from lightning_gradhist.callbacks.schedules import base_rates
 from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.sample import Sample
@@ -44,6 +45,7 @@ class FirstGradient:
     The metric depends on neither gradient.
     """
 
+    epoch: int
     step: int
     samples: StepSamples
     sizes: dict[str, int]
@@ -53,11 +55,6 @@ class FirstGradient:
     changed: list[Tensor]
     halves: Tensor | None
     """Noise and signal from the two halves of its batch, or None; NaN where they cannot be told."""
-
-    @property
-    def is_told(self) -> bool:
-        """Whether its noise is known without a second gradient; of what a device measures nobody knows it yet."""
-        return self.halves is not None and self.halves.is_cpu and bool(self.halves[:2].isfinite().all())
 
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
@@ -85,10 +82,13 @@ class NoiseMonitor(StepObserver):
         self._halves: HalfBatches | None = None  # of the coming step
         self._halves_batch = False  # whether the coming step's batch is measured by them
         self._sample = Sample({})  # of it, and of what is compared
+        self._batch = -1  # of the gradient that was looked at last
         self._in_pair = False  # the same on all ranks, as the next
         self._not_before = 0  # steps, at which a measurement begins
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
+        self._wanted = False  # the gradients of the coming step
+        self._digest: Tensor | None = None  # of its first batch
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
         self._changed: list[Tensor] = []  # whether it was another one afterwards
@@ -96,33 +96,36 @@ class NoiseMonitor(StepObserver):
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
-        self._backwards, self._left, self._changed = 0, None, []
+        self._backwards, self._left, self._changed, self._digest = 0, None, [], None
         trainer, begins = self._fit.trainer, self._begins(due)
-        # Of a pair, gradients that lie whole in p.grad, and are clipped where Lightning does.
-        whole = trainer.lightning_module.automatic_optimization and not is_cut_up(trainer)
+        whole = not is_cut_up(trainer)
         is_one_batch = parts_of_a_step(trainer) == 1
-        has_parts = begins and not is_one_batch and not self._changes_sums()
-        self._compares = has_parts or ((begins or self._compares_pair()) and whole)
+        has_parts = begins and not is_one_batch and not is_overridden("backward", self._fit.module)
+        if has_parts and self._fit.replicas.ranks == 1:  # of several one alone may have a hook
+            has_parts = not self._changes_sums()
+        self._wanted = self.wants_gradients(due)
+        self._compares = whole and self._wanted
         if self._compares:
             parameters = self._watched.parameters
             sizes = {name: parameter.numel() for name, parameter in parameters.items() if parameter.requires_grad}
             self._sample = Sample.at(self._progress.steps, sizes)
         if has_parts:
             self._part = LocalGradients(parameters, self._sample.of_gradients)
-        alone = begins and whole and is_one_batch and not self._in_pair and self._fit.replicas.ranks == 1
+        alone = begins and whole and self._is_automatic and is_one_batch and not self._in_pair
         self._halves_batch = alone and self._progress.steps > 0  # before, there is no metric
 
     def _changes_sums(self) -> bool:
-        """Whether somebody may change what micro-batches add up to while they do, as by clipping within backward."""
-        if self._fit.trainer.accumulate_grad_batches == 1 or self._fit.replicas.ranks > 1:
-            return False
+        """Whether somebody may change what micro-batches add up to while they do, by a hook; on this rank."""
         hooked = any(map(has_gradient_hook, self._watched.parameters.values()))
-        return hooked or is_overridden("backward", self._fit.module)
+        return hooked and self._fit.trainer.accumulate_grad_batches > 1
 
-    def before_forward(self) -> None:
-        """Looks at the layers, where the halves of the batch are measured."""
-        if self._halves_batch:
-            with self._fit.guard.attempt("measure noise"):
+    def before_forward(self, batch: Any) -> None:
+        """Takes the batch's digest, and looks at the layers, where the halves of the batch are measured."""
+        trainer, ranks = self._fit.trainer, self._fit.replicas.ranks
+        with self._fit.guard.attempt("measure noise"):
+            if self._wanted and self._digest is None and 1 < ranks == data_ranks(trainer):
+                self._digest = digest(batch)
+            if self._halves_batch:
                 self._drop_halves()
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
 
@@ -130,7 +133,7 @@ class NoiseMonitor(StepObserver):
         """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
         if self._part is not None:
             self._part.extend(self._watched.parameters)
-        if self._left is not None:
+        if self._left is not None and self._is_automatic:  # else a zero_grad may have come between
             with self._fit.guard.attempt("measure noise"):
                 self._compare(self._squared_norm())
 
@@ -147,19 +150,22 @@ class NoiseMonitor(StepObserver):
 
     def wants_gradients(self, due: bool) -> bool:
         """Whether a measurement begins or ends."""
-        return self._begins(due) or self._compares_pair()
+        return self._begins(due) or self._in_pair
 
     def before_step(self, step: Step) -> None:
         """Measures."""
-        begins, now = self._begins(step.due), self._progress.steps
+        now, batch = self._progress.steps, self._fit.trainer.fit_loop.total_batch_idx
+        if not self.wants_gradients(step.due) or batch == self._batch:  # another step with the same samples
+            return
+        self._batch = batch
         if self._part is not None:
             self._measure_part(self._part, step)
         elif self._in_pair:
             self._complete_pair(step)
             return
-        elif begins:
+        else:
             self._begin_pair(step)
-        if begins and now >= _AS_OFTEN_AS_LOGGED:
+        if now >= _AS_OFTEN_AS_LOGGED:
             self._not_before = now + _APART
 
     def at_update(self, step: Step) -> None:
@@ -176,6 +182,10 @@ class NoiseMonitor(StepObserver):
     def discard(self) -> None:
         """Measures nothing of the step before."""
         self._in_pair, self._first = False, None
+
+    def finish(self) -> None:
+        """Ends the last pair."""
+        self._leave_pair()
 
     def close(self) -> None:
         """Drops what is held."""
@@ -198,16 +208,14 @@ class NoiseMonitor(StepObserver):
         may = self._fit.samples.problem is None or self._fit.replicas.ranks > 1
         return due and may and self._progress.steps >= self._not_before
 
-    def _compares_pair(self) -> bool:
-        """Whether the gradient of the coming step is held against the one before it; the same on all ranks."""
-        return self._in_pair and (self._first is None or not self._first.is_told)
+    @property
+    def _is_automatic(self) -> bool:
+        return bool(self._fit.trainer.lightning_module.automatic_optimization)
 
     def _samples(self) -> StepSamples | None:
         """The samples of this step; None where they are not known, and where a micro-batch had no loss."""
-        trainer = self._fit.trainer
-        samples = self._fit.samples.of_step(trainer)
-        automatic = trainer.lightning_module.automatic_optimization
-        return None if samples and automatic and samples.batches != self._backwards else samples
+        samples = self._fit.samples.of_step(self._fit.trainer)
+        return None if samples and self._is_automatic and samples.batches != self._backwards else samples
 
     def _compare(self, squares: Tensor) -> None:
         """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
@@ -223,30 +231,45 @@ class NoiseMonitor(StepObserver):
         return squared_norm(self._sample.of(there).values())
 
     def _begin_pair(self, step: Step) -> None:
+        """Begins a pair, but where the halves of the batch tell the noise at once."""
         self._in_pair = True
-        parts = step.parts
-        parameters, optimizer = self._watched.parameters, self._watched.optimizer
         samples = self._samples()
-        if samples is None or not parts:
+        if samples is None or not step.parts:
             return
         with self._fit.guard.attempt("measure noise"):
             self._progress.measures(self._rates())
             self._compare_at_step(step.gradients)
-            number, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
             halves = self._of_halves(step.gradients, samples)
-            told = FirstGradient(number, samples, sizes, Sample({}), {}, None, [], halves)
-            if told.is_told:
-                self._first = told
-                return
-            sample = Sample.at(number, sizes)
-            held = copies(sample.of_gradients(parts))
+            if halves is not None and halves.is_cpu and _tell(halves):
+                self._progress.noise.add(self._progress.steps, samples.effective, halves)
+                self._in_pair = False  # no other rank has begun one: there are halves on one device alone
+            else:
+                self._first = self._first_gradient(step.parts, samples, halves)
 
-            def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
-                found = sample.of(own_parts(moments, parameters, self._fit.replicas))
-                return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
+    def _leave_pair(self) -> None:
+        """Ends a pair without its second gradient; of what a device measures it is not known whether the halves tell it."""
+        first = self._first
+        self.discard()
+        if first is not None and first.halves is not None and (not first.halves.is_cpu or _tell(first.halves)):
+            with self._fit.guard.attempt("measure noise"):
+                self._progress.noise.add(first.step, first.samples.effective, first.halves)
 
-            weights = metric_weights(optimizer, parameters, own, is_cut_up(self._fit.trainer))
-            self._first = FirstGradient(number, samples, sizes, sample, held, weights, self._changed, halves)
+    def _first_gradient(
+        self, parts: Mapping[str, Tensor], samples: StepSamples, halves: Tensor | None
+    ) -> FirstGradient:
+        optimizer, parameters, trainer = self._watched.optimizer, self._watched.parameters, self._fit.trainer
+        number, sizes = self._progress.steps, {name: gradient.numel() for name, gradient in parts.items()}
+        sample = Sample.at(number, sizes)
+        held = copies(sample.of_gradients(parts))
+
+        def own(moments: dict[str, Tensor]) -> dict[str, Tensor]:
+            found = sample.of(own_parts(moments, parameters, self._fit.replicas))
+            return {name: found[name].to(held[name].device) for name in found.keys() & held.keys()}
+
+        weights = metric_weights(optimizer, parameters, own, is_cut_up(trainer))
+        return FirstGradient(
+            trainer.current_epoch, number, samples, sizes, sample, held, weights, self._changed, halves
+        )
 
     def _of_halves(self, gradients: Mapping[str, Tensor] | None, samples: StepSamples) -> Tensor | None:
         """Noise and signal of the coming step, from the two halves of its batch."""
@@ -266,15 +289,11 @@ class NoiseMonitor(StepObserver):
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
-        self.discard()
-        if first is not None and first.halves is not None and first.is_told:
-            with self._fit.guard.attempt("measure noise"):
-                if samples is not None:
-                    self._progress.noise.add(first.step, samples.effective, first.halves)
-            return
-        if first is None or samples is None or not parts:
+        if first is None or samples is None or not parts or self._repeats(first):
+            self._leave_pair()
             self._sums(None, None)
             return
+        self.discard()
         begun, second = first, parts
 
         def measure() -> Tensor:
@@ -285,13 +304,20 @@ class NoiseMonitor(StepObserver):
         sums = self._sums(step.gradients, measure, spread, 0.0, samples.effective)
         self._add(first.step, sums, first.halves)
 
+    def _repeats(self, first: FirstGradient) -> bool:
+        """Whether this step may have samples of a pair's first one again."""
+        trainer = self._fit.trainer
+        with self._fit.guard.attempt("measure noise"):  # the user's loader may raise
+            return first.epoch != trainer.current_epoch and repeats_samples(trainer)
+        return True
+
     def _measure_part(self, copied: LocalGradients, step: Step) -> None:
         """Holds the gradient of one micro-batch of each rank against that of all."""
         trainer, watched, gradients = self._fit.trainer, self._watched, step.gradients
         samples = self._samples()
         copied.close()
         self.discard()  # begun before accumulation was
-        if samples is None or samples.micro_batches < 2 or gradients is None:
+        if samples is None or samples.micro_batches < 2 or gradients is None or self._changes_sums():
             self._sums(None, None)
             return
         ranks, times = self._fit.replicas.ranks, trainer.accumulate_grad_batches
@@ -331,23 +357,31 @@ class NoiseMonitor(StepObserver):
     ) -> Tensor:
         """The sum ``[7]`` over ranks of what is measured on each, and of the sizes; to be called on every rank.
 
-        NaN if on one rank it is not, or their gradients differ.
+        NaN if on one rank it is not, or their gradients differ, or all have the same samples.
         """
         fit, sums = self._fit, None
         if measure is not None and gradients is not None:
             with fit.guard.attempt("measure noise"):
                 measured = measure() if fit.replicas.ranks == 1 else measure().to(fit.module.device)
-                checked = torch.cat([measured, *(measured.new_full((1,), n) for n in sizes), measured.new_zeros(2)])
+                bits = measured.new_full((), math.nan) if self._digest is None else self._digest.to(measured)
+                extents = [measured.new_full((), size) for size in sizes]
+                checked = torch.cat([measured, torch.stack([*extents, bits, bits**2]), measured.new_zeros(2)])
                 fit.sums.check(checked, self._watched.replicated(gradients))
                 sums = checked
-        fit.sums.add_up(sums, 9, math.nan)
+        fit.sums.add_up(sums, 11, math.nan)
         if sums is None:
             return torch.full((7,), math.nan)
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
+            sums[:7].masked_fill_(fit.replicas.ranks * sums[8] == sums[7] ** 2, math.nan)  # all have the same bits
         return sums[:7]
 
 
 def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
     """The sums, NaN where gradients have been changed."""
     return sums.masked_fill(torch.stack(changed).any().to(sums.device), math.nan) if changed else sums
+
+
+def _tell(halves: Tensor) -> bool:
+    """Whether the two halves of a batch tell the noise."""
+    return bool(halves[:2].isfinite().all())

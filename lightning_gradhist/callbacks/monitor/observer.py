@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +178,7 @@ class StepObserver:
     def prepare(self, due: bool) -> None:
         """The step before is over; the backward passes of the coming one, which may be due, begin."""
 
-    def before_forward(self) -> None:
+    def before_forward(self, batch: Any) -> None:
         """A batch is about to be trained on."""
 
     def before_backward(self) -> None:

@@ -91,4 +91,5 @@ class Progress:
         noise = {metric: self.noise.estimate(metric) for metric in METRICS}
         samples = list(self.noise.samples)
         rates, size = self.learning_rates, self.last_batch_size
-        return OptimizerRecord(name, rates, size, noise, samples, list(parameters), self.length)
+        length = replace(self.length, made=self.steps)
+        return OptimizerRecord(name, rates, size, noise, samples, list(parameters), length)

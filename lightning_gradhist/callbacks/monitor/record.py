@@ -9,10 +9,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.monitor.observer import Guard
 from lightning_gradhist.callbacks.monitor.progress import Progress
+from lightning_gradhist.callbacks.optimizers import class_name
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import Writer
 from lightning_gradhist.noise.record import FILE_NAME, RunRecord, exists, path_in
@@ -38,7 +38,7 @@ class RecordFile:
             with self._guard.attempt(_TASK):
                 copies = [one.snapshot() for one in progress]
                 module, shapes = trainer.lightning_module, model_shapes(trainer)
-                known = [(type(unwrapped(one)).__name__, [*optimizer_parameters(module, one)]) for one in optimizers]
+                known = [(class_name(one), [*optimizer_parameters(module, one)]) for one in optimizers]
                 self._writer.submit(partial(self._write, shapes, trainer.global_step, known, copies))
         self._tell()
 

@@ -195,11 +195,29 @@ def test_short_runs_and_warm_ups_that_do_not_end_are_named(law: str) -> None:
     [
         pytest.param(recorded("Adam"), "is of Adam", id="class"),
         pytest.param(recorded(rates=(1.0, 2.0)), "has other parameter groups", id="groups"),
+        pytest.param(recorded("AdamW(SGD)"), "is of AdamW(SGD)", id="what it wraps"),
     ],
 )
 def test_a_record_of_something_else_brings_the_ratio_alone(record: OptimizerRecord, why: str) -> None:
     result = decide(Asked(epsilon="keep"), evidence(recorded=record))
     assert result.learning_rate == pytest.approx(1e-3 * result.ratio) and why in " ".join(result.reasons)
+
+
+@pytest.mark.parametrize(
+    ("order", "rates", "own", "used"),
+    [
+        pytest.param("ab", (1e-3, 1e-2), (2e-3, 2e-2), True, id="as they were"),
+        pytest.param("ba", (1e-3, 1e-2), (2e-2, 2e-3), False, id="in another order"),
+        pytest.param("ba", (1e-3, 1e-3), (2e-2, 2e-3), False, id="with other ratios"),
+        pytest.param("ba", (1e-3, 1e-3), (2e-3, 2e-3), True, id="of one rate"),
+    ],
+)
+def test_recorded_rates_are_those_of_the_same_groups(order: str, rates: Any, own: Any, used: bool) -> None:
+    record = replace(recorded(rates=rates), parameters=["a", "b"])
+    result = decide(Asked(epsilon="keep"), evidence(*map(group, own), recorded=record, parameters=order))
+    expected = [result.ratio * rate for rate in (rates if used else own)]
+    assert [change.after for change in result.changes] == pytest.approx(expected)
+    assert ("has other parameter groups" in " ".join(result.reasons)) is not used
 
 
 def test_groups_keep_their_ratio_and_a_frozen_one_its_zero() -> None:
@@ -238,6 +256,31 @@ def test_a_group_whose_rate_is_no_number_keeps_them_all() -> None:
     asked = Asked(reference_batch_size=256, learning_rate="sqrt", epsilon="keep")
     result = decide(asked, evidence(group(1e-3), group(None)))
     assert result.changes == () and "lr is no number" in " ".join(result.problems)
+
+
+def test_rates_that_are_all_zero_are_told_of() -> None:
+    asked = Asked(reference_batch_size=256, learning_rate="sqrt", epsilon="keep")
+    result = decide(asked, evidence(group(0.0), group(0.0)))
+    assert (result.ratio, result.changes) == (1.0, ()) and "every rate is 0 when training begins" in result.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "own", "told"),
+    [
+        pytest.param((1.0,), (1e-3,), "the recorded rate 1 and the 0.001 of the optimizer are", id="too large"),
+        pytest.param((1e-6,), (1e-3,), "the recorded rate 1e-06 and the 0.001 of the optimizer are", id="too small"),
+        pytest.param((1e14,), (1e-3,), "the recorded rate 1e+14", id="absurd"),
+        pytest.param((1e-3, 2.0), (1e-3, 1e-2), "the recorded rate 2 and the 0.01 of", id="of another group"),
+        pytest.param((0.05,), (1e-3,), None, id="apart"),
+        pytest.param((1e-3, 1.0), (1e-3, 0.0), None, id="frozen"),
+    ],
+)
+def test_a_recorded_rate_that_is_far_off_is_used_and_told_of(rates: Any, own: Any, told: str | None) -> None:
+    record = recorded(rates=rates)
+    result = decide(Asked(epsilon="keep"), evidence(*map(group, own), recorded=record))
+    found = {change.group: change.after for change in result.changes}
+    assert found == pytest.approx({i: r * result.ratio for i, (r, o) in enumerate(zip(rates, own, strict=True)) if o})
+    assert [told in problem for problem in result.problems] == [True] if told else result.problems == ()
 
 
 @pytest.mark.parametrize(("batch_size", "numbers"), [(64, (0.5, 0.01)), (1024, (-5.0, 0.99))])

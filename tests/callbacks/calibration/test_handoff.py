@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch.optim import lr_scheduler as schedules
 
 from lightning_gradhist import AdamE
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, base_rates, stray_schedule
+from lightning_gradhist.callbacks.calibration.handoff import apply_changes, stray_schedule
+from lightning_gradhist.callbacks.schedules import base_rates
 from lightning_gradhist.logging.calibration_report import GroupChange
 
 FACTORS = (2.0, 0.5)
@@ -93,6 +95,20 @@ def test_a_rate_in_a_tensor_stays_that_tensor() -> None:
     assert float(held) == pytest.approx(0.3)
 
 
+def test_a_rate_in_a_tensor_of_integers_is_multiplied() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=torch.tensor(1))
+    apply_changes(optimizer, [], [GroupChange(0, "lr", 1.0, 0.5)])
+    assert float(optimizer.param_groups[0]["lr"]) == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+def test_a_rate_that_is_learned_is_multiplied() -> None:
+    rate = torch.tensor(0.1, requires_grad=True)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=rate)
+    apply_changes(optimizer, [], [GroupChange(0, "lr", 0.1, 0.3)])
+    assert optimizer.param_groups[0]["lr"] is rate and float(rate) == pytest.approx(0.3) and rate.requires_grad
+
+
 def test_other_hyper_parameters_go_into_their_group_alone() -> None:
     optimizer = make(optimizer=AdamE)
     wanted = [("eps", 1, 1e-6, 1e-9), ("alpha", 0, "auto", -5.0), ("explore_beta", 0, "auto", 0.99)]
@@ -102,18 +118,104 @@ def test_other_hyper_parameters_go_into_their_group_alone() -> None:
     assert (second["eps"], second["alpha"], second["explore_beta"], second["lr"]) == (1e-9, "auto", "auto", 0.01)
 
 
+def of_group(step: int, group: Any) -> float:
+    return 0.1 / group["lr"]
+
+
+HELD: list[Any] = []
+
+
+def of_held(step: int) -> float:
+    return of_group(step, HELD[0])
+
+
+class Factor:
+    """A schedule as an object, which may hold what it likes."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __call__(self, step: int) -> float:
+        return of_group(step, self.held) if isinstance(self.held, dict) else float(self.held(step))
+
+    def at(self, step: int) -> float:
+        return self(step)
+
+
+class NamesGroups(torch.nn.Module):
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+
+    def factor(self, step: int) -> float:
+        return of_group(step, self.optimizer.param_groups[0])
+
+
+READS = {
+    "optimizer": lambda o: lambda step: of_group(step, o.param_groups[0]),
+    "groups": lambda o: (lambda groups: lambda step: of_group(step, groups[0]))(o.param_groups),
+    "group": lambda o: lambda step, group=o.param_groups[0]: of_group(step, group),
+    "in a dictionary": lambda o: (lambda held: lambda step: of_group(step, held["o"].param_groups[0]))({"o": o}),
+    "partial": lambda o: partial(of_group, group=o.param_groups[0]),
+    "partial of partial": lambda o: partial(partial(of_group, group=o.param_groups[0])),
+    "object": lambda o: Factor(o.param_groups[0]),
+    "method": lambda o: Factor(o.param_groups[0]).at,
+    "object in an object": lambda o: Factor(Factor(o.param_groups[0])),
+    "function in a function": lambda o: (lambda inner: lambda step: inner(step))(lambda step: of_group(step, vars(o))),
+    "method of a module": lambda o: NamesGroups(o).factor,
+    "function of the file": lambda o: lambda step: of_held(step),
+    "another scheduler": lambda o: (lambda other: lambda step: other.get_last_lr()[0] / 0.1)(SCHEDULERS["cosine"](o)),
+}
+
+
 @pytest.mark.parametrize("kind", [schedules.LambdaLR, schedules.MultiplicativeLR])
-@pytest.mark.parametrize("held", ["optimizer", "groups", "group"])
+@pytest.mark.parametrize("held", READS)
 def test_a_function_that_reads_the_rate_does_not_follow(kind: Any, held: str) -> None:
     optimizer = make()
-    groups = optimizer.param_groups
-    reads = {
-        "optimizer": lambda step: 0.1 / optimizer.param_groups[0]["lr"],
-        "groups": lambda step: 0.1 / groups[0]["lr"],
-        "group": lambda step, group=groups[0]: 0.1 / group["lr"],
-    }[held]
-    scheduler = kind(optimizer, reads)
+    scheduler = kind(optimizer, lambda step: 1.0)
+    scheduler.lr_lambdas = [READS[held](optimizer)] * 2
+    HELD[:] = optimizer.param_groups
     assert "look at the optimizer" in str(stray_schedule(optimizer, [(scheduler, 8)], [2.0, 2.0]))
+
+
+class Linear(schedules.LambdaLR):
+    """As those of older transformers, with a function that is a method of its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, [self.lr_lambda, lambda step: self.lr_lambda(step)])
+
+    def lr_lambda(self, step: int) -> float:
+        return 1 / (1 + step)
+
+
+class Holds(torch.nn.Module):
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__()
+        self.optimizer, self.steps = optimizer, 8
+
+    def factor(self, step: int) -> float:
+        return 1 - step / self.steps
+
+
+CONFIGURATION = {"model": {"params": {"lr": 0.1, "steps": 8}}}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(Linear, id="a method of the scheduler"),
+        pytest.param(lambda o: schedules.LambdaLR(o, Holds(o).factor), id="a method of a module"),
+        pytest.param(
+            lambda o: (lambda held: schedules.LambdaLR(o, lambda s: s / held["model"]["params"]["steps"]))(
+                CONFIGURATION
+            ),
+            id="a configuration with params",
+        ),
+    ],
+)
+def test_a_function_that_reads_other_things_follows(build: Any) -> None:
+    optimizer = make()
+    assert stray_schedule(optimizer, [(build(optimizer), 8)], [2.0, 2.0]) is None
 
 
 def test_a_function_with_an_empty_cell_is_looked_at() -> None:
@@ -154,6 +256,20 @@ def test_base_rate_is_what_the_schedule_is_a_multiple_of() -> None:
     optimizer = make()
     scheduler = SCHEDULERS["one cycle"](optimizer)
     assert base_rates(optimizer, [scheduler]) == pytest.approx([0.1, 0.01])
+
+
+def test_base_rate_of_a_cycle_is_its_maximum() -> None:
+    optimizer = make()
+    cyclic = SCHEDULERS["cyclic"](optimizer)
+    assert base_rates(optimizer, [cyclic]) == [0.1, 0.01]
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.5, "initial_lr": 0.5})
+    assert base_rates(optimizer, [cyclic]) == [0.01, 0.001, 0.5]
+
+
+def test_a_group_without_a_rate_has_no_number() -> None:
+    optimizer = make()
+    del optimizer.param_groups[0]["lr"]
+    assert base_rates(optimizer, []) == [None, 0.01]
 
 
 def test_a_number_of_numpy_is_a_rate() -> None:
@@ -207,6 +323,24 @@ class Floor(WarmUp):
         return [max(base * 0.999**self.last_epoch, 1e-6) for base in self.base_lrs]
 
 
+class Around(schedules.LRScheduler):
+    """A warm-up around another scheduler, as GradualWarmupScheduler is."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.after = schedules.CosineAnnealingLR(optimizer, 10, eta_min=2e-3)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [base * self.last_epoch / 4 for base in self.base_lrs]
+
+    def step(self, epoch: Any = None) -> None:
+        if self.last_epoch == 4:
+            self.after.step()
+            self._last_lr = self.after.get_last_lr()
+        else:
+            super().step()
+
+
 OWN_RATES = {
     "cosine": lambda o: schedules.CosineAnnealingLR(o, 5000, eta_min=2e-3),
     "warm restarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 10, eta_min=2e-3),
@@ -219,6 +353,7 @@ OWN_RATES = {
     "plateau": lambda o: schedules.ReduceLROnPlateau(o, min_lr=1e-3),
     "polynomial": lambda o: schedules.PolynomialLR(o, total_iters=10),
     "somebody else's": WarmUp,
+    "around another": Around,
 }
 
 
@@ -262,7 +397,10 @@ def test_a_scheduler_that_cannot_be_stepped_alone_is_named() -> None:
             raise AssertionError("not on a copy, and not on this")
 
     optimizer = make()
-    assert stray_schedule(optimizer, [(ByHand(optimizer), 10)], (2.0, 2.0)) == "ByHand (lr_min)"
+    by_hand = ByHand(optimizer)
+    assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand (lr_min)"
+    del by_hand.lr_min
+    assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand"
 
 
 def test_schedulers_are_tried_without_a_trace() -> None:
@@ -276,6 +414,18 @@ def test_schedulers_are_tried_without_a_trace() -> None:
     assert stray_schedule(optimizer, [(one, 1e5), (other, 1e5)], (2.0, 2.0)) is None
     assert calls == seen and torch.equal(torch.get_rng_state(), random)
     assert repr((optimizer.param_groups, vars(one) | {"optimizer": 0}, vars(other) | {"optimizer": 0})) == before
+
+
+def test_a_scheduler_that_prints_is_tried_in_silence(capsys) -> None:
+    class Prints(schedules.LRScheduler):
+        def get_lr(self) -> Any:
+            print("now at", self.last_epoch)
+            return self.base_lrs
+
+    optimizer = make()
+    scheduler = Prints(optimizer)
+    capsys.readouterr()
+    assert stray_schedule(optimizer, [(scheduler, 8)], (2.0, 2.0)) is None and not capsys.readouterr().out
 
 
 def test_a_million_steps_are_tried_in_a_moment() -> None:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LinearLR
 from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.learning_rate import surge_ratio
 from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.plan import plan
 
 
 def warm_up(steps: int) -> Any:
@@ -53,6 +54,30 @@ def test_a_record_knows_the_length_and_the_schedule_of_its_run(path: str) -> Non
     length = run.optimizers[0].length
     assert (run.steps, length.planned, length.warm_up) == (256, 256, 16)
     assert length.schedule == pytest.approx([0.25] + [1.0] * 16)
+
+
+class Two(Net):
+    """One optimizer makes two steps in the time of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in (self.optimizers()[0], *self.optimizers()):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [self.make_optimizer(part.parameters()) for part in (self.body, self.head)]
+
+
+def test_a_plan_is_for_the_steps_of_each_optimizer(tmp_path) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1, batch_size=8), module=Two, max_epochs=3)
+    run = RunRecord.load(tmp_path / "calibration.json")
+    assert run.steps == 3 * 48 and [one.steps for one in plan(run, [64])] == [96, 48]
+    assert [one.steps for one in plan(run, [64], steps=7)] == [7, 7]
 
 
 def test_a_run_that_was_cut_short_knows_what_was_planned(tmp_path) -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+import statistics
 import warnings
 import weakref
 from functools import partial
@@ -218,7 +219,7 @@ def test_the_noise_scale_is_right_where_steps_overshoot(tmp_path, monkeypatch: p
             warnings.simplefilter("ignore")
             fit(tmp_path / str(least), monitor, module=Steep, data=loader(64, samples=64 * 300), max_steps=300)
         samples = monitor.noise_records[0].samples[20:]  # where the weights wander about the optimum
-        return [sum(sample[f"{kind}_simple"] for sample in samples) for kind in ("noise", "signal")]
+        return [statistics.fmean(sample[f"{kind}_simple"] for sample in samples) for kind in ("noise", "signal")]
 
     (noise_in, signal_in), (noise_after, signal_after) = noise(16), noise(10**9)
     assert signal_in > 0 and noise_in > 0
@@ -238,8 +239,22 @@ def test_where_the_halves_tell_the_noise_no_pair_of_steps_is_measured(
         warnings.simplefilter("ignore")
         fit(tmp_path, monitor, module=Steep, data=loader(64, samples=64 * 12), max_steps=12)
     samples = monitor.noise_records[0].samples  # the first step has no halves yet, and so a pair, which fails
-    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 10]
-    assert [sample["noise_simple"] is not None for sample in samples] == [False] + [True] * 5
+    assert [sample["step"] for sample in samples] == [0, *range(2, 12)]
+    assert [sample["noise_simple"] is not None for sample in samples] == [False] + [True] * 10
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(12, [0, 2, 4, 6, 8, 10]), (1, [2, 4, 6, 8, 10])])
+def test_what_a_device_has_measured_is_recorded_where_no_second_step_follows(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, batches: int, steps: list[int]
+) -> None:
+    """At the end, and in epochs of one batch. A pair waits for what the halves tell, as nobody knows it at once."""
+    monkeypatch.setattr(Tensor, "is_cpu", property(lambda _: False))
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    data = loader(64, samples=64 * batches)
+    fit(tmp_path, monitor, module=Steep, data=data, max_steps=11, max_epochs=11)
+    samples = monitor.noise_records[0].samples
+    assert [sample["step"] for sample in samples] == steps
+    assert all(sample["noise_simple"] is not None for sample in samples)
 
 
 def test_the_monitor_takes_its_hooks_off_and_changes_no_bit(tmp_path) -> None:

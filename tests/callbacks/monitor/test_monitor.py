@@ -37,6 +37,7 @@ from support import (
     trainer,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_gradhist import GradientHistogramMonitor
@@ -456,6 +457,28 @@ def test_steps_on_the_same_few_batches_are_not_measured(tmp_path, caplog) -> Non
         fit(tmp_path, monitor, overfit_batches=2, max_epochs=6, data=DataLoader(dataset(), 8))
     assert not len(monitor.noise_records[0]) and not (tmp_path / "calibration.json").exists()
     assert len([record for record in caplog.records if "overfit_batches trains on the same" in record.message]) == 1
+
+
+def test_steps_of_epochs_of_one_batch_are_no_pairs(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="at 0 of 0 steps.*epochs of one batch"):
+        fit(tmp_path, monitor, module=Still, data=loader(8, samples=8), max_epochs=50)
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+def test_what_a_communication_hook_loses_is_not_taken_for_noise(tmp_path, caplog, compresses: bool) -> None:
+    class Hook(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            power = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=0.5)
+            pair = (power, powerSGD_hook.powerSGD_hook) if compresses else (None, default_hooks.fp16_compress_hook)
+            trainer.strategy.model.register_comm_hook(*pair)  # type: ignore[union-attr, operator]
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    strategy = DDPStrategy(process_group_backend="gloo")
+    with caplog.at_level("INFO"):
+        fit(tmp_path, monitor, Hook(), data=loader(8), devices=1, strategy=strategy)
+    said = [record for record in caplog.records if "powerSGD_hook changes the gradients" in record.message]
+    assert (len(said), bool(len(monitor.noise_records[0]))) == ((1, False) if compresses else (0, True))
 
 
 def test_the_record_knows_the_run(tmp_path) -> None:
@@ -1457,6 +1480,13 @@ def test_no_clip_factor_where_not_all_gradients_are_counted(tmp_path) -> None:
     assert "gradient_clip_factor" not in events(tmp_path).Tags()["scalars"]
 
 
+def test_a_second_monitor_of_local_gradients_changes_nothing_of_the_first(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    local = GradientHistogramMonitor(every_n_steps=1, noise_scale=False, when="local")
+    fit(tmp_path, local, monitor, accumulate_grad_batches=2)
+    assert [sample["step"] for sample in monitor.noise_records[0].samples] == list(range(8))
+
+
 @pytest.mark.parametrize("how", ["backward", "hook"])
 def test_clipping_within_backward_is_not_taken_for_noise_under_accumulation(tmp_path, how: str) -> None:
     """What is clipped while micro-batches add up differs from the sum by more than noise: two steps are compared."""
@@ -1497,3 +1527,40 @@ def test_clipping_within_backward_is_not_taken_for_noise_under_accumulation(tmp_
         fit(tmp_path / module.__name__, monitor, module=module, data=data, accumulate_grad_batches=8)
         found.append(monitor.noise_records[0].estimate("simple").value)
     assert found[1] == pytest.approx(found[0], rel=0.6)
+
+
+class ClipsByHand(L.LightningModule):
+    """Manual optimization of frozen weights, with one step or several on a batch; of a sample the noise scale is 4."""
+
+    def __init__(self, clip: float | None = None, steps: int = 1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight, self.clip, self.steps = nn.Parameter(torch.zeros(2000)), clip, steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, gradient = self.optimizers(), (1 + 2 * torch.randn(8, 2000)).mean(0)
+        for _ in range(self.steps):
+            optimizer.zero_grad()
+            self.manual_backward(self.weight @ gradient)
+            if self.clip is not None:
+                self.clip_gradients(optimizer, self.clip, "norm")
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_noise_is_not_measured_where_a_module_clips_by_hand(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=8)
+    with pytest.warns(UserWarning, match="at 0 of 11 steps.*Under manual optimization noise is not measured"):
+        fit(tmp_path / "clipped", monitor, module=ClipsByHand(clip=1.0), data=loader(8, samples=192))
+    fit(tmp_path / "not clipped", monitor, module=ClipsByHand(clip=1e6))
+    assert monitor.noise_records[0].estimate("simple").value == pytest.approx(4, rel=0.1)
+
+
+def test_two_steps_on_one_batch_are_no_pair(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=8)
+    fit(tmp_path, monitor, module=ClipsByHand(steps=3), data=loader(8, samples=192))
+    record = monitor.noise_records[0]
+    assert [sample["step"] for sample in record.samples] == [6 * pair for pair in range(11)]
+    assert record.estimate("simple").value == pytest.approx(4, rel=0.1)
