@@ -18,13 +18,8 @@ from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrappe
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
-<<<<<<< HEAD
-from lightning_gradhist.callbacks.calibration.handoff import base_rates, stray_schedule
-from lightning_gradhist.callbacks.gradients import clips_by_norm, hooks_not_called, rounding_unit
-from lightning_gradhist.callbacks.optimizers import centered, least_epsilon, own_clip_norm, rule_of, starts_with_signs
-=======
 from lightning_gradhist.callbacks.calibration.handoff import stray_schedule
-from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
+from lightning_gradhist.callbacks.gradients import clips_by_norm, hooks_not_called, rounding_unit
 from lightning_gradhist.callbacks.optimizers import (
     centered,
     class_name,
@@ -33,7 +28,6 @@ from lightning_gradhist.callbacks.optimizers import (
     rule_of,
     starts_with_signs,
 )
->>>>>>> main
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.first_step import first_step
 from lightning_gradhist.callbacks.probe.outcome import agree, on_every_rank, why_failed
