@@ -401,6 +401,49 @@ def out_of_step(folder: Path) -> Any:
     return found
 
 
+def fails_in_measuring(folder: Path) -> Any:
+    """One rank has no memory for what is measured; by what fails, how the calibration and the run end on each."""
+    rank, ranks = _world()
+    found = {}
+    for name, owner, attribute, call in (
+        ("a gradient", NoiseScale, "update", 2),
+        ("of the second half", NoiseScale, "update", 5),
+        ("second moment", GradientMoments, "second_moment", 1),
+        ("histogram", MagnitudeHistogram, "update", 1),
+    ):
+        original, calls = getattr(owner, attribute), [0]
+
+        def fails(*args: Any, original: Any = original, calls: Any = calls, call: int = call, **options: Any) -> Any:
+            calls[0] += 1
+            if rank == ranks - 1 and calls[0] == call:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(*args, **options)
+
+        setattr(owner, attribute, fails)
+        calibration = OptimizerCalibration(reference_batch_size=4, probe_batches=8)
+        made = fit(folder / name, calibration, data=loader(4), max_steps=2, gradient_clip_val=0.1, **ddp(ranks))
+        setattr(owner, attribute, original)
+        found[name] = (calibration.result.problems[0], _group(made), made.global_step)
+    return found
+
+
+def unlike_batches(folder: Path) -> Any:
+    """Batches vary on one rank alone, or contradict the loader there: what each decides on."""
+    rank, ranks = _world()
+    found = {}
+    inputs, labels = dataset(8).tensors
+    for name, own in (("varies", (4, 4, 3, 2, 4, 3, 2, 4)), ("time first", (4, 4, 8, 8, 8, 8, 8, 8))):
+        sizes = own if rank else (4,) * 8
+        batches = [(inputs[:size], labels[:size]) for size in sizes]
+        data = DataLoader(batches, batch_size=None)
+        data.__dict__["batch_size"] = 4
+        calibration = OptimizerCalibration(reference_batch_size=2, probe_batches=8, learning_rate="sqrt")
+        options = {"use_distributed_sampler": False, "max_steps": 2}
+        made = fit(folder / name, calibration, data=data, **options, **ddp(ranks))
+        found[name] = (_group(made), calibration.result.effective_batch_size)
+    return found
+
+
 def told_to_stop(folder: Path) -> Any:
     """The ranks are told to stop in the middle of a probe; how many batches they saw, and what was calibrated."""
     rank, ranks = _world()

@@ -25,6 +25,7 @@ from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor, 
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks.gradients import local_gradient
 from lightning_gradhist.callbacks.monitor import observer
+from lightning_gradhist.callbacks.probe import copies
 from lightning_gradhist.callbacks.probe.probe import Probe, pool
 from lightning_gradhist.callbacks.probe.restore import no_trace
 from lightning_gradhist.callbacks.strategies import replicas
@@ -270,12 +271,13 @@ def unreduced(folder: Path) -> Any:
 
 
 class Whole(Sharded):
-    """All of it sharded; noisy, with BatchNorm and dropout, and on one rank a batch without a loss and one that fails."""
+    """All of it sharded; noisy: BatchNorm, dropout, a large buffer, and on one rank a batch without a loss and one that fails."""
 
     def __init__(self, how: str) -> None:
         super().__init__(replicated=how == "replicated")
         self.noisy = how == "noisy"
         self.dropout, self.norm = nn.Dropout(0.1), nn.BatchNorm1d(3)
+        self.register_buffer("bank", torch.zeros(copies.LARGE if self.noisy else 1))
         self.batches: list[Any] = []
 
     def configure_model(self) -> None:
@@ -289,6 +291,7 @@ class Whole(Sharded):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.batches.append(batch)
+        self.bank[0] += 1
         loss = nn.functional.cross_entropy(self.logits(batch[0]), batch[1])
         if self.noisy and self.global_rank == 0 and type(self.logger).__name__ == "SilentLogger":
             return {3: loss * float("inf"), 7: None}.get(batch_idx, loss)  # the last of the probe is no step

@@ -15,7 +15,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.profilers import PassThroughProfiler
-    from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
     from lightning.pytorch.utilities.seed import isolate_rng
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -25,7 +25,7 @@ except ModuleNotFoundError as missing:
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
     from pytorch_lightning.profilers import PassThroughProfiler  # type: ignore[assignment]
-    from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn  # type: ignore[assignment]
+    from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn  # type: ignore[assignment]
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException  # type: ignore[assignment]
     from pytorch_lightning.utilities.seed import isolate_rng
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
@@ -60,7 +60,6 @@ def is_overridden(method_name: str, instance: Any) -> bool:
 
 __all__ = [
     "Callback",
-    "CombinedLoader",
     "DummyLogger",
     "LightningModule",
     "MisconfigurationException",

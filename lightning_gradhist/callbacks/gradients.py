@@ -17,6 +17,7 @@ from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
+_KNOWN = ("", "lightning", "pytorch_lightning", __name__.partition(".")[0])  # packages whose hooks change no gradient
 _MANY = 100  # tensors, which take several times as long one by one as side by side
 
 
@@ -46,6 +47,24 @@ def ready_gradients(
 def has_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> bool:
     """Whether any parameter has one; ZeRO has put them elsewhere."""
     return is_deepspeed(trainer) or any(parameter.grad is not None for parameter in parameters)
+
+
+def hooks_not_called(trainer: Trainer) -> list[tuple[str, str]]:
+    """Hooks of the user's that may change gradients, and that a probe does not call, with whose they are."""
+    between = ("on_after_backward", "on_before_optimizer_step")
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    owners: list[Any] = [(callback, type(callback).__name__, between) for callback in callbacks]
+    owners.insert(0, (trainer.lightning_module, "the module", ("backward", "configure_gradient_clipping", *between)))
+    return [
+        (hook, name)
+        for owner, name, hooks in owners
+        for hook in hooks
+        if _package(getattr(owner, hook, None)) not in _KNOWN
+    ]
+
+
+def _package(function: Any) -> str:
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:

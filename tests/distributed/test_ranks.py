@@ -11,6 +11,7 @@ from rank_jobs import (
     calibrated,
     clipped,
     exit_codes,
+    fails_in_measuring,
     hostile_record,
     invisible,
     killed,
@@ -22,6 +23,7 @@ from rank_jobs import (
     streamed,
     told_to_stop,
     uneven,
+    unlike_batches,
     zero,
 )
 from ranks import run_ranks
@@ -191,6 +193,21 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["no room"]
     assert gradients == 0 and any("no probe: to hold gradients raised OutOfMemory" in problem for problem in problems)
     assert "group_by gives other groups on other ranks" in found[0]["groups"]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_an_error_in_measuring_on_one_rank_ends_the_probe_on_all(tmp_path, ranks: int) -> None:
+    found = run_ranks(fails_in_measuring, ranks, tmp_path)
+    assert all(one == found[0] for one in found)
+    for problem, group, steps in found[0].values():
+        assert "no probe: to hold gradients raised OutOfMemoryError" in problem
+        assert (group["eps"], group["lr"], steps) == (1e-8, 1e-2, 2)
+
+
+def test_ranks_whose_batches_differ_decide_the_same(tmp_path) -> None:
+    one, other = run_ranks(unlike_batches, 2, tmp_path)
+    assert one == other
+    assert one["varies"][1] == 7.25 and one["time first"][1] is None
 
 
 def test_ranks_that_are_told_to_stop_in_the_probe_end_with_the_batch(tmp_path) -> None:

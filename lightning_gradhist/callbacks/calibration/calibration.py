@@ -81,7 +81,10 @@ class OptimizerCalibration(Callback):
     no probe.
 
     - What cannot be copied, as a generator, an open file or a running thread, ends the probe, and the report says its path.
-    - Tensors and arrays of the data of more than 1 MiB are read in place; the probe ends where one is written into.
+    - Tensors and arrays of the data of more than 1 MiB, and others of more than 64 MiB that are variables of a script or a
+      class, are read in place; the probe ends where one is written into.
+    - What functions remember (``functools.cache``) is forgotten in the probe, and made again there. A list that a thread
+      fills, and that the data look at again and again, stays empty there: use a ``queue.Queue``, with which the probe ends.
     - Out of reach are files that ``training_step`` writes, other processes, modules that it is the first to import, and what
       installed packages keep to themselves.
     - The copies take the memory of the parameters and buffers once, and what is measured several times that of the

@@ -6,18 +6,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import starmap
 from numbers import Real
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrapped
-from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_overridden
+from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import stray_schedule
-from lightning_gradhist.callbacks.gradients import clips_by_norm, rounding_unit
+from lightning_gradhist.callbacks.gradients import clips_by_norm, hooks_not_called, rounding_unit
 from lightning_gradhist.callbacks.optimizers import (
     centered,
     class_name,
@@ -28,7 +30,7 @@ from lightning_gradhist.callbacks.optimizers import (
 )
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.first_step import first_step
-from lightning_gradhist.callbacks.probe.outcome import on_every_rank
+from lightning_gradhist.callbacks.probe.outcome import agree, on_every_rank, why_failed
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
@@ -209,11 +211,23 @@ class _Measurement:
         trainer, optimizer = self._trainer, self._trainer.optimizers[0]
         samples = (self._evidence.batch_size or self._micro_batches) / self._micro_batches
         self._centered = centered(optimizer, optimizer_parameters(trainer.lightning_module, optimizer))
-        noise = on_every_rank(trainer, "to hold gradients", lambda: NoiseScale(probe.parameters, samples))
+
+        def begin() -> NoiseScale:
+            noise = NoiseScale(probe.parameters, samples)
+            if trainer.world_size > 1:  # as much as to add them up takes, while none waits for the others there
+                [torch.empty_like(mean) for mean in noise.first_half.mean.values() for _ in range(3)]
+            return noise
+
+        noise = on_every_rank(trainer, "to hold gradients", begin)
 
         def read(batches: int) -> None:
+            reason = None
             for gradient in probe.gradients(batches):
-                noise.update(gradient, probe.samples)
+                try:
+                    noise.update(gradient, probe.samples)
+                except Exception as error:  # the other ranks are told when all have read their batches
+                    reason = why_failed("to hold gradients", error)
+            agree(trainer, reason)
             pool(noise, trainer)
 
         read((planned + 1) // 2)
@@ -240,32 +254,35 @@ class _Measurement:
         return group.chosen_eps(self._options.epsilon, self._found.search_space)
 
     def _note_batch_size(self, noise: NoiseScale) -> None:
-        """Where batches vary, the average over the first half of the probe is what a step has."""
-        if self._samples.problem is not None:
+        """Where batches vary, on any rank, the average over the first half of the probe is what a step has."""
+        known = 0.0 if self._samples.problem is not None else 1.0 if self._samples.varies else 2.0
+        known = least_over_ranks(known, self._trainer)
+        if known == 0:
             self.batch_size = None
-        elif self._samples.varies and self.batch_size is not None:
+        elif known == 1 and self.batch_size is not None:
             mean = noise.batch_size * noise.first_half.weight / noise.first_half.count
             self.batch_size = mean * self._micro_batches
             self._found.reasons.append(explain.batches_vary(self.batch_size))
 
     def _find_search_space(self, noise: NoiseScale, probe: Probe, batch_ratio: float) -> float:
         """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
-        rms = {name: v.sqrt() for name, v in noise.first_half.second_moment(batch_ratio, self._centered).items()}
         limit, by_norm = self._trainer.gradient_clip_val, clips_by_norm(self._trainer)
-        if limit and not by_norm:
-            rms = {name: r.clamp(max=limit) for name, r in rms.items()}
-        for hook in ("backward", "configure_gradient_clipping"):
-            if is_overridden(hook, self._trainer.lightning_module):
-                self._found.reasons.append(explain.hook_not_called(hook))
+        self._found.reasons.extend(starmap(explain.hook_not_called, hooks_not_called(self._trainer)))
         factor, norms = 1.0, [limit if by_norm else None, own_clip_norm(self._trainer.optimizers[0])]
         if any(norms):
-            square = math.fsum(float(v.sum()) for v in noise.first_half.second_moment(batch_ratio).values())
+            square = on_every_rank(self._trainer, "to hold gradients", lambda: self._square(noise, batch_ratio))
             norm = min(filter(None, norms))
             factor = clip_factor(probe.over_shards(square), norm)
-            rms = {name: r * factor for name, r in rms.items()}
             self._found.clipping = (norm, factor)
-        histogram = MagnitudeHistogram(list(rms), self._trainer.lightning_module.device)
-        histogram.update(rms)
+        largest = limit if limit and not by_norm else math.inf
+
+        def count() -> MagnitudeHistogram:
+            moments = noise.first_half.second_moment(batch_ratio, self._centered)
+            histogram = MagnitudeHistogram(list(moments), self._trainer.lightning_module.device)
+            histogram.update({name: v.sqrt().clamp(max=largest) * factor for name, v in moments.items()})
+            return histogram
+
+        histogram = on_every_rank(self._trainer, "to hold gradients", count)
         if averages_in_backward(self._trainer):
             histogram.all_reduce()  # the other ranks have counted other coordinates
         try:
@@ -276,6 +293,9 @@ class _Measurement:
         except ValueError as error:
             self._found.problems.append(f"no epsilon range: {error}")
         return factor
+
+    def _square(self, noise: NoiseScale, batch_ratio: float) -> float:
+        return math.fsum(float(v.sum()) for v in noise.first_half.second_moment(batch_ratio).values())
 
     def _critical_factor(self, probe: Probe, means: Mapping[str, Tensor], clipping: float) -> float | None:
         """By how much Adam's first step may be multiplied, with the trusted rates; None where it is another or not known."""

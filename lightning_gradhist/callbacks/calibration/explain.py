@@ -32,11 +32,12 @@ def no_probe(why: str) -> str:
 
 
 def no_gradients(found: int, batches: int) -> str:
-    return f"no probe: of {batches} batches a rank, {found} gave a gradient, and two are needed"
+    read = _count(batches, "batch", "batches")
+    return f"no probe: of {read} a rank, {found} gave a gradient, and two are needed"
 
 
 def few_batches(found: int) -> str:
-    return f"the probe used all {found} batches of an epoch"
+    return f"the probe used all {_count(found, 'batch', 'batches')} of an epoch"
 
 
 def batches_vary(mean: float) -> str:
@@ -46,8 +47,8 @@ def batches_vary(mean: float) -> str:
 def accumulation_changes(now: int, later: Mapping[int, int]) -> str:
     changes = ", ".join(f"{factor} from epoch {epoch} on" for epoch, factor in sorted(later.items()))
     return (
-        f"accumulation changes during the run, from {now} micro-batches a step to {changes}; the learning rate is for"
-        f" {now}, and stays as it is"
+        f"accumulation changes during the run, from {_count(now, 'micro-batch', 'micro-batches')} a step to {changes}; the"
+        f" learning rate is for {now}, and stays as it is"
     )
 
 
@@ -55,8 +56,8 @@ def clipped(limit: float, factor: float) -> str:
     return f"gradients are clipped to a norm of {limit:g}: taken times {factor:.3g}"
 
 
-def hook_not_called(hook: str) -> str:
-    return f"the probe does not call {hook} of the module: epsilon is for the gradients of the loss as it is"
+def hook_not_called(hook: str, owner: str) -> str:
+    return f"the probe does not call {hook} of {owner}: epsilon is for the gradients of the loss as it is"
 
 
 def no_epsilon(optimizer: str) -> str:
@@ -127,7 +128,7 @@ def equal_samples_assumed(recorded: bool, knows_steps: bool) -> str:
 
 
 def lengths(steps: int, reference_steps: int, share: float) -> str:
-    told = f"this run is to make {steps:,} steps, and the recorded one was to make {reference_steps:,}"
+    told = f"this run is to make {_steps(steps)}, and the recorded one was to make {reference_steps:,}"
     if round(share, 2) == 1:
         return f"{told}: as at equal samples, the surge law"
     within = "kept between 1 and the fourth root of the ratio of batch sizes"
@@ -138,14 +139,14 @@ def lengths(steps: int, reference_steps: int, share: float) -> str:
 
 def short_run(which: str, steps: int) -> str:
     return (
-        f"{which} has {steps:,} steps: below some {SHORT_RUN} the best rates follow no law that is known. On four small workloads"
+        f"{which} has {_steps(steps)}: below some {SHORT_RUN} the best rates follow no law that is known. On four small workloads"
         " a rate that was carried to or from such a run lost 4% on average, and 45% at worst"
     )
 
 
 def never_at_its_peak(which: str, steps: int) -> str:
     return (
-        f"the warm-up of {which} does not end within its {steps:,} steps, so the rate that is set is not reached before;"
+        f"the warm-up of {which} does not end within its {_steps(steps)}, so the rate that is set is not reached before;"
         " no run behind the law was like that"
     )
 
@@ -195,6 +196,14 @@ def ratio_only(why: str, optimizer: str, own: Sequence[float], batch_size: float
         f"the record {why}, so only the ratio is used: {optimizer}'s own rate {_rates(own)} is taken as right for"
         f" {batch_size:g} samples a step"
     )
+
+
+def _steps(number: int) -> str:
+    return _count(number, "step", "steps")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _rates(rates: Sequence[float]) -> str:

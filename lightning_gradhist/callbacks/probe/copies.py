@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import bisect
 import copyreg
 import enum
 import functools
+import math
 import multiprocessing.managers
 import queue
-import sys
 import threading
-import traceback
 import types
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Generator, Iterable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -24,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
 from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_writer
+from lightning_gradhist.callbacks.probe.stand_ins import Lent, Missing, Unheard
 
-_ATOMS = {type(None), bool, int, float, complex, str, bytes, type, range, slice, type(Ellipsis), type(NotImplemented)}
-_ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType, types.ModuleType}
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
+_ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _BEYOND_THIS_PROCESS = (SharedMemory, multiprocessing.managers.BaseProxy)  # a copy of one is the same once more
 _WEAK_DICTIONARIES = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, WeakIdKeyDictionary)
@@ -52,24 +50,8 @@ _NOT_COPIED = (
 LARGE = 2**20
 """Bytes above which a tensor or array of the data is lent, to be read only."""
 ALL_SMALL = 2**26
-"""Bytes of the data's smaller ones that are copied; the others are lent, too."""
-
-
-class Missing:
-    """In the place of what cannot be copied. To use it ends the probe."""
-
-    def __init__(self, why: str) -> None:
-        vars(self)["why"] = why
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return Missing, (vars(self)["why"],)  # on its way to a worker
-
-    def _use(self, *args: Any, **kwargs: Any) -> Any:
-        raise ProbeRefusedError(vars(self)["why"])
-
-    __call__ = __iter__ = __next__ = __len__ = __bool__ = __float__ = __int__ = __enter__ = __exit__ = _use
-    __contains__ = __getitem__ = __setitem__ = __delitem__ = __getattr__ = __setattr__ = _use
-    __add__ = __radd__ = __mul__ = __rmul__ = _use
+"""Bytes of the data's smaller ones that are copied; the others are lent, too. As many are copied of what code refers to."""
+_OF_DATA = ("LightningDataModule", "CombinedLoader", "_DataLoaderSource")
 
 
 class Copier:
@@ -80,23 +62,28 @@ class Copier:
     with workers, which read in processes of their own, it is lent to them.
 
     Attributes:
-        code: functions and classes that were met, which may refer to more.
+        code: functions, classes, modules and objects that were met and stay themselves, and may refer to more; each with
+            the limit that was in force.
+        limit: bytes above which a tensor or an array is lent, to be read only: infinite for what the module holds.
         by_id: objects by their ``id()``: where that is met, the copy has the id of the object's copy.
     """
 
     def __init__(self) -> None:
         self._lent: list[tuple[int, int, str]] = []
-        self.code: list[Any] = []
+        self.code: list[tuple[Any, float]] = []
+        self.limit, self._in_worker = math.inf, False
         self.by_id: dict[int, Any] = {}
         self._copies: dict[int, Any] = {}  # as copy.deepcopy's memo, since some objects' own __deepcopy__ is handed it
         self._originals: list[Any] = []  # an id is only an object's own while that lives
         self._path: list[str] = []
-        self._of_data = self._in_worker = False
-        self._small = 0
+        self._used: Counter[float] = Counter()  # bytes of copies, by limit
+        self._lends_elsewhere = False  # what is not of the data
+        self._rooms: dict[int, bool] = {}  # for storages, by their addresses
 
     def put(self, original: Any, stand_in: Any) -> None:
         """Has something else in the place of an object, or the object itself."""
         self._copies[id(original)] = stand_in
+        self._copies.setdefault(id(stand_in), stand_in)  # met once more, it is no original
         self._originals.append((original, stand_in))
 
     def lend(self, *originals: Any) -> None:
@@ -104,9 +91,14 @@ class Copier:
         for original in originals:
             self.put(original, original)
 
+    def keep(self, original: Any) -> Any:
+        """Has an object stay itself, to be looked into later, and returns it."""
+        self.code.append((original, self.limit))
+        return original
+
     def shell(self, original: Any) -> Any:
         """An object's copy without what is in it, which :meth:`fill` puts in: later, for one that refers to all others."""
-        self.code.append(type(original))
+        self.keep(type(original))
         copied = _quiet(object.__new__(type(original)))
         self.put(original, copied)
         return copied
@@ -134,13 +126,12 @@ class Copier:
             self.put(value, copied)
             return copied
         self._path.append(name)
-        manner = self._of_data, self._in_worker
-        self._of_data |= len(self._path) == 1
+        manner = self.limit, self._in_worker
         try:
             if isinstance(value, (nn.Module, Optimizer)):
-                self._of_data = self._in_worker = False
-            elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, "LightningDataModule"):
-                self._of_data = True
+                self.limit, self._in_worker = math.inf, False
+            elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, *_OF_DATA):
+                self.limit = LARGE
             made = self._copied(value)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, ProbeRefusedError):
@@ -148,17 +139,20 @@ class Copier:
             made = self._not_copied(value, error)
         finally:
             self._path.pop()
-            self._of_data, self._in_worker = manner
+            self.limit, self._in_worker = manner
         self.put(value, made)
         return made
 
     @functools.cached_property
-    def _guard(self) -> _Unwritable | None:
-        return _Unwritable(self._lent) if self._lent else None
+    def _guard(self) -> Lent | None:
+        return Lent(self._lent) if self._lent else None
 
     @contextmanager
-    def reading(self) -> Generator[None, None, None]:
-        """Within it, nothing can be written into what is lent."""
+    def reading(self, in_training: bool = False) -> Generator[None, None, None]:
+        """Within it, nothing can be written into what is lent; in a training step, if it is not of the data alone."""
+        if in_training and not self._lends_elsewhere:
+            yield
+            return
         try:
             with warnings.catch_warnings(), self._guard or nullcontext():
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -166,9 +160,12 @@ class Copier:
         except ValueError as error:
             if not self._lent or "read-only" not in str(error):  # so numpy has it
                 raise
+            names = " or ".join(path for _, _, path in self._lent[:3])
             raise ProbeRefusedError(
-                f"{' or '.join(path for _, _, path in self._lent[:3])} is written into when data are read, and too large to be"
-                " copied; let workers read: DataLoader(num_workers=1)"
+                f"{names} is written into in a training step, and too large to be copied"
+                if in_training
+                else f"{names} is written into when data are read, and too large to be copied; let workers read:"
+                " DataLoader(num_workers=1)"
             ) from error
 
     def _are_atoms(self, values: Collection[Any]) -> bool:
@@ -185,8 +182,10 @@ class Copier:
             return self._tensor(value)
         # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
         lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
-        if lent or isinstance(value, (type, enum.Enum, *_LOCKS)):
+        if lent or isinstance(value, _LOCKS):
             return value
+        if isinstance(value, (type, types.ModuleType, enum.Enum)):
+            return self.keep(value)
         if is_a(value, "Logger") and hasattr(kind, "log_metrics"):  # one of Lightning's
             self.put(vars(value).get("_experiment"), DummyLogger().experiment)  # to ask for it by name may make it
             return SilentLogger(value)
@@ -196,20 +195,20 @@ class Copier:
             raise TypeError("it is shared between processes")
         if isinstance(value, threading.Thread) and value.is_alive():
             self._refuse_thread()
-        if isinstance(value, threading.Condition) and getattr(value, "_waiters", None):  # private: no other way to ask
-            raise TypeError("another thread waits for it")
-        if isinstance(value, queue.Queue) and _is_at_hand_elsewhere(value):
-            raise TypeError("another thread waits for it or fills it")
+        if kind is threading.Condition:
+            return Unheard(self.copy(vars(value)["_lock"]), self._where())
+        if isinstance(value, queue.Queue):
+            with value.mutex:  # a thread may be filling it
+                return self._reduced(value)
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
             original = getattr(value, "_torchdynamo_orig_callable", None)
             if original is not None:
                 return self.copy(original)
-            self.code.append(value)
-            return value
+            return self.keep(value)
         if is_cached(value):  # with a memory of its own; a copy of it would be the same once more
-            self.code.append(value.__wrapped__)
+            self.keep(value.__wrapped__)
             return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
         if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
@@ -229,9 +228,13 @@ class Copier:
             return self.fill(self.shell(value), vars(value))
         if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
             return self._loader(value)
-        if hasattr(kind, "__deepcopy__"):
-            return value.__deepcopy__(self._copies)
-        return self._reduced(value)
+        by_itself = hasattr(kind, "__deepcopy__") and not _is_of(value, ("pandas",))  # whose tables may be large
+        made = value.__deepcopy__(self._copies) if by_itself else self._reduced(value)
+        return self.keep(value) if made is value else made
+
+    @property
+    def _of_data(self) -> bool:
+        return self.limit == LARGE
 
     def _refuse_thread(self) -> None:
         if self._of_data and not self._in_worker:
@@ -266,11 +269,11 @@ class Copier:
         return "".join(name if isinstance(name, str) else f"[{name[0]!r:.40}]" for name in self._path)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        if self._of_data and tensor.layout == torch.strided and not self._has_room(tensor.nbytes):
+        storage = tensor.untyped_storage() if self.limit < math.inf and tensor.layout == torch.strided else None
+        if storage is not None and not self._fits(storage):
             if self._in_worker and tensor.is_shared():
                 raise TypeError("it is shared between processes, and large")
-            storage = tensor.untyped_storage()
-            self._lent.append((storage.data_ptr(), storage.nbytes(), self._where()))
+            self._lend(storage.data_ptr(), storage.nbytes())
             return tensor
         try:
             copied: Tensor = (tensor if tensor.is_leaf else tensor.detach()).__deepcopy__(self._copies)
@@ -293,26 +296,38 @@ class Copier:
             return copied
         if not array.flags.writeable:
             return array
-        if isinstance(array, np.memmap) or (self._of_data and not self._has_room(array.nbytes)):
+        if isinstance(array, np.memmap) or not self._has_room(array.nbytes):
             if self._in_worker and not isinstance(array, np.memmap):
                 return array
             view = array.view()
-            self._lent.append((array.__array_interface__["data"][0], array.nbytes, self._where()))
+            self._lend(array.__array_interface__["data"][0], array.nbytes)
             view.flags.writeable = False
             return view
         return array.copy()
 
+    def _fits(self, storage: Any) -> bool:
+        """Whether there is room for all that a tensor is a view of, as a copy has it all."""
+        address = storage.data_ptr()
+        if address not in self._rooms:
+            self._rooms[address] = self._has_room(storage.nbytes())
+        return self._rooms[address]
+
     def _has_room(self, size: int) -> bool:
         size = max(size, 4096)  # many small ones take their time
-        fits = size <= LARGE and self._small + size <= ALL_SMALL
-        self._small += size if fits else 0
+        fits = self.limit == math.inf or (size <= self.limit and self._used[self.limit] + size <= ALL_SMALL)
+        self._used[self.limit] += size if fits else 0
         return fits
+
+    def _lend(self, address: int, size: int) -> None:
+        self._lent.append((address, size, self._where()))
+        self._lends_elsewhere |= not self._of_data
 
     def _method(self, method: Any) -> Any:
         copied = self.copy(method.__self__, ".__self__")
         if copied is method.__self__:
             return method
-        if hasattr(method, "__func__"):
+        stands_in = not isinstance(copied, (type(method.__self__), Missing))  # as for a writer
+        if hasattr(method, "__func__") and not stands_in:
             return types.MethodType(method.__func__, copied)
         return getattr(copied, method.__name__)
 
@@ -354,7 +369,7 @@ class Copier:
         return copied
 
     def _reduced(self, value: Any) -> Any:
-        self.code.append(type(value))
+        self.keep(type(value))
         reduce = copyreg.dispatch_table.get(type(value))
         found: Any = reduce(value) if reduce else value.__reduce_ex__(4)
         if isinstance(found, str):
@@ -362,9 +377,9 @@ class Copier:
         make, arguments, *more = found
         state, items, pairs = [*more, None, None, None][:3]
         copied: Any = self.copy(make)(*(self.copy(argument) for argument in arguments))
-        if copied is value and make is copyreg.__newobj__:  # type: ignore[attr-defined] # a singleton, by its __new__
-            copied = object.__new__(type(value))
-        copied = copied if copied is value else _quiet(copied)
+        if copied is value:  # there is one alone
+            return value
+        copied = _quiet(copied)
         self.put(value, copied)
         if state is not None:
             self._set_state(copied, state)
@@ -391,54 +406,6 @@ class Copier:
             object.__setattr__(copied, name, value)
 
 
-class _Unwritable(TorchDispatchMode):
-    """Ends the probe where an operation writes into one of these ranges of memory."""
-
-    def __init__(self, ranges: list[tuple[int, int, str]]) -> None:
-        super().__init__()
-        self._ranges = sorted(ranges)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments, kwargs = func._schema.arguments, kwargs or {}
-        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
-        for argument in arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = given.get(argument.name)
-                for tensor in written if isinstance(written, (list, tuple)) else [written]:
-                    self._check(tensor)
-        return func(*args, **kwargs)
-
-    def _check(self, tensor: Any) -> None:
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            return
-        address = tensor.untyped_storage().data_ptr()
-        place = bisect.bisect_right(self._ranges, address, key=lambda one: one[0]) - 1
-        if place >= 0 and address < self._ranges[place][0] + self._ranges[place][1]:
-            raise ProbeRefusedError(
-                f"{self._ranges[place][2]} is written into when it is read, and too large to be copied"
-            )
-
-
-def _is_at_hand_elsewhere(thing: Any) -> bool:
-    """Whether another thread has it in a variable, or in an attribute of an object in one, three deep."""
-    stacks = [frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()]
-    found = [local for stack in stacks for frame, _ in traceback.walk_stack(stack) for local in frame.f_locals.values()]
-    for _ in range(4):
-        if any(one is thing for one in found):
-            return True
-        found = [attribute for one in found for attribute in _attributes(one).values()]
-    return False
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """Those that an object has itself, without any code of its own."""
-    if not issubclass(type(value), (type, types.ModuleType, *weakref.ProxyTypes)):
-        with suppress(AttributeError):
-            found = object.__getattribute__(value, "__dict__")
-            return found if isinstance(found, dict) else {}
-    return {}
-
-
 def is_cached(value: Any) -> bool:
     """Whether it is a function that remembers its results, as of ``functools.lru_cache``."""
     return isinstance(value, functools._lru_cache_wrapper)
@@ -459,4 +426,4 @@ def _quiet(copied: Any) -> Any:
 
 @functools.cache
 def _without_del(kind: Any) -> type:
-    return type(kind.__name__, (kind,), {"__del__": lambda self: None, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__del__": lambda self: None, "__slots__": (), "__module__": kind.__module__})

@@ -51,11 +51,25 @@ def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
     try:
         result = action()
     except Exception as error:
-        reason = str(error) if isinstance(error, ProbeRefusedError) else f"{what} raised {error!r:.300}"
+        reason = why_failed(what, error)
+    agree(trainer, reason)
+    return result
+
+
+def why_failed(what: str, error: Exception) -> str:
+    """What :func:`agree` is told, of an error."""
+    return str(error) if isinstance(error, ProbeRefusedError) else f"{what} raised {error!r:.300}"
+
+
+def agree(trainer: Trainer, reason: str | None) -> None:
+    """Ends the probe on every rank if one has a reason; to be called on every rank.
+
+    Raises:
+        ProbeRefusedError: with the reason of the first rank that has one.
+    """
     if least_over_ranks(float(reason is None), trainer) < 1:
         free_memory()
         raise ProbeRefusedError(first_reason(trainer, reason))
-    return result
 
 
 def first_reason(trainer: Trainer, reason: str | None) -> str:

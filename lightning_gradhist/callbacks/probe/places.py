@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import enum
+import copyreg
 import functools
 import os
 import sys
@@ -12,8 +12,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_gradhist.callbacks.probe.copies import Copier, is_cached
+import torch
 
+from lightning_gradhist.callbacks._lightning import DummyLogger
+from lightning_gradhist.callbacks.probe.copies import ALL_SMALL, Copier, is_cached
+from lightning_gradhist.callbacks.probe.silence import writes
+
+_PARTS = ("__func__", "fget", "fset", "fdel", "func", "dispatcher")  # of classmethods, properties, ...
 _INSTALLED = tuple(
     str(Path(folder).resolve()) + os.sep
     for folder in (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[2]))
@@ -25,16 +30,25 @@ def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
 
     Of global names and classes, this looks into the user's own code, and not into installed packages.
     """
+    hooks = vars(torch.nn.modules.module)  # private: those of all modules
+    of_all = {name for name, value in hooks.items() if name.startswith("_global_") and isinstance(value, dict)}
+    _in_names(hooks, of_all, copier, undo, set())
     seen: set[int] = set()
     while copier.code:  # more comes with what is copied
-        one = copier.code.pop()
+        one, limit = copier.code.pop()
+        copier.limit = min(limit, ALL_SMALL)
         if id(one) in seen:
             continue
         seen.add(id(one))
         if isinstance(one, types.FunctionType):
             _in_function(one, copier, undo)
-        elif _is_users_class(one) and not issubclass(one, enum.Enum):
-            _in_class(one, copier, undo)
+        elif isinstance(one, types.ModuleType):
+            _in_module(one, _all_names(one), copier, undo, set())
+        elif isinstance(one, type):
+            if _is_users_class(one):
+                _in_class(one, copier, undo)
+        elif _is_users_class(type(one)):
+            _in_object(one, copier, undo)
 
 
 def _in_function(function: types.FunctionType, copier: Copier, undo: ExitStack) -> None:
@@ -69,13 +83,24 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: Exit
 
     undo.callback(put_back)
     for name, value in before.items():
-        if isinstance(value, (types.FunctionType, type)):
-            copier.code.append(value)
-        elif not isinstance(value, types.ModuleType):
+        if not isinstance(value, types.ModuleType):
             space[name] = copier.copy(value, f"{space.get('__name__')}.{name}")
     for module in (*before.values(), *_imported(space, names)):
-        if isinstance(module, types.ModuleType) and _is_users(vars(module)) and id(vars(module)) not in seen:
-            _in_names(vars(module), names, copier, undo, seen)
+        if isinstance(module, types.ModuleType):
+            # By getattr a function reaches what it does not name.
+            _in_module(module, _all_names(module) if "getattr" in names else names, copier, undo, seen)
+
+
+def _in_module(module: types.ModuleType, names: set[str], copier: Copier, undo: ExitStack, seen: set[int]) -> None:
+    for name in [name for name in names & vars(module).keys() if writes(module, name)]:
+        undo.callback(setattr, module, name, vars(module)[name])
+        setattr(module, name, getattr(DummyLogger().experiment, name))
+    if _is_users(vars(module)) and id(vars(module)) not in seen:
+        _in_names(vars(module), names, copier, undo, seen)
+
+
+def _all_names(module: types.ModuleType) -> set[str]:
+    return {name for name in vars(module) if not name.startswith("__")}
 
 
 def _imported(space: dict[str, Any], names: set[str]) -> list[types.ModuleType]:
@@ -99,10 +124,12 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
 
     undo.callback(put_back)
     for name, value in vars(kind).copy().items():
+        inner = [getattr(value, part, None) for part in _PARTS] if hasattr(type(value), "__get__") else []
+        for part in (value, *inner):
+            if isinstance(part, (types.FunctionType, type)):
+                copier.keep(part)
         function = getattr(value, "__func__", getattr(value, "fget", value))  # of a classmethod, a property
-        if isinstance(function, (types.FunctionType, type)):
-            copier.code.append(function)
-        elif is_cached(function):
+        if is_cached(function):
             cached = copier.copy(function, f"{kind.__qualname__}.{name}")
             if isinstance(value, property):
                 cached = value.getter(cached)
@@ -114,7 +141,22 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
             copied = copier.copy(value, f"{kind.__qualname__}.{name}")
             if copied is not value:
                 type.__setattr__(kind, name, copied)
-    copier.code.extend(kind.__bases__)
+    for other in (type(kind), *kind.__bases__):
+        copier.keep(other)
+
+
+def _in_object(one: Any, copier: Copier, undo: ExitStack) -> None:
+    """In one that there is only once, as a registry that pickle knows by its name, or a member of an enumeration."""
+    name = type(one).__qualname__
+    for space in (getattr(one, "__dict__", None), one):
+        if isinstance(space, dict):
+            undo.callback(dict.update, space, dict(space))
+            undo.callback(dict.clear, space)
+            dict.update(space, {key: copier.copy(value, f"{name}.{key}") for key, value in space.items()})
+    for slot in copyreg._slotnames(type(one)):  # type: ignore[attr-defined]
+        if hasattr(one, slot):
+            undo.callback(object.__setattr__, one, slot, getattr(one, slot))
+            object.__setattr__(one, slot, copier.copy(getattr(one, slot), f"{name}.{slot}"))
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
 from lightning_gradhist.callbacks._lightning import (
-    CombinedLoader,
     LightningModule,
     SIGTERMException,
     Trainer,
@@ -92,6 +91,7 @@ class Probe:
         self.batches = 0
         self._trainer = trainer = apart.trainer
         self._module = module = apart.module
+        self._reading = apart.reading
         optimizer: Optimizer = trainer.optimizers[0]
         self.samples: float | None = None
         self._count = count
@@ -199,7 +199,8 @@ class Probe:
             return [self._value(copy.deepcopy(batch), index) for batch, index in self._kept]
 
     def _value(self, batch: Any, index: int) -> float:
-        loss = _loss(self._trainer, self._module, batch, index)  # whose graph goes with this call
+        with self._reading(True):
+            loss = _loss(self._trainer, self._module, batch, index)  # whose graph goes with this call
         if loss is None:
             return math.nan
         return value if math.isfinite(value := float(loss.detach())) else math.inf
@@ -252,7 +253,8 @@ class Probe:
 
     def _passed(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
         """Forward and backward; again from the start where the scale is lowered, so that no graph has to be retained."""
-        loss = _loss(self._trainer, self._module, batch, self.batches)
+        with self._reading(True):
+            loss = _loss(self._trainer, self._module, batch, self.batches)
         missing = Outcome.NO_LOSS if loss is None else Outcome.DONE
         if self._replicas is not None:
             missing = self._worst(missing)  # a backward pass is a collective
@@ -332,7 +334,7 @@ def _batches(apart: Apart) -> Iterator[Any]:
     overridden = trainer.datamodule is not None and is_overridden("on_before_batch_transfer", trainer.datamodule)
     hooks: Any = trainer.datamodule if overridden else apart.module
     with apart.reading():
-        loaders = iter(CombinedLoader(trainer.train_dataloader, "max_size_cycle"))
+        loaders = iter(trainer.fit_loop._combined_loader)  # private; in the mode that training has
     while True:
         with apart.reading():
             try:

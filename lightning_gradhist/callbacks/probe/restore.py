@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import is_zero, unwrapped
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
-from lightning_gradhist.callbacks.probe.copies import Copier
+from lightning_gradhist.callbacks.probe.copies import LARGE, Copier
 from lightning_gradhist.callbacks.probe.places import put_copies_in_place
 from lightning_gradhist.callbacks.strategies import is_cut_up
 
@@ -29,12 +30,12 @@ class Apart:
         trainer: a copy, with optimizers, schedulers, callbacks, data module and loaders that are copies, and loggers that
             write nothing.
         module: a copy; of a sharded module itself, with copies of all that it holds but its parameters.
-        reading: gives what is to be entered while data are read.
+        reading: gives what is to be entered while data are read, and with True in a training step.
     """
 
     trainer: Trainer
     module: LightningModule
-    reading: Callable[[], AbstractContextManager[None]]
+    reading: Callable[..., AbstractContextManager[None]]
 
 
 @contextmanager
@@ -79,7 +80,9 @@ def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple
         copier.lend(*trainer.model.modules(), *module.parameters())
         copier.lend(*(each for zero in filter(is_zero, trainer.optimizers) for each in (zero, unwrapped(zero))))
     copier.by_id = {id(one): one for one in (*module.modules(), *module.parameters(), *module.buffers())}
+    copier.limit = LARGE
     copier.copy(trainer.train_dataloader, "train_dataloader")
+    copier.limit = math.inf
     own = copier.copy(module, "module")
     if own is module:
         _lend_sharded(stack, copier, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
@@ -26,6 +27,11 @@ class SilentLogger(DummyLogger):
     def log_dir(self) -> Any:
         """That of the logger, or None."""
         return getattr(self._of, "log_dir", None)
+
+
+def writes(package: types.ModuleType, name: str) -> bool:
+    """Whether a package writes to its run under this name, as by ``wandb.log``."""
+    return package.__name__ in _PACKAGES and (name.startswith("log") or is_writer(getattr(package, name)))
 
 
 def is_writer(value: Any) -> bool:

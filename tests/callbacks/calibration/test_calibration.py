@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -438,7 +438,21 @@ def test_a_logger_that_fails_undoes_nothing(tmp_path) -> None:
 # --- what changes the answer ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hook", ["backward", "configure_gradient_clipping"])
+@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
+def test_hooks_of_callbacks_that_the_probe_does_not_call_are_named(tmp_path, hook: str) -> None:
+    watch = type("Watch", (L.Callback,), {hook: lambda *args: None})()
+    others = (GradientHistogramMonitor(), LearningRateMonitor())
+    calibration = OptimizerCalibration(learning_rate="keep")
+    fit(tmp_path, calibration, watch, *others, max_steps=2)
+    said = [reason for reason in calibration.result.reasons if "does not call" in reason]
+    assert said == [
+        f"the probe does not call {hook} of Watch: epsilon is for the gradients of the loss as it is",
+    ]
+
+
+@pytest.mark.parametrize(
+    "hook", ["backward", "configure_gradient_clipping", "on_after_backward", "on_before_optimizer_step"]
+)
 def test_hooks_that_the_probe_does_not_call_are_named(tmp_path, hook: str) -> None:
     kind = type("Own", (Net,), {hook: lambda self, *args, **options: getattr(Net, hook)(self, *args, **options)})
     result, _ = calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=kind())

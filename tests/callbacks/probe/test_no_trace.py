@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
 import functools
+import importlib.util
 import io
 import itertools
 import multiprocessing
@@ -281,6 +284,230 @@ class HasSingleton(Small):
         return 0.01 * self.once.count
 
 
+class ByName:
+    """Pickle knows it by its name."""
+
+    count = 0
+
+    def __reduce__(self) -> str:
+        return "BY_NAME"
+
+
+class Itself:
+    """Says that it is its own copy, and has slots."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class LookedUp(dict):  # type: ignore[type-arg]
+    """Found by a function of its module."""
+
+    def __reduce__(self) -> Any:
+        return look_up, ("it",), {"count": self.count}
+
+
+class Kind(enum.Enum):
+    """Members with state."""
+
+    ONE, TWO = [0], "two"
+
+    def __init__(self, value: Any) -> None:
+        self.calls = 0
+
+
+class Closed:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __del__(self) -> None: ...
+
+
+BY_NAME, LOOKED_UP = ByName(), LookedUp()
+
+
+def look_up(name: str) -> Any:
+    return LOOKED_UP
+
+
+class HasRegistries(Small):
+    """Objects that are their own copies, or hard to copy."""
+
+    def set_up(self) -> None:
+        self.kind, self.held = Kind.ONE, [BY_NAME, Itself(), LOOKED_UP, Closed()]
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        assert self.held[0] is BY_NAME and self.kind is Kind.ONE
+        for one in self.held:
+            one.count += 1
+        LOOKED_UP[batch_idx] = 1
+        self.kind.value[0] += 1
+        Kind.TWO.calls += 1
+        counts = (*(one.count for one in self.held), len(LOOKED_UP), Kind.ONE.value[0], Kind.TWO.calls)
+        return sum(0.01 * 2**i * count for i, count in enumerate(counts))
+
+
+class Meta(type):
+    """Makes one object of a class."""
+
+    made: dict[type, Any] = {}  # noqa: RUF012
+
+    def __call__(cls, *args: Any) -> Any:
+        if cls not in cls.made:
+            cls.made[cls] = super().__call__(*args)
+        return cls.made[cls]
+
+
+class OfMeta(metaclass=Meta):
+    count = 0
+
+
+COUNTS = {"setter": 0, "cached": 0, "partial": 0, "single": 0}
+HELPER = types.ModuleType("a_helper")
+
+
+class HiddenInDescriptors(Small):
+    """State of a metaclass, and of functions in descriptors; none is named in what is called."""
+
+    @property
+    def value(self) -> int:
+        return 1
+
+    @value.setter
+    def value(self, value: int) -> None:
+        COUNTS["setter"] += value
+
+    @functools.cached_property
+    def cached(self) -> int:
+        COUNTS["cached"] += 1
+        return COUNTS["cached"]
+
+    def add(self, number: int) -> int:
+        COUNTS["partial"] += number
+        return sum(COUNTS.values())
+
+    @functools.singledispatchmethod
+    def single(self, argument: Any) -> None:
+        COUNTS["single"] += 1
+
+    add_one = functools.partialmethod(add, 1)
+    del add
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.value = 2
+        vars(self).pop("cached", None)
+        self.single(self.cached)
+        OfMeta().count += 1
+        return 0.01 * (self.add_one() + OfMeta().count)
+
+
+class HeldAsModules(Small):
+    """A module in an attribute, one whose function is found by getattr, a class in a list."""
+
+    def set_up(self) -> None:
+        self.backend, self.name, self.classes = sys.modules["a_backend"], "tnuoc"[::-1], [*vars(HELPER)["classes"]]
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        self.classes[0].total += 1
+        return 0.01 * (self.backend.count() + getattr(HELPER, self.name)() + self.classes[0].total)
+
+
+BANK, SHARED = torch.zeros(copies.LARGE), random.Random(3)
+
+
+def is_shared(generator: Any) -> bool:
+    return generator is SHARED
+
+
+def draw() -> float:
+    return SHARED.random()
+
+
+class KeepsBanks(Small):
+    """Tensors of a module and a class that are large and no data; a generator in many places."""
+
+    bank = torch.zeros(copies.LARGE)
+
+    def set_up(self) -> None:
+        self.shared = SHARED
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        BANK[batch_idx] += 1
+        self.bank[batch_idx] += 1
+        assert is_shared(self.shared)
+        return float(BANK.sum() + self.bank.sum()) / 100 + draw() + self.shared.random()
+
+
+LARGER = torch.zeros(copies.ALL_SMALL // 4 + 1)
+
+
+class WritesIntoALargerBank(Small):
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        LARGER[batch_idx] += 1
+        return float(LARGER[:16].sum()) / 100
+
+
+class LogsByPackage(Small):
+    """As by wandb.log, into a run that is there already."""
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        import mlflow  # type: ignore[import-not-found]
+
+        mlflow.log_metric("loss", 1.0)
+        return 0.0
+
+    def on_train_end(self) -> None:
+        self.seen.append(len(vars(sys.modules["mlflow"])["points"]))
+
+
+def fresh() -> DataLoader:  # type: ignore[type-arg]
+    """A loader for a run, before which what modules and classes of this file hold is as at first."""
+    BY_NAME.count = LOOKED_UP.count = Kind.ONE.value[0] = Kind.TWO.calls = 0
+    LOOKED_UP.clear()
+    Meta.made.clear()
+    COUNTS.update(dict.fromkeys(COUNTS, 0))
+    BANK.zero_()
+    LARGER.zero_()
+    KeepsBanks.bank.zero_()
+    SHARED.seed(3)
+    code = "total = [0]\ndef count():\n    total[0] += 1\n    return total[0]\nclass Class:\n    total = 0\nclasses = [Class]"
+    for module in (HELPER, types.ModuleType("a_backend")):
+        exec(code, vars(module))
+        sys.modules[module.__name__] = module
+    sys.modules["mlflow"] = mlflow = types.ModuleType("mlflow")
+    vars(mlflow).update(points=[], log_metric=lambda *point: mlflow.points.append(point))
+    return DataLoader(dataset(96), 8)
+
+
+class HasHookOfAllModules(Small):
+    """An object that torch calls before each module."""
+
+    def on_train_start(self) -> None:
+        self.hook = CallCounter()
+        self.handle = nn.modules.module.register_module_forward_pre_hook(self.hook)
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        return self.hook.calls / 100
+
+    def on_train_end(self) -> None:
+        self.handle.remove()
+
+
+class CallCounter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *args: Any) -> None:
+        self.calls += 1
+
+
 class HeldWeakly(Small):
     """Weak dictionaries and a weak proxy."""
 
@@ -367,11 +594,12 @@ class KeepsWriters(Small):
 
     def on_train_start(self) -> None:
         self.kept = [self.logger]
-        self.writer = self.logger.experiment
+        self.writer, self.add = self.logger.experiment, self.logger.experiment.add_scalar
         self.own = SummaryWriter(self.logger.log_dir + "/own")
 
     def touch(self, batch: Any, batch_idx: int) -> Any:
         self.writer.add_scalar("kept", 1.0, len(self.seen))
+        self.add("bound", 1.0, len(self.seen))
         self.own.add_scalar("own", 1.0, len(self.seen))
         self.kept[0].log_metrics({"logger": 1.0}, len(self.seen))
         return 0.0
@@ -379,7 +607,7 @@ class KeepsWriters(Small):
     def on_train_end(self) -> None:
         self.own.close()
         self.writer.flush()
-        for folder, tag in (("", "kept"), ("", "logger"), ("/own", "own")):
+        for folder, tag in (("", "kept"), ("", "bound"), ("", "logger"), ("/own", "own")):
             self.seen.extend(event.step for event in events(Path(self.logger.log_dir + folder)).Scalars(tag))
 
 
@@ -522,6 +750,12 @@ MODULES = [
     Remembers,
     HeldWeakly,
     HasSingleton,
+    HasRegistries,
+    HiddenInDescriptors,
+    HeldAsModules,
+    KeepsBanks,
+    HasHookOfAllModules,
+    LogsByPackage,
     KnowsAddresses,
     OfTheProcess,
     OddTensors,
@@ -635,6 +869,35 @@ class LargeArrayWritten(Large):
         return super().touch(index)
 
 
+class ViewOfLargeWritten(Plain):
+    def set_up(self) -> None:
+        self.rows = [row[:4] for row in torch.zeros(64, copies.LARGE // 64)]
+
+    def touch(self, index: int) -> float:
+        self.rows[index] += 1
+        return float(self.rows[index][0])
+
+
+class Table(Plain):
+    """Numbers and lists in a table of pandas."""
+
+    def set_up(self) -> None:
+        import pandas  # type: ignore[import-untyped]
+
+        self.table = pandas.DataFrame({"number": np.zeros(64), "list": [[] for _ in range(64)]})
+
+    def touch(self, index: int) -> float:
+        self.table.loc[index, "number"] += 1
+        self.table["list"].iloc[index].append(1)
+        return self.table["number"].iloc[index] + len(self.table["list"].iloc[index])
+
+
+class LargeTensorWrittenByNumpy(Large):
+    def touch(self, index: int) -> float:
+        np.asarray(self.tensor[index])[0] += 1
+        return super().touch(index)
+
+
 class SharedCount(Plain):
     """A count that the workers and this process have in common."""
 
@@ -647,34 +910,44 @@ class SharedCount(Plain):
         return float(self.count.value)
 
 
+def within(nested: Any) -> Any:
+    return within(nested[0]) if isinstance(nested, list) else nested
+
+
 class ReadAhead(IterableDataset):  # type: ignore[type-arg]
     """A thread fills a queue: one for all epochs, held or not, or one for each."""
 
-    def __init__(self, kind: str, seconds: float = 0.0) -> None:
-        self.kind, self.seconds = kind, seconds
+    def __init__(self, kind: str, seconds: float = 0.0, timeout: float | None = None) -> None:
+        self.kind, self.seconds, self.timeout = kind, seconds, timeout
         self.queue: Any = None
         if kind != "each":
             self.start()
 
     def start(self) -> None:
         self.queue = queue.Queue(2)
-        thread = threading.Thread(target=self.work, args=(self.queue,), daemon=True)
+        into = [[[[[self.queue]]]]] if self.kind == "deep" else self.queue
+        thread = threading.Thread(target=type(self).work, args=(None, into, self.seconds), daemon=True)
         thread.start()
         if self.kind == "held":
             self.thread = thread
         while not (self.queue.not_full._waiters or self.seconds or self.kind == "each"):  # type: ignore[attr-defined]
             time.sleep(0.001)
 
-    def work(self, into: Any) -> None:
+    def work(self, into: Any, seconds: float) -> None:
         for one in itertools.cycle(dataset(64)):
-            time.sleep(self.seconds)
-            into.put(one)
+            time.sleep(seconds)
+            within(into).put(one)
 
     def __iter__(self) -> Iterator[Any]:
         if self.kind == "each":
             self.start()
         for _ in range(64):
-            yield self.queue.get()
+            yield self.get()
+
+    def get(self) -> Any:
+        with contextlib.suppress(queue.Empty):
+            return self.queue.get(timeout=self.timeout)
+        return self.get()
 
 
 class OwnPlace(IterableDataset):  # type: ignore[type-arg]
@@ -788,6 +1061,8 @@ LOADERS = [
         lambda: DataLoader(ReadAhead("hidden"), 8), "another thread waits for it", id="a queue of a running thread"
     ),
     pytest.param(lambda: DataLoader(ReadAhead("hidden", 2e-3), 8), "or fills it", id="a queue of a slow thread"),
+    pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3), 8), "or fills it", id="a queue deep in what a thread has"),
+    pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3, 0.5), 8), "or fills it", id="a queue that is asked again"),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
     pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
     pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
@@ -795,6 +1070,14 @@ LOADERS = [
     pytest.param(lambda: DataLoader(Large(), 8), None, id="large and read"),
     pytest.param(lambda: DataLoader(LargeTensorWritten(), 8), "too large to be copied", id="large and written"),
     pytest.param(lambda: DataLoader(LargeArrayWritten(), 8), "too large to be copied", id="large, written as a tensor"),
+    pytest.param(lambda: DataLoader(LargeTensorWrittenByNumpy(), 8), "too large to be copied", id="large, by numpy"),
+    pytest.param(lambda: DataLoader(ViewOfLargeWritten(), 8), "too large to be copied", id="a view of what is large"),
+    pytest.param(
+        lambda: DataLoader(Table(), 8),
+        None,
+        id="a table",
+        marks=pytest.mark.skipif(not importlib.util.find_spec("pandas"), reason="there is no pandas"),
+    ),
     pytest.param(lambda: DataLoader(OwnPlace(), 8), None, id="a place, and a state_dict with arguments"),
     pytest.param(lambda: Endless(Drawing(), 8, shuffle=True), None, id="a loader that never ends"),
     pytest.param(lambda: Endless(dataset(64), 8, shuffle=True, num_workers=1), None, id="a worker that never ends"),
@@ -841,9 +1124,15 @@ def bits(tensor: torch.Tensor) -> Any:
 )
 @pytest.mark.parametrize("module", MODULES)
 def test_the_run_is_the_same_whatever_the_module_does(tmp_path, module) -> None:
-    calibration, *made = runs(tmp_path, module, lambda: DataLoader(dataset(96), 8))
+    calibration, *made = runs(tmp_path, module, fresh)
     assert_same(*made)
     assert calibration.result.gradients == 6 and calibration.result.problems == ()
+
+
+def test_what_is_too_large_to_be_copied_and_written_in_a_training_step_ends_the_probe(tmp_path) -> None:
+    with pytest.warns(UserWarning, match=r"no probe: .*test_no_trace.LARGER is written into .* too large to be copied"):
+        _, *made = runs(tmp_path, WritesIntoALargerBank, fresh)
+    assert_same(*made)
 
 
 @pytest.mark.filterwarnings("ignore:.*this process is multi-threaded")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
 import signal
+import threading
 import weakref
 from collections import Counter, deque
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
@@ -667,6 +670,47 @@ def test_batches_are_counted_wherever_their_sizes_come_from(tmp_path) -> None:
     spy = Sizes()
     fit(tmp_path, spy, data=DataLoader(dataset(60), batch_sampler=[part.tolist() for part in by_hand]))
     assert spy.found == [len(part) for part in by_hand]
+
+
+def counted(samples: int, start: float) -> DataLoader:  # type: ignore[type-arg]
+    """A loader of numbered samples, which does not tell its length."""
+
+    class Numbers(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return ((torch.full((8,), float(start + i)), torch.tensor(0)) for i in range(samples))
+
+    return DataLoader(Numbers(), 1)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_batches_are_those_of_training_where_loaders_are_combined(tmp_path, mode: str) -> None:
+    class Noted(Linear):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            numbers = {name: None if one is None else float(one[0][0, 0]) for name, one in batch.items()}
+            with (tmp_path / type(self.trainer.loggers[0]).__name__).open("a") as file:
+                file.write(f"{numbers}\n")
+            return super().training_step(batch["a"] or batch["b"], batch_idx)
+
+    both = CombinedLoader({"a": counted(4, 0), "b": counted(6, 100)}, mode)
+    module = Noted(lambda p: torch.optim.AdamW(p, 0.1))
+    fit(tmp_path / "run", silent(batch_size=1), module=module, data=both)
+    probe, training = ((tmp_path / name).read_text() for name in ("SilentLogger", "TensorBoardLogger"))
+    assert probe == training and probe.count("\n") == (4 if mode == "min_size" else 6)
+
+
+def test_a_thread_of_a_callback_is_no_obstacle(tmp_path) -> None:
+    class Watches(Callback):
+        def __init__(self) -> None:
+            self.done, self.queue = threading.Event(), queue.Queue()  # type: ignore[var-annotated]
+            self.thread = threading.Thread(target=self.done.wait, daemon=True)
+            self.thread.start()
+
+        def teardown(self, *args: Any, **kwargs: Any) -> None:
+            self.done.set()
+
+    calibration = silent()
+    fit(tmp_path, calibration, Watches(), max_steps=2)
+    assert calibration.result.gradients == 8
 
 
 def test_data_that_hold_a_generator_are_refused(tmp_path) -> None:

@@ -1,0 +1,122 @@
+"""What ends the probe where it would wait for others, write into what is lent, or use what there is only once."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError
+
+_PATIENCE = 10.0  # seconds that one who looks again and again waits in vain
+
+
+class Missing:
+    """In the place of what cannot be copied. To use it ends the probe."""
+
+    def __init__(self, why: str) -> None:
+        vars(self)["why"] = why
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Missing, (vars(self)["why"],)  # on its way to a worker
+
+    def _use(self, *args: Any, **kwargs: Any) -> Any:
+        raise ProbeRefusedError(vars(self)["why"])
+
+    __call__ = __iter__ = __next__ = __len__ = __bool__ = __float__ = __int__ = __enter__ = __exit__ = _use
+    __contains__ = __getitem__ = __setitem__ = __delitem__ = __getattr__ = __setattr__ = _use
+    __add__ = __radd__ = __mul__ = __rmul__ = _use
+
+
+class Unheard(threading.Condition):
+    """The copy of a condition, as a queue has them, of which threads that run already know nothing."""
+
+    def __init__(self, lock: Any, where: str) -> None:
+        super().__init__(lock)
+        self._where, self._strangers, self._in_vain = where, set(threading.enumerate()), 0.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits, but not for ever where no thread was started since that could tell it."""
+        while True:
+            if self._strangers.issuperset(threading.enumerate()):
+                self._in_vain += _PATIENCE if timeout is None else timeout
+                if self._in_vain >= _PATIENCE:
+                    raise ProbeRefusedError(
+                        f"{self._where} is waited for, and another thread waits for it or fills it, which does not know the"
+                        " probe's copy; start the thread in each __iter__, and keep it there in a local variable"
+                    )
+            if super().wait(1.0 if timeout is None else timeout):
+                return True
+            if timeout is not None:
+                return False
+
+
+class Lent:
+    """Ranges of memory that nothing may be written into while data are read.
+
+    Args:
+        ranges: their addresses, sizes in bytes, and what to call them.
+    """
+
+    def __init__(self, ranges: list[tuple[int, int, str]]) -> None:
+        self._ranges = sorted(ranges)
+        self._modes = _Unwritable(self), _ReadOnlyArrays(self)
+
+    def __enter__(self) -> None:
+        for mode in self._modes:
+            mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*error)
+
+    def name_of(self, address: int) -> str | None:
+        """What the range is called that an address lies in."""
+        place = bisect.bisect_right(self._ranges, address, key=lambda one: one[0]) - 1
+        start, size, name = self._ranges[place] if place >= 0 else (0, 0, "")
+        return name if start <= address < start + size else None
+
+
+class _Unwritable(TorchDispatchMode):
+    """Ends the probe where an operation writes into what is lent."""
+
+    def __init__(self, lent: Lent) -> None:
+        super().__init__()
+        self._lent = lent
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments, kwargs = func._schema.arguments, kwargs or {}
+        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        for argument in arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = given.get(argument.name)
+                for tensor in written if isinstance(written, (list, tuple)) else [written]:
+                    self._check(tensor)
+        return func(*args, **kwargs)
+
+    def _check(self, tensor: Any) -> None:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return
+        name = self._lent.name_of(tensor.untyped_storage().data_ptr())
+        if name is not None:
+            raise ProbeRefusedError(f"{name} is written into when it is read, and too large to be copied")
+
+
+class _ReadOnlyArrays(TorchFunctionMode):
+    """Numpy's views of lent tensors cannot be written into."""
+
+    def __init__(self, lent: Lent) -> None:
+        super().__init__()
+        self._lent = lent
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, np.ndarray) and self._lent.name_of(result.__array_interface__["data"][0]) is not None:
+            result.flags.writeable = False
+        return result
