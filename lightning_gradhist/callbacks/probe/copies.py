@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
-from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_writer
+from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_log_function, is_writer
 from lightning_gradhist.callbacks.probe.stand_ins import Lent, Missing, Unheard
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
@@ -199,14 +199,16 @@ class Copier:
             return Unheard(self.copy(vars(value)["_lock"]), self._where())
         if isinstance(value, queue.Queue):
             with value.mutex:  # a thread may be filling it
-                return self._reduced(value)
+                items = value.queue.copy()
+            self.put(value.queue, self.copy(items, ".queue"))
+            return self._reduced(value)
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, types.FunctionType):
             original = getattr(value, "_torchdynamo_orig_callable", None)
             if original is not None:
                 return self.copy(original)
-            return self.keep(value)
+            return getattr(DummyLogger().experiment, value.__name__) if is_log_function(value) else self.keep(value)
         if is_cached(value):  # with a memory of its own; a copy of it would be the same once more
             self.keep(value.__wrapped__)
             return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
@@ -269,7 +271,7 @@ class Copier:
         return "".join(name if isinstance(name, str) else f"[{name[0]!r:.40}]" for name in self._path)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage() if self.limit < math.inf and tensor.layout == torch.strided else None
+        storage = _storage(tensor) if self.limit < math.inf else None
         if storage is not None and not self._fits(storage):
             if self._in_worker and tensor.is_shared():
                 raise TypeError("it is shared between processes, and large")
@@ -289,6 +291,8 @@ class Copier:
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
         if array.dtype == object:
+            if self._are_atoms(array.ravel().tolist()):  # as texts, of which there may be millions
+                return array.copy()
             copied = array.copy()
             self.put(array, copied)
             for index, item in np.ndenumerate(array):
@@ -409,6 +413,15 @@ class Copier:
 def is_cached(value: Any) -> bool:
     """Whether it is a function that remembers its results, as of ``functools.lru_cache``."""
     return isinstance(value, functools._lru_cache_wrapper)
+
+
+def _storage(tensor: Tensor) -> Any:
+    """The memory of a tensor, None where it has none of its own, as a sparse one or one that wraps others."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage if storage.data_ptr() else None
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _is_of(value: Any, packages: Iterable[str]) -> bool:

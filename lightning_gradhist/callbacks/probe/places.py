@@ -43,7 +43,7 @@ def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
         if isinstance(one, types.FunctionType):
             _in_function(one, copier, undo)
         elif isinstance(one, types.ModuleType):
-            _in_module(one, _all_names(one), copier, undo, set())
+            _in_all_names(one, copier, undo, set())
         elif isinstance(one, type):
             if _is_users_class(one):
                 _in_class(one, copier, undo)
@@ -87,8 +87,10 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: Exit
             space[name] = copier.copy(value, f"{space.get('__name__')}.{name}")
     for module in (*before.values(), *_imported(space, names)):
         if isinstance(module, types.ModuleType):
-            # By getattr a function reaches what it does not name.
-            _in_module(module, _all_names(module) if "getattr" in names else names, copier, undo, seen)
+            if "getattr" in names:  # by which a function reaches what it does not name
+                _in_all_names(module, copier, undo, seen)
+            else:
+                _in_module(module, names, copier, undo, seen)
 
 
 def _in_module(module: types.ModuleType, names: set[str], copier: Copier, undo: ExitStack, seen: set[int]) -> None:
@@ -99,8 +101,11 @@ def _in_module(module: types.ModuleType, names: set[str], copier: Copier, undo: 
         _in_names(vars(module), names, copier, undo, seen)
 
 
-def _all_names(module: types.ModuleType) -> set[str]:
-    return {name for name in vars(module) if not name.startswith("__")}
+def _in_all_names(module: types.ModuleType, copier: Copier, undo: ExitStack, seen: set[int]) -> None:
+    """Of which most are not used: what cannot be copied ends the probe only where it is."""
+    limit, copier.limit = copier.limit, ALL_SMALL
+    _in_module(module, {name for name in vars(module) if not name.startswith("__")}, copier, undo, seen)
+    copier.limit = limit
 
 
 def _imported(space: dict[str, Any], names: set[str]) -> list[types.ModuleType]:
@@ -120,7 +125,7 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
             type.__delattr__(kind, name)
         for name, value in before.items():
             if name not in vars(kind) or vars(kind)[name] is not value:
-                type.__setattr__(kind, name, value)
+                _set_in(kind, name, value)
 
     undo.callback(put_back)
     for name, value in vars(kind).copy().items():
@@ -135,14 +140,22 @@ def _in_class(kind: type, copier: Copier, undo: ExitStack) -> None:
                 cached = value.getter(cached)
             elif function is not value:
                 cached = type(value)(cached)
-            undo.callback(type.__setattr__, kind, name, value)
-            type.__setattr__(kind, name, cached)
+            undo.callback(_set_in, kind, name, value)
+            _set_in(kind, name, cached)
         elif name in before and (not hasattr(type(value), "__get__") or _is_users_class(type(value))):
             copied = copier.copy(value, f"{kind.__qualname__}.{name}")
             if copied is not value:
-                type.__setattr__(kind, name, copied)
+                _set_in(kind, name, copied)
     for other in (type(kind), *kind.__bases__):
         copier.keep(other)
+
+
+def _set_in(kind: type, name: str, value: Any) -> None:
+    """Sets an attribute of a class past what its metaclass does, where that can be passed by."""
+    try:
+        type.__setattr__(kind, name, value)
+    except TypeError:  # of a metaclass that is written in C, as pybind11's
+        setattr(kind, name, value)
 
 
 def _in_object(one: Any, copier: Copier, undo: ExitStack) -> None:

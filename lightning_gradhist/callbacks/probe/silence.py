@@ -34,6 +34,12 @@ def writes(package: types.ModuleType, name: str) -> bool:
     return package.__name__ in _PACKAGES and (name.startswith("log") or is_writer(getattr(package, name)))
 
 
+def is_log_function(value: Any) -> bool:
+    """Whether it is a function by which a package writes to its run, as ``mlflow.log_metric``."""
+    package = (getattr(value, "__module__", None) or "").partition(".")[0]
+    return isinstance(value, types.FunctionType) and package in _PACKAGES and value.__name__.startswith("log")
+
+
 def is_writer(value: Any) -> bool:
     """Whether it is what a logger writes with: an experiment, a run, a ``SummaryWriter``."""
     of_package = (type(value).__module__ or "").partition(".")[0] in _PACKAGES

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError
 
-_PATIENCE = 10.0  # seconds that one who looks again and again waits in vain
+_PATIENCE = 30.0  # seconds that one waits, or looks again and again, in vain
 
 
 class Missing:
@@ -42,17 +42,19 @@ class Unheard(threading.Condition):
         self._where, self._strangers, self._in_vain = where, set(threading.enumerate()), 0.0
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits, but not for ever where no thread was started since that could tell it."""
+        """Waits, but not for ever; not at all where no thread was started since that could tell it."""
         while True:
-            if self._strangers.issuperset(threading.enumerate()):
-                self._in_vain += _PATIENCE if timeout is None else timeout
-                if self._in_vain >= _PATIENCE:
-                    raise ProbeRefusedError(
-                        f"{self._where} is waited for, and another thread waits for it or fills it, which does not know the"
-                        " probe's copy; start the thread in each __iter__, and keep it there in a local variable"
-                    )
-            if super().wait(1.0 if timeout is None else timeout):
+            is_alone = self._strangers.issuperset(threading.enumerate())
+            if self._in_vain >= _PATIENCE or (is_alone and timeout is None):
+                raise ProbeRefusedError(
+                    f"{self._where} is waited for in vain: another thread waits for it or fills it, which does not know the"
+                    " probe's copy; start the thread in each __iter__, and keep it there in a local variable"
+                )
+            seconds = 1.0 if timeout is None else timeout
+            if super().wait(seconds):
+                self._in_vain = 0.0
                 return True
+            self._in_vain += seconds
             if timeout is not None:
                 return False
 

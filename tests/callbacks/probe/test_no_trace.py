@@ -20,6 +20,7 @@ import time
 import types
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist import OptimizerCalibration
-from lightning_gradhist.callbacks.probe import copies
+from lightning_gradhist.callbacks.probe import copies, stand_ins
 
 GLOBAL_GENERATOR = np.random.default_rng(0)
 GLOBAL_COUNT = 0
@@ -457,10 +458,14 @@ class WritesIntoALargerBank(Small):
 class LogsByPackage(Small):
     """As by wandb.log, into a run that is there already."""
 
+    def set_up(self) -> None:
+        self.log_metric = sys.modules["mlflow"].log_metric
+
     def touch(self, batch: Any, batch_idx: int) -> Any:
         import mlflow  # type: ignore[import-not-found]
 
         mlflow.log_metric("loss", 1.0)
+        self.log_metric("loss", 1.0)
         return 0.0
 
     def on_train_end(self) -> None:
@@ -478,6 +483,7 @@ def fresh() -> DataLoader:  # type: ignore[type-arg]
     KeepsBanks.bank.zero_()
     SHARED.seed(3)
     code = "total = [0]\ndef count():\n    total[0] += 1\n    return total[0]\nclass Class:\n    total = 0\nclasses = [Class]"
+    code += "\nimport threading\nidle = threading.Thread(target=threading.Event().wait, daemon=True)\nidle.start()"
     for module in (HELPER, types.ModuleType("a_backend")):
         exec(code, vars(module))
         sys.modules[module.__name__] = module
@@ -941,8 +947,11 @@ class ReadAhead(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[Any]:
         if self.kind == "each":
             self.start()
-        for _ in range(64):
-            yield self.get()
+        with ThreadPoolExecutor(1) as pool:  # a thread that has no part in the queue
+            if self.kind == "pool":
+                pool.submit(abs, 0)
+            for _ in range(64):
+                yield self.get()
 
     def get(self) -> Any:
         with contextlib.suppress(queue.Empty):
@@ -1063,6 +1072,9 @@ LOADERS = [
     pytest.param(lambda: DataLoader(ReadAhead("hidden", 2e-3), 8), "or fills it", id="a queue of a slow thread"),
     pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3), 8), "or fills it", id="a queue deep in what a thread has"),
     pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3, 0.5), 8), "or fills it", id="a queue that is asked again"),
+    pytest.param(
+        lambda: DataLoader(ReadAhead("pool", 2e-3), 8), "or fills it", id="a queue beside a thread of its own"
+    ),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
     pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
     pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
@@ -1137,7 +1149,8 @@ def test_what_is_too_large_to_be_copied_and_written_in_a_training_step_ends_the_
 
 @pytest.mark.filterwarnings("ignore:.*this process is multi-threaded")
 @pytest.mark.parametrize(("data", "refused"), LOADERS)
-def test_the_run_is_the_same_whatever_the_loader_does(tmp_path, data, refused) -> None:
+def test_the_run_is_the_same_whatever_the_loader_does(monkeypatch, tmp_path, data, refused) -> None:
+    monkeypatch.setattr(stand_ins, "_PATIENCE", 2.0)
     caught = pytest.warns(UserWarning, match=f"no probe: .*{refused}") if refused else None
     if caught is None:
         calibration, *made = runs(tmp_path, Small, data)
