@@ -332,6 +332,8 @@ def _optimizer(trainer: Trainer) -> Optimizer:
 
 
 def _obstacle(trainer: Trainer) -> str | None:
+    if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+        return "configure_optimizers returned no optimizer"
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
     if not is_known(trainer):

@@ -176,7 +176,8 @@ class HalfBatches:
     def _after_backward(self, known: _Known, held: list[Tensor], gradient: Tensor) -> None:
         try:
             with torch.no_grad():
-                self._add(known, held.pop(), gradient)
+                if held:  # else torch.autograd.grad has gone over it before, and the halves do not add up
+                    self._add(known, held.pop(), gradient)
         except Exception as error:
             self.error = error.with_traceback(None)
 

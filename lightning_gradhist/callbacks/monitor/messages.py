@@ -11,6 +11,7 @@ from lightning_gradhist.callbacks.strategies import changing_hook
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
 
+NO_OPTIMIZER = "configure_optimizers returned no optimizer, whose steps it would look at; return yours there."
 NO_MEMORY = "a rank has no memory for the 4 MiB that it takes; have the model or the batch take less."
 
 

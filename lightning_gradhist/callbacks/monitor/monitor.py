@@ -301,6 +301,9 @@ class GradientHistogramMonitor(Callback):
         self._release()
         self._restored = []
         optimizers = list(fit.trainer.optimizers)
+        if not any(optimizer.param_groups for optimizer in optimizers):
+            self._turn_off(messages.NO_OPTIMIZER)
+            return
         hookless = [optimizer for optimizer in map(unwrapped, optimizers) if not has_step_hooks(optimizer)]
         if hookless:
             self._turn_off(messages.no_step_hooks(type(hookless[0]).__name__))

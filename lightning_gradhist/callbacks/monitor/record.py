@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -30,6 +30,8 @@ class RecordFile:
         """Measurements that it has, or is about to have."""
         self._writer = Writer()
         self._errors: list[Exception] = []
+        self._newest: Callable[[], None] | None = None
+        self._is_pending = False
 
     def save(self, trainer: Trainer, optimizers: Sequence[Optimizer], progress: Sequence[Progress]) -> None:
         """Has the record as it is now written, where there is something in it."""
@@ -39,7 +41,10 @@ class RecordFile:
                 copies = [one.snapshot() for one in progress]
                 module, shapes = trainer.lightning_module, model_shapes(trainer)
                 known = [(class_name(one), [*optimizer_parameters(module, one)]) for one in optimizers]
-                self._writer.submit(partial(self._write, shapes, trainer.global_step, known, copies))
+                self._newest = partial(self._write, shapes, trainer.global_step, known, copies)
+                if not self._is_pending:  # else the one that waits takes this up, however slow the disk is
+                    self._is_pending = True
+                    self._writer.submit(self._write_newest)
         self._tell()
 
     def lacks(self, progress: Sequence[Progress]) -> bool:
@@ -51,6 +56,11 @@ class RecordFile:
         if not self._writer.close(timeout):
             self._errors.append(TimeoutError(f"it took more than {timeout:g} seconds"))
         self._tell()
+
+    def _write_newest(self) -> None:
+        self._is_pending = False  # before it is read, so that none is left behind
+        if self._newest is not None:
+            self._newest()
 
     def _write(
         self,

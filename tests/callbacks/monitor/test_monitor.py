@@ -4,6 +4,7 @@ import gc
 import math
 import re
 import threading
+import time
 import warnings
 import weakref
 from functools import cache
@@ -40,7 +41,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
 from lightning_gradhist.callbacks.monitor import noise, observer, optimizer_state
 from lightning_gradhist.callbacks.strategies import Replicas, own_parts
@@ -479,6 +480,32 @@ def test_what_a_communication_hook_loses_is_not_taken_for_noise(tmp_path, caplog
         fit(tmp_path, monitor, Hook(), data=loader(8), devices=1, strategy=strategy)
     said = [record for record in caplog.records if "powerSGD_hook changes the gradients" in record.message]
     assert (len(said), bool(len(monitor.noise_records[0]))) == ((1, False) if compresses else (0, True))
+
+
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+@pytest.mark.parametrize("callback", [GradientHistogramMonitor, OptimizerCalibration])
+def test_without_an_optimizer_there_is_nothing_to_do_and_a_warning(tmp_path, callback: Any) -> None:
+    class Own(Net):
+        def configure_optimizers(self) -> None:
+            return None
+
+    with pytest.warns(UserWarning, match="configure_optimizers returned no optimizer"):
+        assert fit(tmp_path, callback(), module=Own, data=loader(4), max_epochs=1).global_step > 0
+
+
+def test_a_slow_disk_holds_up_no_epoch_and_has_the_newest_record_in_the_end(tmp_path, monkeypatch) -> None:
+    save, seconds = RunRecord.save, time.monotonic()
+
+    def slow(self: RunRecord, path: Any) -> None:
+        time.sleep(0.5)
+        save(self, path)
+
+    monkeypatch.setattr(RunRecord, "save", slow)
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, monitor, data=loader(8, samples=32), max_epochs=30)
+    assert time.monotonic() - seconds < 10
+    (path,) = tmp_path.rglob("calibration.json")
+    assert len(RunRecord.load(path).optimizers[0].samples) == len(monitor.noise_records[0])
 
 
 def test_the_record_knows_the_run(tmp_path) -> None:
