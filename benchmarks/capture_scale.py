@@ -31,7 +31,7 @@ from lightning_gradhist.noise.sample import Sample
 
 WORD = 8  # int64, and a number in a checkpoint
 MOST_BUCKETS = 64
-LENGTH = 2 + 17  # planned steps, warm-up, and the rate at the ends of sixteenths of the run
+LENGTH = 3 + 17  # planned steps, those made, warm-up, and the rate at the ends of sixteenths of the run
 MOST_MEASUREMENTS, NUMBERS_A_MEASUREMENT = 4096, 6
 FRAME = 16  # around an event in its file: its length in 8 bytes, and a checksum of either in 4
 MEASURED = ("all_reduced", "kept")
@@ -58,9 +58,9 @@ def predicted(sizes: Mapping[str, int], ranks: int, steps: int, every_n_steps: i
     logged = range(0, steps, every_n_steps)
     within_steps = ranks > 1 and not sharded  # noise is measured from what each rank has before averaging
     measurements = _measurements(logged, steps, within_steps)
-    # counts with a checksum of two words, measurements with sizes and checksum, and once whether all ranks have memory
+    # counts with a checksum of two words, measurements with sizes, checksum and digest, and once whether all ranks have memory
     counts = len(logged) * (len(sizes) * BINS + 2)
-    reduced = WORD * (counts + 9 * measurements + 1) if ranks > 1 else 0
+    reduced = WORD * (counts + 11 * measurements + 1) if ranks > 1 else 0
     sampled = _sampled(size // (ranks if sharded else 1) for size in sizes.values())
     return {
         **{"ranks": ranks, "tensors": len(sizes), "parameters": sum(sizes.values())},

@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.data import get_worker_info
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import least_over_ranks
@@ -40,6 +41,15 @@ class ProbeRefusedError(RuntimeError):
     """The probe cannot be made; the message says why, and the way out. Raised on every rank or on none."""
 
 
+class ProbeEnded(BaseException):  # noqa: N818 - no error: what the user's code catches must not catch it
+    """Raised where the copy of something is used that may not be, past an ``except Exception``, as data have for bad samples."""
+
+
+def refusal(why: str) -> BaseException:
+    """What to raise there. A worker of a loader hands on errors alone."""
+    return ProbeEnded(why) if get_worker_info() is None else ProbeRefusedError(why)
+
+
 def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
     """Does something on every rank, which calls no collective; where it fails on one, it has failed on all.
 
@@ -50,15 +60,15 @@ def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:
     reason = None
     try:
         result = action()
-    except Exception as error:
+    except (Exception, ProbeEnded) as error:
         reason = why_failed(what, error)
     agree(trainer, reason)
     return result
 
 
-def why_failed(what: str, error: Exception) -> str:
+def why_failed(what: str, error: BaseException) -> str:
     """What :func:`agree` is told, of an error."""
-    return str(error) if isinstance(error, ProbeRefusedError) else f"{what} raised {error!r:.300}"
+    return str(error) if isinstance(error, (ProbeRefusedError, ProbeEnded)) else f"{what} raised {error!r:.300}"
 
 
 def agree(trainer: Trainer, reason: str | None) -> None:

@@ -31,6 +31,7 @@ from lightning_gradhist.callbacks.probe.first_step import largest_factor
 from lightning_gradhist.callbacks.probe.outcome import (
     WHY_LEFT_OUT,
     Outcome,
+    ProbeEnded,
     ProbeRefusedError,
     first_reason,
     free_memory,
@@ -177,7 +178,7 @@ class Probe:
                 losses = self._losses_after(factor, made, contents)
                 known[:] = known or map(math.isfinite, losses)
                 total = sum(loss for loss, there in zip(losses, known, strict=True) if there)
-            except Exception:  # of a training step at other weights, or for lack of memory
+            except (Exception, ProbeEnded):  # of a training step at other weights, or for lack of memory
                 total = math.nan
             total, count = self._sum_over_ranks(total, float(sum(known)))
             return total / count if count else math.nan
@@ -219,6 +220,8 @@ class Probe:
     def _next(self) -> tuple[Any, Outcome, Exception | None]:
         try:
             batch = next(self._source, None)
+        except ProbeEnded as error:
+            return None, Outcome.FAILED, ProbeRefusedError(str(error))
         except Exception as error:  # of a dataset, or of what puts samples together
             return None, Outcome.FAILED, error
         return batch, Outcome.NO_BATCH if batch is None else Outcome.DONE, None
@@ -243,6 +246,11 @@ class Probe:
     def _tried(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome, Exception | None]:
         try:
             return (*self._passed(batch), None)
+        except ProbeEnded as ended:
+            refused = ProbeRefusedError(str(ended))
+            if self._replicas is not None:
+                raise refused from None
+            return {}, Outcome.FAILED, refused
         except Exception as error:
             if self._replicas is not None:
                 raise  # the others wait within the model's own collectives, as they would in training

@@ -14,7 +14,13 @@ from lightning_gradhist.callbacks._deepspeed import cuts_weights_up, is_deepspee
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
 from lightning_gradhist.callbacks.gradients import has_gradient_hook
 from lightning_gradhist.callbacks.parameters import named_parameters
-from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, free_memory, is_out_of_memory, on_every_rank
+from lightning_gradhist.callbacks.probe.outcome import (
+    ProbeEnded,
+    ProbeRefusedError,
+    free_memory,
+    is_out_of_memory,
+    on_every_rank,
+)
 from lightning_gradhist.callbacks.probe.progress import progress
 from lightning_gradhist.callbacks.probe.restore import Apart, no_trace
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, replicas
@@ -44,7 +50,7 @@ def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Mea
     try:
         _measured(trainer, module, planned, measure)
         return None
-    except ProbeRefusedError as error:
+    except (ProbeRefusedError, ProbeEnded) as error:
         return str(error)
     except Exception as error:
         if trainer.world_size > 1 or not is_out_of_memory(error):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError
+from lightning_gradhist.callbacks.probe.outcome import refusal
 
 _PATIENCE = 30.0  # seconds that one waits, or looks again and again, in vain
 
@@ -27,7 +27,7 @@ class Missing:
         return Missing, (vars(self)["why"],)  # on its way to a worker
 
     def _use(self, *args: Any, **kwargs: Any) -> Any:
-        raise ProbeRefusedError(vars(self)["why"])
+        raise refusal(vars(self)["why"])
 
     __call__ = __iter__ = __next__ = __len__ = __bool__ = __float__ = __int__ = __enter__ = __exit__ = _use
     __contains__ = __getitem__ = __setitem__ = __delitem__ = __getattr__ = __setattr__ = _use
@@ -46,7 +46,7 @@ class Unheard(threading.Condition):
         while True:
             is_alone = self._strangers.issuperset(threading.enumerate())
             if self._in_vain >= _PATIENCE or (is_alone and timeout is None):
-                raise ProbeRefusedError(
+                raise refusal(
                     f"{self._where} is waited for in vain: another thread waits for it or fills it, which does not know the"
                     " probe's copy; start the thread in each __iter__, and keep it there in a local variable"
                 )
@@ -107,7 +107,7 @@ class _Unwritable(TorchDispatchMode):
             return
         name = self._lent.name_of(tensor.untyped_storage().data_ptr())
         if name is not None:
-            raise ProbeRefusedError(f"{name} is written into when it is read, and too large to be copied")
+            raise refusal(f"{name} is written into when it is read, and too large to be copied")
 
 
 class _ReadOnlyArrays(TorchFunctionMode):

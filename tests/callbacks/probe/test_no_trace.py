@@ -959,6 +959,28 @@ class ReadAhead(IterableDataset):  # type: ignore[type-arg]
         return self.get()
 
 
+class Forgiving(Dataset):  # type: ignore[type-arg]
+    """Has others in the place of bad samples, again and again, or zeros."""
+
+    def __init__(self, again: bool) -> None:
+        self.file, self.again = tempfile.TemporaryFile("w+"), again
+
+    def __del__(self) -> None:
+        self.file.close()
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        while True:
+            try:
+                self.file.seek(0)
+                return dataset(64)[index]
+            except Exception:
+                if not self.again:
+                    return torch.zeros(8), torch.tensor(0)
+
+
 class OwnPlace(IterableDataset):  # type: ignore[type-arg]
     """Keeps its place, and wants more than a state_dict has as arguments."""
 
@@ -1075,6 +1097,8 @@ LOADERS = [
     pytest.param(
         lambda: DataLoader(ReadAhead("pool", 2e-3), 8), "or fills it", id="a queue beside a thread of its own"
     ),
+    pytest.param(lambda: DataLoader(Forgiving(True), 8), REFUSED, id="other samples for bad ones"),
+    pytest.param(lambda: DataLoader(Forgiving(False), 8), REFUSED, id="zeros for bad samples"),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
     pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
     pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
