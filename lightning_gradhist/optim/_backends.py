@@ -18,7 +18,6 @@ from lightning_gradhist.kernels import StepScalars, StepTensors
 
 _CPU_BUCKET = 2**19  # elements; few enough for the cache that cores share, and enough to pay for the calls
 _DEVICE_BUCKET = 2**24  # bounds the temporary memory
-_ROOM = 2**22  # elements of a tensor of which there is room for a copy
 _SMALL = 2**13  # elements below which copying a tensor costs less than a call
 _FLAT_BUCKET = 2**17  # elements of small tensors that are copied into one
 
@@ -161,8 +160,8 @@ def _cut(tensors: StepTensors, scalars: StepScalars, size: int) -> Iterator[Buck
             bucket, filled = [], 0
         if flat is not None:
             chunks = zip(*(tensor.split(size) for tensor in flat), strict=True)
-            place, small = slice(index, index + 1), entry[0].numel() <= _ROOM
-            yield Bucket([_transposed([chunk]) for chunk in chunks], scalars.of(place), place, small)
+            place = slice(index, index + 1)
+            yield Bucket([_transposed([chunk]) for chunk in chunks], scalars.of(place), place, small=False)
             continue
         first = first if bucket else index
         bucket.append(entry)

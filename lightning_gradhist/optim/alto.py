@@ -282,19 +282,14 @@ def _apply_all(subgroup: Subgroup, squares: Tensor) -> None:
 
 
 def _step_bucket(subgroup: Subgroup, bucket: Bucket) -> None:
-    """Makes the step of whole tensors; the updates are kept until their norms are known, or made again if that is too much."""
+    """Makes the step of whole tensors, while they are in the cache."""
     if not bucket.small:
         _apply_bucket(subgroup, bucket, _moments_of_bucket(subgroup, bucket))
         return
-    updates, squares = [], []
-    for chunk in bucket.chunks:
-        theta, r = subgroup.backend.function(alto_updates)(chunk, bucket.scalars)
-        updates.append(r)
-        if subgroup.group["layerwise"]:
-            squares.append(squared_norms(theta, r, bucket.sizes))
-    ratios = _ratios(bucket, torch.stack(squares).sum(0) if squares else None)
-    for chunk, r in zip(bucket.chunks, updates, strict=True):
-        subtract_updates(chunk, bucket.scalars, r, ratios)
+    (tensors,) = bucket.chunks
+    theta, r = subgroup.backend.function(alto_updates)(tensors, bucket.scalars)
+    squares = squared_norms(theta, r, bucket.sizes) if subgroup.group["layerwise"] else None
+    subtract_updates(tensors, bucket.scalars, r, _ratios(bucket, squares))
 
 
 def _moments_of_bucket(subgroup: Subgroup, bucket: Bucket) -> Tensor:
