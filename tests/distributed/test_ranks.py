@@ -226,7 +226,7 @@ def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path)
     found = run_ranks(not_averaged, 2, tmp_path)[0]
     for when, kind in (("before_clip", "gradient"), ("after_clip", "gradient_clipped"), ("local", "gradient_local")):
         said, noise = found[when]
-        assert noise == [None, None, None]
+        assert noise == []  # under a hook of one's own none is measured
         logged = [tag for tag in events(tmp_path / when).Tags()["histograms"] if tag == f"{kind}_magnitude/all"]
         assert bool(logged) == (when == "local")
         assert [("differ from rank to rank" in one) for one in said] == ([] if when == "local" else [True])
