@@ -13,9 +13,8 @@ PlainLaw = Literal["sqrt", "fourth_root", "linear", "keep"]  # the laws that nee
 Law = Literal["surge", "sqrt", "fourth_root", "linear", "keep"]
 LAWS: tuple[Law, ...] = get_args(Law)
 PLAIN_LAWS: tuple[PlainLaw, ...] = get_args(PlainLaw)
-BOUND = (
-    math.pi / 2
-)  # Theorem 3 holds up to this multiple of the noise scale of all coordinates; then the rate is constant
+# Theorem 3 holds up to this multiple of the noise scale of all coordinates; then the rate is constant
+BOUND = math.pi / 2
 MAX_SPREAD = 2.0  # a learning rate that is not known to this factor is not worth setting
 SHORT_RUN = 50  # steps below which the best rates of runs follow no law that is known (benchmarks/calibration)
 EXPONENTS = {"sqrt": 0.5, "fourth_root": 0.25, "linear": 1.0, "keep": 0.0}

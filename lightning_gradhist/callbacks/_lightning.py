@@ -6,6 +6,8 @@ callback of both, for their Trainers and their command lines alike. To import th
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ try:
     from lightning.pytorch.profilers import PassThroughProfiler
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-    from lightning.pytorch.utilities.seed import isolate_rng
+    from lightning.pytorch.utilities.seed import isolate_rng as _isolate_rng
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ModuleNotFoundError as missing:
     if (missing.name or "").partition(".")[0] != "lightning":
@@ -27,7 +29,7 @@ except ModuleNotFoundError as missing:
     from pytorch_lightning.profilers import PassThroughProfiler  # type: ignore[assignment]
     from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn  # type: ignore[assignment]
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException  # type: ignore[assignment]
-    from pytorch_lightning.utilities.seed import isolate_rng
+    from pytorch_lightning.utilities.seed import isolate_rng as _isolate_rng
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 
 if not TYPE_CHECKING:
@@ -44,6 +46,16 @@ if not TYPE_CHECKING:
             type(one.__name__, tuple(dict.fromkeys((one, other))), {})
             for one, other in zip(_ours, _others, strict=True)
         )
+
+
+@contextmanager
+def isolate_rng() -> Generator[None, None, None]:
+    """Lightning's, which alone would put nothing back after an exception."""
+    with ExitStack() as stack:
+        generators = _isolate_rng()
+        generators.__enter__()
+        stack.callback(generators.__exit__, None, None, None)
+        yield
 
 
 def is_a(thing: object, *names: str) -> bool:

@@ -6,10 +6,11 @@ import copy
 import dis
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Set
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Set
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from itertools import islice
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeGuard
@@ -84,8 +85,7 @@ def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]
     if others or not 1 <= times < math.inf or not all(map(_can_be_tried, parts([scheduler]))):
         return {}
     try:
-        with warnings.catch_warnings(), isolate_rng():
-            warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
+        with unnoticed():
             tried = twin(scheduler)
             rates = {0.0: max(float(group["lr"]) for group in tried.optimizer.param_groups)}
             rates |= {step / times: max(of_groups) for step, of_groups in walk(tried, times)}
@@ -205,6 +205,14 @@ def parts(schedulers: Iterable[Any]) -> list[Any]:
                 if is_one and getattr(one, "optimizer", None) is scheduler.optimizer:
                     found.append(one)
     return found
+
+
+@contextmanager
+def unnoticed() -> Generator[None, None, None]:
+    """Within it a copy of a scheduler is tried: without warnings, prints, and numbers drawn from the global generators."""
+    with warnings.catch_warnings(), isolate_rng(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
+        yield
 
 
 def twin(scheduler: Any) -> Any:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT, StateDict
 
-from lightning_gradhist._dtensor import is_dtensor, local
-from lightning_gradhist._flat import fsdp_piece
 from lightning_gradhist.explore import AUTO
 from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Bucket
@@ -27,9 +24,7 @@ from lightning_gradhist.optim._formulas import (
     write_back,
 )
 from lightning_gradhist.optim._moments import MomentOptimizer, Subgroup
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from lightning_gradhist.optim._sharding import any_sharded, sum_over_shards
 
 EPS2 = 1e-6  # bounds the trust ratio by 1 / EPS2: the paper's epsilon 2
 EPS3 = 1e-10  # added to the norm of the parameters: the paper's epsilon 3
@@ -332,52 +327,3 @@ def _from_authors(state_dict: StateDict) -> StateDict:
                 e = theirs["prev_grad"] - theirs["exp_grad_diff"] * (explore_beta / (1.0 - explore_beta))
                 state[key] = {"exp_avg_grad": e, **{name: theirs[name] for name in ("step", "exp_avg", "exp_avg_sq")}}
     return {**state_dict, "state": state, "param_groups": groups}
-
-
-def is_sharded(param: Tensor) -> bool:
-    """Whether other ranks hold other parts of a parameter."""
-    return bool(_sharded_dims(param)) if is_dtensor(param) else fsdp_piece(param) is not None
-
-
-def any_sharded(params: Iterable[Tensor]) -> bool:
-    """Whether one of them is; plain parameters without a mark, mostly all, are not asked one by one."""
-    if torch.compiler.is_compiling():  # which cannot look into a parameter's dictionary
-        return any(map(is_sharded, params))
-    return any(is_sharded(param) for param in params if type(param) is not Parameter or param.__dict__)
-
-
-def sum_over_shards(params: Iterable[Tensor], sums: Mapping[Tensor, Tensor]) -> None:
-    """Add up what each rank found for its shard of a parameter, in place, in one all-reduce for each mesh dimension.
-
-    To be called on every rank with the same parameters in the same order: every sharded one takes its place in the
-    collective, whether or not this rank has a part of it or a gradient for it. ``sums`` are the local ones, ``[2]`` each.
-    """
-    by_ranks: dict[Any, list[Tensor]] = {}
-    for param in params:
-        if is_sharded(param):
-            by_ranks.setdefault(_ranks(param), []).append(param)
-    for (where, how), sharded in by_ranks.items():
-        groups, device = [where], how
-        if is_dtensor(sharded[0]):
-            groups, device = [where.get_group(dim) for dim in how], local(sharded[0]).device
-        zero = torch.zeros(2, dtype=torch.float64, device=device)
-        table = torch.stack([sums[param].to(zero) if param in sums else zero for param in sharded])
-        for group in groups:
-            torch.distributed.all_reduce(table, group=group)
-        for row, param in zip(table, sharded, strict=True):
-            if param in sums:
-                sums[param].copy_(row)
-
-
-def _ranks(param: Tensor) -> tuple[Any, Any]:
-    """Equal for parameters whose parts are on the same ranks: mesh and dimensions, or process group and device."""
-    if is_dtensor(param):
-        return param.device_mesh, _sharded_dims(param)
-    piece = fsdp_piece(param)
-    assert piece is not None
-    return piece.others, piece.device
-
-
-def _sharded_dims(param: DTensor) -> tuple[int, ...]:
-    # not is_shard(): FSDP2 over tensor parallelism has strided shards, for which that is False
-    return tuple(dim for dim, placement in enumerate(param.placements) if not placement.is_replicate())

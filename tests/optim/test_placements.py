@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_gradhist._dtensor import placed_as
-from lightning_gradhist.optim.alto import _sharded_dims, is_sharded
+from lightning_gradhist.optim._sharding import _sharded_dims, is_sharded
 
 
 @pytest.fixture

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
-from functools import partial
-from io import StringIO
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
-from lightning_gradhist.callbacks._lightning import isolate_rng
 from lightning_gradhist.callbacks.schedules import (
     base_rates,
     is_pure,
@@ -24,6 +19,7 @@ from lightning_gradhist.callbacks.schedules import (
     reached,
     schedulers_of,
     twin,
+    unnoticed,
     walk,
 )
 from lightning_gradhist.logging.calibration_report import GroupChange
@@ -136,8 +132,7 @@ def _looks_at(function: Any, scheduler: Any) -> bool:
 
 
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
-    methods = ("get_lr", "step")  # of a subclass that leaves these as they are
-    if any(isinstance(scheduler, c) and all(map(partial(_same, type(scheduler), c), methods)) for c in _FOLLOW):
+    if any(_steps_as(scheduler, kind) for kind in _FOLLOW):
         return True
     if not all(map(is_pure, getattr(scheduler, "lr_lambdas", ()))):
         return False
@@ -145,8 +140,7 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
     # of sums in which the largest rate is a term
     rounding = 1e-9 * max(float(group.get("initial_lr", group["lr"])) for group in scheduler.optimizer.param_groups)
     try:
-        with warnings.catch_warnings(), isolate_rng(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
+        with unnoticed():
             plain, scaled = twin(scheduler), twin(scheduler)
             _scale(scaled.optimizer, [scaled], factors)
             return all(
@@ -158,8 +152,12 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
         return False
 
 
-def _same(cls: type, base: type, name: str) -> bool:
-    return getattr(cls, name, None) is getattr(base, name, None)
+def _steps_as(scheduler: Any, kind: type) -> bool:
+    """Whether it is of a class, and leaves its ways of making rates as they are."""
+    own = type(scheduler)
+    return isinstance(scheduler, kind) and all(
+        getattr(own, name, None) is getattr(kind, name, None) for name in ("get_lr", "step")
+    )
 
 
 def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[float | None]) -> None:

@@ -52,9 +52,7 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        generators = isolate_rng()  # which puts nothing back where it is told of an exception
-        generators.__enter__()
-        stack.callback(generators.__exit__, None, None, None)
+        stack.enter_context(isolate_rng())
         stack.callback(_put_back_environment, dict(os.environ))
         with suppress(OSError):  # where the working directory is gone
             stack.callback(_put_back_folder, os.getcwd())
