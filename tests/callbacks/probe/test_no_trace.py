@@ -472,6 +472,16 @@ class LogsByPackage(Small):
         self.seen.append(len(vars(sys.modules["mlflow"])["points"]))
 
 
+@pytest.fixture(autouse=True)
+def leaves_mlflow_as_it_was() -> Iterator[None]:
+    """A stand-in that stayed would be found by tests of the real one in the same process."""
+    before = sys.modules.get("mlflow")
+    yield
+    sys.modules.pop("mlflow", None)
+    if before is not None:
+        sys.modules["mlflow"] = before
+
+
 def fresh() -> DataLoader:  # type: ignore[type-arg]
     """A loader for a run, before which what modules and classes of this file hold is as at first."""
     BY_NAME.count = LOOKED_UP.count = Kind.ONE.value[0] = Kind.TWO.calls = 0
