@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -23,6 +24,16 @@ settings.register_profile(
     "nightly", settings.get_profile("suite"), max_examples=1500, derandomize=False, print_blob=True
 )
 settings.load_profile("suite")
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of torch and of the tests themselves are looked through once, and not by each probe again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
