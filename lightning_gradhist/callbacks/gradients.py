@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, zero_gradients, zero_loss_scale
-from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks._lightning import Trainer, is_overridden
 from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
@@ -211,9 +211,12 @@ def rounding_unit(trainer: Trainer) -> float:
     return torch.finfo(next((dtype for key, dtype in kinds.items() if key in precision), torch.float32)).eps
 
 
-def clips_by_norm(trainer: Trainer) -> bool:
-    """Whether a trainer with a ``gradient_clip_val`` clips the norm, as it does unless told, and not each value."""
-    return trainer.gradient_clip_algorithm in (None, "norm")  # else an enumeration, whose members equal their values
+def clip_limits(trainer: Trainer) -> tuple[float | None, float | None]:
+    """What the Trainer clips the norm to, and what each value; None where it does not, and where the module clips itself."""
+    limit, by_norm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm in (None, "norm")
+    if not limit or is_overridden("configure_gradient_clipping", trainer.lightning_module):
+        return None, None
+    return (float(limit), None) if by_norm else (None, float(limit))
 
 
 def _divided(gradients: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.handoff import stray_schedule
-from lightning_gradhist.callbacks.gradients import clips_by_norm, hooks_not_called, rounding_unit
+from lightning_gradhist.callbacks.gradients import clip_limits, hooks_not_called, rounding_unit
 from lightning_gradhist.callbacks.optimizers import (
     centered,
     class_name,
@@ -266,20 +266,19 @@ class _Measurement:
 
     def _find_search_space(self, noise: NoiseScale, probe: Probe, batch_ratio: float) -> float:
         """Sets the search space of the gradients that reach the optimizer, and returns by how much they are clipped."""
-        limit, by_norm = self._trainer.gradient_clip_val, clips_by_norm(self._trainer)
+        to_norm, to_value = clip_limits(self._trainer)
         self._found.reasons.extend(starmap(explain.hook_not_called, hooks_not_called(self._trainer)))
-        factor, norms = 1.0, [limit if by_norm else None, own_clip_norm(self._trainer.optimizers[0])]
+        factor, norms = 1.0, [to_norm, own_clip_norm(self._trainer.optimizers[0])]
         if any(norms):
             square = on_every_rank(self._trainer, "to hold gradients", lambda: self._square(noise, batch_ratio))
             norm = min(filter(None, norms))
             factor = clip_factor(probe.over_shards(square), norm)
             self._found.clipping = (norm, factor)
-        largest = limit if limit and not by_norm else math.inf
 
         def count() -> MagnitudeHistogram:
             moments = noise.first_half.second_moment(batch_ratio, self._centered)
             histogram = MagnitudeHistogram(list(moments), self._trainer.lightning_module.device)
-            histogram.update({name: v.sqrt().clamp(max=largest) * factor for name, v in moments.items()})
+            histogram.update({name: v.sqrt().clamp(max=to_value or math.inf) * factor for name, v in moments.items()})
             return histogram
 
         histogram = on_every_rank(self._trainer, "to hold gradients", count)

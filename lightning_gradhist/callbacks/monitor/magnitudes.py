@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
-from lightning_gradhist.callbacks.gradients import LocalGradients, clips_by_norm, squared_norm
+from lightning_gradhist.callbacks.gradients import LocalGradients, clip_limits, squared_norm
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
@@ -129,11 +129,10 @@ class MagnitudeMonitor(StepObserver):
 
     def _clip_norm(self) -> float | None:
         """The norm that the Trainer clips to, where this is before it and all gradients are counted."""
-        trainer = self._fit.trainer
-        if self._when != "before_clip" or not clips_by_norm(trainer) or not trainer.gradient_clip_val:
+        if self._when != "before_clip" or not self._fit.module.automatic_optimization:
             return None
         counts_all = self._watched.find_rows().keys() >= self._watched.parameters.keys()
-        return float(trainer.gradient_clip_val) if counts_all and self._fit.module.automatic_optimization else None
+        return clip_limits(self._fit.trainer)[0] if counts_all else None
 
     def finish(self) -> None:
         """Draws the last report."""

@@ -78,7 +78,8 @@ class GradientHistogramMonitor(Callback):
     - ``gradient_zero_share``, ``gradient_nonfinite_share``, ``gradient_fp16_loss_share`` ``/all``, and ``/<row>`` where it is
       0.1% or more: values that are zero, not finite, or lost in float16. ``gradient_median/all`` and the losses in float8: see
       :func:`lightning_gradhist.logging.magnitude_report.magnitude_report`.
-    - ``gradient_clip_factor``: what all gradients are multiplied by, where the Trainer clips by norm and no row is left out.
+    - ``gradient_clip_factor``: what all gradients are multiplied by, where the Trainer clips by norm, not the
+      module in a ``configure_gradient_clipping`` of its own, and no row is left out.
     - ``noise_scale/adam``, ``noise_scale/simple``: over the run so far, in samples, with ``_lower`` and ``_upper``, the ends
       of their intervals (a chart on the custom scalars page), beside ``noise_scale/batch_size`` and
       ``noise_scale/critical_batch_size``; eight times until there are twice as many logged steps.

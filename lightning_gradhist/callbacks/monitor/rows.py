@@ -40,7 +40,7 @@ class Rows:
         layers = _layers(module) if any(self._filters.values()) else {}
         groups = {name: self._group(name) for name in names if self._is_counted(name, layers)}
         taken = {group for group in self._groups.values() if group is not None}
-        return {name: group or self._own_row(name, taken) for name, group in groups.items()}
+        return {name: self._own_row(name, taken) if group is None else group for name, group in groups.items()}
 
     def of_optimizer(self, module: nn.Module, names: Sequence[Iterable[str]], index: int) -> dict[str, str]:
         """The rows of one of several optimizers; one that another of them has as well ends in the optimizer's index.
@@ -102,7 +102,8 @@ class Rows:
         """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
         if name not in self._groups:
             try:
-                self._groups[name] = self._group_of(name)
+                group = self._group_of(name)
+                self._groups[name] = None if group in (None, "") else str(group)
             except Exception as error:
                 self._groups[name] = None
                 if not self._has_warned:

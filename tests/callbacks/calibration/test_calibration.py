@@ -459,6 +459,16 @@ def test_hooks_that_the_probe_does_not_call_are_named(tmp_path, hook: str) -> No
     assert f"the probe does not call {hook} of the module" in " ".join(result.reasons)
 
 
+def test_what_a_module_clips_itself_is_not_clipped_twice(tmp_path) -> None:
+    kind = type("Own", (Net,), {"configure_gradient_clipping": lambda self, *args, **options: None})
+    found = [
+        calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=kind(), gradient_clip_val=limit)[0]
+        for limit in (None, 1e-3)
+    ]
+    assert found[0].epsilon_range == found[1].epsilon_range
+    assert not any("clipped to a norm" in reason for reason in found[1].reasons)
+
+
 @pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-4)])
 def test_epsilon_is_measured_on_the_clipped_gradient(tmp_path, algorithm: str, limit: float) -> None:
     calibration = OptimizerCalibration(learning_rate="keep")

@@ -1501,9 +1501,16 @@ def test_how_much_the_trainer_clips_is_logged_where_it_clips_by_norm(tmp_path, c
         assert factor == pytest.approx(min(1.0, clip / float(norm)), rel=0.02)
 
 
-def test_no_clip_factor_where_not_all_gradients_are_counted(tmp_path) -> None:
-    monitor = GradientHistogramMonitor(every_n_steps=1, exclude="bias")
-    fit(tmp_path, monitor, module=Sixteen, gradient_clip_val=1e-2, max_steps=2)
+@pytest.mark.parametrize(
+    ("module", "exclude"),
+    [
+        pytest.param(Sixteen, "bias", id="not all gradients are counted"),
+        pytest.param(OwnClipping, None, id="the module clips itself"),
+    ],
+)
+def test_no_clip_factor_where_it_is_not_known(tmp_path, module: Any, exclude: str | None) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, exclude=exclude)
+    fit(tmp_path, monitor, module=module, gradient_clip_val=1e-2, max_steps=2)
     assert "gradient_clip_factor" not in events(tmp_path).Tags()["scalars"]
 
 

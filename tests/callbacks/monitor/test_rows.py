@@ -40,6 +40,10 @@ def layer_number(name: str) -> str | None:
     return name.split(".")[1] if name.startswith("blocks") else None
 
 
+def depth(name: str) -> int:
+    return name.count(".")
+
+
 BLOCK = ["norm.weight", "norm.bias", "mix.weight", "mix.bias"]
 NAMES = ["token", *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK), "head.weight", "head.bias"]
 
@@ -60,6 +64,7 @@ NAMES = ["token", *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK), "he
             "norm|mix", ["token", *2 * ["norm", "norm", "mix", "mix"], "head.weight", "head.bias"], id="match"
         ),
         pytest.param(layer_number, ["token", *4 * ["0"], *4 * ["1"], "head.weight", "head.bias"], id="function"),
+        pytest.param(depth, ["0", *8 * ["3"], *2 * ["1"]], id="function that counts"),
     ],
 )
 def test_rows_are_groups(group_by: Any, expected: list[str]) -> None:
