@@ -107,7 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="All that only a GPU can show, within 8 minutes.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="every part, small: shows that it runs, measures nothing")
-    parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all parts together (default: {WHOLE})")
     parser.add_argument("--only", nargs="+", metavar="PART")
     parser.add_argument("--data-dir", type=Path, help="the four idx files of Fashion-MNIST")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu")
@@ -122,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [part for part in every if not args.only or part.name in args.only]
     described = machine(torch.device(args.device), "triton")
     rows: list[Row] = []
-    for row in results(wanted, args.seconds * (4 if args.tiny else 1), log, args.device):
+    for row in results(wanted, WHOLE * (4 if args.tiny else 1), log, args.device):
         rows.append({**row, **described})
         write_csv(args.output / "gpu_parts.csv", COLUMNS, rows)
         (args.output / "summary.md").write_text(summary(rows, args.output), encoding="utf-8")

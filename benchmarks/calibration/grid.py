@@ -71,12 +71,17 @@ def alike(results: Results, like: Run) -> Results:
     return {run: row for run, row in results.items() if setting(run) == wanted}
 
 
-def losses(results: Results, like: Run, column: str = "train_loss") -> dict[int, float]:
-    """Final loss by half octaves of the rate, averaged over seeds, of runs that differ from one in rate and seed only."""
-    found: dict[int, list[float]] = defaultdict(list)
+def by_seed(results: Results, like: Run, column: str = "train_loss") -> dict[int, dict[int, float]]:
+    """Final losses by half octaves of the rate and by seed, of runs that differ from one in these only."""
+    found: dict[int, dict[int, float]] = defaultdict(dict)
     for run, row in alike(results, like).items():
-        found[half_octaves(run.learning_rate)].append(math.inf if row["diverged"] else row[column])
-    return {k: sum(values) / len(values) for k, values in sorted(found.items())}
+        found[half_octaves(run.learning_rate)][run.seed] = math.inf if row["diverged"] else row[column]
+    return dict(sorted(found.items()))
+
+
+def losses(results: Results, like: Run, column: str = "train_loss") -> dict[int, float]:
+    """As :func:`by_seed`, averaged over seeds."""
+    return {k: sum(of.values()) / len(of) for k, of in by_seed(results, like, column).items()}
 
 
 def best(by_rate: Mapping[int, float]) -> int | None:
