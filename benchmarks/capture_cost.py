@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any, NamedTuple
+from typing import Any
 
 import capture_variants as cases
 import lightning as L
@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import CPU, Row, machine, parser, print_table, print_verdicts, quartiles, write_report
+from reporting import CPU, RESULTS, Row, machine, parser, print_table, print_verdicts, quartiles, write_report
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -54,6 +54,12 @@ SHOWN = ["model", "variant", *(c for c in MEASURED if c not in ("step_ms_q25", "
 ALONE, PROBE = "counting alone", "calibration's probe"
 
 
+Turn = (
+    np.ndarray
+)  # seconds of each step of a training, ``[2, steps]``: of the processor or the device, and on the clock
+Round = tuple[Turn, dict[str, Turn]]  # a turn of none on whole batches, and one of each variant
+
+
 class Clock(L.Callback):
     """What the steps take, on the clock and of the processor or the device, without waiting for the latter."""
 
@@ -61,7 +67,6 @@ class Clock(L.Callback):
         self.device, self.clock, self.work = device, [], []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Take the times."""
         self.clock.append(perf_counter())
         if self.device.type == "cpu":
             self.work.append(process_time())
@@ -95,27 +100,13 @@ def fit(
     return data[0]
 
 
-class Turn(NamedTuple):
-    """What the steps of one training have taken: seconds of the processor or the device, and on the clock."""
-
-    seconds: list[float]
-    clock_seconds: list[float]
-
-
 def take_turn(task: Task, variant: Variant, device: torch.device, steps: int, batch_size: int | None = None) -> Turn:
     """Train once, on whole batches if nothing else is said."""
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         fit(made(task, steps + 1, batch_size), [clock, *variant.callbacks(task)], Path(folder), device)
     gc.collect()
-    return Turn(clock.seconds(), np.diff(clock.clock).tolist())
-
-
-class Round(NamedTuple):
-    """A turn of each variant, and one of none on whole batches."""
-
-    whole: Turn
-    turns: dict[str, Turn]
+    return np.array([clock.seconds(), np.diff(clock.clock)])
 
 
 def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.device) -> list[Round]:
@@ -131,7 +122,7 @@ def take_rounds(task: Task, some: Sequence[Variant], rounds: int, device: torch.
     for index in range(rounds):
         first = index % len(some)
         order = [*some[first:], *some[:first]]
-        done.append(Round(take_turn(task, none, device, few), {variant.name: turn(variant) for variant in order}))
+        done.append((take_turn(task, none, device, few), {variant.name: turn(variant) for variant in order}))
         print(f"  round {index + 1} of {rounds}", flush=True)
     return done
 
@@ -213,10 +204,10 @@ def check_counts(logged: Any, gradient: np.ndarray, what: str) -> None:
 
 def of_rounds(rounds: list[Round], variant: Variant) -> Row:
     """The columns that come from the turns of a variant."""
-    plain = 1e3 * np.array([statistics.median(one.whole.seconds[LEFT_OUT_STEPS:]) for one in rounds])
+    plain = 1e3 * np.array([np.median(whole[0, LEFT_OUT_STEPS:]) for whole, _ in rounds])
     if variant.name == cases.NONE:
         return {"rounds": len(rounds), **quartiles("step_ms", plain)}
-    work, clock = 1e3 * np.array([added_in_round(one.turns, variant) for one in rounds]).T
+    work, clock = 1e3 * np.array([added_in_round(turns, variant) for _, turns in rounds]).T
     share, on_clock = float(np.median(work) / np.median(plain)), float(np.median(clock))
     return {"rounds": len(rounds), **quartiles("added_ms", work), "added_share": share, "added_clock_ms": on_clock}
 
@@ -291,7 +282,7 @@ def probe_row(task: Task, rounds: int, device: torch.device) -> Row:
     probe = Variant(PROBE, lambda task: [OptimizerCalibration(reference_batch_size=task.batch_size)])
     shares = []
     for _ in range(rounds):
-        plain, probed = (take_turn(task, variant, device, batches + 1).seconds for variant in (none, probe))
+        plain, probed = (take_turn(task, variant, device, batches + 1)[0] for variant in (none, probe))
         step = statistics.median(plain[LEFT_OUT_STEPS:])
         shares.append((probed[0] - step) / (batches * step))  # the probe is made before the first step
     return {"variant": PROBE, "rounds": rounds, "probe_in_steps": statistics.median(shares)}
@@ -309,7 +300,6 @@ def split(task: Task, only: list[str] | None) -> tuple[list[Variant], list[Row]]
 
 
 def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Measure everything on one model."""
     sizes = [p.numel() for p in made(task, 1)[0].parameters()]
     of_model = {"model": task.name, "tensors": len(sizes), "parameters": sum(sizes), "batch": task.batch_shape}
     print(f"{task.name}: {len(sizes):,} tensors, {sum(sizes):,} parameters, {task.batch_shape}", flush=True)
@@ -343,7 +333,6 @@ def run(args: argparse.Namespace, device: torch.device) -> Iterator[list[Row]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark from the command line."""
     models, names = ([one.name for one in some] for some in (cases.tasks(), cases.variants()))
     options = parser("What it costs to watch gradients while Lightning trains.", models, names, "capture_cost")
     options.add_argument("--scale", type=float, default=1.0, help="share of the models' size, for a try-out")
@@ -352,7 +341,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
-    rows = write_report("capture_cost", args, COLUMNS, run(args, device), machine(device, "lightning", "triton"))
+    path = args.output or RESULTS / f"capture_cost_{args.device}.csv"
+    rows = write_report(path, COLUMNS, run(args, device), machine(device, "lightning", "triton"))
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     print_verdicts("capture_cost", rows, "variant", args.device)

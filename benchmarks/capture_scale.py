@@ -187,7 +187,6 @@ def large_rows(ranks: int = 1024, steps: int = 10_000) -> list[Row]:
 
 
 def main() -> None:
-    """Run the check, and print the model's table."""
     rows: list[Row] = []
     for ranks in (1, 2, 4, 8):
         rows.append(check(ranks))

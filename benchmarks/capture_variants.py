@@ -24,6 +24,7 @@ DEFAULT, EVERY_STEP, OFF_STEPS = "monitor", "monitor, every step", "monitor, off
 NO_NOISE, FIRST_STEPS = "monitor, every step, noise_scale=False", "monitor, first 100 steps"
 NOISE_SHARE = 0.28  # of that run's pairs of steps, where each step is logged: all in 1,000 steps, then one in ten steps
 ADD_HISTOGRAM, WANDB = "add_histogram", "wandb.watch"
+ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
 
 @dataclass(frozen=True)
@@ -120,19 +121,17 @@ def _text(words: int, samples: int) -> tuple[Tensor, Tensor]:
 
 
 class Training(L.LightningModule):
-    """A network under torch's AdamW with its defaults; nothing is logged."""
+    """A network under torch's AdamW with its defaults, or another optimizer; nothing is logged."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, optimizer: Any = ADAMW) -> None:
         super().__init__()
-        self.network, self.loss_function = network, nn.CrossEntropyLoss()
+        self.network, self.loss_function, self.optimizer = network, nn.CrossEntropyLoss(), optimizer
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss."""
         return self.loss_function(self.network(batch[0]), batch[1].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return self.optimizer(self.parameters())
 
 
 def made(task: Task, steps: int, batch_size: int | None = None) -> tuple[Training, DataLoader]:
@@ -184,7 +183,6 @@ def variants() -> list[Variant]:
 
 
 def monitor(name: str, every_n_steps: int, **options: Any) -> Variant:
-    """Ours, at a cadence."""
     in_turn, with_noise = min(every_n_steps, CADENCE_IN_TURN), options.get("noise_scale", True)
     callbacks = lambda task: [GradientHistogramMonitor(in_turn, **options)]  # noqa: E731
     return Variant(name, callbacks, every_n_steps, in_turn, with_noise, draws=True)

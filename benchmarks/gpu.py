@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,59 +35,28 @@ COLUMNS = "part status seconds last_line date device cpu gpu python torch triton
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that is measured or checked: what runs it, but for the interpreter, and the seconds after which it is killed."""
+    """One thing that is measured or checked: a row of ``gpu.csv``, with the seconds after which it is killed."""
 
     name: str
     command: list[str]
     seconds: int
-    program: str = ""  # that it needs beside Python
+    program: str = ""  # that runs it in place of Python
 
 
 def parts(device: str, out: Path, tiny: bool, data_dir: Path | None = None) -> list[Part]:
     """All, the most important first; the limits of all but the evidence, which takes what is left, add up to the whole."""
-
-    def script(name: str, output: str, *options: str) -> list[str]:
-        return [str(HERE / f"{name}.py"), "--device", device, "--output", str(out / output), *options]
-
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini", "filterwarnings=ignore", "--tb=short"]
-    parallel = ["--numprocesses", str(min(8, os.cpu_count() or 1))]  # much of it is numpy's
-    at_once = [*(parallel if find_spec("xdist") else []), *(["-k", "not torch.float16"] if tiny else [])]
-    small = ["tests/gpu/test_steps.py", "tests/gpu/test_counts.py", "-k", "same_bits or 4097"]
-    few = ["--only", "AdamW fused", "AdamE fused", "ALTO fused"]
-    of_transformer, of_small = [], [*few, "AdamW foreach"]  # others take seconds for a step of 10,000 tensors
-    size, large, kernels = ["--repeats", "3"], ["--repeats", "3", "--parameters", "1.5e9"], []
-    evidence = ["--data-dir", str(data_dir.resolve())] if data_dir else []
-    if tiny:
-        of_transformer = of_small = ["--only", "AdamW fused", "AdamE", "ALTO"]
-        size, large = (["--repeats", "1", "--parameters", parameters] for parameters in ("2e5", "4e5"))
-        kernels, evidence = ["--size", "20000", "--parameters", "1"], [*evidence, "--tiny"]
-    step = script("optim_step", f"optim_step_{device}.csv", *size, "--models")
-    large = script("optim_step", "optim_step_large.csv", *large, "--dtype", "bfloat16", "--models", "transformer", *few)
-    rates, resnet = (script("gpu_evidence", f"gpu_{name}.csv", *evidence, name) for name in ("rates", "resnet"))
-    sanitized = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, *tests, *small]
-    longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
-    return [
-        Part("correctness", [*tests, *at_once, "tests/gpu"], 120 * longer),
-        Part("sanitizer", sanitized, 45 * longer, program="compute-sanitizer"),
-        Part("step", [*step, "transformer", *of_transformer], 70 * longer),
-        Part("step, small tensors", [*step, "small tensors", *of_small], 25 * longer),
-        Part("kernels", script("kernel_speed", "kernels.csv", *kernels), 30 * longer),
-        *captures(script("capture_cost", f"capture_cost_{device}.csv", "--rounds", "1" if tiny else "2"), tiny),
-        Part("large step, bfloat16", large, 30 * longer),
-        Part("rates of a character GPT", rates, 150 * longer),
-        Part("ResNet-20 at large batches", resnet, 150 * longer),
-    ]
-
-
-def captures(command: list[str], tiny: bool) -> list[Part]:
-    """What the monitor costs, one model after another; the peers take minutes on the largest, and so are left out there."""
-    ours = ["--only", "none, again", "monitor", "monitor, every step", "monitor, off-steps"]
-    if tiny:
-        return [Part("capture, CNN", [*command, "--scale", "1e-3", "--models", "CNN", *ours], 240)]
-    all_of_them = [*ours, "add_histogram", "wandb.watch"]
-    wanted = {"CNN": (45, all_of_them), "transformer": (45, all_of_them), "small tensors": (30, ours)}
-    wanted["transformer, 350 M"] = (40, ours)
-    return [Part(f"capture, {name}", [*command, "--models", name, *some], n) for name, (n, some) in wanted.items()]
+    own = {"device": device, "out": out, "python": sys.executable}
+    found = []
+    for row in read_csv(HERE / "gpu.csv"):
+        words = shlex.split(f"{row['command']} {row['tiny' if tiny else 'full']}")
+        command = [word.format(**own) for word in words]
+        if row["part"] == "correctness" and find_spec("xdist"):
+            command += ["--numprocesses", str(min(8, os.cpu_count() or 1))]  # much of it is numpy's
+        if data_dir and "evidence" in row["command"]:
+            command += ["--data-dir", str(data_dir.resolve())]
+        longer = 4 if tiny else 1  # the host may be busy, and nothing is measured
+        found.append(Part(row["part"], command, row["seconds"] * longer, row["program"]))
+    return found
 
 
 def run(part: Part, seconds: float, log: Path, device: str) -> Row:
@@ -94,7 +64,7 @@ def run(part: Part, seconds: float, log: Path, device: str) -> Row:
     lacking = f"{part.program} is not installed" if part.program and shutil.which(part.program) is None else ""
     if lacking or seconds <= 1:
         return {"part": part.name, "status": "not measured", "last_line": lacking or "no time was left"}
-    command = part.command if part.program else [sys.executable, *part.command]
+    command = [part.program or sys.executable, *part.command]
     folders = (ROOT, HERE, HERE / "calibration", ROOT / "examples", ROOT / "tests")  # the package need not be installed
     quiet = {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
@@ -137,7 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="All that only a GPU can show, within 8 minutes.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="every part, small: shows that it runs, measures nothing")
-    parser.add_argument("--seconds", type=float, default=WHOLE, help=f"for all parts together (default: {WHOLE})")
     parser.add_argument("--only", nargs="+", metavar="PART")
     parser.add_argument("--data-dir", type=Path, help="the four idx files of Fashion-MNIST")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu")
@@ -152,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [part for part in every if not args.only or part.name in args.only]
     described = machine(torch.device(args.device), "triton")
     rows: list[Row] = []
-    for row in results(wanted, args.seconds * (4 if args.tiny else 1), log, args.device):
+    for row in results(wanted, WHOLE * (4 if args.tiny else 1), log, args.device):
         rows.append({**row, **described})
         write_csv(args.output / "gpu_parts.csv", COLUMNS, rows)
         (args.output / "summary.md").write_text(summary(rows, args.output), encoding="utf-8")

@@ -52,7 +52,6 @@ def data(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def counting(size: int, device: torch.device) -> Iterator[Row]:
-    """The histogram's kernel."""
     from lightning_gradhist.kernels.histogram import add_magnitudes
 
     for dtype in (torch.float32, torch.bfloat16):

@@ -64,7 +64,6 @@ def built(wanted: Sequence[T], build: Callable[[T], object]) -> tuple[list[T], d
 
 
 def peer(name: str, distribution: str) -> Any:
-    """A module of a peer."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
@@ -74,7 +73,6 @@ def peer(name: str, distribution: str) -> Any:
 
 
 def timm_lamb() -> Any:
-    """The class of timm's Lamb."""
     # timm's optimizers are loaded as a package of their own: "import timm" would want torchvision
     found = importlib.util.find_spec("timm")
     package = types.ModuleType("timm_optim")
@@ -85,8 +83,6 @@ def timm_lamb() -> Any:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One row of the benchmark."""
-
     name: str
     distribution: str  # where it comes from, as pip names it
     accesses: tuple[int, int]
@@ -122,7 +118,6 @@ def implementations() -> list[Implementation]:
 
 
 def adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
-    """Torch's AdamW with the common settings."""
     return torch.optim.AdamW(params, lr, **COMMON, **options)
 
 

@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from measuring import extra_peak_bytes, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
-from reporting import Row, installed_version, machine, parser, print_table, print_verdicts, quartiles, write_report
+from reporting import (
+    RESULTS,
+    Row,
+    installed_version,
+    machine,
+    parser,
+    print_table,
+    print_verdicts,
+    quartiles,
+    write_report,
+)
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -55,7 +65,6 @@ class Model:
         return implementation.make(self.params, LR)
 
     def columns(self) -> Row:
-        """What all rows of a model have in common."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"model": self.name, "tensors": len(self.params), "parameters": self.size, "dtype": dtype}
 
@@ -76,7 +85,6 @@ def small_shapes(parameters: float) -> list[tuple[int, ...]]:
 
 
 def copy(params: list[Parameter], _lr: float, bytes_per_parameter: int) -> SimpleNamespace:
-    """A copy in the place of an optimizer."""
     words = sum(param.numel() for param in params) * bytes_per_parameter // 2 // 4
     # written to, since the pages of fresh zeros are all the same one
     source, target = (torch.ones(words, dtype=torch.float32, device=params[0].device) for _ in range(2))
@@ -84,7 +92,6 @@ def copy(params: list[Parameter], _lr: float, bytes_per_parameter: int) -> Simpl
 
 
 def copies(bytes_per_parameter: set[int]) -> list[Implementation]:
-    """One copy for each floor."""
     return [
         Implementation(f"copy {floor}", "torch", (0, 0), partial(copy, bytes_per_parameter=floor), fixed_bytes=floor)
         for floor in sorted(bytes_per_parameter)
@@ -146,7 +153,6 @@ def measure_model(model: Model, contestants: list[Implementation], repeats: int)
 
 
 def timing(contestant: Implementation, dtype: torch.dtype, seconds: dict[str, list[float]]) -> Row:
-    """What the rounds tell of one implementation."""
     mine, distribution = seconds[contestant.name], contestant.distribution
     floor = contestant.bytes_per_parameter(dtype)
     has_column = distribution in ("torch", "lightning-gradhist")
@@ -187,7 +193,6 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> I
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark from the command line."""
     names = [one.name for one in implementations()]
     options = parser("Time and memory of one optimizer step, against the peers.", list(MODELS), names, "optim_step")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the parameters")
@@ -195,7 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
     args = options.parse_args(arguments)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    rows = write_report("optim_step", args, COLUMNS, run(args, device, dtype), machine(device, "triton"))
+    path = args.output or RESULTS / f"optim_step_{args.device}.csv"
+    rows = write_report(path, COLUMNS, run(args, device, dtype), machine(device, "triton"))
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")

@@ -44,7 +44,6 @@ def machine(device: torch.device = CPU, *distributions: str) -> dict[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """Look up the version of a distribution; empty if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -69,28 +68,23 @@ def _value(cell: str) -> Any:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row], digits: int | None = 4) -> None:
-    """Write columns of rows beside the old table and put it in its place; floats with that many significant digits, or all."""
+    """Write columns of rows beside the old table and put it in its place.
+
+    Floats have that many significant digits; with None each cell is text or JSON, which :func:`read_csv` gives back as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     with beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _rounded(value, digits) for key, value in row.items()} for row in rows)
+        writer.writerows({key: _cell(value, digits) for key, value in row.items()} for row in rows)
     beside.replace(path)
 
 
-def _rounded(value: Any, digits: int | None) -> Any:
-    return f"{value:.{digits}g}" if digits and isinstance(value, float) else value
-
-
-def write_by_model(path: Path, columns: Sequence[str], models: Iterable[list[Row]], described: Row) -> list[Row]:
-    """Write the rows of model after model, the last that come of each, beside those of others; returns what was measured."""
-    measured: dict[str, list[Row]] = {}
-    for of_model in models:
-        measured[of_model[0]["model"]] = [{**row, **described} for row in of_model]
-        others = [row for row in read_csv(path) if row["model"] not in measured]
-        write_csv(path, columns, [*others, *chain(*measured.values())])
-    return [*chain(*measured.values())]
+def _cell(value: Any, digits: int | None = 4) -> Any:
+    if digits is None:
+        return value if isinstance(value, str) else json.dumps(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else value
 
 
 def parser(description: str, models: Sequence[str], names: Sequence[str], output: str) -> argparse.ArgumentParser:
@@ -105,22 +99,27 @@ def parser(description: str, models: Sequence[str], names: Sequence[str], output
 
 
 def quartiles(column: str, values: Sequence[float]) -> Row:
-    """A median, and the quartiles beside it."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
 
 
-def write_report(
-    name: str, args: argparse.Namespace, columns: Sequence[str], models: Iterable[list[Row]], of: Row
-) -> list[Row]:
-    """Print the machine and the versions ``of`` which the rows of a benchmark are, and write them model after model."""
+def write_report(path: Path, columns: Sequence[str], models: Iterable[list[Row]], of: Row) -> list[Row]:
+    """Print the machine and the versions ``of`` which the rows of a benchmark are, and write them model after model.
+
+    The last rows that come of a model stand beside those of others that the table has; returned is what was measured.
+    """
     print("  ".join(f"{what}: {value}" for what, value in of.items() if value), flush=True)
-    return write_by_model(args.output or RESULTS / f"{name}_{args.device}.csv", columns, models, of)
+    measured: dict[str, list[Row]] = {}
+    for of_model in models:
+        measured[of_model[0]["model"]] = [{**row, **of} for row in of_model]
+        others = [row for row in read_csv(path) if row["model"] not in measured]
+        write_csv(path, columns, [*others, *chain(*measured.values())])
+    return [*chain(*measured.values())]
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """Print some columns of rows, one below the other."""
-    lines = [list(columns), *([str(_rounded(row.get(name, ""), 4)) for name in columns] for row in rows)]
+    lines = [list(columns), *([str(_cell(row.get(name, ""))) for name in columns] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

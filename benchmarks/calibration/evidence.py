@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, half_octaves, middle, read, references
+from grid import CLEAR, FAR, SIDE, Results, alike, at_equal_steps, by_seed, half_octaves, middle, read, references
 from training import Run
 from workloads import WORKLOADS, Workload
 
@@ -109,12 +109,10 @@ def by_batch_size(results: Results, references: Sequence[Run]) -> dict[int, Meas
     """The losses of runs like the references, at each batch size that has a rate which did not diverge."""
     found = {}
     for like in references:
-        by_rate: dict[int, dict[int, float]] = defaultdict(dict)
-        for run, row in alike(results, like).items():
-            by_rate[half_octaves(run.learning_rate)][run.seed] = math.inf if row["diverged"] else row["train_loss"]
+        by_rate = by_seed(results, like)
         seeds = range(1 + max((seed for at_rate in by_rate.values() for seed in at_rate), default=0))
-        losses = [[by_rate[k].get(seed, math.nan) for seed in seeds] for k in sorted(by_rate)]
-        measured = Measured(np.array(sorted(by_rate)) / 2, np.array(losses).reshape(-1, len(seeds)))
+        losses = [[at_rate.get(seed, math.nan) for seed in seeds] for at_rate in by_rate.values()]
+        measured = Measured(np.array([*by_rate]) / 2, np.array(losses).reshape(-1, len(seeds)))
         if measured.curve() is not None:
             found[like.batch_size] = measured
     return found

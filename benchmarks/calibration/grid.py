@@ -8,22 +8,20 @@ else is said. Learning rates are counted in half octaves: ``rate(k) = 2 ** (k / 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import json
 import math
 import multiprocessing
 import signal
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from multiprocessing.pool import AsyncResult, Pool
+from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reporting import CPU, RESULTS, Row, machine, read_csv
+from reporting import CPU, RESULTS, Row, machine, read_csv, write_csv
 from training import EPS, Run, train, train_for_claim
 from workloads import FASHION_MNIST, WORKLOADS, Workload
 
@@ -41,25 +39,6 @@ FAR = 2.0  # beyond a rate with this many times the best loss there is nothing t
 Results = Mapping[Run, Row]
 
 
-class Table(dict[Run, Row]):
-    """Runs, and their file, of which a last line that was not written to its end is cut off."""
-
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, columns
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        path.write_text(text[: text.rfind("\n") + 1] or ",".join(columns) + "\n", encoding="utf-8")
-        super().__init__(read(path))
-
-    def add(self, row: Row) -> None:
-        """Adds a row, and writes it."""
-        self[_run(row)] = row
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            cells = (row[column] for column in self.columns)
-            texts = (value if isinstance(value, str) else json.dumps(value) for value in cells)
-            csv.writer(file, lineterminator="\n").writerow(texts)
-
-
 def read(path: Path) -> dict[Run, Row]:
     """The runs of a table; none where there is no file."""
     return {_run(row): row for row in read_csv(path)}
@@ -69,13 +48,16 @@ def _run(row: Row) -> Run:
     return Run(**{name: row[name] for name in FIELDS})
 
 
+def told(name: str, row: Row) -> None:
+    names = ("optimizer", "batch_size", "learning_rate", "eps", "seed", "train_loss", "test_accuracy", "seconds")
+    print(name, "  ".join(f"{key} {row[key]}" for key in names), flush=True)
+
+
 def rate(k: int) -> float:
-    """The learning rate of a number of half octaves."""
     return 2.0 ** (k / 2)
 
 
 def half_octaves(learning_rate: float) -> int:
-    """The number of half octaves nearest to a learning rate."""
     return round(2 * math.log2(learning_rate))
 
 
@@ -89,12 +71,17 @@ def alike(results: Results, like: Run) -> Results:
     return {run: row for run, row in results.items() if setting(run) == wanted}
 
 
-def losses(results: Results, like: Run, column: str = "train_loss") -> dict[int, float]:
-    """Final loss by half octaves of the rate, averaged over seeds, of runs that differ from one in rate and seed only."""
-    found: dict[int, list[float]] = defaultdict(list)
+def by_seed(results: Results, like: Run, column: str = "train_loss") -> dict[int, dict[int, float]]:
+    """Final losses by half octaves of the rate and by seed, of runs that differ from one in these only."""
+    found: dict[int, dict[int, float]] = defaultdict(dict)
     for run, row in alike(results, like).items():
-        found[half_octaves(run.learning_rate)].append(math.inf if row["diverged"] else row[column])
-    return {k: sum(values) / len(values) for k, values in sorted(found.items())}
+        found[half_octaves(run.learning_rate)][run.seed] = math.inf if row["diverged"] else row[column]
+    return dict(sorted(found.items()))
+
+
+def losses(results: Results, like: Run, column: str = "train_loss") -> dict[int, float]:
+    """As :func:`by_seed`, averaged over seeds."""
+    return {k: sum(of.values()) / len(of) for k, of in by_seed(results, like, column).items()}
 
 
 def best(by_rate: Mapping[int, float]) -> int | None:
@@ -128,7 +115,6 @@ Stage = Callable[[Workload, Results], Iterator[Run]]
 
 
 def middle(workload: Workload) -> int:
-    """The middle batch size."""
     return workload.batch_sizes[len(workload.batch_sizes) // 2]
 
 
@@ -248,7 +234,7 @@ class Setting(NamedTuple):
 
     def run(self, optimizer: str) -> Run:
         """The run of an optimizer with seed 0 and the rate where the search begins."""
-        start = 2**-4 if optimizer in ("ALTO", "Lamb") else 2**-6
+        start = 2**-4 if optimizer.split()[0] in ("ALTO", "Lamb") else 2**-6
         samples = self.steps * self.batch_size
         return Run(self.workload, optimizer, self.batch_size, start, EPS[optimizer], 0, samples)
 
@@ -284,43 +270,34 @@ def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
     return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)
 
 
-def next_run(
-    names: Collection[str], stages: Collection[str], tables: Mapping[str, Results], running: Collection[Run]
-) -> tuple[str, str, Run] | None:
-    """The stage, the table and the run that is wanted most; a table waits for its runs of a stage before the next one."""
-    waiting = set()
-    for stage, name in itertools.product((*STAGES, CLAIMS), names):
-        if stage in stages and name not in waiting:
-            for run in wanted(stage, name, tables[name]):
-                if run in running:
-                    waiting.add(name)
-                elif run not in tables[name]:
-                    return stage, name, run
-    return None
+def next_runs(stages: Collection[str], tables: Mapping[str, Results]) -> list[tuple[str, str, Run]]:
+    """The runs that the first stage with any wants by now, each with the stage and the table."""
+    for stage in (stage for stage in (*STAGES, CLAIMS) if stage in stages):
+        runs = [(stage, name, run) for name, table in tables.items() for run in wanted(stage, name, table)]
+        if lacking := [(stage, name, run) for stage, name, run in dict.fromkeys(runs) if run not in tables[name]]:
+            return lacking
+    return []
+
+
+def made(folder: Path, wanted: tuple[str, str, Run]) -> tuple[str, Row]:
+    """Makes a run: the name of its table, and its row."""
+    stage, name, run = wanted
+    row = (train_for_claim if name == CLAIMS else train)(run, folder)
+    return name, {**row, **machine(CPU, "timm"), "stage": stage}
 
 
 def make_runs(pool: Pool, options: argparse.Namespace) -> None:
-    """Gives the pool run after run, and writes each row as it comes, until nothing is wanted."""
-    tables = {n: Table(options.output / f"{n}.csv", CLAIMS_COLUMNS if n == CLAIMS else COLUMNS) for n in options.table}
-    running: dict[Run, tuple[str, str, AsyncResult[Row]]] = {}
-    while True:
-        while len(running) < options.workers and (found := next_run(options.table, options.stage, tables, running)):
-            stage, name, run = found
-            make = train_for_claim if name == CLAIMS else train
-            running[run] = (stage, name, pool.apply_async(make, (run, options.data_dir)))
-        if not running:
-            return
-        while not (ready := [run for run, (_, _, result) in running.items() if result.ready()]):
-            time.sleep(0.02)
-        stage, name, result = running.pop(ready[0])
-        row = {**result.get(), **machine(CPU, "timm"), "stage": stage}
-        tables[name].add(row)
-        told = ("optimizer", "batch_size", "learning_rate", "eps", "seed", "train_loss", "test_accuracy", "seconds")
-        print(name, stage, "  ".join(f"{key} {row[key]}" for key in told), flush=True)
+    """Gives the pool all runs that are wanted by now, and writes each row as it comes, until nothing is wanted."""
+    tables = {name: read(options.output / f"{name}.csv") for name in options.table}
+    while runs := next_runs(options.stage, tables):
+        for name, row in pool.imap_unordered(partial(made, options.data_dir), runs):
+            tables[name][_run(row)] = row
+            columns = CLAIMS_COLUMNS if name == CLAIMS else COLUMNS
+            write_csv(options.output / f"{name}.csv", columns, tables[name].values(), digits=None)
+            told(f"{name} {row['stage']}", row)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, CLAIMS], default=[*STAGES, CLAIMS])

@@ -43,7 +43,6 @@ class Page:
             self.bad.append(f"{what}: {listed(where)}.")
 
     def draw(self, name: str, figure: Figure) -> None:
-        """A figure as ``tables/<name>.png``."""
         figure.savefig(self.folder / "tables" / f"{name}.png", metadata={"Software": None})
 
     def write(self) -> None:
@@ -89,12 +88,10 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in percent; a dash for NaN."""
     return cell(value, 1)
 
 
 def listed(names: Sequence[str], by: str = ", ") -> str:
-    """Names in a sentence."""
     return by.join(names) if names else "none"
 
 

@@ -1,4 +1,4 @@
-"""What is measured at fixed weights, beside the runs of the grid: search spaces of epsilon, critical rates, and coverage.
+"""What is measured beside the runs of the grid: search spaces of epsilon, critical rates, coverage, and recorded noise.
 
 It takes seconds to minutes on one core, stands in tables, and is not measured again unless it is asked for.
 """
@@ -6,21 +6,32 @@ It takes seconds to minutes on one core, stands in tables, and is not measured a
 from __future__ import annotations
 
 import itertools
+import logging
+import statistics
+import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from capture_cost import trainer
+from capture_variants import Training
 from evidence import Evidence
 from reporting import Row, read_csv, write_csv
 from torch import nn
-from training import EPS, NOISE_GRADIENTS, batches, data_of, fit, gradients_of, loss_of, noise_scale
+from torch.utils.data import DataLoader
+from training import EPS, NOISE_GRADIENTS, batches, data_of, fit, gradients_of, loss_of, noise_of, noise_scale
 from workloads import Data, Workload
 
-from lightning_gradhist import NoiseScale, SecondMoment, epsilon_range
+from lightning_gradhist import GradientHistogramMonitor, NoiseScale, SecondMoment, epsilon_range
+from lightning_gradhist.callbacks.monitor import halves
 from lightning_gradhist.callbacks.probe.first_step import first_step, largest_factor
 from lightning_gradhist.epsilon import choose_epsilon
+from lightning_gradhist.learning_rate import SURGE, choose_ratio
 
 LOSS_SCALES = (1.0, 1e-8, 1e-4, 1e4)
 EPOCH = 100  # gradients at most that the search space of epsilon is taken from
@@ -30,6 +41,9 @@ UNIT, LARGEST = 2**-8, 1.0  # critical rates: that of factor 1, and the first th
 METRICS = {"B_simple": NoiseScale.simple, "B_adam": NoiseScale.adam}
 STATES = {"at the start": 0.0, "after a tenth": 0.1}
 """The weights that coverage is measured at, by the share of the samples that they were trained on."""
+STEPS, MOMENTS, GRADIENTS, FRESH = 100, range(5, 100, 10), 16, 256  # of a recorded run, and of each true value along it
+WAYS = {"halves": halves._LEAST_SAMPLES, "pairs": 10**9}
+"""How a monitor measures noise on one device, by the samples of a batch from which on its halves are."""
 
 
 def epsilon_ranges(evidence: Evidence, folder: Path) -> list[Row]:
@@ -111,6 +125,53 @@ def _initial(workload: Workload, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return workload.make_model()
+
+
+class Truth(L.Callback):
+    """Noise scales at some moments, each from fresh gradients at the weights of the moment."""
+
+    def __init__(self, data: Data, batch_size: int) -> None:
+        self.data, self.batch_size = data, batch_size
+        self.found: list[float] = []
+        self._generator = torch.Generator().manual_seed(0)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Measure, without a trace: no gradient is left in the parameters."""
+        if trainer.global_step in MOMENTS:
+            fresh = gradients_of(pl_module.network[0], self.data, FRESH, self._generator)
+            noise = noise_of(fresh, FRESH, 2 * GRADIENTS, EPS["Adam"], self.batch_size / FRESH)
+            self.found.append(noise.adam().value)
+
+
+def record_of(workload: Workload, data: Data, batch_size: int, others: list[L.Callback]) -> Any:
+    """Trains for 100 steps; the record's estimate."""
+    torch.manual_seed(0)
+    rate = workload.learning_rate * (batch_size / workload.batch_sizes[0]) ** 0.4
+    network = nn.Sequential(workload.make_model(), nn.Flatten(0, -2))
+    module, monitor = Training(network, partial(torch.optim.Adam, lr=rate)), GradientHistogramMonitor(every_n_steps=1)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = DataLoader(data.train, batch_size, shuffle=True, drop_last=True)
+        trainer(Path(folder), [monitor, *others], max_steps=STEPS).fit(module, loader)
+    return monitor.noise_records[0].estimate("adam")
+
+
+def recorded(evidence: Evidence, folder: Path) -> list[Row]:
+    """What is recorded at the middle batch sizes in both ways, the true value, and whether a rate could be carried with it."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    workload, rows = evidence.workload, []
+    data = data_of(workload.name, folder)
+    for size in workload.batch_sizes[1:4]:
+        truth = Truth(data, size)
+        row: Row = {"workload": workload.name, "batch_size": size}
+        for way, least in WAYS.items():
+            halves._LEAST_SAMPLES = least
+            noise = record_of(workload, data, size, [truth] if way == "halves" else [])
+            carried = choose_ratio(SURGE, 4 * size, size, noise, from_record=True)
+            row |= {way: noise.value, f"{way}_lower": noise.lower, f"{way}_upper": noise.upper}
+            row |= {f"{way}_usable": int(carried.law == SURGE), "truth": statistics.fmean(truth.found)}
+        rows.append(row)
+    return rows
 
 
 def kept(path: Path, found: Mapping[str, Evidence], measure: Any, folder: Path, again: bool = False) -> list[Row]:

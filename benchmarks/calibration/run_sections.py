@@ -109,7 +109,6 @@ def _peak(evidence: Evidence, draws: int, generator: np.random.Generator) -> Row
 
 
 def growth(page: Page, found: Found) -> None:
-    """The noise scale along the runs."""
     measured = {name: evidence for name, evidence in found.items() if evidence.noise}
     if not measured:
         return

@@ -1,7 +1,7 @@
 """Draws the tables and figures of the calibration's evidence from what the grids measured: ``make evidence``.
 
 It reads the tables of ``grid.py`` as far as they have come, and writes the page ``README.md`` beside them, with a folder of
-tables and figures. What it measures itself (``probes.py``, ``recorded.py``) is kept in tables until ``--again``.
+tables and figures. What it measures itself (``probes.py``) is kept in tables until ``--again``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import transfers
 from evidence import collect
 from grid import FOLDER, read
 from page import Page
-from recorded import recorded
 from workloads import FASHION_MNIST
 
 HERE = Path(__file__).parent
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes the page, its tables and its figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the tables of grid.py")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the page")
@@ -38,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--results must be a folder with the tables of grid.py, got {options.results}; run it first")
     page, draws = Page(options.output), options.draws
     tables, measure = options.output / "tables", (options.data_dir, options.again)
-    probes.kept(options.results / "recorded.csv", found, recorded, *measure)
+    probes.kept(options.results / "recorded.csv", found, probes.recorded, *measure)
     for row in probes.kept(options.results / "critical.csv", found, probes.critical_rates, *measure):
         found[row["workload"]].critical[row["batch_size"]].append(math.log2(row["critical_rate"] or 2**-99))
     run_sections.runs(page, found)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from optim_implementations import timm_lamb
-from reporting import Row
+from reporting import CPU, Row
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,13 +29,13 @@ _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
 # differs by E alone. timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
 _LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
 _LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
-_UNCLIPPED: dict[str, Any] = {"always_adapt": True, "max_grad_norm": None}
+UNCLIPPED: dict[str, Any] = {"always_adapt": True, "max_grad_norm": None}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params, **options: torch.optim.Adam(params, fused=True, **options),
     "AdamW": lambda params, **options: torch.optim.AdamW(params, fused=True, **options),
     "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **_LARGE_BATCH, **options),
     "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **_LARGE_BATCH, **options),
-    "Lamb": lambda params, **options: timm_lamb()(params, **_UNCLIPPED, **_LAYERWISE, **options),
+    "Lamb": lambda params, **options: timm_lamb()(params, **UNCLIPPED, **_LAYERWISE, **options),
 }
 EPS = {"Adam": 1e-8, "AdamW": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
 """What each takes if it is told nothing, but for AdamE, which takes Adam's."""
@@ -59,12 +59,11 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
         return self.samples // self.batch_size
 
 
-def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
-    """Trains once, on one thread; losses are the mean cross-entropy per prediction in evaluation mode.
+def train(run: Run, folder: Path = FASHION_MNIST, device: torch.device = CPU) -> Row:
+    """Trains once, on one thread of the host; losses are the mean cross-entropy per prediction in evaluation mode.
 
     Returns:
         The settings and ``steps``, ``train_loss`` (over a fixed subset of the training data, so that batch sizes compare),
@@ -73,26 +72,26 @@ def train(run: Run, folder: Path = FASHION_MNIST) -> Row:
         ``samples_to_target`` (``[target, samples]``, None where it is not reached), ``noise_scale`` (one entry for each
         moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (gradients that it took).
     """
-    model, data, row = _trained(run, folder)
+    model, data, row = _trained(run, folder, device)
     test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
     return {**row, "test_loss": test_loss, "test_accuracy": accuracy}
 
 
-def train_for_claim(run: Run, folder: Path = FASHION_MNIST) -> Row:
+def train_for_claim(run: Run, folder: Path = FASHION_MNIST, device: torch.device = CPU) -> Row:
     """As :func:`train`, the accuracy on the first half of the test data, ``validation_error`` on the second."""
-    model, data, row = _trained(run, folder)
+    model, data, row = _trained(run, folder, device)
     half = len(data.test) // 2
     parts = ([tensor[part] for tensor in data.test.tensors] for part in (slice(half), slice(half, None)))
     accuracy, validated = (evaluate(model, part, half)[1] for part in parts)
     return {**row, "validation_error": 1 - validated, "test_accuracy": accuracy}
 
 
-def _trained(run: Run, folder: Path) -> tuple[nn.Module, Data, Row]:
+def _trained(run: Run, folder: Path, device: torch.device) -> tuple[nn.Module, Data, Row]:
     torch.set_num_threads(1)
     data, start = data_of(run.workload, folder), perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = WORKLOADS[run.workload].make_model()
+        model = WORKLOADS[run.workload].make_model().to(device)
         curve, noise = fit(model, run, data)
     train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
     row = {"steps": run.steps, "train_loss": train_loss, "diverged": int(not train_loss <= curve[0][1])}
@@ -132,7 +131,6 @@ def moments(steps: int) -> list[int]:
 
 
 def warm_up(steps: int) -> int:
-    """Steps over which the learning rate rises."""
     return max(1, round(_WARM_UP * steps))
 
 
@@ -153,12 +151,20 @@ def measure_noise(model: nn.Module, run: Run, data: Data, generator: torch.Gener
 def noise_scale(gradients: Iterator[Mapping[str, Tensor]], run: Run, number: int = NOISE_GRADIENTS) -> NoiseScale:
     """The noise scale from the next gradients, with the metric of a batch of the run's size, and of its epsilon."""
     batch_size = WORKLOADS[run.workload].noise_batch_size
+    scaled = ({name: values * run.loss_scale for name, values in gradient.items()} for gradient in gradients)
+    return noise_of(scaled, batch_size, number, run.eps, run.batch_size / batch_size)
+
+
+def noise_of(
+    gradients: Iterator[Mapping[str, Tensor]], batch_size: int, number: int, eps: float, ratio: float
+) -> NoiseScale:
+    """The noise scale from the next gradients of a batch size, with the metric of a batch so many times as large."""
     for index, gradient in enumerate(itertools.islice(gradients, number)):
         if index == 0:
             noise = NoiseScale(gradient, batch_size)
         if index == number // 2:
-            noise.split(run.eps, run.batch_size / batch_size)
-        noise.update({name: values * run.loss_scale for name, values in gradient.items()})
+            noise.split(eps, ratio)
+        noise.update(gradient)
     return noise
 
 
@@ -212,5 +218,4 @@ def batches(size: int, batch_size: int, generator: torch.Generator) -> Iterator[
 
 @cache
 def data_of(workload: str, folder: Path) -> Data:
-    """Its data, read once."""
     return WORKLOADS[workload].load(folder)

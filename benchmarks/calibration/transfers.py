@@ -39,12 +39,10 @@ def _share(to: Cell, known: Cell) -> float:
 
 
 def falling(noise: float, to: Cell, known: Cell) -> float:
-    """Theorem 3 for all batch sizes."""
     return laws.SurgeLaw(noise).ratio(to.batch_size, known.batch_size)
 
 
 def power(exponent: float) -> Law:
-    """A power of the batch size."""
     return lambda _noise, to, known: (to.batch_size / known.batch_size) ** exponent
 
 

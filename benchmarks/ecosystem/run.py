@@ -16,12 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))
 
+from ecosystem.projects import PROJECTS  # noqa: E402
 from reporting import RESULTS, Row, machine, read_csv, write_csv  # noqa: E402
 
 OUTPUT, PAGE = RESULTS / "ecosystem.csv", ROOT / "docs" / "support.md"
@@ -34,50 +34,23 @@ LIMIT = 300  # seconds of one way
 TORCH = "torch==2.13.0"
 
 
-class Project(NamedTuple):
-    """A project, and what is installed for it: first the distribution whose version is reported."""
-
-    name: str
-    requirements: str
-
-
-PROJECTS = [
-    Project("transformers_gpt2", "transformers"),
-    Project("transformers_bert", "transformers"),
-    Project("lightly_byol", "lightly"),
-    Project("torch_geometric_gcn", "torch_geometric"),
-    Project("pytorch_forecasting_tft", "pytorch-forecasting"),
-    Project("chemprop_mpnn", "chemprop"),
-    Project("gluonts_deepar", "gluonts[torch]"),
-    Project("neuralforecast_nhits", "neuralforecast"),
-    Project("darts_nbeats", "darts[torch]"),
-    Project("scvi_scvi", "scvi-tools"),
-    Project("scvi_scanvi", "scvi-tools"),
-    Project("pytorch_tabular_mlp", "pytorch_tabular requests"),
-    Project("litgpt_gpt", "litgpt"),
-    Project("litdata_stream", "litdata"),
-    Project("nequip_model", "nequip"),
-]
-
-
-def environment(project: Project) -> Path:
+def environment(requirements: str) -> Path:
     """The interpreter of a project's environment, which is made if it is not there."""
-    place = ENVIRONMENTS / re.sub(r"[^\w-]", "_", project.requirements)
+    place = ENVIRONMENTS / re.sub(r"[^\w-]", "_", requirements)
     interpreter, ready = place / "bin" / "python", place / ".ready"
     if not ready.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-        for wanted in ([], [*project.requirements.split(), "tensorboard"], ["--editable", str(ROOT)]):
+        for wanted in ([], [*requirements.split(), "tensorboard"], ["--editable", str(ROOT)]):
             subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *wanted, TORCH], check=True)
         ready.touch()
     return interpreter
 
 
-def versions(interpreter: Path, project: Project) -> Row:
-    """Of what is reported."""
+def versions(interpreter: Path, requirements: str) -> Row:
     command = [str(interpreter), "-m", "pip", "list", "--format=json"]
     listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     found = {one["name"].lower().replace("-", "_"): one["version"] for one in listed}
-    own = re.split(r"[\[ ]", project.requirements)[0].replace("-", "_")
+    own = re.split(r"[\[ ]", requirements)[0].replace("-", "_")
     both = [f"{name} {found[name]}" for name in ("lightning", "pytorch_lightning") if name in found]
     ours = {name: found[name] for name in ("torch", "lightning_gradhist")}
     return {"version": found[own], "lightning": ", ".join(both), **ours, "python": platform.python_version()}
@@ -147,36 +120,37 @@ def table(rows: list[Row]) -> str:
     return f"{body}\n\nRun from {days[0]} to {days[-1]} with {'; '.join(sorted(with_what))}.\n"
 
 
-def measure(project: Project, rows: list[Row]) -> None:
+def measure(project: str, rows: list[Row]) -> None:
     """Adds the rows of a project, and writes the table after each."""
+    requirements = PROJECTS[project].requirements
     try:
-        interpreter = environment(project)
+        interpreter = environment(requirements)
     except subprocess.CalledProcessError as error:
-        rows.append({"project": project.name, "way": "install", "status": "failed", "note": str(error)[-200:]})
+        rows.append({"project": project, "way": "install", "status": "failed", "note": str(error)[-200:]})
         write_csv(OUTPUT, COLUMNS, rows)
         return
-    common = {**versions(interpreter, project), "date": machine()["date"]}
-    folder = ENVIRONMENTS / f"{project.name}.run"
+    common = {**versions(interpreter, requirements), "date": machine()["date"]}
+    folder = ENVIRONMENTS / f"{project}.run"
     folder.mkdir(exist_ok=True)
     plain: Row = {}
     for way in WAYS:
-        row = run_way(interpreter, project.name, way, folder)
+        row = run_way(interpreter, project, way, folder)
         plain = plain or row
         rows.append({**judged(row, plain), **common})
         write_csv(OUTPUT, COLUMNS, rows)
-        print(f"{project.name}  {way}: {rows[-1]['status']}  {row.get('note', '')[:150]}", flush=True)
+        print(f"{project}  {way}: {rows[-1]['status']}  {row.get('note', '')[:150]}", flush=True)
 
 
 def main() -> None:
     """Runs the projects that are named, or all that lack rows, and puts the table into the docs."""
     parser = argparse.ArgumentParser(description="Other people's projects with our callbacks in them.")
-    parser.add_argument("projects", nargs="*", choices=[*(project.name for project in PROJECTS), []], metavar="PROJECT")
+    parser.add_argument("projects", nargs="*", choices=[*PROJECTS, []], metavar="PROJECT")
     named = parser.parse_args().projects
     for project in PROJECTS:
         there = read_csv(OUTPUT)
-        whole = sum(row["project"] == project.name for row in there) == len(WAYS)
-        if project.name in named if named else not whole:
-            measure(project, [row for row in there if row["project"] != project.name])
+        whole = sum(row["project"] == project for row in there) == len(WAYS)
+        if project in named if named else not whole:
+            measure(project, [row for row in there if row["project"] != project])
     before, rest = PAGE.read_text(encoding="utf-8").split(START)
     PAGE.write_text(before + START + table(read_csv(OUTPUT)) + END + rest.split(END, 1)[1], encoding="utf-8")
 

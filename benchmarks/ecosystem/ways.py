@@ -1,14 +1,11 @@
 """One project's own example, trained some thirty steps in one way: ``python ways.py PROJECT WAY FOLDER``; prints JSON.
 
-A project is a file in ``projects/`` with a function ``train(callbacks, batch_factor, optimizer)``, which trains as the
-project's users do and returns the module. ``optimizer`` is None for the project's own. A project that copies callbacks puts
-those that it used into the list.
+The examples are in ``projects.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import random
 import sys
@@ -33,6 +30,8 @@ except RuntimeError:
     for name in ("nms", "qnms"):
         DECLARED.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+from projects import PROJECTS  # noqa: E402
+
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration  # noqa: E402
 
 RECORD = "calibration.json"
@@ -51,7 +50,6 @@ def bits(module: torch.nn.Module) -> str:
 
 
 def plain(train: Train, folder: Path) -> Found:
-    """Without us."""
     return {"bits": bits(train([], 1, None))}
 
 
@@ -81,7 +79,7 @@ def record(train: Train, folder: Path) -> Found:
 
 
 def alto(train: Train, folder: Path) -> Found:
-    """With ALTO as the project's optimizer, where it can be chosen."""
+    """With ALTO as the project's optimizer."""
     module = train([GradientHistogramMonitor(every_n_steps=5)], 1, ALTO)
     finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
     return {"note": "" if finite else "weights are not finite"}
@@ -106,15 +104,16 @@ def said(calibration: OptimizerCalibration) -> str:
 def main(project: str, way: str, folder: Path) -> None:
     """Trains, and prints what came of it as the last line."""
     warnings.simplefilter("ignore")
-    sys.path.insert(0, str(Path(__file__).parent / "projects"))
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     try:
-        found = {"status": "ran", **WAYS[way](importlib.import_module(project).train, folder)}
-    except NotImplementedError as reason:
-        found = {"status": "not possible", "note": str(reason)}
+        example = PROJECTS[project]
+        if way == "ALTO" and example.own_optimizer:
+            found = {"status": "not possible", "note": example.own_optimizer}
+        else:
+            found = {"status": "ran", **WAYS[way](example.train, folder)}
     except BaseException as error:
         traceback.print_exc()
         found = {"status": "failed", "note": f"{type(error).__name__}: {error}"[:300]}

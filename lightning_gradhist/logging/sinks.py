@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_gradhist.logging import event_file
@@ -191,7 +191,7 @@ def register_sink(matches: type | Callable[[Any], bool], make: Callable[[Any], S
 
     Example:
         >>> from lightning_gradhist.logging import Sink, register_sink
-        >>> from lightning_gradhist.logging.sinks import sinks
+        >>> from lightning_gradhist.logging.sinks import sink_of
         >>> class Lines(list):
         ...     "A logger."
         >>> class LinesSink(Sink):
@@ -204,17 +204,12 @@ def register_sink(matches: type | Callable[[Any], bool], make: Callable[[Any], S
         ...         self.logger.extend(f"{step} {tag} {value}" for tag, value in values.items())
         >>> register_sink(Lines, LinesSink)
         >>> logger = Lines()
-        >>> sinks([logger])[0].scalars({"gradient_norm/all": 0.5}, step=50)
+        >>> sink_of(logger).scalars({"gradient_norm/all": 0.5}, step=50)
         >>> logger
         ['50 gradient_norm/all 0.5']
     """
     is_of_kind = (lambda logger: isinstance(logger, matches)) if isinstance(matches, type) else matches
     _KINDS.insert(0, (is_of_kind, make))
-
-
-def sinks(loggers: Iterable[Any]) -> list[Sink]:
-    """One sink for each logger of a Trainer, or ``SummaryWriter``."""
-    return [sink_of(logger) for logger in loggers]
 
 
 def sink_of(logger: Any) -> Sink:

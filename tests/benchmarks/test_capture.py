@@ -152,10 +152,8 @@ def test_logged_steps_and_heatmaps_are_told_apart_and_weigh_as_often_as_they_com
 def test_noise_weighs_as_often_as_a_run_measures_it() -> None:
     none, with_noise, without = ([step] * 33 for step in (1.0, 6.0, 2.0))
     names = (capture_variants.NONE, capture_variants.EVERY_STEP, capture_variants.NO_NOISE, "monitor")
-    turns = {
-        name: capture_cost.Turn(seconds, seconds)
-        for name, seconds in zip(names, (none, with_noise, without, with_noise), strict=True)
-    }
+    steps = (none, with_noise, without, with_noise)
+    turns = {name: np.array([seconds, seconds]) for name, seconds in zip(names, steps, strict=True)}
     every_step = capture_cost.added_in_round(turns, variant("monitor, every step"))
     assert every_step == pytest.approx(1.0 + 4.0 * (0.1 + 0.9 * 2 / 10))
     assert capture_cost.added_in_round(turns, variant("monitor")) == pytest.approx(
@@ -249,6 +247,6 @@ def test_the_monitor_has_a_whole_turn_also_where_batches_are_whole(monkeypatch: 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     some = [variant("none"), variant("monitor")]
     (one,) = capture_cost.take_rounds(tiny(), some, 1, CPU)
-    assert len(one.turns["monitor"].seconds) == tiny().steps
+    assert one[1]["monitor"].shape == (2, tiny().steps)
     row = capture_cost.of_rounds([one], variant("monitor"))
     assert np.isfinite([row["added_ms"], row["added_clock_ms"]]).all()

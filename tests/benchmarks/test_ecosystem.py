@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ecosystem.run import END, HERE, PAGE, PROJECTS, START, table
+from ecosystem.projects import PROJECTS
+from ecosystem.run import END, PAGE, START, table
 from reporting import RESULTS, read_csv
 
 
@@ -11,5 +12,5 @@ def test_the_table_is_that_of_the_results() -> None:
     assert shown == table(read_csv(RESULTS / "ecosystem.csv")), "python benchmarks/ecosystem/run.py"
 
 
-def test_each_project_has_its_example() -> None:
-    assert {project.name for project in PROJECTS} == {file.stem for file in (HERE / "projects").glob("*_*.py")}
+def test_each_project_of_the_results_has_its_example() -> None:
+    assert {*PROJECTS} == {row["project"] for row in read_csv(RESULTS / "ecosystem.csv")}

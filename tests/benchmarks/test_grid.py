@@ -12,7 +12,7 @@ from typing import Any
 import grid
 import pytest
 import torch
-from grid import CLEAR, Setting, Table, best, losses, missing, rate, read
+from grid import CLEAR, Setting, best, losses, missing, rate, read
 from known_runs import claimed, row_of
 from reporting import read_csv
 from torch import Tensor
@@ -113,7 +113,7 @@ def test_a_gpt_does_not_look_ahead() -> None:
     assert same.tolist() == [True] * 10 + [False] * (CONTEXT - 10)
 
 
-def test_resume_skips_what_is_there_and_drops_a_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_skips_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WORKLOADS, "mlp", replace(WORKLOADS["mlp"], batch_sizes=(8, 32), samples=320))
     options = grid.parse(["--table", "mlp", "--stage", "rates", "--workers", "1", "--output", str(tmp_path)])
     path = tmp_path / "mlp.csv"
@@ -123,20 +123,15 @@ def test_resume_skips_what_is_there_and_drops_a_torn_line(tmp_path: Path, monkey
             grid.make_runs(pool, options)
         return path.read_text().splitlines()
 
-    first = lines()
-    table = Table(path, grid.COLUMNS)
+    first, table = lines(), read(path)
     for size in (8, 32):
         of_size = [run for run in table if run.batch_size == size]
         assert missing(losses(table, of_size[0]), 0) == []
     assert next(iter(table.values()))["curve"][-1][0] == 320
-    path.write_text("\n".join(first)[:-5])
-    torn = path.read_text().splitlines()
-    assert torn[:-1] == first[:-1] and torn[-1] != first[-1]
+    path.write_text("\n".join([*first[:-1], ""]))
     again = lines()
     assert again[:-1] == first[:-1] and len(again) == len(first)
-    assert without(list(Table(path, grid.COLUMNS).values())[-1], {"seconds"}) == without(
-        list(table.values())[-1], {"seconds"}
-    )
+    assert without([*read(path).values()][-1], {"seconds"}) == without([*table.values()][-1], {"seconds"})
     assert lines() == again
 
 
@@ -148,10 +143,10 @@ def bowl(run: Run) -> float:
 
 def test_the_grid_is_finished_with_its_optima_interior() -> None:
     workload, table = WORKLOADS["gpt"], {}
-    while (wanted := grid.next_run(["gpt"], grid.STAGES, {"gpt": table}, [])) is not None:
-        stage, _, run = wanted
-        assert run not in table and len(table) < 1000
-        table[run] = {"stage": stage, "train_loss": bowl(run), "diverged": run.learning_rate > 0.5}
+    while wanted := grid.next_runs(grid.STAGES, {"gpt": table}):
+        for stage, _, run in wanted:
+            assert run not in table and len(table) < 1000
+            table[run] = {"stage": stage, "train_loss": bowl(run), "diverged": run.learning_rate > 0.5}
     for size in workload.batch_sizes:
         at_size = [run for run in table if run.batch_size == size and run.optimizer == "Adam" and run.eps == 1e-8]
         like = next(run for run in at_size if run.samples == workload.samples)
@@ -178,15 +173,10 @@ def test_rates_are_lowered_where_all_diverge() -> None:
     assert missing({-4: math.inf, -6: 1.0, -8: 1.04}, 0) == [-10]
 
 
-def test_a_workload_waits_for_its_stage_and_another_one_goes_on() -> None:
-    running: list[Run] = []
-    tables: dict[str, Any] = {"mlp": {}, "gpt": {}}
-    wanted = [grid.next_run(list(tables), grid.STAGES, tables, running)]
-    while wanted[-1] is not None:
-        running.append(wanted[-1][2])
-        wanted.append(grid.next_run(list(tables), grid.STAGES, tables, running))
-    assert [run.workload for run in running] == ["mlp"] * 15 + ["gpt"] * 15
-    assert len(set(running)) == 30
+def test_all_workloads_go_through_a_stage_before_the_next_one() -> None:
+    wanted = grid.next_runs(grid.STAGES, {"mlp": {}, "gpt": {}})
+    assert [(stage, name) for stage, name, _ in wanted] == [("rates", "mlp")] * 15 + [("rates", "gpt")] * 15
+    assert len({run for *_, run in wanted}) == 30
 
 
 def made(folder: Path, name: str) -> list[dict[str, Any]]:

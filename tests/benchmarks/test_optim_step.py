@@ -208,5 +208,5 @@ def test_rows_of_a_model_take_the_place_of_those_before(tmp_path: Path) -> None:
     table, columns = tmp_path / "table.csv", ["model", "name", "date"]
     reporting.write_csv(table, columns, [{"model": "a", "name": "old"}, {"model": "b", "name": "kept"}])
     rows = [{"model": "a", "name": "first"}], [{"model": "a", "name": "first"}, {"model": "a", "name": "second"}]
-    assert len(reporting.write_by_model(table, columns, rows, {"date": "today"})) == 2
+    assert len(reporting.write_report(table, columns, rows, {"date": "today"})) == 2
     assert [row["name"] for row in reporting.read_csv(table)] == ["kept", "first", "second"]

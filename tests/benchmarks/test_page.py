@@ -21,11 +21,11 @@ import tables
 import torch
 import transfers
 from evidence import CAP, Curve, Evidence, Measured, collect
-from grid import Setting, Table, rate, read
+from grid import Setting, rate, read
 from known_runs import claimed, row_of
 from page import Page
 from probes import coverage, epsilon_ranges, kept
-from reporting import read_csv
+from reporting import read_csv, write_csv
 from training import EPS, Run, warm_up
 from transfers import (
     ACROSS,
@@ -175,13 +175,13 @@ def test_the_fit_of_theorem_5() -> None:
 
 def write(folder: Path, stages: Collection[str], names: Collection[str] = ("mlp", "gpt")) -> None:
     """The tables of a grid that has made the runs of some stages."""
-    written = {name: Table(folder / f"{name}.csv", grid.COLUMNS) for name in names}
-    while (wanted := grid.next_run(names, stages, written, [])) is not None:
-        stage, name, run = wanted
-        written[name].add(row_of(run, stage))
-    for table in written.values():
-        for run in [run for run in table if run.optimizer == "ALTO"]:
-            table.add(row_of(replace(run, optimizer="Lamb"), "optimizers"))
+    written: dict[str, dict[Run, dict[str, Any]]] = {name: {} for name in names}
+    while wanted := grid.next_runs(stages, written):
+        for stage, name, run in wanted:
+            written[name][run] = row_of(run, stage)
+    for name, table in written.items():
+        lamb = [row_of(replace(run, optimizer="Lamb"), "optimizers") for run in table if run.optimizer == "ALTO"]
+        write_csv(folder / f"{name}.csv", grid.COLUMNS, [*table.values(), *lamb], digits=None)
 
 
 @pytest.mark.slow
@@ -221,10 +221,9 @@ def test_the_page_of_a_whole_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_missing_and_an_optimum_at_the_edge_are_said(tmp_path: Path) -> None:
-    table = Table(tmp_path / "mlp.csv", grid.COLUMNS)
-    for size in SIZES:
-        for k in range(-17, -4, 2) if size == 32 else (-8, -7, -6):
-            table.add(row_of(Run("mlp", "Adam", size, rate(k), EPS["Adam"], 0, 2048), "rates"))
+    rates = [(size, k) for size in SIZES for k in (range(-17, -4, 2) if size == 32 else (-8, -7, -6))]
+    runs = [Run("mlp", "Adam", size, rate(k), EPS["Adam"], 0, 2048) for size, k in rates]
+    write_csv(tmp_path / "mlp.csv", grid.COLUMNS, [row_of(run, "rates") for run in runs], digits=None)
     found = collect(tmp_path)
     assert list(found) == ["mlp"]
     page = Page(tmp_path / "out")
@@ -243,9 +242,8 @@ def test_what_is_missing_and_an_optimum_at_the_edge_are_said(tmp_path: Path) -> 
 
 def of_one_rate(folder: Path) -> Evidence:
     """A grid with a single rate at each batch size."""
-    table = Table(folder / "mlp.csv", grid.COLUMNS)
-    for size in SIZES:
-        table.add(row_of(Run("mlp", "Adam", size, 2**-6, EPS["Adam"], 0, 2048), "rates"))
+    runs = [Run("mlp", "Adam", size, 2**-6, EPS["Adam"], 0, 2048) for size in SIZES]
+    write_csv(folder / "mlp.csv", grid.COLUMNS, [row_of(run, "rates") for run in runs], digits=None)
     return Evidence(WORKLOADS["mlp"], read(folder / "mlp.csv"))
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CometLogger, MLFlowLogger, WandbLogger
 from support import fit
 
 from lightning_gradhist import GradientHistogramMonitor
-from lightning_gradhist.logging.sinks import CometSink, MLflowSink, WandbSink, sinks
+from lightning_gradhist.logging.sinks import CometSink, MLflowSink, WandbSink, sink_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
 STEPS = [0, 4, 8, 12]
@@ -20,7 +20,7 @@ DRAWN = [12]
 
 
 def run(folder: Path, logger: Any, kind: type, recwarn: pytest.WarningsRecorder) -> None:
-    (sink,) = sinks([logger])
+    sink = sink_of(logger)
     assert type(sink) is kind and sink.shows_figures
     fit(folder, GradientHistogramMonitor(every_n_steps=4, noise_scale=False), logger=logger, log_every_n_steps=1)
     assert not [str(warning.message) for warning in recwarn if "GradientHistogramMonitor" in str(warning.message)]

@@ -29,7 +29,7 @@ from lightning_gradhist.logging.sinks import (
     TensorBoardSink,
     quantiles,
     register_sink,
-    sinks,
+    sink_of,
 )
 
 
@@ -163,15 +163,11 @@ def test_records_are_written_as_tensorboard_writes_them_and_it_need_not_take_the
 )
 def test_sinks(tmp_path: Path, make: Callable[[str], Any], kind: type) -> None:
     logger = make(str(tmp_path))
-    (sink,) = sinks([logger])
+    sink = sink_of(logger)
     assert type(sink) is kind
     assert sink.background == sink.shows_figures == (kind is TensorBoardSink)
     sink.scalars(reported({"w": torch.ones(3)}).scalars, 0)
     logger.close() if isinstance(logger, SummaryWriter) else logger.finalize("success")
-
-
-def test_no_logger() -> None:
-    assert sinks([]) == []
 
 
 @pytest.fixture
@@ -196,7 +192,7 @@ class QuietSink(Sink):
 def test_a_sink_of_a_third_party(tmp_path: Path, matches: Any) -> None:
     register_sink(matches, QuietSink)
     logger = Quiet(str(tmp_path))
-    mine, other = sinks([logger, CSVLogger(str(tmp_path))])
+    mine, other = sink_of(logger), sink_of(CSVLogger(str(tmp_path)))
     assert type(mine) is QuietSink and mine.logger is logger and type(other) is LoggerSink
     mine.scalars({"a": 1.0}, 0)
     mine.histograms({"a": shown([0.0, 1.0], [1])}, 0)
@@ -209,7 +205,7 @@ def test_a_sink_of_a_third_party(tmp_path: Path, matches: Any) -> None:
 def test_the_last_registered_comes_first(tmp_path: Path) -> None:
     register_sink(Quiet, QuietSink)
     register_sink(Quiet, LoggerSink)
-    assert type(sinks([Quiet(str(tmp_path))])[0]) is LoggerSink
+    assert type(sink_of(Quiet(str(tmp_path)))) is LoggerSink
 
 
 # --- quantiles in place of histograms --------------------------------------------------------------------------------
