@@ -27,7 +27,7 @@ from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults, stray_rate
 from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
-from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
+from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
@@ -319,7 +319,8 @@ class OptimizerCalibration(Callback):
         try:
             if isinstance(outcome, RecordError):
                 raise outcome
-            outcome.check_model(model_shapes(trainer))
+            frozen = [name for name, parameter in named_parameters(module).items() if not parameter.requires_grad]
+            outcome.check_model(model_shapes(trainer), frozen)
             return outcome.of_optimizer(class_name(optimizer), [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None

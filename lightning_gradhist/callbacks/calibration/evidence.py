@@ -127,10 +127,13 @@ class Evidence:
         """Those that the record has of the same groups of the same optimizer, or None."""
         if self.recorded is None or self.recorded.name != self.optimizer:
             return None
-        rates, own = self.recorded.learning_rates, self.own_rates
+        rates, own, known = self.recorded.learning_rates, self.own_rates, [*self.recorded.parameters]
+        begins = known[: len(self.parameters)] == [*self.parameters]
+        if begins and len(known) > len(self.parameters):
+            rates = rates[: len(own)]  # without groups that came later, as by BackboneFinetuning
         alike = len(rates) == len(own) and not any(r == 0 < before for r, before in zip(rates, own, strict=True))
-        in_order = [*self.recorded.parameters] in ([], [*self.parameters]) or len({*rates}) == len({*own}) == 1
-        return rates if alike and in_order else None
+        in_order = begins or ({*self.parameters} <= {*known} and len({*rates}) == len({*own}) == 1)
+        return rates if alike and (in_order or not known) else None
 
 
 def gather(

@@ -64,7 +64,7 @@ class RecordFile:
 
     def _write(
         self,
-        shapes: dict[str, list[int]],
+        shapes: dict[str, list[int] | None],
         steps: int,
         optimizers: Sequence[tuple[str, list[str]]],
         progress: Sequence[Progress],

@@ -137,6 +137,48 @@ def test_a_group_that_comes_later_begins_with_the_calibrated_values(tmp_path) ->
     assert len([one for one in caught if "came after" in str(one.message)]) == 1
 
 
+class FrozenPart(TwoParts):
+    """Its backbone is frozen for the whole run."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.backbone.requires_grad_(False)
+
+
+def _recorded(folder: Any, module: Any, *callbacks: Any) -> str:
+    callbacks = (*callbacks, GradientHistogramMonitor(every_n_steps=2, batch_size=8))
+    fit(folder, *callbacks, module=module, data=loader(8, samples=256), max_epochs=2)
+    return str(folder / "calibration.json")
+
+
+@pytest.mark.filterwarnings("ignore:OptimizerCalibration. parameter group 1 came after")
+@pytest.mark.parametrize(
+    ("recorded", "thawing", "lr"),
+    [
+        pytest.param(TwoParts, True, 1e-2, id="thawed in both"),
+        pytest.param(FrozenPart, True, 1e-2, id="frozen for good in the record"),
+        pytest.param(FrozenPart, False, 1e-3, id="frozen in the record alone"),
+    ],
+)
+def test_a_run_with_frozen_parameters_is_calibrated_from_a_record_of_the_same_model(
+    tmp_path, recorded: Any, thawing: bool, lr: float
+) -> None:
+    """With the recorded rate of the same groups, 1e-2, and else with its own, 1e-3."""
+    first = [thaw()] if recorded is TwoParts else []
+    path = _recorded(tmp_path / "a", lambda: recorded(lambda p: torch.optim.AdamW(p, lr=1e-2)), *first)
+    calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
+    made = fit(
+        tmp_path / "b",
+        *([thaw()] if thawing else []),
+        calibration,
+        module=lambda: TwoParts(lambda p: torch.optim.AdamW(p, lr=1e-3)),
+        data=loader(32, samples=64),
+        max_epochs=2,
+    )
+    assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(2 * lr)
+    assert len(made.optimizers[0].param_groups) == 1 + thawing
+
+
 def test_a_group_that_comes_later_begins_with_the_chosen_alpha(tmp_path) -> None:
     calibration = OptimizerCalibration(learning_rate="keep", epsilon="keep", batch_size=1024)
     made = fit(tmp_path, thaw(), calibration, module=lambda: TwoParts(lambda p: ALTO(p, lr=1e-2)), max_epochs=2)
