@@ -116,7 +116,8 @@ class OptimizerCalibration(Callback):
     ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
     and the schedulers, with the rates that these keep of their own (``eta_min``).
 
-    - The rate is kept, and the report names the scheduler, where a copy of one does not follow at every step.
+    - The rate is kept, and the report names the scheduler, where a copy of one does not follow at every step; likewise an
+      optimizer that keeps rates outside its groups.
     - Where the run's own code sets the rate at a step, one warning gives the factor by which it would have to multiply it.
     - Groups that are added later, as by ``BackboneFinetuning``, begin with the calibrated epsilon and the rate that they are
       added with; a warning says so.

@@ -24,8 +24,8 @@ from lightning_gradhist.callbacks.schedules import (
 )
 from lightning_gradhist.logging.calibration_report import GroupChange
 
-_IS_RATE = re.compile(r"_?(\w+_)?(lrs?|lr_m(in|ax))|eta_m(in|ax)")
-"""Names under which groups and schedulers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``warmup_start_lr``."""
+_IS_RATE = re.compile(r"_?(\w+_)?(lrs?|learning_rates?|lr_(min|max|init|start|end|final))|eta_m(in|ax)")
+"""Names under which groups, schedulers and optimizers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``final_lr``."""
 _FOLLOW = (
     lr_scheduler.LambdaLR,
     lr_scheduler.MultiplicativeLR,
@@ -94,9 +94,9 @@ def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping
 def stray_schedule(
     optimizer: Optimizer, horizons: Sequence[tuple[Any, float]], factors: Sequence[float | None]
 ) -> str | None:
-    """Which scheduler would not follow when the base rates are multiplied, and what it keeps; None if all do.
+    """Which optimizer or scheduler would not follow when the base rates are multiplied, and what it keeps; None if all do.
 
-    Copies of each are stepped through the run, as they are and with all that is recognised multiplied: the ratio of
+    An optimizer does not that has rates beside those of its groups. Copies of each scheduler are stepped through the run, as they are and with all that is recognised multiplied: the ratio of
     their rates has to be the factor at every step.
 
     Args:
@@ -104,6 +104,12 @@ def stray_schedule(
         horizons: schedulers, and how many times each is stepped.
         factors: of each group; None where its rate is 0.
     """
+    wrapped = [optimizer]
+    for one in wrapped:  # which grows
+        wrapped += [held for held in vars(one).values() if isinstance(held, Optimizer) and held not in wrapped]
+        own = [name for name, rates in _rates(vars(one)).items() if any(rates if isinstance(rates, list) else [rates])]
+        if own:
+            return f"{type(one).__name__} ({', '.join(sorted(own))})"
     for scheduler, horizon in horizons:
         for part in parts(schedulers_of(optimizer, [scheduler])):
             if any(_looks_at(function, part) for function in getattr(part, "lr_lambdas", ())):
