@@ -96,8 +96,8 @@ def stray_schedule(
 ) -> str | None:
     """Which optimizer or scheduler would not follow when the base rates are multiplied, and what it keeps; None if all do.
 
-    An optimizer does not that has rates beside those of its groups. Copies of each scheduler are stepped through the run, as they are and with all that is recognised multiplied: the ratio of
-    their rates has to be the factor at every step.
+    An optimizer with rates beside those of its groups does not. Copies of each scheduler are stepped through the run, as
+    they are and with all that is recognised multiplied: the ratio of their rates has to be the factor at every step.
 
     Args:
         optimizer: whose rates are to be multiplied.

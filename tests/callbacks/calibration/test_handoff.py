@@ -454,7 +454,7 @@ def test_a_scheduler_that_cannot_be_stepped_alone_is_named() -> None:
     optimizer = make()
     by_hand = ByHand(optimizer)
     assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand (lr_min, warmup_lr_init)"
-    del by_hand.lr_min
+    del by_hand.lr_min, by_hand.warmup_lr_init
     assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand"
 
 
