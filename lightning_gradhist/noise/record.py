@@ -6,7 +6,9 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +194,24 @@ class RunRecord:
                 )
 
 
-def exists(path: str | Path) -> bool:
-    """Whether there is a file, or something else, at a path or URL."""
-    if not _is_url(path):
-        return Path(path).exists()
-    filesystem, place = _file_system(str(path))
-    return bool(filesystem.exists(place))
+def reserve(directory: str) -> str:
+    """The path of a new record in a directory, ``calibration.json`` or ``calibration-1.json``, ..., which no other run gets.
+
+    At a URL, where a file can seldom be made in one step with the question for it, it may get it within the same instant.
+    """
+    names = (FILE_NAME if i == 0 else FILE_NAME.replace(".", f"-{i}.") for i in count())
+    return next(path for path in (path_in(directory, name) for name in names) if _is_new(path))
+
+
+def _is_new(path: str) -> bool:
+    if _is_url(path):
+        filesystem, place = _file_system(path)
+        return not filesystem.exists(place)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with suppress(FileExistsError):
+        Path(path).open("x").close()
+        return True
+    return False
 
 
 def path_in(directory: str, name: str = FILE_NAME) -> str:
