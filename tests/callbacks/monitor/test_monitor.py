@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
     GradientSpy,
+    Lookahead,
     Net,
     OpaqueBatches,
     TwoOptimizers,
@@ -1456,20 +1457,22 @@ def test_every_fit_may_warn_anew(tmp_path, monkeypatch) -> None:
             fit(tmp_path / folder, monitor, max_steps=2)
 
 
-def test_an_optimizer_without_step_hooks_turns_it_off(tmp_path) -> None:
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, inner: torch.optim.Optimizer) -> None:
-            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
-            self.defaults = inner.defaults
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
 
-        def step(self, closure: Any = None) -> Any:
-            return self.inner.step(closure)
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
 
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            self.inner.zero_grad(set_to_none)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
 
-    with pytest.warns(UserWarning, match="is off: Wrapper has no step hooks"):
-        module = Net(lambda p: Wrapper(torch.optim.AdamW(p)))
+
+@pytest.mark.parametrize("wrapper", [Wrapper, Lookahead])
+def test_an_optimizer_without_step_hooks_turns_it_off(tmp_path, wrapper: Any) -> None:
+    with pytest.warns(UserWarning, match=f"is off: {wrapper.__name__} has no step hooks"):
+        module = Net(lambda p: wrapper(torch.optim.AdamW(p)))
         made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), module=module)
     assert made.global_step == 16 and not events(tmp_path).Tags()["histograms"]
 
