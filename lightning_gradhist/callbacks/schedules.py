@@ -45,7 +45,7 @@ def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | 
 
 def is_rate(value: Any) -> TypeGuard[float | Tensor]:
     """Whether a value is a number, or a tensor of one."""
-    return is_number(value) or isinstance(value, Tensor)
+    return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
 
 
 def planned_steps(trainer: Trainer) -> int | None:

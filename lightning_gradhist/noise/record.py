@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.interval import NoiseEstimate
 
 FILE_NAME = "calibration.json"
@@ -270,7 +271,7 @@ def _noise_estimate(entry: dict[str, Any]) -> NoiseEstimate:
 
 
 def _number(name: str, value: Any, largest: float = _LARGEST) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise ValueError(f"{name} must be a number, got {value!r}")
     if not 0 <= value <= largest:
         raise ValueError(f"{name} must be from 0 to {largest:g}, got {str(value)[:20]}")

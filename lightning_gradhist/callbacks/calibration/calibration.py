@@ -59,9 +59,11 @@ class _Applied:
         """Reads a state, also one of an older version, which may lack keys and have others; raises for anything else."""
         changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
         found = cls(state["report"], changes, state.get("batch_size"))
-        numbers = [found.batch_size or 0.0, *(change.after for change in changes)]
-        groups = [change.group for change in changes]
-        if not (isinstance(found.report, (str, NoneType)) and all(map(_is_number, map(abs, (*numbers, *groups))))):
+        numbers = [0.0 if found.batch_size is None else found.batch_size, *(change.group for change in changes)]
+        after = [change.after for change in changes]  # an alpha may be negative
+        if not (
+            isinstance(found.report, (str, NoneType)) and all(map(_is_number, numbers)) and all(map(is_number, after))
+        ):
             raise TypeError(f"a text, numbers and groups are wanted, got {state!r}")
         return found
 
@@ -177,8 +179,10 @@ class OptimizerCalibration(Callback):
             raise MisconfigurationException(f"learning_rate must be one of {LAWS}, got {learning_rate!r}")
         if fallback not in PLAIN_LAWS:
             raise MisconfigurationException(f"fallback must be one of {PLAIN_LAWS}, got {fallback!r}")
-        if probe_batches < MIN_BATCHES:
-            raise MisconfigurationException(f"probe_batches must be at least {MIN_BATCHES}, got {probe_batches!r}")
+        if not isinstance(probe_batches, int) or probe_batches < MIN_BATCHES:
+            raise MisconfigurationException(
+                f"probe_batches must be an integer from {MIN_BATCHES} up, got {probe_batches!r}"
+            )
         self.reference_batch_size = reference_batch_size
         self.reference = reference
         self.epsilon = epsilon

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from lightning_gradhist.callbacks.monitor.rows import Rows
 from lightning_gradhist.callbacks.optimizers import why_without_layers
 from lightning_gradhist.callbacks.schedules import run_length
 from lightning_gradhist.callbacks.strategies import replicas
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.logging.writer import LoggerQueues
 from lightning_gradhist.noise import NoiseRecord
 
@@ -137,7 +139,7 @@ class GradientHistogramMonitor(Callback):
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
-        if batch_size is not None and batch_size < 1:
+        if batch_size is not None and not (is_number(batch_size) and 1 <= batch_size < math.inf):
             raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
         if when not in get_args(When):
             raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")

@@ -220,6 +220,9 @@ GOOD = {
         pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "after": "auto"}]}, id="text for a number"),
         pytest.param({**GOOD, "changes": 7}, id="a number for a list"),
         pytest.param({**GOOD, "batch_size": "many"}, id="text for a batch size"),
+        pytest.param({**GOOD, "batch_size": True}, id="a flag for a batch size"),
+        pytest.param({**GOOD, "batch_size": -8.0}, id="a negative batch size"),
+        pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "after": True}]}, id="a flag for a number"),
     ],
 )
 def test_a_state_that_cannot_be_read_begins_anew(state: dict[str, Any]) -> None:

@@ -276,6 +276,13 @@ def test_a_group_without_a_rate_has_no_number() -> None:
     assert base_rates(optimizer, []) == [None, 0.01]
 
 
+@pytest.mark.parametrize("rate", [True, "0.1", 0.1 + 0.1j, torch.tensor(0.1 + 0.1j), torch.ones(2), (0.1,)], ids=str)
+def test_what_is_no_number_is_no_rate(rate: Any) -> None:
+    optimizer = make()
+    optimizer.param_groups[0]["lr"] = rate
+    assert base_rates(optimizer, []) == [None, 0.01]
+
+
 def test_a_number_of_numpy_is_a_rate() -> None:
     optimizer = make((np.float32(0.5), np.float64(0.25)))
     assert base_rates(optimizer, []) == [0.5, 0.25]
