@@ -223,7 +223,10 @@ def twin(scheduler: Any) -> Any:
         {key: copy.deepcopy(value) for key, value in group.items() if key != "params"} | {"params": []}
         for group in scheduler.optimizer.param_groups
     ]
-    return copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
+    made = copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
+    if vars(made).keys() != vars(scheduler).keys():
+        raise TypeError("a copy of it lacks what it has")
+    return made
 
 
 def walk(scheduler: Any, horizon: float) -> Iterator[tuple[int, list[float]]]:

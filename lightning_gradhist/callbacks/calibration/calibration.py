@@ -25,7 +25,13 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults, stray_rate
+from lightning_gradhist.callbacks.calibration.handoff import (
+    apply_changes,
+    holds_before,
+    restore_unsaved,
+    set_defaults,
+    stray_rate,
+)
 from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
@@ -288,6 +294,8 @@ class OptimizerCalibration(Callback):
         if not from_checkpoint:
             changes = [change for change in self._applied.changes if holds_before(optimizer, schedulers, change)]
             apply_changes(optimizer, schedulers, changes)
+        else:
+            restore_unsaved(optimizer, schedulers, self._applied.changes)
         set_defaults(optimizer, self._applied.changes)
         self._groups = len(optimizer.param_groups)
         self._keep_watch(trainer)

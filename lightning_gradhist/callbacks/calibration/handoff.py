@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -55,6 +55,13 @@ def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequ
     _scale(optimizer, schedulers_of(optimizer, schedulers), factors)
 
 
+def restore_unsaved(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:
+    """Scales the rates of schedulers that their ``state_dict`` lacks, and that are again as the user's code made them."""
+    factors = rate_factors([1.0] * len(optimizer.param_groups), changes)
+    for part in parts(schedulers_of(optimizer, schedulers)):
+        _scale_part(part, factors, saved=part.state_dict())
+
+
 def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:
     """What changes multiply the base rate of each group by; None where it is 0 or no number."""
     factors: list[float | None] = [1.0 if rate else None for rate in rates]
@@ -85,7 +92,7 @@ def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping
         now = optimizer.param_groups[index]["lr"]
         if isinstance(now, Tensor) and now.device.type != "cpu":
             continue
-        known = [float(rates[index]) for rates in told if index < len(rates)] or [rate]
+        known = [rate, *(float(rates[index]) for rates in told if index < len(rates))]
         if not any(math.isclose(float(now), one, rel_tol=1e-6) for one in known):
             return index
     return None
@@ -168,18 +175,11 @@ def _steps_as(scheduler: Any, kind: type) -> bool:
 
 def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[float | None]) -> None:
     """Multiplies all rates of groups and of their schedulers; a rate for all groups where their factors are the same."""
-    filled, common = _filled(factors), _common(factors)
+    filled = _filled(factors)
     if all(factor == 1.0 for factor in filled):
         return
     for part in parts(schedulers):
-        own = _rates(vars(part))
-        if isinstance(part, lr_scheduler.ReduceLROnPlateau):
-            own["eps"] = part.eps  # the smallest change of a rate that it makes
-        for name, rates in own.items():
-            if isinstance(rates, list) and len(rates) == len(filled):
-                setattr(part, name, [rate * factor for rate, factor in zip(rates, filled, strict=True)])
-            elif common is not None:
-                setattr(part, name, [rate * common for rate in rates] if isinstance(rates, list) else rates * common)
+        _scale_part(part, factors)
     multiplied: dict[int, float] = {}  # tensors, which groups may share
     for group, factor in zip(optimizer.param_groups, filled, strict=True):
         for key, rate in _rates(group).items():
@@ -190,6 +190,19 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
                 multiplied[id(rate)] = factor
             elif multiplied[id(rate)] != factor:
                 group[key] = rate * (factor / multiplied[id(rate)])
+
+
+def _scale_part(part: Any, factors: Sequence[float | None], saved: Collection[str] = ()) -> None:
+    filled, common, own = _filled(factors), _common(factors), _rates(vars(part))
+    if isinstance(part, lr_scheduler.ReduceLROnPlateau):
+        own["eps"] = part.eps  # the smallest change of a rate that it makes
+    for name, rates in own.items():
+        if name in saved:
+            continue
+        if isinstance(rates, list) and len(rates) == len(filled):
+            setattr(part, name, [rate * factor for rate, factor in zip(rates, filled, strict=True)])
+        elif common is not None:
+            setattr(part, name, [rate * common for rate in rates] if isinstance(rates, list) else rates * common)
 
 
 def _common(factors: Sequence[float | None]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from support import Net, final_state, fit, loader
+from support import trainer as make_trainer
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -87,6 +89,46 @@ class SetsRates(L.Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = 1e-2 / (1 + trainer.current_epoch)
+
+
+class Forgetful(CosineAnnealingLR):
+    """It saves its steps alone."""
+
+    def state_dict(self) -> Any:
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+    def get_lr(self) -> Any:
+        share = 0.5 + 0.5 * math.cos(math.pi * self.last_epoch / self.T_max)
+        return [self.eta_min + share * (base - self.eta_min) for base in self.base_lrs]
+
+
+class Half(CosineAnnealingLR):
+    """It saves its base rates, and not its floor."""
+
+    get_lr = Forgetful.get_lr
+
+    def state_dict(self) -> Any:
+        return {name: value for name, value in super().state_dict().items() if name != "eta_min"}
+
+
+@pytest.mark.parametrize("kind", [CosineAnnealingLR, Forgetful, Half])
+def test_a_scheduler_that_does_not_save_its_rates_has_the_calibrated_ones_in_a_resumed_run(tmp_path, kind: Any) -> None:
+    def module() -> Any:
+        return Net(scheduler=lambda optimizer: kind(optimizer, 64, eta_min=1e-3))
+
+    class Rates(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    seen: list[float] = []
+    options = {"reference_batch_size": 2, "learning_rate": "sqrt", "epsilon": "keep"}
+    made = fit(tmp_path, OptimizerCalibration(**options), Rates(), module=module, max_epochs=2)
+    expected, seen = seen, []
+    made = fit(tmp_path, OptimizerCalibration(**options), Rates(), module=module)
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path, OptimizerCalibration(**options), Rates(), max_epochs=2)
+    made.fit(module(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert seen == pytest.approx(expected)
 
 
 AVERAGING = StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)

@@ -465,6 +465,27 @@ def test_a_scheduler_that_cannot_be_stepped_alone_is_named() -> None:
     assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand"
 
 
+class Copied(Floor):
+    """Its copies lack its floor, and have that of the class."""
+
+    floor = 0.0
+
+    def __init__(self, optimizer: Any) -> None:
+        self.floor = 1e-3
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [max(base * 0.9**self.last_epoch, self.floor) for base in self.base_lrs]
+
+    def __getstate__(self) -> Any:
+        return {name: value for name, value in vars(self).items() if name != "floor"}
+
+
+def test_a_scheduler_whose_copies_are_others_is_named() -> None:
+    optimizer = make()
+    assert stray_schedule(optimizer, [(Copied(optimizer), 10)], (2.0, 2.0)).startswith("Copied (")
+
+
 def test_schedulers_are_tried_without_a_trace() -> None:
     optimizer = make()
     calls: list[int] = []
