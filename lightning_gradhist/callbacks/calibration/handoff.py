@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
@@ -56,10 +57,21 @@ def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequ
 
 
 def restore_unsaved(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:
-    """Scales the rates of schedulers that their ``state_dict`` lacks, and that are again as the user's code made them."""
+    """Scales the rates of schedulers that a checkpoint has not brought back, and are as the user's code made them.
+
+    Which these are, two copies show, of which one loads what the other saves with other rates.
+    """
     factors = rate_factors([1.0] * len(optimizer.param_groups), changes)
-    for part in parts(schedulers_of(optimizer, schedulers)):
-        _scale_part(part, factors, saved=part.state_dict())
+    for scheduler in schedulers_of(optimizer, schedulers):
+        with suppress(Exception), unnoticed():  # what cannot be tried stays as it was loaded
+            saving, loading = twin(scheduler), twin(scheduler)
+            for part in parts([saving]):
+                _scale_part(part, [2.0] * len(factors))
+            loading.load_state_dict(saving.state_dict())
+            pairs = list(zip(parts([scheduler]), parts([loading]), strict=True))
+            for part, loaded in pairs:
+                rates = _rates_of(part)
+                _scale_part(part, factors, saved=[name for name in rates if vars(loaded)[name] != rates[name]])
 
 
 def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:
@@ -193,16 +205,21 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
 
 
 def _scale_part(part: Any, factors: Sequence[float | None], saved: Collection[str] = ()) -> None:
-    filled, common, own = _filled(factors), _common(factors), _rates(vars(part))
-    if isinstance(part, lr_scheduler.ReduceLROnPlateau):
-        own["eps"] = part.eps  # the smallest change of a rate that it makes
-    for name, rates in own.items():
+    filled, common = _filled(factors), _common(factors)
+    for name, rates in _rates_of(part).items():
         if name in saved:
             continue
         if isinstance(rates, list) and len(rates) == len(filled):
             setattr(part, name, [rate * factor for rate, factor in zip(rates, filled, strict=True)])
         elif common is not None:
             setattr(part, name, [rate * common for rate in rates] if isinstance(rates, list) else rates * common)
+
+
+def _rates_of(scheduler: Any) -> dict[str, Any]:
+    own = _rates(vars(scheduler))
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        own["eps"] = scheduler.eps  # the smallest change of a rate that it makes
+    return own
 
 
 def _common(factors: Sequence[float | None]) -> float | None:

@@ -111,7 +111,17 @@ class Half(CosineAnnealingLR):
         return {name: value for name, value in super().state_dict().items() if name != "eta_min"}
 
 
-@pytest.mark.parametrize("kind", [CosineAnnealingLR, Forgetful, Half])
+class Nested(CosineAnnealingLR):
+    """It saves all, under names of its own."""
+
+    def state_dict(self) -> Any:
+        return {"state": super().state_dict()}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict["state"])
+
+
+@pytest.mark.parametrize("kind", [CosineAnnealingLR, Forgetful, Half, Nested])
 def test_a_scheduler_that_does_not_save_its_rates_has_the_calibrated_ones_in_a_resumed_run(tmp_path, kind: Any) -> None:
     def module() -> Any:
         return Net(scheduler=lambda optimizer: kind(optimizer, 64, eta_min=1e-3))
