@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_gradhist.explore import AUTO, resolve_explore
+from lightning_gradhist.explore import AUTO, is_number, resolve_explore
 from lightning_gradhist.histogram import MagnitudeHistogram
 
 IDLE_SHARE = 0.02  # the share of coordinates that an epsilon may damp and still count as idle
@@ -200,9 +200,9 @@ class SecondMoment:
         if family not in FAMILIES:
             raise ValueError(f"family must be one of {FAMILIES}, got {family!r}")
         for name, decay in (("beta1", beta1), ("beta2", beta2)):
-            if not 0.0 <= decay < 1.0:
+            if not (is_number(decay) and 0.0 <= decay < 1.0):
                 raise ValueError(f"{name} must satisfy 0 <= {name} < 1, got {decay!r}")
-        if not weight_decay >= 0.0:
+        if not (is_number(weight_decay) and weight_decay >= 0.0):
             raise ValueError(f"weight_decay must be from 0 up, got {weight_decay!r}")
         self.family = family
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay

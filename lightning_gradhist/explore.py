@@ -32,7 +32,7 @@ def explore_choice(batch_size: float | None) -> tuple[float, float]:
     """
     if batch_size is None:
         return _SMALL_BATCH_CHOICE
-    if not 0 < batch_size < math.inf:
+    if not (is_number(batch_size) and 0 < batch_size < math.inf):
         raise ValueError(
             f"batch_size={batch_size!r} is out of range: it is the number of samples per optimizer step, a finite number > 0, "
             "or None if unknown."

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.interval import ENOUGH, Band, NoiseEstimate
 
 SURGE = "surge"  # the law that needs a noise scale
@@ -207,6 +208,6 @@ def _why_refused(
 
 
 def _samples(name: str, value: float, infinite: bool = False) -> float:
-    if not value > 0 or (math.isinf(value) and not infinite):
+    if not (is_number(value) and value > 0) or (math.isinf(value) and not infinite):
         raise ValueError(f"{name} must be a positive number of samples, got {value!r}")
     return value

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
 from lightning_gradhist.noise.interval import Band, NoiseEstimate
 from lightning_gradhist.noise.record import OptimizerRecord, RunRecord, finite
@@ -114,7 +115,7 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
         raise ValueError("batch_sizes must have one at least, got none")
     length = record.steps if steps is None else steps
     for name, number in (("steps", length), *(("batch_sizes", batch_size) for batch_size in batch_sizes)):
-        if not 0 < number < math.inf:
+        if not (is_number(number) and 0 < number < math.inf):
             raise ValueError(f"{name} must be positive, got {number!r}")
     return tuple(_plan(entry, batch_sizes, steps or entry.length.made or record.steps) for entry in record.optimizers)
 

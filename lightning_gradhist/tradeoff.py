@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.interval import Band, NoiseEstimate
 
 _CRITICAL, _LOWEST, _HIGHEST = 0.12, 0.04, 0.5  # of the mean B_adam; benchmarks/calibration, Theorem 5
@@ -69,7 +70,7 @@ def batch_size_tradeoff(
             f"noise must have a bounded interval, got {noise.lower:g} to {noise.upper:g}; record a longer run"
         )
     for name, number in (("batch_size", batch_size), *(("factors", factor) for factor in factors)):
-        if not 0 < number < math.inf:
+        if not (is_number(number) and 0 < number < math.inf):
             raise ValueError(f"{name} must be positive, got {number!r}")
     return tuple(_row(noise, batch_size, factor) for factor in factors)
 

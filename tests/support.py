@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,39 @@ from torchmetrics.classification import MulticlassAccuracy
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-8)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As timm's: it does not call the constructor, has lists of hooks nobody calls, and saves the state of the inner one."""
+
+    def __init__(self, base_optimizer: torch.optim.Optimizer, alpha: float = 0.5, k: int = 6) -> None:
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._base_optimizer = base_optimizer
+        self.param_groups, self.defaults = base_optimizer.param_groups, base_optimizer.defaults
+        self.defaults.update(lookahead_alpha=alpha, lookahead_k=k, lookahead_step=0)
+        self.state = defaultdict(dict)
+        for group in self.param_groups:
+            group.update({name: default for name, default in self.defaults.items() if name not in group})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = self._base_optimizer.step(closure)
+        for group in self._base_optimizer.param_groups:
+            group["lookahead_step"] += 1
+            if group["lookahead_step"] % group["lookahead_k"] == 0:
+                for param in group["params"]:
+                    state = self._base_optimizer.state[param]
+                    slow = state.setdefault("lookahead_slow_buff", param.clone())
+                    slow.add_(param - slow, alpha=group["lookahead_alpha"])
+                    param.copy_(slow)
+        return loss
+
+    def state_dict(self) -> Any:
+        return self._base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self._base_optimizer.load_state_dict(state_dict)
+        self.param_groups = self._base_optimizer.param_groups
 
 
 class Net(L.LightningModule):

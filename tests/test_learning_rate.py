@@ -64,6 +64,7 @@ def test_power_laws(name: str, exponent: float) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        pytest.param(lambda: SurgeLaw(True), "noise_scale must be a positive number of samples, got True", id="flag"),
         pytest.param(lambda: SurgeLaw(0.0), "noise_scale must be a positive number of samples, got 0.0", id="zero"),
         pytest.param(lambda: SurgeLaw(-1.0), "noise_scale must be .* got -1.0", id="negative"),
         pytest.param(lambda: SurgeLaw(math.nan), "noise_scale must be .* got nan", id="nan"),

@@ -153,6 +153,7 @@ def test_a_parameter_without_gradient_is_skipped() -> None:
         pytest.param(lambda: SecondMoment("sgd"), r"family must be one of \('adam', .* got 'sgd'", id="family"),
         pytest.param(lambda: SecondMoment(beta1=1.0), "beta1 must satisfy 0 <= beta1 < 1, got 1.0", id="beta1"),
         pytest.param(lambda: SecondMoment(beta2=-0.1), "beta2 must satisfy .* got -0.1", id="beta2"),
+        pytest.param(lambda: SecondMoment(beta2=False), "beta2 must satisfy 0 <= beta2 < 1, got False", id="flag"),
         pytest.param(lambda: SecondMoment(weight_decay=-1.0), "weight_decay must be from 0 up", id="decay"),
         pytest.param(
             lambda: SecondMoment("alto", alpha=9.0, explore_beta=0.5), "alpha=9.0 is out of range", id="alpha"

@@ -123,11 +123,11 @@ class SampleCount:
         problem: why the batch size is not known, or None.
     """
 
-    def __init__(self, given: int | None) -> None:
+    def __init__(self, given: float | None) -> None:
         self._given = given
         self._has_begun = False
         self._counts = False  # whether what is counted is believed
-        self._declared: int | None = None
+        self._declared: float | None = None
         self._first = 0.0
         self._total, self._number = 0.0, 0
         self._short, self._epoch = 0, 0  # of the epoch, this many batches were shorter than the first

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters, is_deepspeed, is_zero, unwrapped, zero_slots
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.step import adam_weight
 from lightning_gradhist.tensors import as_real, elementwise, joined
 
@@ -293,7 +293,7 @@ def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
 
 def _epsilon(group: Mapping[str, Any]) -> float | None:
     eps = group.get("eps")
-    return float(eps) if isinstance(eps, (float, Real, Tensor)) else None
+    return float(eps) if is_number(eps) or isinstance(eps, Tensor) else None
 
 
 def _weight(second_moment: Tensor, eps: float, root: float) -> Tensor:

@@ -28,11 +28,11 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return plain
 
 
-def model_shapes(trainer: Trainer) -> dict[str, list[int]]:
-    """Names and whole shapes of the parameters that are trained, by which a record knows its model."""
+def model_shapes(trainer: Trainer) -> dict[str, list[int] | None]:
+    """Names and whole shapes of all parameters, by which a record knows its model; None where there is no shape yet."""
     pieces, named = flat_pieces(trainer), named_parameters(trainer.lightning_module)
-    trained = {name: p for name, p in named.items() if p.requires_grad and not is_lazy(p)}
-    return {name: list(pieces[id(p)].shape if id(p) in pieces else p.shape) for name, p in trained.items()}
+    shapes = {name: pieces[id(p)].shape if id(p) in pieces else p.shape for name, p in named.items() if not is_lazy(p)}
+    return {name: list(shapes[name]) if name in shapes else None for name in named}
 
 
 def optimizer_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:

@@ -45,7 +45,7 @@ def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | 
 
 def is_rate(value: Any) -> TypeGuard[float | Tensor]:
     """Whether a value is a number, or a tensor of one."""
-    return is_number(value) or isinstance(value, Tensor)
+    return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
 
 
 def planned_steps(trainer: Trainer) -> int | None:
@@ -223,7 +223,10 @@ def twin(scheduler: Any) -> Any:
         {key: copy.deepcopy(value) for key, value in group.items() if key != "params"} | {"params": []}
         for group in scheduler.optimizer.param_groups
     ]
-    return copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
+    made = copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
+    if vars(made).keys() != vars(scheduler).keys():
+        raise TypeError("a copy of it lacks what it has")
+    return made
 
 
 def walk(scheduler: Any, horizon: float) -> Iterator[tuple[int, list[float]]]:

@@ -6,10 +6,13 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.interval import NoiseEstimate
 
 FILE_NAME = "calibration.json"
@@ -83,12 +86,13 @@ class RunRecord:
     """The record of a run.
 
     Attributes:
-        model: names and shapes of the trained parameters; a record is of use for the same model only.
+        model: names and shapes of the parameters, None where it has none yet; a record is of use for the same model only.
+            Those of older releases have the trained ones alone.
         steps: optimizer steps that the run had made, of all optimizers together.
         optimizers: one entry an optimizer.
     """
 
-    model: dict[str, list[int]]
+    model: dict[str, list[int] | None]
     steps: int
     optimizers: list[OptimizerRecord]
 
@@ -145,7 +149,7 @@ class RunRecord:
             )
         try:
             record = cls(
-                model={str(name): list(shape) for name, shape in content["model"].items()},
+                model={str(name): None if s is None else list(s) for name, s in content["model"].items()},
                 steps=int(_number("steps", content["steps"])),
                 optimizers=[_optimizer_record(entry) for entry in content["optimizers"]],
             )
@@ -158,10 +162,15 @@ class RunRecord:
     def of_optimizer(self, name: str, parameters: Collection[str]) -> OptimizerRecord:
         """The entry of an optimizer, by the names of its parameters, of several that have them by its class.
 
+        Where none has the same ones, as the run has frozen some, it is one that has some more, or some less.
+
         Raises:
             RecordError: where none fits, or more than one.
         """
-        fitting = [entry for entry in self.optimizers if not entry.parameters or {*entry.parameters} == {*parameters}]
+        asked = {*parameters}
+        fitting = [entry for entry in self.optimizers if not entry.parameters or {*entry.parameters} == asked]
+        if not fitting:
+            fitting = [e for e in self.optimizers if asked <= {*e.parameters} or {*e.parameters} <= asked]
         if len(fitting) > 1:
             fitting = [entry for entry in fitting if entry.name == name]
         if len(fitting) != 1:
@@ -172,23 +181,38 @@ class RunRecord:
             )
         return fitting[0]
 
-    def check_model(self, model: Mapping[str, list[int]]) -> None:
-        """Refuses a record of another model than that with these names and shapes: a ``RecordError`` names what differs."""
-        for name in [*self.model, *model]:
-            recorded, present = self.model.get(name), model.get(name)
-            if recorded != present:
+    def check_model(self, model: Mapping[str, list[int] | None], frozen: Collection[str] = ()) -> None:
+        """Refuses a record of another model than that with these names and shapes: a ``RecordError`` names what differs.
+
+        Those that are ``frozen`` may lack in it, as in records of older releases.
+        """
+        for name in [*self.model, *(name for name in model if name not in frozen)]:
+            recorded, present = self.model.get(name, "none"), model.get(name, "none")
+            if recorded != present and None not in (recorded, present):
                 raise RecordError(
                     f"the record is of another model: parameter {name!r} has shape {recorded} in the record and {present}"
-                    " in this model (None: not there); record a run of this model"
+                    " in this model (none: not there, or frozen when an older release recorded it); record a run of this model"
                 )
 
 
-def exists(path: str | Path) -> bool:
-    """Whether there is a file, or something else, at a path or URL."""
-    if not _is_url(path):
-        return Path(path).exists()
-    filesystem, place = _file_system(str(path))
-    return bool(filesystem.exists(place))
+def reserve(directory: str) -> str:
+    """The path of a new record in a directory, ``calibration.json`` or ``calibration-1.json``, ..., which no other run gets.
+
+    At a URL, where a file can seldom be made in one step with the question for it, it may get it within the same instant.
+    """
+    names = (FILE_NAME if i == 0 else FILE_NAME.replace(".", f"-{i}.") for i in count())
+    return next(path for path in (path_in(directory, name) for name in names) if _is_new(path))
+
+
+def _is_new(path: str) -> bool:
+    if _is_url(path):
+        filesystem, place = _file_system(path)
+        return not filesystem.exists(place)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with suppress(FileExistsError):
+        Path(path).open("x").close()
+        return True
+    return False
 
 
 def path_in(directory: str, name: str = FILE_NAME) -> str:
@@ -247,7 +271,7 @@ def _noise_estimate(entry: dict[str, Any]) -> NoiseEstimate:
 
 
 def _number(name: str, value: Any, largest: float = _LARGEST) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise ValueError(f"{name} must be a number, got {value!r}")
     if not 0 <= value <= largest:
         raise ValueError(f"{name} must be from 0 to {largest:g}, got {str(value)[:20]}")

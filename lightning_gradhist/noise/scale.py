@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate
 from lightning_gradhist.noise.step import adam_weight
 from lightning_gradhist.tensors import apart, batches, joined, sums, total
@@ -108,7 +109,7 @@ class NoiseScale:
     """
 
     def __init__(self, like: Mapping[str, Tensor], batch_size: float) -> None:
-        if not batch_size > 0:
+        if not (is_number(batch_size) and batch_size > 0):
             raise ValueError(f"batch_size must be a positive number of samples, got {batch_size!r}")
         self.batch_size = batch_size
         self.first_half = GradientMoments(like)

@@ -231,14 +231,29 @@ def _check_inner(optimizer: Any) -> None:
             f"optimizer={name} calls its closure itself, as often as it likes, and adaptor E needs one gradient a "
             "step. Adapt an optimizer whose step() can do without a closure, such as SGD or AdamW."
         )
-    saved = sorted(optimizer.state_dict())
-    if saved != ["param_groups", "state"]:
+    if not _saves_its_state(optimizer):
         raise TypeError(
-            f"optimizer={name} saves {saved} in its state_dict, and adaptor E would be lost from a checkpoint: it keeps its "
-            "average in torch's own 'state'. Put EAdaptor around the optimizer that it wraps, and it around EAdaptor."
+            f"optimizer={name} does not save torch's own 'state' in its state_dict, or more beside it, and adaptor E would be "
+            "lost from a checkpoint: it keeps its average there. Put EAdaptor around the optimizer that it wraps, and it "
+            "around EAdaptor."
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"optimizer={name} has differentiable=True, but adaptor E is no part of the autograd graph. "
             "Make the optimizer with differentiable=False."
         )
+
+
+def _saves_its_state(optimizer: Optimizer) -> bool:
+    """Whether what is put into its state is saved, and nothing elsewhere; found out by trying it."""
+    param: Any = next((param for group in optimizer.param_groups for param in group["params"]), None)
+    was_there = param in optimizer.state
+    state = optimizer.state.setdefault(param, {})
+    state[BUFFER] = None
+    try:
+        saved = optimizer.state_dict()
+        return sorted(saved) == ["param_groups", "state"] and any(BUFFER in one for one in saved["state"].values())
+    finally:
+        del state[BUFFER]
+        if not was_there:
+            del optimizer.state[param]

@@ -265,6 +265,8 @@ def entry(name: str, *parameters: str) -> OptimizerRecord:
         pytest.param([entry("SGD"), entry("Adam")], 1, id="by-class-in-an-older-record"),
         pytest.param([entry("Adam"), entry("Adam")], None, id="both-may-be-meant"),
         pytest.param([entry("Adam", "g")], None, id="of-other-parameters"),
+        pytest.param([entry("Adam", "g"), entry("Adam", "d", "frozen")], 1, id="of-more-parameters"),
+        pytest.param([entry("Adam", "d", "late"), entry("Adam", "d")], 1, id="of-the-same-before-more"),
         pytest.param([entry("SGD"), entry("RMSprop")], None, id="of-other-classes"),
     ],
 )
@@ -287,9 +289,9 @@ def test_a_folder_is_no_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        pytest.param({"w": [3, 4]}, r"'b' has shape \[3\] in the record and None", id="fewer"),
+        pytest.param({"w": [3, 4]}, r"'b' has shape \[3\] in the record and none", id="fewer"),
         pytest.param({"w": [3, 4], "b": [4]}, r"'b' has shape \[3\] in the record and \[4\]", id="shape"),
-        pytest.param({"w": [3, 4], "b": [3], "c": []}, r"'c' has shape None in the record and \[\]", id="more"),
+        pytest.param({"w": [3, 4], "b": [3], "c": []}, r"'c' has shape none in the record and \[\]", id="more"),
         pytest.param({}, "record is of another model", id="empty"),
     ],
 )
@@ -299,4 +301,6 @@ def test_another_model_is_refused(model: dict[str, list[int]], message: str) -> 
 
 
 def test_the_same_model_is_not() -> None:
-    RunRecord({"w": [3, 4], "b": [3]}, 1, []).check_model({"b": [3], "w": [3, 4]})
+    record = RunRecord({"w": [3, 4], "b": [3]}, 1, [])
+    record.check_model({"b": [3], "w": [3, 4]})
+    record.check_model({"b": None, "w": [3, 4], "backbone": [5]}, frozen=["w", "backbone"])

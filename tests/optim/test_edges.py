@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Lookahead
 from torch import Tensor
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor
@@ -160,7 +162,25 @@ class Slow(torch.optim.SGD):
         return {"slow": [], "fast": super().state_dict(), "param_groups": self.param_groups}
 
 
-def test_an_optimizer_that_saves_another_state_is_refused() -> None:
-    inner = Slow([torch.nn.Parameter(torch.ones(2))], lr=0.1)
-    with pytest.raises(TypeError, match=r"optimizer=Slow saves .*'fast', 'param_groups', 'slow'.*EAdaptor"):
+@pytest.mark.parametrize("wrapped", [lambda p: Slow(p, lr=0.1), lambda p: Lookahead(torch.optim.SGD(p, lr=0.1))])
+def test_an_optimizer_that_saves_another_state_is_refused(wrapped: Any) -> None:
+    inner = wrapped([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=r"optimizer=(Slow|Lookahead) does not save torch's own 'state'.*EAdaptor"):
         EAdaptor(inner)
+    assert not inner.state
+
+
+def test_around_the_adaptor_it_goes_on_after_a_reload() -> None:
+    def steps(optimizer: Any, weight: Any, numbers: Any) -> None:
+        for number in numbers:
+            weight.grad = torch.sin(number + weight.detach())
+            optimizer.step()
+
+    first, second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    one, other = (Lookahead(EAdaptor(torch.optim.Adam([weight], lr=0.1), -5.0, 0.9), k=2) for weight in (first, second))
+    steps(one, first, range(5))
+    second.data.copy_(first.data)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for optimizer, weight in ((one, first), (other, second)):
+        steps(optimizer, weight, range(5, 10))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)

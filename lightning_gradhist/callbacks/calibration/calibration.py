@@ -25,9 +25,15 @@ from lightning_gradhist.callbacks._lightning import (
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, holds_before, set_defaults, stray_rate
+from lightning_gradhist.callbacks.calibration.handoff import (
+    apply_changes,
+    holds_before,
+    restore_unsaved,
+    set_defaults,
+    stray_rate,
+)
 from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
-from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
+from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
@@ -59,9 +65,11 @@ class _Applied:
         """Reads a state, also one of an older version, which may lack keys and have others; raises for anything else."""
         changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
         found = cls(state["report"], changes, state.get("batch_size"))
-        numbers = [found.batch_size or 0.0, *(change.after for change in changes)]
-        groups = [change.group for change in changes]
-        if not (isinstance(found.report, (str, NoneType)) and all(map(_is_number, map(abs, (*numbers, *groups))))):
+        numbers = [0.0 if found.batch_size is None else found.batch_size, *(change.group for change in changes)]
+        after = [change.after for change in changes]  # an alpha may be negative
+        if not (
+            isinstance(found.report, (str, NoneType)) and all(map(_is_number, numbers)) and all(map(is_number, after))
+        ):
             raise TypeError(f"a text, numbers and groups are wanted, got {state!r}")
         return found
 
@@ -116,7 +124,8 @@ class OptimizerCalibration(Callback):
     ``explore_beta`` of ``ALTO`` and ``AdamE`` where they were left on ``"auto"``; the learning rate also into ``initial_lr``
     and the schedulers, with the rates that these keep of their own (``eta_min``).
 
-    - The rate is kept, and the report names the scheduler, where a copy of one does not follow at every step.
+    - The rate is kept, and the report names the scheduler, where a copy of one does not follow at every step; likewise an
+      optimizer that keeps rates outside its groups.
     - Where the run's own code sets the rate at a step, one warning gives the factor by which it would have to multiply it.
     - Groups that are added later, as by ``BackboneFinetuning``, begin with the calibrated epsilon and the rate that they are
       added with; a warning says so.
@@ -176,8 +185,10 @@ class OptimizerCalibration(Callback):
             raise MisconfigurationException(f"learning_rate must be one of {LAWS}, got {learning_rate!r}")
         if fallback not in PLAIN_LAWS:
             raise MisconfigurationException(f"fallback must be one of {PLAIN_LAWS}, got {fallback!r}")
-        if probe_batches < MIN_BATCHES:
-            raise MisconfigurationException(f"probe_batches must be at least {MIN_BATCHES}, got {probe_batches!r}")
+        if not isinstance(probe_batches, int) or probe_batches < MIN_BATCHES:
+            raise MisconfigurationException(
+                f"probe_batches must be an integer from {MIN_BATCHES} up, got {probe_batches!r}"
+            )
         self.reference_batch_size = reference_batch_size
         self.reference = reference
         self.epsilon = epsilon
@@ -283,6 +294,8 @@ class OptimizerCalibration(Callback):
         if not from_checkpoint:
             changes = [change for change in self._applied.changes if holds_before(optimizer, schedulers, change)]
             apply_changes(optimizer, schedulers, changes)
+        else:
+            restore_unsaved(optimizer, schedulers, self._applied.changes)
         set_defaults(optimizer, self._applied.changes)
         self._groups = len(optimizer.param_groups)
         self._keep_watch(trainer)
@@ -319,7 +332,8 @@ class OptimizerCalibration(Callback):
         try:
             if isinstance(outcome, RecordError):
                 raise outcome
-            outcome.check_model(model_shapes(trainer))
+            frozen = [name for name, parameter in named_parameters(module).items() if not parameter.requires_grad]
+            outcome.check_model(model_shapes(trainer), frozen)
             return outcome.of_optimizer(class_name(optimizer), [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import starmap
-from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -37,7 +36,7 @@ from lightning_gradhist.callbacks.probe.run import run_probe
 from lightning_gradhist.callbacks.schedules import base_rates, horizons, later_accumulation, run_length
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
-from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
+from lightning_gradhist.explore import AUTO, explore_choice, is_number, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw, plain_ratio
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
@@ -127,10 +126,13 @@ class Evidence:
         """Those that the record has of the same groups of the same optimizer, or None."""
         if self.recorded is None or self.recorded.name != self.optimizer:
             return None
-        rates, own = self.recorded.learning_rates, self.own_rates
+        rates, own, known = self.recorded.learning_rates, self.own_rates, [*self.recorded.parameters]
+        begins = known[: len(self.parameters)] == [*self.parameters]
+        if begins and len(known) > len(self.parameters):
+            rates = rates[: len(own)]  # without groups that came later, as by BackboneFinetuning
         alike = len(rates) == len(own) and not any(r == 0 < before for r, before in zip(rates, own, strict=True))
-        in_order = [*self.recorded.parameters] in ([], [*self.parameters]) or len({*rates}) == len({*own}) == 1
-        return rates if alike and in_order else None
+        in_order = begins or ({*self.parameters} <= {*known} and len({*rates}) == len({*own}) == 1)
+        return rates if alike and (in_order or not known) else None
 
 
 def gather(
@@ -150,7 +152,7 @@ def gather(
         groups=[
             ParamGroup(
                 lr=rate,
-                eps=float(group["eps"]) if adaptive and isinstance(group.get("eps"), Real) else None,  # also numpy's
+                eps=float(group["eps"]) if adaptive and is_number(group.get("eps")) else None,
                 least_eps=least_epsilon(optimizer, group),
                 alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
             )

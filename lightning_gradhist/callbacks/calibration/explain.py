@@ -110,10 +110,10 @@ def all_rates_zero() -> str:
     )
 
 
-def stray_schedule(scheduler: str) -> str:
+def stray_schedule(which: str) -> str:
     return (
-        f"{scheduler} would not follow a changed rate at every step, as far as a copy of it shows, so the rate is kept; set"
-        " its rates where it is made, or pass learning_rate='keep'"
+        f"{which} would not follow a changed rate at every step, as far as can be seen, so the rate is kept; set its rates"
+        " where it is made, or pass learning_rate='keep'"
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
@@ -24,8 +25,8 @@ from lightning_gradhist.callbacks.schedules import (
 )
 from lightning_gradhist.logging.calibration_report import GroupChange
 
-_IS_RATE = re.compile(r"_?(\w+_)?(lrs?|lr_m(in|ax))|eta_m(in|ax)")
-"""Names under which groups and schedulers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``warmup_start_lr``."""
+_IS_RATE = re.compile(r"_?(\w+_)?(lrs?|learning_rates?|lr_(min|max|init|start|end|final))|eta_m(in|ax)")
+"""Names under which groups, schedulers and optimizers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``final_lr``."""
 _FOLLOW = (
     lr_scheduler.LambdaLR,
     lr_scheduler.MultiplicativeLR,
@@ -53,6 +54,24 @@ def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequ
         if change.name != "lr":
             optimizer.param_groups[change.group][change.name] = change.after
     _scale(optimizer, schedulers_of(optimizer, schedulers), factors)
+
+
+def restore_unsaved(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:
+    """Scales the rates of schedulers that a checkpoint has not brought back, and are as the user's code made them.
+
+    Which these are, two copies show, of which one loads what the other saves with other rates.
+    """
+    factors = rate_factors([1.0] * len(optimizer.param_groups), changes)
+    for scheduler in schedulers_of(optimizer, schedulers):
+        with suppress(Exception), unnoticed():  # what cannot be tried stays as it was loaded
+            saving, loading = twin(scheduler), twin(scheduler)
+            for part in parts([saving]):
+                _scale_part(part, [2.0] * len(factors))
+            loading.load_state_dict(saving.state_dict())
+            pairs = list(zip(parts([scheduler]), parts([loading]), strict=True))
+            for part, loaded in pairs:
+                rates = _rates_of(part)
+                _scale_part(part, factors, saved=[name for name in rates if vars(loaded)[name] != rates[name]])
 
 
 def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:
@@ -85,7 +104,7 @@ def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping
         now = optimizer.param_groups[index]["lr"]
         if isinstance(now, Tensor) and now.device.type != "cpu":
             continue
-        known = [float(rates[index]) for rates in told if index < len(rates)] or [rate]
+        known = [rate, *(float(rates[index]) for rates in told if index < len(rates))]
         if not any(math.isclose(float(now), one, rel_tol=1e-6) for one in known):
             return index
     return None
@@ -94,16 +113,22 @@ def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping
 def stray_schedule(
     optimizer: Optimizer, horizons: Sequence[tuple[Any, float]], factors: Sequence[float | None]
 ) -> str | None:
-    """Which scheduler would not follow when the base rates are multiplied, and what it keeps; None if all do.
+    """Which optimizer or scheduler would not follow when the base rates are multiplied, and what it keeps; None if all do.
 
-    Copies of each are stepped through the run, as they are and with all that is recognised multiplied: the ratio of
-    their rates has to be the factor at every step.
+    An optimizer with rates beside those of its groups does not. Copies of each scheduler are stepped through the run, as
+    they are and with all that is recognised multiplied: the ratio of their rates has to be the factor at every step.
 
     Args:
         optimizer: whose rates are to be multiplied.
         horizons: schedulers, and how many times each is stepped.
         factors: of each group; None where its rate is 0.
     """
+    wrapped = [optimizer]
+    for one in wrapped:  # which grows
+        wrapped += [held for held in vars(one).values() if isinstance(held, Optimizer) and held not in wrapped]
+        own = [name for name, rates in _rates(vars(one)).items() if any(rates if isinstance(rates, list) else [rates])]
+        if own:
+            return f"{type(one).__name__} ({', '.join(sorted(own))})"
     for scheduler, horizon in horizons:
         for part in parts(schedulers_of(optimizer, [scheduler])):
             if any(_looks_at(function, part) for function in getattr(part, "lr_lambdas", ())):
@@ -162,18 +187,11 @@ def _steps_as(scheduler: Any, kind: type) -> bool:
 
 def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[float | None]) -> None:
     """Multiplies all rates of groups and of their schedulers; a rate for all groups where their factors are the same."""
-    filled, common = _filled(factors), _common(factors)
+    filled = _filled(factors)
     if all(factor == 1.0 for factor in filled):
         return
     for part in parts(schedulers):
-        own = _rates(vars(part))
-        if isinstance(part, lr_scheduler.ReduceLROnPlateau):
-            own["eps"] = part.eps  # the smallest change of a rate that it makes
-        for name, rates in own.items():
-            if isinstance(rates, list) and len(rates) == len(filled):
-                setattr(part, name, [rate * factor for rate, factor in zip(rates, filled, strict=True)])
-            elif common is not None:
-                setattr(part, name, [rate * common for rate in rates] if isinstance(rates, list) else rates * common)
+        _scale_part(part, factors)
     multiplied: dict[int, float] = {}  # tensors, which groups may share
     for group, factor in zip(optimizer.param_groups, filled, strict=True):
         for key, rate in _rates(group).items():
@@ -184,6 +202,24 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
                 multiplied[id(rate)] = factor
             elif multiplied[id(rate)] != factor:
                 group[key] = rate * (factor / multiplied[id(rate)])
+
+
+def _scale_part(part: Any, factors: Sequence[float | None], saved: Collection[str] = ()) -> None:
+    filled, common = _filled(factors), _common(factors)
+    for name, rates in _rates_of(part).items():
+        if name in saved:
+            continue
+        if isinstance(rates, list) and len(rates) == len(filled):
+            setattr(part, name, [rate * factor for rate, factor in zip(rates, filled, strict=True)])
+        elif common is not None:
+            setattr(part, name, [rate * common for rate in rates] if isinstance(rates, list) else rates * common)
+
+
+def _rates_of(scheduler: Any) -> dict[str, Any]:
+    own = _rates(vars(scheduler))
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        own["eps"] = scheduler.eps  # the smallest change of a rate that it makes
+    return own
 
 
 def _common(factors: Sequence[float | None]) -> float | None:

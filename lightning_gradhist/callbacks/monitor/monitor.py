@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,11 +28,12 @@ from lightning_gradhist.callbacks.monitor.observer import Fit, StepObserver, Wat
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
 from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
 from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
-from lightning_gradhist.callbacks.monitor.record import RecordFile, record_path
+from lightning_gradhist.callbacks.monitor.record import RecordFile, record_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows
 from lightning_gradhist.callbacks.optimizers import why_without_layers
 from lightning_gradhist.callbacks.schedules import run_length
 from lightning_gradhist.callbacks.strategies import replicas
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.logging.writer import LoggerQueues
 from lightning_gradhist.noise import NoiseRecord
 
@@ -101,7 +103,8 @@ class GradientHistogramMonitor(Callback):
     a warning, what it has no time for; the end of ``fit`` waits for it at most 30 seconds.
 
     The noise scale (:class:`lightning_gradhist.noise.NoiseRecord`) goes into the checkpoint and into ``calibration.json`` in
-    the log directory, which ``OptimizerCalibration(reference=...)`` reads; some ten logged steps make it of use. Under DDP
+    the log directory, which ``OptimizerCalibration(reference=...)`` reads; some ten logged steps make it of use. It is
+    ``calibration-1.json``, ... where another run has left one there; a resumed run goes on with its own. Under DDP
     or accumulation it is measured, without bias, from the gradients of a step's first micro-batch on each rank against
     those of the whole step; else, without bias, from the two halves of a batch of 16 or more, where layers that are known hold
     half of the parameters: linear, convolutions without groups, layer norms, and embeddings with them, not compiled and not
@@ -137,7 +140,7 @@ class GradientHistogramMonitor(Callback):
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise MisconfigurationException(f"every_n_steps must be an integer from 1 up, got {every_n_steps!r}")
-        if batch_size is not None and batch_size < 1:
+        if batch_size is not None and not (is_number(batch_size) and 1 <= batch_size < math.inf):
             raise MisconfigurationException(f"batch_size must be a positive number of samples, got {batch_size!r}")
         if when not in get_args(When):
             raise MisconfigurationException(f"when must be one of {get_args(When)}, got {when!r}")
@@ -148,7 +151,8 @@ class GradientHistogramMonitor(Callback):
         self._rows = Rows(group_by, include, exclude)
         self._progress: list[Progress] = []
         self._restored: list[dict[str, Any]] = []
-        self._record_path: str | None = None
+        self._record_path: str | None = None  # of the last fit, on rank zero
+        self._records_in: str | None = None  # a directory, the same on every rank; None where nothing is recorded
         self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
@@ -176,7 +180,9 @@ class GradientHistogramMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
-        return {"optimizers": self._restored or [progress.state_dict() for progress in self._progress]}
+        path = self._record_path if self._record is None else self._record.path
+        optimizers = self._restored or [progress.state_dict() for progress in self._progress]
+        return {"optimizers": optimizers, **({"record": path} if path else {})}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes up the state of the monitor most like this one, where its arguments, and so its key, were others."""
@@ -191,6 +197,7 @@ class GradientHistogramMonitor(Callback):
         try:
             states = list(state_dict["optimizers"])
             self._restored = [Progress.from_state_dict(state).state_dict() for state in states]
+            self._record_path = str(state_dict.get("record", "")) or None
         except Exception as error:  # whatever it is, it must not stop the run
             self._restored, self._progress = [], []
             rank_zero_warn(
@@ -215,13 +222,13 @@ class GradientHistogramMonitor(Callback):
             self._turn_off(messages.NO_MEMORY)
             return
         self._fit = fit
-        self._record_path = self._path_of_record(fit)
-        if self._record_path is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._record_path, fit.guard)
         self._measures_noise = self._may_measure_noise(trainer)
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
+        self._records_in = self._directory_of_record(fit)
+        if self._records_in is not None and trainer.is_global_zero:
+            self._record = RecordFile(self._records_in, self._record_path if goes_on else None, fit.guard)
         self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -230,7 +237,7 @@ class GradientHistogramMonitor(Callback):
             return
         if self._measures_noise:
             self._fit.samples.start_batch(trainer, batch, batch_idx)
-        messages.tell_of_lacks(self._fit, self.noise_scale, self._record_path)
+        messages.tell_of_lacks(self._fit, self.noise_scale, self._records_in)
         measured, self._measures_noise = self._measures_noise, self._may_measure_noise(trainer)
         known = [each.watched.optimizer for each in self._optimizers]
         if self._restored or measured != self._measures_noise or known != trainer.optimizers:
@@ -275,7 +282,7 @@ class GradientHistogramMonitor(Callback):
         for observer in self._observers:
             observer.finish()
         fit = self._fit
-        if fit is not None and self._measures_noise and fit.samples.problem is None and self._record_path is not None:
+        if fit is not None and self._measures_noise and fit.samples.problem is None and self._records_in is not None:
             messages.tell_at_end(self.noise_records, self.every_n_steps, min(one.logged for one in self._progress))
         self._finish()
 
@@ -286,15 +293,15 @@ class GradientHistogramMonitor(Callback):
     def _may_measure_noise(self, trainer: Trainer) -> bool:
         return self.noise_scale and messages.why_no_noise(trainer) is None
 
-    def _path_of_record(self, fit: Fit) -> str | None:
-        """Where the record goes: one place for each run, the same on every rank; None for runs that leave nothing."""
+    def _directory_of_record(self, fit: Fit) -> str | None:
+        """Where the record goes, the same on every rank; None for runs that leave nothing."""
         trainer, path = fit.trainer, ""
         is_first = self is next(iter(_monitors(trainer)), self)  # of several monitors the first writes the record
         if getattr(trainer, "fast_dev_run", False) or trainer.barebones or not is_first:
             return None
         if trainer.is_global_zero:
             with fit.guard.attempt("find the logger's directory"):
-                path = record_path(trainer, self._record_path)
+                path = record_directory(trainer)
         return trainer.strategy.broadcast(path) or None
 
     def _watch(self, fit: Fit, states: Sequence[dict[str, Any]]) -> None:
@@ -346,11 +353,12 @@ class GradientHistogramMonitor(Callback):
         end = time.monotonic() + LoggerQueues.patience  # for both together
         if record is not None:
             record.close(LoggerQueues.patience)
+            self._record_path = record.path
         if fit is not None:
             fit.close(max(0.0, end - time.monotonic()))
-        if fit is not None and record is not None and record.saved and self._record_path is not None:
+        if fit is not None and record is not None and record.saved and record.path is not None:
             with fit.guard.attempt("say what was recorded"):
-                messages.tell_of_record(self.noise_records, self._record_path)
+                messages.tell_of_record(self.noise_records, record.path)
 
     def _release(self) -> None:
         for each in self._optimizers:
@@ -360,7 +368,7 @@ class GradientHistogramMonitor(Callback):
     def _turn_off(self, reason: str) -> None:
         if self._record is not None:
             self._record.close(LoggerQueues.patience)
-        self._fit = self._record = self._record_path = None
+        self._fit = self._record = self._records_in = None
         rank_zero_warn(f"GradientHistogramMonitor is off: {reason}")
 
 

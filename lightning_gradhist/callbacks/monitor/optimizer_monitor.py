@@ -135,9 +135,12 @@ class OptimizerMonitor:
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether an optimizer tells of its steps, as each does that calls the constructor of its base class."""
+    """Whether an optimizer tells of its steps, as each does that calls the constructor of its base class.
+
+    Some that do not, as timm's Lookahead, make a list of hooks that nobody calls.
+    """
     try:
         optimizer.register_step_pre_hook(lambda *_: None).remove()
     except AttributeError:
         return False
-    return True
+    return bool(getattr(type(optimizer).step, "hooked", False))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,17 +15,24 @@ from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import class_name
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import Writer
-from lightning_gradhist.noise.record import FILE_NAME, RunRecord, exists, path_in
+from lightning_gradhist.noise.record import FILE_NAME, RunRecord, path_in, reserve
 
 _TASK = f"write {FILE_NAME}"
 
 
 class RecordFile:
-    """``calibration.json`` of a run, made and written in a thread, as that takes long after many steps."""
+    """``calibration.json`` of a run, made and written in a thread, as that takes long after many steps.
 
-    def __init__(self, path: str, guard: Guard) -> None:
-        self._path = path
-        self._guard = guard
+    Args:
+        directory: where it goes, under the first name that is free when it is first written.
+        before: the record of this run before it was interrupted, which goes on where it is in the directory.
+        guard: that tells of what fails.
+    """
+
+    def __init__(self, directory: str, before: str | None, guard: Guard) -> None:
+        is_there = before is not None and before == path_in(directory, os.path.basename(before))
+        self.path = before if is_there else None
+        self._directory, self._guard = directory, guard
         self.saved = 0
         """Measurements that it has, or is about to have."""
         self._writer = Writer()
@@ -64,14 +71,15 @@ class RecordFile:
 
     def _write(
         self,
-        shapes: dict[str, list[int]],
+        shapes: dict[str, list[int] | None],
         steps: int,
         optimizers: Sequence[tuple[str, list[str]]],
         progress: Sequence[Progress],
     ) -> None:
         try:
             entries = [one.record(*known) for one, known in zip(progress, optimizers, strict=True)]
-            RunRecord(shapes, steps, entries).save(self._path)
+            self.path = self.path or reserve(self._directory)
+            RunRecord(shapes, steps, entries).save(self.path)
         except Exception as error:
             self._errors.append(error)  # of which the training thread tells
 
@@ -80,17 +88,11 @@ class RecordFile:
             self._guard.warn(_TASK, self._errors.pop(0))
 
 
-def record_path(trainer: Trainer, before: str | None) -> str:
-    """Where the record of a run goes: into the directory of its logger, or to a file of its own in the root directory.
-
-    ``before``, where that of this process's last run went, is taken again where that run goes on.
-    """
+def record_directory(trainer: Trainer) -> str:
+    """Where the record of a run goes: into the directory of its logger, or into the root directory."""
     logger: Any = trainer.loggers[0] if trainer.loggers else None
-    directory, root = getattr(logger, "log_dir", None), str(trainer.default_root_dir)
+    directory = getattr(logger, "log_dir", None)
     if not directory and getattr(logger, "save_dir", None) and logger.version is not None:
         directory = path_in(path_in(str(logger.save_dir), str(logger.name)), str(logger.version))
-    if directory:
-        return path_in(str(directory), FILE_NAME)
-    names = (FILE_NAME if i == 0 else FILE_NAME.replace(".", f"-{i}.") for i in count())
-    paths = (path_in(root, name) for name in names)
-    return next(path for path in paths if (path == before and trainer.global_step > 0) or not exists(path))
+    directory = str(directory or trainer.default_root_dir)
+    return directory if "://" in directory else os.path.abspath(directory)

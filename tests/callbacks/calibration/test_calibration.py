@@ -628,7 +628,9 @@ def test_a_trainer_of_the_other_package_is_as_good(tmp_path) -> None:
         pytest.param({"epsilon": math.nan}, "epsilon must be .* got nan", id="epsilon nan"),
         pytest.param({"learning_rate": "cubic"}, "learning_rate must be one of .*surge", id="law"),
         pytest.param({"fallback": "surge"}, "fallback must be one of .*'sqrt', .*'surge'", id="fallback"),
-        pytest.param({"probe_batches": 1}, "probe_batches must be at least 4, got 1", id="probe"),
+        pytest.param({"probe_batches": 1}, "probe_batches must be an integer from 4 up, got 1", id="probe"),
+        pytest.param({"probe_batches": 8.5}, "probe_batches must be .* got 8.5", id="half a batch"),
+        pytest.param({"probe_batches": "8"}, "probe_batches must be .* got '8'", id="text"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:

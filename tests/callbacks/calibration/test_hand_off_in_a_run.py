@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from support import Net, final_state, fit, loader
+from support import trainer as make_trainer
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -89,6 +91,56 @@ class SetsRates(L.Callback):
             group["lr"] = 1e-2 / (1 + trainer.current_epoch)
 
 
+class Forgetful(CosineAnnealingLR):
+    """It saves its steps alone."""
+
+    def state_dict(self) -> Any:
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+    def get_lr(self) -> Any:
+        share = 0.5 + 0.5 * math.cos(math.pi * self.last_epoch / self.T_max)
+        return [self.eta_min + share * (base - self.eta_min) for base in self.base_lrs]
+
+
+class Half(CosineAnnealingLR):
+    """It saves its base rates, and not its floor."""
+
+    get_lr = Forgetful.get_lr
+
+    def state_dict(self) -> Any:
+        return {name: value for name, value in super().state_dict().items() if name != "eta_min"}
+
+
+class Nested(CosineAnnealingLR):
+    """It saves all, under names of its own."""
+
+    def state_dict(self) -> Any:
+        return {"state": super().state_dict()}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict["state"])
+
+
+@pytest.mark.parametrize("kind", [CosineAnnealingLR, Forgetful, Half, Nested])
+def test_a_scheduler_that_does_not_save_its_rates_has_the_calibrated_ones_in_a_resumed_run(tmp_path, kind: Any) -> None:
+    def module() -> Any:
+        return Net(scheduler=lambda optimizer: kind(optimizer, 64, eta_min=1e-3))
+
+    class Rates(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    seen: list[float] = []
+    options = {"reference_batch_size": 2, "learning_rate": "sqrt", "epsilon": "keep"}
+    made = fit(tmp_path, OptimizerCalibration(**options), Rates(), module=module, max_epochs=2)
+    expected, seen = seen, []
+    made = fit(tmp_path, OptimizerCalibration(**options), Rates(), module=module)
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path, OptimizerCalibration(**options), Rates(), max_epochs=2)
+    made.fit(module(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert seen == pytest.approx(expected)
+
+
 AVERAGING = StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)
 
 
@@ -137,6 +189,48 @@ def test_a_group_that_comes_later_begins_with_the_calibrated_values(tmp_path) ->
     assert len([one for one in caught if "came after" in str(one.message)]) == 1
 
 
+class FrozenPart(TwoParts):
+    """Its backbone is frozen for the whole run."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.backbone.requires_grad_(False)
+
+
+def _recorded(folder: Any, module: Any, *callbacks: Any) -> str:
+    callbacks = (*callbacks, GradientHistogramMonitor(every_n_steps=2, batch_size=8))
+    fit(folder, *callbacks, module=module, data=loader(8, samples=256), max_epochs=2)
+    return str(folder / "calibration.json")
+
+
+@pytest.mark.filterwarnings("ignore:OptimizerCalibration. parameter group 1 came after")
+@pytest.mark.parametrize(
+    ("recorded", "thawing", "lr"),
+    [
+        pytest.param(TwoParts, True, 1e-2, id="thawed in both"),
+        pytest.param(FrozenPart, True, 1e-2, id="frozen for good in the record"),
+        pytest.param(FrozenPart, False, 1e-3, id="frozen in the record alone"),
+    ],
+)
+def test_a_run_with_frozen_parameters_is_calibrated_from_a_record_of_the_same_model(
+    tmp_path, recorded: Any, thawing: bool, lr: float
+) -> None:
+    """With the recorded rate of the same groups, 1e-2, and else with its own, 1e-3."""
+    first = [thaw()] if recorded is TwoParts else []
+    path = _recorded(tmp_path / "a", lambda: recorded(lambda p: torch.optim.AdamW(p, lr=1e-2)), *first)
+    calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
+    made = fit(
+        tmp_path / "b",
+        *([thaw()] if thawing else []),
+        calibration,
+        module=lambda: TwoParts(lambda p: torch.optim.AdamW(p, lr=1e-3)),
+        data=loader(32, samples=64),
+        max_epochs=2,
+    )
+    assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(2 * lr)
+    assert len(made.optimizers[0].param_groups) == 1 + thawing
+
+
 def test_a_group_that_comes_later_begins_with_the_chosen_alpha(tmp_path) -> None:
     calibration = OptimizerCalibration(learning_rate="keep", epsilon="keep", batch_size=1024)
     made = fit(tmp_path, thaw(), calibration, module=lambda: TwoParts(lambda p: ALTO(p, lr=1e-2)), max_epochs=2)
@@ -178,6 +272,9 @@ GOOD = {
         pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "after": "auto"}]}, id="text for a number"),
         pytest.param({**GOOD, "changes": 7}, id="a number for a list"),
         pytest.param({**GOOD, "batch_size": "many"}, id="text for a batch size"),
+        pytest.param({**GOOD, "batch_size": True}, id="a flag for a batch size"),
+        pytest.param({**GOOD, "batch_size": -8.0}, id="a negative batch size"),
+        pytest.param({**GOOD, "changes": [{**GOOD["changes"][0], "after": True}]}, id="a flag for a number"),
     ],
 )
 def test_a_state_that_cannot_be_read_begins_anew(state: dict[str, Any]) -> None:

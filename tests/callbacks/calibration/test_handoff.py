@@ -276,6 +276,13 @@ def test_a_group_without_a_rate_has_no_number() -> None:
     assert base_rates(optimizer, []) == [None, 0.01]
 
 
+@pytest.mark.parametrize("rate", [True, "0.1", 0.1 + 0.1j, torch.tensor(0.1 + 0.1j), torch.ones(2), (0.1,)], ids=str)
+def test_what_is_no_number_is_no_rate(rate: Any) -> None:
+    optimizer = make()
+    optimizer.param_groups[0]["lr"] = rate
+    assert base_rates(optimizer, []) == [None, 0.01]
+
+
 def test_a_number_of_numpy_is_a_rate() -> None:
     optimizer = make((np.float32(0.5), np.float64(0.25)))
     assert base_rates(optimizer, []) == [0.5, 0.25]
@@ -392,6 +399,57 @@ def test_a_scheduler_that_would_not_follow_is_named(build: Any, factors: Any, na
     assert stray_schedule(optimizer, [(SCHEDULERS["linear warm-up"](make()), 10)], factors) is None
 
 
+class AdaBound(torch.optim.Optimizer):
+    """The rates of Luolc's AdaBound, and its bounds on a step, of which the one is shown that it ends at."""
+
+    def __init__(self, groups: Any, lr: float, final_lr: float = 0.1) -> None:
+        super().__init__(groups, {"lr": lr, "final_lr": final_lr})
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+
+class Ranger21(torch.optim.Optimizer):
+    """It sets the rate of its groups at each step."""
+
+    def __init__(self, groups: Any, lr: float) -> None:
+        super().__init__(groups, {"lr": lr})
+        self.min_lr, self.starting_lr, self.use_lr = 0.0, lr, True
+
+
+class Lookahead(torch.optim.Optimizer):
+    def __init__(self, groups: Any, lr: float) -> None:
+        self.optimizer = Ranger21(groups, lr)
+        self.param_groups, self.defaults, self.state = self.optimizer.param_groups, self.optimizer.defaults, {}
+
+
+class Apollo(torch.optim.Optimizer):
+    def __init__(self, groups: Any, lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "base_lr": lr, "init_lr": lr / 1000, "lr_scale": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        pytest.param(AdaBound, "AdaBound (base_lrs)", id="AdaBound"),
+        pytest.param(Ranger21, "Ranger21 (starting_lr)", id="Ranger21"),
+        pytest.param(Lookahead, "Ranger21 (starting_lr)", id="a wrapper"),
+        pytest.param(Apollo, None, id="rates in groups"),
+        pytest.param(torch.optim.AdamW, None, id="AdamW"),
+    ],
+)
+def test_an_optimizer_with_rates_of_its_own_is_named(kind: Any, named: str | None) -> None:
+    optimizer = make(optimizer=kind)
+    assert stray_schedule(optimizer, [], FACTORS) == named
+
+
+def test_rates_of_every_name_in_groups_are_scaled() -> None:
+    optimizer = make(optimizer=Apollo)
+    apply_changes(optimizer, [], changes(optimizer))
+    for group, lr, factor in zip(optimizer.param_groups, (0.1, 0.01), FACTORS, strict=True):
+        rates = {key: group[key] for key in ("lr", "base_lr", "init_lr", "lr_scale")}
+        expected = {"lr": lr * factor, "base_lr": 0.1 * factor, "init_lr": 1e-4 * factor, "lr_scale": 0.5}
+        assert rates == pytest.approx(expected)
+
+
 def test_a_scheduler_that_cannot_be_stepped_alone_is_named() -> None:
     class ByHand:
         def __init__(self, optimizer: Any) -> None:
@@ -402,9 +460,30 @@ def test_a_scheduler_that_cannot_be_stepped_alone_is_named() -> None:
 
     optimizer = make()
     by_hand = ByHand(optimizer)
-    assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand (lr_min)"
-    del by_hand.lr_min
+    assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand (lr_min, warmup_lr_init)"
+    del by_hand.lr_min, by_hand.warmup_lr_init
     assert stray_schedule(optimizer, [(by_hand, 10)], (2.0, 2.0)) == "ByHand"
+
+
+class Copied(Floor):
+    """Its copies lack its floor, and have that of the class."""
+
+    floor = 0.0
+
+    def __init__(self, optimizer: Any) -> None:
+        self.floor = 1e-3
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [max(base * 0.9**self.last_epoch, self.floor) for base in self.base_lrs]
+
+    def __getstate__(self) -> Any:
+        return {name: value for name, value in vars(self).items() if name != "floor"}
+
+
+def test_a_scheduler_whose_copies_are_others_is_named() -> None:
+    optimizer = make()
+    assert stray_schedule(optimizer, [(Copied(optimizer), 10)], (2.0, 2.0)).startswith("Copied (")
 
 
 def test_schedulers_are_tried_without_a_trace() -> None:

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import (
     GradientSpy,
+    Lookahead,
     Net,
     OpaqueBatches,
     TwoOptimizers,
@@ -621,6 +622,9 @@ def test_no_tag_is_used_for_two_kinds_of_data(tmp_path) -> None:
         pytest.param({"every_n_steps": -5}, "every_n_steps must be .* got -5", id="negative"),
         pytest.param({"every_n_steps": 2.5}, "every_n_steps must be .* got 2.5", id="fraction"),
         pytest.param({"batch_size": 0}, "batch_size must be a positive", id="batch size"),
+        pytest.param({"batch_size": True}, "batch_size must be a positive .* got True", id="batch size flag"),
+        pytest.param({"batch_size": "8"}, "batch_size must be a positive .* got '8'", id="batch size text"),
+        pytest.param({"batch_size": math.nan}, "batch_size must be a positive .* got nan", id="batch size NaN"),
         pytest.param({"group_by": 0}, "group_by must be None, a depth .* got 0", id="depth"),
         pytest.param({"when": "later"}, "when must be one of .* got 'later'", id="when"),
         pytest.param({"group_by": True}, "group_by must be None, a depth .* got True", id="flag"),
@@ -759,6 +763,55 @@ def test_runs_without_a_logger_have_records_of_their_own_and_say_where(tmp_path,
             rf"noise scale .* samples \(.*\) over \d+ measurements: {re.escape(str(tmp_path / name))}\n", caplog.text
         )
         assert RunRecord.load(tmp_path / name).optimizers[0].parameters
+
+
+class Meanwhile(L.Callback):
+    """Another run begins and ends while this one has recorded nothing yet."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        fit(Path(trainer.default_root_dir), GradientHistogramMonitor(every_n_steps=1), logger=False, max_steps=4)
+
+
+@pytest.mark.filterwarnings("ignore:GradientHistogramMonitor has no logger")
+def test_runs_at_the_same_time_in_one_directory_have_records_of_their_own(tmp_path) -> None:
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), Meanwhile(), logger=False, max_steps=8)
+    steps = [RunRecord.load(tmp_path / f"calibration{number}.json").steps for number in ("", "-1")]
+    assert steps == [4, 8]
+
+
+def test_a_run_in_a_fixed_directory_leaves_the_record_there_that_it_reads(tmp_path) -> None:
+    path = tmp_path / "calibration.json"
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), max_steps=4)
+    before = path.read_bytes()
+    calibration = OptimizerCalibration(reference=str(path), learning_rate="sqrt", epsilon="keep")
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), calibration, max_steps=8)
+    assert path.read_bytes() == before and RunRecord.load(tmp_path / "calibration-1.json").steps == 8
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_resumed_run_goes_on_with_its_own_record(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where another run could have a record of the same relative path
+    relative = Path("runs")
+    fit(relative, GradientHistogramMonitor(every_n_steps=4)).save_checkpoint("half.ckpt")
+    fit(relative, GradientHistogramMonitor(every_n_steps=1), max_steps=2)
+    for folder, epochs in ((relative, 2), (tmp_path / "b", 3)):
+        made = trainer(folder, GradientHistogramMonitor(every_n_steps=4), max_epochs=epochs)
+        made.fit(Net(), loader(), ckpt_path="half.ckpt")
+    records = {str(path.relative_to(tmp_path)): RunRecord.load(path).steps for path in tmp_path.rglob("*.json")}
+    assert records == {"runs/calibration.json": 32, "runs/calibration-1.json": 2, "b/calibration.json": 48}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_runs_at_one_url_have_records_of_their_own(tmp_path) -> None:
+    for steps in (2, 3):
+        fit(
+            tmp_path,
+            GradientHistogramMonitor(every_n_steps=1),
+            logger=CSVLogger("memory://one", "", "v"),
+            max_steps=steps,
+        )
+    found = [RunRecord.load(f"memory://one/v/calibration{number}.json").steps for number in ("", "-1")]
+    assert found == [2, 3]
 
 
 def test_a_log_directory_that_is_a_url_gets_the_record(tmp_path, monkeypatch) -> None:
@@ -1407,20 +1460,22 @@ def test_every_fit_may_warn_anew(tmp_path, monkeypatch) -> None:
             fit(tmp_path / folder, monitor, max_steps=2)
 
 
-def test_an_optimizer_without_step_hooks_turns_it_off(tmp_path) -> None:
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, inner: torch.optim.Optimizer) -> None:
-            self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
-            self.defaults = inner.defaults
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
 
-        def step(self, closure: Any = None) -> Any:
-            return self.inner.step(closure)
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
 
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            self.inner.zero_grad(set_to_none)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
 
-    with pytest.warns(UserWarning, match="is off: Wrapper has no step hooks"):
-        module = Net(lambda p: Wrapper(torch.optim.AdamW(p)))
+
+@pytest.mark.parametrize("wrapper", [Wrapper, Lookahead])
+def test_an_optimizer_without_step_hooks_turns_it_off(tmp_path, wrapper: Any) -> None:
+    with pytest.warns(UserWarning, match=f"is off: {wrapper.__name__} has no step hooks"):
+        module = Net(lambda p: wrapper(torch.optim.AdamW(p)))
         made = fit(tmp_path, GradientHistogramMonitor(every_n_steps=4), module=module)
     assert made.global_step == 16 and not events(tmp_path).Tags()["histograms"]
 
