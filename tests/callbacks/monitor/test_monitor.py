@@ -1129,6 +1129,25 @@ def test_a_run_within_a_run_and_a_second_fit_are_each_counted_once(tmp_path) -> 
     assert_counts(tmp_path / "inner", inner, 4, [0, 4])
 
 
+class FineTunes(LearningRateFinder):
+    """Tries rates where epochs start, as Lightning's documentation has it."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_rates_tried_where_epochs_start_are_no_unseen_steps(tmp_path, is_first: bool) -> None:
+    module, monitor = Still(), GradientHistogramMonitor(every_n_steps=1)
+    module.lr = 0.1
+    callbacks = [monitor, FineTunes(num_training_steps=3)]
+    made = fit(tmp_path, *(callbacks if is_first else callbacks[::-1]), module=module, max_epochs=2)
+    assert made.global_step == 32 == monitor._progress[0].logged
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_run_resumed_within_an_epoch_goes_on_with_its_steps(tmp_path) -> None:
     class Saving(L.Callback):
