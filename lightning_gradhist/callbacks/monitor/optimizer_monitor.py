@@ -95,9 +95,8 @@ class OptimizerMonitor:
         step, self._coming = self._coming, None
         if step is None:
             # Others are LBFGS's evaluations, or steps of a run within this one, as LearningRateFinder makes without callbacks.
-            if self._last_step < 0 and any(
-                is_a(one, "GradientHistogramMonitor") for one in self.watched.fit.trainer.callbacks
-            ):
+            callbacks = self.watched.fit.trainer.callbacks  # type: ignore[attr-defined]
+            if self._last_step < 0 and any(is_a(one, "GradientHistogramMonitor") for one in callbacks):
                 self._warn_unseen()
             return
         skips = found_inf(self.watched.optimizer)
