@@ -480,7 +480,7 @@ class LogsFromElsewhere(Small):
         return 0.0
 
     def on_train_end(self) -> None:
-        self.seen.append(len(vars(sys.modules["mlflow"])["points"]))
+        self.seen.append(eval("len(__import__('mlflow').points)"))
 
 
 @pytest.fixture(autouse=True)
