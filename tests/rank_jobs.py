@@ -521,6 +521,10 @@ def streamed(folder: Path) -> Any:
         options = {"max_steps": 4, "accumulate_grad_batches": accumulate, **ddp(2)}
         fit(folder / str(place), monitor, module=OfStream, data=DataLoader(data, 4), **options)
         found.append(monitor.noise_records[0].estimate("simple").measurements)
+    for place, is_split in enumerate((False, True)):
+        calibration = OptimizerCalibration(epsilon="auto", probe_batches=8, apply=False)
+        fit(folder / f"probe {place}", calibration, module=OfStream, data=DataLoader(Stream(is_split), 4), **ddp(2))
+        found.append(calibration.result.gradients)
     return found
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 try:
@@ -50,8 +51,12 @@ if not TYPE_CHECKING:
 
 @contextmanager
 def isolate_rng() -> Generator[None, None, None]:
-    """Lightning's, which alone would put nothing back after an exception."""
+    """Lightning's, which alone would put nothing back after an exception, nor on devices other than CUDA's."""
+    other = torch.accelerator.current_accelerator(check_available=True)
     with ExitStack() as stack:
+        if other is not None and other.type != "cuda":
+            devices = range(torch.accelerator.device_count())
+            stack.enter_context(torch.random.fork_rng(devices, device_type=other.type))
         generators = _isolate_rng()
         generators.__enter__()
         stack.callback(generators.__exit__, None, None, None)

@@ -18,7 +18,7 @@ from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut
 from lightning_gradhist.tensors import as_real
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
-_PLACES, _PRIME = 1021, 1048573
+_PLACES = 1021
 _SHORT = 10  # batches of an epoch
 _MAY_BE_TIME = (
     "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
@@ -44,7 +44,7 @@ def count_samples(batch: Any) -> int | None:
 
 
 def digest(batch: Any) -> Tensor | None:
-    """A whole number below 2**20 that other samples hardly give, float64 ``[]``; None or NaN where none can be told."""
+    """A number that other samples hardly give, float64 ``[]``; None or NaN where none can be told."""
     try:
         tensors = list(_tensors(batch))
         device = max(tensors, key=Tensor.numel).device  # what lies elsewhere is not waited for
@@ -52,8 +52,7 @@ def digest(batch: Any) -> Tensor | None:
         total = torch.stack([_weighted(value) for value in values]).sum()
         # of one value in many places nobody can tell whether it is data
         is_plain = torch.stack([value.min() == value.max() for value in values]).all()
-        bits = total.view(torch.int64).remainder(_PRIME).double()
-        return bits.masked_fill(is_plain | ~total.isfinite(), math.nan)
+        return total.masked_fill(is_plain | ~total.isfinite(), math.nan)
     except Exception:  # there is no tensor, or one of a kind that cannot be summed up
         return None
 
@@ -63,7 +62,8 @@ def _weighted(values: Tensor) -> Tensor:
     whole = values.numel() // _PLACES * _PLACES
     sums = values[:whole].view(-1, _PLACES).sum(0, dtype=torch.float64)
     sums[: values.numel() - whole] += values[whole:]
-    return sums @ torch.arange(1, _PLACES + 1, dtype=torch.float64, device=values.device)
+    # by roots, as multiples of which few whole numbers have the same sum
+    return sums @ torch.arange(1, _PLACES + 1, dtype=torch.float64, device=values.device).sqrt()
 
 
 def _tensors(part: Any) -> Iterator[Tensor]:

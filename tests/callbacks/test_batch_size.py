@@ -127,13 +127,14 @@ def calibrated(tmp_path: Any, data: Any, layer: Any = nn.Identity) -> Any:
     ],
 )
 def test_what_only_the_batch_says_is_told(tmp_path, batch: Any, layer: Any, samples: int) -> None:
-    result = calibrated(tmp_path, DataLoader([batch] * 8, batch_size=None), layer)  # type: ignore[arg-type]
+    batches = [[one + place for one in batch] for place in range(8)]
+    result = calibrated(tmp_path, DataLoader(batches, batch_size=None), layer)  # type: ignore[arg-type]
     assert result.effective_batch_size == samples
     assert any(f"taken as {samples} samples, the first dimension" in reason for reason in result.reasons)
 
 
 def test_what_the_loader_says_too_is_not_told(tmp_path) -> None:
-    result = calibrated(tmp_path, DataLoader([torch.randn(5, 8)] * 32, batch_size=4))  # type: ignore[arg-type]
+    result = calibrated(tmp_path, DataLoader([*torch.randn(32, 5, 8)], batch_size=4))  # type: ignore[arg-type]
     assert result.effective_batch_size == 4 and not any("first dimension" in reason for reason in result.reasons)
 
 

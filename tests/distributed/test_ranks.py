@@ -233,7 +233,7 @@ def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path)
 
 
 def test_the_same_samples_on_every_rank_tell_of_no_noise(tmp_path) -> None:
-    assert run_ranks(streamed, 2, tmp_path)[0] == [0, 0, 4, 4]
+    assert run_ranks(streamed, 2, tmp_path)[0] == [0, 0, 4, 4, 8, 16]
 
 
 def test_clipping_within_backward_is_not_taken_for_noise_of_ranks(tmp_path) -> None:

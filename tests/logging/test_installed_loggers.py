@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CometLogger, MLFlowLogger, WandbLogger
-from support import fit
+from support import Net, fit
 
-from lightning_gradhist import GradientHistogramMonitor
+from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.logging.sinks import CometSink, MLflowSink, WandbSink, sink_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
@@ -38,6 +38,19 @@ def test_wandb(tmp_path: Path, recwarn: pytest.WarningsRecorder, monkeypatch: py
     assert 0 < last["gradient_norm/head.weight"] < 10 and last["train_loss"] > 0
     assert "<pre>| layer |" in next(tmp_path.rglob("gradient_worst_layers*.html")).read_text()
     assert len(list(tmp_path.rglob("gradient_magnitude_by_layer*.png"))) == len(DRAWN)
+    wandb.finish()
+
+
+def test_the_probe_writes_nothing_of_what_wandb_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    module, logger, written = Net(), WandbLogger(project="test", save_dir=tmp_path, offline=True), []
+    monkeypatch.setattr(type(logger.experiment), "_log", lambda run, data, **options: written.extend(data))
+    logger.watch(module, log="gradients", log_freq=1)
+    calibration = OptimizerCalibration(epsilon="auto", apply=False, probe_batches=8)
+    fit(tmp_path, calibration, module=module, logger=logger, max_steps=2)
+    assert calibration.result.gradients == 8
+    assert len([name for name in written if name.startswith("gradients/head.bias")]) == 2
     wandb.finish()
 
 

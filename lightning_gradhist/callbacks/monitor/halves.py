@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,7 +79,7 @@ class HalfBatches:
         self.error: Exception | None = None  # that a hook has raised, for which nothing is measured
         self._handle: RemovableHandle | None = None
         modules = [*module.modules()]
-        layers = [] if _is_compiled(modules) else modules
+        layers = [] if any(map(_is_compiled, modules)) else modules
         known = [
             _Known(layer, rule, own) for layer in layers if (rule := _rule_of(layer)) and (own := self._own(layer))
         ]
@@ -89,7 +88,8 @@ class HalfBatches:
         self._every = max(1.0, len(known) / _MOST_LAYERS)
         drawn = torch.randperm(len(known), generator=self._generator)[:_MOST_LAYERS].tolist()
         self._layers = {id(known[place].layer): known[place] for place in drawn}
-        if self._layers and _share(known, trained, self._by_columns) >= _LEAST_SHARE:
+        self._share = _share(known, trained, self._by_columns)
+        if self._layers and self._share >= _LEAST_SHARE:
             # On no layer, which may be copied and saved as long as it is there.
             self._handle = register_module_forward_hook(self._after_forward)
 
@@ -133,7 +133,12 @@ class HalfBatches:
             wholes[name] = (whole * factor).masked_fill(unknown, 0)
             square = (whole * factor).square().sum()
             squares.append(torch.stack([square.masked_fill(unknown, 0), square]))
-        if not squares:
+        drawn = {name for known in self._layers.values() for name in known.names.values()} & gradients.keys()
+        looked_at, values = (
+            sum(gradients[name].numel() for name in names - self._by_columns) for names in ({*wholes}, drawn)
+        )
+        # Layers may not have been called: by a compiled function, or where another one takes their weight.
+        if not squares or self._share * looked_at < _LEAST_SHARE * values:
             return None
 
         def picked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,8 +167,10 @@ class HalfBatches:
         return (slice(row, None, rows), slice(column, None, columns))[:dims], rows * columns
 
     def _after_forward(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():  # asked first, so that nothing else is traced
+            return
         known = self._layers.get(id(layer))
-        if known is None or torch.compiler.is_compiling() or _is_captured():
+        if known is None or _is_captured():
             return
         try:
             plain = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
@@ -292,11 +299,9 @@ def _of_samples(values: Tensor, halves: Sequence[Tensor]) -> list[Tensor]:
     return [_of_half(values, half).sum(0) for half in halves]
 
 
-def _is_compiled(modules: Iterable[nn.Module]) -> bool:
-    """Whether torch.compile has been at work, which would compile again for a hook; it has no public way to tell."""
-    dynamo = sys.modules.get("torch._dynamo")
-    frames = dynamo is not None and dynamo.utils.counters["frames"]
-    return bool(frames) or any(x._compiled_call_impl is not None or "_orig_mod" in x._modules for x in modules)
+def _is_compiled(layer: nn.Module) -> bool:
+    """Whether it is compiled, which would warn of a hook; private. Layers that a compiled function calls, call no hook."""
+    return layer._compiled_call_impl is not None or "_orig_mod" in layer._modules
 
 
 def _is_captured() -> bool:

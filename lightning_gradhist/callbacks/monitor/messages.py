@@ -95,13 +95,13 @@ def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int)
             f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
             " returns None, and with LBFGS, or are of epochs of one batch, which have the same samples."
         )
-    elif tried < ENOUGH or 2 * measured > tried:
+    elif 2 * measured >= tried:
         rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
         rank_zero_info(f"{said}{rarer}train longer.")
     else:
         rank_zero_warn(
             f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step; clip"
             " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise is not"
-            " measured where the module clips. Nor is it where all ranks have the same samples, as of an IterableDataset that is"
-            " not split."
+            " measured where the module clips. Nor is it where ranks or workers have the same samples: split an IterableDataset"
+            " in its __iter__, by torch.distributed.get_rank() and torch.utils.data.get_worker_info()."
         )

@@ -111,9 +111,9 @@ class GradientHistogramMonitor(Callback):
     checkpointed, with batch norm from 64 samples on; else from a logged step and the next, which overstates it where steps
     overshoot. It is measured of 262,144 values of each rank's gradients, others at each step, or of all where there are no
     more: these are copied. A step with fewer samples than others, or whose gradients a hook has changed, is not measured;
-    nor where all ranks have the same samples, nor under PowerSGD or a communication hook of your own. The record also has the
-    steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a copy is stepped through
-    the run before it begins.
+    nor where ranks or workers have the same samples, nor under PowerSGD or a communication hook of your own. The record also
+    has the steps that the run was to make, and the warm-up and the shape of a schedule of torch's, of which a copy is stepped
+    through the run before it begins.
 
     Works with one device, DDP, FSDP, ModelParallelStrategy (FSDP2, tensor parallelism) and DeepSpeed's ZeRO in stages 1, 2
     and 3, automatic and manual optimization, and several optimizers. With other strategies it warns and stays off. Under

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +53,7 @@ class FirstGradient:
     gradients: dict[str, Tensor]
     weights: Mapping[str, Tensor] | None
     changed: list[Tensor]
+    digests: list[Tensor]
     halves: Tensor | None
     """Noise and signal from the two halves of its batch, or None; NaN where they cannot be told."""
 
@@ -88,7 +89,7 @@ class NoiseMonitor(StepObserver):
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
         self._wanted = False  # the gradients of the coming step
-        self._digest: Tensor | None = None  # of its first batch
+        self._digests: list[Tensor] = []  # of its batches on this rank
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
         self._changed: list[Tensor] = []  # whether it was another one afterwards
@@ -96,7 +97,7 @@ class NoiseMonitor(StepObserver):
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
         self._drop_part()
-        self._backwards, self._left, self._changed, self._digest = 0, None, [], None
+        self._backwards, self._left, self._changed, self._digests = 0, None, [], []
         trainer, begins = self._fit.trainer, self._begins(due)
         whole = not is_cut_up(trainer)
         is_one_batch = parts_of_a_step(trainer) == 1
@@ -121,10 +122,9 @@ class NoiseMonitor(StepObserver):
 
     def before_forward(self, batch: Any) -> None:
         """Takes the batch's digest, and looks at the layers, where the halves of the batch are measured."""
-        trainer, ranks = self._fit.trainer, self._fit.replicas.ranks
         with self._fit.guard.attempt("measure noise"):
-            if self._wanted and self._digest is None and 1 < ranks == data_ranks(trainer):
-                self._digest = digest(batch)
+            told = digest(batch) if self._wanted else None
+            self._digests += [] if told is None else [told]
             if self._halves_batch:
                 self._drop_halves()
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
@@ -222,7 +222,10 @@ class NoiseMonitor(StepObserver):
         if self._left is not None:
             self._changed.append((squares - self._left).abs() > _ALIKE * self._left)
 
-    def _compare_at_step(self, gradients: Mapping[str, Tensor] | None) -> None:
+    def _compare_at_step(self, gradients: Mapping[str, Tensor] | None, digests: Sequence[Tensor] = ()) -> None:
+        """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say."""
+        if digests:
+            self._changed.append(_repeat(torch.stack([*digests])))
         if gradients is not None:
             self._compare(squared_norm(self._sample.of(gradients).values()) * loss_scale(self._fit.trainer) ** 2)
 
@@ -268,7 +271,7 @@ class NoiseMonitor(StepObserver):
 
         weights = metric_weights(optimizer, parameters, own, is_cut_up(trainer))
         return FirstGradient(
-            trainer.current_epoch, number, samples, sizes, sample, held, weights, self._changed, halves
+            trainer.current_epoch, number, samples, sizes, sample, held, weights, self._changed, self._digests, halves
         )
 
     def _of_halves(self, gradients: Mapping[str, Tensor] | None, samples: StepSamples) -> Tensor | None:
@@ -297,7 +300,7 @@ class NoiseMonitor(StepObserver):
         begun, second = first, parts
 
         def measure() -> Tensor:
-            self._compare_at_step(step.gradients)
+            self._compare_at_step(step.gradients, begun.digests + self._digests)
             return _unless(begun.changed + self._changed, begun.measure(second))
 
         spread = first.samples.variance + samples.variance
@@ -324,7 +327,7 @@ class NoiseMonitor(StepObserver):
         short = times / samples.batches  # the loss is divided by as many as the end of an epoch may leave out
 
         def measure() -> Tensor:
-            self._compare_at_step(gradients)
+            self._compare_at_step(gradients, self._digests)
             part = copied.take(trainer, times)
             then_and_now = {name: gradient for name, gradient in gradients.items() if name in copied.names}
             known = self._sample.of_gradients(then_and_now)
@@ -357,29 +360,37 @@ class NoiseMonitor(StepObserver):
     ) -> Tensor:
         """The sum ``[7]`` over ranks of what is measured on each, and of the sizes; to be called on every rank.
 
-        NaN if on one rank it is not, or their gradients differ, or all have the same samples.
+        NaN if on one rank it is not, or their gradients differ, or two have the same samples.
         """
         fit, sums = self._fit, None
+        ranks, own = fit.replicas.ranks, fit.replicas.rank
         if measure is not None and gradients is not None:
             with fit.guard.attempt("measure noise"):
-                measured = measure() if fit.replicas.ranks == 1 else measure().to(fit.module.device)
-                bits = measured.new_full((), math.nan) if self._digest is None else self._digest.to(measured)
+                measured = measure() if ranks == 1 else measure().to(fit.module.device)
                 extents = [measured.new_full((), size) for size in sizes]
-                checked = torch.cat([measured, torch.stack([*extents, bits, bits**2]), measured.new_zeros(2)])
+                checked = torch.cat([measured, torch.stack(extents), measured.new_zeros(ranks + 2)])
+                has_own = self._digests and ranks == data_ranks(fit.trainer)
+                checked[7 + own] = self._digests[0] if has_own else math.nan
                 fit.sums.check(checked, self._watched.replicated(gradients))
                 sums = checked
-        fit.sums.add_up(sums, 11, math.nan)
+        fit.sums.add_up(sums, 9 + ranks, math.nan)
         if sums is None:
             return torch.full((7,), math.nan)
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
-            sums[:7].masked_fill_(fit.replicas.ranks * sums[8] == sums[7] ** 2, math.nan)  # all have the same bits
+            sums[:7].masked_fill_(_repeat(sums[7:-2]), math.nan)
         return sums[:7]
 
 
+def _repeat(digests: Tensor) -> Tensor:
+    """Whether two batches have the same samples; NaN is like no other."""
+    return (digests.sort().values.diff() == 0).any()
+
+
 def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
-    """The sums, NaN where gradients have been changed."""
-    return sums.masked_fill(torch.stack(changed).any().to(sums.device), math.nan) if changed else sums
+    """The sums, NaN where gradients have been changed, or samples come again."""
+    there = [one.to(sums.device) for one in changed]
+    return sums.masked_fill(torch.stack(there).any(), math.nan) if there else sums
 
 
 def _tell(halves: Tensor) -> bool:

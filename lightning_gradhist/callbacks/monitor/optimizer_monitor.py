@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_zero, unwrapped
+from lightning_gradhist.callbacks._lightning import is_a
 from lightning_gradhist.callbacks.gradients import before_update, found_inf, has_gradients, may_skip_steps
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
@@ -93,7 +94,9 @@ class OptimizerMonitor:
     def _at_update(self) -> None:
         step, self._coming = self._coming, None
         if step is None:
-            if self._last_step < 0:  # others are LBFGS's evaluations, or steps of a run within this one
+            # Others are LBFGS's evaluations, or steps of a run within this one, as LearningRateFinder makes without callbacks.
+            callbacks = self.watched.fit.trainer.callbacks  # type: ignore[attr-defined]
+            if self._last_step < 0 and any(is_a(one, "GradientHistogramMonitor") for one in callbacks):
                 self._warn_unseen()
             return
         skips = found_inf(self.watched.optimizer)

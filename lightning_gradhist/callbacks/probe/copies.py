@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
+from lightning_gradhist.callbacks._lightning import is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
-from lightning_gradhist.callbacks.probe.silence import SilentLogger, is_log_function, is_writer
+from lightning_gradhist.callbacks.probe.silence import SilentLogger, SilentRun, is_log_function, is_writer
 from lightning_gradhist.callbacks.probe.stand_ins import Lent, Missing, Unheard
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
@@ -187,10 +187,10 @@ class Copier:
         if isinstance(value, (type, types.ModuleType, enum.Enum)):
             return self.keep(value)
         if is_a(value, "Logger") and hasattr(kind, "log_metrics"):  # one of Lightning's
-            self.put(vars(value).get("_experiment"), DummyLogger().experiment)  # to ask for it by name may make it
+            self.put(vars(value).get("_experiment"), SilentRun())  # to ask for it by name may make it
             return SilentLogger(value)
         if is_writer(value):
-            return DummyLogger().experiment
+            return SilentRun()
         if isinstance(value, _BEYOND_THIS_PROCESS):
             raise TypeError("it is shared between processes")
         if isinstance(value, threading.Thread) and value.is_alive():
@@ -208,7 +208,7 @@ class Copier:
             original = getattr(value, "_torchdynamo_orig_callable", None)
             if original is not None:
                 return self.copy(original)
-            return getattr(DummyLogger().experiment, value.__name__) if is_log_function(value) else self.keep(value)
+            return SilentRun() if is_log_function(value) else self.keep(value)
         if is_cached(value):  # with a memory of its own; a copy of it would be the same once more
             self.keep(value.__wrapped__)
             return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)

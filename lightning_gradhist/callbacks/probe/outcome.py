@@ -21,16 +21,21 @@ class Outcome(IntEnum):
     """How a batch went on this rank. The ranks agree on the worst, so that all call the same collectives."""
 
     DONE = 0
-    NOT_FINITE = 1
-    NO_LOSS = 2
-    OUT_OF_MEMORY = 3
-    OVERFLOW = 4
-    NO_BATCH = 5
-    FAILED = 6
-    STOPPED = 7
+    REPEATED = 1
+    NOT_FINITE = 2
+    NO_LOSS = 3
+    OUT_OF_MEMORY = 4
+    OVERFLOW = 5
+    NO_BATCH = 6
+    FAILED = 7
+    STOPPED = 8
 
 
 WHY_LEFT_OUT = {
+    Outcome.REPEATED: (
+        "had the same samples as another, so that a step has fewer than are counted (split an IterableDataset over ranks and"
+        " workers in its __iter__, by torch.distributed.get_rank() and torch.utils.data.get_worker_info())"
+    ),
     Outcome.NOT_FINITE: "gave a gradient that is not finite (Trainer(detect_anomaly=True) finds out where)",
     Outcome.NO_LOSS: "gave no loss that depends on a parameter of the optimizer, as where training_step returns None",
     Outcome.OUT_OF_MEMORY: "ran out of memory (a smaller batch, or a model without the probe's copies, may fit)",

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from lightning_gradhist.callbacks._lightning import DummyLogger
 from lightning_gradhist.callbacks.probe.copies import ALL_SMALL, Copier, is_cached
-from lightning_gradhist.callbacks.probe.silence import writes
+from lightning_gradhist.callbacks.probe.silence import PACKAGES, SilentRun, writes
 
 _PARTS = ("__func__", "fget", "fset", "fdel", "func", "dispatcher")  # of classmethods, properties, ...
 _INSTALLED = tuple(
@@ -33,6 +32,10 @@ def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
     hooks = vars(torch.nn.modules.module)  # private: those of all modules
     of_all = {name for name, value in hooks.items() if name.startswith("_global_") and isinstance(value, dict)}
     _in_names(hooks, of_all, copier, undo, set())
+    for package in filter(None, map(sys.modules.get, PACKAGES)):  # whoever calls them, as hooks of wandb.watch do
+        for name in [name for name in vars(package) if writes(package, name)]:
+            undo.callback(setattr, package, name, vars(package)[name])
+            setattr(package, name, SilentRun())
     seen: set[int] = set()
     while copier.code:  # more comes with what is copied
         one, limit = copier.code.pop()
@@ -94,9 +97,6 @@ def _in_names(space: dict[str, Any], names: set[str], copier: Copier, undo: Exit
 
 
 def _in_module(module: types.ModuleType, names: set[str], copier: Copier, undo: ExitStack, seen: set[int]) -> None:
-    for name in [name for name in names & vars(module).keys() if writes(module, name)]:
-        undo.callback(setattr, module, name, vars(module)[name])
-        setattr(module, name, getattr(DummyLogger().experiment, name))
     if _is_users(vars(module)) and id(vars(module)) not in seen:
         _in_names(vars(module), names, copier, undo, seen)
 

@@ -23,7 +23,7 @@ from lightning_gradhist.callbacks._lightning import (
     is_param_in_hook_signature,
     isolate_rng,
 )
-from lightning_gradhist.callbacks.batch_size import data_ranks
+from lightning_gradhist.callbacks.batch_size import data_ranks, digest
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
 from lightning_gradhist.callbacks.optimizers import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -106,6 +106,7 @@ class Probe:
         self._scale = zero_loss_scale(trainer) or loss_scale(trainer)
         self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
+        self._digests: set[float] = set()  # of the batches of all ranks
         self._kept: deque[tuple[Any, int]] = deque(maxlen=keep if self._replicas is None else 0)
 
     def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
@@ -132,7 +133,7 @@ class Probe:
             self._kept.append((batch, self.batches))
             gradient: Mapping[str, Tensor | None] = {}
             if worst is Outcome.DONE:
-                gradient, worst = self._of_batch(batch)
+                gradient, worst = self._of_batch(batch, self._is_repeated(batch))
             self.batches += 1
             self._tick()
             self.samples = self._samples(self._count(batch))
@@ -233,9 +234,26 @@ class Probe:
         variance = self.over_shards(math.nan if counted is None else 1 / counted)
         return None if math.isnan(variance) else data_ranks(self._trainer) * self._trainer.world_size / variance
 
-    def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
+    def _is_repeated(self, batch: Any) -> bool:
+        """Whether its samples have come before, on this rank or another, or come on one before it; for every rank.
+
+        Where parameters are sharded, of the batches of any rank.
+        """
+        ranks, told = self._trainer.world_size, digest(batch)
+        found: list[Any] = [float("nan" if told is None else told)] * ranks  # of which NaN is another one each time
+        if ranks > 1:
+            torch.distributed.all_gather_object(found, found[0])
+        before, self._digests = self._digests, self._digests.union(found)
+        if self._replicas is not None:
+            return not before.isdisjoint(found) or len({*found}) < data_ranks(self._trainer)
+        rank = self._trainer.global_rank
+        return found[rank] in before.union(found[:rank])
+
+    def _of_batch(self, batch: Any, is_repeated: bool) -> tuple[Mapping[str, Tensor | None], Outcome]:
+        if is_repeated and self._replicas is not None:
+            return {}, Outcome.REPEATED
         while True:
-            gradient, outcome, error = self._tried(batch)
+            gradient, outcome, error = ({}, Outcome.REPEATED, None) if is_repeated else self._tried(batch)
             worst = self._worst(outcome)
             if worst is Outcome.FAILED:
                 self._refuse(error)

@@ -7,8 +7,24 @@ from typing import Any
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 
-_PACKAGES = ("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "litlogger")
+PACKAGES = ("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "litlogger")
 _WRITERS = ("FileWriter", "Run", "BaseExperiment", "CometExperiment", "Experiment", "MlflowClient", "Task", "Logger")
+
+
+class SilentRun:
+    """Stands in for a run, an experiment or a function that writes: takes everything, at any depth, and gives nothing."""
+
+    def __getattr__(self, name: str) -> SilentRun:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, key: Any) -> SilentRun:
+        return self
+
+    def _take(self, *args: Any, **kwargs: Any) -> None: ...
+
+    __call__ = __setitem__ = __setattr__ = _take
 
 
 class SilentLogger(DummyLogger):
@@ -17,6 +33,11 @@ class SilentLogger(DummyLogger):
     def __init__(self, logger: Any) -> None:
         super().__init__()
         self._of = logger
+
+    @property
+    def experiment(self) -> Any:
+        """One that writes nothing."""
+        return SilentRun()
 
     @property
     def save_dir(self) -> Any:
@@ -31,16 +52,16 @@ class SilentLogger(DummyLogger):
 
 def writes(package: types.ModuleType, name: str) -> bool:
     """Whether a package writes to its run under this name, as by ``wandb.log``."""
-    return package.__name__ in _PACKAGES and (name.startswith("log") or is_writer(getattr(package, name)))
+    return package.__name__ in PACKAGES and (name.startswith("log") or is_writer(getattr(package, name)))
 
 
 def is_log_function(value: Any) -> bool:
     """Whether it is a function by which a package writes to its run, as ``mlflow.log_metric``."""
     package = (getattr(value, "__module__", None) or "").partition(".")[0]
-    return isinstance(value, types.FunctionType) and package in _PACKAGES and value.__name__.startswith("log")
+    return isinstance(value, types.FunctionType) and package in PACKAGES and value.__name__.startswith("log")
 
 
 def is_writer(value: Any) -> bool:
     """Whether it is what a logger writes with: an experiment, a run, a ``SummaryWriter``."""
-    of_package = (type(value).__module__ or "").partition(".")[0] in _PACKAGES
+    of_package = (type(value).__module__ or "").partition(".")[0] in PACKAGES
     return is_a(value, "SummaryWriter") or (of_package and is_a(value, *_WRITERS))

@@ -30,11 +30,6 @@ from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 BATCH = 24
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled() -> None:
-    torch._dynamo.utils.counters.clear()  # by other tests
-
-
 class Tied(nn.Module):
     """An embedding whose weight is also the head's."""
 
@@ -333,20 +328,49 @@ def test_what_a_layer_was_given_is_let_go_of_with_its_gradient() -> None:
 
 
 def test_a_compiled_model_gets_no_hooks() -> None:
-    """Nor one of which a function of the user's is compiled."""
-
-    def hooks(model: nn.Module) -> bool:
-        looked = HalfBatches(model, dict(model.named_parameters()), 1)
-        looked.close()
-        return looked._handle is not None
-
-    model, compiled = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
-    assert hooks(model)
+    compiled = nn.Sequential(nn.Linear(8, 8))
     compiled[0].compile(backend="eager")
-    assert not hooks(compiled)
-    assert not hooks(torch.compile(nn.Linear(8, 8), backend="eager"))  # type: ignore[arg-type]
-    torch.compile(lambda x: model(x), backend="eager")(torch.zeros(1, 8))
-    assert not hooks(model)
+    for model in (compiled, torch.compile(nn.Linear(8, 8), backend="eager")):
+        looked = HalfBatches(model, dict(model.named_parameters()), 1)  # type: ignore[arg-type]
+        looked.close()
+        assert looked._handle is None
+
+
+def compiled_body(model: Any, inputs: Tensor) -> Tensor:
+    return model[1](torch.compile(lambda x: model[0](x), backend="eager")(inputs))
+
+
+def compiled_helper(model: nn.Module, inputs: Tensor) -> Tensor:
+    return model(torch.compile(lambda x: 2 * x, backend="eager")(inputs))  # type: ignore[no-any-return]
+
+
+def takes_the_weight(model: Any, inputs: Tensor) -> Tensor:
+    return model[1](functional.linear(inputs, model[0].weight))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("run", "is_known"), [(compiled_body, False), (takes_the_weight, False), (compiled_helper, True)]
+)
+def test_halves_are_those_of_layers_that_are_called(run: Any, is_known: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 2))
+    assert (measured(model, torch.randn(BATCH, 8), run) is not None) == is_known
+
+
+def test_a_compiled_function_is_not_compiled_again_for_hooks() -> None:
+    model, graphs = nn.Sequential(nn.Linear(8, 8)), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda x: model(x), backend=backend, fullgraph=True)
+    for step in range(4):
+        looked = HalfBatches(model, dict(model.named_parameters()), step) if step else None
+        function(torch.zeros(BATCH, 8)).sum().backward()
+        if looked is not None:
+            looked.close()
+            assert looked._handle is not None and not looked._found
+    assert len(graphs) == 1
 
 
 def test_an_error_within_a_hook_leaves_the_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:

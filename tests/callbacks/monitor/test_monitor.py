@@ -40,7 +40,7 @@ from support import (
 )
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
@@ -465,6 +465,28 @@ def test_steps_of_epochs_of_one_batch_are_no_pairs(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="at 0 of 0 steps.*epochs of one batch"):
         fit(tmp_path, monitor, module=Still, data=loader(8, samples=8), max_epochs=50)
+
+
+class Unsplit(IterableDataset):
+    """The same samples in every worker, or each its own."""
+
+    def __init__(self, is_split: bool) -> None:
+        self.is_split = is_split
+
+    def __iter__(self) -> Any:
+        worker = get_worker_info()
+        step = worker.num_workers if self.is_split and worker is not None else 1
+        return iter([*dataset(64)][worker.id if step > 1 else 0 :: step])
+
+
+@pytest.mark.parametrize(("accumulate", "measured"), [(1, 8), (2, 8), (4, 4)])
+def test_workers_with_the_same_samples_tell_of_no_noise(tmp_path, accumulate: int, measured: int) -> None:
+    options = {"module": Still, "accumulate_grad_batches": accumulate}
+    alike, apart = (GradientHistogramMonitor(every_n_steps=1) for _ in range(2))
+    with pytest.warns(UserWarning, match="at 0 of .* steps.*ranks or workers have the same samples: split"):
+        fit(tmp_path / "alike", alike, data=DataLoader(Unsplit(False), 4, num_workers=2), **options)
+    fit(tmp_path / "apart", apart, data=DataLoader(Unsplit(True), 4, num_workers=2), **options)
+    assert apart.noise_records[0].estimate("simple").measurements == measured
 
 
 @pytest.mark.parametrize("compresses", [True, False])
@@ -1158,6 +1180,25 @@ def test_a_run_within_a_run_and_a_second_fit_are_each_counted_once(tmp_path) -> 
     made.fit(made.lightning_module, loader())
     assert_counts(tmp_path, outer, 4, [0, 4, 8])
     assert_counts(tmp_path / "inner", inner, 4, [0, 4])
+
+
+class FineTunes(LearningRateFinder):
+    """Tries rates where epochs start, as Lightning's documentation has it."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_rates_tried_where_epochs_start_are_no_unseen_steps(tmp_path, is_first: bool) -> None:
+    module, monitor = Still(), GradientHistogramMonitor(every_n_steps=1)
+    module.lr = 0.1
+    callbacks = [monitor, FineTunes(num_training_steps=3)]
+    made = fit(tmp_path, *(callbacks if is_first else callbacks[::-1]), module=module, max_epochs=2)
+    assert made.global_step == 32 == monitor._progress[0].logged
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")

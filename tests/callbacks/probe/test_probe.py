@@ -642,6 +642,19 @@ def test_batches_that_run_out_of_memory_are_left_out(tmp_path, kind: str, every:
     assert calibration.result.gradients == used and made.global_step == 2
 
 
+def test_batches_of_workers_with_the_same_samples_are_left_out(tmp_path) -> None:
+    class Unsplit(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(dataset(64))
+
+    calibration = silent()
+    with pytest.warns(
+        UserWarning, match="4 of 8 batches of the probe had the same samples as another.*get_worker_info"
+    ):
+        fit(tmp_path, calibration, data=DataLoader(Unsplit(), 8, num_workers=2), max_steps=1)
+    assert calibration.result.gradients == 4
+
+
 @pytest.mark.parametrize("where", ["calibration.evidence.NoiseScale", "probe.run.no_trace"])
 def test_no_memory_for_the_probes_own_copies_is_a_refusal(tmp_path, monkeypatch, where: str) -> None:
     def full(*args: Any) -> Any:
