@@ -5,8 +5,8 @@ from __future__ import annotations
 import copyreg
 import enum
 import functools
+import gc
 import math
-import multiprocessing.managers
 import queue
 import threading
 import types
@@ -15,6 +15,8 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Generator, Iterable
 from contextlib import contextmanager, nullcontext
+from multiprocessing import synchronize
+from multiprocessing.managers import BaseProxy
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -26,14 +28,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradhist.callbacks._lightning import is_a
-from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, is_out_of_memory
+from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, Refusals, is_out_of_memory
 from lightning_gradhist.callbacks.probe.silence import SilentLogger, SilentRun, is_log_function, is_writer
-from lightning_gradhist.callbacks.probe.stand_ins import Lent, Missing, Unheard
+from lightning_gradhist.callbacks.probe.stand_ins import THREAD_IN_WORKER, Lent, Missing, Unheard, without_threads
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
 _ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType}
-_LOCKS = (type(threading.Lock()), type(threading.RLock()))
-_BEYOND_THIS_PROCESS = (SharedMemory, multiprocessing.managers.BaseProxy)  # a copy of one is the same once more
+_LOCKS = (type(threading.Lock()), type(threading.RLock()), synchronize.Lock, synchronize.RLock)
+_SHARED = [
+    f"multiprocessing.{name}"
+    for name in ("connection", "managers", "pool", "queues", "shared_memory", "sharedctypes", "synchronize")
+]
 _WEAK_DICTIONARIES = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, WeakIdKeyDictionary)
 _NOT_COPIED = (
     "torch.distributed",
@@ -43,9 +48,11 @@ _NOT_COPIED = (
     "deepspeed",
     "pyarrow",
     "h5py",
-    "lmdb",
 )
-"""Packages whose objects are lent: what is asked of them leaves nothing behind, and they are no weights."""
+"""Packages whose objects are lent: what is asked of them leaves nothing behind, and they are no weights.
+
+But for streams, which have a place that they are at."""
+_STREAM = ("tell", "read_next_batch", "__next__")
 
 LARGE = 2**20
 """Bytes above which a tensor or array of the data is lent, to be read only."""
@@ -69,6 +76,7 @@ class Copier:
     """
 
     def __init__(self) -> None:
+        self.refusals = Refusals()
         self._lent: list[tuple[int, int, str]] = []
         self.code: list[tuple[Any, float]] = []
         self.limit, self._in_worker = math.inf, False
@@ -145,20 +153,22 @@ class Copier:
 
     @functools.cached_property
     def _guard(self) -> Lent | None:
-        return Lent(self._lent) if self._lent else None
+        return Lent(self._lent, self.refusals) if self._lent else None
 
     @contextmanager
     def reading(self, in_training: bool = False) -> Generator[None, None, None]:
         """Within it, nothing can be written into what is lent; in a training step, if it is not of the data alone."""
-        if in_training and not self._lends_elsewhere:
-            yield
-            return
+        guard = self._guard if self._lends_elsewhere or not in_training else None
         try:
-            with warnings.catch_warnings(), self._guard or nullcontext():
-                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                yield
-        except ValueError as error:
-            if not self._lent or "read-only" not in str(error):  # so numpy has it
+            with nullcontext() if in_training else without_threads(self.refusals), guard or nullcontext():
+                with warnings.catch_warnings() if guard else nullcontext():
+                    if guard:
+                        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                    yield
+            self.refusals.check()
+        except Exception as error:
+            self.refusals.check()
+            if not (guard and isinstance(error, ValueError) and "read-only" in str(error)):  # so numpy has it
                 raise
             names = " or ".join(path for _, _, path in self._lent[:3])
             raise ProbeRefusedError(
@@ -182,7 +192,8 @@ class Copier:
             return self._tensor(value)
         # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
         lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
-        if lent or isinstance(value, _LOCKS):
+        lent &= not any(hasattr(kind, name) for name in _STREAM)
+        if lent or isinstance(value, (*_LOCKS, torch.jit.ScriptFunction)):
             return value
         if isinstance(value, (type, types.ModuleType, enum.Enum)):
             return self.keep(value)
@@ -191,12 +202,12 @@ class Copier:
             return SilentLogger(value)
         if is_writer(value):
             return SilentRun()
-        if isinstance(value, _BEYOND_THIS_PROCESS):
+        if _is_beyond_this_process(value):
             raise TypeError("it is shared between processes")
         if isinstance(value, threading.Thread) and value.is_alive():
             self._refuse_thread()
         if kind is threading.Condition:
-            return Unheard(self.copy(vars(value)["_lock"]), self._where())
+            return Unheard(self.copy(vars(value)["_lock"]), self._where(), self.refusals)
         if isinstance(value, queue.Queue):
             with value.mutex:  # a thread may be filling it
                 items = value.queue.copy()
@@ -241,14 +252,13 @@ class Copier:
     def _refuse_thread(self) -> None:
         if self._of_data and not self._in_worker:
             raise ProbeRefusedError(
-                f"{self._where()} is a running thread, for which a copy of the data would wait in vain; start one in each"
-                " __iter__, and keep it there in a local variable"
+                f"{self._where()} is a running thread, for which a copy of the data would wait in vain; {THREAD_IN_WORKER}"
             )
         raise TypeError("it is running")
 
     def _not_copied(self, value: Any, error: Exception) -> Any:
-        beyond = isinstance(value, (Tensor, *_BEYOND_THIS_PROCESS)) or hasattr(value, "fileno")
-        if self._in_worker and not beyond and not is_a(value, "SynchronizedBase"):
+        reads_file = any(hasattr(one, "fileno") for one in (value, *gc.get_referents(value)))  # as a csv.reader of one
+        if self._in_worker and not (reads_file or isinstance(value, Tensor) or _is_beyond_this_process(value)):
             return value
         if isinstance(value, tuple):  # one whose class wants other arguments than its items
             items = [self.copy(item, (i,)) for i, item in enumerate(tuple.__iter__(value))]
@@ -263,7 +273,8 @@ class Copier:
         where = "__iter__" if self._of_data else "training_step"
         return Missing(
             f"{self._where()} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
-            f" training; make it where it is used, as in {where}{way_out}"
+            f" training; make it where it is used, as in {where}{way_out}",
+            self.refusals,
         )
 
     def _where(self) -> str:
@@ -410,6 +421,11 @@ class Copier:
             object.__setattr__(copied, name, value)
 
 
+def _is_beyond_this_process(value: Any) -> bool:
+    """Whether a copy of it is the same once more, as other processes have it, too."""
+    return isinstance(value, (SharedMemory, BaseProxy)) or _is_of(value, _SHARED)
+
+
 def is_cached(value: Any) -> bool:
     """Whether it is a function that remembers its results, as of ``functools.lru_cache``."""
     return isinstance(value, functools._lru_cache_wrapper)
@@ -439,4 +455,14 @@ def _quiet(copied: Any) -> Any:
 
 @functools.cache
 def _without_del(kind: Any) -> type:
-    return type(kind.__name__, (kind,), {"__del__": lambda self: None, "__slots__": (), "__module__": kind.__module__})
+    def reduce(self: Any, protocol: Any) -> Any:  # on its way to a worker; pickle does not find this class
+        make, arguments, *rest = kind.__reduce_ex__(self, protocol)
+        own = tuple(kind if argument is type(self) else argument for argument in arguments)
+        return _made_quiet, (make, own), *rest
+
+    attributes = {"__del__": lambda self: None, "__reduce_ex__": reduce, "__module__": kind.__module__, "__slots__": ()}
+    return type(kind.__name__, (kind,), attributes)
+
+
+def _made_quiet(make: Any, arguments: Any) -> Any:
+    return _quiet(make(*arguments))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from lightning_gradhist.callbacks.strategies import least_over_ranks
 
 _T = TypeVar("_T")
 _MESSAGES = ("out of memory", "can't allocate memory", "cudnn_status_not_supported")  # the last is cuDNN's for the same
+_TRIES = 1000  # after which a worker is ended, in which the user's code catches a refusal, and tries again
 
 
 class Outcome(IntEnum):
@@ -50,9 +53,26 @@ class ProbeEnded(BaseException):  # noqa: N818 - no error: what the user's code 
     """Raised where the copy of something is used that may not be, past an ``except Exception``, as data have for bad samples."""
 
 
-def refusal(why: str) -> BaseException:
-    """What to raise there. A worker of a loader hands on errors alone."""
-    return ProbeEnded(why) if get_worker_info() is None else ProbeRefusedError(why)
+class Refusals:
+    """What was refused: known also where the user's code catches what is raised, here or in a worker of a loader."""
+
+    def __init__(self) -> None:
+        self._first, self._times = multiprocessing.RawArray("c", 600), 0
+
+    def __call__(self, why: str) -> BaseException:
+        """What to raise. A worker hands on errors alone."""
+        self._first.value = self._first.value or why.encode()[:599]
+        self._times += 1
+        if get_worker_info() is None:
+            return ProbeEnded(why)
+        if self._times > _TRIES:
+            os._exit(1)
+        return ProbeRefusedError(why)
+
+    def check(self) -> None:
+        """Raises a :class:`ProbeRefusedError` if something was refused."""
+        if self._first.value:
+            raise ProbeRefusedError(self._first.value.decode(errors="ignore"))
 
 
 def on_every_rank(trainer: Trainer, what: str, action: Callable[[], _T]) -> _T:

@@ -19,6 +19,7 @@ from lightning_gradhist.callbacks._deepspeed import is_zero, unwrapped
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
 from lightning_gradhist.callbacks.probe.copies import LARGE, Copier
 from lightning_gradhist.callbacks.probe.places import put_copies_in_place
+from lightning_gradhist.callbacks.probe.stand_ins import without_threads
 from lightning_gradhist.callbacks.strategies import is_cut_up
 
 
@@ -52,12 +53,14 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
     """
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
+        # Scripted functions have their runs counted, also of a copy, and are optimized after the first.
+        stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[no-untyped-call]
         stack.enter_context(isolate_rng())
         stack.callback(_put_back_environment, dict(os.environ))
         with suppress(OSError):  # where the working directory is gone
             stack.callback(_put_back_folder, os.getcwd())
         copier = Copier()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_threads(copier.refusals):
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
             apart, own = _apart(stack, copier, trainer, module)
         vars(own)["log"] = _log_nothing  # the loop would take what is logged for a value of training

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,23 +13,49 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import get_worker_info
 
-from lightning_gradhist.callbacks.probe.outcome import refusal
+from lightning_gradhist.callbacks.probe.outcome import Refusals
 
 _PATIENCE = 30.0  # seconds that one waits, or looks again and again, in vain
+_HARMLESS = ("torch.", "multiprocessing.", "tqdm.", "asyncio.", "concurrent.futures.")
+"""Whose threads end with their loader, or do what they are asked to and nothing else, as fsspec's loop of events does."""
+THREAD_IN_WORKER = "start the thread in each __iter__, of a worker: DataLoader(num_workers=1)"
+
+
+@contextmanager
+def without_threads(refusals: Refusals) -> Generator[None, None, None]:
+    """Within it, this thread starts none that would read on, and draw numbers, when the probe has ended."""
+    start, own = threading.Thread.start, threading.get_ident()
+
+    def checked(thread: threading.Thread) -> None:
+        target = getattr(thread, "_target", None) or type(thread)  # private
+        of_data = threading.get_ident() == own and get_worker_info() is None  # workers inherit this
+        if of_data and not f"{getattr(target, '__module__', '')}.".startswith(_HARMLESS):
+            raise refusals(
+                f"{thread.name} ({type(thread).__name__}) is a thread that would read on when the probe has ended;"
+                f" {THREAD_IN_WORKER}"
+            )
+        start(thread)
+
+    threading.Thread.start = checked  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        threading.Thread.start = start  # type: ignore[method-assign]
 
 
 class Missing:
     """In the place of what cannot be copied. To use it ends the probe."""
 
-    def __init__(self, why: str) -> None:
-        vars(self)["why"] = why
+    def __init__(self, why: str, refusals: Refusals) -> None:
+        vars(self).update(why=why, refusals=refusals)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Missing, (vars(self)["why"],)  # on its way to a worker
+        return Missing, (*vars(self).values(),)  # on its way to a worker
 
     def _use(self, *args: Any, **kwargs: Any) -> Any:
-        raise refusal(vars(self)["why"])
+        raise vars(self)["refusals"](vars(self)["why"])
 
     __call__ = __iter__ = __next__ = __len__ = __bool__ = __float__ = __int__ = __enter__ = __exit__ = _use
     __contains__ = __getitem__ = __setitem__ = __delitem__ = __getattr__ = __setattr__ = _use
@@ -37,8 +65,9 @@ class Missing:
 class Unheard(threading.Condition):
     """The copy of a condition, as a queue has them, of which threads that run already know nothing."""
 
-    def __init__(self, lock: Any, where: str) -> None:
+    def __init__(self, lock: Any, where: str, refusals: Refusals) -> None:
         super().__init__(lock)
+        self._refusals = refusals
         self._where, self._strangers, self._in_vain = where, set(threading.enumerate()), 0.0
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -46,9 +75,9 @@ class Unheard(threading.Condition):
         while True:
             is_alone = self._strangers.issuperset(threading.enumerate())
             if self._in_vain >= _PATIENCE or (is_alone and timeout is None):
-                raise refusal(
+                raise self._refusals(
                     f"{self._where} is waited for in vain: another thread waits for it or fills it, which does not know the"
-                    " probe's copy; start the thread in each __iter__, and keep it there in a local variable"
+                    f" probe's copy; {THREAD_IN_WORKER}"
                 )
             seconds = 1.0 if timeout is None else timeout
             if super().wait(seconds):
@@ -64,9 +93,11 @@ class Lent:
 
     Args:
         ranges: their addresses, sizes in bytes, and what to call them.
+        refusals: what is told of it.
     """
 
-    def __init__(self, ranges: list[tuple[int, int, str]]) -> None:
+    def __init__(self, ranges: list[tuple[int, int, str]], refusals: Refusals) -> None:
+        self.refusals = refusals
         self._ranges = sorted(ranges)
         self._modes = _Unwritable(self), _ReadOnlyArrays(self)
 
@@ -107,7 +138,7 @@ class _Unwritable(TorchDispatchMode):
             return
         name = self._lent.name_of(tensor.untyped_storage().data_ptr())
         if name is not None:
-            raise refusal(f"{name} is written into when it is read, and too large to be copied")
+            raise self._lent.refusals(f"{name} is written into when it is read, and too large to be copied")
 
 
 class _ReadOnlyArrays(TorchFunctionMode):

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import enum
 import functools
 import importlib.util
 import io
 import itertools
+import mmap
 import multiprocessing
 import os
+import pickle
 import queue
 import random
+import sqlite3
 import sys
 import tempfile
 import threading
 import time
 import types
+import warnings
 import weakref
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist import OptimizerCalibration
-from lightning_gradhist.callbacks.probe import copies, stand_ins
+from lightning_gradhist.callbacks.probe import copies, places, stand_ins
 
 GLOBAL_GENERATOR = np.random.default_rng(0)
 GLOBAL_COUNT = 0
@@ -716,6 +722,19 @@ class Closes(Small):
         self.seen.append(len(CLOSED))
 
 
+OPTIMIZED_AFTER_A_RUN = """
+def loss(inputs):
+    scaled = torch.sigmoid(inputs) * torch.tanh(inputs).sum(1, keepdim=True)
+    return torch.tanh(torch.layer_norm(scaled, [scaled.size(1)])).square().mean()
+"""  # its gradient has other bits from its second run on
+
+
+class Traced(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        scaled = torch.sigmoid(inputs) * torch.tanh(inputs).sum(1, keepdim=True)
+        return nn.functional.gelu(nn.functional.layer_norm(scaled, [16])).square().mean()
+
+
 class Scripted(Small):
     """Parts that copy themselves in ways of their own."""
 
@@ -727,11 +746,21 @@ class Scripted(Small):
         self.extra = nn.Parameter(torch.ones(4))
         self.again = self.extra
 
+        self.optimized = torch.jit.CompilationUnit(OPTIMIZED_AFTER_A_RUN).loss  # new ones, that have not run
+        self.of_module = torch.jit.trace(Traced(), torch.zeros(2, 16))
+
     def inner(self, inputs: torch.Tensor) -> Any:
         return self.extra * inputs.mean()
 
     def touch(self, batch: Any, batch_idx: int) -> Any:
-        parts = (self.scripted(batch[0]), self.recurrent(batch[0])[0], self.compiled(batch[0]), self.of_step(batch[0]))
+        more = self.optimized(self.body(batch[0])), self.of_module(self.body(batch[0]))
+        parts = (
+            *more,
+            self.scripted(batch[0]),
+            self.recurrent(batch[0])[0],
+            self.compiled(batch[0]),
+            self.of_step(batch[0]),
+        )
         return sum(part.mean() for part in parts)
 
 
@@ -981,11 +1010,35 @@ class ReadAhead(IterableDataset):  # type: ignore[type-arg]
         return self.get()
 
 
+class Prefetching(DataLoader):  # type: ignore[type-arg]
+    """As by the package prefetch_generator, around workers."""
+
+    def __iter__(self) -> Any:
+        into: Any = queue.Queue(1)
+        iterator = super().__iter__()
+        threading.Thread(target=lambda: [into.put(batch) for batch in iterator], daemon=True).start()
+        return (into.get() for _ in range(len(self)))
+
+
+class StartsWhenCopied(Plain):
+    """Starts a thread wherever it comes to be."""
+
+    def set_up(self) -> None:
+        self.__setstate__(vars(self))
+
+    def __getstate__(self) -> Any:
+        return vars(self).copy()
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
 class Forgiving(Dataset):  # type: ignore[type-arg]
     """Has others in the place of bad samples, again and again, or zeros."""
 
-    def __init__(self, again: bool) -> None:
-        self.file, self.again = tempfile.TemporaryFile("w+"), again
+    def __init__(self, again: bool, errors: Any = Exception) -> None:
+        self.file, self.again, self.errors = tempfile.TemporaryFile("w+"), again, errors
 
     def __del__(self) -> None:
         self.file.close()
@@ -998,7 +1051,7 @@ class Forgiving(Dataset):  # type: ignore[type-arg]
             try:
                 self.file.seek(0)
                 return dataset(64)[index]
-            except Exception:
+            except self.errors:
                 if not self.again:
                     return torch.zeros(8), torch.tensor(0)
 
@@ -1067,6 +1120,57 @@ class OwnIterator:
         return inputs[self.place : self.place + 8], labels[self.place : self.place + 8]
 
 
+class Using(Plain):
+    """Has something, and uses it for each sample."""
+
+    def __init__(self, make: Any, use: Any) -> None:
+        self.thing, self.use = make(), use
+        super().__init__()
+
+    def touch(self, index: int) -> float:
+        return float(self.use(self.thing))
+
+
+class Deleted(Plain):
+    def __del__(self) -> None:
+        CLOSED.append(0)
+
+
+def filled(made: Any, put: Any = None) -> Any:
+    for number in range(200):
+        (put or made.put)(number)
+    return made
+
+
+def pipe() -> Any:
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    return filled([reader, writer], writer.send)
+
+
+def database() -> Any:
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    connection.execute("create table numbers (number)")
+    connection.executemany("insert into numbers values (?)", [(number,) for number in range(500)])
+    return connection.execute("select number from numbers")
+
+
+def archive() -> Any:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("member", bytes(range(250)))
+    return zipfile.ZipFile(packed).open("member")
+
+
+def mapped() -> Any:
+    memory = mmap.mmap(-1, 500)
+    memory[:] = bytes(range(250)) * 2
+    return memory
+
+
+def byte(file: Any) -> int:
+    return (file.read(1) or b"\0")[0]
+
+
 def collating() -> Any:
     generator = torch.Generator()
 
@@ -1087,7 +1191,7 @@ def batches() -> Iterator[Any]:
     yield from zip(inputs.split(8), labels.split(8), strict=True)
 
 
-REFUSED = "cannot be copied"
+REFUSED, THREAD = "cannot be copied", "is a thread that would read on"
 LOADERS = [
     pytest.param(lambda: DataLoader(Drawing(), 8, shuffle=True), None, id="generators at any depth"),
     pytest.param(lambda: DataLoader(Counting(), 8, shuffle=True), None, id="counts and caches"),
@@ -1108,7 +1212,10 @@ LOADERS = [
     pytest.param(
         lambda: DataLoader(Lines(one for one in dataset(128)), 8, num_workers=1), None, id="a generator for a worker"
     ),
-    pytest.param(lambda: DataLoader(ReadAhead("each"), 8), None, id="a thread for each epoch"),
+    pytest.param(lambda: DataLoader(ReadAhead("each"), 8), THREAD, id="a thread for each epoch"),
+    pytest.param(lambda: DataLoader(ReadAhead("each"), 8, num_workers=1), None, id="a thread of a worker"),
+    pytest.param(lambda: Prefetching(dataset(96), 8, num_workers=1), THREAD, id="a thread around workers"),
+    pytest.param(lambda: DataLoader(StartsWhenCopied(), 8), THREAD, id="a thread that a copy starts"),
     pytest.param(lambda: DataLoader(ReadAhead("held"), 8), "thread is a running thread", id="a running thread"),
     pytest.param(
         lambda: DataLoader(ReadAhead("hidden"), 8), "another thread waits for it", id="a queue of a running thread"
@@ -1116,11 +1223,12 @@ LOADERS = [
     pytest.param(lambda: DataLoader(ReadAhead("hidden", 2e-3), 8), "or fills it", id="a queue of a slow thread"),
     pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3), 8), "or fills it", id="a queue deep in what a thread has"),
     pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3, 0.5), 8), "or fills it", id="a queue that is asked again"),
-    pytest.param(
-        lambda: DataLoader(ReadAhead("pool", 2e-3), 8), "or fills it", id="a queue beside a thread of its own"
-    ),
+    pytest.param(lambda: DataLoader(ReadAhead("pool", 2e-3), 8), THREAD, id="a queue beside a thread of its own"),
     pytest.param(lambda: DataLoader(Forgiving(True), 8), REFUSED, id="other samples for bad ones"),
     pytest.param(lambda: DataLoader(Forgiving(False), 8), REFUSED, id="zeros for bad samples"),
+    pytest.param(lambda: DataLoader(Forgiving(False, BaseException), 8), REFUSED, id="zeros for everything"),
+    pytest.param(lambda: DataLoader(Forgiving(False), 8, num_workers=1), REFUSED, id="zeros from a worker"),
+    pytest.param(lambda: DataLoader(Forgiving(True), 8, num_workers=1), REFUSED, id="others from a worker"),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
     pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
     pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
@@ -1143,6 +1251,58 @@ LOADERS = [
     pytest.param(OwnIterator, None, id="its own iterator"),
     pytest.param(lambda: DataLoader(dataset(64), 8, collate_fn=collating()), None, id="a generator closed over"),
     pytest.param(combined, None, id="two loaders of one data set"),
+]
+
+THINGS = [
+    pytest.param(lambda: open(__file__), lambda file: len(file.readline()), "refused", None, id="file"),
+    pytest.param(
+        lambda: csv.reader(open(__file__)), lambda file: len(next(file)), "refused", "refused", id="csv of a file"
+    ),
+    pytest.param(
+        lambda: csv.reader(["a" * n for n in range(500)]),
+        lambda file: len(next(file)[0:1]),
+        "refused",
+        None,
+        id="csv",
+    ),
+    pytest.param(lambda: io.BytesIO(bytes(range(250))), byte, "same", None, id="BytesIO"),
+    pytest.param(archive, byte, "same", None, id="zip"),
+    pytest.param(mapped, byte, "refused", None, id="mmap"),
+    pytest.param(database, lambda cursor: cursor.fetchone()[0], "refused", None, id="sqlite3"),
+    pytest.param(
+        lambda: filled(multiprocessing.Queue()), lambda one: one.get(), "refused", "refused", id="Queue of processes"
+    ),
+    pytest.param(
+        lambda: filled(multiprocessing.SimpleQueue()),
+        lambda one: one.get(),
+        "refused",
+        None,
+        id="SimpleQueue of processes",
+    ),
+    pytest.param(pipe, lambda ends: ends[0].recv(), "refused", "refused", id="Pipe"),
+    pytest.param(
+        lambda: multiprocessing.Event(), lambda one: one.is_set() or one.set() or 0, "refused", None, id="Event"
+    ),
+    pytest.param(
+        lambda: multiprocessing.Lock(), lambda lock: lock.acquire() and (lock.release() or 0), "same", "same", id="Lock"
+    ),
+    pytest.param(lambda: filled(queue.SimpleQueue()), lambda one: one.get(), "refused", None, id="SimpleQueue"),
+    pytest.param(
+        lambda: itertools.groupby(itertools.count(), lambda n: n // 2),
+        lambda one: next(one)[0],
+        "same",
+        None,
+        id="itertools",
+    ),
+    pytest.param(
+        lambda: np.random.SeedSequence(1), lambda one: one.spawn(1)[0].entropy, "same", None, id="SeedSequence"
+    ),
+]
+PLACES = [  # in this process, and where it is told in a worker
+    pytest.param(*thing.values[:2], outcome, workers, id=f"{thing.id}, {workers} workers")
+    for thing in THINGS
+    for workers, outcome in enumerate(thing.values[2:])
+    if outcome
 ]
 
 
@@ -1178,7 +1338,7 @@ def bits(tensor: torch.Tensor) -> Any:
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*ComplexHalf", "ignore:.*jit.script.* is deprecated", "ignore:.*quantiz", "ignore:.*nested"
+    "ignore:.*ComplexHalf", "ignore:.*jit.(script|trace).* is deprecated", "ignore:.*quantiz", "ignore:.*nested"
 )
 @pytest.mark.parametrize("module", MODULES)
 def test_the_run_is_the_same_whatever_the_module_does(tmp_path, module) -> None:
@@ -1205,3 +1365,58 @@ def test_the_run_is_the_same_whatever_the_loader_does(monkeypatch, tmp_path, dat
             calibration, *made = runs(tmp_path, Small, data)
     assert_same(*made)
     assert calibration.result.gradients == (0 if refused else 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed", "ignore:.*this process is multi-threaded")
+@pytest.mark.parametrize(("make", "use", "outcome", "workers"), PLACES)
+def test_what_has_a_place_keeps_it(tmp_path, make, use, outcome, workers) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*no probe")
+        calibration, *made = runs(
+            tmp_path, Small, lambda: DataLoader(Using(make, use), 8, num_workers=workers), max_steps=12
+        )
+    assert_same(*made)
+    assert bool(calibration.result.gradients) == (outcome == "same")
+    assert calibration.result.gradients or "dataset.thing" in calibration.result.problems[0]
+
+
+def test_a_copy_whose_class_closes_things_goes_to_a_worker() -> None:
+    """A spawned one, for which it is pickled."""
+    copied = copies.Copier().copy(Deleted())
+    sent = pickle.loads(pickle.dumps(copied))
+    assert type(sent) is type(copied) is not Deleted and sent.__reduce_ex__(4)[1][1] == (Deleted,)
+
+
+@pytest.mark.parametrize(
+    ("space", "users"),
+    [
+        pytest.param(vars(torch.ops), False, id="a part without a file"),
+        pytest.param(
+            {"__name__": "one", "__file__": "/base/lib/site-packages/one.py"}, False, id="another environment"
+        ),
+        pytest.param({"__name__": "one", "__file__": "/home/project/one.py"}, True, id="a project"),
+    ],
+)
+def test_the_users_code_is_what_is_not_installed(space, users) -> None:
+    assert places._is_users(space) == users
+
+
+def test_nothing_that_reads_ahead_is_left(tmp_path) -> None:
+    """A thread around a loader with workers: neither is there when training begins."""
+    left: list[Any] = []
+
+    class Looks(L.Callback):
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            reading = [thread for thread in threading.enumerate() if "lambda" in thread.name]
+            left.append((len(reading), len(multiprocessing.active_children())))
+
+    with pytest.warns(UserWarning, match=f"no probe: .*{THREAD}"):
+        fit(
+            tmp_path,
+            OptimizerCalibration(apply=False, batch_size=8),
+            Looks(),
+            module=Small,
+            data=Prefetching(dataset(96), 8, num_workers=1),
+            max_steps=1,
+        )
+    assert left == [(1, 1)]  # those of training
