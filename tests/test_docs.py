@@ -24,6 +24,7 @@ NO_MESSAGES = (
     "root of the second moment by layer, step",
     "Calibration: a probe of … batches",
     "The given NumPy array is not writable",
+    "a copy of it lacks what it has",
     "what more GPUs would buy",
     "steps to the same loss",
     "samples to the same loss",

@@ -773,8 +773,7 @@ class Varied(IterableDataset):
         self.sizes = sizes
 
     def __iter__(self) -> Any:
-        inputs, labels = dataset(64).tensors
-        return ((inputs[:size], labels[:size]) for size in self.sizes)
+        return zip(*(tensor[: sum(self.sizes)].split(self.sizes) for tensor in dataset(512).tensors), strict=True)
 
 
 @pytest.mark.parametrize(
