@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -122,12 +123,12 @@ class Probe:
                 parameters.
         """
         for _ in range(number):
-            batch, outcome, error = self._next()
+            batch, outcome, reason = self._next()
             worst = self._worst(Outcome.STOPPED if self._trainer.received_sigterm else outcome)
             if worst is Outcome.STOPPED:
                 raise SIGTERMException
             if worst is Outcome.FAILED:
-                self._refuse(error)
+                self._refuse(reason)
             if worst is Outcome.NO_BATCH:
                 return
             self._kept.append((batch, self.batches))
@@ -218,13 +219,11 @@ class Probe:
         torch.distributed.all_reduce(summed)
         return summed.tolist()
 
-    def _next(self) -> tuple[Any, Outcome, Exception | None]:
+    def _next(self) -> tuple[Any, Outcome, str | None]:
         try:
             batch = next(self._source, None)
-        except ProbeEnded as error:
-            return None, Outcome.FAILED, ProbeRefusedError(str(error))
-        except Exception as error:  # of a dataset, or of what puts samples together
-            return None, Outcome.FAILED, error
+        except (Exception, ProbeEnded) as error:  # of a dataset, or of what puts samples together
+            return None, Outcome.FAILED, _reason(error)
         return batch, Outcome.NO_BATCH if batch is None else Outcome.DONE, None
 
     def _samples(self, counted: float | None) -> float | None:
@@ -253,27 +252,22 @@ class Probe:
         if is_repeated and self._replicas is not None:
             return {}, Outcome.REPEATED
         while True:
-            gradient, outcome, error = ({}, Outcome.REPEATED, None) if is_repeated else self._tried(batch)
+            gradient, outcome, reason = ({}, Outcome.REPEATED, None) if is_repeated else self._tried(batch)
             worst = self._worst(outcome)
             if worst is Outcome.FAILED:
-                self._refuse(error)
+                self._refuse(reason)
             if worst is not Outcome.OVERFLOW:
                 return gradient, outcome if self._replicas is None else worst  # of a sharded one, each has a part
             self._scale /= 2
 
-    def _tried(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome, Exception | None]:
+    def _tried(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome, str | None]:
         try:
             return (*self._passed(batch), None)
-        except ProbeEnded as ended:
-            refused = ProbeRefusedError(str(ended))
-            if self._replicas is not None:
-                raise refused from None
-            return {}, Outcome.FAILED, refused
-        except Exception as error:
+        except (Exception, ProbeEnded) as error:
             if self._replicas is not None:
                 raise  # the others wait within the model's own collectives, as they would in training
             if not is_out_of_memory(error):
-                return {}, Outcome.FAILED, error
+                return {}, Outcome.FAILED, _reason(error)
         free_memory()  # here, where the error that held the graph is gone
         return {}, Outcome.OUT_OF_MEMORY, None
 
@@ -336,15 +330,23 @@ class Probe:
         """What this rank answers for: all of them, or where parameters are sharded each value on one rank alone."""
         return tensors if self._replicas is None else own_parts(tensors, self._parameters, self._replicas)
 
-    def _refuse(self, error: Exception | None) -> NoReturn:
+    def _refuse(self, reason: str | None) -> NoReturn:
         """Says why it failed, on the first rank on which it did."""
-        reason = None if error is None else f"the training data, training_step or its gradient raised {error!r:.300}"
-        if isinstance(error, ProbeRefusedError):
-            reason = str(error).strip().rpartition(f"{ProbeRefusedError.__name__}: ")[2]  # a worker's has its traceback
-        raise ProbeRefusedError(first_reason(self._trainer, reason)) from error
+        raise ProbeRefusedError(first_reason(self._trainer, reason))
 
     def _worst(self, outcome: Outcome) -> Outcome:
         return Outcome(-int(least_over_ranks(-outcome, self._trainer)))
+
+
+def _reason(error: BaseException) -> str:
+    """Why it failed; what it has passed by is let go: the graph of a batch, workers of a loader."""
+    passed: BaseException | None = error
+    while passed is not None:
+        traceback.clear_frames(passed.__traceback__)
+        passed = passed.__context__
+    if isinstance(error, (ProbeRefusedError, ProbeEnded)):
+        return str(error).strip().rpartition(f"{ProbeRefusedError.__name__}: ")[2]  # a worker's has its traceback
+    return f"the training data, training_step or its gradient raised {error!r:.300}"
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

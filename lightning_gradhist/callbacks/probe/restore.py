@@ -64,6 +64,7 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
             apart, own = _apart(stack, copier, trainer, module)
         vars(own)["log"] = _log_nothing  # the loop would take what is logged for a value of training
+        stack.callback(_end_workers, apart)
         yield Apart(apart, own, copier.reading)
 
 
@@ -124,6 +125,12 @@ def write_back(contents: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for own, content in contents:
             own.copy_(content)
+
+
+def _end_workers(trainer: Any) -> None:
+    """Ends those of the copied loaders, for which to be collected as garbage takes 5 s each: torch waits for them in vain."""
+    with suppress(Exception):  # of a loader of the user's
+        trainer.fit_loop._combined_loader.reset()  # private, as where batches are read
 
 
 def _put_back_environment(environment: dict[str, str]) -> None:

@@ -38,7 +38,7 @@ import torch.nn.utils.prune
 from lightning.pytorch.utilities import CombinedLoader
 from support import dataset, events, final_state, fit
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist import OptimizerCalibration
@@ -1034,6 +1034,17 @@ class StartsWhenCopied(Plain):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
 
 
+class ReadsInPool(TensorDataset):
+    """Reads the samples of a batch in several threads, as from a slow place."""
+
+    def __init__(self) -> None:
+        super().__init__(*dataset(64).tensors)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(self.__getitem__, indices))
+
+
 class Forgiving(Dataset):  # type: ignore[type-arg]
     """Has others in the place of bad samples, again and again, or zeros."""
 
@@ -1223,7 +1234,10 @@ LOADERS = [
     pytest.param(lambda: DataLoader(ReadAhead("hidden", 2e-3), 8), "or fills it", id="a queue of a slow thread"),
     pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3), 8), "or fills it", id="a queue deep in what a thread has"),
     pytest.param(lambda: DataLoader(ReadAhead("deep", 2e-3, 0.5), 8), "or fills it", id="a queue that is asked again"),
-    pytest.param(lambda: DataLoader(ReadAhead("pool", 2e-3), 8), THREAD, id="a queue beside a thread of its own"),
+    pytest.param(
+        lambda: DataLoader(ReadAhead("pool", 2e-3), 8), "or fills it", id="a queue beside a thread of its own"
+    ),
+    pytest.param(lambda: DataLoader(ReadsInPool(), 8, shuffle=True), None, id="threads of a pool"),
     pytest.param(lambda: DataLoader(Forgiving(True), 8), REFUSED, id="other samples for bad ones"),
     pytest.param(lambda: DataLoader(Forgiving(False), 8), REFUSED, id="zeros for bad samples"),
     pytest.param(lambda: DataLoader(Forgiving(False, BaseException), 8), REFUSED, id="zeros for everything"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import queue
 import random
@@ -653,6 +654,19 @@ def test_batches_of_workers_with_the_same_samples_are_left_out(tmp_path) -> None
     ):
         fit(tmp_path, calibration, data=DataLoader(Unsplit(), 8, num_workers=2), max_steps=1)
     assert calibration.result.gradients == 4
+
+
+def test_the_workers_of_the_probe_end_by_themselves(tmp_path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+
+    def begin(index: int) -> None:  # what is to be done at the end is left out where a worker is killed
+        mark = there / str(os.getpid())
+        mark.touch()
+        multiprocessing.util.Finalize(None, mark.unlink, exitpriority=10)
+
+    fit(tmp_path, silent(), data=loader(num_workers=2, worker_init_fn=begin), max_steps=1)
+    assert list(there.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["calibration.evidence.NoiseScale", "probe.run.no_trace"])
