@@ -189,6 +189,11 @@ def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
     return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]
 
 
+def schedulers_in(trainer: Trainer) -> list[Any]:
+    """All schedulers that there are now."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
 def schedulers_of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:
     """Those that schedule an optimizer, or the one that it wraps."""
     own = (optimizer, unwrapped(optimizer), innermost(optimizer))

@@ -34,6 +34,7 @@ from lightning_gradhist.callbacks.calibration.handoff import (
 )
 from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
+from lightning_gradhist.callbacks.schedules import schedulers_in
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
@@ -269,7 +270,7 @@ class OptimizerCalibration(Callback):
         groups = _optimizer(trainer).param_groups
         changed = [change.group for change in self._applied.changes if change.name == "lr"]
         self._in_force = {group: float(groups[group]["lr"]) for group in changed if group < len(groups)}
-        self._scaled = _schedulers(trainer)
+        self._scaled = schedulers_in(trainer)
 
     def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
         result = decide(self, gather(self, trainer, module, samples, self._recorded))
@@ -278,7 +279,7 @@ class OptimizerCalibration(Callback):
             rank_zero_warn(f"OptimizerCalibration: {'. '.join([result.problems[0], *sentences])}.")
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
-            apply_changes(_optimizer(trainer), _schedulers(trainer), changes)
+            apply_changes(_optimizer(trainer), schedulers_in(trainer), changes)
             set_defaults(_optimizer(trainer), changes)
             self._applied = _Applied(result.to_text(), changes, result.effective_batch_size)
         self.result = result
@@ -290,7 +291,7 @@ class OptimizerCalibration(Callback):
         """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
         rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
         self._phase = _Phase.RESUMED
-        optimizer, schedulers = _optimizer(trainer), _schedulers(trainer)
+        optimizer, schedulers = _optimizer(trainer), schedulers_in(trainer)
         if not from_checkpoint:
             changes = [change for change in self._applied.changes if holds_before(optimizer, schedulers, change)]
             apply_changes(optimizer, schedulers, changes)
@@ -375,10 +376,6 @@ def _load(path: str) -> RunRecord | RecordError:
         return RunRecord.load(path)
     except Exception as error:  # whatever it is, the other ranks are told; its cause they may not be able to read
         return RecordError(str(error))
-
-
-def _schedulers(trainer: Trainer) -> list[Any]:
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
 def _log(trainer: Trainer, result: CalibrationResult) -> None:

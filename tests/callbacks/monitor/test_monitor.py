@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -860,12 +860,27 @@ def test_every_step_of_lbfgs_is_one_step(tmp_path) -> None:
     assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 1, 2, 3]
 
 
-def test_the_recorded_rate_is_the_highest(tmp_path) -> None:
-    class Falling(Net):
-        def on_train_batch_end(self, *args: Any) -> None:
-            self.trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
+class Falls(L.Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
 
-    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=Falling)
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.parametrize(
+    ("callback", "scheduler"),
+    [
+        pytest.param(Falls(), None, id="it falls"),
+        pytest.param(StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2), None, id="SWA"),
+        pytest.param(
+            StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2),
+            lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1),
+            id="SWA takes the scheduler's place",
+        ),
+    ],
+)
+def test_the_recorded_rate_is_the_highest_of_its_own_schedule(tmp_path, callback: Any, scheduler: Any) -> None:
+    module = Net(scheduler=scheduler)
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), callback, module=module, max_epochs=3)
     assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].learning_rates == [1e-2]
 
 
