@@ -48,6 +48,7 @@ NO_MESSAGES = (
     "parameter … of its group",
     "the recorded run",
     "tell the length of the run",
+    "a copy of it lacks what it has",
     "The param groups of the inner",
     "The state of the inner",
     "The defaults of the inner",
