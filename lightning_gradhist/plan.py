@@ -145,7 +145,7 @@ def _row(
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
-    rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(row.learning_rates))
+    rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(row.learning_rates)) or "not known"
     times = "refused" if row.is_refused else _band(row.ratio)
     return (f"{row.batch_size:,g}", rates, times, _band(row.steps), _band(row.samples))
 

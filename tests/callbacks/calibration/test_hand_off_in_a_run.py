@@ -17,6 +17,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.plan import plan
 
 
 class OwnRate(torch.optim.Optimizer):
@@ -47,6 +49,19 @@ def test_an_optimizer_that_makes_its_own_rate_is_left_alone(tmp_path, options: d
     torch.testing.assert_close(final_state(made)["weights"], final_state(plain)["weights"], rtol=0, atol=0)
     said = any("lr is no number" in problem for problem in calibration.result.problems)
     assert said is ("learning_rate" in options and options["learning_rate"] == "sqrt")
+
+
+@pytest.mark.parametrize(
+    ("own", "law"),
+    [pytest.param(OwnRate, "keep", id="the same"), pytest.param(torch.optim.AdamW, "sqrt", id="another")],
+)
+def test_the_record_of_an_optimizer_that_makes_its_own_rate_can_be_used(tmp_path, own: Any, law: str) -> None:
+    path = _recorded(tmp_path / "a", lambda: Net(OwnRate))
+    assert plan(RunRecord.load(path), [16])[0].to_text()
+    calibration = OptimizerCalibration(reference=path, learning_rate=law, epsilon="keep")
+    made = fit(tmp_path / "b", calibration, module=lambda: Net(own), data=loader(32, samples=256))
+    assert calibration.result.problems == () and calibration.result.ratio == (2 if law == "sqrt" else 1)
+    assert made.optimizers[0].param_groups[0]["lr"] == (pytest.approx(2e-3) if law == "sqrt" else None)
 
 
 class Frozen(Net):

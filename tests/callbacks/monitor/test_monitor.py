@@ -1294,6 +1294,23 @@ class NewOptimizers(L.Callback):
                 trainer.strategy.optimizers = [*trainer.optimizers, torch.optim.SGD(pl_module.two.parameters(), lr=0.1)]
 
 
+class OneAlone(TwoOptimizers):
+    """The second optimizer does not step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, _ = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.two(self.one(batch[0])), batch[1]))
+        first.step()
+
+
+def test_a_record_leaves_out_an_optimizer_that_has_not_stepped(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=8)
+    fit(tmp_path, monitor, module=OneAlone, max_epochs=2)
+    assert "SGD" not in (tmp_path / "calibration.json").read_text()
+    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].batch_size == 8
+
+
 class AllInTurn(TwoOptimizers):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         for optimizer in self.optimizers():
