@@ -179,13 +179,16 @@ def later_accumulation(trainer: Trainer) -> dict[int, int]:
 
 def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
     """The schedulers, and how many times each is stepped; infinite where that is not known."""
-    configs, epochs = trainer.lr_scheduler_configs, trainer.max_epochs
+    configs, epochs = trainer.lr_scheduler_configs, math.inf
     try:
         steps = trainer.estimated_stepping_batches if configs else 0
+        batches = trainer.num_training_batches if configs else math.inf  # known by now; an endless epoch has no end
+        if math.isfinite(batches):
+            epochs = max(1.0, steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
     except MisconfigurationException:  # with accumulation that changes
         steps = math.inf
-    automatic = trainer.lightning_module.automatic_optimization
-    times = {"step": steps, "epoch": epochs if automatic and epochs is not None and epochs >= 0 else steps}
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    times = {"step": steps, "epoch": epochs if trainer.lightning_module.automatic_optimization else steps}
     return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]
 
 
