@@ -168,10 +168,15 @@ def _held(value: Any) -> Iterator[Any]:
             yield from getattr(owner, "__dict__", {}).values()
 
 
-def later_accumulation(trainer: Trainer) -> dict[int, int]:
-    """Micro-batches of a step by epoch, where a callback changes them later in the run."""
+def scheduled_accumulation(trainer: Trainer) -> dict[int, int]:
+    """Micro-batches of a step from these epochs on, where a callback sets them."""
     schedules = [c.scheduling for c in getattr(trainer, "callbacks", ()) if is_a(c, "GradientAccumulationScheduler")]
-    factors = {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
+    return {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
+
+
+def later_accumulation(trainer: Trainer) -> dict[int, int]:
+    """Those of them that change later in the run."""
+    factors = scheduled_accumulation(trainer)
     last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
     later = {epoch: factor for epoch, factor in factors.items() if trainer.current_epoch < epoch < last}
     return later if set(later.values()) - {trainer.accumulate_grad_batches} else {}

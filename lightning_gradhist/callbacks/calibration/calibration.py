@@ -22,7 +22,7 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size
+from lightning_gradhist.callbacks.batch_size import SampleCount, accumulated, effective_batch_size
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
@@ -37,7 +37,7 @@ from lightning_gradhist.callbacks.calibration.handoff import (
 )
 from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
-from lightning_gradhist.callbacks.schedules import horizons, schedulers_in
+from lightning_gradhist.callbacks.schedules import horizons, scheduled_accumulation, schedulers_in
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
@@ -62,7 +62,7 @@ class _Applied:
 
     report: str | None = None  # None where nothing was applied
     changes: tuple[GroupChange, ...] = ()
-    batch_size: float | None = None  # samples of an optimizer step that they are for
+    batch_size: float | None = None  # samples of an optimizer step that they are for; None where they may vary
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
@@ -293,7 +293,9 @@ class OptimizerCalibration(Callback):
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(_optimizer(trainer), schedulers_in(trainer), changes)
             set_defaults(_optimizer(trainer), changes)
-            self._applied = _Applied(result.to_text(), changes, result.effective_batch_size)
+            self._applied = _Applied(
+                result.to_text(), changes, result.effective_batch_size if samples.is_steady else None
+            )
         self.result = result
         rank_zero_info(result.to_text())
         if trainer.is_global_zero:
@@ -318,7 +320,12 @@ class OptimizerCalibration(Callback):
     def _look_at_batch_size(self, trainer: Trainer, samples: SampleCount) -> None:
         """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
         before, now = self._applied.batch_size, effective_batch_size(trainer, samples)
-        if before is None or now is None or before == now or not self._applied.changes:
+        if before is None or now is None or not self._applied.changes:
+            return
+        begun = min(
+            scheduled_accumulation(trainer).get(0, trainer.accumulate_grad_batches), trainer.num_training_batches
+        )
+        if math.isclose(before / begun, now / accumulated(trainer)):  # as the callback has it
             return
         rank_zero_warn(
             f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its values"

@@ -318,6 +318,41 @@ def test_a_resumed_run_keeps_its_values(tmp_path) -> None:
     assert got["max_lr"] == pytest.approx(0.2) and got["lr"] == pytest.approx(expected["lr"])
 
 
+class Turning:
+    """Batches of 4, 8 and 12 samples, in turn, each epoch from the next one on."""
+
+    turn = 0
+
+    def __iter__(self) -> Any:
+        Turning.turn += 1
+        return iter([list(range([4, 8, 12][(number + Turning.turn) % 3])) for number in range(12)])
+
+    def __len__(self) -> int:
+        return 12
+
+
+@pytest.mark.filterwarnings("ignore:OptimizerCalibration. accumulation changes during the run")
+@pytest.mark.parametrize("epsilon", ["auto", "keep"])
+@pytest.mark.parametrize(
+    ("data", "callbacks", "steps"),
+    [
+        pytest.param(lambda: DataLoader(dataset(64), batch_sampler=Turning()), [], 12, id="batches vary"),
+        pytest.param(
+            lambda: loader(8), [GradientAccumulationScheduler({0: 1, 1: 4})], 16, id="accumulation is scheduled"
+        ),
+    ],
+)
+def test_a_run_resumed_as_it_was_is_said_nothing_of(
+    tmp_path, epsilon: Any, data: Any, callbacks: Any, steps: int
+) -> None:
+    options = {"reference_batch_size": 2, "learning_rate": "sqrt", "epsilon": epsilon}
+    first = fit(tmp_path / "a", OptimizerCalibration(**options), *callbacks, data=data(), max_steps=steps)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    made = trainer(tmp_path / "b", OptimizerCalibration(**options), *callbacks, max_epochs=2)
+    made.fit(Net(), data(), ckpt_path=tmp_path / "half.ckpt")
+    assert made.global_step > steps
+
+
 def test_a_run_resumed_at_another_batch_size_says_that_its_values_stay(tmp_path) -> None:
     first = fit(tmp_path / "a", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), data=loader(4))
     first.save_checkpoint(tmp_path / "half.ckpt")
