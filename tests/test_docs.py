@@ -41,7 +41,7 @@ NO_MESSAGES = (
     "samples or more",
     "out of memory",
     "can't allocate memory",
-    "The noise scale is still recorded in",
+    "The noise scale goes into",
     "… from epoch … on",
     "The parameters are …; the layers",
     "lower every_n_steps=…, or",

@@ -244,7 +244,8 @@ class OptimizerCalibration(Callback):
         self.result, self._applied, self._in_force = None, _Applied(), {}
         obstacle = _obstacle(trainer)
         if obstacle is not None:
-            rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
+            tell = rank_zero_info if trainer.global_step > 0 and not self.apply else rank_zero_warn
+            tell(f"OptimizerCalibration changes nothing: {obstacle}.")
             return
         self._recorded = self._read_record(trainer, pl_module)
         self._phase = _Phase.WAITING
@@ -288,7 +289,9 @@ class OptimizerCalibration(Callback):
         result = decide(self, gather(self, trainer, module, samples, self._recorded))
         if result.problems:
             sentences = [problem[:1].upper() + problem[1:] for problem in result.problems[1:]]
-            rank_zero_warn(f"OptimizerCalibration: {'. '.join([result.problems[0], *sentences])}.")
+            is_tried = 0 < getattr(trainer, "fast_dev_run", 0) < MIN_BATCHES  # and has too few batches on purpose
+            tell = rank_zero_info if is_tried else rank_zero_warn
+            tell(f"OptimizerCalibration: {'. '.join([result.problems[0], *sentences])}.")
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(_optimizer(trainer), schedulers_in(trainer), changes)

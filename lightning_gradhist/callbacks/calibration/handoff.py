@@ -109,7 +109,9 @@ def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequ
 def _write(optimizer: Optimizer, changes: Iterable[GroupChange]) -> None:
     for change in changes:
         if change.name != "lr":
-            optimizer.param_groups[change.group][change.name] = change.after
+            group = optimizer.param_groups[change.group]
+            was = group.get(change.name)
+            group[change.name] = was.new_tensor(change.after) if isinstance(was, Tensor) else change.after
 
 
 def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:

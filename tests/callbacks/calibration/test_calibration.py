@@ -761,12 +761,6 @@ CASES = [
         "changes nothing: it handles one optimizer",
         id="two optimizers",
     ),
-    pytest.param(
-        {"learning_rate": "keep"},
-        {"fast_dev_run": True},
-        "no probe: it needs 4 batches, and an epoch has 1",
-        id="fast_dev_run",
-    ),
 ]
 
 
@@ -799,6 +793,27 @@ def test_what_is_only_a_default_is_reported_and_not_warned_of(tmp_path, options,
         fit(tmp_path, calibration, max_epochs=1, data=data())
     assert not warned(caught) and not calibration.result.problems
     assert any(said.startswith(reason) for said in calibration.result.reasons), calibration.result.reasons
+
+
+def test_fast_dev_run_has_few_batches_on_purpose(tmp_path) -> None:
+    calibration = OptimizerCalibration(reference_batch_size=2)
+    fit(tmp_path, calibration, fast_dev_run=True)  # a warning would be an error
+    assert "no probe: it needs 4 batches, and fast_dev_run has 1" in calibration.result.problems[0]
+
+
+def test_who_applies_nothing_is_not_warned_that_nothing_is_applied(tmp_path) -> None:
+    made = fit(tmp_path, OptimizerCalibration(apply=False))
+    made.fit_loop.max_epochs = 2
+    made.fit(made.lightning_module, loader())  # a warning would be an error
+    assert made.global_step == 32
+
+
+def test_an_epsilon_in_a_tensor_stays_one(tmp_path) -> None:
+    def optimizer(parameters: Any) -> Any:
+        return torch.optim.AdamW([{"params": list(parameters), "eps": torch.tensor(1e-1)}], lr=1e-2)
+
+    result, group = calibrated(tmp_path, OptimizerCalibration(epsilon=1e-9), module=Net(optimizer))
+    assert isinstance(group["eps"], Tensor) and float(group["eps"]) == pytest.approx(1e-9) and not result.problems
 
 
 class Varied(IterableDataset):
