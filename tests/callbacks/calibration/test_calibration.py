@@ -302,9 +302,9 @@ def test_a_resumed_run_keeps_its_values(tmp_path) -> None:
         return Net(with_eps(1e-1), lambda o: OneCycleLR(o, 0.1, total_steps=100))
 
     calibration = OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt")
-    whole = fit(tmp_path / "a", calibration, module=net(), data=loader(4), max_epochs=2)
+    whole = fit(tmp_path / "a", calibration, module=net, data=loader(4), max_epochs=2)
     half = fit(
-        tmp_path / "b", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), module=net(), data=loader(4)
+        tmp_path / "b", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), module=net, data=loader(4)
     )
     half.save_checkpoint(tmp_path / "half.ckpt")
     torch.load(tmp_path / "half.ckpt", weights_only=True)
