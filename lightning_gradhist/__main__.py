@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,10 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"gradhist plan: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        print(json.dumps([found.to_json() for found in plans], indent=1))
-    else:
-        print("\n\n".join(found.to_text() for found in plans))
+    as_json = json.dumps([found.to_json() for found in plans], indent=1) if options.json else None
+    try:
+        print(as_json or "\n\n".join(found.to_text() for found in plans), flush=True)
+    except BrokenPipeError:  # as of head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes the rest at its end
     return 0
 
 

@@ -102,7 +102,7 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
         steps: optimizer steps of the run at the recorded batch size, positive; those of the record by default.
 
     Raises:
-        ValueError: for a number that is not positive, and for no batch size.
+        ValueError: for a number that is not positive, for no batch size, and for a record of no steps without ``steps``.
 
     Example:
         >>> noise = NoiseEstimate(value=1000.0, lower=800.0, upper=1300.0, confidence=0.95, measurements=200)
@@ -113,8 +113,12 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
     """
     if not batch_sizes:
         raise ValueError("batch_sizes must have one at least, got none")
-    length = record.steps if steps is None else steps
-    for name, number in (("steps", length), *(("batch_sizes", batch_size) for batch_size in batch_sizes)):
+    if steps is None and not record.steps:
+        raise ValueError("the record is of a run without a step; give steps (--steps), the length of one")
+    for name, number in (
+        ("steps", 1 if steps is None else steps),
+        *(("batch_sizes", batch_size) for batch_size in batch_sizes),
+    ):
         if not (is_number(number) and 0 < number < math.inf):
             raise ValueError(f"{name} must be positive, got {number!r}")
     return tuple(_plan(entry, batch_sizes, steps or entry.length.made or record.steps) for entry in record.optimizers)
@@ -145,7 +149,7 @@ def _row(
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
-    rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(row.learning_rates))
+    rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(row.learning_rates)) or "not known"
     times = "refused" if row.is_refused else _band(row.ratio)
     return (f"{row.batch_size:,g}", rates, times, _band(row.steps), _band(row.samples))
 

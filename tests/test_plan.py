@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -92,11 +94,13 @@ def test_json_has_no_infinity() -> None:
         (["nowhere.json", "--batch-size", "8"], "does not exist"),
         (["calibration.json", "--batch-size", "-8"], "batch_sizes must be positive, got -8"),
         (["calibration.json", "--batch-size", "8", "--save", "plan.nonsense"], "nonsense"),
+        (["none.json", "--batch-size", "8"], "the record is of a run without a step; give steps"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_status_2(tmp_path, monkeypatch, capsys, arguments, says) -> None:
     monkeypatch.chdir(tmp_path)
     record().save("calibration.json")
+    replace(record(), steps=0).save("none.json")
     assert main(["plan", *arguments]) == 2
     assert says in capsys.readouterr().err
 
@@ -106,3 +110,13 @@ def test_it_runs_as_a_module(tmp_path) -> None:
     command = [sys.executable, "-m", "lightning_gradhist", "plan", "calibration.json", "--batch-size", "256"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "noise scale 1,000 samples, 95%: 800 to 1,300" in done.stdout, done.stderr
+
+
+def test_who_reads_its_output_may_stop(tmp_path) -> None:
+    record().save(tmp_path / "calibration.json")
+    command = [sys.executable, "-m", "lightning_gradhist", "plan", "calibration.json", "--batch-size", "256"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

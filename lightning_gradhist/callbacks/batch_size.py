@@ -148,6 +148,11 @@ class SampleCount:
         """Samples of the first batch, where neither loader nor user say the same; else None."""
         return self._first if self._counts and self._first != (self._declared or 1) else None
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether loader or user say the same as was counted, or several batches, of which none has more."""
+        return not self.varies and (self.unconfirmed is None or self._number > 1)
+
     def start_batch(self, trainer: Trainer, batch: Any, batch_index: int) -> None:
         """Counts a batch that is trained on; to be called at ``on_train_batch_start``."""
         manual = not trainer.lightning_module.automatic_optimization

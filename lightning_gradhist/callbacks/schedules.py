@@ -168,10 +168,15 @@ def _held(value: Any) -> Iterator[Any]:
             yield from getattr(owner, "__dict__", {}).values()
 
 
-def later_accumulation(trainer: Trainer) -> dict[int, int]:
-    """Micro-batches of a step by epoch, where a callback changes them later in the run."""
+def scheduled_accumulation(trainer: Trainer) -> dict[int, int]:
+    """Micro-batches of a step from these epochs on, where a callback sets them."""
     schedules = [c.scheduling for c in getattr(trainer, "callbacks", ()) if is_a(c, "GradientAccumulationScheduler")]
-    factors = {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
+    return {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
+
+
+def later_accumulation(trainer: Trainer) -> dict[int, int]:
+    """Those of them that change later in the run."""
+    factors = scheduled_accumulation(trainer)
     last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
     later = {epoch: factor for epoch, factor in factors.items() if trainer.current_epoch < epoch < last}
     return later if set(later.values()) - {trainer.accumulate_grad_batches} else {}
@@ -179,14 +184,22 @@ def later_accumulation(trainer: Trainer) -> dict[int, int]:
 
 def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
     """The schedulers, and how many times each is stepped; infinite where that is not known."""
-    configs, epochs = trainer.lr_scheduler_configs, trainer.max_epochs
+    configs, epochs = trainer.lr_scheduler_configs, math.inf
     try:
         steps = trainer.estimated_stepping_batches if configs else 0
+        batches = trainer.num_training_batches if configs else math.inf  # known by now; an endless epoch has no end
+        if math.isfinite(batches):
+            epochs = max(1.0, steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
     except MisconfigurationException:  # with accumulation that changes
         steps = math.inf
-    automatic = trainer.lightning_module.automatic_optimization
-    times = {"step": steps, "epoch": epochs if automatic and epochs is not None and epochs >= 0 else steps}
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
+    times = {"step": steps, "epoch": epochs if trainer.lightning_module.automatic_optimization else steps}
     return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]
+
+
+def schedulers_in(trainer: Trainer) -> list[Any]:
+    """All schedulers that there are now."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
 def schedulers_of(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[Any]:

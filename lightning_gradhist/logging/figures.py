@@ -196,7 +196,7 @@ def plan_figure(plan: Plan) -> Figure:
     known = [row for row in rows if not row.is_refused]
     figure = _figure(width=10.0, height=4.0)
     rate, cost = figure.subplots(1, 2)
-    label = f"learning rate / {max(plan.learning_rates):g}"
+    label = f"learning rate / {max(plan.learning_rates, default=1):g}"
     _band(rate, [row.batch_size for row in known], [row.ratio for row in known], _BLUE, label)
     rate.set_title(f"{plan.optimizer}: learning rate over batch size", fontsize=10, loc="left")
     for name, color, whole in (("steps", _BLUE, plan.steps), ("samples", _ORANGE, plan.steps * plan.batch_size)):

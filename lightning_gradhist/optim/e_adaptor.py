@@ -161,7 +161,8 @@ class EAdaptor(ExploringOptimizer):
         ``exp_avg_grad`` stays in fp32 for fp16 and bf16 parameters, and is a copy.
 
         Raises:
-            ValueError: If the groups do not fit, or the two numbers are out of range; nothing has been changed then.
+            ValueError: If the groups do not fit, the two numbers are out of range, or ``exp_avg_grad`` is no tensor; nothing has
+                been changed then.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -190,6 +191,12 @@ class EAdaptor(ExploringOptimizer):
                 self._check_group(group)
         ids = set(chain.from_iterable(group["params"] for group in groups))
         averages = {key: state[BUFFER] for key, state in state_dict["state"].items() if key in ids and BUFFER in state}
+        for key, average in averages.items():
+            if not isinstance(average, Tensor):
+                raise ValueError(
+                    f"{BUFFER} of parameter {key} in the state dict must be a tensor, got {average!r}; leave it out, and it"
+                    " starts at zero."
+                )
         state = {
             key: {name: value for name, value in state.items() if name != BUFFER} if key in averages else state
             for key, state in state_dict["state"].items()

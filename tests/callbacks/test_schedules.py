@@ -193,20 +193,30 @@ def test_functions_that_are_hard_to_look_into_end_nothing(tmp_path, scheduler: A
     assert watched(tmp_path, scheduler).length.schedule[::4] == [1.0, 0.75, 0.5, 0.5, 0.5]
 
 
-def test_epochs_and_frequencies_are_steps_of_the_scheduler(tmp_path) -> None:
+class Endless(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(loader(8).dataset)
+
+
+@pytest.mark.parametrize(
+    ("options", "planned", "shape"),
+    [
+        pytest.param({"max_epochs": 4}, 64, [1, 0.5, 0.25, 0.125, 0.0625], id="epochs"),
+        pytest.param({"max_epochs": -1, "max_steps": 64}, 64, [1, 0.5, 0.25, 0.125, 0.0625], id="steps"),
+        pytest.param({"max_epochs": 100, "max_steps": 32}, 32, [1, 1, 0.5, 0.5, 0.25], id="fewer steps than epochs"),
+        pytest.param({"max_epochs": -1, "max_steps": 24}, 24, [1, 1, 1, 0.5, 0.5], id="half an epoch"),
+        pytest.param({"data": DataLoader(Endless(), 8), "max_steps": 2}, 2, [], id="an endless epoch"),
+    ],
+)
+def test_epochs_are_steps_of_the_scheduler(tmp_path, options: Any, planned: int, shape: list[float]) -> None:
     class ByEpoch(Net):
         def configure_optimizers(self) -> Any:
             optimizer = self.make_optimizer(self.parameters())
             return [optimizer], [{"scheduler": schedules.StepLR(optimizer, 1, 0.5), "interval": "epoch"}]
 
     watch = Watch()
-    fit(tmp_path, watch, module=ByEpoch(), max_epochs=4)
-    assert watch.length.planned == 64 and watch.length.schedule[::4] == [1, 0.5, 0.25, 0.125, 0.0625]
-
-
-class Endless(IterableDataset):
-    def __iter__(self) -> Any:
-        return iter(loader(8).dataset)
+    fit(tmp_path, watch, module=ByEpoch(), **options)
+    assert watch.length.planned == planned and watch.length.schedule[::4] == shape
 
 
 @pytest.mark.parametrize(

@@ -562,6 +562,18 @@ def test_an_inner_optimizer_in_mid_run_is_adapted_from_zero() -> None:
     assert_close(got, by_hand(other, others, range(5, 15), -5.0, 0.9), 1e-10)
 
 
+def test_an_average_that_is_no_tensor_is_refused_before_anything_is_loaded() -> None:
+    params = parameters()
+    optimizer = EAdaptor(torch.optim.AdamW(params, lr=0.02))
+    run(optimizer, params, range(3))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][1]["exp_avg_grad"] = None
+    state_dict["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match="exp_avg_grad of parameter 1 .* must be a tensor, got None"):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["lr"] == 0.02
+
+
 def test_state_dicts_that_do_not_fit_are_refused() -> None:
     one = EAdaptor(torch.optim.SGD([with_grad(2)]))
     two = EAdaptor(torch.optim.SGD([{"params": [with_grad(2)]}, {"params": [with_grad(2)]}]))

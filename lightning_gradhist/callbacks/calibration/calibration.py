@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from types import NoneType
 from typing import Any, Literal, Optional, Union
@@ -22,18 +22,22 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size
+from lightning_gradhist.callbacks.batch_size import SampleCount, accumulated, effective_batch_size
+from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import (
+    OPTIMIZER,
+    SCHEDULERS,
     apply_changes,
-    holds_before,
-    restore_unsaved,
+    is_at,
     set_defaults,
     stray_rate,
+    take_up,
 )
 from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
+from lightning_gradhist.callbacks.schedules import horizons, scheduled_accumulation, schedulers_in
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
@@ -58,7 +62,7 @@ class _Applied:
 
     report: str | None = None  # None where nothing was applied
     changes: tuple[GroupChange, ...] = ()
-    batch_size: float | None = None  # samples of an optimizer step that they are for
+    batch_size: float | None = None  # samples of an optimizer step that they are for; None where they may vary
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
@@ -127,9 +131,10 @@ class OptimizerCalibration(Callback):
     - The rate is kept, and the report names the scheduler, where a copy of one does not follow at every step; likewise an
       optimizer that keeps rates outside its groups.
     - Where the run's own code sets the rate at a step, one warning gives the factor by which it would have to multiply it.
-    - Groups that are added later, as by ``BackboneFinetuning``, begin with the calibrated epsilon and the rate that they are
-      added with; a warning says so.
-    - A resumed run keeps its values, and warns where it goes on at another batch size.
+    - Groups that are added later, as by ``BackboneFinetuning``, begin with the calibrated epsilon, where the groups have
+      one, and the rate that they are added with; a warning names what is not calibrated.
+    - A resumed run keeps its values, and warns where it goes on at another batch size. Optimizers and schedulers that are
+      made anew, in a second fit or in mid-run, are given them again; a warning names what cannot be.
     - Callbacks that read the learning rate at the first batch, such as ``LearningRateMonitor``, must come after this one.
 
     Args:
@@ -202,11 +207,13 @@ class OptimizerCalibration(Callback):
         self._applied = _Applied()
         self._phase = _Phase.IDLE
         self._groups = sys.maxsize  # that the optimizer had when they were calibrated
+        self._restored: set[str] = set()  # by the checkpoint that was loaded last
         self._in_force: dict[int, float] = {}  # rates by group, while they are looked at
-        self._scaled: list[Any] = []  # schedulers
+        self._scaled: list[Any] = []  # schedulers, and the optimizer
+        self._optimizer: Optimizer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_force": {}, "_scaled": []}
+        return {**self.__dict__, "_in_force": {}, "_scaled": [], "_optimizer": None}
 
     def state_dict(self) -> dict[str, Any]:
         """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
@@ -221,18 +228,24 @@ class OptimizerCalibration(Callback):
             self._applied = _Applied()
         self._phase = _Phase.LOADED if self._applied.report is not None else _Phase.IDLE
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notices what the module's own ``on_load_checkpoint`` has emptied, and so is not brought back."""
+        self._restored = {name for name in (OPTIMIZER, SCHEDULERS) if checkpoint.get(name) != []}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds out whether this run is to be calibrated, and reads the record if so."""
         # A checkpoint may come before the first step (accumulation); one that was only validated counts for nothing.
         from_checkpoint = self._phase is _Phase.LOADED and trainer.ckpt_path is not None
         self._phase = _Phase.IDLE
         if (trainer.global_step > 0 or from_checkpoint) and self._applied.report is not None:
-            self._go_on(trainer, from_checkpoint)
+            self._take_up(trainer, self._restored if from_checkpoint else ())
+            self._phase = _Phase.RESUMED
             return
         self.result, self._applied, self._in_force = None, _Applied(), {}
         obstacle = _obstacle(trainer)
         if obstacle is not None:
-            rank_zero_warn(f"OptimizerCalibration changes nothing: {obstacle}.")
+            tell = rank_zero_info if trainer.global_step > 0 and not self.apply else rank_zero_warn
+            tell(f"OptimizerCalibration changes nothing: {obstacle}.")
             return
         self._recorded = self._read_record(trainer, pl_module)
         self._phase = _Phase.WAITING
@@ -247,8 +260,9 @@ class OptimizerCalibration(Callback):
             self._look_at_batch_size(trainer, samples)
         elif phase is _Phase.WAITING:
             self._calibrate(trainer, pl_module, samples)
-            self._groups = len(_optimizer(trainer).param_groups)
             self._keep_watch(trainer)
+        if self._applied.changes and len(trainer.optimizers) == 1 and _optimizer(trainer) is not self._optimizer:
+            self._take_up(trainer)
         self._look_at_groups(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -265,45 +279,56 @@ class OptimizerCalibration(Callback):
             f" rate, multiply it there by {change.after / float(change.before):.4g}, or pass learning_rate='keep'."
         )
 
-    def _keep_watch(self, trainer: Trainer) -> None:
-        groups = _optimizer(trainer).param_groups
-        changed = [change.group for change in self._applied.changes if change.name == "lr"]
-        self._in_force = {group: float(groups[group]["lr"]) for group in changed if group < len(groups)}
-        self._scaled = _schedulers(trainer)
+    def _keep_watch(self, trainer: Trainer, missing: Sequence[GroupChange] = ()) -> None:
+        self._optimizer, self._scaled = _optimizer(trainer), schedulers_in(trainer)
+        groups, changes = self._optimizer.param_groups, self._applied.changes
+        changed = [change.group for change in changes if change.name == "lr" and change not in missing]
+        self._groups, self._in_force = len(groups), {group: float(groups[group]["lr"]) for group in changed}
 
     def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
         result = decide(self, gather(self, trainer, module, samples, self._recorded))
         if result.problems:
             sentences = [problem[:1].upper() + problem[1:] for problem in result.problems[1:]]
-            rank_zero_warn(f"OptimizerCalibration: {'. '.join([result.problems[0], *sentences])}.")
+            is_tried = 0 < getattr(trainer, "fast_dev_run", 0) < MIN_BATCHES  # and has too few batches on purpose
+            tell = rank_zero_info if is_tried else rank_zero_warn
+            tell(f"OptimizerCalibration: {'. '.join([result.problems[0], *sentences])}.")
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
-            apply_changes(_optimizer(trainer), _schedulers(trainer), changes)
+            apply_changes(_optimizer(trainer), schedulers_in(trainer), changes)
             set_defaults(_optimizer(trainer), changes)
-            self._applied = _Applied(result.to_text(), changes, result.effective_batch_size)
+            self._applied = _Applied(
+                result.to_text(), changes, result.effective_batch_size if samples.is_steady else None
+            )
         self.result = result
         rank_zero_info(result.to_text())
         if trainer.is_global_zero:
             _log(trainer, result)
 
-    def _go_on(self, trainer: Trainer, from_checkpoint: bool) -> None:
-        """Keeps what was set. A second fit makes the optimizer anew, unless a checkpoint brought it back."""
-        rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
-        self._phase = _Phase.RESUMED
-        optimizer, schedulers = _optimizer(trainer), _schedulers(trainer)
-        if not from_checkpoint:
-            changes = [change for change in self._applied.changes if holds_before(optimizer, schedulers, change)]
-            apply_changes(optimizer, schedulers, changes)
-        else:
-            restore_unsaved(optimizer, schedulers, self._applied.changes)
-        set_defaults(optimizer, self._applied.changes)
-        self._groups = len(optimizer.param_groups)
-        self._keep_watch(trainer)
+    def _take_up(self, trainer: Trainer, restored: Collection[str] = ()) -> None:
+        """Goes on with what was set, and sets it again in what the user's code has made anew."""
+        optimizer, changes = _optimizer(trainer), self._applied.changes
+        missing, stray = take_up(optimizer, horizons(trainer), changes, restored)
+        set_defaults(optimizer, changes)
+        self._keep_watch(trainer, missing)
+        if not missing:
+            rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
+            return
+        told = [explain.not_in_force(change, optimizer.param_groups) for change in missing]
+        rank_zero_warn(
+            "OptimizerCalibration: the run goes on, and not all that was calibrated is in force."
+            f" {'. '.join([*told, *([explain.stray_schedule(stray)] if stray else [])])}. Do so in your code, unless"
+            " that takes it from a calibrated value; or train with a new Trainer, which calibrates anew."
+        )
 
     def _look_at_batch_size(self, trainer: Trainer, samples: SampleCount) -> None:
         """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
         before, now = self._applied.batch_size, effective_batch_size(trainer, samples)
-        if before is None or now is None or before == now or not self._applied.changes:
+        if before is None or now is None or not self._applied.changes:
+            return
+        begun = min(
+            scheduled_accumulation(trainer).get(0, trainer.accumulate_grad_batches), trainer.num_training_batches
+        )
+        if math.isclose(before / begun, now / accumulated(trainer)):  # as the callback has it
             return
         rank_zero_warn(
             f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its values"
@@ -315,14 +340,19 @@ class OptimizerCalibration(Callback):
     def _look_at_groups(self, trainer: Trainer) -> None:
         """Warns of a group that was added later, whose rate may or may not come from the calibrated ones."""
         groups = _optimizer(trainer).param_groups if len(trainer.optimizers) == 1 else []
-        change = next((change for change in self._applied.changes if change.name == "lr"), None)
-        if len(groups) > self._groups and change is not None:
+        late, self._groups = self._groups, max(self._groups, len(groups))
+        told = []
+        for index in range(late, len(groups)):
+            alike = {
+                change.name for change in self._applied.changes if is_at(groups[index].get(change.name), change.after)
+            }
+            odd = {change.name: change for change in self._applied.changes if change.name not in alike}
+            told += [explain.not_in_force(replace(change, group=index), groups) for change in odd.values()]
+        if told:
             rank_zero_warn(
-                f"OptimizerCalibration: parameter group {self._groups} came after the calibration. It has the calibrated"
-                f" epsilon, and its learning rate, {float(groups[self._groups]['lr']):.4g}, as it was added; if that was not"
-                f" taken from a calibrated rate, multiply it by {change.after / float(change.before):.4g}."
+                f"OptimizerCalibration: parameter group {late} came after the calibration. {'. '.join(told)}. Do so in your"
+                " code, unless that takes it from a calibrated value."
             )
-        self._groups = max(self._groups, len(groups))
 
     def _read_record(self, trainer: Trainer, module: LightningModule) -> OptimizerRecord | None:
         if self.reference is None:
@@ -375,10 +405,6 @@ def _load(path: str) -> RunRecord | RecordError:
         return RunRecord.load(path)
     except Exception as error:  # whatever it is, the other ranks are told; its cause they may not be able to read
         return RecordError(str(error))
-
-
-def _schedulers(trainer: Trainer) -> list[Any]:
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
 def _log(trainer: Trainer, result: CalibrationResult) -> None:

@@ -74,7 +74,8 @@ def decide_epsilon(options: Options, evidence: Evidence) -> Decision:
     if options.epsilon == "keep":
         return decision
     if not evidence.has_epsilon:
-        decision.problems.append(explain.no_epsilon(evidence.optimizer))
+        by_default = options.epsilon == "auto" and options.learning_rate != "keep"  # which nobody may have asked for
+        (decision.reasons if by_default else decision.problems).append(explain.no_epsilon(evidence.optimizer))
         return decision
     space = evidence.probe.search_space
     for index, group in enumerate(evidence.groups):

@@ -33,10 +33,10 @@ from lightning_gradhist.callbacks.probe.outcome import agree, on_every_rank, why
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
-from lightning_gradhist.callbacks.schedules import base_rates, horizons, later_accumulation, run_length
+from lightning_gradhist.callbacks.schedules import base_rates, horizons, is_rate, later_accumulation, run_length
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
-from lightning_gradhist.explore import AUTO, explore_choice, is_number, variance_factor
+from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw, plain_ratio
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
@@ -152,7 +152,7 @@ def gather(
         groups=[
             ParamGroup(
                 lr=rate,
-                eps=float(group["eps"]) if adaptive and is_number(group.get("eps")) else None,
+                eps=float(group["eps"]) if adaptive and is_rate(group.get("eps")) else None,
                 least_eps=least_epsilon(optimizer, group),
                 alpha=_alpha_key(group) if group.get("explore_beta") == AUTO else None,
             )

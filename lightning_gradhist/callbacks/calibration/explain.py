@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning_gradhist.callbacks.probe.first_step import FINENESS
+from lightning_gradhist.callbacks.schedules import is_rate
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.learning_rate import SHORT_RUN
+from lightning_gradhist.logging.calibration_report import GroupChange
 
 FAR = 100
 """Times by which no two rates of one model differ but by mistake."""
@@ -115,6 +118,17 @@ def stray_schedule(which: str) -> str:
         f"{which} would not follow a changed rate at every step, as far as can be seen, so the rate is kept; set its rates"
         " where it is made, or pass learning_rate='keep'"
     )
+
+
+def not_in_force(change: GroupChange, groups: Sequence[Mapping[str, Any]]) -> str:
+    if change.group >= len(groups):
+        return f"parameter group {change.group}, of which {change.name} was set to {change.after:.4g}, is not there"
+    now = groups[change.group].get(change.name)
+    told = f"{change.name} of parameter group {change.group} is {f'{float(now):.4g}' if is_rate(now) else repr(now)}"
+    if isinstance(change.before, str) or not change.before:
+        return f"{told}, and {change.after:.4g} where it is calibrated"
+    factor = change.after / change.before
+    return f"{told}; calibrated, {change.before:.4g} becomes {change.after:.4g}, so multiply it by {factor:.4g}"
 
 
 def equal_samples_assumed(recorded: bool, knows_steps: bool) -> str:

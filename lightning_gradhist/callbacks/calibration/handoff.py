@@ -38,40 +38,80 @@ _FOLLOW = (
 """Not tried: they multiply what is scaled, or what they are made of is tried; some call functions of the user's."""
 
 
-def holds_before(optimizer: Optimizer, schedulers: Iterable[Any], change: GroupChange) -> bool:
-    """Whether a change is still to be made."""
-    if change.group >= len(optimizer.param_groups):
-        return False
-    if change.name == "lr":
-        return base_rates(optimizer, schedulers)[change.group] == change.before
-    return bool(optimizer.param_groups[change.group].get(change.name) == change.before)
+OPTIMIZER, SCHEDULERS = "optimizer_states", "lr_schedulers"
+"""What a checkpoint brings back, by Lightning's names."""
+
+
+def is_at(now: Any, value: float | str) -> bool:
+    """Whether two values are the same but for rounding."""
+    if isinstance(value, str) or not is_rate(now):
+        return bool(now == value)
+    return math.isclose(float(now), value, rel_tol=1e-6)
+
+
+def take_up(
+    optimizer: Optimizer,
+    horizons: Sequence[tuple[Any, float]],
+    changes: Sequence[GroupChange],
+    restored: Collection[str],
+) -> tuple[list[GroupChange], str | None]:
+    """Makes changes again in what the user's code has made anew.
+
+    Args:
+        optimizer: as it is now.
+        horizons: schedulers, and how many times each is stepped.
+        changes: of a run that goes on.
+        restored: which of ``OPTIMIZER`` and ``SCHEDULERS`` a checkpoint has brought back; the others are new.
+
+    Returns:
+        What is not in force then, and what would not follow a changed rate, see :func:`stray_schedule`.
+    """
+    schedulers = [scheduler for scheduler, _ in horizons]
+    rates, is_back = base_rates(optimizer, schedulers), OPTIMIZER in restored
+    there = [change for change in changes if change.group < len(rates)]
+    due = [change for change in there if _holds(optimizer, rates, change, change.before)]
+    if is_back:  # a rate may have fallen to what it was before
+        due = [change for change in due if change.name != "lr"]
+    followed = [change for change in (there if is_back else due) if change.name == "lr"]  # by schedulers
+    factors, stray = rate_factors(rates, followed), None
+    if followed and not {OPTIMIZER, SCHEDULERS} <= {*restored}:
+        stray = stray_schedule(optimizer, horizons, factors)
+    if stray is not None:
+        due = [change for change in due if change.name != "lr"]
+    elif followed:
+        scale = _scale_unsaved if SCHEDULERS in restored else _scale_parts
+        scale(schedulers_of(optimizer, schedulers), factors)
+    _write(optimizer, due)
+    _scale(optimizer, [], rate_factors(rates, due))
+    rates = base_rates(optimizer, schedulers)
+
+    def in_force(change: GroupChange) -> bool:
+        told = (
+            is_back and change.name == "lr" and stray_rate(optimizer, schedulers, {change.group: change.after}) is None
+        )
+        return told or _holds(optimizer, rates, change, change.after)
+
+    return [change for change in changes if change not in there or not in_force(change)], stray
+
+
+def _holds(optimizer: Optimizer, rates: Sequence[float | None], change: GroupChange, value: float | str) -> bool:
+    now = rates[change.group] if change.name == "lr" else optimizer.param_groups[change.group].get(change.name)
+    return is_at(now, value)
 
 
 def apply_changes(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:
     """Writes changes into the groups; ``"lr"``, in terms of :func:`base_rates`, scales the whole schedule of its group."""
     factors = rate_factors(base_rates(optimizer, schedulers), changes)
-    for change in changes:
-        if change.name != "lr":
-            optimizer.param_groups[change.group][change.name] = change.after
+    _write(optimizer, changes)
     _scale(optimizer, schedulers_of(optimizer, schedulers), factors)
 
 
-def restore_unsaved(optimizer: Optimizer, schedulers: Iterable[Any], changes: Sequence[GroupChange]) -> None:
-    """Scales the rates of schedulers that a checkpoint has not brought back, and are as the user's code made them.
-
-    Which these are, two copies show, of which one loads what the other saves with other rates.
-    """
-    factors = rate_factors([1.0] * len(optimizer.param_groups), changes)
-    for scheduler in schedulers_of(optimizer, schedulers):
-        with suppress(Exception), unnoticed():  # what cannot be tried stays as it was loaded
-            saving, loading = twin(scheduler), twin(scheduler)
-            for part in parts([saving]):
-                _scale_part(part, [2.0] * len(factors))
-            loading.load_state_dict(saving.state_dict())
-            pairs = list(zip(parts([scheduler]), parts([loading]), strict=True))
-            for part, loaded in pairs:
-                rates = _rates_of(part)
-                _scale_part(part, factors, saved=[name for name in rates if vars(loaded)[name] != rates[name]])
+def _write(optimizer: Optimizer, changes: Iterable[GroupChange]) -> None:
+    for change in changes:
+        if change.name != "lr":
+            group = optimizer.param_groups[change.group]
+            was = group.get(change.name)
+            group[change.name] = was.new_tensor(change.after) if isinstance(was, Tensor) else change.after
 
 
 def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) -> list[float | None]:
@@ -86,10 +126,9 @@ def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) 
 def set_defaults(optimizer: Optimizer, changes: Sequence[GroupChange]) -> None:
     """Has groups that are added later, as by ``BackboneFinetuning``, begin with what all groups were changed to."""
     for name in {change.name for change in changes}:
-        values = {(change.before, change.after) for change in changes if change.name == name}
-        before, after = values.pop()
-        if not values and optimizer.defaults.get(name) == before:
-            optimizer.defaults[name] = after
+        mine = [change for change in changes if change.name == name]
+        if len({change.after for change in mine}) == 1 and optimizer.defaults.get(name) in [c.before for c in mine]:
+            optimizer.defaults[name] = mine[0].after
 
 
 def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping[int, float]) -> int | None:
@@ -190,8 +229,7 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
     filled = _filled(factors)
     if all(factor == 1.0 for factor in filled):
         return
-    for part in parts(schedulers):
-        _scale_part(part, factors)
+    _scale_parts(schedulers, factors)
     multiplied: dict[int, float] = {}  # tensors, which groups may share
     for group, factor in zip(optimizer.param_groups, filled, strict=True):
         for key, rate in _rates(group).items():
@@ -202,6 +240,26 @@ def _scale(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[fl
                 multiplied[id(rate)] = factor
             elif multiplied[id(rate)] != factor:
                 group[key] = rate * (factor / multiplied[id(rate)])
+
+
+def _scale_parts(schedulers: Iterable[Any], factors: Sequence[float | None]) -> None:
+    for part in parts(schedulers):
+        _scale_part(part, factors)
+
+
+def _scale_unsaved(schedulers: Iterable[Any], factors: Sequence[float | None]) -> None:
+    """Scales the rates that schedulers have not loaded, and are as the user's code made them.
+
+    Which these are, two copies show, of which one loads what the other saves with other rates.
+    """
+    for scheduler in schedulers:
+        with suppress(Exception), unnoticed():  # what cannot be tried stays as it was loaded
+            saving, loading = twin(scheduler), twin(scheduler)
+            _scale_parts([saving], [2.0] * len(factors))
+            loading.load_state_dict(saving.state_dict())
+            for part, loaded in list(zip(parts([scheduler]), parts([loading]), strict=True)):
+                rates = _rates_of(part)
+                _scale_part(part, factors, saved=[name for name in rates if vars(loaded)[name] != rates[name]])
 
 
 def _scale_part(part: Any, factors: Sequence[float | None], saved: Collection[str] = ()) -> None:

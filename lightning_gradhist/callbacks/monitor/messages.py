@@ -58,7 +58,7 @@ def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
         fit.warn_once(
             "lacks",
             "has no logger to write histograms to; use Trainer(logger=TensorBoardLogger(...))."
-            + (f" The noise scale is still recorded in {record}." if wants_noise and record else ""),
+            + (f" The noise scale goes into {record}, once it has been measured." if wants_noise and record else ""),
         )
 
 

@@ -25,7 +25,7 @@ from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.optimizers import metric_weights
-from lightning_gradhist.callbacks.schedules import base_rates
+from lightning_gradhist.callbacks.schedules import base_rates, schedulers_in
 from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.sample import Sample
@@ -240,7 +240,7 @@ class NoiseMonitor(StepObserver):
         if samples is None or not step.parts:
             return
         with self._fit.guard.attempt("measure noise"):
-            self._progress.measures(self._rates())
+            self._take_rates()
             self._compare_at_step(step.gradients)
             halves = self._of_halves(step.gradients, samples)
             if halves is not None and halves.is_cpu and _tell(halves):
@@ -338,12 +338,14 @@ class NoiseMonitor(StepObserver):
 
         spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance
         sums = self._sums(gradients, measure, spread, samples.variance, samples.effective)
-        self._progress.measures(self._rates())
+        self._take_rates()
         self._add(self._progress.steps, sums)
 
-    def _rates(self) -> list[float | None]:
-        schedulers = [config.scheduler for config in self._fit.trainer.lr_scheduler_configs]
-        return base_rates(self._watched.optimizer, schedulers)
+    def _take_rates(self) -> None:
+        """Takes down the base rates, but for those of another schedule than the run began with, as SWA's."""
+        schedulers = schedulers_in(self._fit.trainer)
+        if schedulers == self._fit.schedulers or not self._progress.learning_rates:
+            self._progress.measures(base_rates(self._watched.optimizer, schedulers))
 
     def _add(self, step: int, sums: Tensor, halves: Tensor | None = None) -> None:
         """Adds what was measured on all ranks, or the halves of a batch where they tell it, without waiting for it."""

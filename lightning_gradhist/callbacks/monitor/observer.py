@@ -16,6 +16,7 @@ from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, ra
 from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import lies_otherwise, ready_gradients
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
+from lightning_gradhist.callbacks.schedules import schedulers_in
 from lightning_gradhist.callbacks.strategies import RankSum, Replicas, least_over_ranks, own_parts
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.logging.noise_report import noise_margins
@@ -54,6 +55,7 @@ class Fit:
     guard: Guard
     sums: RankSum
     samples: SampleCount
+    schedulers: list[Any]  # that the run began with
     warned: set[str] = field(default_factory=set)
     shows_margins: bool = False
     _loggers: LoggerQueues | None = None
@@ -65,7 +67,9 @@ class Fit:
         with guard.attempt("take memory"):
             sums = RankSum(replicas, module.device)
         everywhere = least_over_ranks(float(sums is not None), trainer) > 0
-        return cls(trainer, module, replicas, guard, sums, samples) if everywhere and sums is not None else None
+        if not everywhere or sums is None:
+            return None
+        return cls(trainer, module, replicas, guard, sums, samples, schedulers_in(trainer))
 
     def send(self, job: Callable[[Sink], None]) -> None:
         """Has the sink of each logger given to a job."""

@@ -30,7 +30,7 @@ class Progress:
         steps: that it was to take.
         logged: steps that rank zero has logged.
         skipped: steps that the loss scaler skipped; a tensor where only the device knows.
-        learning_rates: the highest base rate of each group so far: what a schedule rises to or falls from.
+        learning_rates: the highest base rate of each group so far: what the schedule rises to or falls from.
         batch_size: samples of a step, of which a checkpoint told.
         noise: what was measured.
         length: of the run, as it was planned.

@@ -77,7 +77,8 @@ class RecordFile:
         progress: Sequence[Progress],
     ) -> None:
         try:
-            entries = [one.record(*known) for one, known in zip(progress, optimizers, strict=True)]
+            both = zip(progress, optimizers, strict=True)
+            entries = [one.record(*known) for one, known in both if len(one.noise)]  # others have not stepped yet
             self.path = self.path or reserve(self._directory)
             RunRecord(shapes, steps, entries).save(self.path)
         except Exception as error:

@@ -42,7 +42,8 @@ def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int
     # Loaders may differ in length between ranks, and all must come to the same decision.
     planned = int(least_over_ranks(min(wanted, available), trainer))
     if impossible is None and planned < least:
-        impossible = f"it needs {least} batches, and an epoch has {planned}"
+        run = "fast_dev_run" if getattr(trainer, "fast_dev_run", False) else "an epoch"
+        impossible = f"it needs {least} batches, and {run} has {planned}"
     return impossible or _tried(trainer, module, planned, measure)
 
 

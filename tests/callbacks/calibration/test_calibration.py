@@ -302,9 +302,9 @@ def test_a_resumed_run_keeps_its_values(tmp_path) -> None:
         return Net(with_eps(1e-1), lambda o: OneCycleLR(o, 0.1, total_steps=100))
 
     calibration = OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt")
-    whole = fit(tmp_path / "a", calibration, module=net(), data=loader(4), max_epochs=2)
+    whole = fit(tmp_path / "a", calibration, module=net, data=loader(4), max_epochs=2)
     half = fit(
-        tmp_path / "b", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), module=net(), data=loader(4)
+        tmp_path / "b", OptimizerCalibration(reference_batch_size=1, learning_rate="sqrt"), module=net, data=loader(4)
     )
     half.save_checkpoint(tmp_path / "half.ckpt")
     torch.load(tmp_path / "half.ckpt", weights_only=True)
@@ -316,6 +316,41 @@ def test_a_resumed_run_keeps_its_values(tmp_path) -> None:
     expected, got = whole.optimizers[0].param_groups[0], made.optimizers[0].param_groups[0]
     assert got["eps"] == expected["eps"] == calibration.result.epsilon
     assert got["max_lr"] == pytest.approx(0.2) and got["lr"] == pytest.approx(expected["lr"])
+
+
+class Turning:
+    """Batches of 4, 8 and 12 samples, in turn, each epoch from the next one on."""
+
+    turn = 0
+
+    def __iter__(self) -> Any:
+        Turning.turn += 1
+        return iter([list(range([4, 8, 12][(number + Turning.turn) % 3])) for number in range(12)])
+
+    def __len__(self) -> int:
+        return 12
+
+
+@pytest.mark.filterwarnings("ignore:OptimizerCalibration. accumulation changes during the run")
+@pytest.mark.parametrize("epsilon", ["auto", "keep"])
+@pytest.mark.parametrize(
+    ("data", "callbacks", "steps"),
+    [
+        pytest.param(lambda: DataLoader(dataset(64), batch_sampler=Turning()), [], 12, id="batches vary"),
+        pytest.param(
+            lambda: loader(8), [GradientAccumulationScheduler({0: 1, 1: 4})], 16, id="accumulation is scheduled"
+        ),
+    ],
+)
+def test_a_run_resumed_as_it_was_is_said_nothing_of(
+    tmp_path, epsilon: Any, data: Any, callbacks: Any, steps: int
+) -> None:
+    options = {"reference_batch_size": 2, "learning_rate": "sqrt", "epsilon": epsilon}
+    first = fit(tmp_path / "a", OptimizerCalibration(**options), *callbacks, data=data(), max_steps=steps)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    made = trainer(tmp_path / "b", OptimizerCalibration(**options), *callbacks, max_epochs=2)
+    made.fit(Net(), data(), ckpt_path=tmp_path / "half.ckpt")
+    assert made.global_step > steps
 
 
 def test_a_run_resumed_at_another_batch_size_says_that_its_values_stay(tmp_path) -> None:
@@ -726,12 +761,6 @@ CASES = [
         "changes nothing: it handles one optimizer",
         id="two optimizers",
     ),
-    pytest.param(
-        {"learning_rate": "keep"},
-        {"fast_dev_run": True},
-        "no probe: it needs 4 batches, and an epoch has 1",
-        id="fast_dev_run",
-    ),
 ]
 
 
@@ -764,6 +793,27 @@ def test_what_is_only_a_default_is_reported_and_not_warned_of(tmp_path, options,
         fit(tmp_path, calibration, max_epochs=1, data=data())
     assert not warned(caught) and not calibration.result.problems
     assert any(said.startswith(reason) for said in calibration.result.reasons), calibration.result.reasons
+
+
+def test_fast_dev_run_has_few_batches_on_purpose(tmp_path) -> None:
+    calibration = OptimizerCalibration(reference_batch_size=2)
+    fit(tmp_path, calibration, fast_dev_run=True)  # a warning would be an error
+    assert "no probe: it needs 4 batches, and fast_dev_run has 1" in calibration.result.problems[0]
+
+
+def test_who_applies_nothing_is_not_warned_that_nothing_is_applied(tmp_path) -> None:
+    made = fit(tmp_path, OptimizerCalibration(apply=False))
+    made.fit_loop.max_epochs = 2
+    made.fit(made.lightning_module, loader())  # a warning would be an error
+    assert made.global_step == 32
+
+
+def test_an_epsilon_in_a_tensor_stays_one(tmp_path) -> None:
+    def optimizer(parameters: Any) -> Any:
+        return torch.optim.AdamW([{"params": list(parameters), "eps": torch.tensor(1e-1)}], lr=1e-2)
+
+    result, group = calibrated(tmp_path, OptimizerCalibration(epsilon=1e-9), module=Net(optimizer))
+    assert isinstance(group["eps"], Tensor) and float(group["eps"]) == pytest.approx(1e-9) and not result.problems
 
 
 class Varied(IterableDataset):

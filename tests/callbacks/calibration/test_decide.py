@@ -87,10 +87,11 @@ def test_an_optimizer_without_epsilon_is_left_alone() -> None:
     sgd = evidence(group(eps=None), optimizer="SGD", adaptive=False)
     result = decide(Asked(reference_batch_size=256), sgd)
     assert result.changes == () and result.epsilon is None
-    assert [problem.split(",")[0] for problem in result.problems] == [
-        "SGD is not known to have an epsilon of Adam's kind",
-        "the surge law is for optimizers like Adam",
-    ]
+    assert [problem.split(",")[0] for problem in result.problems] == ["the surge law is for optimizers like Adam"]
+    no_epsilon = "SGD is not known to have an epsilon of Adam's kind, so none is set; pass epsilon='keep'"
+    assert result.reasons == (no_epsilon,)
+    for asked in (Asked(epsilon=1e-8), Asked(learning_rate="keep")):  # which is all that is asked for
+        assert decide(asked, sgd).problems == (no_epsilon,)
 
 
 def test_a_record_brings_rate_and_noise() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
+from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.plan import plan
 
 
 class OwnRate(torch.optim.Optimizer):
@@ -46,6 +49,19 @@ def test_an_optimizer_that_makes_its_own_rate_is_left_alone(tmp_path, options: d
     torch.testing.assert_close(final_state(made)["weights"], final_state(plain)["weights"], rtol=0, atol=0)
     said = any("lr is no number" in problem for problem in calibration.result.problems)
     assert said is ("learning_rate" in options and options["learning_rate"] == "sqrt")
+
+
+@pytest.mark.parametrize(
+    ("own", "law"),
+    [pytest.param(OwnRate, "keep", id="the same"), pytest.param(torch.optim.AdamW, "sqrt", id="another")],
+)
+def test_the_record_of_an_optimizer_that_makes_its_own_rate_can_be_used(tmp_path, own: Any, law: str) -> None:
+    path = _recorded(tmp_path / "a", lambda: Net(OwnRate))
+    assert plan(RunRecord.load(path), [16])[0].to_text()
+    calibration = OptimizerCalibration(reference=path, learning_rate=law, epsilon="keep")
+    made = fit(tmp_path / "b", calibration, module=lambda: Net(own), data=loader(32, samples=256))
+    assert calibration.result.problems == () and calibration.result.ratio == (2 if law == "sqrt" else 1)
+    assert made.optimizers[0].param_groups[0]["lr"] == (pytest.approx(2e-3) if law == "sqrt" else None)
 
 
 class Frozen(Net):
@@ -141,6 +157,110 @@ def test_a_scheduler_that_does_not_save_its_rates_has_the_calibrated_ones_in_a_r
     assert seen == pytest.approx(expected)
 
 
+OPTIONS: dict[str, Any] = {"reference_batch_size": 2, "learning_rate": "sqrt", "epsilon": 1e-12}  # of batches of 8
+
+
+class Dropped(Net):
+    """Its ``on_load_checkpoint`` does not take some of the checkpoint."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__(scheduler=lambda optimizer: CosineAnnealingLR(optimizer, 64))
+        self.keys = keys
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update({key: [] for key in self.keys})
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+@pytest.mark.parametrize("keys", [("optimizer_states", "lr_schedulers"), ("optimizer_states",), ("lr_schedulers",)])
+def test_what_a_checkpoint_does_not_bring_back_is_set_again(tmp_path, keys: tuple[str, ...]) -> None:
+    made = fit(tmp_path, OptimizerCalibration(**OPTIONS), module=Dropped)
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path, OptimizerCalibration(**OPTIONS), max_epochs=2)
+    made.fit(Dropped(*keys), loader(), ckpt_path=tmp_path / "half.ckpt")
+    group = made.optimizers[0].param_groups[0]
+    assert (group["initial_lr"], group["eps"]) == (pytest.approx(2e-2), 1e-12)
+    assert made.lr_scheduler_configs[0].scheduler.base_lrs == pytest.approx([2e-2])
+    assert 1e-2 < group["lr"] <= 2e-2
+
+
+def test_what_a_checkpoint_brings_back_otherwise_is_told_of(tmp_path) -> None:
+    class Rewritten(Net):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["optimizer_states"][0]["param_groups"][0].update(lr=1e-2)
+
+    fit(tmp_path, OptimizerCalibration(**OPTIONS), module=Rewritten).save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path, OptimizerCalibration(**OPTIONS), max_epochs=2)
+    with pytest.warns(UserWarning, match="lr of parameter group 0 is 0.01; calibrated, 0.01 becomes 0.02") as caught:
+        made.fit(Rewritten(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert len([one for one in caught if "OptimizerCalibration" in str(one.message)]) == 1
+    assert made.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+
+def test_a_rate_that_a_plateau_has_lowered_to_what_it_was_is_in_force(tmp_path) -> None:
+    class Plateau(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=0)
+            return [optimizer], [{"scheduler": scheduler, "monitor": "step"}]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("step", -float(self.global_step), on_epoch=True, on_step=False)
+            return super().training_step(batch, batch_idx)
+
+    fit(tmp_path, OptimizerCalibration(**OPTIONS), module=Plateau, max_epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path, OptimizerCalibration(**OPTIONS), max_epochs=3, max_steps=33)
+    made.fit(Plateau(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2)
+
+
+class Absolute(torch.optim.lr_scheduler.LRScheduler):
+    def get_lr(self) -> Any:
+        return [1e-2 for _ in self.optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("module", "lr", "told"),
+    [
+        pytest.param(lambda: Net(), 2e-2, None, id="another module like it"),
+        pytest.param(
+            lambda: Net(lambda p: torch.optim.AdamW(p, lr=5e-3)),
+            5e-3,
+            "is 0.005; .* multiply it by 2",
+            id="another rate",
+        ),
+        pytest.param(
+            lambda: Net(scheduler=lambda o: Absolute(o)),
+            1e-2,
+            "is 0.01; .*Absolute .* would not follow",
+            id="absolute rates",
+        ),
+    ],
+)
+def test_a_second_fit_tells_of_what_is_not_in_force(tmp_path, module: Any, lr: float, told: str | None) -> None:
+    made = fit(tmp_path, OptimizerCalibration(**OPTIONS))
+    made.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match=told) if told else nullcontext():
+        made.fit(module(), loader())
+    group = made.optimizers[0].param_groups[0]
+    assert (group["lr"], group["eps"]) == (pytest.approx(lr), 1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.AdamW(p, lr=1e-2), lambda p: ALTO(p, lr=1e-2)])
+def test_an_optimizer_that_is_made_anew_in_mid_run_has_the_values_again(tmp_path, optimizer: Any) -> None:
+    class MadeAnew(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    calibration = OptimizerCalibration(**OPTIONS)
+    made = fit(tmp_path, calibration, module=lambda: MadeAnew(optimizer), max_epochs=2)
+    group = made.optimizers[0].param_groups[0]
+    assert {change.name: group[change.name] for change in calibration.result.changes} == {
+        change.name: pytest.approx(change.after) for change in calibration.result.changes
+    }
+
+
 AVERAGING = StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)
 
 
@@ -229,6 +349,31 @@ def test_a_run_with_frozen_parameters_is_calibrated_from_a_record_of_the_same_mo
     )
     assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(2 * lr)
     assert len(made.optimizers[0].param_groups) == 1 + thawing
+
+
+@pytest.mark.parametrize(
+    ("eps", "told"),
+    [
+        pytest.param((1e-6, 1e-8), None, id="as all others"),
+        pytest.param(
+            (1e-6, 1e-5), "eps of parameter group 2 is 1e-08; calibrated, 1e-05 becomes 1e-12", id="another one"
+        ),
+    ],
+)
+def test_the_epsilon_of_a_group_that_comes_later_is_looked_at(tmp_path, eps: Any, told: str | None) -> None:
+    class Late(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.optimizers().add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+
+    def optimizer(parameters: Any) -> Any:
+        first, *others = parameters
+        return torch.optim.AdamW([{"params": [first], "eps": eps[0]}, {"params": others, "eps": eps[1]}], lr=1e-2)
+
+    calibration = OptimizerCalibration(learning_rate="keep", epsilon=1e-12)
+    with pytest.warns(UserWarning, match=told) if told else nullcontext():
+        made = fit(tmp_path, calibration, module=lambda: Late(optimizer), max_epochs=2)
+    assert made.optimizers[0].param_groups[2]["eps"] == (1e-8 if told else 1e-12)
 
 
 def test_a_group_that_comes_later_begins_with_the_chosen_alpha(tmp_path) -> None:

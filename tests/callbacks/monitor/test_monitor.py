@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -677,7 +677,7 @@ def test_a_monitor_that_writes_no_record_names_none(tmp_path) -> None:
     monitors = [GradientHistogramMonitor(every_n_steps=4, name=name) for name in ("first", "second")]
     with pytest.warns(UserWarning, match="has no logger to write histograms to") as caught:
         fit(tmp_path, *monitors, logger=False)
-    named = ["still recorded in" in str(w.message) for w in caught if "has no logger" in str(w.message)]
+    named = ["noise scale goes into" in str(w.message) for w in caught if "has no logger" in str(w.message)]
     assert named == [True, False]
 
 
@@ -882,12 +882,27 @@ def test_every_step_of_lbfgs_is_one_step(tmp_path) -> None:
     assert [event.step for event in events(tmp_path).Histograms("gradient_magnitude/all")] == [0, 1, 2, 3]
 
 
-def test_the_recorded_rate_is_the_highest(tmp_path) -> None:
-    class Falling(Net):
-        def on_train_batch_end(self, *args: Any) -> None:
-            self.trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
+class Falls(L.Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
 
-    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=Falling)
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.parametrize(
+    ("callback", "scheduler"),
+    [
+        pytest.param(Falls(), None, id="it falls"),
+        pytest.param(StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2), None, id="SWA"),
+        pytest.param(
+            StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2),
+            lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1),
+            id="SWA takes the scheduler's place",
+        ),
+    ],
+)
+def test_the_recorded_rate_is_the_highest_of_its_own_schedule(tmp_path, callback: Any, scheduler: Any) -> None:
+    module = Net(scheduler=scheduler)
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), callback, module=module, max_epochs=3)
     assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].learning_rates == [1e-2]
 
 
@@ -1318,6 +1333,23 @@ class NewOptimizers(L.Callback):
             trainer.strategy.setup_optimizers(trainer)
             if self.more:
                 trainer.strategy.optimizers = [*trainer.optimizers, torch.optim.SGD(pl_module.two.parameters(), lr=0.1)]
+
+
+class OneAlone(TwoOptimizers):
+    """The second optimizer does not step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, _ = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.two(self.one(batch[0])), batch[1]))
+        first.step()
+
+
+def test_a_record_leaves_out_an_optimizer_that_has_not_stepped(tmp_path) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=8)
+    fit(tmp_path, monitor, module=OneAlone, max_epochs=2)
+    assert "SGD" not in (tmp_path / "calibration.json").read_text()
+    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].batch_size == 8
 
 
 class AllInTurn(TwoOptimizers):
