@@ -681,15 +681,31 @@ def test_a_monitor_that_writes_no_record_names_none(tmp_path) -> None:
     assert named == [True, False]
 
 
-def test_a_loader_of_another_batch_size_for_each_epoch_is_believed_anew(tmp_path) -> None:
-    class Growing(L.LightningDataModule):
+@pytest.mark.parametrize("is_counted", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((8, 16, 4), id="grows first"), pytest.param((16, 4, 8), id="shrinks first")]
+)
+def test_a_loader_of_another_batch_size_for_each_epoch_is_believed_anew(
+    tmp_path, sizes: tuple[int, ...], is_counted: bool
+) -> None:
+    class Changing(L.LightningDataModule):
         def train_dataloader(self) -> Any:
-            return DataLoader(dataset(), 8 << self.trainer.current_epoch)
+            return DataLoader(dataset(), sizes[self.trainer.current_epoch])
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch if is_counted else (batch, torch.zeros(3))
+
+    class Of(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch if is_counted else batch[0], batch_idx)
 
     monitor = GradientHistogramMonitor(every_n_steps=1)
-    made = fit(tmp_path, monitor, data=Growing(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
-    *_, last = monitor.noise_records[0].samples
-    assert last["step"] >= made.global_step - 3 and 8 < last["batch_size"] < 16
+    fit(tmp_path, monitor, module=Of, data=Changing(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    samples, end = monitor.noise_records[0].samples, 0
+    for size in sizes:
+        start, end = end, end + len(dataset()) // size
+        within = [sample["batch_size"] for sample in samples if start < sample["step"] < end - 2]
+        assert within and {*within} == {size}
 
 
 def test_steps_of_many_backward_passes_are_not_asked_to_be_more(tmp_path) -> None:
