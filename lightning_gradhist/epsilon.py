@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_gradhist.explore import AUTO, is_number, resolve_explore
 from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.tensors import widened
 
 IDLE_SHARE = 0.02  # the share of coordinates that an epsilon may damp and still count as idle
 HALF_PRECISION_EPSILON = 1e-7  # the smallest power of ten that float16 can hold, whose smallest positive number is 6e-8
@@ -224,7 +225,7 @@ class SecondMoment:
         for name, gradient in gradients.items():
             if gradient is None:
                 continue
-            g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            g = widened(gradient)
             if self.weight_decay and parameters is not None:
                 g = g.add(parameters[name], alpha=self.weight_decay)
             if name not in self._squares:

@@ -218,9 +218,9 @@ class NoiseMonitor(StepObserver):
         return None if samples and self._is_automatic and samples.batches != self._backwards else samples
 
     def _compare(self, squares: Tensor) -> None:
-        """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
-        if self._left is not None:
-            self._changed.append((squares - self._left).abs() > _ALIKE * self._left)
+        """Takes down, on the device, whether somebody may have changed the gradients since backward left them."""
+        if self._left is not None:  # not a number where the squares fit no float32
+            self._changed.append(~((squares - self._left).abs() <= _ALIKE * self._left))
 
     def _compare_at_step(self, gradients: Mapping[str, Tensor] | None, digests: Sequence[Tensor] = ()) -> None:
         """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say."""

@@ -48,7 +48,7 @@ from lightning_gradhist.callbacks.strategies import (
     replicas,
 )
 from lightning_gradhist.noise import NoiseScale
-from lightning_gradhist.tensors import as_real
+from lightning_gradhist.tensors import as_real, widened
 
 
 def pool(noise: NoiseScale, trainer: Trainer) -> None:
@@ -328,7 +328,7 @@ class Probe:
                 p.grad = gradient
 
     def _finished(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-        unscaled = gradient if self._scale == 1.0 else gradient.to(_wide(gradient)) / self._scale
+        unscaled = gradient if self._scale == 1.0 else widened(gradient) / self._scale
         decay = self._decay.get(id(parameter), 0.0)
         return unscaled.add(_real(parameter), alpha=decay) if decay else unscaled
 
@@ -345,10 +345,6 @@ class Probe:
 
     def _worst(self, outcome: Outcome) -> Outcome:
         return Outcome(-int(least_over_ranks(-outcome, self._trainer)))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _real(parameter: nn.Parameter) -> Tensor:

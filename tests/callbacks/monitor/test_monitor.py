@@ -789,6 +789,46 @@ def test_steps_of_any_size_give_the_noise_scale(tmp_path, sizes: Any, accumulate
     assert saved.batch_size == pytest.approx(effective, rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:GradientHistogramMonitor (has no logger|measured the noise scale at 0)")
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("size", [pytest.param(8, id="pairs"), pytest.param(32, id="halves")])
+@pytest.mark.parametrize(
+    ("times", "precision"),
+    [(1e-22, "32-true"), (1e15, "32-true"), (1e22, "32-true"), (1e-100, "64-true"), (1e100, "64-true")],
+)
+def test_the_scale_of_the_loss_changes_no_noise_scale(
+    tmp_path, times: float, precision: Any, size: int, changed: bool
+) -> None:
+    class Of(Frozen):
+        times = 1.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step([part.to(self.dtype) for part in batch], batch_idx) * self.times
+
+        def on_after_backward(self) -> None:
+            if changed:
+                self.layer.weight.grad.mul_(0.5)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    class Scaled(Of):
+        pass
+
+    Scaled.times = times
+    found = []
+    for module in (Of, Scaled):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        fit(tmp_path, monitor, module=module, data=Sized(*[size] * 24), precision=precision, logger=False)
+        found.append(monitor.noise_records[0].estimate("simple"))
+    if (times, precision) == (1e22, "32-true"):  # the squares fit no float32, and nobody can tell
+        assert found[1].measurements == 0
+        return
+    for end in ("value", "lower", "upper"):
+        assert getattr(found[1], end) == pytest.approx(getattr(found[0], end), rel=1e-3)
+    assert found[0].measurements == found[1].measurements == (0 if changed else 12 if size == 8 else 23)
+
+
 def test_runs_without_a_logger_have_records_of_their_own_and_say_where(tmp_path, caplog) -> None:
     with warnings.catch_warnings(), caplog.at_level("INFO"):
         warnings.filterwarnings("ignore", message="GradientHistogramMonitor has no logger")
