@@ -69,7 +69,7 @@ class HalfBatches:
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        trained = {name: p for name, p in parameters.items() if p.requires_grad and p.numel()}
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._sample = Sample.at(step, {name: parameter.numel() for name, parameter in trained.items()}, _MOST)
         self._generator = torch.Generator().manual_seed(step)

@@ -1486,7 +1486,37 @@ def test_what_fails_costs_one_warning_and_not_the_run(
     with pytest.warns(UserWarning, match="could not .*, training goes on.*OutOfMemory") as caught:
         made = fit(tmp_path, monitor, accumulate_grad_batches=accumulate, limit_train_batches=6)
     assert made.global_step == 6 // accumulate
-    assert len([one for one in caught if "GradientHistogramMonitor" in str(one.message)]) == 1
+    told = [str(one.message) for one in caught if "GradientHistogramMonitor" in str(one.message)]
+    assert len(told) == len({*told})
+
+
+def test_a_failure_hides_no_other_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "measure_pair", _raises)
+    monkeypatch.setattr(optimizer_state, "damping_epsilons", _raises)
+    with pytest.warns(UserWarning, match="could not (measure noise|look at the optimizer's step)") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=1, optimizer_state=True), limit_train_batches=4)
+    assert len(caught) == 2
+
+
+class WithoutInputs(Net):
+    """A layer for columns that these data do not have, whose weight has no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.none = nn.Linear(0, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.none(batch[0][:, :0]).square().mean()
+
+
+@pytest.mark.parametrize(("size", "accumulate", "measured"), [(64, 1, 11), (8, 1, 6), (8, 2, 6)])
+def test_parameters_without_values_are_left_out(tmp_path, size: int, accumulate: int, measured: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+    data = loader(size, samples=size * 12)
+    fit(tmp_path, monitor, module=WithoutInputs, data=data, accumulate_grad_batches=accumulate)
+    assert len(monitor.noise_records[0]) == measured
 
 
 def test_a_group_function_that_raises_costs_one_warning(tmp_path) -> None:
