@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_gradhist.callbacks.monitor.observer import Fit
+from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.strategies import changing_hook
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
@@ -80,20 +81,26 @@ def _samples(value: float) -> str:
     return f"{float(f'{value:.3g}'):,g}"
 
 
-def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int) -> None:
+def tell_at_end(progress: Sequence[Progress], every_n_steps: int) -> None:
     """Says why the record is of no use to calibrate another run from, where it is not, and steps were logged."""
-    counts = [(record.estimate("simple").measurements, len(record)) for record in records]
-    measured, tried = min(counts, default=(ENOUGH, ENOUGH))
+    counts = [(one.noise.estimate("simple").measurements, len(one.noise), one.repeats) for one in progress]
+    measured, tried, repeats = min(counts, default=(ENOUGH, ENOUGH, 0))
+    logged = min((one.logged for one in progress), default=0)
     if measured >= ENOUGH or not logged:
         return
     said = (
         f"GradientHistogramMonitor measured the noise scale at {measured} of {tried} steps, and some {ENOUGH} are wanted to"
         " calibrate another run from the record of this one: "
     )
-    if tried < ENOUGH < logged / 4:  # a pair takes two
+    if repeats > tried:
+        rank_zero_warn(
+            f"{said}epochs of 10 batches or fewer have the same samples again, and two steps on them tell of no noise. Have the"
+            " loader make more batches of an epoch, with a smaller batch_size."
+        )
+    elif tried < ENOUGH < logged / 4:  # a pair takes two
         rank_zero_warn(
             f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
-            " returns None, and with LBFGS, or are of epochs of one batch, which have the same samples."
+            " returns None, and with LBFGS."
         )
     elif 2 * measured >= tried:
         rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""

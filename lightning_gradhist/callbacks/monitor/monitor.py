@@ -283,7 +283,7 @@ class GradientHistogramMonitor(Callback):
             observer.finish()
         fit = self._fit
         if fit is not None and self._measures_noise and fit.samples.problem is None and self._records_in is not None:
-            messages.tell_at_end(self.noise_records, self.every_n_steps, min(one.logged for one in self._progress))
+            messages.tell_at_end(self._progress, self.every_n_steps)
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

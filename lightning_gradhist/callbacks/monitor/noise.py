@@ -292,7 +292,9 @@ class NoiseMonitor(StepObserver):
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
-        if first is None or samples is None or not parts or self._repeats(first):
+        repeats = first is not None and self._repeats(first)
+        self._progress.repeats += repeats
+        if first is None or samples is None or not parts or repeats:
             self._leave_pair()
             self._sums(None, None)
             return
