@@ -27,6 +27,14 @@ _MAY_BE_TIME = (
 _UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
 
 
+def taken_as(samples: float, callback: str) -> str:
+    """What is said where neither loader nor user confirm the samples that were counted in a batch."""
+    return (
+        f"a batch is taken as {samples:g} samples, the first dimension of its tensors, which the training loader does not"
+        f" confirm; if that dimension is another one, as time or channels, pass {callback}(batch_size=...)"
+    )
+
+
 def count_samples(batch: Any) -> int | None:
     """The samples of a batch: the first length that all its tensors have in common.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
+from lightning_gradhist.callbacks.batch_size import taken_as
 from lightning_gradhist.callbacks.monitor.observer import Fit
 from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.strategies import changing_hook
@@ -42,7 +43,11 @@ def why_no_noise(trainer: Trainer) -> str | None:
 
 
 def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
-    """Says once, when the first batch has come, what is not recorded, and where nothing is logged."""
+    """Says once, when the first batch has come, what is not certain, or not recorded, and where nothing is logged."""
+    samples = fit.samples.unconfirmed if wants_noise else None
+    if samples is not None and "unconfirmed" not in fit.warned:
+        fit.warned.add("unconfirmed")
+        rank_zero_info(f"GradientHistogramMonitor: {taken_as(samples, 'GradientHistogramMonitor')}.")
     if "lacks" in fit.warned:
         return
     why_none = why_no_noise(fit.trainer)
