@@ -24,7 +24,8 @@ _MAY_BE_TIME = (
     "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
     " loader does not say that it is the samples"
 )
-_UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
+_UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch"
+_BY_HAND = "under manual optimization nobody but you knows how many samples a step has"
 
 
 def taken_as(samples: float, callback: str) -> str:
@@ -209,8 +210,9 @@ class SampleCount:
         workers, batches = _number(trainer.train_dataloader, "num_workers") or 0, trainer.num_training_batches
         few = trainer.is_last_batch or batches <= workers or (workers > 1 and math.isinf(batches))
         if counted is None:
-            known = self._declared if trainer.lightning_module.automatic_optimization else self._given
-            self._first, self.problem = known or 0.0, None if known else _UNKNOWN
+            is_automatic = trainer.lightning_module.automatic_optimization
+            known = self._declared if is_automatic else self._given
+            self._first, self.problem = known or 0.0, None if known else _UNKNOWN if is_automatic else _BY_HAND
         elif self._declared == counted or self._believes(trainer, counted, few):
             self._first, self._counts = counted, True
         elif self._given:

@@ -725,6 +725,12 @@ def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:
     assert RunRecord.load(tmp_path / "b" / "calibration.json").optimizers[0].batch_size == 8
 
 
+def test_under_manual_optimization_nothing_is_said_of_loader_and_batch(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="no noise scale: under manual optimization nobody but you knows") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=TwoOptimizers, max_steps=2)
+    assert not [one for one in caught if "cannot be read" in str(one.message)]
+
+
 class Sizes:
     """Batches of other samples in each epoch, of the sizes that it is told; nobody but the batches tells."""
 
@@ -1684,6 +1690,23 @@ def test_how_much_the_trainer_clips_is_logged_where_it_clips_by_norm(tmp_path, c
     for step, factor in found.items():
         norm = torch.cat([gradient.flatten() for gradient in spy.seen[step].values()]).norm()
         assert factor == pytest.approx(min(1.0, clip / float(norm)), rel=0.02)
+
+
+@pytest.mark.parametrize(("gradient", "factor"), [(0.9, 1.0), (1.0, 1.0), (1.06, 1.0), (2.0, 0.5), (2.24, 0.45)])
+def test_no_clipping_is_told_of_that_the_bins_of_a_few_values_cannot_tell(
+    tmp_path, gradient: float, factor: float
+) -> None:
+    class One(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda _: torch.optim.SGD([self.weight], 0.1))
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return gradient * self.weight
+
+    monitor = GradientHistogramMonitor(every_n_steps=1, include="^weight")
+    fit(tmp_path, monitor, module=One, gradient_clip_val=1.0, max_steps=2)
+    assert logged_scalars(tmp_path, "gradient_clip_factor")[0] == pytest.approx(factor, rel=0.07 if factor < 1 else 0)
 
 
 @pytest.mark.parametrize(
