@@ -255,7 +255,7 @@ def effective_batch_size(trainer: Trainer, samples: SampleCount) -> float | None
     To be called on every rank; None where one of them does not know.
     """
     usual = samples.usual
-    total = torch.tensor(math.nan if usual is None else usual, dtype=torch.float64)
+    total = torch.tensor(math.nan if usual is None else usual, dtype=torch.float64, device="cpu")
     if trainer.world_size > 1:
         total = total.to(trainer.lightning_module.device)
         torch.distributed.all_reduce(total)

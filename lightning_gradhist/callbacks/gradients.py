@@ -94,7 +94,7 @@ def dense(gradient: Tensor) -> Tensor:
 
 def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The sum of the squares of all values, on the device of the first gradient; 0 where there is none."""
-    values = [as_real(gradient) for gradient in gradients] or [torch.zeros(1)]
+    values = [as_real(gradient) for gradient in gradients] or [torch.zeros(1, device="cpu")]
     kinds = {(value.layout, value.dtype, value.device) for value in values}
     if len(values) > _MANY and len(kinds) == 1 and values[0].layout == torch.strided:
         values = [widened(torch._utils._flatten_dense_tensors(values))]

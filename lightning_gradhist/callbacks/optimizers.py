@@ -213,7 +213,7 @@ def _with_one_more(batch: Mapping[str, Tensor], moments: Mapping[str, _Moment]) 
     sizes = [value.numel() for value in batch.values()]
     if values.is_cpu and len(batch) > 1:
         lengths = torch.tensor(sizes, device=values.device)
-        means = torch.segment_reduce(values.double(), "mean", lengths=lengths) / torch.tensor(counts)
+        means = torch.segment_reduce(values.double(), "mean", lengths=lengths) / torch.tensor(counts, device="cpu")
         more = means.to(values.dtype).repeat_interleave(lengths, output_size=len(values))
     else:
         parts = zip(values.split(sizes), counts, strict=True)

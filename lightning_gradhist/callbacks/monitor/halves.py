@@ -86,7 +86,7 @@ class HalfBatches:
         self._by_columns = {name for each in known if each.is_embedding for name in each.names.values()}
         self._least = _LEAST_NORMED if any(map(_shares_statistics, modules)) else _LEAST_SAMPLES
         self._every = max(1.0, len(known) / _MOST_LAYERS)
-        drawn = torch.randperm(len(known), generator=self._generator)[:_MOST_LAYERS].tolist()
+        drawn = torch.randperm(len(known), generator=self._generator, device="cpu")[:_MOST_LAYERS].tolist()
         self._layers = {id(known[place].layer): known[place] for place in drawn}
         self._share = _share(known, trained, self._by_columns)
         if self._layers and self._share >= _LEAST_SHARE:
@@ -193,7 +193,7 @@ class HalfBatches:
         if size < self._least or size in _further_dims(layer, inputs):
             return
         if size not in self._halves:
-            order = sent(torch.randperm(size, generator=self._generator), inputs.device)
+            order = sent(torch.randperm(size, generator=self._generator, device="cpu"), inputs.device)
             self._halves[size] = order[: size // 2], order[size // 2 :]
         for attribute, name in known.names.items():
             if isinstance(layer, tuple(_CONVOLUTIONS)):

@@ -60,7 +60,7 @@ class FirstGradient:
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
         if not self.gradients:  # others have all there is
-            return torch.zeros(4, dtype=torch.float64)
+            return torch.zeros(4, dtype=torch.float64, device="cpu")
         alike = {name: gradient for name, gradient in second.items() if gradient.numel() == self.sizes.get(name)}
         return measure_pair(self.gradients, self.sample.of_gradients(alike), self.weights)
 
@@ -377,7 +377,7 @@ class NoiseMonitor(StepObserver):
                 sums = checked
         fit.sums.add_up(sums, 9 + ranks, math.nan)
         if sums is None:
-            return torch.full((7,), math.nan)
+            return torch.full((7,), math.nan, device="cpu")
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
             sums[:7].masked_fill_(_repeat(sums[7:-2]), math.nan)

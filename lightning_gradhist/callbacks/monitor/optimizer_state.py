@@ -67,7 +67,7 @@ class UpdateReport:
         damped, counted = self._table()[:, 2:_SUMS].unbind(1)
         known = without_rounding_noise(self.histogram(), unit)
         noise = self.histogram().counts - known.counts
-        eps = torch.tensor([[self.eps.get(name, 0.0)] for name in self.names], dtype=torch.float64)
+        eps = torch.tensor([[self.eps.get(name, 0.0)] for name in self.names], dtype=torch.float64, device="cpu")
         damped_noise = (noise * (known.edges[1:] <= eps)).sum(1)
         damped, counted = (damped - damped_noise).clamp(min=0), counted - noise.sum(1)
         shares = (damped / counted).nan_to_num(0.0)  # a row without a second moment
@@ -174,7 +174,7 @@ class UpdateMonitor(StepObserver):
         counts = with_float64(histogram.table).double()
         sums = counts.new_zeros(len(row_of), _SUMS)
         for batch in batches(before):
-            index = torch.tensor([row_of[rows[name]] for name in batch])
+            index = torch.tensor([row_of[rows[name]] for name in batch], device="cpu")
             found = _sums(batch, joined(batch, after), joined(batch, roots), [eps.get(name, 0.0) for name in batch])
             sums.index_add_(0, sent(index, sums.device), found.to(sums.device))
         return torch.cat([sums, counts], 1)
@@ -197,9 +197,9 @@ def _sums(before: Mapping[str, Tensor], after: Tensor, roots: Tensor, eps: list[
         squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, weights)]
         counts = [(touched & (roots < eps[0])).sum(), touched.sum()]
         return torch.stack([*squares, *(count.double() for count in counts)])[None]
-    sizes = sent(torch.tensor([part.numel() for part in before.values()]), weights.device)
+    sizes = sent(torch.tensor([part.numel() for part in before.values()], device="cpu"), weights.device)
     owners = torch.repeat_interleave(sizes, output_size=len(weights))
-    limits = sent(torch.tensor(eps, dtype=roots.dtype), weights.device)[owners]
+    limits = sent(torch.tensor(eps, dtype=roots.dtype, device="cpu"), weights.device)[owners]
     values = [update.double().square(), weights.double().square(), touched & (roots < limits), touched]
     terms = torch.stack([value.double() for value in values], 1)
     return terms.new_zeros(len(before), _SUMS).index_add_(0, owners, terms)

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 import weakref
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -738,9 +738,10 @@ class Sizes:
         self.sizes, self.generator = sizes, torch.Generator().manual_seed(0)
 
     def __iter__(self) -> Any:
+        draw = partial(torch.randn, generator=self.generator, device="cpu")
         for size in self.sizes:
-            inputs = torch.randn(size, 4, generator=self.generator)
-            yield inputs, inputs.sum(1, keepdim=True) + torch.randn(size, 1, generator=self.generator)
+            inputs = draw(size, 4)
+            yield inputs, inputs.sum(1, keepdim=True) + draw(size, 1)
 
 
 class Sized(Sizes):
@@ -761,6 +762,34 @@ class Frozen(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 1e-9)
+
+
+class Stepped(Frozen):
+    """Whose optimizer has its state already, so that it makes none on another device."""
+
+    def configure_optimizers(self) -> Any:
+        with torch.device("cpu"):
+            optimizer = torch.optim.AdamW(self.parameters(), 1e-3)
+            self.training_step(next(iter(Sizes(8))), 0).backward()
+            optimizer.step()
+        return optimizer
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(32, 1), (8, 1), (8, 2)])
+def test_a_default_device_is_not_that_of_what_it_makes(tmp_path, size: int, accumulate: int) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        monitor, data = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True), Sized(*[size] * 24)
+        made = trainer(tmp_path / device, monitor, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
+        L.seed_everything(7, verbose=False)
+        with torch.device("cpu"):
+            module = Stepped()
+        with torch.device(device):
+            made.fit(module, data)
+        tags = events(tmp_path / device).Tags()
+        scalars = [logged_scalars(tmp_path / device, tag) for tag in tags["scalars"]]
+        found.append((tags, scalars, monitor.noise_records[0].samples))
+    assert found[0] == found[1] and len(found[0][2]) >= 11
 
 
 @cache
