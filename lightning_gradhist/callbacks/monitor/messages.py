@@ -114,6 +114,7 @@ def tell_at_end(progress: Sequence[Progress], every_n_steps: int) -> None:
         rank_zero_warn(
             f"{said}the gradients or their squares were not finite, or were changed between the backward pass and the optimizer's"
             " step; clip with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise"
-            " is not measured where the module clips. Nor is it where ranks or workers have the same samples: split an"
-            " IterableDataset in its __iter__, by torch.distributed.get_rank() and torch.utils.data.get_worker_info()."
+            " is not measured where the module clips. Nor is it where optimizer_zero_grad leaves gradients of the step before, or"
+            " where ranks or workers have the same samples: split an IterableDataset in its __iter__, by"
+            " torch.distributed.get_rank() and torch.utils.data.get_worker_info()."
         )

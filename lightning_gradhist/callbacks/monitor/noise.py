@@ -17,6 +17,7 @@ from lightning_gradhist.callbacks.gradients import (
     LocalGradients,
     dense,
     has_gradient_hook,
+    has_gradients,
     loss_scale,
     rounding_unit,
     squared_norm,
@@ -130,12 +131,16 @@ class NoiseMonitor(StepObserver):
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
 
     def before_backward(self) -> None:
-        """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
+        """Copies what has been unfrozen since, too, and compares with what is left of micro-batches, or of the step before."""
         if self._part is not None:
             self._part.extend(self._watched.parameters)
-        if self._left is not None and self._is_automatic:  # else a zero_grad may have come between
+        if not self._compares or not self._is_automatic:  # a zero_grad may have come between
+            return
+        if has_gradients(self._fit.trainer, self._watched.parameters.values()):
             with self._fit.guard.attempt("measure noise"):
-                self._compare(self._squared_norm())
+                there = self._squared_norm()
+                self._left = torch.zeros_like(there) if self._left is None else self._left
+                self._compare(there)
 
     def after_backward(self) -> None:
         """Ends the first micro-batch."""

@@ -443,6 +443,31 @@ def test_gradients_that_somebody_changes_are_not_taken_for_noise_in_pairs_either
     assert monitor.noise_records[0].estimate("simple").measurements == 24
 
 
+@pytest.mark.filterwarnings("ignore:GradientHistogramMonitor measured the noise scale at")
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(("accumulate", "size"), [(1, 8), (1, 32), (2, 8)])
+def test_gradients_of_the_step_before_are_not_taken_for_those_of_one(
+    tmp_path, accumulate: int, size: int, set_to_none: bool
+) -> None:
+    class Leaves(Still):
+        every = 1
+
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            if self.trainer.global_step % self.every == 0:
+                optimizer.zero_grad(set_to_none)
+
+    class EverySecond(Leaves):
+        every = 2
+
+    counts = []
+    for module in (Leaves, EverySecond):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        data = loader(size, samples=size * 24 * accumulate)
+        fit(tmp_path, monitor, module=module, data=data, accumulate_grad_batches=accumulate)
+        counts.append(monitor.noise_records[0].estimate("simple").measurements)
+    assert counts == {(1, 8): [12, 0], (1, 32): [23, 1], (2, 8): [24, 12]}[accumulate, size]
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_micro_batch_without_a_loss_is_not_taken_for_noise(tmp_path, accumulate: int) -> None:
