@@ -295,7 +295,7 @@ def repeats_samples(trainer: Trainer) -> bool:
 def _declared(trainer: Trainer) -> int | None:
     """What the loader says a batch has; 1, which is the default, also stands for data that are batches already."""
     loader = trainer.train_dataloader
-    sizes = [_number(one, "batch_size") for one in (loader, getattr(loader, "batch_sampler", None))]
+    sizes = [_number(one, "batch_size") for one in (getattr(loader, "batch_sampler", None), loader)]
     return next((size for size in sizes if size is not None and size > 1), None)
 
 

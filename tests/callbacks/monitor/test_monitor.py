@@ -735,6 +735,17 @@ def test_a_loader_of_another_batch_size_for_each_epoch_is_believed_anew(
         assert within and {*within} == {size}
 
 
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_a_sampler_whose_batch_size_is_set_between_epochs_is_believed_anew(tmp_path, factor: float) -> None:
+    class Sets(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.train_dataloader.batch_sampler.batch_size = int(8 * factor)
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, monitor, Sets(), max_epochs=2)
+    assert {sample["batch_size"] for sample in monitor.noise_records[0].samples} == {8, 8 * factor}
+
+
 def test_steps_of_many_backward_passes_are_not_asked_to_be_more(tmp_path) -> None:
     module = Net(lambda parameters: torch.optim.LBFGS(parameters, lr=1e-3, max_iter=2))
     with pytest.warns(UserWarning, match="most steps that were logged were not made from one backward pass for each"):
