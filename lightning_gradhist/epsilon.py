@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_gradhist.explore import AUTO, is_number, resolve_explore
 from lightning_gradhist.histogram import MagnitudeHistogram
+from lightning_gradhist.tensors import widened
 
 IDLE_SHARE = 0.02  # the share of coordinates that an epsilon may damp and still count as idle
 HALF_PRECISION_EPSILON = 1e-7  # the smallest power of ten that float16 can hold, whose smallest positive number is 6e-8
@@ -126,7 +127,9 @@ def without_rounding_noise(rms: MagnitudeHistogram, unit: float) -> MagnitudeHis
     largest: dict[str, float] = {}
     for layer, peak in zip(layers, rms.quantile(1.0).nan_to_num(0.0).tolist(), strict=True):
         largest[layer] = max(peak, largest.get(layer, 0.0))
-    limits = torch.tensor([(16 if unit < 1e-6 else 1) * unit * largest[layer] for layer in layers], dtype=torch.float64)
+    limits = torch.tensor(
+        [(16 if unit < 1e-6 else 1) * unit * largest[layer] for layer in layers], dtype=torch.float64, device="cpu"
+    )
     noise = rms.counts * (rms.edges[1:] <= limits[:, None].to(rms.table.device))
     table = rms.table.clone()
     table[:, 1:-2] -= noise
@@ -224,7 +227,7 @@ class SecondMoment:
         for name, gradient in gradients.items():
             if gradient is None:
                 continue
-            g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            g = widened(gradient)
             if self.weight_decay and parameters is not None:
                 g = g.add(parameters[name], alpha=self.weight_decay)
             if name not in self._squares:

@@ -123,8 +123,8 @@ class MagnitudeHistogram:
     @property
     def edges(self) -> Tensor:
         """Edges of the bins, exact in float64 ``[2033]``; a bin holds its lower edge."""
-        exponents = torch.arange(1, _EXPONENTS, dtype=torch.float64) - 127
-        mantissas = torch.arange(BINS_PER_OCTAVE, dtype=torch.float64) / BINS_PER_OCTAVE
+        exponents = torch.arange(1, _EXPONENTS, dtype=torch.float64, device="cpu") - 127
+        mantissas = torch.arange(BINS_PER_OCTAVE, dtype=torch.float64, device="cpu") / BINS_PER_OCTAVE
         edges = torch.exp2(exponents)[:, None] * (1 + mantissas)
         return edges.flatten()[: COLUMNS - 2].to(self.table.device)
 
@@ -302,7 +302,10 @@ def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
 def _add_large(row: Tensor, values: Tensor) -> None:
     """Count the bits as they are, and put zeros, infinities and NaN into their columns afterwards."""
     bins, beyond = _EXPONENTS * BINS_PER_OCTAVE, (_EXPONENTS - 1) * BINS_PER_OCTAVE
-    raw, buffer = torch.zeros(2 * bins, dtype=torch.int64), torch.empty(_CPU_CHUNK, dtype=torch.int32)
+    raw, buffer = (
+        torch.zeros(2 * bins, dtype=torch.int64, device="cpu"),
+        torch.empty(_CPU_CHUNK, dtype=torch.int32, device="cpu"),
+    )
     for chunk in values.split(_CPU_CHUNK):
         raw += torch.bincount(_signed_bins(chunk, bins, buffer[: chunk.numel()]), minlength=2 * bins)
     counts = raw.view(2, bins).sum(0)
@@ -327,8 +330,8 @@ def _add_small(table: Tensor, batch: Sequence[tuple[int, Tensor]]) -> None:
     """Count several tensors in one go, without an array of counts that has most of its bins empty."""
     rows, tensors = zip(*batch, strict=True)
     columns = _columns(torch.cat(tensors))
-    starts = torch.tensor(rows) * table.shape[1]
-    sizes = torch.tensor([tensor.numel() for tensor in tensors])
+    starts = torch.tensor(rows, device="cpu") * table.shape[1]
+    sizes = torch.tensor([tensor.numel() for tensor in tensors], device="cpu")
     _scatter(table.view(-1), starts.repeat_interleave(sizes, output_size=columns.numel()).add_(columns))
 
 

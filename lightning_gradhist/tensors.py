@@ -18,6 +18,16 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.dtype.is_complex else tensor
 
 
+def wide(tensor: Tensor) -> torch.dtype:
+    """What its values are computed in: float32, or float64 where it is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in its :func:`wide` dtype."""
+    return tensor.to(wide(tensor))
+
+
 def batches(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Tensors of one dtype and device at a time, as many as have 131,072 values in all (4 million on a GPU), or one alone."""
     filling: dict[Any, tuple[dict[str, Tensor], int]] = {}

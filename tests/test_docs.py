@@ -49,7 +49,6 @@ NO_MESSAGES = (
     "parameter … of its group",
     "the recorded run",
     "tell the length of the run",
-    "a copy of it lacks what it has",
     "The param groups of the inner",
     "The state of the inner",
     "The defaults of the inner",

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gradhist import MagnitudeHistogram, tensors
 from lightning_gradhist.callbacks.monitor import optimizer_state
+from lightning_gradhist.noise import step
 from lightning_gradhist.noise.step import measure_pair, measure_part
 
 
@@ -43,7 +44,7 @@ class WithoutFloat64(TorchDispatchMode):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
     mode = WithoutFloat64()
-    for module in (tensors, optimizer_state):
+    for module in (tensors, optimizer_state, step):
         monkeypatch.setattr(module, "with_float64", mode.bring)
     return mode
 

@@ -24,7 +24,16 @@ _MAY_BE_TIME = (
     "the first dimension of a batch may be time, as layers of the model have batch_first=False, and the training"
     " loader does not say that it is the samples"
 )
-_UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch, nor either under manual optimization"
+_UNKNOWN = "the batch size cannot be read from the training loader, nor counted in a batch"
+_BY_HAND = "under manual optimization nobody but you knows how many samples a step has"
+
+
+def taken_as(samples: float, callback: str) -> str:
+    """What is said where neither loader nor user confirm the samples that were counted in a batch."""
+    return (
+        f"a batch is taken as {samples:g} samples, the first dimension of its tensors, which the training loader does not"
+        f" confirm; if that dimension is another one, as time or channels, pass {callback}(batch_size=...)"
+    )
 
 
 def count_samples(batch: Any) -> int | None:
@@ -113,24 +122,25 @@ class SampleCount:
 
     The loader's word is taken where a batch cannot be counted. Where the two contradict each other at the first batch,
     neither is believed. Data smaller than one batch may have fewer than the loader says. Where layers may take time
-    first, the loader has to say the same. What the user says is believed before either.
+    first, the loader has to say the same. What the user says is believed before either. A loader that says another size in
+    a later epoch is looked at anew.
 
     Args:
         given: samples of a micro-batch, as the user says it; under manual optimization, of a step.
 
     Attributes:
-        varies: whether batches have other sizes than the first, but for a shorter one at the end of an epoch.
+        varies: whether batches have other sizes than the loader's first, but for a shorter one at the end of an epoch.
         problem: why the batch size is not known, or None.
     """
 
     def __init__(self, given: float | None) -> None:
         self._given = given
-        self._has_begun = False
         self._counts = False  # whether what is counted is believed
         self._declared: float | None = None
         self._first = 0.0
         self._total, self._number = 0.0, 0
-        self._short, self._epoch = 0, 0  # of the epoch, this many batches were shorter than the first
+        self._epoch: int | None = None
+        self._short = 0  # of the epoch, this many batches were shorter than the first
         self._index = 0  # of the last batch in its epoch
         self._step: list[float | None] = []  # samples of the micro-batches of the coming step so far
         self.varies = False
@@ -168,8 +178,8 @@ class SampleCount:
         """Samples of a batch; None where they are not known."""
         manual = not trainer.lightning_module.automatic_optimization
         counted = None if manual else count_samples(batch)
-        if not self._has_begun:
-            self._begin(trainer, counted)
+        if trainer.current_epoch != self._epoch:
+            self._start_epoch(trainer, counted)
         if self._counts and self.problem is None and counted is not None:
             self._compare(trainer, counted)
         return counted if self._counts and self.problem is None else self.usual
@@ -192,14 +202,22 @@ class SampleCount:
         variance = math.fsum(1 / size for size in sizes) / alike / micro_batches**2
         return StepSamples(sizes[0], len(sizes), micro_batches, variance, usual * whole / alike)
 
+    def _start_epoch(self, trainer: Trainer, counted: int | None) -> None:
+        """Begins, also anew where the loader, which may be made for each epoch, says another size than before."""
+        is_first, before, self._declared = self._epoch is None, self._declared, self._given or _declared(trainer)
+        self._short, self._epoch = 0, trainer.current_epoch
+        if is_first or (self._declared != before and self.problem is None):
+            self._begin(trainer, counted)
+
     def _begin(self, trainer: Trainer, counted: int | None) -> None:
-        self._has_begun = True
-        self._declared = self._given or _declared(trainer)
+        self._counts = self.varies = False
+        self._total, self._number = 0.0, 0
         workers, batches = _number(trainer.train_dataloader, "num_workers") or 0, trainer.num_training_batches
         few = trainer.is_last_batch or batches <= workers or (workers > 1 and math.isinf(batches))
         if counted is None:
-            known = self._declared if trainer.lightning_module.automatic_optimization else self._given
-            self._first, self.problem = known or 0.0, None if known else _UNKNOWN
+            is_automatic = trainer.lightning_module.automatic_optimization
+            known = self._declared if is_automatic else self._given
+            self._first, self.problem = known or 0.0, None if known else _UNKNOWN if is_automatic else _BY_HAND
         elif self._declared == counted or self._believes(trainer, counted, few):
             self._first, self._counts = counted, True
         elif self._given:
@@ -218,9 +236,6 @@ class SampleCount:
 
     def _compare(self, trainer: Trainer, counted: int) -> None:
         """Notices batches of other sizes; each worker's last of an epoch may be short."""
-        if trainer.current_epoch != self._epoch:
-            self._short, self._epoch = 0, trainer.current_epoch
-            self._declared = self._given or _declared(trainer)  # a loader may be made for each epoch
         if self._declared and counted > self._declared and not self._given:
             self._contradict(counted)
             return
@@ -245,7 +260,7 @@ def effective_batch_size(trainer: Trainer, samples: SampleCount) -> float | None
     To be called on every rank; None where one of them does not know.
     """
     usual = samples.usual
-    total = torch.tensor(math.nan if usual is None else usual, dtype=torch.float64)
+    total = torch.tensor(math.nan if usual is None else usual, dtype=torch.float64, device="cpu")
     if trainer.world_size > 1:
         total = total.to(trainer.lightning_module.device)
         torch.distributed.all_reduce(total)
@@ -285,7 +300,7 @@ def repeats_samples(trainer: Trainer) -> bool:
 def _declared(trainer: Trainer) -> int | None:
     """What the loader says a batch has; 1, which is the default, also stands for data that are batches already."""
     loader = trainer.train_dataloader
-    sizes = [_number(one, "batch_size") for one in (loader, getattr(loader, "batch_sampler", None))]
+    sizes = [_number(one, "batch_size") for one in (getattr(loader, "batch_sampler", None), loader)]
     return next((size for size in sizes if size is not None and size > 1), None)
 
 

@@ -15,7 +15,7 @@ from lightning_gradhist._dtensor import is_dtensor, local, placed_as
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, zero_gradients, zero_loss_scale
 from lightning_gradhist.callbacks._lightning import Trainer, is_overridden
 from lightning_gradhist.histogram import flat_values
-from lightning_gradhist.tensors import as_real
+from lightning_gradhist.tensors import as_real, wide, widened, with_float64
 
 _KNOWN = ("", "lightning", "pytorch_lightning", __name__.partition(".")[0])  # packages whose hooks change no gradient
 _MANY = 100  # tensors, which take several times as long one by one as side by side
@@ -94,12 +94,14 @@ def dense(gradient: Tensor) -> Tensor:
 
 def squared_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The sum of the squares of all values, on the device of the first gradient; 0 where there is none."""
-    values = [as_real(gradient) for gradient in gradients] or [torch.zeros(1)]
+    values = [as_real(gradient) for gradient in gradients] or [torch.zeros(1, device="cpu")]
     kinds = {(value.layout, value.dtype, value.device) for value in values}
     if len(values) > _MANY and len(kinds) == 1 and values[0].layout == torch.strided:
-        values = [torch._utils._flatten_dense_tensors(values).float()]
+        values = [widened(torch._utils._flatten_dense_tensors(values))]
     norms = torch._foreach_norm([flat_values(value)[0] for value in values])
-    return torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).square().sum()
+    widest = max(map(wide, norms), key=lambda dtype: dtype.itemsize)
+    stacked = torch.stack([norm.to(norms[0].device, widest) for norm in norms])
+    return with_float64(stacked).double().square().sum()  # float32 does not hold the squares of all that it holds
 
 
 class LocalGradients:

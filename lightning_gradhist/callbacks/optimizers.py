@@ -22,7 +22,7 @@ from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.epsilon import HALF_PRECISION_EPSILON
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.step import adam_weight
-from lightning_gradhist.tensors import as_real, elementwise, joined
+from lightning_gradhist.tensors import as_real, elementwise, joined, widened
 
 
 @dataclass(frozen=True)
@@ -209,12 +209,12 @@ def metric_weights(
 
 def _with_one_more(batch: Mapping[str, Tensor], moments: Mapping[str, _Moment]) -> Tensor:
     """The values of a batch ``[values]``; to those that are not zero is added what one more gradient would add."""
-    values, counts = joined(batch).float(), [moments[name].steps for name in batch]
+    values, counts = widened(joined(batch)), [moments[name].steps for name in batch]
     sizes = [value.numel() for value in batch.values()]
     if values.is_cpu and len(batch) > 1:
         lengths = torch.tensor(sizes, device=values.device)
-        means = torch.segment_reduce(values.double(), "mean", lengths=lengths) / torch.tensor(counts)
-        more = means.float().repeat_interleave(lengths, output_size=len(values))
+        means = torch.segment_reduce(values.double(), "mean", lengths=lengths) / torch.tensor(counts, device="cpu")
+        more = means.to(values.dtype).repeat_interleave(lengths, output_size=len(values))
     else:
         parts = zip(values.split(sizes), counts, strict=True)
         more = torch.cat([(part.mean() / count).expand(len(part)) for part, count in parts])
@@ -280,7 +280,7 @@ def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
     value = as_real(local(value))
     if rule.mean is not None and group.get("centered"):
         mean = as_real(local(state[rule.mean]))
-        value = (value.to(torch.promote_types(value.dtype, torch.float32)) - mean.square()).clamp_(min=0)
+        value = (widened(value) - mean.square()).clamp_(min=0)
     corrects = rule.corrects_bias and bool(group.get("bias_correction", True))
     step, memory = local(step) if isinstance(step, Tensor) else step, 1 / (1 - decay) if decay < 1 else math.inf
     eps = _epsilon(group) or 0.0
@@ -297,7 +297,7 @@ def _epsilon(group: Mapping[str, Any]) -> float | None:
 
 
 def _weight(second_moment: Tensor, eps: float, root: float) -> Tensor:
-    return adam_weight(second_moment.float(), eps).mul_(root)  # the correction, without a pass of its own
+    return adam_weight(widened(second_moment), eps).mul_(root)  # the correction, without a pass of its own
 
 
 _WRAPPERS = {"lightning_gradhist.EAdaptor": "inner", "torch.ZeroRedundancyOptimizer": "optim"}

@@ -53,7 +53,7 @@ class Replicas:
 
 def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     """20 bits of the first values of each tensor, int64 ``[1]``: the same on ranks that have the same tensors."""
-    few = [flat_values(tensor)[0][:64].float() for tensor in tensors.values()] or [torch.zeros(1)]
+    few = [flat_values(tensor)[0][:64].float() for tensor in tensors.values()] or [torch.zeros(1, device="cpu")]
     bits = torch.cat([values.to(few[0].device) for values in few]).view(torch.int32)
     return bits.sum(dim=0, keepdim=True, dtype=torch.int64) % 2**20
 

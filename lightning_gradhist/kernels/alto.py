@@ -29,7 +29,7 @@ def alto_moments(tensors: StepTensors, s: StepScalars, operands: Operands | None
     The squares are summed by chunk in float64, and those sums in a fixed order: the same bits from run to run.
     """
     if not tensors.params:
-        return torch.zeros(0, 2, dtype=torch.float64)
+        return torch.zeros(0, 2, dtype=torch.float64, device="cpu")
     operands, device = operands or operands_of(tensors), tensors.params[0].device
     sums = torch.empty(len(operands.table.chunks), 2, dtype=torch.float64, device=device)
     scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)

@@ -40,13 +40,13 @@ def histogram_summary(histograms: Mapping[str, Distribution]) -> Summary:
     else:
         counts = torch.cat([shown.counts for shown in histograms.values()])
         edges = torch.cat([shown.edges for shown in histograms.values()])
-        sizes = torch.tensor([len(shown.counts) for shown in histograms.values()])
+        sizes = torch.tensor([len(shown.counts) for shown in histograms.values()], device="cpu")
     counts = counts.double()  # as they are written
-    is_lower = torch.ones(len(edges), dtype=torch.bool).index_fill_(0, (sizes + 1).cumsum(0) - 1, False)
+    is_lower = torch.ones(len(edges), dtype=torch.bool, device="cpu").index_fill_(0, (sizes + 1).cumsum(0) - 1, False)
     lower, upper = edges[is_lower], edges[is_lower.roll(1)]
     middles = (lower + upper) / 2
     terms = torch.stack([counts, counts * middles, counts * middles.square()], 1)
-    owners = torch.arange(len(sizes)).repeat_interleave(sizes)
+    owners = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
     sums = terms.new_zeros(len(sizes), 3).index_add_(0, owners, terms)
 
     minima, limits, buckets = lower.tolist(), upper.tolist(), counts.tolist()

@@ -67,7 +67,9 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     low, high = (float(edge) for edge in shown_buckets(edges, pooled)[0][[0, -1]])
     lines = [math.log10(eps[name]) if eps and eps.get(name) else math.nan for name in names]
     low, high = min([low, *(x - 0.2 for x in lines)]), max([high, *(x + 0.2 for x in lines)])  # NaN compares as False
-    cells = torch.linspace(low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64)
+    cells = torch.linspace(
+        low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64, device="cpu"
+    )
     density = _density(histogram.counts[rows], edges, cells)
 
     every = math.ceil(len(names) / _MAX_LABELS)
@@ -84,7 +86,7 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     extent = (low, high, math.ceil(len(names) / rows_each) * rows_each, 0.0)
     image = axes.imshow(largest.numpy(), extent=extent, aspect="auto", cmap="Blues",
                         interpolation="nearest", vmin=0.0, vmax=darkest)  # fmt: skip
-    medians, ticks = histogram.quantile(0.5)[rows].log10().tolist(), torch.arange(len(names))
+    medians, ticks = histogram.quantile(0.5)[rows].log10().tolist(), torch.arange(len(names), device="cpu")
     _on_white(axes, medians, (ticks + 0.15).tolist(), (ticks + 0.85).tolist(), color=_ORANGE)
     if eps is not None:
         _on_white(axes, lines, ticks.tolist(), (ticks + 1).tolist(), color=_RED, linestyle="--")
@@ -220,7 +222,9 @@ def _band(axes: Any, batches: Sequence[float], bands: Sequence[Band], color: str
 
 
 def _powers(first: float, last: float) -> list[float]:
-    found: list[float] = torch.logspace(math.log2(first), math.log2(last), 129, base=2, dtype=torch.float64).tolist()
+    found: list[float] = torch.logspace(
+        math.log2(first), math.log2(last), 129, base=2, dtype=torch.float64, device="cpu"
+    ).tolist()
     return found
 
 

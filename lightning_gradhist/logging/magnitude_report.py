@@ -185,7 +185,7 @@ class _Counted:
         cuts, sizes = _cuts(below, most)
         at_cuts = torch.from_numpy(below[numpy.arange(len(rows)).repeat(sizes), cuts])
         last = torch.from_numpy(sizes.cumsum() - 1)
-        within_rows = torch.ones(len(cuts), dtype=torch.bool).index_fill_(0, last, False)
+        within_rows = torch.ones(len(cuts), dtype=torch.bool, device="cpu").index_fill_(0, last, False)
         counted, edges = at_cuts.diff(append=at_cuts[:1])[within_rows], self.bins.edges.log10()[cuts]
         names = [*self.names, pooled_name]
         tags = [f"{kind}/{names[row]}" for row in rows.tolist()]

@@ -56,7 +56,8 @@ def ratio_estimate(
     pairs = [pair for pair in zip(noise, signal, strict=True) if all(map(math.isfinite, pair))]
     if not pairs:
         return NoiseEstimate(math.inf, 0.0, math.inf, confidence, 0)
-    noise, signal = zip(*pairs, strict=True)
+    unit = max(abs(two) for _, two in pairs) or 1.0  # the fourth power of a gradient's square would fit no float
+    noise, signal = zip(*((one / unit, two / unit) for one, two in pairs), strict=True)
     number, top, bottom = len(pairs), fmean(noise), fmean(signal)
     value = scale * top / bottom if bottom > 0 else math.inf
     if number < 3:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_gradhist.tensors import widened
+
 MOST = 2**18  # values; more hardly narrow the interval of a noise scale, as those of one gradient move together
 _SMALL = 2**12  # values of a tensor that is looked at as a whole, which takes less time
 _RUN = 16  # values one after another, which a processor reads at once
@@ -46,7 +48,7 @@ class Sample:
         """As :meth:`of`, by such a factor that sums of products of two are, but for chance, those over all values."""
         factors = {name: math.sqrt(stride) for name, stride in self.strides.items() if stride > 1}
         found = self.of(gradients).items()
-        return {name: values.float() * factors[name] if name in factors else values for name, values in found}
+        return {name: widened(values) * factors[name] if name in factors else values for name, values in found}
 
     def first(self, name: str, stride: int) -> int:
         """The place of the first that is picked, where every ``stride``-th is."""

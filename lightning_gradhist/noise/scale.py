@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate
 from lightning_gradhist.noise.step import adam_weight
-from lightning_gradhist.tensors import apart, batches, joined, sums, total
+from lightning_gradhist.tensors import apart, batches, joined, sums, total, wide
 
 
 class GradientMoments:
@@ -212,7 +212,7 @@ def _all_reduced(tensors: Mapping[str, Tensor], group: Any) -> dict[str, Tensor]
 
 
 def _accumulator(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32), requires_grad=False)
+    return torch.zeros_like(tensor, dtype=wide(tensor), requires_grad=False)
 
 
 def _deviation(gradient: Tensor | None, mean: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_gradhist.tensors import batches, joined, pieces, sums, total
+from lightning_gradhist.tensors import batches, joined, pieces, total, widened, with_float64
 
 
 def adam_weight(second_moment: Tensor, eps: float) -> Tensor:
@@ -31,7 +31,7 @@ def measure_pair(
         :func:`noise_and_signal` makes noise and signal of them, also of their sums over ranks.
     """
     shared = {name: gradient for name, gradient in first.items() if name in second}
-    return _measured(lambda one, two: one * two, shared, second, weights)
+    return _measured(shared, second, weights)
 
 
 def measure_part(
@@ -48,7 +48,7 @@ def measure_part(
     (McCandlish et al. 2018, appendix A.1, with the difference in place of two norms, which has less variance). A name that
     ``part`` has not had no gradient there, which is zero. Weights and result are as of :func:`measure_pair`.
     """
-    return _measured(lambda g, _: g.square(), whole, part, weights)
+    return _measured(whole, part, weights, squares=True)
 
 
 def noise_and_signal(sums: Tensor, spread: Tensor | float, excess: Tensor | float, samples: Tensor | float) -> Tensor:
@@ -66,23 +66,28 @@ def noise_and_signal(sums: Tensor, spread: Tensor | float, excess: Tensor | floa
 
 
 def _measured(
-    product: Callable[[Tensor, Tensor], Tensor],
     gradients: Mapping[str, Tensor],
     others: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None,
+    squares: bool = False,
 ) -> Tensor:
-    """Sums over all values of squared distance and product of a gradient and another one, ``[4]``."""
+    """Sums over all values of squared distance and product of a gradient and another one, or its square, ``[4]``."""
     terms = []
-    for some in batches(gradients):
-        for one, other, weight in pieces(joined(some), joined(some, others), _joined_weights(some, weights)):
-            one, other = one.float(), other.float()
-            distance, multiplied = (one - other).square_(), product(one, other)
-            terms.append(sums(distance, multiplied, weight * distance, weight * multiplied))
-    return total(terms) if terms else torch.full((4,), math.nan, dtype=torch.float64)
+    for some in batches({name: gradient for name, gradient in gradients.items() if gradient.numel()}):
+        metric = [] if weights is None else [joined(some, weights)]
+        for one, other, *weight in pieces(joined(some), joined(some, others), *metric):
+            one, other = widened(one), widened(other)
+            distance = one - other
+            terms.append(
+                torch.stack([_dot(distance, distance, *weight), _dot(one, one if squares else other, *weight)], 1)
+            )
+    return total(terms).flatten() if terms else torch.full((4,), math.nan, dtype=torch.float64, device="cpu")
 
 
-def _joined_weights(batch: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None) -> Tensor:
-    if weights is not None:
-        return joined(batch, weights)
-    first = next(iter(batch.values()))
-    return torch.full((), math.nan, device=first.device).expand(sum(tensor.numel() for tensor in batch.values()))
+def _dot(one: Tensor, other: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The sum of products with weight 1, and weighted, float64 ``[2]``; the products themselves may be too small for float32."""
+    unit = one.abs().amax().clamp(min=torch.finfo(one.dtype).tiny)
+    scaled = one * unit.reciprocal()
+    plain = torch.dot(scaled, other)
+    weighted = math.nan * plain if weight is None else torch.dot(scaled.mul_(weight), other)
+    return with_float64(torch.stack([plain, weighted])).double() * with_float64(unit).double()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradhist import OptimizerCalibration
+from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks.batch_size import count_samples, digest, repeats_samples
 
 Pair = namedtuple("Pair", "x y")
@@ -126,11 +126,17 @@ def calibrated(tmp_path: Any, data: Any, layer: Any = nn.Identity) -> Any:
         pytest.param([torch.randn(20, 35, 8)], batch_first, 20, id="layers that take samples first"),
     ],
 )
-def test_what_only_the_batch_says_is_told(tmp_path, batch: Any, layer: Any, samples: int) -> None:
+def test_what_only_the_batch_says_is_told(tmp_path, caplog, batch: Any, layer: Any, samples: int) -> None:
     batches = [[one + place for one in batch] for place in range(8)]
     result = calibrated(tmp_path, DataLoader(batches, batch_size=None), layer)  # type: ignore[arg-type]
     assert result.effective_batch_size == samples
     assert any(f"taken as {samples} samples, the first dimension" in reason for reason in result.reasons)
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    with caplog.at_level("INFO"):
+        data = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        fit(tmp_path, monitor, data=data, module=lambda: OfFrames(layer), max_steps=3)
+    told = [one.message for one in caplog.records if f"taken as {samples} samples, the first dimension" in one.message]
+    assert [one for one in told if "pass GradientHistogramMonitor(batch_size=...)" in one] == told[-1:]
 
 
 def test_what_the_loader_says_too_is_not_told(tmp_path) -> None:

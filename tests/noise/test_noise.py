@@ -548,7 +548,8 @@ def test_measure_pair_leaves_out_what_only_one_has() -> None:
     assert torch.equal(measure_pair(first, with_others, {"bias": torch.ones(5)}), alone)
     assert alone[:2].equal(alone[2:])
     unweighted = measure_pair(first, second, {"bias": torch.ones(5)})  # a name without weight has weight zero
-    assert unweighted[2:].equal(alone[2:]) and not unweighted[:2].equal(alone[:2])
+    torch.testing.assert_close(unweighted[2:], alone[2:], rtol=1e-5, atol=1e-5)
+    assert not unweighted[:2].allclose(alone[:2])
 
 
 def test_measure_pair_without_weights_or_gradients() -> None:
@@ -558,6 +559,21 @@ def test_measure_pair_without_weights_or_gradients() -> None:
     assert measure_pair({}, second, None).isnan().all()
     half = measure_pair({"x": torch.tensor([300.0]).half()}, {"x": torch.tensor([300.0]).half()}, None)
     assert half[:2].tolist() == [0.0, 90_000.0]  # which float16 could not hold
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(1e-30, torch.float32), (1e25, torch.float32), (1e-100, torch.float64), (1e60, torch.float64)],
+    ids=str,
+)
+@pytest.mark.parametrize("measure", [measure_pair, measure_part])
+def test_the_scale_of_gradients_does_not_matter(measure: Any, size: float, dtype: torch.dtype) -> None:
+    first, second = ({name: g.to(dtype) for name, g in gradient.items()} for gradient in gradients(2))
+    weights = {name: gradient.abs() for name, gradient in first.items()}
+    expected = measure(first, second, weights) * torch.tensor([size**2, size**2, size, size], dtype=torch.float64)
+    first, second = ({name: g * size for name, g in gradient.items()} for gradient in (first, second))
+    found = measure(first, second, {name: weight / size for name, weight in weights.items()})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8, 8, 8, 8), (2, 8), (1, 3, 16), (30, 1, 1, 1)], ids=str)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lightning_gradhist.callbacks.batch_size import taken_as
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options, reference_of
 from lightning_gradhist.callbacks.calibration.handoff import rate_factors
@@ -112,7 +113,7 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
     decision.reasons.extend([why] if ratio.law == SURGE and batch_size != reference else [])
     decision.reasons.extend(_of_short_runs(evidence))
     if evidence.unconfirmed is not None:
-        decision.reasons.append(explain.batch_size_unconfirmed(evidence.unconfirmed))
+        decision.reasons.append(taken_as(evidence.unconfirmed, "OptimizerCalibration"))
     if evidence.later_accumulation:
         decision.problems.append(explain.accumulation_changes(evidence.accumulation, evidence.later_accumulation))
     bounded, told = _within_first_step(ratio, evidence)

@@ -23,13 +23,6 @@ def no_batch_size(why: str | None, consequence: str) -> str:
     )
 
 
-def batch_size_unconfirmed(samples: float) -> str:
-    return (
-        f"a batch is taken as {samples:g} samples, the first dimension of its tensors, which the training loader does not"
-        " confirm; if that dimension is another one, as time or channels, pass OptimizerCalibration(batch_size=...)"
-    )
-
-
 def no_probe(why: str) -> str:
     return f"no probe: {why}. What needs one is left as it is (epsilon='keep' asks for none)"
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradhist.noise.sample import Sample
 from lightning_gradhist.noise.step import measure_part
-from lightning_gradhist.tensors import sent
+from lightning_gradhist.tensors import sent, wide, widened, with_float64
 
 _LEAST_SHARE = 0.5  # of all values but embeddings', which hardly have a gradient, that known layers hold
 _LEAST_KNOWN = 0.9  # of the square of the gradients that are looked at
@@ -69,7 +69,7 @@ class HalfBatches:
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        trained = {name: p for name, p in parameters.items() if p.requires_grad and p.numel()}
         self._names = {id(parameter): name for name, parameter in trained.items()}
         self._sample = Sample.at(step, {name: parameter.numel() for name, parameter in trained.items()}, _MOST)
         self._generator = torch.Generator().manual_seed(step)
@@ -86,7 +86,7 @@ class HalfBatches:
         self._by_columns = {name for each in known if each.is_embedding for name in each.names.values()}
         self._least = _LEAST_NORMED if any(map(_shares_statistics, modules)) else _LEAST_SAMPLES
         self._every = max(1.0, len(known) / _MOST_LAYERS)
-        drawn = torch.randperm(len(known), generator=self._generator)[:_MOST_LAYERS].tolist()
+        drawn = torch.randperm(len(known), generator=self._generator, device="cpu")[:_MOST_LAYERS].tolist()
         self._layers = {id(known[place].layer): known[place] for place in drawn}
         self._share = _share(known, trained, self._by_columns)
         if self._layers and self._share >= _LEAST_SHARE:
@@ -125,14 +125,14 @@ class HalfBatches:
             if name not in gradients or sum(halves.sizes) != batch_size:
                 continue
             pick, every = self._pick(name, gradients[name])
-            whole = gradients[name][pick].float()
-            error = (halves.first + halves.second) / scale - whole
-            unknown = error.norm() > tolerance * whole.norm()
+            whole = widened(gradients[name][pick])
+            error, size = map(_norm, ((halves.first + halves.second) / scale - whole, whole))
+            unknown = (error > tolerance * size).to(whole.device)
             factor = math.sqrt(self._every * every)  # as Sample.of_gradients has it
             firsts[name] = (halves.first * (factor * batch_size / halves.sizes[0] / scale)).masked_fill(unknown, 0)
             wholes[name] = (whole * factor).masked_fill(unknown, 0)
-            square = (whole * factor).square().sum()
-            squares.append(torch.stack([square.masked_fill(unknown, 0), square]))
+            square = (size * factor).square()
+            squares.append(torch.stack([square.masked_fill(unknown.to(square.device), 0), square]))
         drawn = {name for known in self._layers.values() for name in known.names.values()} & gradients.keys()
         looked_at, values = (
             sum(gradients[name].numel() for name in names - self._by_columns) for names in ({*wholes}, drawn)
@@ -193,7 +193,7 @@ class HalfBatches:
         if size < self._least or size in _further_dims(layer, inputs):
             return
         if size not in self._halves:
-            order = sent(torch.randperm(size, generator=self._generator), inputs.device)
+            order = sent(torch.randperm(size, generator=self._generator, device="cpu"), inputs.device)
             self._halves[size] = order[: size // 2], order[size // 2 :]
         for attribute, name in known.names.items():
             if isinstance(layer, tuple(_CONVOLUTIONS)):
@@ -251,7 +251,7 @@ def _of_linear(
 ) -> list[Tensor]:
     rows = gradient[..., pick[0]]
     if attribute == "bias":
-        return _of_samples(rows if rows.dim() == 2 else rows.flatten(1, -2).sum(1, dtype=torch.float32), halves)
+        return _of_samples(rows if rows.dim() == 2 else rows.flatten(1, -2).sum(1, dtype=wide(rows)), halves)
     both = [[_of_half(values, half).flatten(0, -2) for values in (rows, inputs[..., pick[1]])] for half in halves]
     return [one.T @ other for one, other in both]
 
@@ -261,7 +261,7 @@ def _of_convolution(
 ) -> list[Tensor]:
     rows = gradient[:, pick[0]]
     if attribute == "bias":
-        return _of_samples(rows.flatten(2).sum(2, dtype=torch.float32), halves)
+        return _of_samples(rows.flatten(2).sum(2, dtype=wide(rows)), halves)
     columns = inputs[:, pick[1]]
     shape, how = (rows.shape[1], columns.shape[1], *layer.kernel_size), (layer.stride, layer.padding, layer.dilation)
     make: Any = next(make for kind, make in _CONVOLUTIONS.items() if isinstance(layer, kind))
@@ -283,20 +283,24 @@ def _of_embedding(
 def _of_layer_norm(
     layer: nn.LayerNorm, attribute: str, inputs: Tensor, gradient: Tensor, pick: Pick, halves: Sequence[Tensor]
 ) -> list[Tensor]:
-    values = gradient.float()
+    values = widened(gradient)
     if attribute == "weight":
-        values = values * functional.layer_norm(inputs.float(), layer.normalized_shape, eps=layer.eps)
+        values = values * functional.layer_norm(widened(inputs), layer.normalized_shape, eps=layer.eps)
     shape = (values.shape[0], -1, *layer.normalized_shape)
     return [half[pick] for half in _of_samples(values.reshape(shape).sum(1), halves)]
 
 
 def _of_half(values: Tensor, half: Tensor) -> Tensor:
-    return values.index_select(0, half).float()
+    return widened(values.index_select(0, half))
 
 
 def _of_samples(values: Tensor, halves: Sequence[Tensor]) -> list[Tensor]:
     """The sum of each half's samples."""
     return [_of_half(values, half).sum(0) for half in halves]
+
+
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(with_float64(values), dtype=torch.float64)
 
 
 def _is_compiled(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from lightning_gradhist.logging.magnitude_report import magnitude_report, worst_
 from lightning_gradhist.logging.writer import NOT_ALIKE, NOT_COUNTED, HostHistogram, Lazy, send_heatmap
 
 When = Literal["before_clip", "after_clip", "local"]
+_HALF_BIN = 1 / 15  # what a norm of one value may be off, as it is made of bins; that of many values is less
 _PREFIXES = {"before_clip": "gradient", "after_clip": "gradient_clipped", "local": "gradient_local"}
 
 
@@ -61,7 +62,9 @@ class GradientReport:
         norm = scalars.get(f"{self._prefix}_norm/all{self._suffix}", math.nan)
         if self._clip_norm is None or not norm > 0:
             return {}
-        return {f"{self._prefix}_clip_factor{self._suffix}": min(1.0, self._clip_norm / norm)}
+        margin = 1 + _HALF_BIN / math.sqrt(float(self._histogram().counts.sum()))
+        factor = self._clip_norm / norm if norm > self._clip_norm * margin else 1.0
+        return {f"{self._prefix}_clip_factor{self._suffix}": factor}
 
     def draw(self, send: Send) -> None:
         """Has loggers show the worst layers and the heatmap."""

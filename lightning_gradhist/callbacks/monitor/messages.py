@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
+from lightning_gradhist.callbacks.batch_size import taken_as
 from lightning_gradhist.callbacks.monitor.observer import Fit
+from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.strategies import changing_hook
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH
@@ -41,7 +43,11 @@ def why_no_noise(trainer: Trainer) -> str | None:
 
 
 def tell_of_lacks(fit: Fit, wants_noise: bool, record: str | None) -> None:
-    """Says once, when the first batch has come, what is not recorded, and where nothing is logged."""
+    """Says once, when the first batch has come, what is not certain, or not recorded, and where nothing is logged."""
+    samples = fit.samples.unconfirmed if wants_noise else None
+    if samples is not None and "unconfirmed" not in fit.warned:
+        fit.warned.add("unconfirmed")
+        rank_zero_info(f"GradientHistogramMonitor: {taken_as(samples, 'GradientHistogramMonitor')}.")
     if "lacks" in fit.warned:
         return
     why_none = why_no_noise(fit.trainer)
@@ -80,28 +86,35 @@ def _samples(value: float) -> str:
     return f"{float(f'{value:.3g}'):,g}"
 
 
-def tell_at_end(records: Sequence[NoiseRecord], every_n_steps: int, logged: int) -> None:
+def tell_at_end(progress: Sequence[Progress], every_n_steps: int) -> None:
     """Says why the record is of no use to calibrate another run from, where it is not, and steps were logged."""
-    counts = [(record.estimate("simple").measurements, len(record)) for record in records]
-    measured, tried = min(counts, default=(ENOUGH, ENOUGH))
+    counts = [(one.noise.estimate("simple").measurements, len(one.noise), one.repeats) for one in progress]
+    measured, tried, repeats = min(counts, default=(ENOUGH, ENOUGH, 0))
+    logged = min((one.logged for one in progress), default=0)
     if measured >= ENOUGH or not logged:
         return
     said = (
         f"GradientHistogramMonitor measured the noise scale at {measured} of {tried} steps, and some {ENOUGH} are wanted to"
         " calibrate another run from the record of this one: "
     )
-    if tried < ENOUGH < logged / 4:  # a pair takes two
+    if repeats > tried:
+        rank_zero_warn(
+            f"{said}epochs of 10 batches or fewer have the same samples again, and two steps on them tell of no noise. Have the"
+            " loader make more batches of an epoch, with a smaller batch_size."
+        )
+    elif tried < ENOUGH < logged / 4:  # a pair takes two
         rank_zero_warn(
             f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
-            " returns None, and with LBFGS, or are of epochs of one batch, which have the same samples."
+            " returns None, and with LBFGS."
         )
     elif 2 * measured >= tried:
         rarer = f"lower every_n_steps={every_n_steps}, or " if every_n_steps > 1 else ""
         rank_zero_info(f"{said}{rarer}train longer.")
     else:
         rank_zero_warn(
-            f"{said}the gradients were not finite, or were changed between the backward pass and the optimizer's step; clip"
-            " with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise is not"
-            " measured where the module clips. Nor is it where ranks or workers have the same samples: split an IterableDataset"
-            " in its __iter__, by torch.distributed.get_rank() and torch.utils.data.get_worker_info()."
+            f"{said}the gradients or their squares were not finite, or were changed between the backward pass and the optimizer's"
+            " step; clip with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise"
+            " is not measured where the module clips. Nor is it where optimizer_zero_grad leaves gradients of the step before, or"
+            " where ranks or workers have the same samples: split an IterableDataset in its __iter__, by"
+            " torch.distributed.get_rank() and torch.utils.data.get_worker_info()."
         )

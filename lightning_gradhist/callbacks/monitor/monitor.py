@@ -76,23 +76,24 @@ class GradientHistogramMonitor(Callback):
 
     - ``gradient_magnitude/<row>``: histogram with :math:`\log_{10}|g|` on the horizontal axis, and
       ``gradient_magnitude/all``.
-    - ``gradient_norm/<row>``: of the finite values, NaN where there is none.
+    - ``gradient_norm/<row>``: of the finite values, NaN where there is none. It is made of the histogram: right to a few
+      percent where a row has few values, or all about as large, and else far better.
     - ``gradient_zero_share``, ``gradient_nonfinite_share``, ``gradient_fp16_loss_share`` ``/all``, and ``/<row>`` where it is
       0.1% or more: values that are zero, not finite, or lost in float16. ``gradient_median/all`` and the losses in float8: see
       :func:`lightning_gradhist.logging.magnitude_report.magnitude_report`.
     - ``gradient_clip_factor``: what all gradients are multiplied by, where the Trainer clips by norm, not the
-      module in a ``configure_gradient_clipping`` of its own, and no row is left out.
+      module in a ``configure_gradient_clipping`` of its own, and no row is left out; as near as ``gradient_norm/all``.
     - ``noise_scale/adam``, ``noise_scale/simple``: over the run so far, in samples, with ``_lower`` and ``_upper``, the ends
       of their intervals (a chart on the custom scalars page), beside ``noise_scale/batch_size`` and
       ``noise_scale/critical_batch_size``; eight times until there are twice as many logged steps.
-    - ``gradient_worst_layers``, a table, and ``gradient_magnitude_by_layer``, a heatmap (with matplotlib): at the 1st, 2nd,
-      4th, 8th, ... logged step and at the end.
+    - ``gradient_worst_layers``, a table, and ``gradient_magnitude_by_layer``, a heatmap (with matplotlib): at the 4th,
+      16th, 64th, ... logged step and at the end.
     - ``gradient_skipped_steps``: steps that the loss scaler of 16-mixed has skipped. They are not logged otherwise.
     - ``optimizer_update_ratio/<row>`` (``optimizer_state``): the norm of the step's change of the weights over their norm.
     - ``optimizer_second_moment/<row>`` (``optimizer_state``): histogram of :math:`\sqrt{\hat v}` after the step; with it
       ``optimizer_second_moment_by_layer``, a heatmap with the epsilon in force.
     - ``optimizer_damped_share/<row>`` (``optimizer_state``): share of weights with :math:`\sqrt{\hat v} < \epsilon`, but
-      for those whose every gradient was zero. More than 10% of a row costs one warning a run. SGD, AMSGrad and others
+      for those whose every gradient was zero. More than 10% of a row costs one warning a run. SGD, Adagrad and others
       without Adam's second moment have the ratio alone.
 
     With ``when="after_clip"`` names begin with ``gradient_clipped``, with ``"local"`` with ``gradient_local``. With several
@@ -283,7 +284,7 @@ class GradientHistogramMonitor(Callback):
             observer.finish()
         fit = self._fit
         if fit is not None and self._measures_noise and fit.samples.problem is None and self._records_in is not None:
-            messages.tell_at_end(self.noise_records, self.every_n_steps, min(one.logged for one in self._progress))
+            messages.tell_at_end(self._progress, self.every_n_steps)
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

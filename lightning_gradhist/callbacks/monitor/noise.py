@@ -17,6 +17,7 @@ from lightning_gradhist.callbacks.gradients import (
     LocalGradients,
     dense,
     has_gradient_hook,
+    has_gradients,
     loss_scale,
     rounding_unit,
     squared_norm,
@@ -60,7 +61,7 @@ class FirstGradient:
     def measure(self, second: Mapping[str, Tensor]) -> Tensor:
         """This rank's share of distance and product, as :func:`measure_pair` gives them."""
         if not self.gradients:  # others have all there is
-            return torch.zeros(4, dtype=torch.float64)
+            return torch.zeros(4, dtype=torch.float64, device="cpu")
         alike = {name: gradient for name, gradient in second.items() if gradient.numel() == self.sizes.get(name)}
         return measure_pair(self.gradients, self.sample.of_gradients(alike), self.weights)
 
@@ -130,12 +131,16 @@ class NoiseMonitor(StepObserver):
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
 
     def before_backward(self) -> None:
-        """Copies what has been unfrozen since, too, and compares where micro-batches have gone before."""
+        """Copies what has been unfrozen since, too, and compares with what is left of micro-batches, or of the step before."""
         if self._part is not None:
             self._part.extend(self._watched.parameters)
-        if self._left is not None and self._is_automatic:  # else a zero_grad may have come between
+        if not self._compares or not self._is_automatic:  # a zero_grad may have come between
+            return
+        if has_gradients(self._fit.trainer, self._watched.parameters.values()):
             with self._fit.guard.attempt("measure noise"):
-                self._compare(self._squared_norm())
+                there = self._squared_norm()
+                self._left = torch.zeros_like(there) if self._left is None else self._left
+                self._compare(there)
 
     def after_backward(self) -> None:
         """Ends the first micro-batch."""
@@ -218,9 +223,9 @@ class NoiseMonitor(StepObserver):
         return None if samples and self._is_automatic and samples.batches != self._backwards else samples
 
     def _compare(self, squares: Tensor) -> None:
-        """Takes down, on the device, whether somebody has changed the gradients since backward left them."""
-        if self._left is not None:
-            self._changed.append((squares - self._left).abs() > _ALIKE * self._left)
+        """Takes down, on the device, whether somebody may have changed the gradients since backward left them."""
+        if self._left is not None:  # not a number where the squares fit no float32
+            self._changed.append(~((squares - self._left).abs() <= _ALIKE * self._left))
 
     def _compare_at_step(self, gradients: Mapping[str, Tensor] | None, digests: Sequence[Tensor] = ()) -> None:
         """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say."""
@@ -292,7 +297,9 @@ class NoiseMonitor(StepObserver):
 
     def _complete_pair(self, step: Step) -> None:
         first, samples, parts = self._first, self._samples(), step.parts
-        if first is None or samples is None or not parts or self._repeats(first):
+        repeats = first is not None and self._repeats(first)
+        self._progress.repeats += repeats
+        if first is None or samples is None or not parts or repeats:
             self._leave_pair()
             self._sums(None, None)
             return
@@ -377,7 +384,7 @@ class NoiseMonitor(StepObserver):
                 sums = checked
         fit.sums.add_up(sums, 9 + ranks, math.nan)
         if sums is None:
-            return torch.full((7,), math.nan)
+            return torch.full((7,), math.nan, device="cpu")
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
             sums[:7].masked_fill_(_repeat(sums[7:-2]), math.nan)

@@ -25,10 +25,10 @@ from lightning_gradhist.logging.writer import LoggerQueues
 
 
 class Guard:
-    """Lets what may fail, fail: a full disk or a broken logger costs one warning a fit. No collectives within."""
+    """Lets what may fail, fail: a full disk or a broken logger costs one warning a fit and task. No collectives within."""
 
     def __init__(self) -> None:
-        self._has_warned = False
+        self._told: set[str] = set()
 
     @contextmanager
     def attempt(self, task: str) -> Iterator[None]:
@@ -39,10 +39,10 @@ class Guard:
             self.warn(task, error)
 
     def warn(self, task: str, error: Exception) -> None:
-        """Says what could not be done the first time, and no more."""
-        if not self._has_warned:
+        """Says the first time that a task could not be done, and no more."""
+        if task not in self._told:
             rank_zero_warn(f"GradientHistogramMonitor could not {task}, training goes on: {error!r}")
-        self._has_warned = True
+        self._told.add(task)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.magnitude_report import distributions
 from lightning_gradhist.logging.writer import Lazy, send_heatmap
-from lightning_gradhist.tensors import HostTensor, batches, copies, elementwise, joined, sent, with_float64
+from lightning_gradhist.tensors import HostTensor, batches, copies, elementwise, joined, sent, widened, with_float64
 
 _ALARM = 0.1
 _SUMS = 4  # squares of the update, squares of the weights, damped, all that could be
@@ -67,7 +67,7 @@ class UpdateReport:
         damped, counted = self._table()[:, 2:_SUMS].unbind(1)
         known = without_rounding_noise(self.histogram(), unit)
         noise = self.histogram().counts - known.counts
-        eps = torch.tensor([[self.eps.get(name, 0.0)] for name in self.names], dtype=torch.float64)
+        eps = torch.tensor([[self.eps.get(name, 0.0)] for name in self.names], dtype=torch.float64, device="cpu")
         damped_noise = (noise * (known.edges[1:] <= eps)).sum(1)
         damped, counted = (damped - damped_noise).clamp(min=0), counted - noise.sum(1)
         shares = (damped / counted).nan_to_num(0.0)  # a row without a second moment
@@ -168,13 +168,13 @@ class UpdateMonitor(StepObserver):
         histogram = MagnitudeHistogram(names, self._fit.module.device)
         after = self._weights(parameters, before)
         moments = second_moment(self._watched.optimizer, {name: parameters[name] for name in before if name in eps})
-        roots = elementwise(lambda part: _wide(part).sqrt(), own_parts(moments, parameters, self._fit.replicas))
+        roots = elementwise(lambda part: widened(part).sqrt(), own_parts(moments, parameters, self._fit.replicas))
         histogram.update({name: root for name, root in roots.items() if root.numel()}, rows)
         row_of = {row: index for index, row in enumerate(histogram.names)}
         counts = with_float64(histogram.table).double()
         sums = counts.new_zeros(len(row_of), _SUMS)
         for batch in batches(before):
-            index = torch.tensor([row_of[rows[name]] for name in batch])
+            index = torch.tensor([row_of[rows[name]] for name in batch], device="cpu")
             found = _sums(batch, joined(batch, after), joined(batch, roots), [eps.get(name, 0.0) for name in batch])
             sums.index_add_(0, sent(index, sums.device), found.to(sums.device))
         return torch.cat([sums, counts], 1)
@@ -191,19 +191,15 @@ def _largest(eps: Mapping[str, float], rows: Mapping[str, str]) -> dict[str, flo
 def _sums(before: Mapping[str, Tensor], after: Tensor, roots: Tensor, eps: list[float]) -> Tensor:
     """Of the parts of a batch, the first columns of :class:`UpdateReport`'s table, float64 ``[len(before), 4]``."""
     weights, roots = with_float64(joined(before)), with_float64(roots)
-    update = _wide(with_float64(after)) - weights
+    update = widened(with_float64(after)) - weights
     touched = roots > 0  # others have not had a gradient yet, and make no step to be damped
     if len(before) == 1:
         squares = [torch.linalg.vector_norm(values, dtype=torch.float64).square() for values in (update, weights)]
         counts = [(touched & (roots < eps[0])).sum(), touched.sum()]
         return torch.stack([*squares, *(count.double() for count in counts)])[None]
-    sizes = sent(torch.tensor([part.numel() for part in before.values()]), weights.device)
+    sizes = sent(torch.tensor([part.numel() for part in before.values()], device="cpu"), weights.device)
     owners = torch.repeat_interleave(sizes, output_size=len(weights))
-    limits = sent(torch.tensor(eps, dtype=roots.dtype), weights.device)[owners]
+    limits = sent(torch.tensor(eps, dtype=roots.dtype, device="cpu"), weights.device)[owners]
     values = [update.double().square(), weights.double().square(), touched & (roots < limits), touched]
     terms = torch.stack([value.double() for value in values], 1)
     return terms.new_zeros(len(before), _SUMS).index_add_(0, owners, terms)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

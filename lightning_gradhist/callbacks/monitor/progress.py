@@ -34,6 +34,7 @@ class Progress:
         batch_size: samples of a step, of which a checkpoint told.
         noise: what was measured.
         length: of the run, as it was planned.
+        repeats: pairs of steps of this fit that have the same samples; not in a checkpoint.
     """
 
     steps: int = 0
@@ -43,6 +44,7 @@ class Progress:
     batch_size: float = 0
     noise: NoiseRecord = field(default_factory=NoiseRecord)
     length: RunLength = field(default_factory=RunLength)
+    repeats: int = 0
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:

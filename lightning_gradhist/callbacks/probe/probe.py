@@ -49,7 +49,7 @@ from lightning_gradhist.callbacks.strategies import (
     replicas,
 )
 from lightning_gradhist.noise import NoiseScale
-from lightning_gradhist.tensors import as_real
+from lightning_gradhist.tensors import as_real, widened
 
 
 def pool(noise: NoiseScale, trainer: Trainer) -> None:
@@ -322,7 +322,7 @@ class Probe:
                 p.grad = gradient
 
     def _finished(self, gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-        unscaled = gradient if self._scale == 1.0 else gradient.to(_wide(gradient)) / self._scale
+        unscaled = gradient if self._scale == 1.0 else widened(gradient) / self._scale
         decay = self._decay.get(id(parameter), 0.0)
         return unscaled.add(_real(parameter), alpha=decay) if decay else unscaled
 
@@ -347,10 +347,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, (ProbeRefusedError, ProbeEnded)):
         return str(error).strip().rpartition(f"{ProbeRefusedError.__name__}: ")[2]  # a worker's has its traceback
     return f"the training data, training_step or its gradient raised {error!r:.300}"
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _real(parameter: nn.Parameter) -> Tensor:

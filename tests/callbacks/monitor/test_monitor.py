@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 import weakref
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +443,31 @@ def test_gradients_that_somebody_changes_are_not_taken_for_noise_in_pairs_either
     assert monitor.noise_records[0].estimate("simple").measurements == 24
 
 
+@pytest.mark.filterwarnings("ignore:GradientHistogramMonitor measured the noise scale at")
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(("accumulate", "size"), [(1, 8), (1, 32), (2, 8)])
+def test_gradients_of_the_step_before_are_not_taken_for_those_of_one(
+    tmp_path, accumulate: int, size: int, set_to_none: bool
+) -> None:
+    class Leaves(Still):
+        every = 1
+
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            if self.trainer.global_step % self.every == 0:
+                optimizer.zero_grad(set_to_none)
+
+    class EverySecond(Leaves):
+        every = 2
+
+    counts = []
+    for module in (Leaves, EverySecond):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        data = loader(size, samples=size * 24 * accumulate)
+        fit(tmp_path, monitor, module=module, data=data, accumulate_grad_batches=accumulate)
+        counts.append(monitor.noise_records[0].estimate("simple").measurements)
+    assert counts == {(1, 8): [12, 0], (1, 32): [23, 1], (2, 8): [24, 12]}[accumulate, size]
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_a_micro_batch_without_a_loss_is_not_taken_for_noise(tmp_path, accumulate: int) -> None:
@@ -461,10 +486,12 @@ def test_steps_on_the_same_few_batches_are_not_measured(tmp_path, caplog) -> Non
     assert len([record for record in caplog.records if "overfit_batches trains on the same" in record.message]) == 1
 
 
-def test_steps_of_epochs_of_one_batch_are_no_pairs(tmp_path) -> None:
-    monitor = GradientHistogramMonitor(every_n_steps=1)
-    with pytest.warns(UserWarning, match="at 0 of 0 steps.*epochs of one batch"):
-        fit(tmp_path, monitor, module=Still, data=loader(8, samples=8), max_epochs=50)
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("epochs", [6, 50])
+def test_steps_of_epochs_of_one_batch_are_no_pairs(tmp_path, epochs: int, every: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=every)
+    with pytest.warns(UserWarning, match="at 0 of 0 steps.*epochs of 10 batches or fewer have the same samples"):
+        fit(tmp_path, monitor, module=Still, data=loader(8, samples=8), max_epochs=epochs)
 
 
 class Unsplit(IterableDataset):
@@ -681,15 +708,42 @@ def test_a_monitor_that_writes_no_record_names_none(tmp_path) -> None:
     assert named == [True, False]
 
 
-def test_a_loader_of_another_batch_size_for_each_epoch_is_believed_anew(tmp_path) -> None:
-    class Growing(L.LightningDataModule):
+@pytest.mark.parametrize("is_counted", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((8, 16, 4), id="grows first"), pytest.param((16, 4, 8), id="shrinks first")]
+)
+def test_a_loader_of_another_batch_size_for_each_epoch_is_believed_anew(
+    tmp_path, sizes: tuple[int, ...], is_counted: bool
+) -> None:
+    class Changing(L.LightningDataModule):
         def train_dataloader(self) -> Any:
-            return DataLoader(dataset(), 8 << self.trainer.current_epoch)
+            return DataLoader(dataset(), sizes[self.trainer.current_epoch])
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch if is_counted else (batch, torch.zeros(3))
+
+    class Of(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch if is_counted else batch[0], batch_idx)
 
     monitor = GradientHistogramMonitor(every_n_steps=1)
-    made = fit(tmp_path, monitor, data=Growing(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
-    *_, last = monitor.noise_records[0].samples
-    assert last["step"] >= made.global_step - 3 and 8 < last["batch_size"] < 16
+    fit(tmp_path, monitor, module=Of, data=Changing(), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    samples, end = monitor.noise_records[0].samples, 0
+    for size in sizes:
+        start, end = end, end + len(dataset()) // size
+        within = [sample["batch_size"] for sample in samples if start < sample["step"] < end - 2]
+        assert within and {*within} == {size}
+
+
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_a_sampler_whose_batch_size_is_set_between_epochs_is_believed_anew(tmp_path, factor: float) -> None:
+    class Sets(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.train_dataloader.batch_sampler.batch_size = int(8 * factor)
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    fit(tmp_path, monitor, Sets(), max_epochs=2)
+    assert {sample["batch_size"] for sample in monitor.noise_records[0].samples} == {8, 8 * factor}
 
 
 def test_steps_of_many_backward_passes_are_not_asked_to_be_more(tmp_path) -> None:
@@ -707,6 +761,12 @@ def test_an_unknown_batch_size_is_said_and_can_be_given(tmp_path) -> None:
     assert RunRecord.load(tmp_path / "b" / "calibration.json").optimizers[0].batch_size == 8
 
 
+def test_under_manual_optimization_nothing_is_said_of_loader_and_batch(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="no noise scale: under manual optimization nobody but you knows") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), module=TwoOptimizers, max_steps=2)
+    assert not [one for one in caught if "cannot be read" in str(one.message)]
+
+
 class Sizes:
     """Batches of other samples in each epoch, of the sizes that it is told; nobody but the batches tells."""
 
@@ -714,9 +774,10 @@ class Sizes:
         self.sizes, self.generator = sizes, torch.Generator().manual_seed(0)
 
     def __iter__(self) -> Any:
+        draw = partial(torch.randn, generator=self.generator, device="cpu")
         for size in self.sizes:
-            inputs = torch.randn(size, 4, generator=self.generator)
-            yield inputs, inputs.sum(1, keepdim=True) + torch.randn(size, 1, generator=self.generator)
+            inputs = draw(size, 4)
+            yield inputs, inputs.sum(1, keepdim=True) + draw(size, 1)
 
 
 class Sized(Sizes):
@@ -737,6 +798,34 @@ class Frozen(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 1e-9)
+
+
+class Stepped(Frozen):
+    """Whose optimizer has its state already, so that it makes none on another device."""
+
+    def configure_optimizers(self) -> Any:
+        with torch.device("cpu"):
+            optimizer = torch.optim.AdamW(self.parameters(), 1e-3)
+            self.training_step(next(iter(Sizes(8))), 0).backward()
+            optimizer.step()
+        return optimizer
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(32, 1), (8, 1), (8, 2)])
+def test_a_default_device_is_not_that_of_what_it_makes(tmp_path, size: int, accumulate: int) -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        monitor, data = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True), Sized(*[size] * 24)
+        made = trainer(tmp_path / device, monitor, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
+        L.seed_everything(7, verbose=False)
+        with torch.device("cpu"):
+            module = Stepped()
+        with torch.device(device):
+            made.fit(module, data)
+        tags = events(tmp_path / device).Tags()
+        scalars = [logged_scalars(tmp_path / device, tag) for tag in tags["scalars"]]
+        found.append((tags, scalars, monitor.noise_records[0].samples))
+    assert found[0] == found[1] and len(found[0][2]) >= 11
 
 
 @cache
@@ -771,6 +860,46 @@ def test_steps_of_any_size_give_the_noise_scale(tmp_path, sizes: Any, accumulate
     assert found.value == pytest.approx(noise_scale_of_regression(), rel=0.4)
     saved = RunRecord.load(tmp_path / "calibration.json").optimizers[0]
     assert saved.batch_size == pytest.approx(effective, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:GradientHistogramMonitor (has no logger|measured the noise scale at 0)")
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("size", [pytest.param(8, id="pairs"), pytest.param(32, id="halves")])
+@pytest.mark.parametrize(
+    ("times", "precision"),
+    [(1e-22, "32-true"), (1e15, "32-true"), (1e22, "32-true"), (1e-100, "64-true"), (1e100, "64-true")],
+)
+def test_the_scale_of_the_loss_changes_no_noise_scale(
+    tmp_path, times: float, precision: Any, size: int, changed: bool
+) -> None:
+    class Of(Frozen):
+        times = 1.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step([part.to(self.dtype) for part in batch], batch_idx) * self.times
+
+        def on_after_backward(self) -> None:
+            if changed:
+                self.layer.weight.grad.mul_(0.5)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    class Scaled(Of):
+        pass
+
+    Scaled.times = times
+    found = []
+    for module in (Of, Scaled):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        fit(tmp_path, monitor, module=module, data=Sized(*[size] * 24), precision=precision, logger=False)
+        found.append(monitor.noise_records[0].estimate("simple"))
+    if (times, precision) == (1e22, "32-true"):  # the squares fit no float32, and nobody can tell
+        assert found[1].measurements == 0
+        return
+    for end in ("value", "lower", "upper"):
+        assert getattr(found[1], end) == pytest.approx(getattr(found[0], end), rel=1e-3)
+    assert found[0].measurements == found[1].measurements == (0 if changed else 12 if size == 8 else 23)
 
 
 def test_runs_without_a_logger_have_records_of_their_own_and_say_where(tmp_path, caplog) -> None:
@@ -1462,7 +1591,38 @@ def test_what_fails_costs_one_warning_and_not_the_run(
     with pytest.warns(UserWarning, match="could not .*, training goes on.*OutOfMemory") as caught:
         made = fit(tmp_path, monitor, accumulate_grad_batches=accumulate, limit_train_batches=6)
     assert made.global_step == 6 // accumulate
-    assert len([one for one in caught if "GradientHistogramMonitor" in str(one.message)]) == 1
+    told = [str(one.message) for one in caught if "GradientHistogramMonitor" in str(one.message)]
+    assert len(told) == len({*told})
+
+
+def test_a_failure_hides_no_other_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "measure_pair", _raises)
+    monkeypatch.setattr(optimizer_state, "damping_epsilons", _raises)
+    with pytest.warns(UserWarning, match="GradientHistogramMonitor") as caught:
+        fit(tmp_path, GradientHistogramMonitor(every_n_steps=1, optimizer_state=True), limit_train_batches=4)
+    for task in ("measure noise", "look at the optimizer's step"):
+        assert len([one for one in caught if f"could not {task}" in str(one.message)]) == 1
+
+
+class WithoutInputs(Net):
+    """A layer for columns that these data do not have, whose weight has no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.none = nn.Linear(0, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.none(batch[0][:, :0]).square().mean()
+
+
+@pytest.mark.parametrize(("size", "accumulate", "measured"), [(64, 1, 11), (8, 1, 6), (8, 2, 6)])
+def test_parameters_without_values_are_left_out(tmp_path, size: int, accumulate: int, measured: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1, optimizer_state=True)
+    data = loader(size, samples=size * 12)
+    fit(tmp_path, monitor, module=WithoutInputs, data=data, accumulate_grad_batches=accumulate)
+    assert len(monitor.noise_records[0]) == measured
 
 
 def test_a_group_function_that_raises_costs_one_warning(tmp_path) -> None:
@@ -1627,6 +1787,23 @@ def test_how_much_the_trainer_clips_is_logged_where_it_clips_by_norm(tmp_path, c
     for step, factor in found.items():
         norm = torch.cat([gradient.flatten() for gradient in spy.seen[step].values()]).norm()
         assert factor == pytest.approx(min(1.0, clip / float(norm)), rel=0.02)
+
+
+@pytest.mark.parametrize(("gradient", "factor"), [(0.9, 1.0), (1.0, 1.0), (1.06, 1.0), (2.0, 0.5), (2.24, 0.45)])
+def test_no_clipping_is_told_of_that_the_bins_of_a_few_values_cannot_tell(
+    tmp_path, gradient: float, factor: float
+) -> None:
+    class One(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda _: torch.optim.SGD([self.weight], 0.1))
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return gradient * self.weight
+
+    monitor = GradientHistogramMonitor(every_n_steps=1, include="^weight")
+    fit(tmp_path, monitor, module=One, gradient_clip_val=1.0, max_steps=2)
+    assert logged_scalars(tmp_path, "gradient_clip_factor")[0] == pytest.approx(factor, rel=0.07 if factor < 1 else 0)
 
 
 @pytest.mark.parametrize(
