@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 from lightning_gradhist.plan import plan
 
 

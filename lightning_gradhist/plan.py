@@ -10,7 +10,7 @@ from typing import Any
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import SURGE, RateRatio, choose_ratio
 from lightning_gradhist.noise.interval import Band, NoiseEstimate
-from lightning_gradhist.noise.record import OptimizerRecord, RunRecord, finite
+from lightning_gradhist.noise.run_record import OptimizerRecord, RunRecord, finite
 from lightning_gradhist.tradeoff import batch_size_tradeoff, critical_batch_size
 
 _HEADER = ("samples a step", "learning rate", "times", "steps to the same loss", "samples to the same loss")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
 from lightning_gradhist.callbacks.calibration import evidence
-from lightning_gradhist.callbacks.monitor import observer, optimizer_state
+from lightning_gradhist.callbacks.monitor import observer, updates
 from lightning_gradhist.metric import MagnitudeHistogramMetric
 from lightning_gradhist.noise import GradientMoments
 
@@ -316,7 +316,7 @@ def short_of_memory(folder: Path) -> Any:
         ("count", MagnitudeHistogram, "update", {}),
         ("part", observer, "own_parts", {}),
         ("copy", gradients, "local_gradient", {"when": "local"}),
-        ("state", optimizer_state, "_sums", {"optimizer_state": True}),
+        ("state", updates, "_sums", {"optimizer_state": True}),
         ("table", MagnitudeHistogram, "__init__", {"optimizer_state": True}),
     ):
         spy, original = GradientSpy(), getattr(owner, attribute)

@@ -170,7 +170,7 @@ BLOCKED = """
         steps.step()
         assert bool((weight < 1).all())
 
-    from lightning_gradhist.logging import calibration_report, figures, sinks
+    from lightning_gradhist.logging import calibration_result, figures, sinks
 
     assert not figures.available()
     for name in ("GradientHistogramMonitor", "OptimizerCalibration"):

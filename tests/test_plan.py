@@ -14,7 +14,7 @@ import pytest
 from lightning_gradhist import NoiseEstimate, batch_size_tradeoff, critical_batch_size
 from lightning_gradhist.__main__ import main
 from lightning_gradhist.learning_rate import choose_ratio
-from lightning_gradhist.noise.record import OptimizerRecord, RunRecord
+from lightning_gradhist.noise.run_record import OptimizerRecord, RunRecord
 from lightning_gradhist.plan import plan
 
 NOISE = NoiseEstimate(value=1000.0, lower=800.0, upper=1300.0, confidence=0.95, measurements=200)

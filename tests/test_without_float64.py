@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradhist import MagnitudeHistogram, tensors
-from lightning_gradhist.callbacks.monitor import optimizer_state
+from lightning_gradhist.callbacks.monitor import updates
 from lightning_gradhist.noise import step
 from lightning_gradhist.noise.step import measure_pair, measure_part
 
@@ -44,7 +44,7 @@ class WithoutFloat64(TorchDispatchMode):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
     mode = WithoutFloat64()
-    for module in (tensors, optimizer_state, step):
+    for module in (tensors, updates, step):
         monkeypatch.setattr(module, "with_float64", mode.bring)
     return mode
 
@@ -67,7 +67,7 @@ def test_noise_is_measured(device: WithoutFloat64) -> None:
 def test_an_update_is_measured(device: WithoutFloat64, sizes: dict[str, int]) -> None:
     before, after, roots = ({name: torch.rand(size) for name, size in sizes.items()} for _ in range(3))
     arguments = before, *(torch.cat(list(some.values())) for some in (after, roots)), [0.5] * len(sizes)
-    expected = optimizer_state._sums(*arguments)
+    expected = updates._sums(*arguments)
     with device:
-        assert torch.equal(optimizer_state._sums(*arguments), expected)
+        assert torch.equal(updates._sums(*arguments), expected)
         MagnitudeHistogram(["a", "b"]).update({"a": before["a"]})

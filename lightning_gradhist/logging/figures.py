@@ -17,7 +17,7 @@ import torch
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import PLAIN_LAWS, SURGE, plain_ratio, surge_ratio
-from lightning_gradhist.logging.calibration_report import CalibrationResult
+from lightning_gradhist.logging.calibration_result import CalibrationResult
 from lightning_gradhist.logging.magnitude_report import shown_buckets
 from lightning_gradhist.noise.interval import Band
 from lightning_gradhist.plan import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_gradhist.noise import NoiseRecord
-from lightning_gradhist.noise.series import METRICS
+from lightning_gradhist.noise.noise_record import METRICS
 from lightning_gradhist.tradeoff import critical_batch_size
 
 _KIND = "noise_scale"

@@ -30,7 +30,7 @@ from ranks import run_ranks
 from support import assert_state_is_logged, events, expected_counts, logged_counts
 
 from lightning_gradhist import MagnitudeHistogram, NoiseScale
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 
 RANKS = [pytest.param(2, id="two ranks"), pytest.param(3, id="three ranks", marks=pytest.mark.slow)]
 

@@ -15,7 +15,7 @@ from support import Net, events, loader, trainer
 from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
-from lightning_gradhist.callbacks.monitor.observer import Guard
+from lightning_gradhist.callbacks.monitor.fit import Guard
 
 DEVICE = torch.device(os.environ.get("GRADHIST_DEVICE", "cuda"))
 ACCELERATOR = {"accelerator": "gpu" if DEVICE.type == "cuda" else "cpu", "devices": 1}

@@ -22,7 +22,7 @@ from lightning_gradhist import GradientHistogramMonitor
 from lightning_gradhist.logging import sinks
 from lightning_gradhist.logging.sinks import Sink, register_sink
 from lightning_gradhist.logging.writer import LoggerQueues, Writer
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 
 
 class Broken(DummyLogger):

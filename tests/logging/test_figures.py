@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_gradhist.epsilon import epsilon_range
 from lightning_gradhist.histogram import MagnitudeHistogram
-from lightning_gradhist.logging.calibration_report import CalibrationResult
+from lightning_gradhist.logging.calibration_result import CalibrationResult
 from lightning_gradhist.logging.figures import (
     available,
     epsilon_figure,

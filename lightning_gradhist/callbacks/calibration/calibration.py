@@ -35,16 +35,17 @@ from lightning_gradhist.callbacks.calibration.handoff import (
     stray_rate,
     take_up,
 )
-from lightning_gradhist.callbacks.optimizers import class_name, why_without_layers
+from lightning_gradhist.callbacks.optimizer_rules import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
-from lightning_gradhist.callbacks.schedules import horizons, scheduled_accumulation, schedulers_in
+from lightning_gradhist.callbacks.run_length import horizons
+from lightning_gradhist.callbacks.schedulers import scheduled_accumulation, schedulers_in
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
-from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.calibration_result import CalibrationResult, GroupChange
 from lightning_gradhist.logging.sinks import sink_of
-from lightning_gradhist.noise.record import OptimizerRecord, RecordError, RunRecord
+from lightning_gradhist.noise.run_record import OptimizerRecord, RecordError, RunRecord
 
 
 class _Phase(Enum):

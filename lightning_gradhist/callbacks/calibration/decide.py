@@ -13,9 +13,9 @@ from lightning_gradhist.callbacks.calibration.evidence import Evidence, Options,
 from lightning_gradhist.callbacks.calibration.handoff import rate_factors
 from lightning_gradhist.explore import AUTO, explore_choice
 from lightning_gradhist.learning_rate import SHORT_RUN, SURGE, RateRatio, choose_ratio, share_of_equal_samples
-from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.calibration_result import CalibrationResult, GroupChange
 from lightning_gradhist.noise import NoiseEstimate
-from lightning_gradhist.noise.record import RunLength
+from lightning_gradhist.noise.run_record import RunLength
 
 _KEPT = RateRatio(1.0, 1.0, 1.0, "keep")
 

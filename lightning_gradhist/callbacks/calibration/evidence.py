@@ -17,9 +17,9 @@ from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrappe
 from lightning_gradhist.callbacks._lightning import LightningModule, Trainer
 from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch_size, gradients_a_step
 from lightning_gradhist.callbacks.calibration import explain
-from lightning_gradhist.callbacks.calibration.handoff import stray_schedule
+from lightning_gradhist.callbacks.calibration.scheduler_trial import stray_schedule
 from lightning_gradhist.callbacks.gradients import clip_limits, hooks_not_called, rounding_unit
-from lightning_gradhist.callbacks.optimizers import (
+from lightning_gradhist.callbacks.optimizer_rules import (
     centered,
     class_name,
     least_epsilon,
@@ -33,14 +33,15 @@ from lightning_gradhist.callbacks.probe.outcome import agree, on_every_rank, why
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
-from lightning_gradhist.callbacks.schedules import base_rates, horizons, is_rate, later_accumulation, run_length
+from lightning_gradhist.callbacks.run_length import horizons, later_accumulation, run_length
+from lightning_gradhist.callbacks.schedulers import base_rates, is_rate
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
 from lightning_gradhist.explore import AUTO, explore_choice, variance_factor
 from lightning_gradhist.histogram import MagnitudeHistogram
 from lightning_gradhist.learning_rate import SURGE, Law, PlainLaw, plain_ratio
 from lightning_gradhist.noise import NoiseEstimate, NoiseScale, OptimizerRecord
-from lightning_gradhist.noise.record import RunLength
+from lightning_gradhist.noise.run_record import RunLength
 
 _TRIED = 4  # batches that the first step is tried on
 MIN_BATCHES = 4

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_gradhist.callbacks.probe.first_step import FINENESS
-from lightning_gradhist.callbacks.schedules import is_rate
+from lightning_gradhist.callbacks.schedulers import is_rate
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.learning_rate import SHORT_RUN
-from lightning_gradhist.logging.calibration_report import GroupChange
+from lightning_gradhist.logging.calibration_result import GroupChange
 
 FAR = 100
 """Times by which no two rates of one model differ but by mistake."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
 from lightning_gradhist.callbacks.gradients import LocalGradients, clip_limits, squared_norm
+from lightning_gradhist.callbacks.monitor.checkpoint import Progress
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
-from lightning_gradhist.callbacks.monitor.progress import Progress
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
 from lightning_gradhist.callbacks.strategies import is_cut_up
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_gradhist.callbacks.batch_size import taken_as
-from lightning_gradhist.callbacks.monitor.observer import Fit
-from lightning_gradhist.callbacks.monitor.progress import Progress
+from lightning_gradhist.callbacks.monitor.checkpoint import Progress
+from lightning_gradhist.callbacks.monitor.fit import Fit
 from lightning_gradhist.callbacks.strategies import changing_hook
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import ENOUGH

@@ -22,16 +22,17 @@ from lightning_gradhist.callbacks._lightning import (
 )
 from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.monitor import messages
+from lightning_gradhist.callbacks.monitor.checkpoint import Progress, likeness
+from lightning_gradhist.callbacks.monitor.fit import Fit
 from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, When, check_when
 from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor
-from lightning_gradhist.callbacks.monitor.observer import Fit, StepObserver, WatchedOptimizer
+from lightning_gradhist.callbacks.monitor.observer import StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
-from lightning_gradhist.callbacks.monitor.optimizer_state import UpdateMonitor
-from lightning_gradhist.callbacks.monitor.progress import Progress, likeness
-from lightning_gradhist.callbacks.monitor.record import RecordFile, record_directory
+from lightning_gradhist.callbacks.monitor.record_file import RecordFile, record_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows
-from lightning_gradhist.callbacks.optimizers import why_without_layers
-from lightning_gradhist.callbacks.schedules import run_length
+from lightning_gradhist.callbacks.monitor.updates import UpdateMonitor
+from lightning_gradhist.callbacks.optimizer_rules import why_without_layers
+from lightning_gradhist.callbacks.run_length import run_length
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.logging.writer import LoggerQueues

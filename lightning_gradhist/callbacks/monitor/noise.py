@@ -22,11 +22,11 @@ from lightning_gradhist.callbacks.gradients import (
     rounding_unit,
     squared_norm,
 )
+from lightning_gradhist.callbacks.monitor.checkpoint import Progress
 from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
-from lightning_gradhist.callbacks.monitor.progress import Progress
-from lightning_gradhist.callbacks.optimizers import metric_weights
-from lightning_gradhist.callbacks.schedules import base_rates, schedulers_in
+from lightning_gradhist.callbacks.optimizer_state import metric_weights
+from lightning_gradhist.callbacks.schedulers import base_rates, schedulers_in
 from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.sample import Sample

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from lightning_gradhist.callbacks._deepspeed import is_deepspeed, is_zero, unwrapped
 from lightning_gradhist.callbacks._lightning import is_a
 from lightning_gradhist.callbacks.gradients import before_update, found_inf, has_gradients, may_skip_steps
+from lightning_gradhist.callbacks.monitor.checkpoint import Progress
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
-from lightning_gradhist.callbacks.monitor.progress import Progress
 
 
 class OptimizerMonitor:

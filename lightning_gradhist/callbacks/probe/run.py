@@ -21,7 +21,7 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
     on_every_rank,
 )
-from lightning_gradhist.callbacks.probe.progress import progress
+from lightning_gradhist.callbacks.probe.progress_bar import progress
 from lightning_gradhist.callbacks.probe.restore import Apart, no_trace
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, replicas
 

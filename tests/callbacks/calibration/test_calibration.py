@@ -30,7 +30,7 @@ from lightning_gradhist import (
     batch_size_tradeoff,
     critical_batch_size,
 )
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 
 
 def with_eps(eps: float, **options: Any) -> Any:

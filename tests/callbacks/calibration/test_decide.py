@@ -17,9 +17,9 @@ from lightning_gradhist.callbacks.calibration.evidence import (
     needs_probe,
 )
 from lightning_gradhist.epsilon import epsilon_range
-from lightning_gradhist.logging.calibration_report import GroupChange
+from lightning_gradhist.logging.calibration_result import GroupChange
 from lightning_gradhist.noise import NoiseEstimate, OptimizerRecord
-from lightning_gradhist.noise.record import RunLength
+from lightning_gradhist.noise.run_record import RunLength
 
 
 @dataclass

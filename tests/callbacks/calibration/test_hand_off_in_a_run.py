@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 from lightning_gradhist.plan import plan
 
 

@@ -10,9 +10,10 @@ import torch
 from torch.optim import lr_scheduler as schedules
 
 from lightning_gradhist import AdamE
-from lightning_gradhist.callbacks.calibration.handoff import apply_changes, stray_schedule
-from lightning_gradhist.callbacks.schedules import base_rates
-from lightning_gradhist.logging.calibration_report import GroupChange
+from lightning_gradhist.callbacks.calibration.handoff import apply_changes
+from lightning_gradhist.callbacks.calibration.scheduler_trial import stray_schedule
+from lightning_gradhist.callbacks.schedulers import base_rates
+from lightning_gradhist.logging.calibration_result import GroupChange
 
 FACTORS = (2.0, 0.5)
 

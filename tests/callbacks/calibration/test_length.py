@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.learning_rate import surge_ratio
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 from lightning_gradhist.plan import plan
 
 

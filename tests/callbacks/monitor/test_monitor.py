@@ -44,10 +44,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_wor
 
 from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
-from lightning_gradhist.callbacks.monitor import noise, observer, optimizer_state
+from lightning_gradhist.callbacks.monitor import noise, observer, updates
 from lightning_gradhist.callbacks.strategies import Replicas, own_parts
 from lightning_gradhist.noise import NoiseRecord
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 
 
 def assert_counts(folder, spy: GradientSpy, every: int, steps: list[int]) -> None:
@@ -1578,8 +1578,8 @@ def _raises(*args: Any, **kwargs: Any) -> Any:
         pytest.param(observer, "own_parts", {}, id="parts"),
         pytest.param(observer, "ready_gradients", {"when": "after_clip"}, id="after clipping"),
         pytest.param(gradients, "local_gradient", {"when": "local"}, id="local copies"),
-        pytest.param(optimizer_state, "damping_epsilons", {"optimizer_state": True}, id="state"),
-        pytest.param(optimizer_state, "UpdateReport", {"optimizer_state": True}, id="report"),
+        pytest.param(updates, "damping_epsilons", {"optimizer_state": True}, id="state"),
+        pytest.param(updates, "UpdateReport", {"optimizer_state": True}, id="report"),
     ],
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -1597,7 +1597,7 @@ def test_what_fails_costs_one_warning_and_not_the_run(
 
 def test_a_failure_hides_no_other_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "measure_pair", _raises)
-    monkeypatch.setattr(optimizer_state, "damping_epsilons", _raises)
+    monkeypatch.setattr(updates, "damping_epsilons", _raises)
     with pytest.warns(UserWarning, match="GradientHistogramMonitor") as caught:
         fit(tmp_path, GradientHistogramMonitor(every_n_steps=1, optimizer_state=True), limit_train_batches=4)
     for task in ("measure noise", "look at the optimizer's step"):

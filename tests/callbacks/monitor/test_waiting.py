@@ -14,9 +14,9 @@ from support import events, fit, loader
 from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor
-from lightning_gradhist.callbacks.monitor.observer import Guard
+from lightning_gradhist.callbacks.monitor.fit import Guard
 from lightning_gradhist.noise import NoiseRecord
-from lightning_gradhist.noise.record import RunRecord
+from lightning_gradhist.noise.run_record import RunRecord
 from lightning_gradhist.tensors import HostTensor
 
 ASKS = ("item", "tolist", "__float__", "new_tensor")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gradhist.callbacks.gradients import has_gradients, rounding_unit
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.reports import Reports, Send
-from lightning_gradhist.callbacks.optimizers import damping_epsilons, optimizer_weights, second_moment
+from lightning_gradhist.callbacks.optimizer_state import damping_epsilons, optimizer_weights, second_moment
 from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram

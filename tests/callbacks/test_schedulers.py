@@ -16,8 +16,9 @@ from support import Net, fit, loader
 from torch.optim import lr_scheduler as schedules
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gradhist.callbacks.schedules import is_pure, run_length
-from lightning_gradhist.noise.record import RunLength
+from lightning_gradhist.callbacks.run_length import run_length
+from lightning_gradhist.callbacks.schedulers import is_pure
+from lightning_gradhist.noise.run_record import RunLength
 
 
 class Watch(L.Callback):

@@ -24,7 +24,7 @@ from support import (
 from torch import nn
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor, GradientHistogramMonitor
-from lightning_gradhist.callbacks.optimizers import metric_weights, second_moment
+from lightning_gradhist.callbacks.optimizer_state import metric_weights, second_moment
 from lightning_gradhist.logging import figures
 
 SMALL = 1e-20  # damps nothing, not even what a bias before BatchNorm has for a gradient
@@ -264,7 +264,7 @@ def test_a_rank_that_cannot_copy_its_weights_logs_nothing_and_says_so(tmp_path, 
     def full(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("no room for a copy")
 
-    monkeypatch.setattr("lightning_gradhist.callbacks.monitor.optimizer_state.own_parts", full)
+    monkeypatch.setattr("lightning_gradhist.callbacks.monitor.updates.own_parts", full)
     with pytest.warns(UserWarning, match="could not copy the weights, training goes on.*no room for a copy"):
         made = fit(tmp_path, monitor(1), max_steps=3)
     assert made.global_step == 3

@@ -14,7 +14,7 @@ import torch
 
 from lightning_gradhist.noise import NoiseRecord
 from lightning_gradhist.noise.interval import NoiseEstimate
-from lightning_gradhist.noise.record import (
+from lightning_gradhist.noise.run_record import (
     FILE_NAME,
     SCHEMA_VERSION,
     OptimizerRecord,

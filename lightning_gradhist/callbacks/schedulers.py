@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Set
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import replace
 from functools import partial
 from io import StringIO
 from itertools import islice
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._deepspeed import unwrapped
-from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer, is_a, isolate_rng
-from lightning_gradhist.callbacks.optimizers import innermost
+from lightning_gradhist.callbacks._lightning import Trainer, is_a, isolate_rng
+from lightning_gradhist.callbacks.optimizer_rules import innermost
 from lightning_gradhist.explore import is_number
-from lightning_gradhist.noise.record import RunLength
 
 _ONE_BY_ONE = 2048
-_PARTS = 16  # of a run, at whose ends the shape of a schedule is taken down
 _ATOMS = (int, float, str, type(None))
 _REACHED = 1000  # things that a function holds, beyond which no more are looked at
 
@@ -46,59 +43,6 @@ def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | 
 def is_rate(value: Any) -> TypeGuard[float | Tensor]:
     """Whether a value is a number, or a tensor of one."""
     return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
-
-
-def planned_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where nobody knows, as of an endless loader or under manual optimization."""
-    if not trainer.lightning_module.automatic_optimization or later_accumulation(trainer):
-        return None
-    try:
-        steps = trainer.estimated_stepping_batches
-    except Exception:  # of a loader of the user's; where nobody can tell, nobody needs to know
-        return None
-    return int(steps) if 0 < steps < math.inf else None
-
-
-def run_length(trainer: Trainer, optimizer: Optimizer, before: RunLength | None = None) -> RunLength:
-    """The planned steps, warm-up and shape of the schedule, as far as they are known.
-
-    The latter two are known only before the run; where it goes on, they are taken from what was known ``before``.
-    """
-    planned = planned_steps(trainer)
-    if trainer.global_step > 0:
-        return replace(before or RunLength(), planned=planned)
-    rates = _planned_rates(trainer, optimizer) if planned else {}
-    peak = max(rates.values(), default=0.0)
-    if planned is None or not peak > 0:
-        return RunLength(planned)
-    first = next(at for at, rate in rates.items() if rate >= (1 - 1e-9) * peak)
-    known = [max(at for at in rates if at <= part / _PARTS) for part in range(_PARTS + 1)]
-    return RunLength(planned, warm_up=round(first * planned), schedule=[rates[at] / peak for at in known])
-
-
-def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]:
-    """The highest rate of a group by the share of the run that is over; empty where it is not known."""
-    mine = [(scheduler, times) for scheduler, times in horizons(trainer) if schedulers_of(optimizer, [scheduler])]
-    if not mine:
-        return {0.0: 1.0}
-    ((scheduler, times), *others) = mine
-    if others or not 1 <= times < math.inf or not all(map(_can_be_tried, parts([scheduler]))):
-        return {}
-    try:
-        with unnoticed():
-            tried = twin(scheduler)
-            rates = {0.0: max(float(group["lr"]) for group in tried.optimizer.param_groups)}
-            rates |= {step / times: max(of_groups) for step, of_groups in walk(tried, times)}
-    except Exception:  # whatever it is, it cannot be tried
-        return {}
-    return rates if max(rates) * times >= int(times) - 1 else {}  # OneCycleLR ends a step before the run
-
-
-def _can_be_tried(part: Any) -> bool:
-    """Whether copies of a scheduler can be stepped without a trace: torch's own, without functions that may have a state."""
-    if type(part).__module__ != lr_scheduler.__name__ or isinstance(part, lr_scheduler.ReduceLROnPlateau):
-        return False
-    return all(map(is_pure, [getattr(part, "_scale_fn_custom", None), *getattr(part, "lr_lambdas", ())]))
 
 
 def is_pure(function: Any) -> bool:
@@ -172,29 +116,6 @@ def scheduled_accumulation(trainer: Trainer) -> dict[int, int]:
     """Micro-batches of a step from these epochs on, where a callback sets them."""
     schedules = [c.scheduling for c in getattr(trainer, "callbacks", ()) if is_a(c, "GradientAccumulationScheduler")]
     return {epoch: factor for schedule in schedules for epoch, factor in schedule.items()}
-
-
-def later_accumulation(trainer: Trainer) -> dict[int, int]:
-    """Those of them that change later in the run."""
-    factors = scheduled_accumulation(trainer)
-    last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-    later = {epoch: factor for epoch, factor in factors.items() if trainer.current_epoch < epoch < last}
-    return later if set(later.values()) - {trainer.accumulate_grad_batches} else {}
-
-
-def horizons(trainer: Trainer) -> list[tuple[Any, float]]:
-    """The schedulers, and how many times each is stepped; infinite where that is not known."""
-    configs, epochs = trainer.lr_scheduler_configs, math.inf
-    try:
-        steps = trainer.estimated_stepping_batches if configs else 0
-        batches = trainer.num_training_batches if configs else math.inf  # known by now; an endless epoch has no end
-        if math.isfinite(batches):
-            epochs = max(1.0, steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
-    except MisconfigurationException:  # with accumulation that changes
-        steps = math.inf
-        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else math.inf
-    times = {"step": steps, "epoch": epochs if trainer.lightning_module.automatic_optimization else steps}
-    return [(config.scheduler, times[config.interval] / config.frequency) for config in configs]
 
 
 def schedulers_in(trainer: Trainer) -> list[Any]:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_gradhist.noise import NoiseRecord
-from lightning_gradhist.noise.record import OptimizerRecord, RunLength
-from lightning_gradhist.noise.series import METRICS
+from lightning_gradhist.noise.noise_record import METRICS
+from lightning_gradhist.noise.run_record import OptimizerRecord, RunLength
 
 _MEASURED = ("batch_size", *(f"{kind}_{metric}" for metric in METRICS for kind in ("noise", "signal")))
 

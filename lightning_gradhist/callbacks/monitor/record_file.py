@@ -10,12 +10,12 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.monitor.observer import Guard
-from lightning_gradhist.callbacks.monitor.progress import Progress
-from lightning_gradhist.callbacks.optimizers import class_name
+from lightning_gradhist.callbacks.monitor.checkpoint import Progress
+from lightning_gradhist.callbacks.monitor.fit import Guard
+from lightning_gradhist.callbacks.optimizer_rules import class_name
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import Writer
-from lightning_gradhist.noise.record import FILE_NAME, RunRecord, path_in, reserve
+from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, path_in, reserve
 
 _TASK = f"write {FILE_NAME}"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_gradhist.epsilon import epsilon_range
-from lightning_gradhist.logging.calibration_report import CalibrationResult, GroupChange
+from lightning_gradhist.logging.calibration_result import CalibrationResult, GroupChange
 from lightning_gradhist.noise.interval import NoiseEstimate
 
 CHANGES = (

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor
-from lightning_gradhist.callbacks.optimizers import (
+from lightning_gradhist.callbacks.optimizer_rules import (
     UNKNOWN,
     centered,
     class_name,
     coupled_decay,
     innermost,
-    metric_weights,
     own_clip_norm,
     rule_of,
-    second_moment,
 )
+from lightning_gradhist.callbacks.optimizer_state import metric_weights, second_moment
 
 SMALL, LARGE = 1e-3, 3e-2
 

@@ -1,0 +1,100 @@
+"""Whether schedulers would follow when the base rates are multiplied: found by stepping copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+from torch.optim import Optimizer, lr_scheduler
+
+from lightning_gradhist.callbacks.calibration.rates import factor_of_each, rates_in, scale_rates
+from lightning_gradhist.callbacks.schedulers import is_pure, parts, reached, schedulers_of, twin, unnoticed, walk
+
+_FOLLOW = (
+    lr_scheduler.LambdaLR,
+    lr_scheduler.MultiplicativeLR,
+    lr_scheduler.CyclicLR,
+    lr_scheduler.ReduceLROnPlateau,
+    lr_scheduler.SequentialLR,
+    lr_scheduler.ChainedScheduler,
+)
+"""Not tried: they multiply what is scaled, or what they are made of is tried; some call functions of the user's."""
+
+
+def stray_schedule(
+    optimizer: Optimizer, horizons: Sequence[tuple[Any, float]], factors: Sequence[float | None]
+) -> str | None:
+    """Which optimizer or scheduler would not follow when the base rates are multiplied, and what it keeps; None if all do.
+
+    An optimizer with rates beside those of its groups does not. Copies of each scheduler are stepped through the run, as
+    they are and with all that is recognised multiplied: the ratio of their rates has to be the factor at every step.
+
+    Args:
+        optimizer: whose rates are to be multiplied.
+        horizons: schedulers, and how many times each is stepped.
+        factors: of each group; None where its rate is 0.
+    """
+    wrapped = [optimizer]
+    for one in wrapped:  # which grows
+        wrapped += [held for held in vars(one).values() if isinstance(held, Optimizer) and held not in wrapped]
+        own = [
+            name for name, rates in rates_in(vars(one)).items() if any(rates if isinstance(rates, list) else [rates])
+        ]
+        if own:
+            return f"{type(one).__name__} ({', '.join(sorted(own))})"
+    for scheduler, horizon in horizons:
+        for part in parts(schedulers_of(optimizer, [scheduler])):
+            if any(_looks_at(function, part) for function in getattr(part, "lr_lambdas", ())):
+                return f"{type(part).__name__} (lr_lambdas, which look at the optimizer)"
+            if not _follows(part, horizon, factors):
+                groups = len(factors)  # as many numbers may be rates, whatever their name
+                kept = {name for name, value in vars(part).items() if isinstance(value, list) and len(value) == groups}
+                kept |= rates_in(vars(part)).keys()
+                return type(part).__name__ + (f" ({', '.join(sorted(kept))})" if kept else "")
+    return None
+
+
+def _looks_at(function: Any, scheduler: Any) -> bool:
+    """Whether a function of a schedule holds or names what has absolute rates, and may take the new one away again.
+
+    That is an optimizer, its groups, or another scheduler.
+    """
+    groups = scheduler.optimizer.param_groups
+    rates = {id(one) for one in (groups, *groups)}
+    return any(
+        (isinstance(one, (Optimizer, lr_scheduler.LRScheduler)) and one is not scheduler)
+        or id(one) in rates
+        or (isinstance(one, FunctionType) and "param_groups" in one.__code__.co_names)
+        for one in reached(function)
+    )
+
+
+def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
+    if any(_steps_as(scheduler, kind) for kind in _FOLLOW):
+        return True
+    if not all(map(is_pure, getattr(scheduler, "lr_lambdas", ()))):
+        return False
+    expected = factor_of_each(factors)
+    # of sums in which the largest rate is a term
+    rounding = 1e-9 * max(float(group.get("initial_lr", group["lr"])) for group in scheduler.optimizer.param_groups)
+    try:
+        with unnoticed():
+            plain, scaled = twin(scheduler), twin(scheduler)
+            scale_rates(scaled.optimizer, [scaled], factors)
+            return all(
+                math.isclose(after, factor * rate, rel_tol=1e-6, abs_tol=rounding * factor)
+                for (_, one), (_, other) in zip(walk(plain, horizon), walk(scaled, horizon), strict=True)
+                for rate, after, factor in zip(one, other, expected, strict=True)
+            )
+    except Exception:  # whatever it is, it cannot be tried
+        return False
+
+
+def _steps_as(scheduler: Any, kind: type) -> bool:
+    """Whether it is of a class, and leaves its ways of making rates as they are."""
+    own = type(scheduler)
+    return isinstance(scheduler, kind) and all(
+        getattr(own, name, None) is getattr(kind, name, None) for name in ("get_lr", "step")
+    )
