@@ -146,7 +146,7 @@ def _numbers_in(state: Any) -> int:
     """How many numbers there are in nested dicts and lists; one that was not finite is None, and counts."""
     if isinstance(state, dict):
         return sum(map(_numbers_in, state.values()))
-    return sum(map(_numbers_in, state)) if isinstance(state, list) else 1
+    return sum(map(_numbers_in, state)) if isinstance(state, list) else int(not isinstance(state, str))
 
 
 def check(ranks: int, steps: int = 5, every_n_steps: int = 2) -> Row:

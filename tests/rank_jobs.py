@@ -347,6 +347,13 @@ class Samples(IterableDataset):  # type: ignore[type-arg]
         return iter(self.source)
 
 
+def _batches(*sizes: int) -> list[Any]:
+    """Batches of samples that no other has, on no rank."""
+    first = 64 * _world()[0]
+    own = (tensor[first : first + sum(sizes)].split(sizes) for tensor in dataset(128).tensors)
+    return list(zip(*own, strict=True))
+
+
 def out_of_step(folder: Path) -> Any:
     """Ranks that differ: in their number of batches, in what fails, in what overflows. None may wait for ever."""
     rank, ranks = _world()
@@ -375,8 +382,8 @@ def out_of_step(folder: Path) -> Any:
             return super().training_step(batch, batch_idx)
 
     few = loader(4, samples=12 if rank == 0 else 64)
-    inputs, labels = dataset(4).tensors
-    one_short = [(inputs[:size], labels[:size]) for size in (4, 4, 3 if rank == 0 else 4, 4, 4, 4, 4, 4)]
+    one_short = _batches(4, 4, 3 if rank == 0 else 4, 4, 4, 4, 4, 4)
+    alike = [*zip(*(tensor.split(4) for tensor in dataset(32).tensors), strict=True)]  # on both ranks
     samples = (sample for sample in dataset()) if rank == 1 else list(dataset())
     stream = DataLoader(Samples(samples), 4)
     for name, module, data, more in (
@@ -386,6 +393,7 @@ def out_of_step(folder: Path) -> Any:
         ("overflows", Gathers, loader(4), {"plugins": [_fp16()]}),
         ("heavy", Heavy, loader(4), {}),
         ("short", Gathers, DataLoader(one_short, batch_size=None), {"use_distributed_sampler": False}),
+        ("alike", Gathers, DataLoader(alike, batch_size=None), {"use_distributed_sampler": False}),
         ("no room", Net, loader(4), {}),
     ):
         if name == "no room" and rank == 0:
@@ -431,11 +439,9 @@ def unlike_batches(folder: Path) -> Any:
     """Batches vary on one rank alone, or contradict the loader there: what each decides on."""
     rank, ranks = _world()
     found = {}
-    inputs, labels = dataset(8).tensors
     for name, own in (("varies", (4, 4, 3, 2, 4, 3, 2, 4)), ("time first", (4, 4, 8, 8, 8, 8, 8, 8))):
         sizes = own if rank else (4,) * 8
-        batches = [(inputs[:size], labels[:size]) for size in sizes]
-        data = DataLoader(batches, batch_size=None)
+        data = DataLoader(_batches(*sizes), batch_size=None)
         data.__dict__["batch_size"] = 4
         calibration = OptimizerCalibration(reference_batch_size=2, probe_batches=8, learning_rate="sqrt")
         options = {"use_distributed_sampler": False, "max_steps": 2}

@@ -252,7 +252,9 @@ class Probe:
         if is_repeated and self._replicas is not None:
             return {}, Outcome.REPEATED
         while True:
-            gradient, outcome, reason = ({}, Outcome.REPEATED, None) if is_repeated else self._tried(batch)
+            gradient, outcome, reason = self._tried(batch)  # on every rank: a forward pass may be a collective
+            if is_repeated and outcome is Outcome.DONE:
+                gradient, outcome = {}, Outcome.REPEATED
             worst = self._worst(outcome)
             if worst is Outcome.FAILED:
                 self._refuse(reason)
