@@ -290,11 +290,16 @@ def gradients_a_step(trainer: Trainer) -> int:
 def repeats_samples(trainer: Trainer) -> bool:
     """Whether a batch has a tenth of its samples or more from any batch of the epoch before: data that are indexed."""
     loader: Any = trainer.train_dataloader
-    data = getattr(loader, "dataset", loader)
-    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+    if not is_indexed(trainer):
         return False
     in_order = isinstance(getattr(loader, "sampler", None), SequentialSampler)
     return (trainer.num_training_batches if in_order else length_hint(loader, _SHORT + 1)) <= _SHORT
+
+
+def is_indexed(trainer: Trainer) -> bool:
+    """Whether the samples are those of a dataset that gives them by index."""
+    data = getattr(trainer.train_dataloader, "dataset", trainer.train_dataloader)
+    return not isinstance(data, IterableDataset) and hasattr(data, "__getitem__")
 
 
 def _declared(trainer: Trainer) -> int | None:

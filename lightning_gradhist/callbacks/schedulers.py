@@ -1,4 +1,4 @@
-"""How long a run is to be, and how its learning rate will go: asked of the Trainer, and of copies of its schedulers."""
+"""Schedulers of the user's: their base rates, what their functions hold, and copies that are stepped to try them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def is_pure(function: Any) -> bool:
     """Whether a function of a schedule leaves nothing behind when it is called; also of a number, and of None."""
     found = reached(function)
     functions = [one for one in found if isinstance(one, FunctionType)]
-    named = {name for one in functions for code in _codes(one.__code__) for name in code.co_names}
+    named = {name for one in functions for code in codes(one.__code__) for name in code.co_names}
     others = (one for one in found if not isinstance(one, FunctionType))
     return not any(map(_writes, functions)) and all(_is_only_read(one, named) for one in others)
 
@@ -69,17 +69,17 @@ def _writes(function: FunctionType) -> bool:
     of_others = {"STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR"}
     return any(
         at.opname in of_others or (at.opname == "STORE_DEREF" and at.argval in function.__code__.co_freevars)
-        for code in _codes(function.__code__)
+        for code in codes(function.__code__)
         for at in dis.get_instructions(code)
     )
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
     """The code of a function, and of those that are made in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
 
 
 def reached(function: Any) -> list[Any]:
@@ -98,7 +98,7 @@ def _held(value: Any) -> Iterator[Any]:
         yield from value.values() if isinstance(value, dict) else value
     elif isinstance(value, FunctionType):
         yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values())
-        names = {name for code in _codes(value.__code__) for name in code.co_names}
+        names = {name for code in codes(value.__code__) for name in code.co_names}
         yield from (value.__globals__[name] for name in names if name in value.__globals__)
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # not filled, or not any more

@@ -90,11 +90,13 @@ class RunRecord:
             Those of older releases have the trained ones alone.
         steps: optimizer steps that the run had made, of all optimizers together.
         optimizers: one entry an optimizer.
+        run: what tells the run from others; empty in records of older releases.
     """
 
     model: dict[str, list[int] | None]
     steps: int
     optimizers: list[OptimizerRecord]
+    run: str = ""
 
     def save(self, path: str | Path) -> None:
         """Writes the record whole or not at all: to a file beside it, which then takes its place.
@@ -117,6 +119,26 @@ class RunRecord:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
+
+    def save_in(self, directory: str) -> str:
+        """Writes the record as ``calibration.json`` or ``calibration-1.json``, ...: the first that is no other run's.
+
+        At a URL, where a file can seldom be made in one step with the question for it, two runs may get the same one within
+        an instant.
+
+        Returns:
+            Its path.
+        """
+        names = (FILE_NAME if i == 0 else FILE_NAME.replace(".", f"-{i}.") for i in count())
+        paths = (path_in(directory, name) for name in names)
+        path = next(path for path in paths if _is_new(path) or _run_of(path) == self.run)
+        try:
+            self.save(path)
+        except BaseException:
+            if not _is_url(path) and not os.path.getsize(path):
+                os.unlink(path)
+            raise
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
@@ -150,6 +172,7 @@ class RunRecord:
         try:
             entries = [_optimizer_record(entry) for entry in content["optimizers"]]
             record = cls(
+                run=str(content.get("run", "")),
                 model={str(name): None if s is None else list(s) for name, s in content["model"].items()},
                 steps=int(_number("steps", content["steps"])),
                 optimizers=[entry for entry in entries if entry.batch_size >= 1],  # others have measured nothing
@@ -196,15 +219,6 @@ class RunRecord:
                 )
 
 
-def reserve(directory: str) -> str:
-    """The path of a new record in a directory, ``calibration.json`` or ``calibration-1.json``, ..., which no other run gets.
-
-    At a URL, where a file can seldom be made in one step with the question for it, it may get it within the same instant.
-    """
-    names = (FILE_NAME if i == 0 else FILE_NAME.replace(".", f"-{i}.") for i in count())
-    return next(path for path in (path_in(directory, name) for name in names) if _is_new(path))
-
-
 def _is_new(path: str) -> bool:
     if _is_url(path):
         filesystem, place = _file_system(path)
@@ -214,6 +228,13 @@ def _is_new(path: str) -> bool:
         Path(path).open("x").close()
         return True
     return False
+
+
+def _run_of(path: str) -> str | None:
+    """The run that a record is of; None of what cannot be read."""
+    with suppress(Exception):
+        return str(json.loads(_text(path)).get("run", ""))
+    return None
 
 
 def path_in(directory: str, name: str = FILE_NAME) -> str:

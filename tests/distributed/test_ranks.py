@@ -191,7 +191,9 @@ def test_ranks_that_differ_do_not_wait_for_each_other(tmp_path) -> None:
     gradients, problems = found[0]["short"]
     assert gradients == 16 and not problems  # one batch of three, on one rank
     gradients, problems = found[0]["alike"]
-    assert gradients == 8 and any("8 of 16 batches of the probe had the same samples" in problem for problem in problems)
+    assert gradients == 8 and any(
+        "8 of 16 batches of the probe had the same samples" in problem for problem in problems
+    )
     gradients, problems = found[0]["no room"]
     assert gradients == 0 and any("no probe: to hold gradients raised OutOfMemory" in problem for problem in problems)
     assert "group_by gives other groups on other ranks" in found[0]["groups"]

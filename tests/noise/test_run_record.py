@@ -54,6 +54,23 @@ def test_the_length_of_the_run_is_kept(tmp_path: Path) -> None:
     assert known.rises is False and replace(known, warm_up=400).rises and not RunLength().rises
 
 
+def test_a_directory_has_a_file_for_each_run(tmp_path) -> None:
+    one, other, older = (replace(record(), run=run) for run in ("one", "other", ""))
+    names = [Path(each.save_in(str(tmp_path))).name for each in (one, other, one, older, other, older)]
+    assert names == [FILE_NAME, "calibration-1.json", FILE_NAME, "calibration-2.json", "calibration-1.json", names[3]]
+    assert RunRecord.load(tmp_path / names[1]) == other
+
+
+def test_a_record_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        record().save_in(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("length", [..., {}, {"planned": None, "warm_up": None, "schedule": []}])
 def test_a_record_of_an_older_release_knows_no_length(tmp_path: Path, length: Any) -> None:
     entry = OPTIMIZER if length is ... else {**OPTIMIZER, "length": length}

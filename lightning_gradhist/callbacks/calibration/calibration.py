@@ -308,8 +308,11 @@ class OptimizerCalibration(Callback):
     def _take_up(self, trainer: Trainer, restored: Collection[str] = ()) -> None:
         """Goes on with what was set, and sets it again in what the user's code has made anew."""
         optimizer, changes = _optimizer(trainer), self._applied.changes
-        missing, stray = take_up(optimizer, horizons(trainer), changes, restored)
-        set_defaults(optimizer, changes)
+        missing: list[GroupChange] = []  # in the optimizer that was calibrated all is as it was left
+        stray = None
+        if optimizer is not self._optimizer:
+            missing, stray = take_up(optimizer, horizons(trainer), changes, restored)
+            set_defaults(optimizer, changes)
         self._keep_watch(trainer, missing)
         if not missing:
             rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
@@ -317,7 +320,7 @@ class OptimizerCalibration(Callback):
         told = [explain.not_in_force(change, optimizer.param_groups) for change in missing]
         rank_zero_warn(
             "OptimizerCalibration: the run goes on, and not all that was calibrated is in force."
-            f" {'. '.join([*told, *([explain.stray_schedule(stray)] if stray else [])])}. Do so in your code, unless"
+            f" {'. '.join([*told, *([explain.stray_schedule(stray)] if stray else [])])}. Set it in your code, unless"
             " that takes it from a calibrated value; or train with a new Trainer, which calibrates anew."
         )
 
@@ -351,7 +354,7 @@ class OptimizerCalibration(Callback):
             told += [explain.not_in_force(replace(change, group=index), groups) for change in odd.values()]
         if told:
             rank_zero_warn(
-                f"OptimizerCalibration: parameter group {late} came after the calibration. {'. '.join(told)}. Do so in your"
+                f"OptimizerCalibration: parameter group {late} came after the calibration. {'. '.join(told)}. Set it in your"
                 " code, unless that takes it from a calibrated value."
             )
 

@@ -62,10 +62,11 @@ def take_up(
     rates = base_rates(optimizer, schedulers)
 
     def in_force(change: GroupChange) -> bool:
-        told = (
-            is_back and change.name == "lr" and stray_rate(optimizer, schedulers, {change.group: change.after}) is None
-        )
-        return told or _holds(optimizer, rates, change, change.after)
+        if not is_back or change.name != "lr":
+            return _holds(optimizer, rates, change, change.after)
+        # A rate that a checkpoint brought back is the run's own, whatever it has become; but for the one of before.
+        is_before = _holds(optimizer, rates, change, change.before)
+        return not is_before or stray_rate(optimizer, schedulers, {change.group: change.after}) is None
 
     return [change for change in changes if change not in there or not in_force(change)], stray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from types import FunctionType
@@ -10,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks.calibration.rates import factor_of_each, rates_in, scale_rates
-from lightning_gradhist.callbacks.schedulers import is_pure, parts, reached, schedulers_of, twin, unnoticed, walk
+from lightning_gradhist.callbacks.schedulers import codes, is_pure, parts, reached, schedulers_of, twin, unnoticed, walk
 
 _FOLLOW = (
     lr_scheduler.LambdaLR,
@@ -28,8 +29,8 @@ def stray_schedule(
 ) -> str | None:
     """Which optimizer or scheduler would not follow when the base rates are multiplied, and what it keeps; None if all do.
 
-    An optimizer with rates beside those of its groups does not. Copies of each scheduler are stepped through the run, as
-    they are and with all that is recognised multiplied: the ratio of their rates has to be the factor at every step.
+    An optimizer whose code uses rates beside those of its groups does not. Copies of each scheduler are stepped through the
+    run, as they are and with all that is recognised multiplied: the ratio of their rates has to be the factor at every step.
 
     Args:
         optimizer: whose rates are to be multiplied.
@@ -40,7 +41,9 @@ def stray_schedule(
     for one in wrapped:  # which grows
         wrapped += [held for held in vars(one).values() if isinstance(held, Optimizer) and held not in wrapped]
         own = [
-            name for name, rates in rates_in(vars(one)).items() if any(rates if isinstance(rates, list) else [rates])
+            name
+            for name, rates in rates_in(vars(one)).items()
+            if any(rates if isinstance(rates, list) else [rates]) and _uses(type(one), name)
         ]
         if own:
             return f"{type(one).__name__} ({', '.join(sorted(own))})"
@@ -54,6 +57,15 @@ def stray_schedule(
                 kept |= rates_in(vars(part)).keys()
                 return type(part).__name__ + (f" ({', '.join(sorted(kept))})" if kept else "")
     return None
+
+
+def _uses(kind: type, name: str) -> bool:
+    """Whether a class's code names an attribute, but where it is made."""
+    found = [
+        (key, inspect.unwrap(value)) for cls in kind.__mro__ for key, value in vars(cls).items() if callable(value)
+    ]
+    functions = [one for key, one in found if isinstance(one, FunctionType) and key != "__init__"]
+    return any(name in code.co_names for one in functions for code in codes(one.__code__))
 
 
 def _looks_at(function: Any, scheduler: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -153,7 +154,7 @@ class GradientHistogramMonitor(Callback):
         self._rows = Rows(group_by, include, exclude)
         self._progress: list[Progress] = []
         self._restored: list[dict[str, Any]] = []
-        self._record_path: str | None = None  # of the last fit, on rank zero
+        self._run = ""  # what tells it from other runs; as it is in those of older releases
         self._records_in: str | None = None  # a directory, the same on every rank; None where nothing is recorded
         self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
@@ -182,9 +183,7 @@ class GradientHistogramMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Steps seen and skipped, and noise measured, an entry an optimizer."""
-        path = self._record_path if self._record is None else self._record.path
-        optimizers = self._restored or [progress.state_dict() for progress in self._progress]
-        return {"optimizers": optimizers, **({"record": path} if path else {})}
+        return {"optimizers": self._restored or [one.state_dict() for one in self._progress], "run": self._run}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes up the state of the monitor most like this one, where its arguments, and so its key, were others."""
@@ -199,7 +198,7 @@ class GradientHistogramMonitor(Callback):
         try:
             states = list(state_dict["optimizers"])
             self._restored = [Progress.from_state_dict(state).state_dict() for state in states]
-            self._record_path = str(state_dict.get("record", "")) or None
+            self._run = str(state_dict.get("run", ""))
         except Exception as error:  # whatever it is, it must not stop the run
             self._restored, self._progress = [], []
             rank_zero_warn(
@@ -228,9 +227,11 @@ class GradientHistogramMonitor(Callback):
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
+        if not goes_on:
+            self._run = uuid.uuid4().hex
         self._records_in = self._directory_of_record(fit)
         if self._records_in is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._records_in, self._record_path if goes_on else None, fit.guard)
+            self._record = RecordFile(self._records_in, self._run, fit.guard)
         self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -355,7 +356,6 @@ class GradientHistogramMonitor(Callback):
         end = time.monotonic() + LoggerQueues.patience  # for both together
         if record is not None:
             record.close(LoggerQueues.patience)
-            self._record_path = record.path
         if fit is not None:
             fit.close(max(0.0, end - time.monotonic()))
         if fit is not None and record is not None and record.saved and record.path is not None:

@@ -15,7 +15,7 @@ from lightning_gradhist.callbacks.monitor.fit import Guard
 from lightning_gradhist.callbacks.optimizer_rules import class_name
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import Writer
-from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, path_in, reserve
+from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, path_in
 
 _TASK = f"write {FILE_NAME}"
 
@@ -25,14 +25,14 @@ class RecordFile:
 
     Args:
         directory: where it goes, under the first name that is free when it is first written.
-        before: the record of this run before it was interrupted, which goes on where it is in the directory.
+        run: that it is of, by which the same run goes on with it after an interruption.
         guard: that tells of what fails.
     """
 
-    def __init__(self, directory: str, before: str | None, guard: Guard) -> None:
-        is_there = before is not None and before == path_in(directory, os.path.basename(before))
-        self.path = before if is_there else None
-        self._directory, self._guard = directory, guard
+    def __init__(self, directory: str, run: str, guard: Guard) -> None:
+        self.path: str | None = None
+        """Of the file, once it was written."""
+        self._directory, self._run, self._guard = directory, run, guard
         self.saved = 0
         """Measurements that it has, or is about to have."""
         self._writer = Writer()
@@ -79,8 +79,11 @@ class RecordFile:
         try:
             both = zip(progress, optimizers, strict=True)
             entries = [one.record(*known) for one, known in both if len(one.noise)]  # others have not stepped yet
-            self.path = self.path or reserve(self._directory)
-            RunRecord(shapes, steps, entries).save(self.path)
+            record = RunRecord(shapes, steps, entries, self._run)
+            if self.path is None:
+                self.path = record.save_in(self._directory)
+            else:
+                record.save(self.path)
         except Exception as error:
             self._errors.append(error)  # of which the training thread tells
 

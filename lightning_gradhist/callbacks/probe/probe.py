@@ -24,7 +24,7 @@ from lightning_gradhist.callbacks._lightning import (
     is_param_in_hook_signature,
     isolate_rng,
 )
-from lightning_gradhist.callbacks.batch_size import data_ranks, digest
+from lightning_gradhist.callbacks.batch_size import data_ranks, digest, is_indexed
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
 from lightning_gradhist.callbacks.optimizer_rules import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -239,6 +239,8 @@ class Probe:
         Where parameters are sharded, of the batches of any rank.
         """
         ranks, told = self._trainer.world_size, digest(batch)
+        if ranks == 1 and is_indexed(self._trainer):  # which may hold a sample several times
+            return False
         found: list[Any] = [float("nan" if told is None else told)] * ranks  # of which NaN is another one each time
         if ranks > 1:
             torch.distributed.all_gather_object(found, found[0])
@@ -267,6 +269,8 @@ class Probe:
             return (*self._passed(batch), None)
         except (Exception, ProbeEnded) as error:
             if self._replicas is not None:
+                if isinstance(error, (ProbeEnded, ProbeRefusedError)):  # which would end the probe on this rank alone
+                    raise RuntimeError(f"in the probe of a sharded model {error}") from None
                 raise  # the others wait within the model's own collectives, as they would in training
             if not is_out_of_memory(error):
                 return {}, Outcome.FAILED, _reason(error)

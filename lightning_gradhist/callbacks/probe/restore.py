@@ -18,6 +18,7 @@ from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import is_zero, unwrapped
 from lightning_gradhist.callbacks._lightning import LightningModule, PassThroughProfiler, Trainer, isolate_rng
 from lightning_gradhist.callbacks.probe.copies import LARGE, Copier
+from lightning_gradhist.callbacks.probe.outcome import ProbeEnded
 from lightning_gradhist.callbacks.probe.places import put_copies_in_place
 from lightning_gradhist.callbacks.probe.stand_ins import without_threads
 from lightning_gradhist.callbacks.strategies import is_cut_up
@@ -129,7 +130,7 @@ def write_back(contents: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def _end_workers(trainer: Any) -> None:
     """Ends those of the copied loaders, for which to be collected as garbage takes 5 s each: torch waits for them in vain."""
-    with suppress(Exception):  # of a loader of the user's
+    with suppress(Exception, ProbeEnded):  # of a loader of the user's
         trainer.fit_loop._combined_loader.reset()  # private, as where batches are read
 
 

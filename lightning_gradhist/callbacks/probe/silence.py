@@ -52,7 +52,9 @@ class SilentLogger(DummyLogger):
 
 def writes(package: types.ModuleType, name: str) -> bool:
     """Whether a package writes to its run under this name, as by ``wandb.log``."""
-    return package.__name__ in PACKAGES and (name.startswith("log") or is_writer(getattr(package, name)))
+    value = getattr(package, name)
+    is_function = name.startswith("log") and not isinstance(value, types.ModuleType)
+    return package.__name__ in PACKAGES and (is_function or is_writer(value))
 
 
 def is_log_function(value: Any) -> bool:

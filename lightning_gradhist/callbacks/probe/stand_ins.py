@@ -33,7 +33,7 @@ def without_threads(refusals: Refusals) -> Generator[None, None, None]:
         of_data = threading.get_ident() == own and get_worker_info() is None  # workers inherit this
         if of_data and not f"{getattr(target, '__module__', '')}.".startswith(_HARMLESS):
             raise refusals(
-                f"{thread.name} ({type(thread).__name__}) is a thread that would read on when the probe has ended;"
+                f"{thread.name} ({type(thread).__name__}) is a thread of the data, which may read on when the probe has ended;"
                 f" {THREAD_IN_WORKER}"
             )
         start(thread)

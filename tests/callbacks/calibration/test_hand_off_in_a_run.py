@@ -197,6 +197,33 @@ def test_what_a_checkpoint_brings_back_otherwise_is_told_of(tmp_path) -> None:
     assert made.optimizers[0].param_groups[0]["lr"] == 1e-2
 
 
+class Decays(L.Callback):
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] *= 0.3
+
+
+@pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "a second fit with the same optimizer"])
+def test_a_rate_that_the_run_has_lowered_is_in_force(tmp_path, resumed: bool) -> None:
+    class Kept(Net):
+        def configure_optimizers(self) -> Any:
+            self.optimizer = getattr(self, "optimizer", None) or super().configure_optimizers()
+            return self.optimizer
+
+    made = fit(tmp_path, OptimizerCalibration(**OPTIONS), Decays(), module=Kept)
+    rate = made.optimizers[0].param_groups[0]["lr"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="OptimizerCalibration")
+        if resumed:
+            made.save_checkpoint(tmp_path / "half.ckpt")
+            made = make_trainer(tmp_path, OptimizerCalibration(**OPTIONS), max_epochs=2)
+            made.fit(Kept(), loader(), ckpt_path=tmp_path / "half.ckpt")
+        else:
+            made.fit_loop.max_epochs = 2
+            made.fit(made.lightning_module, loader())
+            rate *= 0.3
+    assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
 def test_a_rate_that_a_plateau_has_lowered_to_what_it_was_is_in_force(tmp_path) -> None:
     class Plateau(Net):
         def configure_optimizers(self) -> Any:

@@ -407,6 +407,10 @@ class AdaBound(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "final_lr": final_lr})
         self.base_lrs = [group["lr"] for group in self.param_groups]
 
+    def step(self, closure: Any = None) -> None:
+        for group, base_lr in zip(self.param_groups, self.base_lrs, strict=True):
+            group["bound"] = group["final_lr"] * group["lr"] / base_lr
+
 
 class Ranger21(torch.optim.Optimizer):
     """It sets the rate of its groups at each step."""
@@ -414,6 +418,18 @@ class Ranger21(torch.optim.Optimizer):
     def __init__(self, groups: Any, lr: float) -> None:
         super().__init__(groups, {"lr": lr})
         self.min_lr, self.starting_lr, self.use_lr = 0.0, lr, True
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["lr"] = self.starting_lr if self.use_lr else self.min_lr
+
+
+class Remembers(torch.optim.AdamW):
+    """It keeps the rate that it was made with, and steps without it."""
+
+    def __init__(self, groups: Any, lr: float) -> None:
+        super().__init__(groups, lr)
+        self.lr = lr
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -435,6 +451,7 @@ class Apollo(torch.optim.Optimizer):
         pytest.param(Lookahead, "Ranger21 (starting_lr)", id="a wrapper"),
         pytest.param(Apollo, None, id="rates in groups"),
         pytest.param(torch.optim.AdamW, None, id="AdamW"),
+        pytest.param(Remembers, None, id="a rate that no step uses"),
     ],
 )
 def test_an_optimizer_with_rates_of_its_own_is_named(kind: Any, named: str | None) -> None:

@@ -594,7 +594,7 @@ WATCHED = {"steps": 9, "logged": 2, "samples": [{"step": 0} | MEASURED], "learni
 
 def test_state_survives_a_round_trip() -> None:
     monitor = GradientHistogramMonitor()
-    state = {"optimizers": [WATCHED | {"skipped": 3}]}
+    state = {"optimizers": [WATCHED | {"skipped": 3}], "run": "of before"}
     monitor.load_state_dict(state)
     assert monitor.state_dict() == state
 

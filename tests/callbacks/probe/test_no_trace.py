@@ -1202,7 +1202,7 @@ def batches() -> Iterator[Any]:
     yield from zip(inputs.split(8), labels.split(8), strict=True)
 
 
-REFUSED, THREAD = "cannot be copied", "is a thread that would read on"
+REFUSED, THREAD = "cannot be copied", "which may read on when the probe has ended"
 LOADERS = [
     pytest.param(lambda: DataLoader(Drawing(), 8, shuffle=True), None, id="generators at any depth"),
     pytest.param(lambda: DataLoader(Counting(), 8, shuffle=True), None, id="counts and caches"),
