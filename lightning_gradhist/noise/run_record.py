@@ -131,12 +131,13 @@ class RunRecord:
         """
         names = (FILE_NAME if i == 0 else FILE_NAME.replace(".", f"-{i}.") for i in count())
         paths = (path_in(directory, name) for name in names)
-        path = next(path for path in paths if _is_new(path) or _run_of(path) == self.run)
+        path = next(path for path in paths if _is_new(path) or (self.run and _run_of(path) == self.run))
         try:
             self.save(path)
         except BaseException:
-            if not _is_url(path) and not os.path.getsize(path):
-                os.unlink(path)
+            with suppress(OSError):
+                if not _is_url(path) and not os.path.getsize(path):
+                    os.unlink(path)
             raise
         return path
 

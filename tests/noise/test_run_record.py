@@ -55,10 +55,10 @@ def test_the_length_of_the_run_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_directory_has_a_file_for_each_run(tmp_path) -> None:
-    one, other, older = (replace(record(), run=run) for run in ("one", "other", ""))
-    names = [Path(each.save_in(str(tmp_path))).name for each in (one, other, one, older, other, older)]
-    assert names == [FILE_NAME, "calibration-1.json", FILE_NAME, "calibration-2.json", "calibration-1.json", names[3]]
-    assert RunRecord.load(tmp_path / names[1]) == other
+    older, one, other = (replace(record(), run=run) for run in ("", "one", "other"))
+    names = [Path(each.save_in(str(tmp_path))).name for each in (older, one, other, one, older)]
+    assert names == [FILE_NAME, "calibration-1.json", "calibration-2.json", "calibration-1.json", "calibration-3.json"]
+    assert RunRecord.load(tmp_path / names[2]) == other
 
 
 def test_a_record_that_cannot_be_written_leaves_no_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

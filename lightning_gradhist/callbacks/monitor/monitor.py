@@ -154,7 +154,7 @@ class GradientHistogramMonitor(Callback):
         self._rows = Rows(group_by, include, exclude)
         self._progress: list[Progress] = []
         self._restored: list[dict[str, Any]] = []
-        self._run = ""  # what tells it from other runs; as it is in those of older releases
+        self._run = ""  # what tells it from other runs; empty in checkpoints of older releases
         self._records_in: str | None = None  # a directory, the same on every rank; None where nothing is recorded
         self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
@@ -227,7 +227,7 @@ class GradientHistogramMonitor(Callback):
         is_same_model = self._module is not None and self._module() is pl_module
         self._module = weakref.ref(pl_module)
         goes_on = trainer.global_step > 0 and (self._restored or is_same_model)
-        if not goes_on:
+        if not goes_on or not self._run:
             self._run = uuid.uuid4().hex
         self._records_in = self._directory_of_record(fit)
         if self._records_in is not None and trainer.is_global_zero:

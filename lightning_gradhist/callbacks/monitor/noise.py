@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.callbacks._lightning import is_overridden
-from lightning_gradhist.callbacks.batch_size import StepSamples, data_ranks, digest, parts_of_a_step, repeats_samples
+from lightning_gradhist.callbacks.batch_size import (
+    StepSamples,
+    data_ranks,
+    digest,
+    is_indexed,
+    parts_of_a_step,
+    repeats_samples,
+)
 from lightning_gradhist.callbacks.gradients import (
     LocalGradients,
     dense,
@@ -124,7 +131,8 @@ class NoiseMonitor(StepObserver):
     def before_forward(self, batch: Any) -> None:
         """Takes the batch's digest, and looks at the layers, where the halves of the batch are measured."""
         with self._fit.guard.attempt("measure noise"):
-            told = digest(batch) if self._wanted else None
+            alone = self._fit.replicas.ranks == 1 and is_indexed(self._fit.trainer)  # with nothing to compare it to
+            told = digest(batch) if self._wanted and not alone else None
             self._digests += [] if told is None else [told]
             if self._halves_batch:
                 self._drop_halves()
@@ -228,8 +236,11 @@ class NoiseMonitor(StepObserver):
             self._changed.append(~((squares - self._left).abs() <= _ALIKE * self._left))
 
     def _compare_at_step(self, gradients: Mapping[str, Tensor] | None, digests: Sequence[Tensor] = ()) -> None:
-        """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say."""
-        if digests:
+        """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say.
+
+        Not of data that are indexed, of which a sampler may draw a sample twice.
+        """
+        if digests and not is_indexed(self._fit.trainer):
             self._changed.append(_repeat(torch.stack([*digests])))
         if gradients is not None:
             self._compare(squared_norm(self._sample.of(gradients).values()) * loss_scale(self._fit.trainer) ** 2)
@@ -247,7 +258,9 @@ class NoiseMonitor(StepObserver):
         with self._fit.guard.attempt("measure noise"):
             self._take_rates()
             self._compare_at_step(step.gradients)
-            halves = self._of_halves(step.gradients, samples)
+            halves = None
+            with self._fit.guard.attempt("look at the two halves of a batch"):
+                halves = self._of_halves(step.gradients, samples)
             if halves is not None and halves.is_cpu and _tell(halves):
                 self._progress.noise.add(self._progress.steps, samples.effective, halves)
                 self._in_pair = False  # no other rank has begun one: there are halves on one device alone

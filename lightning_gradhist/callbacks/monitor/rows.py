@@ -102,8 +102,8 @@ class Rows:
         """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
         if name not in self._groups:
             try:
-                group = self._group_of(name)
-                self._groups[name] = None if group in (None, "") else str(group)
+                group: Any = self._group_of(name)  # whatever the user's function returns
+                self._groups[name] = None if group in (None, "") or group is False else str(group)
             except Exception as error:
                 self._groups[name] = None
                 if not self._has_warned:

@@ -40,7 +40,7 @@ from support import (
 )
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset, get_worker_info
 
 from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
@@ -514,6 +514,20 @@ def test_workers_with_the_same_samples_tell_of_no_noise(tmp_path, accumulate: in
         fit(tmp_path / "alike", alike, data=DataLoader(Unsplit(False), 4, num_workers=2), **options)
     fit(tmp_path / "apart", apart, data=DataLoader(Unsplit(True), 4, num_workers=2), **options)
     assert apart.noise_records[0].estimate("simple").measurements == measured
+
+
+def test_samples_that_a_sampler_draws_twice_are_independent(tmp_path) -> None:
+    class Twice(Sampler):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 64
+
+        def __iter__(self) -> Any:
+            return (index // 2 for index in range(64))
+
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    data = DataLoader(dataset(64), 1, sampler=Twice())
+    fit(tmp_path, monitor, module=Still, data=data, accumulate_grad_batches=8)
+    assert monitor.noise_records[0].estimate("simple").measurements == 8
 
 
 @pytest.mark.parametrize("compresses", [True, False])

@@ -44,6 +44,10 @@ def depth(name: str) -> int:
     return name.count(".")
 
 
+def is_block(name: str) -> bool:
+    return name.startswith("blocks")
+
+
 BLOCK = ["norm.weight", "norm.bias", "mix.weight", "mix.bias"]
 NAMES = ["token", *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK), "head.weight", "head.bias"]
 
@@ -65,6 +69,7 @@ NAMES = ["token", *(f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK), "he
         ),
         pytest.param(layer_number, ["token", *4 * ["0"], *4 * ["1"], "head.weight", "head.bias"], id="function"),
         pytest.param(depth, ["0", *8 * ["3"], *2 * ["1"]], id="function that counts"),
+        pytest.param(is_block, ["token", *8 * ["True"], "head.weight", "head.bias"], id="function that asks"),
     ],
 )
 def test_rows_are_groups(group_by: Any, expected: list[str]) -> None:

@@ -489,6 +489,22 @@ class LogsFromElsewhere(Small):
         self.seen.append(eval("len(__import__('mlflow').points)"))
 
 
+OPENED: list[Any] = []
+
+
+def opened() -> Any:
+    OPENED.append(open(__file__))
+    return OPENED[-1]
+
+
+@pytest.fixture(autouse=True)
+def closes_what_it_opens() -> Iterator[None]:
+    """A file that is left to the garbage collector fails whatever test runs then."""
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
 @pytest.fixture(autouse=True)
 def leaves_mlflow_as_it_was() -> Iterator[None]:
     """A stand-in that stayed would be found by tests of the real one in the same process."""
@@ -1268,10 +1284,8 @@ LOADERS = [
 ]
 
 THINGS = [
-    pytest.param(lambda: open(__file__), lambda file: len(file.readline()), "refused", None, id="file"),
-    pytest.param(
-        lambda: csv.reader(open(__file__)), lambda file: len(next(file)), "refused", "refused", id="csv of a file"
-    ),
+    pytest.param(opened, lambda file: len(file.readline()), "refused", None, id="file"),
+    pytest.param(lambda: csv.reader(opened()), lambda file: len(next(file)), "refused", "refused", id="csv of a file"),
     pytest.param(
         lambda: csv.reader(["a" * n for n in range(500)]),
         lambda file: len(next(file)[0:1]),
