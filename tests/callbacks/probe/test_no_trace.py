@@ -1387,10 +1387,10 @@ def test_the_run_is_the_same_whatever_the_loader_does(monkeypatch, tmp_path, dat
     monkeypatch.setattr(stand_ins, "_PATIENCE", 2.0)
     caught = pytest.warns(UserWarning, match=f"no probe: .*{refused}") if refused else None
     if caught is None:
-        calibration, *made = runs(tmp_path, Small, data)
+        calibration, *made = runs(tmp_path, Small, data, logger=False)
     else:
         with caught:
-            calibration, *made = runs(tmp_path, Small, data)
+            calibration, *made = runs(tmp_path, Small, data, logger=False)
     assert_same(*made)
     assert calibration.result.gradients == (0 if refused else 6)
 
