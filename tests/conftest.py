@@ -32,6 +32,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The demo, which takes longest, comes first: at the end all other processes would wait for it."""
+    items.sort(key=lambda item: "test_the_demo" not in item.name)
+
+
 def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
