@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from enum import IntEnum
+from multiprocessing.context import get_spawning_popen
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +69,10 @@ class Refusals:
         if self._times > _TRIES:
             os._exit(1)
         return ProbeRefusedError(why)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Shared with a worker that is started; one that hands on a sample can share nothing, and would hand on nothing.
+        return super().__reduce_ex__(protocol) if get_spawning_popen() is not None else (Refusals, ())
 
     def check(self) -> None:
         """Raises a :class:`ProbeRefusedError` if something was refused."""

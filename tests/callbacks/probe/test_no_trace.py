@@ -38,7 +38,7 @@ import torch.nn.utils.prune
 from lightning.pytorch.utilities import CombinedLoader
 from support import dataset, events, final_state, fit
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, default_collate
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist import OptimizerCalibration
@@ -1061,6 +1061,30 @@ class ReadsInPool(TensorDataset):
             return list(pool.map(self.__getitem__, indices))
 
 
+class HandsOn(TensorDataset):
+    """Its samples have what is shared between processes, of which a worker has no copy."""
+
+    def __init__(self) -> None:
+        super().__init__(*dataset(64).tensors)
+        self.manager = multiprocessing.Manager()
+        self.shared = self.manager.list()
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [(self[index], self.shared) for index in indices]
+
+
+def without_shared(samples: list[Any]) -> Any:
+    batch = Shared(default_collate([sample for sample, _ in samples]))
+    batch.shared = samples[0][1]
+    return batch
+
+
+class Shared(list):  # type: ignore[type-arg]
+    """A batch with more in it than tensors."""
+
+    shared: Any
+
+
 class Forgiving(Dataset):  # type: ignore[type-arg]
     """Has others in the place of bad samples, again and again, or zeros."""
 
@@ -1254,6 +1278,11 @@ LOADERS = [
         lambda: DataLoader(ReadAhead("pool", 2e-3), 8), "or fills it", id="a queue beside a thread of its own"
     ),
     pytest.param(lambda: DataLoader(ReadsInPool(), 8, shuffle=True), None, id="threads of a pool"),
+    pytest.param(
+        lambda: DataLoader(HandsOn(), 8, num_workers=1, collate_fn=without_shared, timeout=20),
+        None,
+        id="what is shared in a sample of a worker",
+    ),
     pytest.param(lambda: DataLoader(Forgiving(True), 8), REFUSED, id="other samples for bad ones"),
     pytest.param(lambda: DataLoader(Forgiving(False), 8), REFUSED, id="zeros for bad samples"),
     pytest.param(lambda: DataLoader(Forgiving(False, BaseException), 8), REFUSED, id="zeros for everything"),
