@@ -268,11 +268,11 @@ def effective_batch_size(trainer: Trainer, samples: SampleCount) -> float | None
     return None if math.isnan(known) else known
 
 
-def accumulated(trainer: Trainer) -> int:
-    """Micro-batches of an optimizer step on one rank; an epoch that is shorter ends one."""
+def accumulated(trainer: Trainer, factor: int | None = None) -> int:
+    """Micro-batches of an optimizer step on one rank, now or with another factor; an epoch that is shorter ends one."""
     if not trainer.lightning_module.automatic_optimization:
         return 1
-    return int(min(trainer.accumulate_grad_batches, max(trainer.num_training_batches, 1)))
+    return int(min(factor or trainer.accumulate_grad_batches, max(trainer.num_training_batches, 1)))
 
 
 def parts_of_a_step(trainer: Trainer) -> int:

@@ -31,6 +31,11 @@ class GroupChange:
     before: float | str
     after: float
 
+    @property
+    def factor(self) -> float:
+        """What a number was multiplied by."""
+        return self.after / float(self.before)
+
 
 @dataclass(frozen=True)
 class CalibrationResult:

@@ -106,7 +106,7 @@ class RunRecord:
         """
         content = finite({"schema_version": SCHEMA_VERSION, **asdict(self)})
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        if _is_url(path):
+        if is_url(path):
             _save_at_url(str(path), text)
             return
         path = Path(path)
@@ -136,7 +136,7 @@ class RunRecord:
             self.save(path)
         except BaseException:
             with suppress(OSError):
-                if not _is_url(path) and not os.path.getsize(path):
+                if not is_url(path) and not os.path.getsize(path):
                     os.unlink(path)
             raise
         return path
@@ -221,7 +221,7 @@ class RunRecord:
 
 
 def _is_new(path: str) -> bool:
-    if _is_url(path):
+    if is_url(path):
         filesystem, place = _file_system(path)
         return not filesystem.exists(place)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -240,10 +240,11 @@ def _run_of(path: str) -> str | None:
 
 def path_in(directory: str, name: str = FILE_NAME) -> str:
     """The path of a file in a directory, which may be a URL."""
-    return f"{directory.rstrip('/')}/{name}" if _is_url(directory) else str(Path(directory) / name)
+    return f"{directory.rstrip('/')}/{name}" if is_url(directory) else str(Path(directory) / name)
 
 
-def _is_url(path: str | Path) -> bool:
+def is_url(path: str | Path) -> bool:
+    """Whether a path is one of fsspec's, as ``s3://...``."""
     return "://" in str(path)
 
 
@@ -263,7 +264,7 @@ def _save_at_url(url: str, text: str) -> None:
 
 
 def _text(path: str | Path) -> str:
-    if _is_url(path):
+    if is_url(path):
         filesystem, place = _file_system(str(path))
         return bytes(filesystem.cat_file(place)).decode()
     path = Path(path)

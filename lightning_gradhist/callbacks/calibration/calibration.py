@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum
 from types import NoneType
 from typing import Any, Literal, Optional, Union
 
 from torch.optim import Optimizer
 
-from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -23,21 +21,12 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.batch_size import SampleCount, accumulated, effective_batch_size
-from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
-from lightning_gradhist.callbacks.calibration.handoff import (
-    OPTIMIZER,
-    SCHEDULERS,
-    apply_changes,
-    is_at,
-    set_defaults,
-    stray_rate,
-    take_up,
-)
+from lightning_gradhist.callbacks.calibration.handoff import OPTIMIZER, SCHEDULERS, apply_changes, set_defaults
+from lightning_gradhist.callbacks.calibration.watch import Watch, calibrated
 from lightning_gradhist.callbacks.optimizer_rules import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
-from lightning_gradhist.callbacks.run_length import horizons
 from lightning_gradhist.callbacks.schedulers import scheduled_accumulation, schedulers_in
 from lightning_gradhist.callbacks.strategies import is_known
 from lightning_gradhist.explore import is_number
@@ -207,14 +196,11 @@ class OptimizerCalibration(Callback):
         self._recorded: OptimizerRecord | None = None
         self._applied = _Applied()
         self._phase = _Phase.IDLE
-        self._groups = sys.maxsize  # that the optimizer had when they were calibrated
         self._restored: set[str] = set()  # by the checkpoint that was loaded last
-        self._in_force: dict[int, float] = {}  # rates by group, while they are looked at
-        self._scaled: list[Any] = []  # schedulers, and the optimizer
-        self._optimizer: Optimizer | None = None
+        self._watch = Watch()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_force": {}, "_scaled": [], "_optimizer": None}
+    def __getstate__(self) -> dict[str, Any]:  # what is looked at stays in this process
+        return {**self.__dict__, "_watch": Watch()}
 
     def state_dict(self) -> dict[str, Any]:
         """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
@@ -239,10 +225,11 @@ class OptimizerCalibration(Callback):
         from_checkpoint = self._phase is _Phase.LOADED and trainer.ckpt_path is not None
         self._phase = _Phase.IDLE
         if (trainer.global_step > 0 or from_checkpoint) and self._applied.report is not None:
-            self._take_up(trainer, self._restored if from_checkpoint else ())
+            self._watch.changes = self._applied.changes
+            self._watch.take_up(trainer, self._restored if from_checkpoint else ())
             self._phase = _Phase.RESUMED
             return
-        self.result, self._applied, self._in_force = None, _Applied(), {}
+        self.result, self._applied, self._watch = None, _Applied(), Watch()
         obstacle = _obstacle(trainer)
         if obstacle is not None:
             tell = rank_zero_info if trainer.global_step > 0 and not self.apply else rank_zero_warn
@@ -261,30 +248,11 @@ class OptimizerCalibration(Callback):
             self._look_at_batch_size(trainer, samples)
         elif phase is _Phase.WAITING:
             self._calibrate(trainer, pl_module, samples)
-            self._keep_watch(trainer)
-        if self._applied.changes and len(trainer.optimizers) == 1 and _optimizer(trainer) is not self._optimizer:
-            self._take_up(trainer)
-        self._look_at_groups(trainer)
+        self._watch.look_at_optimizer(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Warns once where something else sets the learning rate, as an ``optimizer_step`` with a warm-up of its own."""
-        group = stray_rate(_optimizer(trainer), self._scaled, self._in_force)
-        if group is None:
-            return
-        change = next(change for change in self._applied.changes if (change.name, change.group) == ("lr", group))
-        self._in_force = {}
-        rank_zero_warn(
-            f"OptimizerCalibration: at step {trainer.global_step} the learning rate of parameter group {group} is"
-            f" {float(_optimizer(trainer).param_groups[group]['lr']):.4g}, which neither the calibration nor a scheduler that it"
-            " knows has set. If what did (optimizer_step, a callback, a scheduler of its own) does not take it from a calibrated"
-            f" rate, multiply it there by {change.after / float(change.before):.4g}, or pass learning_rate='keep'."
-        )
-
-    def _keep_watch(self, trainer: Trainer, missing: Sequence[GroupChange] = ()) -> None:
-        self._optimizer, self._scaled = _optimizer(trainer), schedulers_in(trainer)
-        groups, changes = self._optimizer.param_groups, self._applied.changes
-        changed = [change.group for change in changes if change.name == "lr" and change not in missing]
-        self._groups, self._in_force = len(groups), {group: float(groups[group]["lr"]) for group in changed}
+        self._watch.look_at_rates(trainer)
 
     def _calibrate(self, trainer: Trainer, module: LightningModule, samples: SampleCount) -> None:
         result = decide(self, gather(self, trainer, module, samples, self._recorded))
@@ -295,44 +263,25 @@ class OptimizerCalibration(Callback):
             tell(f"OptimizerCalibration: {'. '.join([result.problems[0], *sentences])}.")
         if self.apply:
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
-            apply_changes(_optimizer(trainer), schedulers_in(trainer), changes)
-            set_defaults(_optimizer(trainer), changes)
+            apply_changes(calibrated(trainer), schedulers_in(trainer), changes)
+            set_defaults(calibrated(trainer), changes)
             self._applied = _Applied(
                 result.to_text(), changes, result.effective_batch_size if samples.is_steady else None
             )
+            self._watch.changes = changes
+            self._watch.begin(trainer)
         self.result = result
         rank_zero_info(result.to_text())
         if trainer.is_global_zero:
             _log(trainer, result)
-
-    def _take_up(self, trainer: Trainer, restored: Collection[str] = ()) -> None:
-        """Goes on with what was set, and sets it again in what the user's code has made anew."""
-        optimizer, changes = _optimizer(trainer), self._applied.changes
-        missing: list[GroupChange] = []  # in the optimizer that was calibrated all is as it was left
-        stray = None
-        if optimizer is not self._optimizer:
-            missing, stray = take_up(optimizer, horizons(trainer), changes, restored)
-            set_defaults(optimizer, changes)
-        self._keep_watch(trainer, missing)
-        if not missing:
-            rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
-            return
-        told = [explain.not_in_force(change, optimizer.param_groups) for change in missing]
-        rank_zero_warn(
-            "OptimizerCalibration: the run goes on, and not all that was calibrated is in force."
-            f" {'. '.join([*told, *([explain.stray_schedule(stray)] if stray else [])])}. Set it in your code, unless"
-            " that takes it from a calibrated value; or train with a new Trainer, which calibrates anew."
-        )
 
     def _look_at_batch_size(self, trainer: Trainer, samples: SampleCount) -> None:
         """Warns where a run goes on at another batch size than its values are for; accumulation is set by now."""
         before, now = self._applied.batch_size, effective_batch_size(trainer, samples)
         if before is None or now is None or not self._applied.changes:
             return
-        begun = min(
-            scheduled_accumulation(trainer).get(0, trainer.accumulate_grad_batches), trainer.num_training_batches
-        )
-        if math.isclose(before / begun, now / accumulated(trainer)):  # as the callback has it
+        begun = accumulated(trainer, scheduled_accumulation(trainer).get(0))  # as the callback has it
+        if math.isclose(before / begun, now / accumulated(trainer)):
             return
         rank_zero_warn(
             f"OptimizerCalibration: the run was calibrated for {before:g} samples a step and goes on with {now:g}; its values"
@@ -340,23 +289,6 @@ class OptimizerCalibration(Callback):
             " size, load the weights alone into a new run, with the record of this one up to here as reference, or with the"
             " reference that this one had."
         )
-
-    def _look_at_groups(self, trainer: Trainer) -> None:
-        """Warns of a group that was added later, whose rate may or may not come from the calibrated ones."""
-        groups = _optimizer(trainer).param_groups if len(trainer.optimizers) == 1 else []
-        late, self._groups = self._groups, max(self._groups, len(groups))
-        told = []
-        for index in range(late, len(groups)):
-            alike = {
-                change.name for change in self._applied.changes if is_at(groups[index].get(change.name), change.after)
-            }
-            odd = {change.name: change for change in self._applied.changes if change.name not in alike}
-            told += [explain.not_in_force(replace(change, group=index), groups) for change in odd.values()]
-        if told:
-            rank_zero_warn(
-                f"OptimizerCalibration: parameter group {late} came after the calibration. {'. '.join(told)}. Set it in your"
-                " code, unless that takes it from a calibrated value."
-            )
 
     def _read_record(self, trainer: Trainer, module: LightningModule) -> OptimizerRecord | None:
         if self.reference is None:
@@ -371,12 +303,6 @@ class OptimizerCalibration(Callback):
             return outcome.of_optimizer(class_name(optimizer), [*optimizer_parameters(module, optimizer)])
         except RecordError as error:
             raise MisconfigurationException(f"reference: {error}") from None
-
-
-def _optimizer(trainer: Trainer) -> Optimizer:
-    """The one that is calibrated; where ZeRO steps with it, not ZeRO's own."""
-    found: Optimizer = unwrapped(trainer.optimizers[0])
-    return found
 
 
 def _obstacle(trainer: Trainer) -> str | None:

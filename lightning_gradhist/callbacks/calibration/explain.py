@@ -120,8 +120,7 @@ def not_in_force(change: GroupChange, groups: Sequence[Mapping[str, Any]]) -> st
     told = f"{change.name} of parameter group {change.group} is {f'{float(now):.4g}' if is_rate(now) else repr(now)}"
     if isinstance(change.before, str) or not change.before:
         return f"{told}, and {change.after:.4g} where it is calibrated"
-    factor = change.after / change.before
-    return f"{told}; calibrated, {change.before:.4g} becomes {change.after:.4g}, so multiply it by {factor:.4g}"
+    return f"{told}; calibrated, {change.before:.4g} becomes {change.after:.4g}, so multiply it by {change.factor:.4g}"
 
 
 def equal_samples_assumed(recorded: bool, knows_steps: bool) -> str:

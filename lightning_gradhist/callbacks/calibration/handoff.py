@@ -96,7 +96,7 @@ def rate_factors(rates: Sequence[float | None], changes: Sequence[GroupChange]) 
     factors: list[float | None] = [1.0 if rate else None for rate in rates]
     for change in changes:
         if change.name == "lr":
-            factors[change.group] = change.after / float(change.before)
+            factors[change.group] = change.factor
     return factors
 
 

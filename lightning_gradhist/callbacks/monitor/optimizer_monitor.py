@@ -146,4 +146,4 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
         optimizer.register_step_pre_hook(lambda *_: None).remove()
     except AttributeError:
         return False
-    return bool(getattr(type(optimizer).step, "hooked", False))
+    return bool(getattr(type(optimizer).step, "hooked", False))  # private: torch's mark of a step that calls them

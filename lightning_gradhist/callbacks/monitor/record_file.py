@@ -15,7 +15,7 @@ from lightning_gradhist.callbacks.monitor.fit import Guard
 from lightning_gradhist.callbacks.optimizer_rules import class_name
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import Writer
-from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, path_in
+from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, is_url, path_in
 
 _TASK = f"write {FILE_NAME}"
 
@@ -99,4 +99,4 @@ def record_directory(trainer: Trainer) -> str:
     if not directory and getattr(logger, "save_dir", None) and logger.version is not None:
         directory = path_in(path_in(str(logger.save_dir), str(logger.name)), str(logger.version))
     directory = str(directory or trainer.default_root_dir)
-    return directory if "://" in directory else os.path.abspath(directory)
+    return directory if is_url(directory) else os.path.abspath(directory)

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Generator, Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from multiprocessing import synchronize
 from multiprocessing.managers import BaseProxy
 from multiprocessing.shared_memory import SharedMemory
@@ -160,11 +160,14 @@ class Copier:
         """Within it, nothing can be written into what is lent; in a training step, if it is not of the data alone."""
         guard = self._guard if self._lends_elsewhere or not in_training else None
         try:
-            with nullcontext() if in_training else without_threads(self.refusals), guard or nullcontext():
-                with warnings.catch_warnings() if guard else nullcontext():
-                    if guard:
-                        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                    yield
+            with ExitStack() as stack:
+                if not in_training:
+                    stack.enter_context(without_threads(self.refusals))
+                if guard is not None:
+                    stack.enter_context(guard)
+                    stack.enter_context(warnings.catch_warnings())
+                    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                yield
             self.refusals.check()
         except Exception as error:
             self.refusals.check()
@@ -423,7 +426,7 @@ class Copier:
 
 def _is_beyond_this_process(value: Any) -> bool:
     """Whether a copy of it is the same once more, as other processes have it, too."""
-    return isinstance(value, (SharedMemory, BaseProxy)) or _is_of(value, _SHARED)
+    return isinstance(value, (SharedMemory, BaseProxy)) or _is_of(value, _SHARED)  # also of classes of the user's
 
 
 def is_cached(value: Any) -> bool:

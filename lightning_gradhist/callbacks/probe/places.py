@@ -34,8 +34,8 @@ def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
     of_all = {name for name, value in hooks.items() if name.startswith("_global_") and isinstance(value, dict)}
     _in_names(hooks, of_all, copier, undo, set())
     for package in filter(None, map(sys.modules.get, PACKAGES)):  # whoever calls them, as hooks of wandb.watch do
-        for name in [name for name in vars(package) if writes(package, name)]:
-            undo.callback(setattr, package, name, vars(package)[name])
+        for name, value in [(name, value) for name, value in vars(package).items() if writes(name, value)]:
+            undo.callback(setattr, package, name, value)
             setattr(package, name, SilentRun())
     seen: set[int] = set()
     while copier.code:  # more comes with what is copied

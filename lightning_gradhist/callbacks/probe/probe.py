@@ -134,7 +134,7 @@ class Probe:
             self._kept.append((batch, self.batches))
             gradient: Mapping[str, Tensor | None] = {}
             if worst is Outcome.DONE:
-                gradient, worst = self._of_batch(batch, self._is_repeated(batch))
+                gradient, worst = self._of_batch(batch)
             self.batches += 1
             self._tick()
             self.samples = self._samples(self._count(batch))
@@ -238,9 +238,10 @@ class Probe:
 
         Where parameters are sharded, of the batches of any rank.
         """
-        ranks, told = self._trainer.world_size, digest(batch)
+        ranks = self._trainer.world_size
         if ranks == 1 and is_indexed(self._trainer):  # which may hold a sample several times
             return False
+        told = digest(batch)
         found: list[Any] = [float("nan" if told is None else told)] * ranks  # of which NaN is another one each time
         if ranks > 1:
             torch.distributed.all_gather_object(found, found[0])
@@ -250,7 +251,8 @@ class Probe:
         rank = self._trainer.global_rank
         return found[rank] in before.union(found[:rank])
 
-    def _of_batch(self, batch: Any, is_repeated: bool) -> tuple[Mapping[str, Tensor | None], Outcome]:
+    def _of_batch(self, batch: Any) -> tuple[Mapping[str, Tensor | None], Outcome]:
+        is_repeated = self._is_repeated(batch)
         if is_repeated and self._replicas is not None:
             return {}, Outcome.REPEATED
         while True:

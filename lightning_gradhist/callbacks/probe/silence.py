@@ -50,11 +50,9 @@ class SilentLogger(DummyLogger):
         return getattr(self._of, "log_dir", None)
 
 
-def writes(package: types.ModuleType, name: str) -> bool:
-    """Whether a package writes to its run under this name, as by ``wandb.log``."""
-    value = getattr(package, name)
-    is_function = name.startswith("log") and not isinstance(value, types.ModuleType)
-    return package.__name__ in PACKAGES and (is_function or is_writer(value))
+def writes(name: str, value: Any) -> bool:
+    """Whether one of the packages writes to its run by what it has under this name, as by ``wandb.log``."""
+    return (name.startswith("log") and not isinstance(value, types.ModuleType)) or is_writer(value)
 
 
 def is_log_function(value: Any) -> bool:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAver
 from support import Net, final_state, fit, loader
 from support import trainer as make_trainer
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.noise.run_record import RunRecord
@@ -195,6 +195,22 @@ def test_what_a_checkpoint_brings_back_otherwise_is_told_of(tmp_path) -> None:
         made.fit(Rewritten(), loader(), ckpt_path=tmp_path / "half.ckpt")
     assert len([one for one in caught if "OptimizerCalibration" in str(one.message)]) == 1
     assert made.optimizers[0].param_groups[0]["lr"] == 1e-2
+
+
+class Table(LRScheduler):
+    """It has absolute rates."""
+
+    def get_lr(self) -> list[float]:
+        return [[1e-2, 8e-3, 6e-3][min(self.last_epoch, 2)]]
+
+
+def test_a_scheduler_that_comes_later_and_would_not_follow_is_told_of(tmp_path) -> None:
+    fit(tmp_path, OptimizerCalibration(**OPTIONS)).save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path, OptimizerCalibration(**OPTIONS), max_epochs=2)
+    module = Net(scheduler=Table)
+    module.on_load_checkpoint = lambda checkpoint: checkpoint.update(lr_schedulers=[])
+    with pytest.warns(UserWarning, match="not all that was calibrated is in force. Table .* would not follow"):
+        made.fit(module, loader(), ckpt_path=tmp_path / "half.ckpt")
 
 
 class Decays(L.Callback):
