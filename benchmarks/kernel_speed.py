@@ -72,10 +72,11 @@ def stepping(size: float, device: torch.device) -> Iterator[Row]:
     from lightning_gradhist.kernels.adam_e import adam_e_step
     from lightning_gradhist.kernels.alto import alto_apply, alto_moments
 
+    shapes = transformer_shapes(size)[: None if device.type == "cuda" else 12]  # the interpreter takes its time
     for dtype in (torch.float32, torch.bfloat16):
 
         def draw(scale: float, dtype: torch.dtype) -> list[Tensor]:
-            return [scale * torch.randn(shape, device=device).to(dtype) for shape in transformer_shapes(size)]
+            return [scale * torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
         params, grads = [Parameter(tensor) for tensor in draw(0.02, dtype)], draw(GRADIENT, dtype)
         for param, grad in zip(params, grads, strict=True):

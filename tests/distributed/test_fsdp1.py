@@ -15,6 +15,8 @@ from support import events, expected_counts, logged_counts, logged_scalars
 from lightning_gradhist import NoiseScale
 from lightning_gradhist.noise.step import measure_pair, noise_and_signal
 
+pytestmark = pytest.mark.xdist_group("fsdp1")
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Any:
