@@ -44,13 +44,10 @@ def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int
     if impossible is None and planned < least:
         run = "fast_dev_run" if getattr(trainer, "fast_dev_run", False) else "an epoch"
         impossible = f"it needs {least} batches, and {run} has {planned}"
-    return impossible or _tried(trainer, module, planned, measure)
-
-
-def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> str | None:
+    if impossible is not None:
+        return impossible
     try:
         _measured(trainer, module, planned, measure)
-        return None
     except (ProbeRefusedError, ProbeEnded) as error:
         return str(error)
     except Exception as error:
@@ -59,6 +56,7 @@ def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Mea
         return f"there is no memory for it beside the model ({error})"
     finally:
         free_memory()  # the copies refer to each other
+    return None
 
 
 def _measured(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> None:
