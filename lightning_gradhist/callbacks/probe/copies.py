@@ -234,17 +234,11 @@ class Copier:
             return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
         if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
-        if kind in _WEAK_DICTIONARIES:  # which copy either keys or values, and not both
-            copied = kind()
-            self.put(value, copied)
-            for key, item in list(value.items()):
-                copied[self.copy(key, "<key>")] = self.copy(item, "<value>")
-            return copied
         if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
             return self._method(value)
         if kind in (list, tuple, set, frozenset):
             return self._items(value)
-        if kind is dict:
+        if kind is dict or kind in _WEAK_DICTIONARIES:  # which would copy either keys or values, and not both
             return self._dictionary(value)
         if isinstance(value, (nn.Module, Optimizer)) and not isinstance(value, torch.jit.ScriptModule):
             return self.fill(self.shell(value), vars(value))
@@ -359,10 +353,11 @@ class Copier:
         # A tuple may hold what holds it, and be copied by now.
         return self._copies.get(id(value), made)
 
-    def _dictionary(self, value: dict[Any, Any]) -> dict[Any, Any]:
-        copied: dict[Any, Any] = {}
+    def _dictionary(self, value: Any) -> Any:
+        copied = type(value)()
         self.put(value, copied)
-        copied.update({self.copy(key, "<key>"): self.copy(item, (key,)) for key, item in value.items()})
+        for key, item in list(value.items()):  # a weak one may lose some meanwhile
+            copied[self.copy(key, "<key>")] = self.copy(item, (key,) if type(value) is dict else "<value>")
         return copied
 
     def _attributes(self, attributes: dict[str, Any]) -> dict[str, Any]:
