@@ -47,6 +47,7 @@ from lightning_gradhist.callbacks.strategies import (
     least_over_ranks,
     own_parts,
     replicas,
+    sum_over_ranks,
 )
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real, widened
@@ -144,7 +145,7 @@ class Probe:
     def left_out(self) -> list[str]:
         """What became of the batches that gave no gradient, over all ranks; to be called on every rank."""
         of = self.batches * self._trainer.world_size
-        found = zip(self._sum_over_ranks(*self._left_out.values()), WHY_LEFT_OUT.values(), strict=True)
+        found = zip(sum_over_ranks(self._trainer, *self._left_out.values()), WHY_LEFT_OUT.values(), strict=True)
         return [f"{count:.0f} of {of} batches of the probe {why}, and were left out" for count, why in found if count]
 
     def critical_factor(self, step: Callable[[], Mapping[str, Tensor]], largest: float) -> float | None:
@@ -177,7 +178,7 @@ class Probe:
                 total = sum(loss for loss, there in zip(losses, known, strict=True) if there)
             except (Exception, ProbeEnded):  # of a training step at other weights, or for lack of memory
                 total = math.nan
-            total, count = self._sum_over_ranks(total, float(sum(known)))
+            total, count = sum_over_ranks(self._trainer, total, float(sum(known)))
             return total / count if count else math.nan
 
         try:
@@ -205,14 +206,7 @@ class Probe:
 
     def over_shards(self, total: float) -> float:
         """The sum over ranks that hold different parts of a gradient, else the number itself; for every rank."""
-        return total if self._replicas is None else self._sum_over_ranks(total)[0]
-
-    def _sum_over_ranks(self, *numbers: float) -> list[float]:
-        if self._trainer.world_size == 1:
-            return [*numbers]
-        summed = torch.tensor(numbers, dtype=torch.float64, device=self._module.device)
-        torch.distributed.all_reduce(summed)
-        return summed.tolist()
+        return total if self._replicas is None else sum_over_ranks(self._trainer, total)[0]
 
     def _next(self) -> tuple[Any, Outcome, str | None]:
         try:
