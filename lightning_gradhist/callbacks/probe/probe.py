@@ -131,9 +131,7 @@ class Probe:
             if worst is Outcome.NO_BATCH:
                 return
             self._kept.append((batch, self.batches))
-            gradient: Mapping[str, Tensor | None] = {}
-            if worst is Outcome.DONE:
-                gradient, worst = self._of_batch(batch)
+            gradient, worst = self._of_batch(batch)
             self.batches += 1
             self._tick()
             self.samples = self._samples(self._count(batch))
