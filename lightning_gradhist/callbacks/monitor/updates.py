@@ -34,7 +34,7 @@ class UpdateReport:
 
     def __init__(self, table: Tensor, names: list[str], eps: Mapping[str, float], step: int, suffix: str) -> None:
         self.names, self.eps, self.step, self.suffix = names, eps, step, suffix
-        self.histogram = Lazy(self._histogram)
+        self.histogram = Lazy(lambda: MagnitudeHistogram.from_table(names, self._table()[:, _SUMS:].long()))
         """Makes the histogram of the roots of the second moment."""
         self._on_host = HostTensor(table)
 
@@ -101,9 +101,6 @@ class UpdateReport:
                 "a rank could not look at its part of the optimizer's step, so that the step is left out"
             )
         return table
-
-    def _histogram(self) -> MagnitudeHistogram:
-        return MagnitudeHistogram.from_table(self.names, self._table()[:, _SUMS:].long())
 
 
 class UpdateMonitor(StepObserver):
