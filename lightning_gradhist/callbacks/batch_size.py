@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_gradhist.callbacks._lightning import Trainer
-from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up
+from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up, sum_over_ranks
 from lightning_gradhist.tensors import as_real
 
 _FEW = 3  # batches an epoch, of which a short one is too many to leave out
@@ -260,11 +260,8 @@ def effective_batch_size(trainer: Trainer, samples: SampleCount) -> float | None
     To be called on every rank; None where one of them does not know.
     """
     usual = samples.usual
-    total = torch.tensor(math.nan if usual is None else usual, dtype=torch.float64, device="cpu")
-    if trainer.world_size > 1:
-        total = total.to(trainer.lightning_module.device)
-        torch.distributed.all_reduce(total)
-    known = float(total) * accumulated(trainer) * data_ranks(trainer) / trainer.world_size
+    (total,) = sum_over_ranks(trainer, math.nan if usual is None else usual)
+    known = total * accumulated(trainer) * data_ranks(trainer) / trainer.world_size
     return None if math.isnan(known) else known
 
 

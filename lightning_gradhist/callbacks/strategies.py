@@ -137,6 +137,15 @@ def least_over_ranks(value: float, trainer: Trainer) -> float:
     return float(least)
 
 
+def sum_over_ranks(trainer: Trainer, *numbers: float) -> list[float]:
+    """The sums of the ranks' numbers; to be called on every rank."""
+    if trainer.world_size == 1:
+        return [*numbers]
+    summed = torch.tensor(numbers, dtype=torch.float64, device=trainer.lightning_module.device)
+    torch.distributed.all_reduce(summed)
+    return summed.tolist()
+
+
 def own_parts(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], replicas: Replicas) -> dict[str, Tensor]:
     """What this rank answers for, so that over all ranks each value of each tensor occurs once.
 

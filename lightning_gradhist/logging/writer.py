@@ -16,6 +16,8 @@ from lightning_gradhist.logging.sinks import Sink, sink_of
 from lightning_gradhist.tensors import HostTensor
 
 T = TypeVar("T")
+Send = Callable[[Callable[[Sink], None]], None]
+"""Gives each logger's sink to a job."""
 
 NOT_COUNTED = -(2**48)  # all over the table of a rank that could not count: below zero also with 10,000 ranks added
 NOT_ALIKE = -1  # all over a table of gradients that are not the same on all ranks
@@ -111,7 +113,7 @@ class Writer:
 
 
 def send_heatmap(
-    send: Callable[[Callable[[Sink], None]], None],
+    send: Send,
     tag: str,
     step: int,
     title: str,
@@ -120,7 +122,7 @@ def send_heatmap(
 ) -> None:
     """Has loggers that show figures show a heatmap, where matplotlib is installed and there is something to draw.
 
-    ``send`` gives each logger's sink to a job; ``histogram`` and the figure are made in the loggers' threads.
+    ``histogram`` and the figure are made in the loggers' threads.
     """
     figure = Lazy(lambda: figures.magnitude_heatmap(histogram(), title, eps))
 

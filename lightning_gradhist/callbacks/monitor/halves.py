@@ -84,7 +84,8 @@ class HalfBatches:
             _Known(layer, rule, own) for layer in layers if (rule := _rule_of(layer)) and (own := self._own(layer))
         ]
         self._by_columns = {name for each in known if each.is_embedding for name in each.names.values()}
-        self._least = _LEAST_NORMED if any(map(_shares_statistics, modules)) else _LEAST_SAMPLES
+        shares_statistics = any(isinstance(layer, _BatchNorm) and layer.training for layer in modules)
+        self._least = _LEAST_NORMED if shares_statistics else _LEAST_SAMPLES
         self._every = max(1.0, len(known) / _MOST_LAYERS)
         drawn = torch.randperm(len(known), generator=self._generator, device="cpu")[:_MOST_LAYERS].tolist()
         self._layers = {id(known[place].layer): known[place] for place in drawn}
@@ -225,10 +226,6 @@ def _share(known: list[_Known], trained: Mapping[str, nn.Parameter], embeddings:
     others = {name: parameter.numel() for name, parameter in trained.items() if name not in embeddings}
     held = {name for each in known for name in each.names.values()}
     return sum(number for name, number in others.items() if name in held) / max(1, sum(others.values()))
-
-
-def _shares_statistics(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and layer.training
 
 
 def _as_saved(inputs: Tensor, output: Tensor) -> Tensor:

@@ -14,11 +14,10 @@ from lightning_gradhist.callbacks._lightning import MisconfigurationException, T
 from lightning_gradhist.callbacks.gradients import LocalGradients, clip_limits, squared_norm
 from lightning_gradhist.callbacks.monitor.checkpoint import Progress
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
-from lightning_gradhist.callbacks.monitor.reports import Reports, Send
 from lightning_gradhist.callbacks.strategies import is_cut_up
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.magnitude_report import magnitude_report, worst_layers
-from lightning_gradhist.logging.writer import NOT_ALIKE, NOT_COUNTED, HostHistogram, Lazy, send_heatmap
+from lightning_gradhist.logging.writer import NOT_ALIKE, NOT_COUNTED, HostHistogram, Lazy, Send, send_heatmap
 
 When = Literal["before_clip", "after_clip", "local"]
 _HALF_BIN = 1 / 15  # what a norm of one value may be off, as it is made of bins; that of many values is less
@@ -86,7 +85,7 @@ class MagnitudeMonitor(StepObserver):
         self._watched, self._fit, self._progress = watched, watched.fit, progress
         self._when, self._on_double = when, on_double
         self._local: LocalGradients | None = None
-        self._reports: Reports[GradientReport] = Reports(self._fit.send)
+        self._undrawn: GradientReport | None = None  # the last, for the end
 
     def prepare(self, due: bool) -> None:
         """Has gradients copied before ranks average them."""
@@ -122,11 +121,13 @@ class MagnitudeMonitor(StepObserver):
             return
         with self._fit.guard.attempt("log"):
             prefix, suffix = _PREFIXES[self._when], self._watched.suffix
-            report = GradientReport(step.histogram, step.number, prefix, suffix, self._clip_norm())
+            self._undrawn = GradientReport(step.histogram, step.number, prefix, suffix, self._clip_norm())
             self._progress.logged += 1
             doublings = math.log2(self._progress.logged)
             step.drawn = doublings > 0 and doublings % 2 == 0
-            self._reports.log(report, step.drawn)
+            self._undrawn.send(self._fit.send)
+            if step.drawn:
+                self._draw()
             if doublings.is_integer():
                 self._on_double()
 
@@ -140,13 +141,18 @@ class MagnitudeMonitor(StepObserver):
     def finish(self) -> None:
         """Draws the last report."""
         with self._fit.guard.attempt("log"):
-            self._reports.finish()
+            self._draw()
 
     def close(self) -> None:
         """Copies nothing any more."""
         if self._local is not None:
             self._local.close()
         self._local = None
+
+    def _draw(self) -> None:
+        if self._undrawn is not None:
+            self._undrawn.draw(self._fit.send)
+        self._undrawn = None
 
     def _count(
         self, gradients: Mapping[str, Tensor] | None, parts: Mapping[str, Tensor] | None

@@ -30,7 +30,7 @@ from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor
 from lightning_gradhist.callbacks.monitor.observer import StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
 from lightning_gradhist.callbacks.monitor.record_file import RecordFile, record_directory
-from lightning_gradhist.callbacks.monitor.rows import Rows
+from lightning_gradhist.callbacks.monitor.rows import Rows, distinct_rows
 from lightning_gradhist.callbacks.monitor.updates import UpdateMonitor
 from lightning_gradhist.callbacks.optimizer_rules import why_without_layers
 from lightning_gradhist.callbacks.run_length import run_length
@@ -332,7 +332,7 @@ class GradientHistogramMonitor(Callback):
 
     def _rows_of(self, module: LightningModule, index: int) -> dict[str, str]:
         """The row of each parameter of an optimizer that is counted."""
-        return self._rows.of_optimizer(module, [each.watched.parameters for each in self._optimizers], index)
+        return distinct_rows([self._rows.of(module, each.watched.parameters) for each in self._optimizers], index)
 
     @property
     def _observers(self) -> list[StepObserver]:

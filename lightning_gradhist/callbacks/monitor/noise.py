@@ -77,12 +77,8 @@ class NoiseMonitor(StepObserver):
     """Measures noise, without a backward pass of its own.
 
     Where a step has parts, the micro-batches of accumulation or the ranks of DDP, one of them on each rank is held against
-    the whole step; else one half of a batch of 16 or more, where the layers allow it (:class:`HalfBatches`); else the
-    gradients of two successive steps are held against each other, each of them in one pair, so that pairs are independent.
-    As the first has had its step by then, these agree less than two gradients at the same weights would, and the noise scale
-    comes out too large. Of a large model a sample of the values is looked at, of other ones at every measurement.
-
-    The first 1,000 steps are measured as often as they are logged, later ones at most every tenth time.
+    the whole step; else one half of a batch, where the layers allow it (:class:`HalfBatches`); else the gradients of two
+    successive steps are held against each other, each of them in one pair, so that pairs are independent.
     """
 
     def __init__(self, watched: WatchedOptimizer, progress: Progress) -> None:
@@ -104,7 +100,7 @@ class NoiseMonitor(StepObserver):
 
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
-        self._drop_part()
+        self._drop_copies()
         self._backwards, self._left, self._changed, self._digests = 0, None, [], []
         trainer, begins = self._fit.trainer, self._begins(due)
         whole = not is_cut_up(trainer)
@@ -135,7 +131,7 @@ class NoiseMonitor(StepObserver):
             told = digest(batch) if self._wanted and not alone else None
             self._digests += [] if told is None else [told]
             if self._halves_batch:
-                self._drop_halves()
+                self._drop_copies()
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
 
     def before_backward(self) -> None:
@@ -153,10 +149,7 @@ class NoiseMonitor(StepObserver):
     def after_backward(self) -> None:
         """Ends the first micro-batch."""
         self._backwards += 1
-        if self._halves is not None:
-            self._halves.close()
-        if self._part is not None:
-            self._part.close()
+        self._end_copies()
         if self._compares:
             with self._fit.guard.attempt("measure noise"):
                 self._left = self._squared_norm()
@@ -203,18 +196,16 @@ class NoiseMonitor(StepObserver):
     def close(self) -> None:
         """Drops what is held."""
         self.discard()
-        self._drop_part()
+        self._drop_copies()
 
-    def _drop_part(self) -> None:
-        if self._part is not None:
-            self._part.close()
-        self._part = None
-        self._drop_halves()
+    def _end_copies(self) -> None:
+        for copied in (self._part, self._halves):
+            if copied is not None:
+                copied.close()
 
-    def _drop_halves(self) -> None:
-        if self._halves is not None:
-            self._halves.close()
-        self._halves = None
+    def _drop_copies(self) -> None:
+        self._end_copies()
+        self._part = self._halves = None
 
     def _begins(self, due: bool) -> bool:
         """Whether a measurement begins at the coming step; the same on all ranks, of which others may know their samples."""

@@ -48,7 +48,7 @@ class RecordFile:
                 copies = [one.snapshot() for one in progress]
                 module, shapes = trainer.lightning_module, model_shapes(trainer)
                 known = [(class_name(one), [*optimizer_parameters(module, one)]) for one in optimizers]
-                self._newest = partial(self._write, shapes, trainer.global_step, known, copies)
+                self._newest = partial(self._write, shapes, trainer.global_step, [*zip(copies, known, strict=True)])
                 if not self._is_pending:  # else the one that waits takes this up, however slow the disk is
                     self._is_pending = True
                     self._writer.submit(self._write_newest)
@@ -73,12 +73,10 @@ class RecordFile:
         self,
         shapes: dict[str, list[int] | None],
         steps: int,
-        optimizers: Sequence[tuple[str, list[str]]],
-        progress: Sequence[Progress],
+        progress: Sequence[tuple[Progress, tuple[str, list[str]]]],
     ) -> None:
         try:
-            both = zip(progress, optimizers, strict=True)
-            entries = [one.record(*known) for one, known in both if len(one.noise)]  # others have not stepped yet
+            entries = [one.record(*known) for one, known in progress if len(one.noise)]  # others have not stepped yet
             record = RunRecord(shapes, steps, entries, self._run)
             if self.path is None:
                 self.path = record.save_in(self._directory)

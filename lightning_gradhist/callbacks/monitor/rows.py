@@ -42,13 +42,6 @@ class Rows:
         taken = {group for group in self._groups.values() if group is not None}
         return {name: self._own_row(name, taken) if group is None else group for name, group in groups.items()}
 
-    def of_optimizer(self, module: nn.Module, names: Sequence[Iterable[str]], index: int) -> dict[str, str]:
-        """The rows of one of several optimizers; one that another of them has as well ends in the optimizer's index.
-
-        ``names`` are those of the parameters of each.
-        """
-        return distinct_rows([self.of(module, of_one) for of_one in names], index)
-
     def check(self, module: nn.Module) -> int:
         """Refuses filters that match no parameter of the module, or leave none; else counts the rows that are trained.
 
@@ -102,7 +95,7 @@ class Rows:
         """The group of a parameter, asked for once, so that it stays the same; none where the user's function raises."""
         if name not in self._groups:
             try:
-                group: Any = self._group_of(name)  # whatever the user's function returns
+                group: Any = self._group_of and self._group_of(name)  # whatever the user's function returns
                 self._groups[name] = None if group in (None, "") or group is False else str(group)
             except Exception as error:
                 self._groups[name] = None
@@ -137,22 +130,18 @@ def distinct_rows(rows: Sequence[Mapping[str, str]], index: int) -> dict[str, st
     return {name: own(row) if row in others else row for name, row in rows[index].items()}
 
 
-def _grouping(group_by: Any) -> Callable[[str], str | None]:
-    """The function from the name of a parameter to that of its group, or to nothing; one that can be pickled."""
+def _grouping(group_by: Any) -> Callable[[str], str | None] | None:
+    """The function, if any, from the name of a parameter to that of its group, or to nothing; one that can be pickled."""
     if isinstance(group_by, int) and not isinstance(group_by, bool) and group_by >= 1:
         return partial(_module_path, depth=group_by)
     if isinstance(group_by, str):
         return partial(_first_group, pattern=_compiled("group_by", group_by))
     if group_by is None or callable(group_by):
-        return group_by or _no_group
+        return group_by
     raise MisconfigurationException(
         "group_by must be None, a depth of the module path from 1 up, a regular expression, or a function of a"
         f" parameter's name, got {group_by!r}"
     )
-
-
-def _no_group(name: str) -> None:
-    return None
 
 
 def _module_path(name: str, depth: int) -> str:

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from lightning_gradhist.callbacks.gradients import has_gradients, rounding_unit
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
-from lightning_gradhist.callbacks.monitor.reports import Reports, Send
 from lightning_gradhist.callbacks.optimizer_state import damping_epsilons, optimizer_weights, second_moment
 from lightning_gradhist.callbacks.strategies import own_parts
 from lightning_gradhist.epsilon import IDLE_SHARE, without_rounding_noise
 from lightning_gradhist.histogram import COLUMNS, MagnitudeHistogram
 from lightning_gradhist.logging.magnitude_report import distributions
-from lightning_gradhist.logging.writer import Lazy, send_heatmap
+from lightning_gradhist.logging.writer import Lazy, Send, send_heatmap
 from lightning_gradhist.tensors import HostTensor, batches, copies, elementwise, joined, sent, widened, with_float64
 
 _ALARM = 0.1
@@ -35,7 +34,7 @@ class UpdateReport:
 
     def __init__(self, table: Tensor, names: list[str], eps: Mapping[str, float], step: int, suffix: str) -> None:
         self.names, self.eps, self.step, self.suffix = names, eps, step, suffix
-        self.histogram = Lazy(self._histogram)
+        self.histogram = Lazy(lambda: MagnitudeHistogram.from_table(names, self._table()[:, _SUMS:].long()))
         """Makes the histogram of the roots of the second moment."""
         self._on_host = HostTensor(table)
 
@@ -103,9 +102,6 @@ class UpdateReport:
             )
         return table
 
-    def _histogram(self) -> MagnitudeHistogram:
-        return MagnitudeHistogram.from_table(self.names, self._table()[:, _SUMS:].long())
-
 
 class UpdateMonitor(StepObserver):
     """Looks at the weights before and after the steps that are due, and at the second moment after them."""
@@ -114,7 +110,8 @@ class UpdateMonitor(StepObserver):
         self._watched, self._fit = watched, watched.fit
         self._rows: Mapping[str, str] = {}
         self._before: dict[str, Tensor] | None = None
-        self._reports: Reports[UpdateReport] = Reports(self._fit.send)
+        self._last: UpdateReport | None = None
+        self._last_is_drawn = False
 
     def at_update(self, step: Step) -> None:
         """Copies this rank's part of the weights that the step is going to change."""
@@ -137,24 +134,27 @@ class UpdateMonitor(StepObserver):
             return
         with self._fit.guard.attempt("log"):
             self._warn_of_damping()  # in the report before, for which the host need not wait
-            report = UpdateReport(table, names, _largest(eps, self._rows), step.number, self._watched.suffix)
-            self._reports.log(report, step.drawn)
+            self._last = UpdateReport(table, names, _largest(eps, self._rows), step.number, self._watched.suffix)
+            self._last_is_drawn = step.drawn
+            self._last.send(self._fit.send)
+            if step.drawn:
+                self._last.draw(self._fit.send)
 
     def finish(self) -> None:
         """Says and draws what there is to say and draw of the last report."""
         with self._fit.guard.attempt("log"):
             self._warn_of_damping()
-            self._reports.finish()
+            if self._last is not None and not self._last_is_drawn:
+                self._last.draw(self._fit.send)
 
     def close(self) -> None:
         """Lets go of the weights."""
         self._before = None
 
     def _warn_of_damping(self) -> None:
-        report = self._reports.last
-        if report is None or "damping" in self._fit.warned:
+        if self._last is None or "damping" in self._fit.warned:
             return
-        alarm = report.alarm(rounding_unit(self._fit.trainer))
+        alarm = self._last.alarm(rounding_unit(self._fit.trainer))
         if alarm is not None:
             self._fit.warn_once("damping", alarm)
 

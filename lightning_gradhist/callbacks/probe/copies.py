@@ -13,7 +13,7 @@ import types
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Collection, Generator
 from contextlib import ExitStack, contextmanager
 from multiprocessing import synchronize
 from multiprocessing.managers import BaseProxy
@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradhist.callbacks._lightning import is_a
 from lightning_gradhist.callbacks.probe.outcome import ProbeRefusedError, Refusals, is_out_of_memory
-from lightning_gradhist.callbacks.probe.silence import SilentLogger, SilentRun, is_log_function, is_writer
+from lightning_gradhist.callbacks.probe.silence import PACKAGES, SilentLogger, SilentRun, is_of, is_writer
 from lightning_gradhist.callbacks.probe.stand_ins import THREAD_IN_WORKER, Lent, Missing, Unheard, without_threads
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
@@ -164,7 +164,8 @@ class Copier:
                 if not in_training:
                     stack.enter_context(without_threads(self.refusals))
                 if guard is not None:
-                    stack.enter_context(guard)
+                    stack.enter_context(guard.tensors)
+                    stack.enter_context(guard.arrays)
                     stack.enter_context(warnings.catch_warnings())
                     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
                 yield
@@ -194,7 +195,7 @@ class Copier:
         if isinstance(value, Tensor):
             return self._tensor(value)
         # Checkpoint wrappers and ZeRO's optimizer are of torch.distributed, too.
-        lent = _is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
+        lent = is_of(value, _NOT_COPIED) and not isinstance(value, (nn.Module, Optimizer))
         lent &= not any(hasattr(kind, name) for name in _STREAM)
         if lent or isinstance(value, (*_LOCKS, torch.jit.ScriptFunction)):
             return value
@@ -208,7 +209,11 @@ class Copier:
         if _is_beyond_this_process(value):
             raise TypeError("it is shared between processes")
         if isinstance(value, threading.Thread) and value.is_alive():
-            self._refuse_thread()
+            if not self._of_data or self._in_worker:
+                raise TypeError("it is running")
+            raise ProbeRefusedError(
+                f"{self._where()} is a running thread, for which a copy of the data would wait in vain; {THREAD_IN_WORKER}"
+            )
         if kind is threading.Condition:
             return Unheard(self.copy(vars(value)["_lock"]), self._where(), self.refusals)
         if isinstance(value, queue.Queue):
@@ -222,42 +227,30 @@ class Copier:
             original = getattr(value, "_torchdynamo_orig_callable", None)
             if original is not None:
                 return self.copy(original)
-            return SilentRun() if is_log_function(value) else self.keep(value)
+            writes = is_of(value, PACKAGES) and value.__name__.startswith("log")  # to a run, as mlflow.log_metric
+            return SilentRun() if writes else self.keep(value)
         if is_cached(value):  # with a memory of its own; a copy of it would be the same once more
             self.keep(value.__wrapped__)
             return functools.lru_cache(**value.cache_parameters())(value.__wrapped__)
         if kind is weakref.ref:
             return weakref.ref(self.copy(value())) if value() is not None else value
-        if kind in _WEAK_DICTIONARIES:  # which copy either keys or values, and not both
-            copied = kind()
-            self.put(value, copied)
-            for key, item in list(value.items()):
-                copied[self.copy(key, "<key>")] = self.copy(item, "<value>")
-            return copied
         if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
             return self._method(value)
         if kind in (list, tuple, set, frozenset):
             return self._items(value)
-        if kind is dict:
+        if kind is dict or kind in _WEAK_DICTIONARIES:  # which would copy either keys or values, and not both
             return self._dictionary(value)
         if isinstance(value, (nn.Module, Optimizer)) and not isinstance(value, torch.jit.ScriptModule):
             return self.fill(self.shell(value), vars(value))
         if is_a(value, "DataLoader", "StatefulDataLoader", "CombinedLoader"):
             return self._loader(value)
-        by_itself = hasattr(kind, "__deepcopy__") and not _is_of(value, ("pandas",))  # whose tables may be large
+        by_itself = hasattr(kind, "__deepcopy__") and not is_of(value, ("pandas",))  # whose tables may be large
         made = value.__deepcopy__(self._copies) if by_itself else self._reduced(value)
         return self.keep(value) if made is value else made
 
     @property
     def _of_data(self) -> bool:
         return self.limit == LARGE
-
-    def _refuse_thread(self) -> None:
-        if self._of_data and not self._in_worker:
-            raise ProbeRefusedError(
-                f"{self._where()} is a running thread, for which a copy of the data would wait in vain; {THREAD_IN_WORKER}"
-            )
-        raise TypeError("it is running")
 
     def _not_copied(self, value: Any, error: Exception) -> Any:
         reads_file = any(hasattr(one, "fileno") for one in (value, *gc.get_referents(value)))  # as a csv.reader of one
@@ -360,10 +353,11 @@ class Copier:
         # A tuple may hold what holds it, and be copied by now.
         return self._copies.get(id(value), made)
 
-    def _dictionary(self, value: dict[Any, Any]) -> dict[Any, Any]:
-        copied: dict[Any, Any] = {}
+    def _dictionary(self, value: Any) -> Any:
+        copied = type(value)()
         self.put(value, copied)
-        copied.update({self.copy(key, "<key>"): self.copy(item, (key,)) for key, item in value.items()})
+        for key, item in list(value.items()):  # a weak one may lose some meanwhile
+            copied[self.copy(key, "<key>")] = self.copy(item, (key,) if type(value) is dict else "<value>")
         return copied
 
     def _attributes(self, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -426,7 +420,7 @@ class Copier:
 
 def _is_beyond_this_process(value: Any) -> bool:
     """Whether a copy of it is the same once more, as other processes have it, too."""
-    return isinstance(value, (SharedMemory, BaseProxy)) or _is_of(value, _SHARED)  # also of classes of the user's
+    return isinstance(value, (SharedMemory, BaseProxy)) or is_of(value, _SHARED)  # also of classes of the user's
 
 
 def is_cached(value: Any) -> bool:
@@ -441,11 +435,6 @@ def _storage(tensor: Tensor) -> Any:
         return storage if storage.data_ptr() else None
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def _is_of(value: Any, packages: Iterable[str]) -> bool:
-    module = getattr(value if isinstance(value, types.FunctionType) else type(value), "__module__", None) or ""
-    return any(module == package or module.startswith(package + ".") for package in packages)
 
 
 def _quiet(copied: Any) -> Any:

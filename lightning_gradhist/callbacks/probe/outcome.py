@@ -109,15 +109,10 @@ def agree(trainer: Trainer, reason: str | None) -> None:
     """
     if least_over_ranks(float(reason is None), trainer) < 1:
         free_memory()
-        raise ProbeRefusedError(first_reason(trainer, reason))
-
-
-def first_reason(trainer: Trainer, reason: str | None) -> str:
-    """The reason of the first rank that has one; to be called on every rank."""
-    reasons = [reason] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(reasons, reason)
-    return next(reason for reason in reasons if reason is not None)
+        reasons = [reason] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(reasons, reason)
+        raise ProbeRefusedError(next(reason for reason in reasons if reason is not None))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import math
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from lightning_gradhist.callbacks.probe.outcome import (
     Outcome,
     ProbeEnded,
     ProbeRefusedError,
-    first_reason,
+    agree,
     free_memory,
     is_out_of_memory,
     on_every_rank,
@@ -47,6 +47,7 @@ from lightning_gradhist.callbacks.strategies import (
     least_over_ranks,
     own_parts,
     replicas,
+    sum_over_ranks,
 )
 from lightning_gradhist.noise import NoiseScale
 from lightning_gradhist.tensors import as_real, widened
@@ -124,17 +125,13 @@ class Probe:
         """
         for _ in range(number):
             batch, outcome, reason = self._next()
-            worst = self._worst(Outcome.STOPPED if self._trainer.received_sigterm else outcome)
+            worst = self._worst(Outcome.STOPPED if self._trainer.received_sigterm else outcome, reason)
             if worst is Outcome.STOPPED:
                 raise SIGTERMException
-            if worst is Outcome.FAILED:
-                self._refuse(reason)
             if worst is Outcome.NO_BATCH:
                 return
             self._kept.append((batch, self.batches))
-            gradient: Mapping[str, Tensor | None] = {}
-            if worst is Outcome.DONE:
-                gradient, worst = self._of_batch(batch)
+            gradient, worst = self._of_batch(batch)
             self.batches += 1
             self._tick()
             self.samples = self._samples(self._count(batch))
@@ -145,12 +142,9 @@ class Probe:
 
     def left_out(self) -> list[str]:
         """What became of the batches that gave no gradient, over all ranks; to be called on every rank."""
-        counts = torch.tensor([*self._left_out.values()], device=self._module.device)
-        if self._trainer.world_size > 1:
-            torch.distributed.all_reduce(counts)
         of = self.batches * self._trainer.world_size
-        found = zip(counts.tolist(), WHY_LEFT_OUT.values(), strict=True)
-        return [f"{count} of {of} batches of the probe {why}, and were left out" for count, why in found if count]
+        found = zip(sum_over_ranks(self._trainer, *self._left_out.values()), WHY_LEFT_OUT.values(), strict=True)
+        return [f"{count:.0f} of {of} batches of the probe {why}, and were left out" for count, why in found if count]
 
     def critical_factor(self, step: Callable[[], Mapping[str, Tensor]], largest: float) -> float | None:
         """By how much a first step may be multiplied before it raises the loss of the batches that are kept.
@@ -182,7 +176,7 @@ class Probe:
                 total = sum(loss for loss, there in zip(losses, known, strict=True) if there)
             except (Exception, ProbeEnded):  # of a training step at other weights, or for lack of memory
                 total = math.nan
-            total, count = self._sum_over_ranks(total, float(sum(known)))
+            total, count = sum_over_ranks(self._trainer, total, float(sum(known)))
             return total / count if count else math.nan
 
         try:
@@ -210,14 +204,7 @@ class Probe:
 
     def over_shards(self, total: float) -> float:
         """The sum over ranks that hold different parts of a gradient, else the number itself; for every rank."""
-        return total if self._replicas is None else self._sum_over_ranks(total)[0]
-
-    def _sum_over_ranks(self, *numbers: float) -> list[float]:
-        if self._trainer.world_size == 1:
-            return [*numbers]
-        summed = torch.tensor(numbers, dtype=torch.float64, device=self._module.device)
-        torch.distributed.all_reduce(summed)
-        return summed.tolist()
+        return total if self._replicas is None else sum_over_ranks(self._trainer, total)[0]
 
     def _next(self) -> tuple[Any, Outcome, str | None]:
         try:
@@ -259,9 +246,7 @@ class Probe:
             gradient, outcome, reason = self._tried(batch)  # on every rank: a forward pass may be a collective
             if is_repeated and outcome is Outcome.DONE:
                 gradient, outcome = {}, Outcome.REPEATED
-            worst = self._worst(outcome)
-            if worst is Outcome.FAILED:
-                self._refuse(reason)
+            worst = self._worst(outcome, reason)
             if worst is not Outcome.OVERFLOW:
                 return gradient, outcome if self._replicas is None else worst  # of a sharded one, each has a part
             self._scale /= 2
@@ -338,12 +323,12 @@ class Probe:
         """What this rank answers for: all of them, or where parameters are sharded each value on one rank alone."""
         return tensors if self._replicas is None else own_parts(tensors, self._parameters, self._replicas)
 
-    def _refuse(self, reason: str | None) -> NoReturn:
-        """Says why it failed, on the first rank on which it did."""
-        raise ProbeRefusedError(first_reason(self._trainer, reason))
-
-    def _worst(self, outcome: Outcome) -> Outcome:
-        return Outcome(-int(least_over_ranks(-outcome, self._trainer)))
+    def _worst(self, outcome: Outcome, reason: str | None = None) -> Outcome:
+        """The worst of the ranks; if that is to have failed, the probe ends with the reason of the first rank that has one."""
+        worst = Outcome(-int(least_over_ranks(-outcome, self._trainer)))
+        if worst is Outcome.FAILED:
+            agree(self._trainer, reason)
+        return worst
 
 
 def _reason(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from lightning_gradhist.callbacks._lightning import LightningModule, PassThrough
 from lightning_gradhist.callbacks.probe.copies import LARGE, Copier
 from lightning_gradhist.callbacks.probe.outcome import ProbeEnded
 from lightning_gradhist.callbacks.probe.places import put_copies_in_place
+from lightning_gradhist.callbacks.probe.silence import SilentRun
 from lightning_gradhist.callbacks.probe.stand_ins import without_threads
 from lightning_gradhist.callbacks.strategies import is_cut_up
 
@@ -64,7 +65,7 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
         with warnings.catch_warnings(), without_threads(copier.refusals):
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
             apart, own = _apart(stack, copier, trainer, module)
-        vars(own)["log"] = _log_nothing  # the loop would take what is logged for a value of training
+        vars(own)["log"] = SilentRun()  # the loop would take what is logged for a value of training
         stack.callback(_end_workers, apart)
         yield Apart(apart, own, copier.reading)
 
@@ -143,7 +144,3 @@ def _put_back_environment(environment: dict[str, str]) -> None:
 def _put_back_folder(folder: str) -> None:
     with suppress(OSError):
         os.chdir(folder)
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands in for ``LightningModule.log`` during a probe."""

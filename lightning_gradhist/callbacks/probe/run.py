@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_gradhist._flat import is_flat, is_of_fsdp
 from lightning_gradhist.callbacks._deepspeed import cuts_weights_up, is_deepspeed
-from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_param_in_hook_signature
+from lightning_gradhist.callbacks._lightning import LightningModule, Trainer, is_a, is_param_in_hook_signature
 from lightning_gradhist.callbacks.gradients import has_gradient_hook
 from lightning_gradhist.callbacks.parameters import named_parameters
 from lightning_gradhist.callbacks.probe.outcome import (
@@ -21,7 +21,6 @@ from lightning_gradhist.callbacks.probe.outcome import (
     is_out_of_memory,
     on_every_rank,
 )
-from lightning_gradhist.callbacks.probe.progress_bar import progress
 from lightning_gradhist.callbacks.probe.restore import Apart, no_trace
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks, replicas
 
@@ -37,20 +36,17 @@ def run_probe(trainer: Trainer, module: LightningModule, wanted: int, least: int
     Returns:
         Why there is no probe, or None. What does not end the training ends it on no rank.
     """
-    impossible = why_impossible(trainer, module)
+    impossible = _why_impossible(trainer, module)
     available = 0.0 if impossible else trainer.num_training_batches
     # Loaders may differ in length between ranks, and all must come to the same decision.
     planned = int(least_over_ranks(min(wanted, available), trainer))
     if impossible is None and planned < least:
         run = "fast_dev_run" if getattr(trainer, "fast_dev_run", False) else "an epoch"
         impossible = f"it needs {least} batches, and {run} has {planned}"
-    return impossible or _tried(trainer, module, planned, measure)
-
-
-def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> str | None:
+    if impossible is not None:
+        return impossible
     try:
         _measured(trainer, module, planned, measure)
-        return None
     except (ProbeRefusedError, ProbeEnded) as error:
         return str(error)
     except Exception as error:
@@ -59,6 +55,7 @@ def _tried(trainer: Trainer, module: LightningModule, planned: int, measure: Mea
         return f"there is no memory for it beside the model ({error})"
     finally:
         free_memory()  # the copies refer to each other
+    return None
 
 
 def _measured(trainer: Trainer, module: LightningModule, planned: int, measure: Measure) -> None:
@@ -66,13 +63,34 @@ def _measured(trainer: Trainer, module: LightningModule, planned: int, measure: 
         apart, tick = on_every_rank(
             trainer,
             "to copy module and data",
-            lambda: (stack.enter_context(no_trace(trainer, module)), stack.enter_context(progress(trainer, planned))),
+            lambda: (stack.enter_context(no_trace(trainer, module)), stack.enter_context(_progress(trainer, planned))),
         )
         measure(apart, planned, tick)
 
 
-def why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
-    """Why this module cannot be probed, or None if it can."""
+@contextmanager
+def _progress(trainer: Trainer, batches: int) -> Generator[Callable[[], Any], None, None]:
+    """A bar under Lightning's own while it lasts, to be moved by calling what it gives.
+
+    It is the bar of the trainer's ``TQDMProgressBar``, so it is silent, and looks, as that one. Another kind of progress
+    bar, which owns the whole display, prints one line. Without a progress bar there is nothing.
+    """
+    display: Any = trainer.progress_bar_callback
+    if not is_a(display, "TQDMProgressBar"):
+        if display is not None and trainer.is_global_zero:
+            display.print(f"Calibration: a probe of {batches} batches")
+        yield lambda: None
+        return
+    bar = display.init_validation_tqdm()  # at its place below the bar of training, and gone when it is closed
+    try:
+        bar.set_description("Calibration", refresh=False)
+        bar.reset(batches)
+        yield bar.update
+    finally:
+        bar.close()
+
+
+def _why_impossible(trainer: Trainer, module: LightningModule) -> str | None:
     if not module.automatic_optimization:
         return (
             "under manual optimization training_step would step the optimizer, so it cannot be tried at frozen weights"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
@@ -55,13 +56,12 @@ def writes(name: str, value: Any) -> bool:
     return (name.startswith("log") and not isinstance(value, types.ModuleType)) or is_writer(value)
 
 
-def is_log_function(value: Any) -> bool:
-    """Whether it is a function by which a package writes to its run, as ``mlflow.log_metric``."""
-    package = (getattr(value, "__module__", None) or "").partition(".")[0]
-    return isinstance(value, types.FunctionType) and package in PACKAGES and value.__name__.startswith("log")
-
-
 def is_writer(value: Any) -> bool:
     """Whether it is what a logger writes with: an experiment, a run, a ``SummaryWriter``."""
-    of_package = (type(value).__module__ or "").partition(".")[0] in PACKAGES
-    return is_a(value, "SummaryWriter") or (of_package and is_a(value, *_WRITERS))
+    return is_a(value, "SummaryWriter") or (is_of(value, PACKAGES) and is_a(value, *_WRITERS))
+
+
+def is_of(value: Any, packages: Iterable[str]) -> bool:
+    """Whether a function, or the class of another object, is defined in one of the packages."""
+    module = getattr(value if isinstance(value, types.FunctionType) else type(value), "__module__", None) or ""
+    return any(module == package or module.startswith(package + ".") for package in packages)

@@ -89,7 +89,7 @@ class Unheard(threading.Condition):
 
 
 class Lent:
-    """Ranges of memory that nothing may be written into while data are read.
+    """Ranges of memory that nothing may be written into within both of its modes.
 
     Args:
         ranges: their addresses, sizes in bytes, and what to call them.
@@ -99,15 +99,7 @@ class Lent:
     def __init__(self, ranges: list[tuple[int, int, str]], refusals: Refusals) -> None:
         self.refusals = refusals
         self._ranges = sorted(ranges)
-        self._modes = _Unwritable(self), _ReadOnlyArrays(self)
-
-    def __enter__(self) -> None:
-        for mode in self._modes:
-            mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        self.tensors, self.arrays = _Unwritable(self), _ReadOnlyArrays(self)
 
     def name_of(self, address: int) -> str | None:
         """What the range is called that an address lies in."""
