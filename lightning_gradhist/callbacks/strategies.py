@@ -70,11 +70,6 @@ def is_sharded(trainer: Trainer) -> bool:
     return is_a(trainer.strategy, "ModelParallelStrategy")
 
 
-def is_known(trainer: Trainer) -> bool:
-    """Whether the strategy is one of which it is known how it spreads gradients over ranks."""
-    return is_sharded(trainer) or replicas(trainer) is not None
-
-
 def changing_hook(trainer: Trainer) -> str | None:
     """The name of a communication hook of DDP's that may leave another gradient than the ranks' mean, as PowerSGD's.
 

@@ -28,7 +28,7 @@ from lightning_gradhist.callbacks.calibration.watch import Watch, calibrated
 from lightning_gradhist.callbacks.optimizer_rules import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
 from lightning_gradhist.callbacks.schedulers import scheduled_accumulation, schedulers_in
-from lightning_gradhist.callbacks.strategies import is_known
+from lightning_gradhist.callbacks.strategies import is_sharded, replicas
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
@@ -310,7 +310,7 @@ def _obstacle(trainer: Trainer) -> str | None:
         return "configure_optimizers returned no optimizer"
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
-    if not is_known(trainer):
+    if not is_sharded(trainer) and replicas(trainer) is None:  # nobody knows how it spreads gradients
         return (
             f"{type(trainer.strategy).__name__} is not supported here, only one device, DDP, FSDP, ModelParallelStrategy and"
             " DeepSpeed's ZeRO in stages 1 to 3 are"
