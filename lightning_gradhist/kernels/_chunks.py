@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 
 ALIGNMENT = tl.constexpr(16)  # bytes of the widest load and store
-BLOCK = tl.constexpr(
-    512
-)  # elements in registers at a time: a 128-bit load a thread and tensor, so that many threads fit
+BLOCK = tl.constexpr(512)  # elements in registers at a time: a 128-bit load a thread and tensor, so many threads fit
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # state has not the last
 
 

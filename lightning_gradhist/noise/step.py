@@ -78,9 +78,8 @@ def _measured(
         for one, other, *weight in pieces(joined(some), joined(some, others), *metric):
             one, other = widened(one), widened(other)
             distance = one - other
-            terms.append(
-                torch.stack([_dot(distance, distance, *weight), _dot(one, one if squares else other, *weight)], 1)
-            )
+            product = _dot(one, one if squares else other, *weight)
+            terms.append(torch.stack([_dot(distance, distance, *weight), product], 1))
     return total(terms).flatten() if terms else torch.full((4,), math.nan, dtype=torch.float64, device="cpu")
 
 

@@ -17,10 +17,8 @@ from lightning_gradhist.explore import check_explore, is_number
 def check_hyper_parameters(group: dict[str, Any]) -> None:
     """Raise an error that names the first hyper-parameter of a group of AdamE or ALTO that is no number or out of range."""
     betas = as_tuple(group["betas"])
-    for name, value in (
-        *((name, group[name]) for name in ("lr", "eps", "weight_decay")),
-        *(("betas", b) for b in betas),
-    ):
+    given = [(name, group[name]) for name in ("lr", "eps", "weight_decay")]
+    for name, value in given + [("betas", beta) for beta in betas]:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
                 f"{name}={group[name]!r} has {value.numel()} elements: it must be a number or a tensor of one element. "
@@ -31,9 +29,9 @@ def check_hyper_parameters(group: dict[str, Any]) -> None:
                 f"{name}={group[name]!r} holds the {type(value).__name__} {value!r}: it must be a number. YAML reads 1e-3 as "
                 "a string; write 1.0e-3."
             )
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name}={group[name]!r} is out of range: it must be finite and satisfy {name} >= 0.")
+    for name, value in given:
+        if not 0.0 <= float(value) < math.inf:
+            raise ValueError(f"{name}={value!r} is out of range: it must be finite and satisfy {name} >= 0.")
     if len(betas) != 2:
         raise ValueError(
             f"betas={group['betas']!r} has {len(betas)} elements: it must have two, the decays of the first and "

@@ -61,9 +61,8 @@ class _Applied:
         found = cls(state["report"], changes, state.get("batch_size"))
         numbers = [0.0 if found.batch_size is None else found.batch_size, *(change.group for change in changes)]
         after = [change.after for change in changes]  # an alpha may be negative
-        if not (
-            isinstance(found.report, (str, NoneType)) and all(map(_is_number, numbers)) and all(map(is_number, after))
-        ):
+        has_text = isinstance(found.report, (str, NoneType))
+        if not (has_text and all(map(_is_number, numbers)) and all(map(is_number, after))):
             raise TypeError(f"a text, numbers and groups are wanted, got {state!r}")
         return found
 
@@ -265,9 +264,8 @@ class OptimizerCalibration(Callback):
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(calibrated(trainer), schedulers_in(trainer), changes)
             set_defaults(calibrated(trainer), changes)
-            self._applied = _Applied(
-                result.to_text(), changes, result.effective_batch_size if samples.is_steady else None
-            )
+            batch_size = result.effective_batch_size if samples.is_steady else None
+            self._applied = _Applied(result.to_text(), changes, batch_size)
             self._watch.changes = changes
             self._watch.begin(trainer)
         self.result = result

@@ -61,10 +61,8 @@ def stray_schedule(
 
 def _uses(kind: type, name: str) -> bool:
     """Whether a class's code names an attribute, but where it is made."""
-    found = [
-        (key, inspect.unwrap(value)) for cls in kind.__mro__ for key, value in vars(cls).items() if callable(value)
-    ]
-    functions = [one for key, one in found if isinstance(one, FunctionType) and key != "__init__"]
+    members = [(key, inspect.unwrap(one)) for cls in kind.__mro__ for key, one in vars(cls).items() if callable(one)]
+    functions = [one for key, one in members if isinstance(one, FunctionType) and key != "__init__"]
     return any(name in code.co_names for one in functions for code in codes(one.__code__))
 
 
