@@ -33,7 +33,6 @@ class Block(NamedTuple):
 
 @triton.jit
 def locate(table, program, CHUNK: tl.constexpr):
-    """The chunk of a program."""
     tensor = tl.load(table.chunks + 2 * program).to(tl.int64)
     offset = tl.load(table.chunks + 2 * program + 1).to(tl.int64) * CHUNK
     size = tl.minimum(tl.load(table.extents + 2 * tensor) - offset, CHUNK).to(tl.int32)
@@ -60,7 +59,6 @@ def is_full(chunk, at, CHUNK: tl.constexpr):
 
 @triton.jit
 def block_of(chunk, start, SIZE: tl.constexpr, FULL: tl.constexpr):
-    """A block of a chunk, which is full or not."""
     offsets = start + tl.arange(0, SIZE)
     return Block(chunk.offset, offsets, offsets < chunk.size, FULL)
 

@@ -59,7 +59,6 @@ def as_tuple(betas: Any) -> tuple[Any, ...]:
 
 
 def refuse_complex(group: dict[str, Any], whom: str) -> None:
-    """Raise a TypeError that names the first complex parameter of a group."""
     for index, param in enumerate(group["params"]):
         if param.is_complex():
             raise TypeError(
@@ -69,7 +68,6 @@ def refuse_complex(group: dict[str, Any], whom: str) -> None:
 
 
 def refuse_sparse(group: dict[str, Any], whom: str) -> None:
-    """Raise a RuntimeError that names the first parameter of a group with a sparse gradient."""
     for index, param in enumerate(group["params"]):
         if param.grad is not None and param.grad.layout != torch.strided:
             raise RuntimeError(
@@ -92,7 +90,6 @@ def refuse_flat(params: Iterable[Tensor], whom: str) -> None:
 
 
 def refuse_narrow_state(group: dict[str, Any]) -> None:
-    """Raise a ValueError if a float64 parameter is to have its state in bf16."""
     wide = [index for index, param in enumerate(group["params"]) if param.dtype == torch.float64]
     if group["state_dtype"] is not None and wide:
         raise ValueError(
@@ -102,7 +99,6 @@ def refuse_narrow_state(group: dict[str, Any]) -> None:
 
 
 def refuse_amsgrad(group: dict[str, Any], whom: str) -> None:
-    """Raise a ValueError if a loaded group is of an optimizer that keeps the maximum of the second moment."""
     if group.get("amsgrad"):
         raise ValueError(
             f"the state dict is of an optimizer with amsgrad=True, and {whom} keeps no maximum of the "
@@ -112,7 +108,6 @@ def refuse_amsgrad(group: dict[str, Any], whom: str) -> None:
 
 
 def refuse_capture(optimizer: Optimizer) -> None:
-    """Raise a RuntimeError if a step that is counted on the host is being captured in a CUDA graph."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return
     on_host = [index for index, group in enumerate(optimizer.param_groups) if not group["capturable"]]
