@@ -140,11 +140,7 @@ class LocalGradients:
         return self._handles.keys()
 
     def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
-        """The gradients, unscaled, divided by a number; nothing is copied any more.
-
-        Raises:
-            Exception: what a copy has raised, as for want of memory.
-        """
+        """The gradients, unscaled, divided by a number; nothing is copied any more. Raises what a copy has raised."""
         self.close()
         if self._error is not None:
             raise self._error

@@ -266,7 +266,7 @@ class OptimizerCalibration(Callback):
             set_defaults(calibrated(trainer), changes)
             batch_size = result.effective_batch_size if samples.is_steady else None
             self._applied = _Applied(result.to_text(), changes, batch_size)
-            self._watch.changes = changes
+            self._watch = Watch(changes)
             self._watch.begin(trainer)
         self.result = result
         rank_zero_info(result.to_text())

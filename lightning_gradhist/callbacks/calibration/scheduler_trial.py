@@ -31,11 +31,7 @@ def stray_schedule(
 
     An optimizer whose code uses rates beside those of its groups does not. Copies of each scheduler are stepped through the
     run, as they are and with all that is recognised multiplied: the ratio of their rates has to be the factor at every step.
-
-    Args:
-        optimizer: whose rates are to be multiplied.
-        horizons: schedulers, and how many times each is stepped.
-        factors: of each group; None where its rate is 0.
+    ``horizons`` are schedulers, and how many times each is stepped, and ``factors`` those of the groups; None at a rate of 0.
     """
     wrapped = [optimizer]
     for one in wrapped:  # which grows
