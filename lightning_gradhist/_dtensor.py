@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: object) -> TypeIs[DTensor]:
-    """Whether a tensor is a DTensor."""
     if type(tensor) in (Tensor, Parameter):  # so that torch.compile does not come to look at sys.modules
         return False
     module = sys.modules.get("torch.distributed.tensor")

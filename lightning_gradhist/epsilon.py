@@ -127,9 +127,8 @@ def without_rounding_noise(rms: MagnitudeHistogram, unit: float) -> MagnitudeHis
     largest: dict[str, float] = {}
     for layer, peak in zip(layers, rms.quantile(1.0).nan_to_num(0.0).tolist(), strict=True):
         largest[layer] = max(peak, largest.get(layer, 0.0))
-    limits = torch.tensor(
-        [(16 if unit < 1e-6 else 1) * unit * largest[layer] for layer in layers], dtype=torch.float64, device="cpu"
-    )
+    noise_units = (16 if unit < 1e-6 else 1) * unit
+    limits = torch.tensor([noise_units * largest[layer] for layer in layers], dtype=torch.float64, device="cpu")
     noise = rms.counts * (rms.edges[1:] <= limits[:, None].to(rms.table.device))
     table = rms.table.clone()
     table[:, 1:-2] -= noise

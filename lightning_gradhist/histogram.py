@@ -302,10 +302,8 @@ def _add(table: Tensor, rows: Sequence[int], tensors: Sequence[Tensor]) -> None:
 def _add_large(row: Tensor, values: Tensor) -> None:
     """Count the bits as they are, and put zeros, infinities and NaN into their columns afterwards."""
     bins, beyond = _EXPONENTS * BINS_PER_OCTAVE, (_EXPONENTS - 1) * BINS_PER_OCTAVE
-    raw, buffer = (
-        torch.zeros(2 * bins, dtype=torch.int64, device="cpu"),
-        torch.empty(_CPU_CHUNK, dtype=torch.int32, device="cpu"),
-    )
+    raw = torch.zeros(2 * bins, dtype=torch.int64, device="cpu")
+    buffer = torch.empty(_CPU_CHUNK, dtype=torch.int32, device="cpu")
     for chunk in values.split(_CPU_CHUNK):
         raw += torch.bincount(_signed_bins(chunk, bins, buffer[: chunk.numel()]), minlength=2 * bins)
     counts = raw.view(2, bins).sum(0)

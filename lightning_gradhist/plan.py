@@ -115,10 +115,8 @@ def plan(record: RunRecord, batch_sizes: Sequence[float], steps: int | None = No
         raise ValueError("batch_sizes must have one at least, got none")
     if steps is None and not record.steps:
         raise ValueError("the record is of a run without a step; give steps (--steps), the length of one")
-    for name, number in (
-        ("steps", 1 if steps is None else steps),
-        *(("batch_sizes", batch_size) for batch_size in batch_sizes),
-    ):
+    lengths = [] if steps is None else [("steps", steps)]
+    for name, number in lengths + [("batch_sizes", size) for size in batch_sizes]:
         if not (is_number(number) and 0 < number < math.inf):
             raise ValueError(f"{name} must be positive, got {number!r}")
     return tuple(_plan(entry, batch_sizes, steps or entry.length.made or record.steps) for entry in record.optimizers)

@@ -101,11 +101,6 @@ def pieces(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(_BATCH) for tensor in values), strict=True)
 
 
-def sums(*tensors: Tensor) -> Tensor:
-    """The sum of each tensor, ``[len(tensors)]``."""
-    return torch.stack([tensor.sum() for tensor in tensors])
-
-
 def total(terms: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape, in float64 on the device of the first, or on the host."""
     terms = [with_float64(term) for term in terms]

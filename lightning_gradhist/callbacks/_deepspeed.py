@@ -35,7 +35,6 @@ class Slot:
 
 
 def is_deepspeed(trainer: Trainer) -> bool:
-    """Whether the strategy is DeepSpeed's."""
     return is_a(trainer.strategy, "DeepSpeedStrategy")
 
 

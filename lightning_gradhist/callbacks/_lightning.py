@@ -3,6 +3,7 @@
 ``lightning`` brings ``pytorch_lightning`` along, and a project may be written for either. So :class:`Callback` is a
 callback of both, for their Trainers and their command lines alike. To import the second beside the first takes 0.2 s.
 """
+# ruff: noqa: F401 - most of what is imported here is for the other modules
 
 from __future__ import annotations
 
@@ -73,21 +74,3 @@ def is_overridden(method_name: str, instance: Any) -> bool:
     roots = {cls.__module__.partition(".")[0] for cls in type(instance).__mro__}
     package = "lightning.pytorch" if "lightning" in roots else "pytorch_lightning"
     return bool(import_module(f"{package}.utilities.model_helpers").is_overridden(method_name, instance))
-
-
-__all__ = [
-    "Callback",
-    "DummyLogger",
-    "LightningModule",
-    "MisconfigurationException",
-    "PassThroughProfiler",
-    "SIGTERMException",
-    "Trainer",
-    "apply_to_collection",
-    "is_a",
-    "is_overridden",
-    "is_param_in_hook_signature",
-    "isolate_rng",
-    "rank_zero_info",
-    "rank_zero_warn",
-]

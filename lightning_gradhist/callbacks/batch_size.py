@@ -40,10 +40,8 @@ def count_samples(batch: Any) -> int | None:
     """The samples of a batch: the first length that all its tensors have in common.
 
     Looks into mappings, sequences and dataclasses, to any depth. A tensor without dimensions has one sample, a packed
-    sequence as many as its first step, and a batch of graphs its ``num_graphs``. What is no tensor says nothing.
-
-    Returns:
-        None where the lengths differ, as of ragged or sequence-first data, and where there are none.
+    sequence as many as its first step, and a batch of graphs its ``num_graphs``. What is no tensor says nothing. None where
+    the lengths differ, as of ragged or sequence-first data, and where there are none.
     """
     try:
         found = set(_lengths(batch))

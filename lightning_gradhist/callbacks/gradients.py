@@ -41,7 +41,9 @@ def ready_gradients(
         return scaled if scale is None else _divided({name: g.float() for name, g in scaled.items()}, scale)
     laid = {name: _as_laid_out(p) for name, p in parameters.items() if p.grad is not None}  # collectives come first
     gradients = {name: dense(gradient) for name, gradient in laid.items()}
-    return _divided(gradients, _remaining_scale(trainer, optimizer))
+    # Lightning leaves the unscaling to a fused optimizer's step, and tells by this private attribute of torch.
+    is_scaled = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return _divided(gradients, loss_scale(trainer)) if is_scaled else gradients
 
 
 def has_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> bool:
@@ -138,11 +140,7 @@ class LocalGradients:
         return self._handles.keys()
 
     def take(self, trainer: Trainer, times: int = 1) -> dict[str, Tensor]:
-        """The gradients, unscaled, divided by a number; nothing is copied any more.
-
-        Raises:
-            Exception: what a copy has raised, as for want of memory.
-        """
+        """The gradients, unscaled, divided by a number; nothing is copied any more. Raises what a copy has raised."""
         self.close()
         if self._error is not None:
             raise self._error
@@ -223,8 +221,3 @@ def clip_limits(trainer: Trainer) -> tuple[float | None, float | None]:
 
 def _divided(gradients: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     return gradients if scale == 1.0 else {name: gradient / scale for name, gradient in gradients.items()}
-
-
-def _remaining_scale(trainer: Trainer, optimizer: Optimizer) -> float:
-    # Lightning leaves the unscaling to a fused optimizer's step, and tells by this private attribute of torch.
-    return loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0

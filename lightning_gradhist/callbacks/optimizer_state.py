@@ -20,12 +20,6 @@ from lightning_gradhist.noise.step import adam_weight
 from lightning_gradhist.tensors import as_real, elementwise, joined, widened
 
 
-def epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """The epsilon of each parameter's group, by name, where it has one."""
-    given = {stepped.name: _epsilon(stepped.group) for stepped in _stepped(optimizer, parameters)}
-    return {name: eps for name, eps in given.items() if eps is not None}
-
-
 def optimizer_weights(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights that an optimizer changes, by name: of a DTensor this rank's shard, under ZeRO its part in fp32."""
     if is_zero(optimizer):
@@ -64,7 +58,8 @@ def metric_weights(
             root = math.sqrt(moment.correction)
         elif moment.corrects:
             value = value / moment.correction
-        alike.setdefault((moment.eps * (root if moment.corrects else 1.0), root), {})[name] = value
+        eps = (moment.eps or 0.0) * (root if moment.corrects else 1.0)
+        alike.setdefault((eps, root), {})[name] = value
     weights: dict[str, Tensor] = {}
     for (eps, root), some in alike.items():
         before = joined if of_shards else partial(_with_one_more, moments=moments)
@@ -89,7 +84,7 @@ def _with_one_more(batch: Mapping[str, Tensor], moments: Mapping[str, _Moment]) 
 def damping_epsilons(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """The epsilon that is added to the root of :func:`second_moment`, by name, where there is one."""
     moments = {} if _is_spread(optimizer) else _moments(optimizer, parameters)
-    return {name: eps for name, eps in epsilons(optimizer, parameters).items() if name in moments}
+    return {name: moment.eps for name, moment in moments.items() if moment.eps is not None}
 
 
 @dataclass(frozen=True)
@@ -101,26 +96,18 @@ class _Moment:
     """Whether the optimizer does so before it adds epsilon."""
     steps: float | Tensor
     """How many gradients it is an average of."""
-    eps: float
+    eps: float | None
+    """Of the parameter's group, where it has one."""
 
 
 def _moments(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, _Moment]:
     rule = rule_of(optimizer)
-    found = {stepped.name: _moment(rule, stepped) for stepped in _stepped(optimizer, parameters)}
+    found = {name: _moment(rule, *stepped) for name, *stepped in _stepped(optimizer, parameters)}
     return {name: moment for name, moment in found.items() if moment is not None}
 
 
-@dataclass(frozen=True)
-class _Stepped:
-    """What an optimizer has of a parameter; under ZeRO of this rank's part of it."""
-
-    name: str
-    group: Mapping[str, Any]
-    state: Mapping[str, Any]
-    shape: torch.Size
-
-
-def _stepped(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator[_Stepped]:
+def _stepped(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Any, Any, torch.Size]]:
+    """Name, group, state and shape of each parameter; under ZeRO of this rank's part of it."""
     state = innermost(optimizer).state
     if is_zero(optimizer):
         for name, slot in zero_slots(optimizer, parameters).items():
@@ -128,18 +115,18 @@ def _stepped(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator
             own = {
                 key: slot.of(value) for key, value in whole.items() if getattr(value, "shape", None) == slot.flat.shape
             }
-            yield _Stepped(name, optimizer.param_groups[slot.group], {**whole, **own}, torch.Size([slot.size]))
+            yield name, optimizer.param_groups[slot.group], {**whole, **own}, torch.Size([slot.size])
         return
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in parameters.items():
-        yield _Stepped(name, groups.get(id(parameter), {}), state.get(parameter, {}), parameter.shape)
+        yield name, groups.get(id(parameter), {}), state.get(parameter, {}), parameter.shape
 
 
-def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
-    key, state, group = rule.second_moment or "", stepped.state, stepped.group
+def _moment(rule: StepRule, group: Mapping[str, Any], state: Mapping[str, Any], shape: torch.Size) -> _Moment | None:
+    key = rule.second_moment or ""
     value = state.get(f"max_{key}", state.get(key))
     step, decay = state.get("step", group.get("step")), group.get("betas", (None, group.get("alpha")))[1]
-    packed = not isinstance(value, Tensor) or value.shape != stepped.shape or value.dtype == torch.uint8
+    packed = not isinstance(value, Tensor) or value.shape != shape or value.dtype == torch.uint8
     if packed or step is None or decay is None:
         return None
     value = as_real(local(value))
@@ -148,17 +135,13 @@ def _moment(rule: StepRule, stepped: _Stepped) -> _Moment | None:
         value = (widened(value) - mean.square()).clamp_(min=0)
     corrects = rule.corrects_bias and bool(group.get("bias_correction", True))
     step, memory = local(step) if isinstance(step, Tensor) else step, 1 / (1 - decay) if decay < 1 else math.inf
-    eps = _epsilon(group) or 0.0
+    eps = group.get("eps")
+    eps = float(eps) if is_number(eps) or isinstance(eps, Tensor) else None
     if isinstance(step, Tensor) and step.device.type != "cpu":  # without waiting for the device
         return _Moment(value, 1 - decay**step, corrects, step.clamp(max=memory), eps)
     number = float(step)
     correction = 1 - float(decay) ** number
     return _Moment(value, correction, corrects, min(number, memory), eps) if correction > 0 else None
-
-
-def _epsilon(group: Mapping[str, Any]) -> float | None:
-    eps = group.get("eps")
-    return float(eps) if is_number(eps) or isinstance(eps, Tensor) else None
 
 
 def _weight(second_moment: Tensor, eps: float, root: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters
@@ -50,8 +50,3 @@ def optimizer_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, n
         if not is_lazy(parameter):
             found[name] = parameter
     return found
-
-
-def is_lazy(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has no shape before the first forward pass, as that of a ``LazyLinear``."""
-    return isinstance(parameter, UninitializedParameter)

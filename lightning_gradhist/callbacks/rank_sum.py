@@ -23,11 +23,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
 class RankSum:
     """Adds up tables of all ranks, in place. A rank that could not make its own still takes part, from a reserve.
 
-    Each method is to be called on every rank, and nothing but the reserve, which is made once, can fail on one alone.
-
-    Args:
-        replicas: the ranks.
-        device: that they communicate on.
+    Each method is to be called on every rank, and nothing but the reserve, which is made once on the device that they
+    communicate on, can fail on one alone.
     """
 
     def __init__(self, replicas: Replicas, device: torch.device) -> None:

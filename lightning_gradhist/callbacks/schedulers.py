@@ -103,9 +103,8 @@ def _held(value: Any) -> Iterator[Any]:
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # not filled, or not any more
                 yield cell.cell_contents
-    elif callable(value) and not isinstance(
-        value, (BuiltinFunctionType, type)
-    ):  # a method, or an object that is called
+    elif callable(value) and not isinstance(value, (BuiltinFunctionType, type)):
+        # a method, or an object that is called
         owner = value.__self__ if isinstance(value, MethodType) else value
         yield value.__func__ if isinstance(value, MethodType) else type(value).__call__
         if not isinstance(owner, (nn.Module, lr_scheduler.LRScheduler, type)):  # which lead to the optimizer anyway

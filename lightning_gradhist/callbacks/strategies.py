@@ -21,9 +21,8 @@ from lightning_gradhist.histogram import flat_values
 from lightning_gradhist.tensors import as_real
 
 _DATA = "data_parallel"  # what Lightning calls the dimension of a mesh over which ranks have other samples
-_AVERAGING = tuple(
-    f"torch.distributed.algorithms.ddp_comm_hooks.{name}" for name in ("default_hooks", "post_localSGD_hook")
-)
+_HOOKS = "torch.distributed.algorithms.ddp_comm_hooks"
+_AVERAGING = (f"{_HOOKS}.default_hooks", f"{_HOOKS}.post_localSGD_hook")
 """Modules whose hooks leave the ranks' mean; what then differs from rank to rank is noticed."""
 
 
@@ -68,11 +67,6 @@ def is_fsdp(trainer: Trainer) -> bool:
 def is_sharded(trainer: Trainer) -> bool:
     """Whether the strategy is one under which parameters are DTensors: FSDP2, tensor parallelism."""
     return is_a(trainer.strategy, "ModelParallelStrategy")
-
-
-def is_known(trainer: Trainer) -> bool:
-    """Whether the strategy is one of which it is known how it spreads gradients over ranks."""
-    return is_sharded(trainer) or replicas(trainer) is not None
 
 
 def changing_hook(trainer: Trainer) -> str | None:

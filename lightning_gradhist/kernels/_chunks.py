@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 
 ALIGNMENT = tl.constexpr(16)  # bytes of the widest load and store
-BLOCK = tl.constexpr(
-    512
-)  # elements in registers at a time: a 128-bit load a thread and tensor, so that many threads fit
+BLOCK = tl.constexpr(512)  # elements in registers at a time: a 128-bit load a thread and tensor, so many threads fit
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # state has not the last
 
 
@@ -35,7 +33,6 @@ class Block(NamedTuple):
 
 @triton.jit
 def locate(table, program, CHUNK: tl.constexpr):
-    """The chunk of a program."""
     tensor = tl.load(table.chunks + 2 * program).to(tl.int64)
     offset = tl.load(table.chunks + 2 * program + 1).to(tl.int64) * CHUNK
     size = tl.minimum(tl.load(table.extents + 2 * tensor) - offset, CHUNK).to(tl.int32)
@@ -62,7 +59,6 @@ def is_full(chunk, at, CHUNK: tl.constexpr):
 
 @triton.jit
 def block_of(chunk, start, SIZE: tl.constexpr, FULL: tl.constexpr):
-    """A block of a chunk, which is full or not."""
     offsets = start + tl.arange(0, SIZE)
     return Block(chunk.offset, offsets, offsets < chunk.size, FULL)
 

@@ -57,7 +57,6 @@ class Operands(NamedTuple):
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the device of a tensor the current one, on which kernels are launched."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -69,26 +68,22 @@ def launch(kernel: Any, operands: Operands, *arguments: Any) -> None:
             kernel[(len(table.chunks),)](table, *arguments, CHUNK, **OPTIONS)
 
 
-def variant_of(tensors: StepTensors, s: StepScalars) -> Variant:
-    """What a kernel for these tensors and scalars is compiled for."""
-    param, grad, state = (DTYPES[column[0].dtype] for column in (tensors.params, tensors.grads, tensors.exp_avgs))
-    return Variant(param, grad, state, bool(s.maximize), s.decays())
-
-
-def kernel_scalars(s: StepScalars, state: torch.dtype) -> KernelScalars:
-    """The scalars as the kernels take them; the number of the step matters only for rounding to a state in bf16."""
-    return KernelScalars(
+def kernel_arguments(tensors: StepTensors, s: StepScalars) -> tuple[KernelScalars, Variant]:
+    """The scalars as the kernels take them, and what a kernel is compiled for."""
+    param, grad, state = (column[0].dtype for column in (tensors.params, tensors.grads, tensors.exp_avgs))
+    scalars = KernelScalars(
         lr=s.lr if isinstance(s.lr, Tensor) else float(s.lr),
         mix=float(s.mix),
         explore_beta=_decay(s.explore_beta),
         beta1=_decay(s.beta1),
         beta2=_decay(s.beta2),
-        step=_of_each(s.step) if state == torch.bfloat16 else 0.0,
+        step=_of_each(s.step) if state == torch.bfloat16 else 0.0,  # it matters for rounding to bf16 alone
         unbias1=_inverse(_of_each(s.bias_correction1)),
         unbias2=_inverse(_of_each(s.bias_correction2)),
         eps=float(s.eps),
         weight_decay=float(s.weight_decay),
     )
+    return scalars, Variant(DTYPES[param], DTYPES[grad], DTYPES[state], bool(s.maximize), s.decays())
 
 
 def _decay(beta: Any) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.kernels._chunks import BLOCK, addresses, block_of, is_full, locate, read, write
-from lightning_gradhist.kernels._launch import Operands, kernel_scalars, launch, operands_of, variant_of
+from lightning_gradhist.kernels._launch import Operands, kernel_arguments, launch, operands_of
 from lightning_gradhist.kernels._math import adam_direction, moved, scalars_of, stored
 
 
@@ -23,8 +23,8 @@ def adam_e_step(
     if not tensors.params:
         return
     operands = operands or operands_of(tensors)
-    variant = variant_of(tensors, s)._replace(decoupled=bool(decoupled_weight_decay and s.decays()))
-    launch(adam_e_kernel, operands, kernel_scalars(s, tensors.exp_avgs[0].dtype), variant)
+    scalars, variant = kernel_arguments(tensors, s)
+    launch(adam_e_kernel, operands, scalars, variant._replace(decoupled=bool(decoupled_weight_decay and s.decays())))
 
 
 @triton.jit

@@ -14,11 +14,10 @@ from lightning_gradhist.kernels._launch import (
     CHUNK,
     OPTIONS,
     Operands,
-    kernel_scalars,
+    kernel_arguments,
     launch,
     on_device_of,
     operands_of,
-    variant_of,
 )
 from lightning_gradhist.kernels._math import adam_direction, moved, number, scalars_of, square, stored
 
@@ -32,8 +31,7 @@ def alto_moments(tensors: StepTensors, s: StepScalars, operands: Operands | None
         return torch.zeros(0, 2, dtype=torch.float64, device="cpu")
     operands, device = operands or operands_of(tensors), tensors.params[0].device
     sums = torch.empty(len(operands.table.chunks), 2, dtype=torch.float64, device=device)
-    scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)
-    launch(alto_moments_kernel, operands, sums, scalars, variant)
+    launch(alto_moments_kernel, operands, sums, *kernel_arguments(tensors, s))
     squared_norms = torch.empty(len(tensors.params), 2, dtype=torch.float64, device=device)
     with on_device_of(sums):
         sum_chunks_kernel[(len(tensors.params),)](operands.table.extents, sums, squared_norms, CHUNK, **OPTIONS)
@@ -46,7 +44,7 @@ def alto_apply(tensors: StepTensors, s: StepScalars, ratios: Tensor | None, oper
         return
     operands = operands or operands_of(tensors)
     scale = 1.0 if ratios is None else ratios.float().contiguous()
-    scalars, variant = kernel_scalars(s, tensors.exp_avgs[0].dtype), variant_of(tensors, s)
+    scalars, variant = kernel_arguments(tensors, s)
     launch(alto_apply_kernel, operands, scale, scalars, variant._replace(grad=None, maximize=False))
 
 

@@ -67,9 +67,8 @@ def magnitude_heatmap(histogram: MagnitudeHistogram, title: str, eps: Mapping[st
     low, high = (float(edge) for edge in shown_buckets(edges, pooled)[0][[0, -1]])
     lines = [math.log10(eps[name]) if eps and eps.get(name) else math.nan for name in names]
     low, high = min([low, *(x - 0.2 for x in lines)]), max([high, *(x + 0.2 for x in lines)])  # NaN compares as False
-    cells = torch.linspace(
-        low, high, max(2, math.ceil((high - low) * _CELLS_A_DECADE)) + 1, dtype=torch.float64, device="cpu"
-    )
+    number = max(2, math.ceil((high - low) * _CELLS_A_DECADE))
+    cells = torch.linspace(low, high, number + 1, dtype=torch.float64, device="cpu")
     density = _density(histogram.counts[rows], edges, cells)
 
     every = math.ceil(len(names) / _MAX_LABELS)
@@ -222,9 +221,8 @@ def _band(axes: Any, batches: Sequence[float], bands: Sequence[Band], color: str
 
 
 def _powers(first: float, last: float) -> list[float]:
-    found: list[float] = torch.logspace(
-        math.log2(first), math.log2(last), 129, base=2, dtype=torch.float64, device="cpu"
-    ).tolist()
+    ends = math.log2(first), math.log2(last)
+    found: list[float] = torch.logspace(*ends, 129, base=2, dtype=torch.float64, device="cpu").tolist()
     return found
 
 

@@ -78,12 +78,7 @@ def magnitude_report(histogram: MagnitudeHistogram, prefix: str, pooled_name: st
 
     Each name has its norm, and of the shares of zeros, of what is not finite and of what float16 loses those that are
     0.1% or more. A name of which nothing was counted is left out, and one without a finite value other than zero has no
-    histogram.
-
-    Args:
-        histogram: counts on the host.
-        prefix: what the magnitudes are of, ``"gradient"``.
-        pooled_name: name of all of them together.
+    histogram. ``pooled_name`` is that of all of them together. The counts are to be on the host.
     """
     counted = _Counted(histogram)
     scalars: dict[str, float] = {}

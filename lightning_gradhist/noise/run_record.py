@@ -107,7 +107,10 @@ class RunRecord:
         content = finite({"schema_version": SCHEMA_VERSION, **asdict(self)})
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         if is_url(path):
-            _save_at_url(str(path), text)
+            filesystem, place = _file_system(str(path))
+            filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)
+            with filesystem.open(place, "wb") as file:  # object stores show a file when it is closed, whole
+                file.write(text.encode())
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,13 +257,6 @@ def _file_system(url: str) -> tuple[Any, str]:
 
     filesystem, path = url_to_fs(url)
     return filesystem, path
-
-
-def _save_at_url(url: str, text: str) -> None:
-    filesystem, path = _file_system(url)
-    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-    with filesystem.open(path, "wb") as file:  # object stores show a file when it is closed, whole
-        file.write(text.encode())
 
 
 def _text(path: str | Path) -> str:

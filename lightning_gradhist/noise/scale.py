@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.interval import NoiseEstimate, ratio_estimate
 from lightning_gradhist.noise.step import adam_weight
-from lightning_gradhist.tensors import apart, batches, joined, sums, total, wide
+from lightning_gradhist.tensors import apart, batches, joined, total, wide
 
 
 class GradientMoments:
@@ -139,7 +139,8 @@ class NoiseScale:
             gradient = joined(batch, {name: g.detach().to(mean.dtype) for name, g in there.items() if g is not None})
             squares = (gradient - mean).square_()
             weight_of, reference = joined(batch, self._weights), joined(batch, self._references)
-            terms.append(sums(squares, mean * gradient, weight_of * squares, reference * gradient))
+            products = (squares, mean * gradient, weight_of * squares, reference * gradient)
+            terms.append(torch.stack([product.sum() for product in products]))
         inflation = 1 / weight + 1 / self.first_half.weight  # the deviation is from a measured mean
         self._measurements.append((total(terms), inflation))
 

@@ -26,9 +26,8 @@ def measure_pair(
     and :math:`E\,g_1 g_2 = |G|^2`, with :math:`\Sigma` the covariance of one sample's gradient. A name that only one of the
     two has is left out. ``weights`` are those of :func:`adam_weight`, None if the optimizer has no second moment.
 
-    Returns:
-        float64 ``[4]``: distance and product with weight 1, then with ``weights``; NaN where there is nothing to measure.
-        :func:`noise_and_signal` makes noise and signal of them, also of their sums over ranks.
+    The result is float64 ``[4]``: distance and product with weight 1, then with ``weights``; NaN where there is nothing to
+    measure. :func:`noise_and_signal` makes noise and signal of it, also of a sum over ranks.
     """
     shared = {name: gradient for name, gradient in first.items() if name in second}
     return _measured(shared, second, weights)
@@ -78,9 +77,8 @@ def _measured(
         for one, other, *weight in pieces(joined(some), joined(some, others), *metric):
             one, other = widened(one), widened(other)
             distance = one - other
-            terms.append(
-                torch.stack([_dot(distance, distance, *weight), _dot(one, one if squares else other, *weight)], 1)
-            )
+            product = _dot(one, one if squares else other, *weight)
+            terms.append(torch.stack([_dot(distance, distance, *weight), product], 1))
     return total(terms).flatten() if terms else torch.full((4,), math.nan, dtype=torch.float64, device="cpu")
 
 

@@ -1,7 +1,5 @@
 """Optimizers with adaptor E: :class:`AdamE`, the layer-wise :class:`ALTO`, and :class:`EAdaptor` for any other."""
 
-from __future__ import annotations
-
 from lightning_gradhist.optim.adam_e import AdamE
 from lightning_gradhist.optim.alto import ALTO
 from lightning_gradhist.optim.e_adaptor import EAdaptor

@@ -17,10 +17,8 @@ from lightning_gradhist.explore import check_explore, is_number
 def check_hyper_parameters(group: dict[str, Any]) -> None:
     """Raise an error that names the first hyper-parameter of a group of AdamE or ALTO that is no number or out of range."""
     betas = as_tuple(group["betas"])
-    for name, value in (
-        *((name, group[name]) for name in ("lr", "eps", "weight_decay")),
-        *(("betas", b) for b in betas),
-    ):
+    given = [(name, group[name]) for name in ("lr", "eps", "weight_decay")]
+    for name, value in given + [("betas", beta) for beta in betas]:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
                 f"{name}={group[name]!r} has {value.numel()} elements: it must be a number or a tensor of one element. "
@@ -31,9 +29,9 @@ def check_hyper_parameters(group: dict[str, Any]) -> None:
                 f"{name}={group[name]!r} holds the {type(value).__name__} {value!r}: it must be a number. YAML reads 1e-3 as "
                 "a string; write 1.0e-3."
             )
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= float(group[name]) < math.inf:
-            raise ValueError(f"{name}={group[name]!r} is out of range: it must be finite and satisfy {name} >= 0.")
+    for name, value in given:
+        if not 0.0 <= float(value) < math.inf:
+            raise ValueError(f"{name}={value!r} is out of range: it must be finite and satisfy {name} >= 0.")
     if len(betas) != 2:
         raise ValueError(
             f"betas={group['betas']!r} has {len(betas)} elements: it must have two, the decays of the first and "
@@ -61,7 +59,6 @@ def as_tuple(betas: Any) -> tuple[Any, ...]:
 
 
 def refuse_complex(group: dict[str, Any], whom: str) -> None:
-    """Raise a TypeError that names the first complex parameter of a group."""
     for index, param in enumerate(group["params"]):
         if param.is_complex():
             raise TypeError(
@@ -71,7 +68,6 @@ def refuse_complex(group: dict[str, Any], whom: str) -> None:
 
 
 def refuse_sparse(group: dict[str, Any], whom: str) -> None:
-    """Raise a RuntimeError that names the first parameter of a group with a sparse gradient."""
     for index, param in enumerate(group["params"]):
         if param.grad is not None and param.grad.layout != torch.strided:
             raise RuntimeError(
@@ -94,7 +90,6 @@ def refuse_flat(params: Iterable[Tensor], whom: str) -> None:
 
 
 def refuse_narrow_state(group: dict[str, Any]) -> None:
-    """Raise a ValueError if a float64 parameter is to have its state in bf16."""
     wide = [index for index, param in enumerate(group["params"]) if param.dtype == torch.float64]
     if group["state_dtype"] is not None and wide:
         raise ValueError(
@@ -104,7 +99,6 @@ def refuse_narrow_state(group: dict[str, Any]) -> None:
 
 
 def refuse_amsgrad(group: dict[str, Any], whom: str) -> None:
-    """Raise a ValueError if a loaded group is of an optimizer that keeps the maximum of the second moment."""
     if group.get("amsgrad"):
         raise ValueError(
             f"the state dict is of an optimizer with amsgrad=True, and {whom} keeps no maximum of the "
@@ -114,7 +108,6 @@ def refuse_amsgrad(group: dict[str, Any], whom: str) -> None:
 
 
 def refuse_capture(optimizer: Optimizer) -> None:
-    """Raise a RuntimeError if a step that is counted on the host is being captured in a CUDA graph."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return
     on_host = [index for index, group in enumerate(optimizer.param_groups) if not group["capturable"]]

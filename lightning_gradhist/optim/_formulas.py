@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhist.kernels import StepScalars, StepTensors
+from lightning_gradhist.tensors import wide
 
 STATE = StepTensors._fields[2:]
 
@@ -83,21 +84,16 @@ def _denominators(vs: list[Tensor], eps: Any) -> list[Tensor]:
     return denominators
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What is computed with, and by default kept as state: fp32 for fp16 and bf16, else the dtype of the tensor."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def widened(tensors: StepTensors, columns: Sequence[str] = StepTensors._fields) -> StepTensors:
     """The lists as they are computed with: fp16 and bf16 of some columns copied to fp32, all else as it is."""
-    wide = {name: [tensor.to(wide_dtype(tensor)) for tensor in getattr(tensors, name)] for name in columns}
-    return tensors._replace(**wide)
+    copied = {name: [tensor.to(wide(tensor)) for tensor in getattr(tensors, name)] for name in columns}
+    return tensors._replace(**copied)
 
 
-def write_back(wide: StepTensors, tensors: StepTensors, s: StepScalars, columns: Sequence[str]) -> None:
+def write_back(computed: StepTensors, tensors: StepTensors, s: StepScalars, columns: Sequence[str]) -> None:
     """Rounds what :func:`widened` copied into its place: stochastically to bf16 where the state is bf16."""
     for name in columns:
-        for index, (value, tensor) in enumerate(zip(getattr(wide, name), getattr(tensors, name), strict=True)):
+        for index, (value, tensor) in enumerate(zip(getattr(computed, name), getattr(tensors, name), strict=True)):
             if value is not tensor:
                 stochastic = tensor.dtype == tensors.exp_avgs[index].dtype == torch.bfloat16
                 step = s.step[index] if isinstance(s.step, list) else s.step

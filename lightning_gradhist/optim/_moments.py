@@ -20,7 +20,7 @@ from lightning_gradhist.kernels import StepScalars, StepTensors
 from lightning_gradhist.optim._backends import Backend, Bucket, backend_of, is_small, side_by_side
 from lightning_gradhist.optim._base import ExploringOptimizer
 from lightning_gradhist.optim._checks import check_hyper_parameters, refuse_amsgrad, refuse_capture, refuse_narrow_state
-from lightning_gradhist.optim._formulas import wide_dtype
+from lightning_gradhist.tensors import wide
 
 BUFFERS = ("exp_avg_grad", "exp_avg", "exp_avg_sq")
 _STATE = {"step", *BUFFERS}
@@ -88,8 +88,8 @@ class MomentOptimizer(ExploringOptimizer):
     def _subgroup(self, group: dict[str, Any], number: float | None, backend: Backend | None, alike: Alike) -> Subgroup:
         params, grads, states = alike
         steps, *buffers = ([state[name] for state in states] for name in ("step", *BUFFERS))
-        if wide_dtype(grads[0]) != wide_dtype(params[0]):  # one of the two is float64
-            grads = [grad.to(wide_dtype(param)) for grad, param in zip(grads, params, strict=True)]
+        if wide(grads[0]) != wide(params[0]):  # one of the two is float64
+            grads = [grad.to(wide(param)) for grad, param in zip(grads, params, strict=True)]
         columns = [params, grads, *buffers]
         if any(map(is_dtensor, {type(param): param for param in params}.values())):  # one of each kind, for speed
             columns[1] = [placed_as(grad, param) for grad, param in zip(grads, params, strict=True)]
@@ -253,7 +253,7 @@ def lay_side_by_side(states: Sequence[State]) -> None:
 
 def _state_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype:
     dtype: torch.dtype | None = group["state_dtype"]
-    return dtype or wide_dtype(param)
+    return dtype or wide(param)
 
 
 def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:

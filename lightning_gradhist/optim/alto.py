@@ -55,8 +55,7 @@ def alto_reference(
 def alto_moments(tensors: StepTensors, s: StepScalars) -> Tensor:
     """Move ``e``, ``m`` and ``v`` on in place; parameters and gradients are not changed.
 
-    Returns:
-        ``[n, 2]`` in float64: squared norms of ``theta`` and of the update ``r`` for each of the ``n`` entries.
+    What is returned are the squared norms of ``theta`` and of the update ``r`` of each entry, ``[n, 2]`` in float64.
     """
     return squared_norms(*alto_updates(tensors, s))
 

@@ -15,7 +15,8 @@ from lightning_gradhist._dtensor import from_shard, local, placed_as
 from lightning_gradhist.explore import AUTO, check_explore, resolve_explore
 from lightning_gradhist.optim._base import ExploringOptimizer
 from lightning_gradhist.optim._checks import refuse_complex
-from lightning_gradhist.optim._formulas import explored_gradients, move_averages, wide_dtype
+from lightning_gradhist.optim._formulas import explored_gradients, move_averages
+from lightning_gradhist.tensors import wide
 
 BUFFER = "exp_avg_grad"
 
@@ -136,7 +137,7 @@ class EAdaptor(ExploringOptimizer):
                 yield params, *resolve_explore(*(group[name] for name in self._explore_names()))
 
     def _exp_avg_grad(self, param: Tensor) -> Tensor:
-        dtype = wide_dtype(param)
+        dtype = wide(param)
         if param in self.state and BUFFER in self.state[param]:
             e: Tensor = self.state[param][BUFFER].to(device=param.device, dtype=dtype)
             return e
@@ -173,7 +174,7 @@ class EAdaptor(ExploringOptimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, param in zip(ids, params, strict=True):
             if key in averages:
-                dtype = wide_dtype(param)
+                dtype = wide(param)
                 self.state[param][BUFFER] = averages[key].to(device=param.device, dtype=dtype, copy=True)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -83,7 +83,6 @@ def no_decay_groups(
 
 
 def _matching(module: nn.Module, patterns: list[str]) -> set[nn.Parameter]:
-    """The parameters that have a pattern in one of their names."""
     named = list(module.named_parameters(remove_duplicate=False))
     found: set[nn.Parameter] = set()
     for pattern in patterns:

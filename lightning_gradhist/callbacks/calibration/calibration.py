@@ -28,7 +28,7 @@ from lightning_gradhist.callbacks.calibration.watch import Watch, calibrated
 from lightning_gradhist.callbacks.optimizer_rules import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
 from lightning_gradhist.callbacks.schedulers import scheduled_accumulation, schedulers_in
-from lightning_gradhist.callbacks.strategies import is_known
+from lightning_gradhist.callbacks.strategies import is_sharded, replicas
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.learning_rate import LAWS, PLAIN_LAWS, Law, PlainLaw
 from lightning_gradhist.logging import figures
@@ -61,9 +61,8 @@ class _Applied:
         found = cls(state["report"], changes, state.get("batch_size"))
         numbers = [0.0 if found.batch_size is None else found.batch_size, *(change.group for change in changes)]
         after = [change.after for change in changes]  # an alpha may be negative
-        if not (
-            isinstance(found.report, (str, NoneType)) and all(map(_is_number, numbers)) and all(map(is_number, after))
-        ):
+        has_text = isinstance(found.report, (str, NoneType))
+        if not (has_text and all(map(_is_number, numbers)) and all(map(is_number, after))):
             raise TypeError(f"a text, numbers and groups are wanted, got {state!r}")
         return found
 
@@ -265,10 +264,9 @@ class OptimizerCalibration(Callback):
             changes = trainer.strategy.broadcast(result.changes)  # equal by construction, and now for sure
             apply_changes(calibrated(trainer), schedulers_in(trainer), changes)
             set_defaults(calibrated(trainer), changes)
-            self._applied = _Applied(
-                result.to_text(), changes, result.effective_batch_size if samples.is_steady else None
-            )
-            self._watch.changes = changes
+            batch_size = result.effective_batch_size if samples.is_steady else None
+            self._applied = _Applied(result.to_text(), changes, batch_size)
+            self._watch = Watch(changes)
             self._watch.begin(trainer)
         self.result = result
         rank_zero_info(result.to_text())
@@ -310,7 +308,7 @@ def _obstacle(trainer: Trainer) -> str | None:
         return "configure_optimizers returned no optimizer"
     if len(trainer.optimizers) != 1:
         return f"it handles one optimizer, and configure_optimizers returned {len(trainer.optimizers)}"
-    if not is_known(trainer):
+    if not is_sharded(trainer) and replicas(trainer) is None:  # nobody knows how it spreads gradients
         return (
             f"{type(trainer.strategy).__name__} is not supported here, only one device, DDP, FSDP, ModelParallelStrategy and"
             " DeepSpeed's ZeRO in stages 1 to 3 are"

@@ -86,9 +86,7 @@ class ProbeFindings:
     search_space: EpsilonRange | None = None
     noise: NoiseEstimate | None = None  # B_adam
     gradients: int = 0  # behind them, over all ranks
-    clipping: tuple[float, float] | None = (
-        None  # the norm that gradients are clipped to, and the factor that this makes
-    )
+    clipping: tuple[float, float] | None = None  # norm that gradients are clipped to, and the factor that this makes
     critical: float | None = None  # multiple of the trusted rates, see Probe.critical_factor; None where not known
     reasons: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -302,26 +300,25 @@ class _Measurement:
     def _critical_factor(self, probe: Probe, means: Mapping[str, Tensor], clipping: float) -> float | None:
         """By how much Adam's first step may be multiplied, with the trusted rates; None where it is another or not known."""
         evidence, optimizer, own = self._evidence, self._trainer.optimizers[0], self._evidence.own_rates
-        shares = [
-            float(group["lr"]) / rate if rate else 0.0 for group, rate in zip(optimizer.param_groups, own, strict=True)
-        ]
+        stepped_with = zip(optimizer.param_groups, own, strict=True)
+        shares = [float(group["lr"]) / rate if rate else 0.0 for group, rate in stepped_with]
         if not any(shares) or not starts_with_signs(optimizer):
             return None
         largest = least_over_ranks(self._largest_ratio(), self._trainer)
         if not largest:
             return None
         named = optimizer_parameters(self._trainer.lightning_module, optimizer)
-        trusted = zip(
-            evidence.recorded_rates or own, shares, evidence.groups, grouped_parameters(optimizer), strict=True
-        )
+        rates, parameters = evidence.recorded_rates or own, grouped_parameters(optimizer)
         known = {
             id(parameter): (rate * share, self._chosen_eps(group) / clipping)
-            for rate, share, group, parameters in trusted
-            for parameter in parameters
+            for rate, share, group, stepped in zip(rates, shares, evidence.groups, parameters, strict=True)
+            for parameter in stepped
         }
-        return probe.critical_factor(
-            lambda: {name: first_step(mean, *known[id(named[name])]) for name, mean in means.items()}, largest
-        )
+
+        def step() -> dict[str, Tensor]:
+            return {name: first_step(mean, *known[id(named[name])]) for name, mean in means.items()}
+
+        return probe.critical_factor(step, largest)
 
     def _largest_ratio(self) -> float:
         """The largest ratio that may be decided on; 0 where this rank does not know its batch size."""

@@ -31,16 +31,10 @@ def take_up(
     changes: Sequence[GroupChange],
     restored: Collection[str],
 ) -> tuple[list[GroupChange], str | None]:
-    """Makes changes again in what the user's code has made anew.
+    """Makes changes again in what the user's code has made anew, of ``OPTIMIZER`` and ``SCHEDULERS`` what is not ``restored``.
 
-    Args:
-        optimizer: as it is now.
-        horizons: schedulers, and how many times each is stepped.
-        changes: of a run that goes on.
-        restored: which of ``OPTIMIZER`` and ``SCHEDULERS`` a checkpoint has brought back; the others are new.
-
-    Returns:
-        What is not in force then, and what would not follow a changed rate, see :func:`stray_schedule`.
+    ``horizons`` are schedulers, and how many times each is stepped. What is returned is not in force then, and what would
+    not follow a changed rate, see :func:`stray_schedule`.
     """
     schedulers = [scheduler for scheduler, _ in horizons]
     rates, is_back = base_rates(optimizer, schedulers), OPTIMIZER in restored

@@ -31,11 +31,7 @@ def stray_schedule(
 
     An optimizer whose code uses rates beside those of its groups does not. Copies of each scheduler are stepped through the
     run, as they are and with all that is recognised multiplied: the ratio of their rates has to be the factor at every step.
-
-    Args:
-        optimizer: whose rates are to be multiplied.
-        horizons: schedulers, and how many times each is stepped.
-        factors: of each group; None where its rate is 0.
+    ``horizons`` are schedulers, and how many times each is stepped, and ``factors`` those of the groups; None at a rate of 0.
     """
     wrapped = [optimizer]
     for one in wrapped:  # which grows
@@ -61,10 +57,8 @@ def stray_schedule(
 
 def _uses(kind: type, name: str) -> bool:
     """Whether a class's code names an attribute, but where it is made."""
-    found = [
-        (key, inspect.unwrap(value)) for cls in kind.__mro__ for key, value in vars(cls).items() if callable(value)
-    ]
-    functions = [one for key, one in found if isinstance(one, FunctionType) and key != "__init__"]
+    members = [(key, inspect.unwrap(one)) for cls in kind.__mro__ for key, one in vars(cls).items() if callable(one)]
+    functions = [one for key, one in members if isinstance(one, FunctionType) and key != "__init__"]
     return any(name in code.co_names for one in functions for code in codes(one.__code__))
 
 

@@ -19,14 +19,10 @@ from lightning_gradhist.logging.calibration_result import GroupChange
 
 
 class Watch:
-    """Looks at the optimizer that was calibrated.
+    """Looks at the optimizer that was calibrated, by the changes that were made in it."""
 
-    Attributes:
-        changes: that were made in it.
-    """
-
-    def __init__(self) -> None:
-        self.changes: Sequence[GroupChange] = ()
+    def __init__(self, changes: Sequence[GroupChange] = ()) -> None:
+        self.changes = changes
         self._optimizer: Optimizer | None = None
         self._schedulers: list[Any] = []
         self._groups = sys.maxsize  # that the optimizer has, as far as it was looked at
