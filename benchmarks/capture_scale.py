@@ -3,8 +3,6 @@
 ``make bench-scale``; the model is told in ``benchmarks/README.md``. No time is taken: the numbers are those of any machine.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence

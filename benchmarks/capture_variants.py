@@ -1,7 +1,5 @@
 """What is trained in the benchmark of the capture, and what watches the gradients of it: ours and the peers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +9,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from optim_implementations import peer
-from reporting import installed_version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -160,11 +157,6 @@ class Variant:
         """Whether a turn measures noise at more of the logged steps than a run does."""
         return self.measures_noise and self.every_n_steps == 1
 
-    @property
-    def version(self) -> str:
-        """Of a peer; empty for ours and torch's."""
-        return f"{self.distribution} {installed_version(self.distribution)}" if self.distribution else ""
-
 
 def variants() -> list[Variant]:
     """All, the one that the others are held against first."""
@@ -178,7 +170,7 @@ def variants() -> list[Variant]:
         Variant(FIRST_STEPS, lambda task: [GradientHistogramMonitor()], steps=100),
         Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)]),
         Variant(ADD_HISTOGRAM, lambda task: [LambdaCallback(on_before_optimizer_step=_add_histogram)]),
-        Variant(WANDB, lambda task: [_WandbWatch(peer("wandb", "wandb"))], distribution="wandb"),
+        Variant(WANDB, lambda task: [_WandbWatch(peer("wandb"))], distribution="wandb"),
     ]
 
 

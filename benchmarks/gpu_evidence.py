@@ -6,8 +6,6 @@ beside Lamb, AdamW and AdamE, compared as the claims of the grid are. Every fini
 again.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

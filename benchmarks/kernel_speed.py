@@ -4,8 +4,6 @@ Counting is held against a read of as many bytes (``Tensor.sum``) and checked ag
 copy that moves as many bytes, and torch's fused AdamW.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable, Iterator

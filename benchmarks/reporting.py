@@ -1,7 +1,5 @@
 """What all benchmarks report alike: the machine and the versions, tables as CSV and in print, and targets."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import importlib.metadata
@@ -48,6 +46,12 @@ def installed_version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def peer_version(distribution: str) -> str:
+    """Empty for ours and torch's, which have columns of their own."""
+    own = ("", "torch", "lightning-gradhist")
+    return "" if distribution in own else f"{distribution} {installed_version(distribution)}"
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -115,6 +119,14 @@ def write_report(path: Path, columns: Sequence[str], models: Iterable[list[Row]]
         others = [row for row in read_csv(path) if row["model"] not in measured]
         write_csv(path, columns, [*others, *chain(*measured.values())])
     return [*chain(*measured.values())]
+
+
+def report(
+    args: argparse.Namespace, name: str, columns: Sequence[str], models: Iterable[list[Row]], *of: str
+) -> list[Row]:
+    """Write what is measured to the output, with the versions of distributions ``of`` the run; what was measured."""
+    path = args.output or RESULTS / f"{name}_{args.device}.csv"
+    return write_report(path, columns, models, machine(torch.device(args.device), *of))
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:

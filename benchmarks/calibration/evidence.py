@@ -1,7 +1,5 @@
 """All that the grids have measured so far, as the sections of the page want it."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

@@ -5,8 +5,6 @@ only runs in progress are lost. One process at a time may write to a table. Runs
 else is said. Learning rates are counted in half octaves: ``rate(k) = 2 ** (k / 2)``. ``benchmarks/README.md`` says more.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math

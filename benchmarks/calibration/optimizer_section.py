@@ -1,7 +1,5 @@
 """The sections of the page on epsilon, and on the optimizers for large batches."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

@@ -3,8 +3,6 @@
 It takes seconds to minutes on one core, stands in tables, and is not measured again unless it is asked for.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import statistics

@@ -1,7 +1,5 @@
 """The sections of the page on the runs, the best rates, and the noise scale: along runs, its interval, and Theorem 5."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """One training run as a function of its settings: the same settings give the same numbers, bit for bit."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What it costs to carry the best learning rate of a run to another batch size and length, by law."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

@@ -3,8 +3,6 @@
 The batch sizes of a workload are a factor of four apart. A run at equal samples is at most one pass over the data.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

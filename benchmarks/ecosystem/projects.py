@@ -5,8 +5,6 @@ returns the module. A project that copies callbacks puts those that it used into
 the virtual environment of its project alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ process of its own (``ways.py``). A row of ``results/ecosystem.csv`` is written 
 ``docs/support.md``. Without names, projects that have all their rows are left alone, so that a run that was stopped goes on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform
