@@ -46,9 +46,12 @@ def _run(row: Row) -> Run:
     return Run(**{name: row[name] for name in FIELDS})
 
 
-def told(name: str, row: Row) -> None:
+def keep(path: Path, columns: Sequence[str], results: dict[Run, Row], row: Row, told: str) -> None:
+    """Adds the row of a run to its table, and says so after some words on where it belongs."""
+    results[_run(row)] = row
+    write_csv(path, columns, results.values(), digits=None)
     names = ("optimizer", "batch_size", "learning_rate", "eps", "seed", "train_loss", "test_accuracy", "seconds")
-    print(name, "  ".join(f"{key} {row[key]}" for key in names), flush=True)
+    print(told, "  ".join(f"{key} {row[key]}" for key in names), flush=True)
 
 
 def rate(k: int) -> float:
@@ -261,9 +264,9 @@ def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
 
 def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
     """The runs of a stage that a table is to have, as far as is known by now."""
-    if name == CLAIMS:
-        return claims(SETTINGS, results) if stage == CLAIMS else ()
-    if stage == CLAIMS or (name in SIDE and stage not in SIDE_STAGES):
+    if CLAIMS in (stage, name):
+        return claims(SETTINGS, results) if stage == name else ()
+    if name in SIDE and stage not in SIDE_STAGES:
         return ()
     return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)
 
@@ -289,10 +292,8 @@ def make_runs(pool: Pool, options: argparse.Namespace) -> None:
     tables = {name: read(options.output / f"{name}.csv") for name in options.table}
     while runs := next_runs(options.stage, tables):
         for name, row in pool.imap_unordered(partial(made, options.data_dir), runs):
-            tables[name][_run(row)] = row
             columns = CLAIMS_COLUMNS if name == CLAIMS else COLUMNS
-            write_csv(options.output / f"{name}.csv", columns, tables[name].values(), digits=None)
-            told(f"{name} {row['stage']}", row)
+            keep(options.output / f"{name}.csv", columns, tables[name], row, f"{name} {row['stage']}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
