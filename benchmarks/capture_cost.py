@@ -88,7 +88,6 @@ def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trai
 def fit(
     data: tuple[Training, DataLoader], callbacks: list[L.Callback], folder: Path, device: torch.device, **options: Any
 ) -> Training:
-    """Train a module for an epoch of a loader."""
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
@@ -199,7 +198,6 @@ def check_counts(logged: Any, gradient: np.ndarray, what: str) -> None:
 
 
 def of_rounds(rounds: list[Round], variant: Variant) -> Row:
-    """The columns that come from the turns of a variant."""
     plain = 1e3 * np.array([np.median(whole[0, LEFT_OUT_STEPS:]) for whole, _ in rounds])
     if variant.name == cases.NONE:
         return {"rounds": len(rounds), **quartiles("step_ms", plain)}
@@ -240,14 +238,6 @@ def median_share(rounds: int, one: Callable[[], float], other: Callable[[], floa
     return statistics.median([one() / other() for _ in range(rounds + 1)][1:])
 
 
-def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> float:
-    """Time of a read of the gradients' bytes over the time of counting them."""
-    gradients = gradients_of(task, device)
-    histogram, flat = MagnitudeHistogram(list(gradients), device), torch.cat([g.flatten() for g in gradients.values()])
-    timed = partial(seconds_per_call, calls=CALLS, device=device)
-    return median_share(rounds, lambda: timed(flat.sum), lambda: timed(lambda: histogram.update(gradients)))
-
-
 def slice_share(name: str, scale: float, rounds: int) -> float:
     """On a rank: work of counting its slice over that of counting all, with the other ranks at the same."""
     gradients = gradients_of(next(task for task in cases.tasks(scale) if task.name == name), CPU)
@@ -263,8 +253,11 @@ def slice_share(name: str, scale: float, rounds: int) -> float:
 
 
 def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
-    """The row on counting without a training."""
-    share = share_of_read_bandwidth(task, rounds, device)
+    """The row on counting without a training, held against a read of the gradients' bytes, and a rank's slice against all."""
+    gradients = gradients_of(task, device)
+    histogram, flat = MagnitudeHistogram(list(gradients), device), torch.cat([g.flatten() for g in gradients.values()])
+    timed = partial(seconds_per_call, calls=CALLS, device=device)
+    share = median_share(rounds, lambda: timed(flat.sum), lambda: timed(lambda: histogram.update(gradients)))
     row: Row = {"variant": ALONE, "rounds": rounds, "share_of_read_bandwidth": share}
     if device.type == "cpu":
         row["work_of_one_rank_in_two"] = max(run_ranks(slice_share, 2, task.name, scale, rounds))

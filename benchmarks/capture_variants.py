@@ -26,8 +26,6 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
 @dataclass(frozen=True)
 class Task:
-    """A model and a batch for it."""
-
     name: str
     network: Callable[[], nn.Module]
     batch: Callable[[int], tuple[Tensor, Tensor]]  # makes inputs and labels of that many samples
@@ -80,18 +78,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(128, width))
         sizes = (width, max(1, width // 64), 4 * width, 0.0, "gelu")
-        block = partial(nn.TransformerEncoderLayer, *sizes, batch_first=True, norm_first=True)
-        self.blocks, self.norm = nn.ModuleList(block() for _ in range(layers)), nn.LayerNorm(width)
+        block = nn.TransformerEncoderLayer(*sizes, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[batch * length, words]`` of tokens ``[batch, length]``."""
         length = tokens.shape[1]
-        hidden = self.words(tokens) + self.places[:length]
         mask = nn.Transformer.generate_square_subsequent_mask(length, tokens.device)
-        for block in self.blocks:
-            hidden = block(hidden, src_mask=mask, is_causal=True)
-        return self.norm(hidden).flatten(0, 1) @ self.words.weight.T
+        hidden = self.blocks(self.words(tokens) + self.places[:length], mask, is_causal=True)
+        return hidden.flatten(0, 1) @ self.words.weight.T
 
 
 class _Residual(nn.Module):
@@ -141,8 +136,6 @@ def made(task: Task, steps: int, batch_size: int | None = None) -> tuple[Trainin
 
 @dataclass(frozen=True)
 class Variant:
-    """A training with callbacks, or with none."""
-
     name: str
     callbacks: Callable[[Task], list[L.Callback]]  # raises LeftOut where they cannot be
     every_n_steps: int = 1  # from one logged step of a run to the next

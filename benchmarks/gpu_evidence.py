@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from grid import CLAIMS_COLUMNS, COLUMNS, Results, Setting, claims, keep, read
-from optim_implementations import LeftOut, timm_lamb
+from optim_implementations import BETAS, LeftOut, timm_lamb
 from reporting import NOT_MEASURED, RESULTS, machine
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from training import EPS, OPTIMIZERS, UNCLIPPED, Run, train, train_for_claim
+from training import EPS, OPTIMIZERS, UNCLIPPED, Run, train
 from workloads import FASHION_MNIST, GPT, WORKLOADS, Data, Workload
 
 from lightning_gradhist import ALTO, AdamE
@@ -58,7 +58,7 @@ def decayed(params: Iterable[nn.Parameter], make: Callable[..., Any], **options:
     every = list(params)
     kinds = {5e-4: [param for param in every if param.ndim > 1], 0.0: [param for param in every if param.ndim <= 1]}
     groups = [{"params": own, "weight_decay": decay} for decay, own in kinds.items()]
-    return make(groups, betas=(0.9, 0.99), **options)
+    return make(groups, betas=BETAS, **options)
 
 
 def contestants(pairs: list[tuple[float, float]]) -> tuple[str, ...]:
@@ -106,10 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32
     output = args.output or RESULTS / "gpu" / f"gpu_{args.question}.csv"
     if args.question == "rates":
-        workload, make, columns = WORKLOADS["gpt"], train, COLUMNS[1:]
+        workload, columns = WORKLOADS["gpt"], COLUMNS[1:]
         model, wanted = partial(GPT, *((32, 1, 2) if tiny else (368, 6, 8))), partial(rate_runs, tiny=tiny)
     else:
-        workload, make, columns = WORKLOADS["mlp" if tiny else "cnn"], train_for_claim, CLAIMS_COLUMNS
+        workload, columns = WORKLOADS["mlp" if tiny else "cnn"], CLAIMS_COLUMNS
         names, sizes = contestants(PAIRS[: 1 if tiny else None]), (64,) if tiny else (16_384, 4096)
         settings = [Setting("resnet", size, 2 if tiny else 6_000_000 // size, names) for size in sizes]
         model, wanted = partial(resnet20, 4 if tiny else 16), partial(claims, settings)
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         while runs := list(wanted(results=results)):
             for run in runs:
-                row = make(run, args.data_dir, device)
+                row = train(run, args.data_dir, device, for_claim=args.question == "resnet")
                 keep(output, [*columns, "device", "gpu"], results, {**row, **machine(device, "timm")}, args.question)
             if tiny:
                 break

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from measuring import seconds_per_call
-from optim_step import GRADIENT, LR, copy, transformer_shapes
+from optim_implementations import implementations
+from optim_step import GRADIENT, LR, Model, copy, transformer_shapes
 from reporting import RESULTS, Row, machine, print_table, write_csv
 from torch import Tensor
-from torch.nn import Parameter
 
 from lightning_gradhist.histogram import COLUMNS, _columns
 from lightning_gradhist.kernels import StepScalars, StepTensors
@@ -70,17 +70,13 @@ def stepping(size: float, device: torch.device) -> Iterator[Row]:
     from lightning_gradhist.kernels.adam_e import adam_e_step
     from lightning_gradhist.kernels.alto import alto_apply, alto_moments
 
+    fused = next(one for one in implementations() if one.name == "AdamW fused")
     for dtype in (torch.float32, torch.bfloat16):
-
-        def draw(scale: float, dtype: torch.dtype) -> list[Tensor]:
-            return [scale * torch.randn(shape, device=device).to(dtype) for shape in transformer_shapes(size)]
-
-        params, grads = [Parameter(tensor) for tensor in draw(0.02, dtype)], draw(GRADIENT, dtype)
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        adamw = seconds(torch.optim.AdamW(params, LR, fused=True).step, device)
-        e, m, v = (draw(GRADIENT, torch.float32) for _ in range(3))
-        tensors = StepTensors([param.detach() for param in params], grads, e, m, [tensor.square() for tensor in v])
+        model = Model("transformer", transformer_shapes(size), device, dtype)
+        params = model.params
+        adamw = seconds(model.build(fused).step, device)
+        e, m, v = ([GRADIENT * torch.randn(p.shape, device=device) for p in params] for _ in range(3))
+        tensors = StepTensors([p.detach() for p in params], model.grads, e, m, [tensor.square() for tensor in v])
         ratios = torch.ones(len(params), device=device)
 
         def alto(tensors: StepTensors = tensors, ratios: Tensor = ratios) -> None:
@@ -97,7 +93,6 @@ def stepping(size: float, device: torch.device) -> Iterator[Row]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark from the command line; without a GPU the kernels are interpreted, which measures nothing."""
     parser = argparse.ArgumentParser(description="Time on the device of the Triton kernels alone.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--size", type=int, help="values that are counted (default: 2**26, on a GPU 2**29)")
@@ -106,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TRITON_INTERPRET"] = "1"  # which shows that it runs, and measures nothing
     rows: list[Row] = []
     measured = counting(args.size or SIZE[args.device], device)
     for row in chain(measured, stepping(args.parameters or PARAMETERS[args.device], device)):

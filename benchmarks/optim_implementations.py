@@ -20,7 +20,7 @@ from lightning_gradhist.optim.adam_e import adam_e_reference
 from lightning_gradhist.optim.alto import alto_reference
 
 BETAS = (0.9, 0.99)
-ALPHA, EXPLORE_BETA = -5.0, 0.99
+ALPHA, EXPLORE_BETA = -5.0, 0.99  # the paper's for large batches
 # with decay, without which the authors' ALTO is not layer-wise
 COMMON: dict[str, Any] = {"betas": BETAS, "eps": 1e-6, "weight_decay": 0.01}
 EXPLORE: dict[str, Any] = {"alpha": ALPHA, "explore_beta": EXPLORE_BETA}

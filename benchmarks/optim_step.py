@@ -104,7 +104,6 @@ def state_bytes(optimizer: Any) -> int:
 
 
 def timed(model: Model, implementation: Implementation) -> float:
-    """Seconds of a step, the mean of some."""
     optimizer = model.build(implementation)
     warm = seconds_per_call(optimizer.step, WARM_UP, model.device)
     steps = STEPS[model.device.type] if model.device.type == "cpu" else min(STEPS["cuda"], 1 + int(TURN / warm))

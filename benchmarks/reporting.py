@@ -130,7 +130,6 @@ def report(
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Print some columns of rows, one below the other."""
     lines = [list(columns), *([str(_cell(row.get(name, ""))) for name in columns] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:

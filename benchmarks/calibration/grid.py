@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reporting import CPU, RESULTS, Row, machine, read_csv, write_csv
-from training import EPS, Run, train, train_for_claim
+from training import EPS, Run, train
 from workloads import FASHION_MNIST, WORKLOADS, Workload
 
 from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_ratio
@@ -226,8 +226,6 @@ SEEDS = 5
 
 
 class Setting(NamedTuple):
-    """A workload at a batch size, for a number of steps."""
-
     workload: str
     batch_size: int
     steps: int
@@ -281,10 +279,8 @@ def next_runs(stages: Collection[str], tables: Mapping[str, Results]) -> list[tu
 
 
 def made(folder: Path, wanted: tuple[str, str, Run]) -> tuple[str, Row]:
-    """Makes a run: the name of its table, and its row."""
     stage, name, run = wanted
-    row = (train_for_claim if name == CLAIMS else train)(run, folder)
-    return name, {**row, **machine(CPU, "timm"), "stage": stage}
+    return name, {**train(run, folder, for_claim=name == CLAIMS), **machine(CPU, "timm"), "stage": stage}
 
 
 def make_runs(pool: Pool, options: argparse.Namespace) -> None:
@@ -307,7 +303,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes the runs that are wanted, in processes of one thread each."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the workers are stopped, too
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:

@@ -40,7 +40,6 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
 
 
 def by_epsilon(evidence: Evidence) -> Curve:
-    """The losses at the middle batch size with seed 0."""
     results, middle = evidence.results, replace(evidence.middle, eps=1.0)
     runs = [run for run in results if replace(run, eps=1.0, learning_rate=1.0) == middle]
     rates = {run.learning_rate for run in runs if run.eps != DEFAULT}

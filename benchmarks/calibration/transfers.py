@@ -191,7 +191,6 @@ def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -
 
 
 def carrying(page: Page, found: Mapping[str, Evidence], side: Mapping[str, Evidence], draws: int) -> None:
-    """What it costs to carry a rate, on the workloads and on ``mlp`` of other lengths, which chose nothing."""
     of = {name: Transfers(cells_of(evidence)) for name, evidence in found.items() if evidence.losses_at_equal_steps}
     if not (names := [name for name, own in of.items() if own.all]):
         return

@@ -37,7 +37,6 @@ Found = dict[str, Any]
 
 
 def bits(module: torch.nn.Module) -> str:
-    """A hash of all weights and buffers."""
     found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
@@ -89,7 +88,6 @@ def said(calibration: OptimizerCalibration) -> str:
 
 
 def main(project: str, way: str, folder: Path) -> None:
-    """Trains, and prints what came of it as the last line."""
     warnings.simplefilter("ignore")
     random.seed(0)
     np.random.seed(0)
