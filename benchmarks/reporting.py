@@ -107,26 +107,20 @@ def quartiles(column: str, values: Sequence[float]) -> Row:
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
 
 
-def write_report(path: Path, columns: Sequence[str], models: Iterable[list[Row]], of: Row) -> list[Row]:
-    """Print the machine and the versions ``of`` which the rows of a benchmark are, and write them model after model.
+def report(args: argparse.Namespace, name: str, columns: list[str], models: Iterable[list[Row]], *of: str) -> list[Row]:
+    """Write the rows of a benchmark model after model, with the machine and the versions of distributions ``of`` it.
 
     The last rows that come of a model stand beside those of others that the table has; returned is what was measured.
     """
-    print("  ".join(f"{what}: {value}" for what, value in of.items() if value), flush=True)
+    path = args.output or RESULTS / f"{name}_{args.device}.csv"
+    described = machine(torch.device(args.device), *of)
+    print("  ".join(f"{what}: {value}" for what, value in described.items() if value), flush=True)
     measured: dict[str, list[Row]] = {}
     for of_model in models:
-        measured[of_model[0]["model"]] = [{**row, **of} for row in of_model]
+        measured[of_model[0]["model"]] = [{**row, **described} for row in of_model]
         others = [row for row in read_csv(path) if row["model"] not in measured]
         write_csv(path, columns, [*others, *chain(*measured.values())])
     return [*chain(*measured.values())]
-
-
-def report(
-    args: argparse.Namespace, name: str, columns: Sequence[str], models: Iterable[list[Row]], *of: str
-) -> list[Row]:
-    """Write what is measured to the output, with the versions of distributions ``of`` the run; what was measured."""
-    path = args.output or RESULTS / f"{name}_{args.device}.csv"
-    return write_report(path, columns, models, machine(torch.device(args.device), *of))
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
