@@ -3,8 +3,6 @@
 ``make bench-capture``; how it measures is told in ``benchmarks/README.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools
@@ -28,7 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from measuring import seconds_per_call
 from optim_implementations import built
 from ranks import run_ranks
-from reporting import CPU, RESULTS, Row, machine, parser, print_table, print_verdicts, quartiles, write_report
+from reporting import CPU, Row, parser, peer_version, print_table, print_verdicts, quartiles, report
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -53,10 +51,8 @@ COLUMNS = [
 SHOWN = ["model", "variant", *(c for c in MEASURED if c not in ("step_ms_q25", "step_ms_q75", "beyond_none_again_ms"))]
 ALONE, PROBE = "counting alone", "calibration's probe"
 
-
-Turn = (
-    np.ndarray
-)  # seconds of each step of a training, ``[2, steps]``: of the processor or the device, and on the clock
+# seconds of each step of a training, ``[2, steps]``: of the processor or the device, and on the clock
+Turn = np.ndarray
 Round = tuple[Turn, dict[str, Turn]]  # a turn of none on whole batches, and one of each variant
 
 
@@ -92,7 +88,6 @@ def trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trai
 def fit(
     data: tuple[Training, DataLoader], callbacks: list[L.Callback], folder: Path, device: torch.device, **options: Any
 ) -> Training:
-    """Train a module for an epoch of a loader."""
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's on the number of workers, and the peers' on torch
@@ -203,7 +198,6 @@ def check_counts(logged: Any, gradient: np.ndarray, what: str) -> None:
 
 
 def of_rounds(rounds: list[Round], variant: Variant) -> Row:
-    """The columns that come from the turns of a variant."""
     plain = 1e3 * np.array([np.median(whole[0, LEFT_OUT_STEPS:]) for whole, _ in rounds])
     if variant.name == cases.NONE:
         return {"rounds": len(rounds), **quartiles("step_ms", plain)}
@@ -244,14 +238,6 @@ def median_share(rounds: int, one: Callable[[], float], other: Callable[[], floa
     return statistics.median([one() / other() for _ in range(rounds + 1)][1:])
 
 
-def share_of_read_bandwidth(task: Task, rounds: int, device: torch.device) -> float:
-    """Time of a read of the gradients' bytes over the time of counting them."""
-    gradients = gradients_of(task, device)
-    histogram, flat = MagnitudeHistogram(list(gradients), device), torch.cat([g.flatten() for g in gradients.values()])
-    timed = partial(seconds_per_call, calls=CALLS, device=device)
-    return median_share(rounds, lambda: timed(flat.sum), lambda: timed(lambda: histogram.update(gradients)))
-
-
 def slice_share(name: str, scale: float, rounds: int) -> float:
     """On a rank: work of counting its slice over that of counting all, with the other ranks at the same."""
     gradients = gradients_of(next(task for task in cases.tasks(scale) if task.name == name), CPU)
@@ -267,8 +253,11 @@ def slice_share(name: str, scale: float, rounds: int) -> float:
 
 
 def alone(task: Task, scale: float, rounds: int, device: torch.device) -> Row:
-    """The row on counting without a training."""
-    share = share_of_read_bandwidth(task, rounds, device)
+    """The row on counting without a training, held against a read of the gradients' bytes, and a rank's slice against all."""
+    gradients = gradients_of(task, device)
+    histogram, flat = MagnitudeHistogram(list(gradients), device), torch.cat([g.flatten() for g in gradients.values()])
+    timed = partial(seconds_per_call, calls=CALLS, device=device)
+    share = median_share(rounds, lambda: timed(flat.sum), lambda: timed(lambda: histogram.update(gradients)))
     row: Row = {"variant": ALONE, "rounds": rounds, "share_of_read_bandwidth": share}
     if device.type == "cpu":
         row["work_of_one_rank_in_two"] = max(run_ranks(slice_share, 2, task.name, scale, rounds))
@@ -304,7 +293,7 @@ def measure(task: Task, args: argparse.Namespace, device: torch.device) -> list[
     of_model = {"model": task.name, "tensors": len(sizes), "parameters": sum(sizes), "batch": task.batch_shape}
     print(f"{task.name}: {len(sizes):,} tensors, {sum(sizes):,} parameters, {task.batch_shape}", flush=True)
     some, left_out = split(task, args.only)
-    rows: dict[str, Row] = {variant.name: {"variant": variant.name, "version": variant.version} for variant in some}
+    rows: dict[str, Row] = {v.name: {"variant": v.name, "version": peer_version(v.distribution)} for v in some}
     if device.type == "cpu":  # of the host
         for variant in (one for one in some if one.name in (cases.DEFAULT, cases.EVERY_STEP, *PEERS.values())):
             rows[variant.name]["log_bytes_in_10000_steps"] = bytes_logged(task, variant, device)
@@ -341,8 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # several wait for one another in a loop, which is time of the processor
-    path = args.output or RESULTS / f"capture_cost_{args.device}.csv"
-    rows = write_report(path, COLUMNS, run(args, device), machine(device, "lightning", "triton"))
+    rows = report(args, "capture_cost", COLUMNS, run(args, device), "lightning", "triton")
     print_table(rows, SHOWN)
     print(f"targets (for models of full size; this run: {args.scale:g} of it)")
     print_verdicts("capture_cost", rows, "variant", args.device)

@@ -3,8 +3,6 @@
 ``make bench-scale``; the model is told in ``benchmarks/README.md``. No time is taken: the numbers are those of any machine.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -180,7 +178,6 @@ def llama_sizes() -> dict[str, int]:
 
 
 def large_rows(ranks: int = 1024, steps: int = 10_000) -> list[Row]:
-    """The model of 70 B under FSDP2, at two cadences."""
     sizes = llama_sizes()
     of_cadence = {every: predicted(sizes, ranks, steps, every, sharded=True) for every in (50, 1)}
     return [{"case": "model", **row, **logged([*sizes], range(0, steps, n))} for n, row in of_cadence.items()]

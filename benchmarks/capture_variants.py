@@ -1,7 +1,5 @@
 """What is trained in the benchmark of the capture, and what watches the gradients of it: ours and the peers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +9,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from optim_implementations import peer
-from reporting import installed_version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -29,8 +26,6 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
 @dataclass(frozen=True)
 class Task:
-    """A model and a batch for it."""
-
     name: str
     network: Callable[[], nn.Module]
     batch: Callable[[int], tuple[Tensor, Tensor]]  # makes inputs and labels of that many samples
@@ -83,18 +78,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(128, width))
         sizes = (width, max(1, width // 64), 4 * width, 0.0, "gelu")
-        block = partial(nn.TransformerEncoderLayer, *sizes, batch_first=True, norm_first=True)
-        self.blocks, self.norm = nn.ModuleList(block() for _ in range(layers)), nn.LayerNorm(width)
+        block = nn.TransformerEncoderLayer(*sizes, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``[batch * length, words]`` of tokens ``[batch, length]``."""
         length = tokens.shape[1]
-        hidden = self.words(tokens) + self.places[:length]
         mask = nn.Transformer.generate_square_subsequent_mask(length, tokens.device)
-        for block in self.blocks:
-            hidden = block(hidden, src_mask=mask, is_causal=True)
-        return self.norm(hidden).flatten(0, 1) @ self.words.weight.T
+        hidden = self.blocks(self.words(tokens) + self.places[:length], mask, is_causal=True)
+        return hidden.flatten(0, 1) @ self.words.weight.T
 
 
 class _Residual(nn.Module):
@@ -144,8 +136,6 @@ def made(task: Task, steps: int, batch_size: int | None = None) -> tuple[Trainin
 
 @dataclass(frozen=True)
 class Variant:
-    """A training with callbacks, or with none."""
-
     name: str
     callbacks: Callable[[Task], list[L.Callback]]  # raises LeftOut where they cannot be
     every_n_steps: int = 1  # from one logged step of a run to the next
@@ -160,11 +150,6 @@ class Variant:
         """Whether a turn measures noise at more of the logged steps than a run does."""
         return self.measures_noise and self.every_n_steps == 1
 
-    @property
-    def version(self) -> str:
-        """Of a peer; empty for ours and torch's."""
-        return f"{self.distribution} {installed_version(self.distribution)}" if self.distribution else ""
-
 
 def variants() -> list[Variant]:
     """All, the one that the others are held against first."""
@@ -178,7 +163,7 @@ def variants() -> list[Variant]:
         Variant(FIRST_STEPS, lambda task: [GradientHistogramMonitor()], steps=100),
         Variant(OFF_STEPS, lambda task: [GradientHistogramMonitor(every_n_steps=10**9)]),
         Variant(ADD_HISTOGRAM, lambda task: [LambdaCallback(on_before_optimizer_step=_add_histogram)]),
-        Variant(WANDB, lambda task: [_WandbWatch(peer("wandb", "wandb"))], distribution="wandb"),
+        Variant(WANDB, lambda task: [_WandbWatch(peer("wandb"))], distribution="wandb"),
     ]
 
 

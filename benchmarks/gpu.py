@@ -1,11 +1,9 @@
 """All that only a GPU can show, in one call of at most 8 minutes: ``make gpu``, or ``python benchmarks/gpu.py``.
 
 The parts run one after another, the most important first, each in a process of its own with its own limit of time. What
-is found is written part by part, so that a kill loses nothing: CSVs, ``gpu_parts.csv`` and ``summary.md``.
+is found is written part by part, so that a kill loses nothing: CSVs, one of which, ``gpu_parts.csv``, has a row a part.
 ``--device cpu --tiny`` runs every part on the host, small, to show that it runs.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -94,14 +92,6 @@ def results(wanted: list[Part], whole: float, log: Path, device: str) -> Iterato
         yield run(part, min(part.seconds, end - monotonic()), log, device)
 
 
-def summary(rows: list[Row], out: Path) -> str:
-    """What was found so far, in Markdown."""
-    found = [f"| {row['part']} | {row['status']} | {row.get('seconds', 0):.0f} | {row['last_line']} |" for row in rows]
-    tables = [path for path in sorted(out.glob("*.csv")) if path.name != "gpu_parts.csv"]
-    rows_of = [f"- {path.name}: {len(read_csv(path))} rows" for path in tables]
-    return "\n".join(["| part | status | seconds | last line |", "|---|---|---|---|", *found, "", *rows_of]) + "\n"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs all parts from the command line; the exit status is 1 where a part has failed."""
     parser = argparse.ArgumentParser(description="All that only a GPU can show, within 8 minutes.")
@@ -124,7 +114,6 @@ def main(arguments: list[str] | None = None) -> int:
     for row in results(wanted, WHOLE * (4 if args.tiny else 1), log, args.device):
         rows.append({**row, **described})
         write_csv(args.output / "gpu_parts.csv", COLUMNS, rows)
-        (args.output / "summary.md").write_text(summary(rows, args.output), encoding="utf-8")
         print(f"{row['part']}: {row['status']}, {row.get('seconds', 0):.0f} s: {row['last_line']}", flush=True)
     return int(any(row["status"] == "failed" for row in rows))
 

@@ -6,24 +6,22 @@ beside Lamb, AdamW and AdamE, compared as the claims of the grid are. Every fini
 again.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from grid import CLAIMS_COLUMNS, COLUMNS, Results, Setting, claims, read, told
-from optim_implementations import LeftOut, timm_lamb
-from reporting import NOT_MEASURED, RESULTS, machine, write_csv
+from grid import CLAIMS_COLUMNS, COLUMNS, Results, Setting, claims, keep, read
+from optim_implementations import BETAS, LeftOut, timm_lamb
+from reporting import NOT_MEASURED, RESULTS, machine
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from training import EPS, OPTIMIZERS, UNCLIPPED, Run, train, train_for_claim
+from training import EPS, OPTIMIZERS, UNCLIPPED, Run, train
 from workloads import FASHION_MNIST, GPT, WORKLOADS, Data, Workload
 
 from lightning_gradhist import ALTO, AdamE
@@ -32,19 +30,12 @@ PAIRS = [(-5.0, 0.99), (0.5, 0.01), (-2.0, 0.9), (-5.0, 0.96), (-50.0, 0.99), (-
 """alpha and explore_beta: the paper's for large and small batches, and four whose slow average weighs 0.2, 0.2, 0.5, 0.8."""
 
 
-class ResNet20(nn.Module):
+def resnet20(width: int = 16) -> nn.Module:
     """Three stages of three residual blocks, 16, 32 and 64 channels wide, batch norm."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        widths = [width, *[width] * 3, *[2 * width] * 3, *[4 * width] * 3]
-        self.stem = _convolution(1, width, 1)
-        self.blocks = nn.Sequential(*(_Residual(before, after) for before, after in itertools.pairwise(widths)))
-        self.head = nn.Linear(4 * width, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[n, 10]`` of images ``[n, 1, height, width]``."""
-        return self.head(self.blocks(self.stem(images).relu()).mean((2, 3)))
+    widths = [width, *[width] * 3, *[2 * width] * 3, *[4 * width] * 3]
+    blocks = [_Residual(before, after) for before, after in itertools.pairwise(widths)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)]
+    return nn.Sequential(_convolution(1, width, 1), nn.ReLU(), *blocks, *head)
 
 
 class _Residual(nn.Module):
@@ -62,28 +53,26 @@ def _convolution(before: int, after: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after))
 
 
+def decayed(params: Iterable[nn.Parameter], make: Callable[..., Any], **options: Any) -> torch.optim.Optimizer:
+    """An optimizer whose weights decay, but for biases and norms."""
+    every = list(params)
+    kinds = {5e-4: [param for param in every if param.ndim > 1], 0.0: [param for param in every if param.ndim <= 1]}
+    groups = [{"params": own, "weight_decay": decay} for decay, own in kinds.items()]
+    return make(groups, betas=BETAS, **options)
+
+
 def contestants(pairs: list[tuple[float, float]]) -> tuple[str, ...]:
-    """The optimizers that are compared, known to :mod:`training` by name: all decay, but for biases and norms."""
-
-    def enter(name: str, make: Callable[..., Any], **options: Any) -> str:
-        def build(params: Iterator[nn.Parameter], **more: Any) -> torch.optim.Optimizer:
-            kinds: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-            for param in params:
-                kinds[param.ndim > 1].append(param)
-            groups = [{"params": own, "weight_decay": 5e-4 * decays} for decays, own in kinds.items()]
-            return make(groups, betas=(0.9, 0.99), **options, **more)
-
-        OPTIMIZERS[name], EPS[name] = build, EPS[name.split()[0]]
-        return name
-
-    names = [enter("AdamW decayed", torch.optim.AdamW)]
-    for (alpha, explore_beta), ours in itertools.product(pairs, (ALTO, AdamE)):
-        names.append(enter(f"{ours.__name__} {alpha:g} {explore_beta:g}", ours, alpha=alpha, explore_beta=explore_beta))
+    """The optimizers that are compared, made known to :mod:`training` by name."""
+    found = {"AdamW decayed": partial(decayed, make=torch.optim.AdamW)}
+    for (alpha, beta), ours in itertools.product(pairs, (ALTO, AdamE)):
+        found[f"{ours.__name__} {alpha:g} {beta:g}"] = partial(decayed, make=ours, alpha=alpha, explore_beta=beta)
     try:
-        names.append(enter("Lamb decayed", timm_lamb(), **UNCLIPPED))
+        found["Lamb decayed"] = partial(decayed, make=timm_lamb(), **UNCLIPPED)
     except LeftOut as reason:
         print(f"left out: Lamb: {reason}")
-    return tuple(names)
+    OPTIMIZERS.update(found)
+    EPS.update({name: EPS[name.split()[0]] for name in found})
+    return tuple(found)
 
 
 def rate_runs(results: Results, tiny: bool) -> Iterator[Run]:
@@ -117,22 +106,20 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32
     output = args.output or RESULTS / "gpu" / f"gpu_{args.question}.csv"
     if args.question == "rates":
-        workload, make, columns = WORKLOADS["gpt"], train, COLUMNS[1:]
+        workload, columns = WORKLOADS["gpt"], COLUMNS[1:]
         model, wanted = partial(GPT, *((32, 1, 2) if tiny else (368, 6, 8))), partial(rate_runs, tiny=tiny)
     else:
-        workload, make, columns = WORKLOADS["mlp" if tiny else "cnn"], train_for_claim, CLAIMS_COLUMNS
+        workload, columns = WORKLOADS["mlp" if tiny else "cnn"], CLAIMS_COLUMNS
         names, sizes = contestants(PAIRS[: 1 if tiny else None]), (64,) if tiny else (16_384, 4096)
         settings = [Setting("resnet", size, 2 if tiny else 6_000_000 // size, names) for size in sizes]
-        model, wanted = partial(ResNet20, 4 if tiny else 16), partial(claims, settings)
+        model, wanted = partial(resnet20, 4 if tiny else 16), partial(claims, settings)
     WORKLOADS[args.question] = of_size(workload, 128 if tiny else None, device, make_model=model)
     results = read(output)
     try:
         while runs := list(wanted(results=results)):
             for run in runs:
-                row = make(run, args.data_dir, device)
-                results[run] = {**row, **machine(device, "timm")}
-                write_csv(output, [*columns, "device", "gpu"], results.values(), digits=None)
-                told(args.question, row)
+                row = train(run, args.data_dir, device, for_claim=args.question == "resnet")
+                keep(output, [*columns, "device", "gpu"], results, {**row, **machine(device, "timm")}, args.question)
             if tiny:
                 break
     except FileNotFoundError as error:

@@ -4,8 +4,6 @@ Counting is held against a read of as many bytes (``Tensor.sum``) and checked ag
 copy that moves as many bytes, and torch's fused AdamW.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable, Iterator
@@ -15,10 +13,10 @@ from pathlib import Path
 
 import torch
 from measuring import seconds_per_call
-from optim_step import GRADIENT, LR, copy, transformer_shapes
+from optim_implementations import implementations
+from optim_step import GRADIENT, LR, Model, copy, transformer_shapes
 from reporting import RESULTS, Row, machine, print_table, write_csv
 from torch import Tensor
-from torch.nn import Parameter
 
 from lightning_gradhist.histogram import COLUMNS, _columns
 from lightning_gradhist.kernels import StepScalars, StepTensors
@@ -73,17 +71,13 @@ def stepping(size: float, device: torch.device) -> Iterator[Row]:
     from lightning_gradhist.kernels.alto import alto_apply, alto_moments
 
     shapes = transformer_shapes(size)[: None if device.type == "cuda" else 12]  # the interpreter takes its time
+    fused = next(one for one in implementations() if one.name == "AdamW fused")
     for dtype in (torch.float32, torch.bfloat16):
-
-        def draw(scale: float, dtype: torch.dtype) -> list[Tensor]:
-            return [scale * torch.randn(shape, device=device).to(dtype) for shape in shapes]
-
-        params, grads = [Parameter(tensor) for tensor in draw(0.02, dtype)], draw(GRADIENT, dtype)
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        adamw = seconds(torch.optim.AdamW(params, LR, fused=True).step, device)
-        e, m, v = (draw(GRADIENT, torch.float32) for _ in range(3))
-        tensors = StepTensors([param.detach() for param in params], grads, e, m, [tensor.square() for tensor in v])
+        model = Model("transformer", shapes, device, dtype)
+        params = model.params
+        adamw = seconds(model.build(fused).step, device)
+        e, m, v = ([GRADIENT * torch.randn(p.shape, device=device) for p in params] for _ in range(3))
+        tensors = StepTensors([p.detach() for p in params], model.grads, e, m, [tensor.square() for tensor in v])
         ratios = torch.ones(len(params), device=device)
 
         def alto(tensors: StepTensors = tensors, ratios: Tensor = ratios) -> None:
@@ -100,7 +94,6 @@ def stepping(size: float, device: torch.device) -> Iterator[Row]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark from the command line; without a GPU the kernels are interpreted, which measures nothing."""
     parser = argparse.ArgumentParser(description="Time on the device of the Triton kernels alone.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--size", type=int, help="values that are counted (default: 2**26, on a GPU 2**29)")
@@ -109,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TRITON_INTERPRET"] = "1"  # which shows that it runs, and measures nothing
     rows: list[Row] = []
     measured = counting(args.size or SIZE[args.device], device)
     for row in chain(measured, stepping(args.parameters or PARAMETERS[args.device], device)):

@@ -1,7 +1,5 @@
 """Time and memory of a call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from time import perf_counter
 

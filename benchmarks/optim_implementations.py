@@ -1,7 +1,5 @@
 """The implementations that ``optim_step.py`` compares, and the gate that ours pass before anything is timed."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys
@@ -22,12 +20,9 @@ from lightning_gradhist.optim.adam_e import adam_e_reference
 from lightning_gradhist.optim.alto import alto_reference
 
 BETAS = (0.9, 0.99)
-ALPHA, EXPLORE_BETA = -5.0, 0.99
-COMMON: dict[str, Any] = {
-    "betas": BETAS,
-    "eps": 1e-6,
-    "weight_decay": 0.01,
-}  # without, the authors' ALTO is not layer-wise
+ALPHA, EXPLORE_BETA = -5.0, 0.99  # the paper's for large batches
+# with decay, without which the authors' ALTO is not layer-wise
+COMMON: dict[str, Any] = {"betas": BETAS, "eps": 1e-6, "weight_decay": 0.01}
 EXPLORE: dict[str, Any] = {"alpha": ALPHA, "explore_beta": EXPLORE_BETA}
 _STEPS, _LR, _SPREAD = 10, 0.05, 0.1
 _SHAPES = [(3, 5), (), (1,), (17,), (129, 65), (70_001,)]
@@ -63,13 +58,13 @@ def built(wanted: Sequence[T], build: Callable[[T], object]) -> tuple[list[T], d
     return good, notes
 
 
-def peer(name: str, distribution: str) -> Any:
+def peer(name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of setuptools, about pkg_resources
             return importlib.import_module(name)
     except ImportError as error:
-        raise LeftOut(f"{distribution}: {error}; 'make peers' installs the peers") from None
+        raise LeftOut(f"{name}: {error}; 'make peers' installs the peers") from None
 
 
 def timm_lamb() -> Any:
@@ -78,7 +73,7 @@ def timm_lamb() -> Any:
     package = types.ModuleType("timm_optim")
     package.__path__ = [str(Path(folder) / "optim") for folder in (found and found.submodule_search_locations) or ()]
     sys.modules.setdefault("timm_optim", package)
-    return peer("timm_optim.lamb", "timm").Lamb
+    return peer("timm_optim.lamb").Lamb
 
 
 @dataclass(frozen=True)
@@ -98,18 +93,21 @@ class Implementation:
 
 def implementations() -> list[Implementation]:
     """List all that are compared, whether they can be built here or not."""
-    ours, authors = "lightning-gradhist", "e-optimizer-adaptor"
+    ours, authors, name = "lightning-gradhist", "e-optimizer-adaptor", "pytorch_optimizer"
     adam_e, alto = (partial(cls, **COMMON, **EXPLORE) for cls in (AdamE, ALTO))
+    as_authors = {**COMMON, "betas": (EXPLORE_BETA, *BETAS), "alp": ALPHA}
+    authors_e = lambda p, lr: peer("E").E(adamw(p, lr), alpha=ALPHA, beta=EXPLORE_BETA)  # noqa: E731
+    e_adaptor = lambda p, lr: EAdaptor(adamw(p, lr), **EXPLORE)  # noqa: E731
     return [
         Implementation("AdamW", "torch", ADAMW, adamw),
         Implementation("AdamW foreach", "torch", ADAMW, partial(adamw, foreach=True)),
         Implementation("AdamW fused", "torch", ADAMW, partial(adamw, fused=True)),
-        Implementation("timm Lamb", "timm", LAMB, lambda params, lr: timm_lamb()(params, lr, **COMMON)),
-        Implementation("pytorch_optimizer Lamb", "pytorch_optimizer", LAMB, _pytorch_optimizer_lamb),
-        Implementation("authors' ALTO", authors, AUTHORS_ALTO, _authors_alto),
-        Implementation("authors' E(AdamW)", authors, AUTHORS_E, _authors_e),
+        Implementation("timm Lamb", "timm", LAMB, lambda p, lr: timm_lamb()(p, lr, **COMMON)),
+        Implementation(f"{name} Lamb", name, LAMB, lambda p, lr: peer(name).Lamb(p, lr, **COMMON)),
+        Implementation("authors' ALTO", authors, AUTHORS_ALTO, lambda p, lr: peer("ALTO").ALTO(p, lr, **as_authors)),
+        Implementation("authors' E(AdamW)", authors, AUTHORS_E, authors_e),
         # the AdamW within has 16-bit state for 16-bit parameters, which drifts away from the reference
-        Implementation("EAdaptor(AdamW)", ours, EADAPTOR, _e_adaptor, layerwise=False, checked_in=torch.float32),
+        Implementation("EAdaptor(AdamW)", ours, EADAPTOR, e_adaptor, layerwise=False, checked_in=torch.float32),
         Implementation("AdamE", ours, ADAM_E, partial(adam_e, fused=False), layerwise=False),
         Implementation("AdamE fused", ours, ADAM_E, partial(adam_e, fused=True), layerwise=False),
         Implementation("ALTO", ours, LAYERWISE_E, partial(alto, fused=False), layerwise=True),
@@ -119,23 +117,6 @@ def implementations() -> list[Implementation]:
 
 def adamw(params: list[Parameter], lr: float, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr, **COMMON, **options)
-
-
-def _e_adaptor(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return EAdaptor(adamw(params, lr), **EXPLORE)
-
-
-def _authors_alto(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    betas = {"betas": (EXPLORE_BETA, *BETAS)}
-    return peer("ALTO", "e-optimizer-adaptor").ALTO(params, lr, **COMMON | betas, alp=ALPHA)
-
-
-def _authors_e(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return peer("E", "e-optimizer-adaptor").E(adamw(params, lr), alpha=ALPHA, beta=EXPLORE_BETA)
-
-
-def _pytorch_optimizer_lamb(params: list[Parameter], lr: float) -> torch.optim.Optimizer:
-    return peer("pytorch_optimizer", "pytorch_optimizer").Lamb(params, lr, **COMMON)
 
 
 def reference(theta: Tensor, grads: list[Tensor], lr: float, dtype: torch.dtype, *, layerwise: bool) -> Tensor:

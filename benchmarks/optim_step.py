@@ -3,8 +3,6 @@
 ``make bench-optim``; how it measures is told in ``benchmarks/README.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import statistics
@@ -16,17 +14,7 @@ from typing import Any
 import torch
 from measuring import extra_peak_bytes, seconds_per_call
 from optim_implementations import Implementation, built, check, implementations
-from reporting import (
-    RESULTS,
-    Row,
-    installed_version,
-    machine,
-    parser,
-    print_table,
-    print_verdicts,
-    quartiles,
-    write_report,
-)
+from reporting import Row, parser, peer_version, print_table, print_verdicts, quartiles, report
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -116,7 +104,6 @@ def state_bytes(optimizer: Any) -> int:
 
 
 def timed(model: Model, implementation: Implementation) -> float:
-    """Seconds of a step, the mean of some."""
     optimizer = model.build(implementation)
     warm = seconds_per_call(optimizer.step, WARM_UP, model.device)
     steps = STEPS[model.device.type] if model.device.type == "cpu" else min(STEPS["cuda"], 1 + int(TURN / warm))
@@ -153,12 +140,10 @@ def measure_model(model: Model, contestants: list[Implementation], repeats: int)
 
 
 def timing(contestant: Implementation, dtype: torch.dtype, seconds: dict[str, list[float]]) -> Row:
-    mine, distribution = seconds[contestant.name], contestant.distribution
-    floor = contestant.bytes_per_parameter(dtype)
-    has_column = distribution in ("torch", "lightning-gradhist")
+    mine, floor = seconds[contestant.name], contestant.bytes_per_parameter(dtype)
     return {
         "implementation": contestant.name,
-        "version": "" if has_column else f"{distribution} {installed_version(distribution)}",
+        "version": peer_version(contestant.distribution),
         "rounds": len(mine),
         **quartiles("seconds", mine),
         **{column: ratio(mine, seconds[peer]) for column, peer in BASELINES.items() if peer in seconds},
@@ -200,8 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
     args = options.parse_args(arguments)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    path = args.output or RESULTS / f"optim_step_{args.device}.csv"
-    rows = write_report(path, COLUMNS, run(args, device, dtype), machine(device, "triton"))
+    rows = report(args, "optim_step", COLUMNS, run(args, device, dtype), "triton")
     print_table(rows, SHOWN)
     if dtype is torch.float32:
         print(f"targets (for 100 M parameters in fp32; this run: {args.parameters:,.0f})")

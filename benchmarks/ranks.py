@@ -1,7 +1,5 @@
 """Jobs on gloo ranks, each in a process of its own."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket

@@ -1,7 +1,5 @@
 """What all benchmarks report alike: the machine and the versions, tables as CSV and in print, and targets."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import importlib.metadata
@@ -48,6 +46,12 @@ def installed_version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def peer_version(distribution: str) -> str:
+    """Empty for ours and torch's, which have columns of their own."""
+    own = ("", "torch", "lightning-gradhist")
+    return "" if distribution in own else f"{distribution} {installed_version(distribution)}"
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -103,22 +107,23 @@ def quartiles(column: str, values: Sequence[float]) -> Row:
     return {column: middle, f"{column}_q25": low, f"{column}_q75": high}
 
 
-def write_report(path: Path, columns: Sequence[str], models: Iterable[list[Row]], of: Row) -> list[Row]:
-    """Print the machine and the versions ``of`` which the rows of a benchmark are, and write them model after model.
+def report(args: argparse.Namespace, name: str, columns: list[str], models: Iterable[list[Row]], *of: str) -> list[Row]:
+    """Write the rows of a benchmark model after model, with the machine and the versions of distributions ``of`` it.
 
     The last rows that come of a model stand beside those of others that the table has; returned is what was measured.
     """
-    print("  ".join(f"{what}: {value}" for what, value in of.items() if value), flush=True)
+    path = args.output or RESULTS / f"{name}_{args.device}.csv"
+    described = machine(torch.device(args.device), *of)
+    print("  ".join(f"{what}: {value}" for what, value in described.items() if value), flush=True)
     measured: dict[str, list[Row]] = {}
     for of_model in models:
-        measured[of_model[0]["model"]] = [{**row, **of} for row in of_model]
+        measured[of_model[0]["model"]] = [{**row, **described} for row in of_model]
         others = [row for row in read_csv(path) if row["model"] not in measured]
         write_csv(path, columns, [*others, *chain(*measured.values())])
     return [*chain(*measured.values())]
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """Print some columns of rows, one below the other."""
     lines = [list(columns), *([str(_cell(row.get(name, ""))) for name in columns] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:

@@ -1,7 +1,5 @@
 """All that the grids have measured so far, as the sections of the page want it."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict
@@ -49,7 +47,6 @@ class Curve:
 
     @property
     def interior(self) -> bool:
-        """Whether the loss is 5% above the best on both sides."""
         high, best = self.losses > CLEAR * self.losses.min(), int(np.argmin(self.losses))
         return bool(high[:best].any() and high[best + 1 :].any())
 
@@ -68,14 +65,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measured:
-    """Final losses at one batch size."""
-
     rates: np.ndarray  # log2 of the learning rates, ascending, [n]
     losses: np.ndarray  # [n, seeds]; infinite where the run diverged, NaN where there is none
 
     @property
     def seeds(self) -> int:
-        """How many seeds there are at the best rate."""
         return int((~np.isnan(self.losses[self.rates == self.mean().best_rate])).sum())
 
     def mean(self) -> Curve:

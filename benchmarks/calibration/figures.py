@@ -1,7 +1,5 @@
 """The figures of the evidence. Each has one panel a workload, at most four."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

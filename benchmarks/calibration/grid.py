@@ -5,8 +5,6 @@ only runs in progress are lost. One process at a time may write to a table. Runs
 else is said. Learning rates are counted in half octaves: ``rate(k) = 2 ** (k / 2)``. ``benchmarks/README.md`` says more.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reporting import CPU, RESULTS, Row, machine, read_csv, write_csv
-from training import EPS, Run, train, train_for_claim
+from training import EPS, Run, train
 from workloads import FASHION_MNIST, WORKLOADS, Workload
 
 from lightning_gradhist.learning_rate import PLAIN_LAWS, plain_ratio
@@ -48,9 +46,12 @@ def _run(row: Row) -> Run:
     return Run(**{name: row[name] for name in FIELDS})
 
 
-def told(name: str, row: Row) -> None:
+def keep(path: Path, columns: Sequence[str], results: dict[Run, Row], row: Row, told: str) -> None:
+    """Adds the row of a run to its table, and says so after some words on where it belongs."""
+    results[_run(row)] = row
+    write_csv(path, columns, results.values(), digits=None)
     names = ("optimizer", "batch_size", "learning_rate", "eps", "seed", "train_loss", "test_accuracy", "seconds")
-    print(name, "  ".join(f"{key} {row[key]}" for key in names), flush=True)
+    print(told, "  ".join(f"{key} {row[key]}" for key in names), flush=True)
 
 
 def rate(k: int) -> float:
@@ -225,8 +226,6 @@ SEEDS = 5
 
 
 class Setting(NamedTuple):
-    """A workload at a batch size, for a number of steps."""
-
     workload: str
     batch_size: int
     steps: int
@@ -263,9 +262,9 @@ def claims(settings: Sequence[Setting], results: Results) -> Iterator[Run]:
 
 def wanted(stage: str, name: str, results: Results) -> Iterable[Run]:
     """The runs of a stage that a table is to have, as far as is known by now."""
-    if name == CLAIMS:
-        return claims(SETTINGS, results) if stage == CLAIMS else ()
-    if stage == CLAIMS or (name in SIDE and stage not in SIDE_STAGES):
+    if CLAIMS in (stage, name):
+        return claims(SETTINGS, results) if stage == name else ()
+    if name in SIDE and stage not in SIDE_STAGES:
         return ()
     return STAGES[stage](SIDE.get(name) or WORKLOADS[name], results)
 
@@ -280,10 +279,8 @@ def next_runs(stages: Collection[str], tables: Mapping[str, Results]) -> list[tu
 
 
 def made(folder: Path, wanted: tuple[str, str, Run]) -> tuple[str, Row]:
-    """Makes a run: the name of its table, and its row."""
     stage, name, run = wanted
-    row = (train_for_claim if name == CLAIMS else train)(run, folder)
-    return name, {**row, **machine(CPU, "timm"), "stage": stage}
+    return name, {**train(run, folder, for_claim=name == CLAIMS), **machine(CPU, "timm"), "stage": stage}
 
 
 def make_runs(pool: Pool, options: argparse.Namespace) -> None:
@@ -291,10 +288,8 @@ def make_runs(pool: Pool, options: argparse.Namespace) -> None:
     tables = {name: read(options.output / f"{name}.csv") for name in options.table}
     while runs := next_runs(options.stage, tables):
         for name, row in pool.imap_unordered(partial(made, options.data_dir), runs):
-            tables[name][_run(row)] = row
             columns = CLAIMS_COLUMNS if name == CLAIMS else COLUMNS
-            write_csv(options.output / f"{name}.csv", columns, tables[name].values(), digits=None)
-            told(f"{name} {row['stage']}", row)
+            keep(options.output / f"{name}.csv", columns, tables[name], row, f"{name} {row['stage']}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -308,7 +303,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes the runs that are wanted, in processes of one thread each."""
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the workers are stopped, too
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:

@@ -1,7 +1,5 @@
 """The sections of the page on epsilon, and on the optimizers for large batches."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict
@@ -10,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 from evidence import Evidence, by_batch_size, seed_spread
-from grid import SETTINGS, Results, Setting, alike, best, half_octaves, losses, missing
+from grid import SETTINGS, Results, Setting, alike, best, half_octaves, losses, missing, rate
 from grid import claims as wanted
 from page import Page, listed, number
 from reporting import Row
@@ -42,7 +40,6 @@ def epsilon(page: Page, found: Found, ranges: Sequence[Row]) -> None:
 
 
 def by_epsilon(evidence: Evidence) -> Curve:
-    """The losses at the middle batch size with seed 0."""
     results, middle = evidence.results, replace(evidence.middle, eps=1.0)
     runs = [run for run in results if replace(run, eps=1.0, learning_rate=1.0) == middle]
     rates = {run.learning_rate for run in runs if run.eps != DEFAULT}
@@ -164,23 +161,32 @@ def _below(gains: Sequence[Row]) -> list[str]:
 
 
 def _row(evidence: Evidence, like: Run) -> Row:
-    curve = by_batch_size(evidence.results, [like])[like.batch_size].mean()
-    at_best = [row for run, row in alike(evidence.results, like).items() if run.learning_rate == 2**curve.best_rate]
-    loss, loss_error = student([row["train_loss"] for row in at_best])
-    accuracy, accuracy_error = student([row["test_accuracy"] for row in at_best])
+    at_best, how = tuned(evidence.results, like)
+    loss, loss_error = student([row["train_loss"] for row in at_best.values()])
+    accuracy, accuracy_error = student([row["test_accuracy"] for row in at_best.values()])
     return {
-        **{"workload": like.workload, "batch_size": like.batch_size, "optimizer": like.optimizer},
-        **{"rate": 2**curve.best_rate, "interior": curve.interior, "seeds": len(at_best)},
+        **{"workload": like.workload, "batch_size": like.batch_size, **how},
         **{"loss": loss, "loss_error": loss_error, "accuracy": accuracy, "accuracy_error": accuracy_error},
     }
+
+
+def tuned(results: Results, like: Run, column: str = "train_loss") -> tuple[dict[int, Row], Row]:
+    """The runs of an optimizer by seed, at the rate where the mean of a column is lowest, and how that was found."""
+    known = losses(results, like, column)
+    top = best(known)
+    own = {run.seed: row for run, row in alike(results, like).items() if half_octaves(run.learning_rate) == top}
+    found = {"optimizer": like.optimizer, "rate": rate(top), "interior": not missing(known, top), "seeds": len(own)}
+    return dict(sorted(own.items())), found
 
 
 def claims(page: Page, results: Results) -> None:
     """Test accuracy by optimizer with five seeds, and the differences."""
     finished = [setting for setting in SETTINGS if next(wanted((setting,), results), None) is None]
-    found = {setting: at_best(setting, results) for setting in finished}
-    rows = [row for setting, own in found.items() for row in _claim_rows(setting, own, results)]
-    differences = [row for setting, own in found.items() for row in _differences(setting, own)]
+    rows, differences = [], []
+    for setting in finished:
+        found = {name: tuned(results, setting.run(name), "validation_error") for name in setting.optimizers}
+        rows += [_claim_row(setting, [*own.values()], how) for own, how in found.values()]
+        differences += _differences(setting, {name: own for name, (own, _) in found.items()})
     if not differences:
         return
     pairs = [row for row in differences if row["pair"] == "ALTO - Lamb" and row["batch_size"] >= FROM]
@@ -192,27 +198,11 @@ def claims(page: Page, results: Results) -> None:
     page.fill("claims", **kept, met=len(large) - len(_below(large)), large=len(large), unfinished=unfinished)
 
 
-def at_best(setting: Setting, results: Results) -> dict[str, dict[int, Row]]:
-    """The rows by optimizer and seed, at the rate with the lowest mean validation error."""
-    found = {}
-    for like in map(setting.run, setting.optimizers):
-        top = best(losses(results, like, "validation_error"))
-        own = {run.seed: row for run, row in alike(results, like).items() if half_octaves(run.learning_rate) == top}
-        found[like.optimizer] = dict(sorted(own.items()))
-    return found
-
-
-def _claim_rows(setting: Setting, found: Mapping[str, Mapping[int, Row]], results: Results) -> list[Row]:
-    rows = []
-    for name, by_seed in found.items():
-        like, own = setting.run(name), [*by_seed.values()]
-        known, accuracies = losses(results, like, "validation_error"), [row["test_accuracy"] for row in own]
-        interior = not missing(known, half_octaves(like.learning_rate))
-        where = {"workload": setting.workload, "batch_size": setting.batch_size, "steps": setting.steps}
-        chosen = {"optimizer": name, "rate": own[0]["learning_rate"], "interior": interior, "seeds": len(own)}
-        accuracy = {"accuracy": float(np.mean(accuracies)), "error": _standard_error(accuracies)}
-        rows.append({**where, **chosen, **accuracy, "train_loss": float(np.mean([row["train_loss"] for row in own]))})
-    return rows
+def _claim_row(setting: Setting, own: Sequence[Row], how: Row) -> Row:
+    accuracies = [row["test_accuracy"] for row in own]
+    where = {"workload": setting.workload, "batch_size": setting.batch_size, "steps": setting.steps}
+    accuracy = {"accuracy": float(np.mean(accuracies)), "error": _standard_error(accuracies)}
+    return {**where, **how, **accuracy, "train_loss": float(np.mean([row["train_loss"] for row in own]))}
 
 
 def _differences(setting: Setting, found: Mapping[str, Mapping[int, Row]]) -> list[Row]:

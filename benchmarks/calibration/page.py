@@ -1,7 +1,5 @@
 """The page in Markdown: text and columns of tables from ``page.md``, what fills them from the sections' functions."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 It takes seconds to minutes on one core, stands in tables, and is not measured again unless it is asked for.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import statistics
@@ -90,7 +88,6 @@ def coverage(evidence: Evidence, folder: Path) -> list[Row]:
 
 
 def critical_rates(evidence: Evidence, folder: Path) -> list[Row]:
-    """The critical rate of the first step of each batch size, as the calibration's probe finds it."""
     workload, data = evidence.workload, data_of(evidence.workload.name, folder)
     cases = [{"batch_size": size, "seed": seed} for size in workload.batch_sizes for seed in range(SEEDS)]
     return [{"workload": workload.name, **of, "critical_rate": _critical(workload, data, **of)} for of in cases]

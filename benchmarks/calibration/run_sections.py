@@ -1,7 +1,5 @@
 """The sections of the page on the runs, the best rates, and the noise scale: along runs, its interval, and Theorem 5."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -63,7 +61,6 @@ def best_rates(page: Page, found: Found, draws: int) -> None:
 
 
 def rate_row(name: str, size: int, evidence: Evidence) -> Row:
-    """The best rate of a batch size, and how sharp it is."""
     losses = evidence.losses[size]
     curve = losses.mean()
     dense = np.linspace(curve.rates[0], curve.rates[-1], 1001)
@@ -137,7 +134,6 @@ def _growth_row(name: str, evidence: Evidence, size: int) -> Row:
 
 
 def coverage(page: Page, rows: Sequence[Row]) -> None:
-    """How often the interval of the noise scale holds the value from ten times the data."""
     if not rows:
         return
     groups: dict[Group, list[Row]] = defaultdict(list)
@@ -187,7 +183,6 @@ def errors(noise: np.ndarray, samples: Mapping[float, np.ndarray], sizes: Sequen
 
 
 def tradeoff(page: Page, found: Found) -> None:
-    """Steps and samples to a loss, against Theorem 5."""
     reached = {name: evidence for name, evidence in found.items() if evidence.common}
     if not reached:
         return

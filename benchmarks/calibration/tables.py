@@ -4,8 +4,6 @@ It reads the tables of ``grid.py`` as far as they have come, and writes the page
 tables and figures. What it measures itself (``probes.py``) is kept in tables until ``--again``.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One training run as a function of its settings: the same settings give the same numbers, bit for bit."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from optim_implementations import timm_lamb
+from optim_implementations import BETAS, EXPLORE, timm_lamb
 from reporting import CPU, Row
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,14 +25,13 @@ _WARM_UP, _MOMENTS = 0.05, 12
 _EVALUATED, _EVALUATED_ON_THE_WAY, _AT_ONCE = 2048, 512, 512
 # Without weight decay, but for AdamW's 0.01. ALTO and Lamb share their moments, as Adam and AdamE do, so that each pair
 # differs by E alone. timm's Lamb clips and leaves out the trust ratio where nothing decays; both are turned off.
-_LAYERWISE: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
-_LARGE_BATCH: dict[str, Any] = {"alpha": -5.0, "explore_beta": 0.99}
+_LAYERWISE: dict[str, Any] = {"betas": BETAS, "weight_decay": 0.0}
 UNCLIPPED: dict[str, Any] = {"always_adapt": True, "max_grad_norm": None}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Adam": lambda params, **options: torch.optim.Adam(params, fused=True, **options),
     "AdamW": lambda params, **options: torch.optim.AdamW(params, fused=True, **options),
-    "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **_LARGE_BATCH, **options),
-    "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **_LARGE_BATCH, **options),
+    "AdamE": lambda params, **options: AdamE(params, betas=(0.9, 0.999), **EXPLORE, **options),
+    "ALTO": lambda params, **options: ALTO(params, **_LAYERWISE, **EXPLORE, **options),
     "Lamb": lambda params, **options: timm_lamb()(params, **UNCLIPPED, **_LAYERWISE, **options),
 }
 EPS = {"Adam": 1e-8, "AdamW": 1e-8, "AdamE": 1e-8, "ALTO": 1e-6, "Lamb": 1e-6}
@@ -62,7 +59,7 @@ class Run:
         return self.samples // self.batch_size
 
 
-def train(run: Run, folder: Path = FASHION_MNIST, device: torch.device = CPU) -> Row:
+def train(run: Run, folder: Path = FASHION_MNIST, device: torch.device = CPU, *, for_claim: bool = False) -> Row:
     """Trains once, on one thread of the host; losses are the mean cross-entropy per prediction in evaluation mode.
 
     Returns:
@@ -71,34 +68,24 @@ def train(run: Run, folder: Path = FASHION_MNIST, device: torch.device = CPU) ->
         first; else 0), ``seconds``, ``curve`` (``[samples, loss]`` on the way, over a quarter of the subset),
         ``samples_to_target`` (``[target, samples]``, None where it is not reached), ``noise_scale`` (one entry for each
         moment of the curve but the last, see :func:`measure_noise`) and ``noise_passes`` (gradients that it took).
+        For a claim the accuracy is on the first half of the test data, and ``validation_error`` on the second.
     """
-    model, data, row = _trained(run, folder, device)
-    test_loss, accuracy = evaluate(model, data.test.tensors, _EVALUATED)
-    return {**row, "test_loss": test_loss, "test_accuracy": accuracy}
-
-
-def train_for_claim(run: Run, folder: Path = FASHION_MNIST, device: torch.device = CPU) -> Row:
-    """As :func:`train`, the accuracy on the first half of the test data, ``validation_error`` on the second."""
-    model, data, row = _trained(run, folder, device)
-    half = len(data.test) // 2
-    parts = ([tensor[part] for tensor in data.test.tensors] for part in (slice(half), slice(half, None)))
-    accuracy, validated = (evaluate(model, part, half)[1] for part in parts)
-    return {**row, "validation_error": 1 - validated, "test_accuracy": accuracy}
-
-
-def _trained(run: Run, folder: Path, device: torch.device) -> tuple[nn.Module, Data, Row]:
     torch.set_num_threads(1)
-    data, start = data_of(run.workload, folder), perf_counter()
+    workload, data, start = WORKLOADS[run.workload], data_of(run.workload, folder), perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = WORKLOADS[run.workload].make_model().to(device)
+        model = workload.make_model().to(device)
         curve, noise = fit(model, run, data)
     train_loss, _ = evaluate(model, data.train.tensors, _EVALUATED)
     row = {"steps": run.steps, "train_loss": train_loss, "diverged": int(not train_loss <= curve[0][1])}
-    reached = [(target, samples_to(target, curve)) for target in WORKLOADS[run.workload].targets]
-    measured = {"noise_scale": noise, "noise_passes": NOISE_GRADIENTS * len(noise)}
-    along = {"seconds": perf_counter() - start, "curve": curve, "samples_to_target": reached}
-    return model, data, {**asdict(run), **row, **along, **measured}
+    reached = [(target, samples_to(target, curve)) for target in workload.targets]
+    row |= {"noise_scale": noise, "noise_passes": NOISE_GRADIENTS * len(noise)}
+    row |= {"seconds": perf_counter() - start, "curve": curve, "samples_to_target": reached}
+    half, tests = len(data.test) // 2, data.test.tensors
+    if for_claim:
+        row["validation_error"] = 1 - evaluate(model, [tensor[half:] for tensor in tests], half)[1]
+    row["test_loss"], row["test_accuracy"] = evaluate(model, tests, half if for_claim else _EVALUATED)
+    return {**asdict(run), **row}
 
 
 def evaluate(model: nn.Module, tensors: Sequence[Tensor], samples: int) -> tuple[float, float]:
@@ -192,7 +179,6 @@ def fit(model: nn.Module, run: Run, data: Data) -> tuple[Curve, list[dict[str, f
 
 
 def loss_of(model: nn.Module, data: Data, indices: Tensor) -> Tensor:
-    """Mean cross-entropy of some of the training samples."""
     inputs, classes = (tensor[indices] for tensor in data.train.tensors)
     return functional.cross_entropy(model(inputs).flatten(0, -2), classes.flatten())
 

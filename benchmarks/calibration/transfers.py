@@ -1,7 +1,5 @@
 """What it costs to carry the best learning rate of a run to another batch size and length, by law."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict
@@ -193,7 +191,6 @@ def scored(of: Mapping[str, Transfers], draws: int, averaged: Collection[str]) -
 
 
 def carrying(page: Page, found: Mapping[str, Evidence], side: Mapping[str, Evidence], draws: int) -> None:
-    """What it costs to carry a rate, on the workloads and on ``mlp`` of other lengths, which chose nothing."""
     of = {name: Transfers(cells_of(evidence)) for name, evidence in found.items() if evidence.losses_at_equal_steps}
     if not (names := [name for name, own in of.items() if own.all]):
         return

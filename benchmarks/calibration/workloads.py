@@ -3,8 +3,6 @@
 The batch sizes of a workload are a factor of four apart. A run at equal samples is at most one pass over the data.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +59,6 @@ class GPT(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, VOCABULARY))
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Logits ``[n, context, classes]`` of characters ``[n, context]``."""
         return self.head(self.blocks(self.tokens(characters) + self.positions.weight))
 
 
@@ -94,7 +91,6 @@ class LSTM(nn.Module):
         self.head = nn.Linear(hidden, VOCABULARY)
 
     def forward(self, characters: Tensor) -> Tensor:
-        """Logits ``[n, context, classes]`` of characters ``[n, context]``."""
         return self.head(self.memory(self.tokens(characters))[0])
 
 

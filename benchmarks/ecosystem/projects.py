@@ -5,8 +5,6 @@ returns the module. A project that copies callbacks puts those that it used into
 the virtual environment of its project alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +31,6 @@ PROJECTS: dict[str, Project] = {}
 
 
 def project(requirements: str, own_optimizer: str = "") -> Callable[..., Any]:
-    """Enters the example of a project into the table."""
-
     def entered(train: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         PROJECTS[train.__name__] = Project(requirements, train, own_optimizer)
         return train
@@ -50,7 +46,6 @@ def options(callbacks: list[Any], without: tuple[str, ...] = (), **more: Any) ->
 
 
 def optimizer_of(chosen: type | None, parameters: Any) -> Any:
-    """The chosen optimizer, or AdamW."""
     return (chosen or torch.optim.AdamW)(parameters, lr=1e-3)
 
 
@@ -62,9 +57,7 @@ def series(count: int, length: int) -> list[np.ndarray]:
 class Module(L.LightningModule):
     """A network of a project, a function of this module and a batch that gives the loss, and a schedule, if any."""
 
-    def __init__(
-        self, network: nn.Module, loss: Callable[..., Any], optimizer: type | None, schedule: Any = None
-    ) -> None:
+    def __init__(self, network, loss, optimizer, schedule=None):
         super().__init__()
         self.network, self.loss, self.chosen, self.schedule = network, loss, optimizer, schedule
 
@@ -73,9 +66,7 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self):
         made = optimizer_of(self.chosen, self.parameters())
-        if self.schedule is None:
-            return made
-        return {"optimizer": made, "lr_scheduler": {"scheduler": self.schedule(made), "interval": "step"}}
+        return ([made], [{"scheduler": self.schedule(made), "interval": "step"}]) if self.schedule else made
 
 
 def fit(module: Any, data: Any, trainer: Any) -> Any:
@@ -371,11 +362,9 @@ def nequip_model(callbacks, batch_factor, optimizer):
     file = str(Path.cwd() / "molecules.xyz")
     ase.io.write(file, list(molecules(160)), format="extxyz")
     settings = json.loads(Path(__file__).with_name("nequip.json").read_text(encoding="utf-8"))
-    loading = {
-        "train_dataloader": {"batch_size": 4 * batch_factor, "shuffle": True},
-        "val_dataloader": {"batch_size": 16},
-    }
-    data = ASEDataModule(seed=0, train_file_path=file, val_file_path=file, **settings["data"], **loading)
+    train = {"train_file_path": file, "train_dataloader": {"batch_size": 4 * batch_factor, "shuffle": True}}
+    val = {"val_file_path": file, "val_dataloader": {"batch_size": 16}}
+    data = ASEDataModule(seed=0, **settings["data"], **train, **val)
     chosen = optimizer or torch.optim.AdamW
     of_optimizer = {"_target_": f"{chosen.__module__}.{chosen.__name__}", "lr": 1e-3}
     module = EMALightningModule(num_datasets=data.num_datasets, optimizer=of_optimizer, **settings["module"])

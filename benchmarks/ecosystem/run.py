@@ -5,8 +5,6 @@ process of its own (``ways.py``). A row of ``results/ecosystem.csv`` is written 
 ``docs/support.md``. Without names, projects that have all their rows are left alone, so that a run that was stopped goes on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform
@@ -105,7 +103,6 @@ def cell(row: Row | None) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """One line a project, with the versions and the days of the runs below."""
     lines = [HEAD, ("---",) * len(HEAD)]
     for name in dict.fromkeys(row["project"] for row in rows):
         mine = {row["way"]: row for row in rows if row["project"] == name}
@@ -121,7 +118,6 @@ def table(rows: list[Row]) -> str:
 
 
 def measure(project: str, rows: list[Row]) -> None:
-    """Adds the rows of a project, and writes the table after each."""
     requirements = PROJECTS[project].requirements
     try:
         interpreter = environment(requirements)
@@ -142,7 +138,6 @@ def measure(project: str, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Runs the projects that are named, or all that lack rows, and puts the table into the docs."""
     parser = argparse.ArgumentParser(description="Other people's projects with our callbacks in them.")
     parser.add_argument("projects", nargs="*", choices=[*PROJECTS, []], metavar="PROJECT")
     named = parser.parse_args().projects

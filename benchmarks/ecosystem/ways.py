@@ -3,8 +3,6 @@
 The examples are in ``projects.py``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -12,7 +10,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,6 @@ Found = dict[str, Any]
 
 
 def bits(module: torch.nn.Module) -> str:
-    """A hash of all weights and buffers."""
     found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
@@ -49,47 +45,37 @@ def bits(module: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
-def plain(train: Train, folder: Path) -> Found:
-    return {"bits": bits(train([], 1, None))}
-
-
-def monitor(train: Train, folder: Path) -> Found:
-    """With the monitor, which must change nothing and leave a record."""
-    watched = train([GradientHistogramMonitor(every_n_steps=2)], 1, None)
-    records = sorted(Path.cwd().rglob(RECORD))
-    if records:
-        (folder / RECORD).write_bytes(records[-1].read_bytes())
-    return {"bits": bits(watched), "note": "" if records else "no record"}
-
-
-def probe(train: Train, folder: Path, apply: bool) -> Found:
-    """With a probe, which must change nothing where it is not applied."""
-    used = [OptimizerCalibration(reference_batch_size=8, apply=apply)]
-    module = train(used, 1, None)
-    return {"note": said(*used)} if apply else {"bits": bits(module), "note": said(*used)}
-
-
-def record(train: Train, folder: Path) -> Found:
-    """At four times the batch, from the record of the monitored run."""
-    if not (folder / RECORD).exists():
-        return {"note": "there is no record"}
-    used = [OptimizerCalibration(reference=str(folder / RECORD))]
-    train(used, 4, None)
-    return {"note": said(*used)}
-
-
-def alto(train: Train, folder: Path) -> Found:
-    """With ALTO as the project's optimizer."""
-    module = train([GradientHistogramMonitor(every_n_steps=5)], 1, ALTO)
-    finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
-    return {"note": "" if finite else "weights are not finite"}
-
-
-WAYS = {
-    **{"plain": plain, "monitor": monitor},
-    **{f"apply={apply}": partial(probe, apply=apply) for apply in (False, True)},
-    **{"record x4": record, "ALTO": alto},
-}
+def trained(train: Train, way: str, folder: Path) -> Found:
+    """What comes of one way; the folder keeps the record of the monitored run."""
+    kept = folder / RECORD
+    match way:
+        case "plain":
+            return {"bits": bits(train([], 1, None))}
+        case "monitor":  # must change nothing, and leave a record
+            watched = train([GradientHistogramMonitor(every_n_steps=2)], 1, None)
+            records = sorted(Path.cwd().rglob(RECORD))
+            if records:
+                kept.write_bytes(records[-1].read_bytes())
+            return {"bits": bits(watched), "note": "" if records else "no record"}
+        case "apply=False":  # must change nothing
+            used = [OptimizerCalibration(reference_batch_size=8, apply=False)]
+            return {"bits": bits(train(used, 1, None)), "note": said(*used)}
+        case "apply=True":
+            used = [OptimizerCalibration(reference_batch_size=8)]
+            train(used, 1, None)
+            return {"note": said(*used)}
+        case "record x4":  # at four times the batch
+            if not kept.exists():
+                return {"note": "there is no record"}
+            used = [OptimizerCalibration(reference=str(kept))]
+            train(used, 4, None)
+            return {"note": said(*used)}
+        case "ALTO":
+            module = train([GradientHistogramMonitor(every_n_steps=5)], 1, ALTO)
+            finite = all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+            return {"note": "" if finite else "weights are not finite"}
+        case _:
+            raise ValueError(f"way must be one of those in run.py, got {way!r}")
 
 
 def said(calibration: OptimizerCalibration) -> str:
@@ -102,7 +88,6 @@ def said(calibration: OptimizerCalibration) -> str:
 
 
 def main(project: str, way: str, folder: Path) -> None:
-    """Trains, and prints what came of it as the last line."""
     warnings.simplefilter("ignore")
     random.seed(0)
     np.random.seed(0)
@@ -113,7 +98,7 @@ def main(project: str, way: str, folder: Path) -> None:
         if way == "ALTO" and example.own_optimizer:
             found = {"status": "not possible", "note": example.own_optimizer}
         else:
-            found = {"status": "ran", **WAYS[way](example.train, folder)}
+            found = {"status": "ran", **trained(example.train, way, folder)}
     except BaseException as error:
         traceback.print_exc()
         found = {"status": "failed", "note": f"{type(error).__name__}: {error}"[:300]}

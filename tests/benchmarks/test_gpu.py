@@ -10,7 +10,7 @@ from pathlib import Path
 
 import gpu
 import pytest
-from gpu import COLUMNS, Part, results, summary
+from gpu import COLUMNS, Part, results
 from reporting import read_csv
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,7 @@ def test_its_parts_run(tmp_path) -> None:
     assert process.returncode == 0, printed + (tmp_path / "log.txt").read_text()[-3000:]
     assert list(rows) == wanted
     assert {row["status"] for name, row in rows.items() if name != "sanitizer"} == {"passed"}
-    found = (tmp_path / "summary.md").read_text()
-    assert all(name in found for name in (*rows, "optim_step_cpu.csv", "kernels.csv"))
+    assert all((tmp_path / name).exists() for name in ("optim_step_cpu.csv", "kernels.csv"))
     assert "skipped" in rows["correctness"]["last_line"] and "failed" not in rows["correctness"]["last_line"]
 
 
@@ -69,7 +68,7 @@ def test_a_part_that_takes_too_long_or_fails_is_named_and_the_next_one_runs(tmp_
         "a-program-that-nobody-has is not installed",
         "done",
     ]
-    assert set(rows[0]) <= set(COLUMNS) and "| wrong | failed |" in summary(rows, tmp_path)
+    assert set(rows[0]) <= set(COLUMNS)
     (late,) = results(wanted[3:], 0.5, tmp_path / "log.txt", "cpu")
     assert late["status"] == "not measured" and late["last_line"] == "no time was left"
 

@@ -192,7 +192,7 @@ def test_side_grids_are_finished_and_go_on_where_they_were(
 ) -> None:
     workload = replace(grid.SIDE["surge_small"], batch_sizes=(8, 32), samples=2048)
     monkeypatch.setitem(grid.SIDE, "surge_small", workload)
-    monkeypatch.setattr(grid, "train", lambda run, folder: row_of(run, ""))
+    monkeypatch.setattr(grid, "train", lambda run, folder, for_claim: row_of(run, ""))
     rows = made(tmp_path, "surge_small")
     assert {row["seed"] for row in rows} == {0, 1, 2}
     assert {row["stage"] for row in rows} == set(grid.SIDE_STAGES)
@@ -224,7 +224,7 @@ def test_claims_run_and_go_on_where_they_were(tmp_path: Path, monkeypatch: pytes
     assert all(0 < row["test_accuracy"] < 1 and 0 < row["validation_error"] < 1 for row in rows)
     path = tmp_path / "claims.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-    monkeypatch.setattr(grid, "train_for_claim", lambda run, folder: claimed(run))
+    monkeypatch.setattr(grid, "train", lambda run, folder, for_claim: claimed(run))
     again = made(tmp_path, "claims")
     assert [{**row, "seconds": 1.0} for row in again[:-1]] == [{**row, "seconds": 1.0} for row in rows[:-1]]
     assert len(again) == len(rows) and sum(row["seconds"] == 1.0 for row in again) == 1

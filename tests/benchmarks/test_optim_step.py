@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -208,5 +209,5 @@ def test_rows_of_a_model_take_the_place_of_those_before(tmp_path: Path) -> None:
     table, columns = tmp_path / "table.csv", ["model", "name", "date"]
     reporting.write_csv(table, columns, [{"model": "a", "name": "old"}, {"model": "b", "name": "kept"}])
     rows = [{"model": "a", "name": "first"}], [{"model": "a", "name": "first"}, {"model": "a", "name": "second"}]
-    assert len(reporting.write_report(table, columns, rows, {"date": "today"})) == 2
+    assert len(reporting.report(Namespace(output=table, device="cpu"), "table", columns, rows)) == 2
     assert [row["name"] for row in reporting.read_csv(table)] == ["kept", "first", "second"]
