@@ -70,9 +70,10 @@ def stepping(size: float, device: torch.device) -> Iterator[Row]:
     from lightning_gradhist.kernels.adam_e import adam_e_step
     from lightning_gradhist.kernels.alto import alto_apply, alto_moments
 
+    shapes = transformer_shapes(size)[: None if device.type == "cuda" else 12]  # the interpreter takes its time
     fused = next(one for one in implementations() if one.name == "AdamW fused")
     for dtype in (torch.float32, torch.bfloat16):
-        model = Model("transformer", transformer_shapes(size), device, dtype)
+        model = Model("transformer", shapes, device, dtype)
         params = model.params
         adamw = seconds(model.build(fused).step, device)
         e, m, v = ([GRADIENT * torch.randn(p.shape, device=device) for p in params] for _ in range(3))
