@@ -1,4 +1,4 @@
-"""The gradient that the optimizer will use, on this rank."""
+"""The gradient that the optimizer will use, on this rank. Which of it the monitor counts: ``monitor/magnitudes.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What an optimizer's state says of its step: the second moment, and the metric that it makes."""
+"""What an optimizer's state says of its step: the second moment, and the metric that it makes.
+
+Which optimizers are known, and under which key their state has it, stands in ``known_optimizers.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import is_zero, zero_slots
-from lightning_gradhist.callbacks.optimizer_rules import StepRule, class_keys, innermost, rule_of
+from lightning_gradhist.callbacks.known_optimizers import StepRule, class_keys, innermost, rule_of
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.noise.step import adam_weight
 from lightning_gradhist.tensors import as_real, elementwise, joined, widened

@@ -1,4 +1,7 @@
-"""Schedulers of the user's: their base rates, what their functions hold, and copies that are stepped to try them."""
+"""Schedulers of the user's: their base rates, what their functions hold, and copies that are stepped to try them.
+
+Whether they follow a factor is found in ``calibration/scheduler_trial.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import Trainer, is_a, isolate_rng
-from lightning_gradhist.callbacks.optimizer_rules import innermost
+from lightning_gradhist.callbacks.known_optimizers import innermost
 from lightning_gradhist.explore import is_number
 
 _ONE_BY_ONE = 2048

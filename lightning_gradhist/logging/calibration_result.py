@@ -1,4 +1,4 @@
-"""The result of a calibration, and how it reads."""
+"""The result of a calibration, and how it reads. The file ``calibration.json`` is that of ``noise/run_record.py``."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from lightning_gradhist.callbacks.calibration.decide import decide
 from lightning_gradhist.callbacks.calibration.evidence import MIN_BATCHES, gather
 from lightning_gradhist.callbacks.calibration.handoff import OPTIMIZER, SCHEDULERS, apply_changes, set_defaults
 from lightning_gradhist.callbacks.calibration.watch import Watch, calibrated
-from lightning_gradhist.callbacks.optimizer_rules import class_name, why_without_layers
+from lightning_gradhist.callbacks.known_optimizers import class_name, why_without_layers
 from lightning_gradhist.callbacks.parameters import model_shapes, named_parameters, optimizer_parameters
 from lightning_gradhist.callbacks.schedulers import scheduled_accumulation, schedulers_in
 from lightning_gradhist.callbacks.strategies import is_sharded, replicas

@@ -19,7 +19,7 @@ from lightning_gradhist.callbacks.batch_size import SampleCount, effective_batch
 from lightning_gradhist.callbacks.calibration import explain
 from lightning_gradhist.callbacks.calibration.scheduler_trial import stray_schedule
 from lightning_gradhist.callbacks.gradients import clip_limits, hooks_not_called, rounding_unit
-from lightning_gradhist.callbacks.optimizer_rules import (
+from lightning_gradhist.callbacks.known_optimizers import (
     centered,
     class_name,
     least_epsilon,

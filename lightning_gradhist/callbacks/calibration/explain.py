@@ -1,4 +1,7 @@
-"""The sentences of a calibration: what was decided and why, and what could not be done, with the way out."""
+"""The sentences of a calibration: what was decided and why, and what could not be done, with the way out.
+
+Those of the law itself stand in ``learning_rate.py``.
+"""
 # ruff: noqa: D103 - each says what it is about
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Counts the magnitudes of the gradients, and reports them."""
+"""Counts the magnitudes of the gradients, before or after clipping as ``when`` says, and reports them."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from lightning_gradhist.callbacks._lightning import (
     rank_zero_warn,
 )
 from lightning_gradhist.callbacks.batch_size import SampleCount
+from lightning_gradhist.callbacks.known_optimizers import why_without_layers
 from lightning_gradhist.callbacks.monitor import messages
 from lightning_gradhist.callbacks.monitor.checkpoint import Progress, likeness
 from lightning_gradhist.callbacks.monitor.fit import Fit
@@ -32,7 +33,6 @@ from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMoni
 from lightning_gradhist.callbacks.monitor.record_file import RecordFile, record_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows, distinct_rows
 from lightning_gradhist.callbacks.monitor.updates import UpdateMonitor
-from lightning_gradhist.callbacks.optimizer_rules import why_without_layers
 from lightning_gradhist.callbacks.run_length import run_length
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.explore import is_number

@@ -10,9 +10,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import Trainer
+from lightning_gradhist.callbacks.known_optimizers import class_name
 from lightning_gradhist.callbacks.monitor.checkpoint import Progress
 from lightning_gradhist.callbacks.monitor.fit import Guard
-from lightning_gradhist.callbacks.optimizer_rules import class_name
 from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
 from lightning_gradhist.logging.writer import Writer
 from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, is_url, path_in

@@ -1,4 +1,7 @@
-"""What an optimizer makes of the gradients: how far it moves the weights, and which of them its epsilon damps."""
+"""What an optimizer makes of the gradients: how far it moves the weights, and which of them its epsilon damps.
+
+These are the charts of ``optimizer_state=True``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Copies to be used up: what hangs together stays together, and the originals stay as they are."""
+"""Copies to be used up: what hangs together stays together, and the originals stay as they are.
+
+What cannot be copied, a dataset or a loader among them, is refused here.
+"""
 
 from __future__ import annotations
 

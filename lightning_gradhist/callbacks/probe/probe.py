@@ -1,4 +1,4 @@
-"""The probe: gradients at frozen weights."""
+"""The probe: gradients at frozen weights. What it refuses is found in ``copies.py``, ``stand_ins.py`` and ``run.py``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_gradhist.callbacks._lightning import (
 )
 from lightning_gradhist.callbacks.batch_size import data_ranks, digest, is_indexed
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
-from lightning_gradhist.callbacks.optimizer_rules import coupled_decay
+from lightning_gradhist.callbacks.known_optimizers import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
 from lightning_gradhist.callbacks.probe.first_step import largest_factor
 from lightning_gradhist.callbacks.probe.outcome import (

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradhist import ALTO, OptimizerCalibration
 from lightning_gradhist.callbacks.calibration.evidence import _Measurement
-from lightning_gradhist.callbacks.optimizer_rules import starts_with_signs
+from lightning_gradhist.callbacks.known_optimizers import starts_with_signs
 from lightning_gradhist.callbacks.probe.first_step import first_step, largest_factor
 from lightning_gradhist.callbacks.probe.probe import Probe
 

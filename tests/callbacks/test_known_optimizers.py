@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhist import ALTO, AdamE, EAdaptor
-from lightning_gradhist.callbacks.optimizer_rules import (
+from lightning_gradhist.callbacks.known_optimizers import (
     UNKNOWN,
     centered,
     class_name,
