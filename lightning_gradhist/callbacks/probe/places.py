@@ -194,5 +194,14 @@ def _is_users(space: dict[str, Any]) -> bool:
 def _is_own_code(package: str, file: str | None) -> bool:
     if package in sys.stdlib_module_names and package != "__main__":
         return False
-    path = Path(file or "").resolve()
-    return file is None or not (str(path).startswith(_INSTALLED) or _OF_PACKAGES.intersection(path.parts))
+    if file is None:
+        return True
+    path = Path(file).resolve()
+    return not (str(path).startswith(_INSTALLED) or _OF_PACKAGES.intersection(path.parts) or _is_pips(package, path))
+
+
+def _is_pips(package: str, path: Path) -> bool:
+    """Whether pip has put it there, into a folder of one's own choice, next to one's own code perhaps."""
+    records = path.parents[path.stem == "__init__"].glob("*.dist-info/RECORD")
+    lines = [line for record in records for line in record.read_text("utf-8", "replace").splitlines()]
+    return any(line.startswith((f"{package}/", f"{package}.py,")) for line in lines)

@@ -1458,6 +1458,15 @@ def test_the_users_code_is_what_is_not_installed(space, users) -> None:
     assert places._is_users(space) == users
 
 
+def test_what_pip_put_into_a_folder_of_its_own_is_installed(tmp_path) -> None:
+    """As ``pip install --target`` does, also where the user's code lies beside it."""
+    (tmp_path / "theirs-1.0.dist-info").mkdir()
+    (tmp_path / "theirs-1.0.dist-info" / "RECORD").write_text("theirs/__init__.py,,\nalone.py,,\n")
+    files = {"theirs": "theirs/__init__.py", "alone": "alone.py", "mine": "mine.py", "ours": "ours/__init__.py"}
+    spaces = {name: {"__name__": name, "__file__": str(tmp_path / file)} for name, file in files.items()}
+    assert [name for name, space in spaces.items() if places._is_users(space)] == ["mine", "ours"]
+
+
 def test_nothing_that_reads_ahead_is_left(tmp_path) -> None:
     """A thread around a loader with workers: neither is there when training begins."""
     left: list[Any] = []
