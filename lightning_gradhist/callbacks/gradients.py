@@ -53,16 +53,21 @@ def has_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> bool:
 
 def hooks_not_called(trainer: Trainer) -> list[tuple[str, str]]:
     """Hooks of the user's that may change gradients, and that a probe does not call, with whose they are."""
+    module = trainer.lightning_module
     between = ("on_after_backward", "on_before_optimizer_step")
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    owners: list[Any] = [(callback, type(callback).__name__, between) for callback in callbacks]
-    owners.insert(0, (trainer.lightning_module, "the module", ("backward", "configure_gradient_clipping", *between)))
-    return [
+    owners: list[Any] = [(one, type(one).__name__, ("on_train_batch_start", *between)) for one in callbacks]
+    owners.insert(0, (module, "the module", ("backward", "configure_gradient_clipping", "optimizer_step", *between)))
+    found = [
         (hook, name)
         for owner, name, hooks in owners
         for hook in hooks
         if _package(getattr(owner, hook, None)) not in _KNOWN
     ]
+    if not is_deepspeed(trainer):  # which has hooks of its own there
+        hooked = [name for name, parameter in module.named_parameters() if has_gradient_hook(parameter)]
+        found += [("the post-accumulate-grad hook", f"parameter {name!r}") for name in hooked[:1]]
+    return found
 
 
 def _package(function: Any) -> str:

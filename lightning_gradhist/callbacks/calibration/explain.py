@@ -56,7 +56,7 @@ def clipped(limit: float, factor: float) -> str:
 
 
 def hook_not_called(hook: str, owner: str) -> str:
-    return f"the probe does not call {hook} of {owner}: epsilon is for the gradients of the loss as it is"
+    return f"the probe does not call {hook} of {owner}: epsilon and noise scale are for gradients without it"
 
 
 def no_epsilon(optimizer: str) -> str:

@@ -257,7 +257,8 @@ class Copier:
 
     def _not_copied(self, value: Any, error: Exception) -> Any:
         reads_file = any(hasattr(one, "fileno") for one in (value, *gc.get_referents(value)))  # as a csv.reader of one
-        if self._in_worker and not (reads_file or isinstance(value, Tensor) or _is_beyond_this_process(value)):
+        for_workers = not (reads_file or isinstance(value, Tensor) or _is_beyond_this_process(value))
+        if self._in_worker and for_workers:
             return value
         if isinstance(value, tuple):  # one whose class wants other arguments than its items
             items = [self.copy(item, (i,)) for i, item in enumerate(tuple.__iter__(value))]
@@ -266,10 +267,9 @@ class Copier:
         generator = isinstance(value, types.GeneratorType)
         what = "a generator" if generator else f"a {type(value).__name__}"
         why = "" if generator else f" ({type(error).__name__}: {error!s:.200})"
-        way_out = (
-            "" if self._in_worker or not self._of_data else ", or let workers read the data: DataLoader(num_workers=1)"
-        )
-        where = "__iter__" if self._of_data else "training_step"
+        let_workers = for_workers and self._of_data and not self._in_worker
+        way_out = ", or let workers read the data: DataLoader(num_workers=1)" if let_workers else ""
+        where = "each __getitem__ or __iter__" if self._of_data else "training_step"
         return Missing(
             f"{self._where()} is {what}, which cannot be copied{why}, and what a probe does with it would be seen in"
             f" training; make it where it is used, as in {where}{way_out}",

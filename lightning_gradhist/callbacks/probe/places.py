@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import copyreg
-import functools
-import os
 import sys
-import sysconfig
 import types
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_gradhist.callbacks.probe.copies import ALL_SMALL, Copier, is_cached
-from lightning_gradhist.callbacks.probe.silence import PACKAGES, SilentRun, writes
+from lightning_gradhist.callbacks.probe.silence import PACKAGES, SilentRun, is_own_code, writes
 
 _PARTS = ("__func__", "fget", "fset", "fdel", "func", "dispatcher")  # of classmethods, properties, ...
-_INSTALLED = tuple(
-    str(Path(folder).resolve()) + os.sep
-    for folder in (sysconfig.get_path("stdlib"), Path(torch.__file__).parents[1], Path(__file__).parents[2])
-)
-_OF_PACKAGES = {"site-packages", "dist-packages"}  # of which there may be several, as in a venv upon another
 
 
 def put_copies_in_place(copier: Copier, undo: ExitStack) -> None:
@@ -187,21 +178,4 @@ def _is_users(space: dict[str, Any]) -> bool:
     """Whether these are the names of a module that is no installed package."""
     package = (space.get("__name__") or "").partition(".")[0]
     # That of a part may be made up, as torch.ops has it.
-    return _is_own_code(package, getattr(sys.modules.get(package), "__file__", None) or space.get("__file__"))
-
-
-@functools.cache
-def _is_own_code(package: str, file: str | None) -> bool:
-    if package in sys.stdlib_module_names and package != "__main__":
-        return False
-    if file is None:
-        return True
-    path = Path(file).resolve()
-    return not (str(path).startswith(_INSTALLED) or _OF_PACKAGES.intersection(path.parts) or _is_pips(package, path))
-
-
-def _is_pips(package: str, path: Path) -> bool:
-    """Whether pip has put it there, into a folder of one's own choice, next to one's own code perhaps."""
-    records = path.parents[path.stem == "__init__"].glob("*.dist-info/RECORD")
-    lines = [line for record in records for line in record.read_text("utf-8", "replace").splitlines()]
-    return any(line.startswith((f"{package}/", f"{package}.py,")) for line in lines)
+    return is_own_code(package, getattr(sys.modules.get(package), "__file__", None) or space.get("__file__"))

@@ -364,7 +364,10 @@ def _batches(apart: Apart) -> Iterator[Any]:
 
 
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int) -> Tensor | None:
-    arguments = [apply_to_collection(batch, Tensor, _copied, allow_frozen=True)]  # the same batch may come again
+    batch = apply_to_collection(batch, Tensor, _copied, allow_frozen=True)  # the same one may come again
+    if module.on_train_batch_start(batch, batch_index) == -1:
+        return None
+    arguments = [batch]
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         arguments.append(batch_index)
     if is_fsdp(trainer):  # which begins in the forward pass of its wrapper

@@ -20,8 +20,8 @@ from lightning_gradhist.callbacks._lightning import LightningModule, PassThrough
 from lightning_gradhist.callbacks.probe.copies import LARGE, Copier
 from lightning_gradhist.callbacks.probe.outcome import ProbeEnded
 from lightning_gradhist.callbacks.probe.places import put_copies_in_place
-from lightning_gradhist.callbacks.probe.silence import SilentRun
-from lightning_gradhist.callbacks.probe.stand_ins import without_threads
+from lightning_gradhist.callbacks.probe.silence import SilentRun, without_log_records
+from lightning_gradhist.callbacks.probe.stand_ins import signals_held_back, without_threads
 from lightning_gradhist.callbacks.strategies import is_cut_up
 
 
@@ -50,10 +50,12 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
     tensors and arrays of the data are not copied: to write into one ends the probe, as does what cannot be copied and is
     used (:class:`lightning_gradhist.callbacks.probe.copies.Missing`). A sharded module cannot be copied; its parameters are
     put back, and all else that it holds is copied. The global random generators of torch on every device, numpy and Python,
-    the environment and the working directory are put back. What lies outside of all this is not: files, other processes,
-    what only modules and classes of Python refer to.
+    the environment and the working directory are put back. Signals wait for the end, and log records go nowhere. What
+    lies outside of all this is not put back: files, other processes, what only modules and classes of Python refer to.
     """
     with ExitStack() as stack:
+        connector = stack.enter_context(signals_held_back(trainer.received_sigterm))  # until all is put back
+        stack.enter_context(without_log_records())
         stack.enter_context(torch.enable_grad())
         # Scripted functions have their runs counted, also of a copy, and are optimized after the first.
         stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[no-untyped-call]
@@ -62,6 +64,7 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
         with suppress(OSError):  # where the working directory is gone
             stack.callback(_put_back_folder, os.getcwd())
         copier = Copier()
+        copier.put(trainer._signal_connector, connector)  # type: ignore[attr-defined] # private
         with warnings.catch_warnings(), without_threads(copier.refusals):
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
             apart, own = _apart(stack, copier, trainer, module)
@@ -71,8 +74,9 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
 
 
 def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple[Any, Any]:
-    # Private: the first has whether the run is told to stop, the second the batches that are read ahead.
-    copier.lend(trainer._signal_connector, trainer.fit_loop._data_fetcher, trainer.progress_bar_callback)
+    copier.lend(
+        trainer.fit_loop._data_fetcher, trainer.progress_bar_callback
+    )  # private: has batches that are read ahead
     copier.put(trainer.profiler, PassThroughProfiler())
     for logger in trainer.loggers:
         copier.copy(logger)  # first, so that what it writes with is known where a module keeps it

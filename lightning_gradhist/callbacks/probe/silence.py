@@ -1,15 +1,30 @@
-"""What stands in for loggers, so that nothing of a probe is written."""
+"""What stands in for loggers, and log records that go nowhere, so that nothing of a probe is written."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
+import sys
+import sysconfig
+import threading
 import types
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_gradhist.callbacks._lightning import DummyLogger, is_a
 
 PACKAGES = ("tensorboard", "tensorboardX", "wandb", "mlflow", "comet_ml", "neptune", "clearml", "aim", "litlogger")
 _WRITERS = ("FileWriter", "Run", "BaseExperiment", "CometExperiment", "Experiment", "MlflowClient", "Task", "Logger")
+_INSTALLED = tuple(
+    str(Path(folder).resolve()) + os.sep
+    for folder in (sysconfig.get_path("stdlib"), Path(torch.__file__).parents[1], Path(__file__).parents[2])
+)
+_OF_PACKAGES = {"site-packages", "dist-packages"}  # of which there may be several, as in a venv upon another
 
 
 class SilentRun:
@@ -65,3 +80,41 @@ def is_of(value: Any, packages: Iterable[str]) -> bool:
     """Whether a function, or the class of another object, is defined in one of the packages."""
     module = getattr(value if isinstance(value, types.FunctionType) else type(value), "__module__", None) or ""
     return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+@functools.cache
+def is_own_code(package: str, file: str | None) -> bool:
+    """Whether the code of a package, or in a file, is of no installed package."""
+    if package in sys.stdlib_module_names and package != "__main__":
+        return False
+    if file is None:
+        return True
+    path = Path(file).resolve()
+    return not (str(path).startswith(_INSTALLED) or _OF_PACKAGES.intersection(path.parts) or _is_pips(package, path))
+
+
+def _is_pips(package: str, path: Path) -> bool:
+    """Whether pip has put it there, into a folder of one's own choice, next to one's own code perhaps."""
+    records = path.parents[path.stem == "__init__"].glob("*.dist-info/RECORD")
+    lines = [line for record in records for line in record.read_text("utf-8", "replace").splitlines()]
+    return any(line.startswith((f"{package}/", f"{package}.py,")) for line in lines)
+
+
+@contextmanager
+def without_log_records() -> Generator[None, None, None]:
+    """Within it, what this thread logs goes nowhere: training logs it again.
+
+    But for warnings of installed packages, which may remember that they have warned.
+    """
+    handle, own = logging.Logger.handle, threading.get_ident()
+
+    def handled(logger: logging.Logger, record: logging.LogRecord) -> None:
+        comes_again = record.levelno < logging.WARNING or is_own_code("", record.pathname)
+        if threading.get_ident() != own or not comes_again:
+            handle(logger, record)
+
+    logging.Logger.handle = handled  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        logging.Logger.handle = handle  # type: ignore[method-assign]

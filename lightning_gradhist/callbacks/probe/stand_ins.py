@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import os
+import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,48 @@ def without_threads(refusals: Refusals) -> Generator[None, None, None]:
         yield
     finally:
         threading.Thread.start = start  # type: ignore[method-assign]
+
+
+@contextmanager
+def signals_held_back(received_sigterm: bool) -> Generator[Any, None, None]:
+    """Has handlers of signals called at its end: what they set within a probe would be put back.
+
+    Gives what stands in for Lightning's connector of signals. A signal that comes again is not held back, nor is Ctrl-C
+    without a handler of the user's, the end of a worker, or an alarm that code within sets.
+    """
+    connector, held = SimpleNamespace(received_sigterm=received_sigterm), []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # which alone handles signals
+        handlers = {number: signal.getsignal(number) for number in signal.valid_signals() if _is_of_run(number)}
+    waiting, own = set(handlers), os.getpid()
+
+    def hold(number: int, frame: Any) -> None:
+        # Code within may keep this function as the handler of before, and workers inherit it.
+        if number not in waiting or os.getpid() != own:
+            handlers[number](number, frame)
+            return
+        waiting.remove(number)
+        held.append(number)
+        connector.received_sigterm |= number == signal.SIGTERM
+
+    try:
+        for number in handlers:
+            signal.signal(number, hold)
+        yield connector
+    finally:
+        waiting.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
+def _is_of_run(number: int) -> bool:
+    """Whether a signal has a handler in Python, and comes from without."""
+    handler = signal.getsignal(number)
+    if not callable(handler) or handler is signal.default_int_handler or number == getattr(signal, "SIGCHLD", None):
+        return False
+    return number != getattr(signal, "SIGALRM", None) or signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
 
 class Missing:

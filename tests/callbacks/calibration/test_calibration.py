@@ -474,7 +474,7 @@ def test_a_logger_that_fails_undoes_nothing(tmp_path) -> None:
 # --- what changes the answer ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward", "on_before_optimizer_step"])
 def test_hooks_of_callbacks_that_the_probe_does_not_call_are_named(tmp_path, hook: str) -> None:
     watch = type("Watch", (L.Callback,), {hook: lambda *args: None})()
     others = (GradientHistogramMonitor(), LearningRateMonitor())
@@ -482,17 +482,26 @@ def test_hooks_of_callbacks_that_the_probe_does_not_call_are_named(tmp_path, hoo
     fit(tmp_path, calibration, watch, *others, max_steps=2)
     said = [reason for reason in calibration.result.reasons if "does not call" in reason]
     assert said == [
-        f"the probe does not call {hook} of Watch: epsilon is for the gradients of the loss as it is",
+        f"the probe does not call {hook} of Watch: epsilon and noise scale are for gradients without it",
     ]
 
 
 @pytest.mark.parametrize(
-    "hook", ["backward", "configure_gradient_clipping", "on_after_backward", "on_before_optimizer_step"]
+    "hook",
+    ["backward", "configure_gradient_clipping", "optimizer_step", "on_after_backward", "on_before_optimizer_step"],
 )
 def test_hooks_that_the_probe_does_not_call_are_named(tmp_path, hook: str) -> None:
     kind = type("Own", (Net,), {hook: lambda self, *args, **options: getattr(Net, hook)(self, *args, **options)})
     result, _ = calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=kind())
     assert f"the probe does not call {hook} of the module" in " ".join(result.reasons)
+
+
+def test_a_hook_of_a_parameter_that_the_probe_does_not_call_is_named(tmp_path) -> None:
+    module = Net()
+    name, parameter = next(iter(module.named_parameters()))
+    parameter.register_post_accumulate_grad_hook(lambda p: None)
+    result, _ = calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=module)
+    assert f"does not call the post-accumulate-grad hook of parameter {name!r}:" in " ".join(result.reasons)
 
 
 def test_what_a_module_clips_itself_is_not_clipped_twice(tmp_path) -> None:

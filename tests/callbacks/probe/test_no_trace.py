@@ -96,6 +96,23 @@ class HooksAtTheFirstStep(Small):
         return 0.0
 
 
+class HooksAtTheBatch(Small):
+    def set_up(self) -> None:
+        self.factor, self.numbers = 1.0, []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.factor *= 1.1
+        self.numbers.append(batch_idx)
+        batch[0].mul_(self.factor)
+        GLOBAL_CALLS.append(batch_idx)
+
+    def touch(self, batch: Any, batch_idx: int) -> Any:
+        return sum(self.numbers) * 1e-3 + len(GLOBAL_CALLS) * 1e-3
+
+    def on_train_end(self) -> None:
+        GLOBAL_CALLS.clear()
+
+
 class Freezes(Small):
     def touch(self, batch: Any, batch_idx: int) -> Any:
         self.body.requires_grad_(batch_idx % 3 > 0)
@@ -813,6 +830,7 @@ class ChildOfTheOwnKind(Small):
 MODULES = [
     MomentumEncoder,
     HooksAtTheFirstStep,
+    HooksAtTheBatch,
     Freezes,
     OtherMemory,
     OldWeightNorm,
@@ -918,6 +936,12 @@ class OfFile(Plain):
 
     def __del__(self) -> None:
         self.file.close()
+
+
+class OpensEachTime(Plain):
+    def touch(self, index: int) -> float:
+        with open(__file__) as file:
+            return float(len(file.readline()))
 
 
 class Large(Plain):
@@ -1242,6 +1266,7 @@ def batches() -> Iterator[Any]:
     yield from zip(inputs.split(8), labels.split(8), strict=True)
 
 
+EACH_TIME = r"make it where it is used, as in each __getitem__ or __iter__\. "  # and not: let a worker do it
 REFUSED, THREAD = "cannot be copied", "which may read on when the probe has ended"
 LOADERS = [
     pytest.param(lambda: DataLoader(Drawing(), 8, shuffle=True), None, id="generators at any depth"),
@@ -1289,8 +1314,14 @@ LOADERS = [
     pytest.param(lambda: DataLoader(Forgiving(False), 8, num_workers=1), REFUSED, id="zeros from a worker"),
     pytest.param(lambda: DataLoader(Forgiving(True), 8, num_workers=1), REFUSED, id="others from a worker"),
     pytest.param(batches, "train_dataloader is a generator", id="a generator in place of a loader"),
-    pytest.param(lambda: DataLoader(OfFile(), 8), "dataset.file is a TextIOWrapper", id="an open file"),
-    pytest.param(lambda: DataLoader(OfFile(), 8, num_workers=1), REFUSED, id="an open file for a worker"),
+    pytest.param(
+        lambda: DataLoader(OfFile(), 8), f"dataset.file is a TextIOWrapper, .* {EACH_TIME}", id="an open file"
+    ),
+    pytest.param(
+        lambda: DataLoader(OfFile(), 8, num_workers=1), f"{REFUSED}.* {EACH_TIME}", id="an open file for a worker"
+    ),
+    pytest.param(lambda: DataLoader(OpensEachTime(), 8), None, id="a file opened for each sample"),
+    pytest.param(lambda: DataLoader(OpensEachTime(), 8, num_workers=1), None, id="a file opened in a worker"),
     pytest.param(lambda: DataLoader(SharedCount(), 8, num_workers=1), REFUSED, id="a count between processes"),
     pytest.param(lambda: DataLoader(Large(), 8), None, id="large and read"),
     pytest.param(lambda: DataLoader(LargeTensorWritten(), 8), "too large to be copied", id="large and written"),

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import logging
 import multiprocessing.util
 import os
 import queue
 import random
 import signal
 import threading
+import time
 import weakref
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -432,21 +435,31 @@ def test_a_gradient_is_that_of_the_optimizers_objective(tmp_path, optimizer, dec
         torch.testing.assert_close(found["layer.weight"][0], expected)
 
 
-def test_hooks_of_the_batch_transfer_run(tmp_path) -> None:
+def test_hooks_before_a_training_step_run(tmp_path) -> None:
     class Shifted(Linear):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            self.factor = 3  # which the training step needs
+            batch[0].add_(4)
+            return -1 if batch_idx == 1 else None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch[0] * self.factor, batch[1]), batch_idx)
+
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return batch[0] + 1, batch[1]
 
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return batch[0] * 2, batch[1]
 
-    look = Look(limit=1)
+    look = Look(limit=2)
     data = DataLoader(dataset(64), 8)
     module = Shifted()
     weight = module.layer.weight.detach().clone()
     fit(tmp_path, look, module=module, data=data)
     inputs, labels = next(iter(data))
-    torch.testing.assert_close(look.gradients[0]["layer.weight"][0], closed_form(weight, 2 * (inputs + 1), labels))
+    expected = closed_form(weight, 3 * (2 * (inputs + 1) + 4), labels)
+    (found,) = look.gradients  # the second batch is skipped, as in training
+    torch.testing.assert_close(found["layer.weight"][0], expected)
 
 
 def test_gradients_that_were_there_stay(tmp_path) -> None:
@@ -805,6 +818,89 @@ def test_sigterm_ends_the_probe_and_the_run_as_soon_as_a_batch_ends(tmp_path) ->
         fit(tmp_path, calibration, module=module)
     assert batches.read_text() == "xxx" and module.calls == 0
     assert calibration.result is None and calibration.state_dict()["report"] is None
+
+
+HEARD: list[int] = []  # a probe has a copy
+
+
+def _hear(number: int, frame: Any) -> None:
+    HEARD.append(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "steps"), [pytest.param(signal.SIGUSR1, 3, id="SIGUSR1"), pytest.param(signal.SIGTERM, 0, id="SIGTERM")]
+)
+def test_a_signal_is_heard_when_the_probe_has_ended(tmp_path, number: int, steps: int) -> None:
+    class Signalled(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1 and isinstance(self.trainer.loggers[0], SilentLogger):
+                signal.raise_signal(number)
+                assert not HEARD
+            return super().training_step(batch, batch_idx)
+
+    HEARD.clear()
+    module, before = Signalled(), signal.signal(number, _hear)
+    try:
+        with nullcontext() if steps else pytest.raises(SIGTERMException):
+            fit(tmp_path, silent(probe_batches=4), module=module, max_steps=3)
+        assert signal.getsignal(number) is _hear
+    finally:
+        signal.signal(number, before)
+    assert number in HEARD and module.calls == steps
+
+
+class TooSlow(Exception):  # noqa: N818
+    """Raised by an alarm."""
+
+
+def test_an_alarm_of_the_data_is_heard_in_the_probe(tmp_path) -> None:
+    class Patient(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> Any:
+            signal.setitimer(signal.ITIMER_REAL, 0.02 if index == 20 else 5)
+            try:
+                time.sleep(1.0 if index == 20 else 0.0)
+            except TooSlow:
+                index = 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            return dataset(64)[index]
+
+    def raise_error(number: int, frame: Any) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, raise_error)
+    try:
+        calibration = silent()
+        fit(tmp_path, calibration, data=DataLoader(Patient(), 8), max_steps=2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert calibration.result.problems == () and calibration.result.gradients == 8
+
+
+def test_log_records_of_the_probe_go_nowhere(tmp_path, caplog) -> None:
+    """But for those of others: other threads, and packages that may warn once."""
+
+    class Logs(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            logging.getLogger("own").error("step")
+            if isinstance(self.trainer.loggers[0], SilentLogger):
+                package("warns", logging.WARNING)
+                package("informs", logging.INFO)
+                with ThreadPoolExecutor() as pool:
+                    pool.submit(logging.getLogger("own").info, "thread").result()
+            return super().training_step(batch, batch_idx)
+
+    def package(text: str, level: int) -> None:
+        logger = logging.getLogger("package")
+        logger.handle(logger.makeRecord("package", level, "/lib/site-packages/one.py", 1, text, (), None))
+
+    caplog.set_level(logging.INFO)
+    handle = logging.Logger.handle
+    fit(tmp_path, silent(probe_batches=4), module=Logs, max_steps=3)
+    found = Counter(record.message for record in caplog.records if record.name in ("own", "package"))
+    assert found == {"step": 3, "warns": 4, "thread": 4} and logging.Logger.handle is handle
 
 
 def test_layers_within_a_checkpoint_wrapper_are_copied_too(tmp_path) -> None:
