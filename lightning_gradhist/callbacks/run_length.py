@@ -10,7 +10,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
 from lightning_gradhist.callbacks.schedulers import (
-    is_pure,
+    is_closed,
     parts,
     scheduled_accumulation,
     schedulers_of,
@@ -71,9 +71,8 @@ def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]
 
 def _can_be_tried(part: Any) -> bool:
     """Whether copies of a scheduler can be stepped without a trace: torch's own, without functions that may have a state."""
-    if type(part).__module__ != lr_scheduler.__name__ or isinstance(part, lr_scheduler.ReduceLROnPlateau):
-        return False
-    return all(map(is_pure, [getattr(part, "_scale_fn_custom", None), *getattr(part, "lr_lambdas", ())]))
+    is_plateau = isinstance(part, lr_scheduler.ReduceLROnPlateau)
+    return type(part).__module__ == lr_scheduler.__name__ and not is_plateau and is_closed(part)
 
 
 def later_accumulation(trainer: Trainer) -> dict[int, int]:
