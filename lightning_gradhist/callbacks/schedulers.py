@@ -58,14 +58,6 @@ def is_closed(scheduler: Any) -> bool:
     return all(map(is_pure, held)) and all(is_pure(method, is_method=True) for method in methods)
 
 
-def steps_as(scheduler: Any, kind: type) -> bool:
-    """Whether a scheduler is of a class, and leaves its ways of making rates as they are."""
-    own = type(scheduler)
-    return isinstance(scheduler, kind) and all(
-        getattr(own, name, None) is getattr(kind, name, None) for name in ("get_lr", "step")
-    )
-
-
 def is_pure(function: Any, is_method: bool = False) -> bool:
     """Whether a function of a schedule leaves nothing behind when it is called; also of a number, and of None.
 

@@ -11,7 +11,16 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks.calibration.rates import factor_of_each, rates_in, scale_rates
-from lightning_gradhist.callbacks.schedulers import codes, is_closed, parts, reached, schedulers_of, steps_as, twin, unnoticed, walk
+from lightning_gradhist.callbacks.schedulers import (
+    codes,
+    is_closed,
+    parts,
+    reached,
+    schedulers_of,
+    twin,
+    unnoticed,
+    walk,
+)
 
 _FOLLOW = (
     lr_scheduler.LambdaLR,
@@ -78,7 +87,7 @@ def _looks_at(function: Any, scheduler: Any) -> bool:
 
 
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
-    if any(steps_as(scheduler, kind) for kind in _FOLLOW):
+    if any(_steps_as(scheduler, kind) for kind in _FOLLOW):
         return True
     if not is_closed(scheduler):
         return False
@@ -96,3 +105,11 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
             )
     except Exception:  # whatever it is, it cannot be tried
         return False
+
+
+def _steps_as(scheduler: Any, kind: type) -> bool:
+    """Whether it is of a class, and leaves its ways of making rates as they are."""
+    own = type(scheduler)
+    return isinstance(scheduler, kind) and all(
+        getattr(own, name, None) is getattr(kind, name, None) for name in ("get_lr", "step")
+    )
