@@ -68,8 +68,7 @@ class Watch:
         for index in range(late, len(groups)):
             alike = {change.name for change in self.changes if is_at(groups[index].get(change.name), change.after)}
             odd = {change.name: change for change in self.changes if change.name not in alike}
-            late_ones = [replace(change, group=index) for change in odd.values()]
-            told += [explain.not_in_force(change, groups, self.ratio) for change in late_ones]
+            told += [explain.not_in_force(replace(change, group=index), groups, self.ratio) for change in odd.values()]
         if told:
             rank_zero_warn(
                 f"OptimizerCalibration: parameter group {late} came after the calibration. {'. '.join(told)}. Set it in your"
