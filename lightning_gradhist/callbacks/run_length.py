@@ -10,9 +10,11 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
 from lightning_gradhist.callbacks.schedulers import (
-    is_pure,
+    base_rates,
+    is_closed,
     parts,
     scheduled_accumulation,
+    schedulers_in,
     schedulers_of,
     twin,
     unnoticed,
@@ -51,6 +53,22 @@ def run_length(trainer: Trainer, optimizer: Optimizer, before: RunLength | None 
     return RunLength(planned, warm_up=round(first * planned), schedule=[rates[at] / peak for at in known])
 
 
+def own_schedule(trainer: Trainer, optimizer: Optimizer) -> str | None:
+    """The class of a scheduler whose highest rate may be another than the base rate; None if there is none.
+
+    Of torch's it is known, but for CyclicLR, which has two base rates, and for functions that go up to another number than 1.
+    """
+    there = schedulers_in(trainer)
+    for one in parts(schedulers_of(optimizer, there)):
+        if not _is_of_torch(one) or isinstance(one, lr_scheduler.CyclicLR):
+            return type(one).__name__
+        if isinstance(one, lr_scheduler.LambdaLR):
+            base = max((rate or 0.0 for rate in base_rates(optimizer, there)), default=0.0)
+            if not math.isclose(max(_planned_rates(trainer, optimizer).values(), default=0.0), base, rel_tol=0.05):
+                return type(one).__name__
+    return None
+
+
 def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]:
     """The highest rate of a group by the share of the run that is over; empty where it is not known."""
     mine = [(scheduler, times) for scheduler, times in horizons(trainer) if schedulers_of(optimizer, [scheduler])]
@@ -71,9 +89,12 @@ def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]
 
 def _can_be_tried(part: Any) -> bool:
     """Whether copies of a scheduler can be stepped without a trace: torch's own, without functions that may have a state."""
-    if type(part).__module__ != lr_scheduler.__name__ or isinstance(part, lr_scheduler.ReduceLROnPlateau):
-        return False
-    return all(map(is_pure, [getattr(part, "_scale_fn_custom", None), *getattr(part, "lr_lambdas", ())]))
+    is_plateau = isinstance(part, lr_scheduler.ReduceLROnPlateau)
+    return _is_of_torch(part) and not is_plateau and is_closed(part)
+
+
+def _is_of_torch(scheduler: Any) -> bool:
+    return type(scheduler).__module__ == lr_scheduler.__name__
 
 
 def later_accumulation(trainer: Trainer) -> dict[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import inspect
 import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Set
@@ -48,13 +49,29 @@ def is_rate(value: Any) -> TypeGuard[float | Tensor]:
     return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
 
 
-def is_pure(function: Any) -> bool:
-    """Whether a function of a schedule leaves nothing behind when it is called; also of a number, and of None."""
+def is_closed(scheduler: Any) -> bool:
+    """Whether a copy of a scheduler can be stepped without a trace, as far as the code shows.
+
+    Copies share the functions that it holds, and what the methods of its class use.
+    """
+    held = [value for value in vars(scheduler).values() if not isinstance(value, nn.Module)]
+    own = [kind for kind in type(scheduler).__mro__ if not kind.__module__.startswith("torch.")]
+    members = [inspect.unwrap(one) for kind in own for one in vars(kind).values() if callable(one)]
+    methods = [one for one in members if isinstance(one, FunctionType)]
+    return all(map(is_pure, held)) and all(is_pure(method, is_method=True) for method in methods)
+
+
+def is_pure(function: Any, is_method: bool = False) -> bool:
+    """Whether a function of a schedule leaves nothing behind when it is called; also of a number, and of None.
+
+    A method may change what it is bound to, and so anything, where it reaches nothing else that can be changed.
+    """
     found = reached(function)
     functions = [one for one in found if isinstance(one, FunctionType)]
     named = {name for one in functions for code in codes(one.__code__) for name in code.co_names}
-    others = (one for one in found if not isinstance(one, FunctionType))
-    return not any(map(_writes, functions)) and all(_is_only_read(one, named) for one in others)
+    others = [one for one in found if not isinstance(one, FunctionType)]
+    is_bound = is_method and all(isinstance(one, (BuiltinFunctionType, ModuleType, type)) for one in others)
+    return not any(_writes(one, is_bound) for one in functions) and all(_is_only_read(one, named) for one in others)
 
 
 def _is_only_read(value: Any, named: Set[str]) -> bool:
@@ -67,9 +84,9 @@ def _is_only_read(value: Any, named: Set[str]) -> bool:
     return not has_a_state and not any(callable(getattr(type(value), name, None)) for name in named)
 
 
-def _writes(function: FunctionType) -> bool:
+def _writes(function: FunctionType, is_bound: bool) -> bool:
     """Whether a function changes what is not its own, as a counter of its calls."""
-    of_others = {"STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR"}
+    of_others = {"STORE_GLOBAL"} if is_bound else {"STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR"}
     return any(
         at.opname in of_others or (at.opname == "STORE_DEREF" and at.argval in function.__code__.co_freevars)
         for code in codes(function.__code__)

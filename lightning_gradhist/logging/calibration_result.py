@@ -46,7 +46,7 @@ class CalibrationResult:
         optimizer: class of the optimizer.
         epsilon: epsilon of the first parameter group; None for an optimizer without.
         epsilon_range: the search spaces, or None where it was not measured.
-        learning_rate: base learning rate of the first parameter group.
+        learning_rate: base learning rate of the first parameter group; None where a scheduler may make others.
         ratio: that rate as a multiple of the reference's; of the optimizer's own where there is none.
         ratio_interval: the ratio at the two ends of the interval of the noise scale.
         law: name of the law that gave the ratio, after a refusal that of the fallback.
@@ -129,7 +129,9 @@ class CalibrationResult:
         groups: dict[tuple[str, str], list[str]] = {}
         for change in self.changes:
             before = change.before if isinstance(change.before, str) else f"{change.before:.4g}"
-            groups.setdefault((change.name, f"{before} -> {change.after:.4g}"), []).append(str(change.group))
+            is_told = change.name != "lr" or self.learning_rate is not None
+            told = f"{before} -> {change.after:.4g}" if is_told else f"times {change.factor:.4g}"
+            groups.setdefault((change.name, told), []).append(str(change.group))
         return [(f"{name} (group {', '.join(members)})", change) for (name, change), members in groups.items()]
 
     def to_text(self) -> str:

@@ -53,13 +53,14 @@ class _Applied:
     report: str | None = None  # None where nothing was applied
     changes: tuple[GroupChange, ...] = ()
     batch_size: float | None = None  # samples of an optimizer step that they are for; None where they may vary
+    ratio: float | None = None  # of learning rates; None in states of older versions
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> _Applied:
         """Reads a state, also one of an older version, which may lack keys and have others; raises for anything else."""
         changes = tuple(GroupChange(**change) for change in state.get("changes", ()))
-        found = cls(state["report"], changes, state.get("batch_size"))
-        numbers = [0.0 if found.batch_size is None else found.batch_size, *(change.group for change in changes)]
+        found = cls(state["report"], changes, state.get("batch_size"), state.get("ratio"))
+        numbers = [0.0 if n is None else n for n in (found.batch_size, found.ratio)] + [c.group for c in changes]
         after = [change.after for change in changes]  # an alpha may be negative
         has_text = isinstance(found.report, (str, NoneType))
         if not (has_text and all(map(_is_number, numbers)) and all(map(is_number, after))):
@@ -99,8 +100,9 @@ class OptimizerCalibration(Callback):
     torch's optimizer would step in float16, in which 1e-8 is zero.
 
     *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
-    recorded run of the same class of optimizer; another class takes the record's ratio alone, for its own rate. It is
-    multiplied by the ratio that a law gives for the two batch sizes.
+    recorded run of the same class of optimizer; another class takes the record's ratio alone, for its own rate, and so does
+    a run whose scheduler makes rates of its own: one that is not torch's, ``CyclicLR``, and a ``LambdaLR`` that does not go up
+    to 1. It is multiplied by the ratio that a law gives for the two batch sizes.
 
     - ``"surge"``, :class:`lightning_gradhist.SurgeLaw`, needs the noise scale ``B_adam``: the one over the recorded run, or
       the probe's, which at the start of a run is far too small, so that the ratio then stays between 1 and the square
@@ -203,7 +205,8 @@ class OptimizerCalibration(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The report, whose being there tells a resumed run that the calibration is done, and its changes."""
-        return {**asdict(self._applied), "changes": [asdict(change) for change in self._applied.changes]}
+        state = {**asdict(self._applied), "changes": [asdict(change) for change in self._applied.changes]}
+        return {key: value for key, value in state.items() if (key, value) != ("ratio", None)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Marks the calibration as done if it was, and takes up its changes."""
@@ -224,7 +227,7 @@ class OptimizerCalibration(Callback):
         from_checkpoint = self._phase is _Phase.LOADED and trainer.ckpt_path is not None
         self._phase = _Phase.IDLE
         if (trainer.global_step > 0 or from_checkpoint) and self._applied.report is not None:
-            self._watch.changes = self._applied.changes
+            self._watch.changes, self._watch.ratio = self._applied.changes, self._applied.ratio
             self._watch.take_up(trainer, self._restored if from_checkpoint else ())
             self._phase = _Phase.RESUMED
             return
@@ -265,8 +268,8 @@ class OptimizerCalibration(Callback):
             apply_changes(calibrated(trainer), schedulers_in(trainer), changes)
             set_defaults(calibrated(trainer), changes)
             batch_size = result.effective_batch_size if samples.is_steady else None
-            self._applied = _Applied(result.to_text(), changes, batch_size)
-            self._watch = Watch(changes)
+            self._applied = _Applied(result.to_text(), changes, batch_size, result.ratio)
+            self._watch = Watch(changes, result.ratio)
             self._watch.begin(trainer)
         self.result = result
         rank_zero_info(result.to_text())

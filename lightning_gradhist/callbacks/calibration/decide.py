@@ -42,7 +42,7 @@ def decide(options: Options, evidence: Evidence) -> CalibrationResult:
         optimizer=evidence.optimizer,
         epsilon=_after(eps.changes, first.eps),
         epsilon_range=probe.search_space,
-        learning_rate=_after(rate.changes, first.lr),
+        learning_rate=_after(rate.changes, first.lr) if evidence.own_schedule is None else None,
         ratio=ratio.value,
         ratio_interval=(ratio.lower, ratio.upper),
         law=ratio.law,
@@ -201,11 +201,14 @@ def _within_first_step(ratio: RateRatio, evidence: Evidence) -> tuple[RateRatio,
 def _trusted_rates(evidence: Evidence, own: Sequence[float], ratio: RateRatio) -> tuple[Sequence[float], str | None]:
     """The rates that are trusted at the reference, and a sentence on where they are from."""
     recorded, rates = evidence.recorded, evidence.recorded_rates
+    if evidence.own_schedule is not None:
+        return own, explain.own_schedule(evidence.own_schedule, ratio.value)
     if recorded is None:
         return own, None
     if rates is not None:
         return rates, explain.recorded_rate(ratio.value, rates, own)
     why = f"is of {recorded.name}" if recorded.name != evidence.optimizer else "has other parameter groups"
+    why = why if recorded.learning_rates else "tells no learning rate"
     return own, explain.ratio_only(why, evidence.optimizer, own, recorded.batch_size)
 
 

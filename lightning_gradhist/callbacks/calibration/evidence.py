@@ -33,7 +33,7 @@ from lightning_gradhist.callbacks.probe.outcome import agree, on_every_rank, why
 from lightning_gradhist.callbacks.probe.probe import Probe, clip_factor, pool
 from lightning_gradhist.callbacks.probe.restore import Apart
 from lightning_gradhist.callbacks.probe.run import run_probe
-from lightning_gradhist.callbacks.run_length import horizons, later_accumulation, run_length
+from lightning_gradhist.callbacks.run_length import horizons, later_accumulation, own_schedule, run_length
 from lightning_gradhist.callbacks.schedulers import base_rates, is_rate
 from lightning_gradhist.callbacks.strategies import averages_in_backward, least_over_ranks
 from lightning_gradhist.epsilon import EpsilonRange, choose_epsilon, epsilon_range, without_rounding_noise
@@ -102,6 +102,7 @@ class Evidence:
     batch_size: float | None  # samples of an optimizer step; None if unknown
     parameters: Sequence[str] = ()  # their names, in the order of the groups
     recorded: OptimizerRecord | None = None
+    own_schedule: str | None = None  # the class of a scheduler that may make other rates than those of the groups
     stray: Callable[[Sequence[float | None]], str | None] = lambda factors: None  # see handoff.stray_schedule
     why_no_batch_size: str | None = None  # where this rank knows
     unconfirmed: float | None = None  # samples of a batch that were counted, and nobody says the same
@@ -123,7 +124,7 @@ class Evidence:
     @property
     def recorded_rates(self) -> Sequence[float] | None:
         """Those that the record has of the same groups of the same optimizer, or None."""
-        if self.recorded is None or self.recorded.name != self.optimizer:
+        if self.recorded is None or self.recorded.name != self.optimizer or self.own_schedule is not None:
             return None
         rates, own, known = self.recorded.learning_rates, self.own_rates, [*self.recorded.parameters]
         begins = known[: len(self.parameters)] == [*self.parameters]
@@ -160,6 +161,7 @@ def gather(
         batch_size=effective_batch_size(trainer, samples),
         parameters=[*optimizer_parameters(module, trainer.optimizers[0])],
         recorded=recorded,
+        own_schedule=own_schedule(trainer, optimizer),
         stray=partial(stray_schedule, optimizer, schedules),
         length=run_length(trainer, optimizer),
         why_no_batch_size=samples.problem,

@@ -6,6 +6,7 @@ Those of the law itself stand in ``learning_rate.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,12 +117,13 @@ def stray_schedule(which: str) -> str:
     )
 
 
-def not_in_force(change: GroupChange, groups: Sequence[Mapping[str, Any]]) -> str:
+def not_in_force(change: GroupChange, groups: Sequence[Mapping[str, Any]], ratio: float | None) -> str:
     if change.group >= len(groups):
         return f"parameter group {change.group}, of which {change.name} was set to {change.after:.4g}, is not there"
     now = groups[change.group].get(change.name)
     told = f"{change.name} of parameter group {change.group} is {f'{float(now):.4g}' if is_rate(now) else repr(now)}"
-    if isinstance(change.before, str) or not change.before:
+    is_recorded = change.name == "lr" and ratio is not None and not math.isclose(change.factor, ratio, rel_tol=1e-6)
+    if isinstance(change.before, str) or not change.before or is_recorded:
         return f"{told}, and {change.after:.4g} where it is calibrated"
     return f"{told}; calibrated, {change.before:.4g} becomes {change.after:.4g}, so multiply it by {change.factor:.4g}"
 
@@ -189,6 +191,13 @@ def _tried(critical: float) -> str:
 def recorded_rate(ratio: float, recorded: Sequence[float], own: Sequence[float]) -> str:
     return (
         f"times {ratio:.4g} of the recorded rate {_rates(recorded)}, which replaces the {_rates(own)} of the optimizer"
+    )
+
+
+def own_schedule(which: str, ratio: float) -> str:
+    return (
+        f"{which} makes the rates, and they need not be shares of the optimizer's lr, so only the ratio is used: each of them"
+        f" times {ratio:.4g}"
     )
 
 

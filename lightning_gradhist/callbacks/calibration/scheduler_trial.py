@@ -11,7 +11,16 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks.calibration.rates import factor_of_each, rates_in, scale_rates
-from lightning_gradhist.callbacks.schedulers import codes, is_pure, parts, reached, schedulers_of, twin, unnoticed, walk
+from lightning_gradhist.callbacks.schedulers import (
+    codes,
+    is_closed,
+    parts,
+    reached,
+    schedulers_of,
+    twin,
+    unnoticed,
+    walk,
+)
 
 _FOLLOW = (
     lr_scheduler.LambdaLR,
@@ -80,8 +89,6 @@ def _looks_at(function: Any, scheduler: Any) -> bool:
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
     if any(_steps_as(scheduler, kind) for kind in _FOLLOW):
         return True
-    if not all(map(is_pure, getattr(scheduler, "lr_lambdas", ()))):
-        return False
     expected = factor_of_each(factors)
     # of sums in which the largest rate is a term
     rounding = 1e-9 * max(float(group.get("initial_lr", group["lr"])) for group in scheduler.optimizer.param_groups)
@@ -89,7 +96,7 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
         with unnoticed():
             plain, scaled = twin(scheduler), twin(scheduler)
             scale_rates(scaled.optimizer, [scaled], factors)
-            return all(
+            return is_closed(scheduler) and all(
                 math.isclose(after, factor * rate, rel_tol=1e-6, abs_tol=rounding * factor)
                 for (_, one), (_, other) in zip(walk(plain, horizon), walk(scaled, horizon), strict=True)
                 for rate, after, factor in zip(one, other, expected, strict=True)

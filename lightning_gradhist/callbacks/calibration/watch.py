@@ -19,10 +19,10 @@ from lightning_gradhist.logging.calibration_result import GroupChange
 
 
 class Watch:
-    """Looks at the optimizer that was calibrated, by the changes that were made in it."""
+    """Looks at the optimizer that was calibrated, by the changes that were made in it, and the ratio of learning rates."""
 
-    def __init__(self, changes: Sequence[GroupChange] = ()) -> None:
-        self.changes = changes
+    def __init__(self, changes: Sequence[GroupChange] = (), ratio: float | None = None) -> None:
+        self.changes, self.ratio = changes, ratio
         self._optimizer: Optimizer | None = None
         self._schedulers: list[Any] = []
         self._groups = sys.maxsize  # that the optimizer has, as far as it was looked at
@@ -45,7 +45,7 @@ class Watch:
             missing, stray = take_up(optimizer, horizons(trainer), self.changes, restored)
             set_defaults(optimizer, self.changes)
         self.begin(trainer, missing)
-        told = [explain.not_in_force(change, optimizer.param_groups) for change in missing]
+        told = [explain.not_in_force(change, optimizer.param_groups, self.ratio) for change in missing]
         told += [explain.stray_schedule(stray)] if stray else []
         if not told:
             rank_zero_info("OptimizerCalibration: the run goes on with the values it was calibrated to.")
@@ -68,7 +68,7 @@ class Watch:
         for index in range(late, len(groups)):
             alike = {change.name for change in self.changes if is_at(groups[index].get(change.name), change.after)}
             odd = {change.name: change for change in self.changes if change.name not in alike}
-            told += [explain.not_in_force(replace(change, group=index), groups) for change in odd.values()]
+            told += [explain.not_in_force(replace(change, group=index), groups, self.ratio) for change in odd.values()]
         if told:
             rank_zero_warn(
                 f"OptimizerCalibration: parameter group {late} came after the calibration. {'. '.join(told)}. Set it in your"
@@ -81,13 +81,15 @@ class Watch:
         group = stray_rate(optimizer, self._schedulers, self._rates)
         if group is None:
             return
+        # Where the recorded rate took the place of the optimizer's, their factor says nothing of those that are set elsewhere.
         change = next(change for change in self.changes if (change.name, change.group) == ("lr", group))
-        self._rates = {}
+        ratio, self._rates = self.ratio or change.factor, {}
+        then = "leave it there as it was in the recorded run" if ratio == 1 else f"multiply it there by {ratio:.4g}"
         rank_zero_warn(
             f"OptimizerCalibration: at step {trainer.global_step} the learning rate of parameter group {group} is"
             f" {float(optimizer.param_groups[group]['lr']):.4g}, which neither the calibration nor a scheduler that it"
             " knows has set. If what did (optimizer_step, a callback, a scheduler of its own) does not take it from a calibrated"
-            f" rate, multiply it there by {change.factor:.4g}, or pass learning_rate='keep'."
+            f" rate, {then}, or pass learning_rate='keep'."
         )
 
 

@@ -35,6 +35,7 @@ class Progress:
         noise: what was measured.
         length: of the run, as it was planned.
         repeats: pairs of steps of this fit that have the same samples; not in a checkpoint.
+        tells_rates: whether the base rates of this fit are those that it trains with; not in a checkpoint.
     """
 
     steps: int = 0
@@ -45,6 +46,7 @@ class Progress:
     noise: NoiseRecord = field(default_factory=NoiseRecord)
     length: RunLength = field(default_factory=RunLength)
     repeats: int = 0
+    tells_rates: bool = True
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
@@ -84,9 +86,10 @@ class Progress:
         return self.noise.batch_size or self.batch_size
 
     def measures(self, rates: Sequence[float | None]) -> None:
-        """Takes down the base rates of a step that is measured, None where one is no number."""
+        """Takes down the base rates of a step that is measured; of all groups, or of none where one is no number."""
         known = [rate for rate in rates if rate is not None]
-        self.learning_rates = [max(pair) for pair in zip_longest(known, self.learning_rates, fillvalue=0.0)]
+        if self.tells_rates and len(known) == len(rates):
+            self.learning_rates = [max(pair) for pair in zip_longest(known, self.learning_rates, fillvalue=0.0)]
 
     def record(self, name: str, parameters: Sequence[str]) -> OptimizerRecord:
         """The noise so far, of the optimizer of this class name and of these parameters."""

@@ -33,7 +33,7 @@ from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMoni
 from lightning_gradhist.callbacks.monitor.record_file import RecordFile, record_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows, distinct_rows
 from lightning_gradhist.callbacks.monitor.updates import UpdateMonitor
-from lightning_gradhist.callbacks.run_length import run_length
+from lightning_gradhist.callbacks.run_length import own_schedule, run_length
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.explore import is_number
 from lightning_gradhist.logging.writer import LoggerQueues
@@ -325,6 +325,7 @@ class GradientHistogramMonitor(Callback):
         for index, (optimizer, progress) in enumerate(zip(optimizers, self._progress, strict=True)):
             with fit.guard.attempt("tell the length of the run"):
                 progress.length = run_length(fit.trainer, optimizer, progress.length)
+                progress.tells_rates = own_schedule(fit.trainer, optimizer) is None
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             watched = WatchedOptimizer(fit, optimizer, suffix, partial(self._rows_of, fit.module, index))
             observers = self._observers_of(watched, progress)

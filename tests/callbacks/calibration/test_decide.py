@@ -197,11 +197,21 @@ def test_short_runs_and_warm_ups_that_do_not_end_are_named(law: str) -> None:
         pytest.param(recorded("Adam"), "is of Adam", id="class"),
         pytest.param(recorded(rates=(1.0, 2.0)), "has other parameter groups", id="groups"),
         pytest.param(recorded("AdamW(SGD)"), "is of AdamW(SGD)", id="what it wraps"),
+        pytest.param(recorded(rates=()), "tells no learning rate", id="no rates"),
     ],
 )
 def test_a_record_of_something_else_brings_the_ratio_alone(record: OptimizerRecord, why: str) -> None:
     result = decide(Asked(epsilon="keep"), evidence(recorded=record))
     assert result.learning_rate == pytest.approx(1e-3 * result.ratio) and why in " ".join(result.reasons)
+
+
+@pytest.mark.parametrize("known", [{"recorded": recorded()}, {}], ids=["record", "reference_batch_size"])
+def test_the_rates_of_a_schedule_of_its_own_are_multiplied_and_not_told(known: dict[str, Any]) -> None:
+    asked = Asked(None if known else 256, epsilon="keep", learning_rate="sqrt")
+    result = decide(asked, evidence(own_schedule="Peak", **known))
+    assert result.learning_rate is None and result.changes == (GroupChange(0, "lr", 1e-3, 2e-3),)
+    assert "Peak makes the rates" in result.reasons[-1] and "each of them times 2" in result.reasons[-1]
+    assert ("lr (group 0)", "times 2") in result.rows()
 
 
 @pytest.mark.parametrize(

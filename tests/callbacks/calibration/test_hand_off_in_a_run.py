@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAver
 from support import Net, final_state, fit, loader
 from support import trainer as make_trainer
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, LRScheduler
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.noise.run_record import RunRecord
@@ -324,6 +324,108 @@ def test_a_rate_that_the_run_sets_itself_is_told_of_once(tmp_path, module: Any, 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*neither the calibration nor")
         fit(tmp_path / "kept", OptimizerCalibration(**options, apply=False), *callbacks, module=module, max_epochs=3)
+
+
+class PlainWarmUp:
+    """No class of torch's, and without base rates."""
+
+    def __init__(self, optimizer: Any, max_lr: float) -> None:
+        self.optimizer, self.max_lr, self.steps = optimizer, max_lr, -1
+        self.step()
+
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.max_lr * min(1.0, (self.steps + 1) / 10)
+
+    def state_dict(self) -> Any:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.steps = state["steps"]
+
+
+class Peak(LRScheduler):
+    """Its rates have nothing to do with the optimizer's."""
+
+    def __init__(self, optimizer: Any, peak_lr: float) -> None:
+        self.peak_lr = peak_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [self.peak_lr * min(1.0, (self.last_epoch + 1) / 10) for _ in self.base_lrs]
+
+
+class Scheduled(Net):
+    def __init__(self, lr: float, scheduler: Any) -> None:
+        super().__init__(lambda p: torch.optim.Adam(p, lr=lr), scheduler)
+        self.highest = 0.0
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.highest = max(self.highest, optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("lr", "scheduler"),
+    [
+        pytest.param(1e-3, lambda o: PlainWarmUp(o, 1e-2), id="a plain class"),
+        pytest.param(1e-3, lambda o: Peak(o, 1e-2), id="a scheduler with a rate of its own"),
+        pytest.param(
+            1.0, lambda o: LambdaLR(o, lambda s: 1e-2 * min(1.0, (s + 1) / 10)), id="a function on a rate of 1"
+        ),
+        pytest.param(1e-3, lambda o: CyclicLR(o, 1e-3, 1e-2, 10, cycle_momentum=False), id="between two rates"),
+    ],
+)
+def test_a_schedule_of_its_own_takes_the_ratio_alone(tmp_path, lr: float, scheduler: Any) -> None:
+    path = _recorded(tmp_path / "a", lambda: Scheduled(lr, scheduler))
+    assert RunRecord.load(path).optimizers[0].learning_rates == []
+    calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
+    made = fit(tmp_path / "b", calibration, module=lambda: Scheduled(lr, scheduler), data=loader(32, samples=512))
+    assert made.lightning_module.highest == pytest.approx(2e-2) and calibration.result.learning_rate is None
+    assert "so only the ratio is used: each of them times 2" in calibration.result.reasons[-1]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [pytest.param(8, "leave it there as it was in the recorded run"), pytest.param(32, "multiply it there by 2, or")],
+)
+def test_what_is_told_of_rates_set_by_hand_is_the_ratio_to_the_recorded_run(tmp_path, samples: int, told: str) -> None:
+    small = lambda: OwnWarmUp(lambda p: torch.optim.AdamW(p, lr=1e-3))  # noqa: E731
+    path = _recorded(tmp_path / "a", small)
+    options = {"reference": path, "learning_rate": "sqrt", "epsilon": "keep"}
+    data = loader(samples, samples=256)
+    with pytest.warns(UserWarning, match=f"neither the calibration nor .* {told}"):
+        made = fit(tmp_path / "b", OptimizerCalibration(**options), module=small, data=data, max_steps=4)
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path, OptimizerCalibration(**options), max_epochs=2, max_steps=8)
+    with pytest.warns(UserWarning, match=f"neither the calibration nor .* {told}"):
+        made.fit(small(), data, ckpt_path=tmp_path / "half.ckpt")
+
+
+def test_another_module_is_told_the_rate_of_a_record_and_no_factor(tmp_path) -> None:
+    path = _recorded(tmp_path / "a", Net)
+    of_rate = lambda lr: Net(lambda p: torch.optim.AdamW(p, lr=lr))  # noqa: E731
+    made = fit(tmp_path / "b", OptimizerCalibration(reference=path, epsilon="keep"), module=lambda: of_rate(1e-3))
+    made.fit_loop.max_epochs = 2
+    with pytest.warns(UserWarning, match="is 0.005, and 0.01 where it is calibrated"):
+        made.fit(of_rate(5e-3), loader())
+
+
+class HalfOwnRate(OwnRate):
+    """Its second group has a rate."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "lr": 1e-2})
+
+
+def test_no_rate_of_a_group_is_recorded_as_that_of_another(tmp_path) -> None:
+    path = _recorded(tmp_path, lambda: Net(HalfOwnRate))
+    assert RunRecord.load(path).optimizers[0].learning_rates == []
 
 
 class TwoParts(L.LightningModule):

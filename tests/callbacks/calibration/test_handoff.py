@@ -504,6 +504,87 @@ def test_a_scheduler_whose_copies_are_others_is_named() -> None:
     assert stray_schedule(optimizer, [(Copied(optimizer), 10)], (2.0, 2.0)).startswith("Copied (")
 
 
+CALLS: list[int] = []
+COUNTS = {"steps": 0}
+COUNT = 0
+
+
+class Quiet(schedules.LRScheduler):
+    def __init__(self, optimizer: Any, on_step: Any = None) -> None:
+        self.on_step = on_step
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        return [base * 0.9**self.last_epoch for base in self.base_lrs]
+
+
+class CallsBack(Quiet):
+    def step(self, epoch: Any = None) -> None:
+        super().step(epoch)
+        if self.on_step:
+            self.on_step()
+
+
+class Appends(Quiet):
+    def step(self, epoch: Any = None) -> None:
+        CALLS.append(1)
+        super().step(epoch)
+
+
+class CountsIn(Quiet):
+    def step(self, epoch: Any = None) -> None:
+        COUNTS["steps"] += 1
+        super().step(epoch)
+
+
+class CountsUp(Quiet):
+    def step(self, epoch: Any = None) -> None:
+        global COUNT
+        COUNT += 1
+        super().step(epoch)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda o: CallsBack(o, lambda: CALLS.append(1)), id="a function"),
+        pytest.param(lambda o: CallsBack(o, COUNTS.copy().clear), id="a method"),
+        pytest.param(Appends, id="a list of the file"),
+        pytest.param(CountsIn, id="a dictionary of the file"),
+        pytest.param(CountsUp, id="a number of the file"),
+    ],
+)
+def test_a_scheduler_that_may_leave_a_trace_is_not_tried(build: Any) -> None:
+    optimizer = make()
+    scheduler = build(optimizer)
+    before = repr((CALLS, COUNTS, COUNT))
+    assert str(stray_schedule(optimizer, [(scheduler, 8)], (2.0, 2.0))).startswith(type(scheduler).__name__)
+    assert repr((CALLS, COUNTS, COUNT)) == before
+
+
+def set_rates(optimizer: Any, rates: Any) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+class SetsGroups(Quiet):
+    def step(self, epoch: Any = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        set_rates(self.optimizer, self.get_lr())
+
+
+class HoldsModule(Quiet):
+    def __init__(self, optimizer: Any) -> None:
+        self.module = Holds(optimizer)
+        super().__init__(optimizer)
+
+
+@pytest.mark.parametrize("build", [CallsBack, SetsGroups, HoldsModule])
+def test_a_scheduler_that_changes_its_own_things_alone_is_tried(build: Any) -> None:
+    optimizer = make()
+    assert stray_schedule(optimizer, [(build(optimizer), 8)], (2.0, 2.0)) is None
+
+
 def test_schedulers_are_tried_without_a_trace() -> None:
     optimizer = make()
     calls: list[int] = []
