@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     LearningRateFinder,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from support import Net, final_state, fit, loader
@@ -477,6 +478,37 @@ def test_a_run_with_frozen_parameters_is_calibrated_from_a_record_of_the_same_mo
     )
     assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(2 * lr)
     assert len(made.optimizers[0].param_groups) == 1 + thawing
+
+
+class Grows(Net):
+    """It has another layer from the second epoch on."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.more = nn.Linear(3, 3)
+            self.optimizers().add_param_group({"params": self.more.parameters()})
+
+
+@pytest.mark.filterwarnings("ignore:OptimizerCalibration. parameter group 1 came after")
+@pytest.mark.parametrize("fits", [1, 2])
+@pytest.mark.parametrize(
+    ("module", "callbacks"),
+    [
+        pytest.param(Net, lambda: [ModelPruning("l1_unstructured", amount=0.2)], id="pruned"),
+        pytest.param(Grows, lambda: [], id="growing"),
+    ],
+)
+def test_a_run_that_changes_its_parameters_can_use_its_record(tmp_path, module: Any, callbacks: Any, fits: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path / "a", monitor, *callbacks(), module=module, max_epochs=3)
+    if fits == 2:
+        made.fit_loop.max_epochs = 4
+        made.fit(made.lightning_module, loader())
+    path = str(tmp_path / "a" / "calibration.json")
+    assert all("." in name and "_orig" not in name for name in RunRecord.load(path).optimizers[0].parameters)
+    calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
+    fit(tmp_path / "b", calibration, *callbacks(), module=module, data=loader(16), max_epochs=2)
+    assert calibration.result.ratio == pytest.approx(math.sqrt(2))
 
 
 @pytest.mark.parametrize(
