@@ -35,6 +35,7 @@ class Progress:
         noise: what was measured.
         length: of the run, as it was planned.
         repeats: pairs of steps of this fit that have the same samples; not in a checkpoint.
+        logged_before: steps that were logged before this fit.
     """
 
     steps: int = 0
@@ -45,6 +46,7 @@ class Progress:
     noise: NoiseRecord = field(default_factory=NoiseRecord)
     length: RunLength = field(default_factory=RunLength)
     repeats: int = 0
+    logged_before: int = 0
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
@@ -60,6 +62,7 @@ class Progress:
             float(state["batch_size"]),
             NoiseRecord(samples),
             RunLength.read(state.get("length", {})),
+            logged_before=int(state["logged"]),
         )
 
     def state_dict(self) -> dict[str, Any]:

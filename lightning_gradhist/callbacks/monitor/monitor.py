@@ -303,8 +303,9 @@ class GradientHistogramMonitor(Callback):
     def _directory_of_record(self, fit: Fit) -> str | None:
         """Where the record goes, the same on every rank; None for runs that leave nothing."""
         trainer, path = fit.trainer, ""
-        is_first = self is next(iter(_monitors(trainer)), self)  # of several monitors the first writes the record
-        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or not is_first:
+        # Of several monitors the first that measures noise.
+        writes = self is min(_monitors(trainer), key=lambda one: not one.noise_scale, default=self)
+        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or not writes:
             return None
         if trainer.is_global_zero:
             with fit.guard.attempt("find the logger's directory"):
