@@ -539,12 +539,12 @@ class Fours(BatchSampler):
 
 
 def dealt_out(folder: Path) -> Any:
-    """Steps measured and gradients of a probe, of a dataset that holds each sample twice, one for each rank if it is dealt."""
-    twice = TensorDataset(*(tensor.repeat_interleave(2, 0) for tensor in dataset(32).tensors))
-    by_sampler = DataLoader(twice, batch_sampler=Fours(SequentialSampler(twice), 4, drop_last=False))
+    """Steps measured and gradients of a probe, of a dataset that holds one sample many times."""
+    alike = TensorDataset(*(tensor[:1].repeat_interleave(64, 0) for tensor in dataset(1).tensors))
+    by_sampler = DataLoader(alike, batch_sampler=Fours(SequentialSampler(alike), 4, drop_last=False))
     found = []
     for place, (data, is_dealt) in enumerate(
-        [(DataLoader(twice, 4), True), (by_sampler, True), (DataLoader(twice, 4), False)]
+        [(DataLoader(alike, 4), True), (by_sampler, True), (DataLoader(alike, 4), False)]
     ):
         monitor = GradientHistogramMonitor(every_n_steps=1)
         calibration = OptimizerCalibration(epsilon="auto", probe_batches=8, apply=False)
