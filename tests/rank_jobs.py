@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import start_ranks
 from support import GradientSpy, Net, StateSpy, collectives, dataset, final_state, fit, loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, MagnitudeHistogram, NoiseScale, OptimizerCalibration
 from lightning_gradhist.callbacks import gradients
@@ -531,6 +531,26 @@ def streamed(folder: Path) -> Any:
         calibration = OptimizerCalibration(epsilon="auto", probe_batches=8, apply=False)
         fit(folder / f"probe {place}", calibration, module=OfStream, data=DataLoader(Stream(is_split), 4), **ddp(2))
         found.append(calibration.result.gradients)
+    return found
+
+
+class Fours(BatchSampler):
+    """Batches of a class of one's own, in which Lightning puts its sampler."""
+
+
+def dealt_out(folder: Path) -> Any:
+    """Steps measured and gradients of a probe, of a dataset that holds one sample many times."""
+    alike = TensorDataset(*(tensor[:1].repeat_interleave(64, 0) for tensor in dataset(1).tensors))
+    by_sampler = DataLoader(alike, batch_sampler=Fours(SequentialSampler(alike), 4, drop_last=False))
+    found = []
+    for place, (data, is_dealt) in enumerate(
+        [(DataLoader(alike, 4), True), (by_sampler, True), (DataLoader(alike, 4), False)]
+    ):
+        monitor = GradientHistogramMonitor(every_n_steps=1)
+        calibration = OptimizerCalibration(epsilon="auto", probe_batches=8, apply=False)
+        options = {"max_steps": 4, "use_distributed_sampler": is_dealt, **ddp(2)}
+        fit(folder / str(place), monitor, calibration, data=data, **options)
+        found.append((monitor.noise_records[0].estimate("simple").measurements, calibration.result.gradients))
     return found
 
 

@@ -17,7 +17,6 @@ LABELS = {"__main__.py", "figures.py", "magnitude_report.py"}
 """Modules of which only what they raise is a message: help texts, axes, titles, columns."""
 NO_MESSAGES = (
     "nothing is to be done",
-    "a checkpoint was loaded of a run that had been calibrated",
     "the first batch is to be calibrated",
     "the first batch shows whether the run goes on at its batch size",
     "gradient magnitudes by layer, step",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import DistributedSampler, IterableDataset, SequentialSampler
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up, sum_over_ranks
@@ -295,6 +295,16 @@ def is_indexed(trainer: Trainer) -> bool:
     """Whether the samples are those of a dataset that gives them by index."""
     data = getattr(trainer.train_dataloader, "dataset", trainer.train_dataloader)
     return not isinstance(data, IterableDataset) and hasattr(data, "__getitem__")
+
+
+def is_dealt_out(trainer: Trainer) -> bool:
+    """Whether every place of an indexed dataset goes to one rank; batches then are alike where data are, and by no mistake."""
+    ranks, loader = trainer.distributed_sampler_kwargs, trainer.train_dataloader
+    if not is_indexed(trainer) or trainer.world_size == 1:
+        return is_indexed(trainer)
+    samplers = [getattr(one, "sampler", None) for one in (loader, getattr(loader, "batch_sampler", None))]
+    dealing = [one for one in samplers if isinstance(one, DistributedSampler)]
+    return any({"num_replicas": one.num_replicas, "rank": one.rank} == ranks for one in dealing)
 
 
 def _declared(trainer: Trainer) -> int | None:

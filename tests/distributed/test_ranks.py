@@ -10,6 +10,7 @@ from rank_jobs import (
     apart,
     calibrated,
     clipped,
+    dealt_out,
     exit_codes,
     fails_in_measuring,
     hostile_record,
@@ -238,6 +239,10 @@ def test_gradients_that_are_not_averaged_are_left_out_with_one_warning(tmp_path)
 
 def test_the_same_samples_on_every_rank_tell_of_no_noise(tmp_path) -> None:
     assert run_ranks(streamed, 2, tmp_path)[0] == [0, 0, 4, 4, 8, 16]
+
+
+def test_equal_samples_of_an_indexed_dataset_are_no_mistake_where_they_are_dealt_out(tmp_path) -> None:
+    assert run_ranks(dealt_out, 2, tmp_path)[0] == [(4, 16), (4, 16), (0, 0)]
 
 
 def test_clipping_within_backward_is_not_taken_for_noise_of_ranks(tmp_path) -> None:

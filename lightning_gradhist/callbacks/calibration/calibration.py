@@ -41,7 +41,6 @@ class _Phase(Enum):
     """Where a calibration is, from one hook to the next."""
 
     IDLE = "nothing is to be done"
-    LOADED = "a checkpoint was loaded of a run that had been calibrated"
     WAITING = "the first batch is to be calibrated"
     RESUMED = "the first batch shows whether the run goes on at its batch size"
 
@@ -197,7 +196,7 @@ class OptimizerCalibration(Callback):
         self._recorded: OptimizerRecord | None = None
         self._applied = _Applied()
         self._phase = _Phase.IDLE
-        self._restored: set[str] = set()  # by the checkpoint that was loaded last
+        self._restored: set[str] = set()  # by the checkpoint that was loaded in this fit
         self._watch = Watch()
 
     def __getstate__(self) -> dict[str, Any]:  # what is looked at stays in this process
@@ -215,23 +214,28 @@ class OptimizerCalibration(Callback):
         except Exception as error:
             rank_zero_warn(f"OptimizerCalibration begins anew: its state in the checkpoint cannot be read ({error!r}).")
             self._applied = _Applied()
-        self._phase = _Phase.LOADED if self._applied.report is not None else _Phase.IDLE
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the run of another Trainer, and a checkpoint that was only validated, before one may be loaded."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._applied = _Applied()
+        self._restored = set()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notices what the module's own ``on_load_checkpoint`` has emptied, and so is not brought back."""
+        if trainer.training:
+            self._applied = _Applied()  # load_state_dict follows, where the checkpoint is of a run with this callback
         self._restored = {name for name in (OPTIMIZER, SCHEDULERS) if checkpoint.get(name) != []}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds out whether this run is to be calibrated, and reads the record if so."""
-        # A checkpoint may come before the first step (accumulation); one that was only validated counts for nothing.
-        from_checkpoint = self._phase is _Phase.LOADED and trainer.ckpt_path is not None
         self._phase = _Phase.IDLE
-        if (trainer.global_step > 0 or from_checkpoint) and self._applied.report is not None:
+        if self._applied.report is not None:
             self._watch.changes, self._watch.ratio = self._applied.changes, self._applied.ratio
-            self._watch.take_up(trainer, self._restored if from_checkpoint else ())
+            self._watch.take_up(trainer, self._restored)
             self._phase = _Phase.RESUMED
             return
-        self.result, self._applied, self._watch = None, _Applied(), Watch()
+        self.result, self._watch = None, Watch()
         obstacle = _obstacle(trainer)
         if obstacle is not None:
             tell = rank_zero_info if trainer.global_step > 0 and not self.apply else rank_zero_warn

@@ -144,11 +144,10 @@ def decide_rate(options: Options, evidence: Evidence) -> tuple[RateRatio, Decisi
 def _equal_samples(evidence: Evidence, batch_size: float, reference: float) -> tuple[float, str]:
     """How near this run is to as many samples as the recorded one, and a sentence on it."""
     steps, recorded = evidence.length.planned, evidence.recorded
-    reference_steps = recorded.length.planned if recorded is not None else None
-    if not steps or not reference_steps:
+    if not steps or recorded is None or not recorded.length.planned:
         return 1.0, explain.equal_samples_assumed(recorded is not None, bool(steps))
-    share = share_of_equal_samples(batch_size, reference, steps, reference_steps)
-    return share, explain.lengths(steps, reference_steps, share)
+    share = share_of_equal_samples(batch_size, reference, steps, recorded.length.planned)
+    return share, explain.lengths(steps, recorded.length, share)
 
 
 def _of_short_runs(evidence: Evidence) -> list[str]:

@@ -15,6 +15,7 @@ from lightning_gradhist.callbacks.schedulers import is_rate
 from lightning_gradhist.epsilon import EpsilonRange
 from lightning_gradhist.learning_rate import SHORT_RUN
 from lightning_gradhist.logging.calibration_result import GroupChange
+from lightning_gradhist.noise.run_record import RunLength
 
 FAR = 100
 """Times by which no two rates of one model differ but by mistake."""
@@ -138,8 +139,10 @@ def equal_samples_assumed(recorded: bool, knows_steps: bool) -> str:
     return f"this run is taken to see as many samples as that of the reference: {why}"
 
 
-def lengths(steps: int, reference_steps: int, share: float) -> str:
-    told = f"this run is to make {_steps(steps)}, and the recorded one was to make {reference_steps:,}"
+def lengths(steps: int, recorded: RunLength, share: float) -> str:
+    told = f"this run is to make {_steps(steps)}, and the recorded one was to make {recorded.planned:,}"
+    if recorded.made is not None and recorded.planned is not None and recorded.made < recorded.planned:
+        told += f" and made {recorded.made:,} (what was planned counts, as by Trainer(max_steps=...))"
     if round(share, 2) == 1:
         return f"{told}: as at equal samples, the surge law"
     within = "kept between 1 and the fourth root of the ratio of batch sizes"

@@ -36,6 +36,7 @@ class Progress:
         length: of the run, as it was planned.
         repeats: pairs of steps of this fit that have the same samples; not in a checkpoint.
         tells_rates: whether the base rates of this fit are those that it trains with; not in a checkpoint.
+        logged_before: steps that were logged before this fit.
     """
 
     steps: int = 0
@@ -47,6 +48,7 @@ class Progress:
     length: RunLength = field(default_factory=RunLength)
     repeats: int = 0
     tells_rates: bool = True
+    logged_before: int = 0
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Progress:
@@ -62,6 +64,7 @@ class Progress:
             float(state["batch_size"]),
             NoiseRecord(samples),
             RunLength.read(state.get("length", {})),
+            logged_before=int(state["logged"]),
         )
 
     def state_dict(self) -> dict[str, Any]:

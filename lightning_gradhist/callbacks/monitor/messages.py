@@ -90,7 +90,7 @@ def tell_at_end(progress: Sequence[Progress], every_n_steps: int) -> None:
     """Says why the record is of no use to calibrate another run from, where it is not, and steps were logged."""
     counts = [(one.noise.estimate("simple").measurements, len(one.noise), one.repeats) for one in progress]
     measured, tried, repeats = min(counts, default=(ENOUGH, ENOUGH, 0))
-    logged = min((one.logged for one in progress), default=0)
+    logged = min((one.logged - one.logged_before for one in progress), default=0)
     if measured >= ENOUGH or not logged:
         return
     said = (

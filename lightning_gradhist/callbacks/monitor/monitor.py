@@ -33,6 +33,7 @@ from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMoni
 from lightning_gradhist.callbacks.monitor.record_file import RecordFile, record_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows, distinct_rows
 from lightning_gradhist.callbacks.monitor.updates import UpdateMonitor
+from lightning_gradhist.callbacks.parameters import model_shapes
 from lightning_gradhist.callbacks.run_length import own_schedule, run_length
 from lightning_gradhist.callbacks.strategies import replicas
 from lightning_gradhist.explore import is_number
@@ -156,6 +157,7 @@ class GradientHistogramMonitor(Callback):
         self._restored: list[dict[str, Any]] = []
         self._run = ""  # what tells it from other runs; empty in checkpoints of older releases
         self._records_in: str | None = None  # a directory, the same on every rank; None where nothing is recorded
+        self._model: dict[str, list[int] | None] = {}  # that the run began with
         self._module: weakref.ref[LightningModule] | None = None  # of the last fit
         self._fit: Fit | None = None  # while it is on
         self._optimizers: list[OptimizerMonitor] = []
@@ -230,8 +232,10 @@ class GradientHistogramMonitor(Callback):
         if not goes_on or not self._run:
             self._run = uuid.uuid4().hex
         self._records_in = self._directory_of_record(fit)
+        if not (goes_on and is_same_model):
+            self._model = model_shapes(trainer)
         if self._records_in is not None and trainer.is_global_zero:
-            self._record = RecordFile(self._records_in, self._run, fit.guard)
+            self._record = RecordFile(self._records_in, self._run, fit.guard, self._model)
         self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -299,8 +303,9 @@ class GradientHistogramMonitor(Callback):
     def _directory_of_record(self, fit: Fit) -> str | None:
         """Where the record goes, the same on every rank; None for runs that leave nothing."""
         trainer, path = fit.trainer, ""
-        is_first = self is next(iter(_monitors(trainer)), self)  # of several monitors the first writes the record
-        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or not is_first:
+        # Of several monitors the first that measures noise.
+        writes = self is min(_monitors(trainer), key=lambda one: not one.noise_scale, default=self)
+        if getattr(trainer, "fast_dev_run", False) or trainer.barebones or not writes:
             return None
         if trainer.is_global_zero:
             with fit.guard.attempt("find the logger's directory"):
@@ -346,8 +351,7 @@ class GradientHistogramMonitor(Callback):
 
     def _save_record(self) -> None:
         if self._record is not None and self._fit is not None:
-            optimizers = [each.watched.optimizer for each in self._optimizers]
-            self._record.save(self._fit.trainer, optimizers, self._progress)
+            self._record.save(self._fit.trainer, [each.watched for each in self._optimizers], self._progress)
 
     def _finish(self) -> None:
         self._save_record()

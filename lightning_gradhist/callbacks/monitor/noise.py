@@ -16,6 +16,7 @@ from lightning_gradhist.callbacks.batch_size import (
     StepSamples,
     data_ranks,
     digest,
+    is_dealt_out,
     is_indexed,
     parts_of_a_step,
     repeats_samples,
@@ -127,8 +128,7 @@ class NoiseMonitor(StepObserver):
     def before_forward(self, batch: Any) -> None:
         """Takes the batch's digest, and looks at the layers, where the halves of the batch are measured."""
         with self._fit.guard.attempt("measure noise"):
-            alone = self._fit.replicas.ranks == 1 and is_indexed(self._fit.trainer)  # with nothing to compare it to
-            told = digest(batch) if self._wanted and not alone else None
+            told = digest(batch) if self._wanted and not is_dealt_out(self._fit.trainer) else None
             self._digests += [] if told is None else [told]
             if self._halves_batch:
                 self._drop_copies()

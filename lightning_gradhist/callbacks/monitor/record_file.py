@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
-
-from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.known_optimizers import class_name
 from lightning_gradhist.callbacks.monitor.checkpoint import Progress
 from lightning_gradhist.callbacks.monitor.fit import Guard
-from lightning_gradhist.callbacks.parameters import model_shapes, optimizer_parameters
+from lightning_gradhist.callbacks.monitor.observer import WatchedOptimizer
+from lightning_gradhist.callbacks.parameters import model_shapes
 from lightning_gradhist.logging.writer import Writer
 from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, is_url, path_in
 
@@ -27,12 +26,14 @@ class RecordFile:
         directory: where it goes, under the first name that is free when it is first written.
         run: that it is of, by which the same run goes on with it after an interruption.
         guard: that tells of what fails.
+        model: names and shapes of the parameters that the run began with, as the next one does: others may come in mid-run,
+            and pruning gives them other names.
     """
 
-    def __init__(self, directory: str, run: str, guard: Guard) -> None:
+    def __init__(self, directory: str, run: str, guard: Guard, model: Mapping[str, list[int] | None]) -> None:
         self.path: str | None = None
         """Of the file, once it was written."""
-        self._directory, self._run, self._guard = directory, run, guard
+        self._directory, self._run, self._guard, self._model = directory, run, guard, model
         self.saved = 0
         """Measurements that it has, or is about to have."""
         self._writer = Writer()
@@ -40,14 +41,18 @@ class RecordFile:
         self._newest: Callable[[], None] | None = None
         self._is_pending = False
 
-    def save(self, trainer: Trainer, optimizers: Sequence[Optimizer], progress: Sequence[Progress]) -> None:
+    def save(self, trainer: Trainer, optimizers: Sequence[WatchedOptimizer], progress: Sequence[Progress]) -> None:
         """Has the record as it is now written, where there is something in it."""
         self.saved = sum(len(one.noise) for one in progress)
         if self.saved:
             with self._guard.attempt(_TASK):
                 copies = [one.snapshot() for one in progress]
-                module, shapes = trainer.lightning_module, model_shapes(trainer)
-                known = [(class_name(one), [*optimizer_parameters(module, one)]) for one in optimizers]
+                now = model_shapes(trainer)
+                shapes = {
+                    name: now.get(name, shape) for name, shape in self._model.items()
+                }  # lazy ones have one by now
+                names = [[name for name in one.parameters if name in shapes] for one in optimizers]
+                known = [(class_name(one.optimizer), of_it) for one, of_it in zip(optimizers, names, strict=True)]
                 self._newest = partial(self._write, shapes, trainer.global_step, [*zip(copies, known, strict=True)])
                 if not self._is_pending:  # else the one that waits takes this up, however slow the disk is
                     self._is_pending = True

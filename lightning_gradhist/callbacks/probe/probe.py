@@ -24,7 +24,7 @@ from lightning_gradhist.callbacks._lightning import (
     is_param_in_hook_signature,
     isolate_rng,
 )
-from lightning_gradhist.callbacks.batch_size import data_ranks, digest, is_indexed
+from lightning_gradhist.callbacks.batch_size import data_ranks, digest, is_dealt_out
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
 from lightning_gradhist.callbacks.known_optimizers import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -226,9 +226,7 @@ class Probe:
         Where parameters are sharded, of the batches of any rank.
         """
         ranks = self._trainer.world_size
-        if ranks == 1 and is_indexed(self._trainer):  # which may hold a sample several times
-            return False
-        told = digest(batch)
+        told = None if is_dealt_out(self._trainer) else digest(batch)
         found: list[Any] = [float("nan" if told is None else told)] * ranks  # of which NaN is another one each time
         if ranks > 1:
             torch.distributed.all_gather_object(found, found[0])

@@ -74,9 +74,8 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
 
 
 def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple[Any, Any]:
-    copier.lend(
-        trainer.fit_loop._data_fetcher, trainer.progress_bar_callback
-    )  # private: has batches that are read ahead
+    # Private: the first has the batches that are read ahead.
+    copier.lend(trainer.fit_loop._data_fetcher, trainer.progress_bar_callback)
     copier.put(trainer.profiler, PassThroughProfiler())
     for logger in trainer.loggers:
         copier.copy(logger)  # first, so that what it writes with is known where a module keeps it

@@ -10,7 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from support import Net, final_state, fit, loader
 from support import trainer as make_trainer
 from torch import nn
@@ -238,6 +244,86 @@ def test_a_rate_that_the_run_has_lowered_is_in_force(tmp_path, resumed: bool) ->
             made.fit(made.lightning_module, loader())
             rate *= 0.3
     assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+class Tried(Net):
+    """Whose rate and batch size may be tried."""
+
+    def __init__(self, batch_size: int = 8) -> None:
+        super().__init__(lambda p: torch.optim.AdamW(p, lr=self.lr))
+        self.lr, self.batch_size = 1e-3, batch_size
+
+    def train_dataloader(self) -> Any:
+        return loader(self.batch_size)
+
+
+class TriesRates(LearningRateFinder):
+    """Where an epoch starts, as Lightning's documentation has it; it restores a checkpoint of its own."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch in (0, 2):
+            self.lr_find(trainer, pl_module)
+
+
+class TriesSizes(BatchSizeFinder):
+    on_fit_start = TriesRates.on_fit_start
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.scale_batch_size(trainer, pl_module)
+
+
+@pytest.mark.parametrize(
+    ("finder", "batch_size"),
+    [
+        pytest.param(lambda: TriesRates(num_training_steps=5), 8, id="rates"),
+        pytest.param(lambda: TriesSizes(max_trials=2, steps_per_trial=2), 4, id="batch sizes"),
+    ],
+)
+@pytest.mark.parametrize("is_first", [True, False], ids=["the finder first", "the calibration first"])
+def test_a_run_in_which_something_is_tried_where_it_starts_is_calibrated(
+    tmp_path, finder: Any, batch_size: int, is_first: bool
+) -> None:
+    calibration = OptimizerCalibration(**OPTIONS)
+    callbacks = [finder(), calibration][:: 1 if is_first else -1]
+    trainer = make_trainer(tmp_path, *callbacks)
+    trainer.fit(Tried())
+    assert calibration.result.effective_batch_size == batch_size
+    group = trainer.optimizers[0].param_groups[0]
+    tried_or_own = calibration.result.changes[0].before
+    assert group["lr"] == pytest.approx(tried_or_own * math.sqrt(batch_size / 2))
+
+
+def test_a_resumed_run_in_which_rates_are_tried_is_told_of_another_batch_size(tmp_path) -> None:
+    made = make_trainer(tmp_path, OptimizerCalibration(**OPTIONS), max_epochs=2)
+    made.fit(Tried())
+    made.save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(
+        tmp_path, OptimizerCalibration(**OPTIONS), TriesRates(num_training_steps=2, update_attr=False), max_epochs=4
+    )
+    with pytest.warns(UserWarning, match="calibrated for 8 samples a step and goes on with 16"):
+        made.fit(Tried(16), ckpt_path=tmp_path / "half.ckpt")
+
+
+def test_one_callback_calibrates_each_new_run_in_which_rates_are_tried(tmp_path) -> None:
+    calibration = OptimizerCalibration(**OPTIONS)
+    for folder, batch_size in (("a", 8), ("b", 32)):
+        finder = LearningRateFinder(num_training_steps=2, update_attr=False)
+        make_trainer(tmp_path / folder, finder, calibration).fit(Tried(batch_size))
+        assert calibration.result.ratio == pytest.approx(math.sqrt(batch_size / 2))
+
+
+def test_a_checkpoint_without_a_calibration_is_not_taken_for_calibrated(tmp_path) -> None:
+    fit(tmp_path, module=Tried).save_checkpoint(tmp_path / "plain.ckpt")
+    made = fit(tmp_path, OptimizerCalibration(**OPTIONS), module=Tried)
+    made.fit_loop.max_epochs = 2
+    with pytest.warns(
+        UserWarning, match="changes nothing: training goes on at step 16 of a run to which no calibration"
+    ):
+        made.fit(made.lightning_module, loader(), ckpt_path=tmp_path / "plain.ckpt")
+    assert made.optimizers[0].param_groups[0]["lr"] == 1e-3
 
 
 def test_a_rate_that_a_plateau_has_lowered_to_what_it_was_is_in_force(tmp_path) -> None:
@@ -494,6 +580,37 @@ def test_a_run_with_frozen_parameters_is_calibrated_from_a_record_of_the_same_mo
     )
     assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(2 * lr)
     assert len(made.optimizers[0].param_groups) == 1 + thawing
+
+
+class Grows(Net):
+    """It has another layer from the second epoch on."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.more = nn.Linear(3, 3)
+            self.optimizers().add_param_group({"params": self.more.parameters()})
+
+
+@pytest.mark.filterwarnings("ignore:OptimizerCalibration. parameter group 1 came after")
+@pytest.mark.parametrize("fits", [1, 2])
+@pytest.mark.parametrize(
+    ("module", "callbacks"),
+    [
+        pytest.param(Net, lambda: [ModelPruning("l1_unstructured", amount=0.2)], id="pruned"),
+        pytest.param(Grows, lambda: [], id="growing"),
+    ],
+)
+def test_a_run_that_changes_its_parameters_can_use_its_record(tmp_path, module: Any, callbacks: Any, fits: int) -> None:
+    monitor = GradientHistogramMonitor(every_n_steps=1)
+    made = fit(tmp_path / "a", monitor, *callbacks(), module=module, max_epochs=3)
+    if fits == 2:
+        made.fit_loop.max_epochs = 4
+        made.fit(made.lightning_module, loader())
+    path = str(tmp_path / "a" / "calibration.json")
+    assert all("." in name and "_orig" not in name for name in RunRecord.load(path).optimizers[0].parameters)
+    calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
+    fit(tmp_path / "b", calibration, *callbacks(), module=module, data=loader(16), max_epochs=2)
+    assert calibration.result.ratio == pytest.approx(math.sqrt(2))
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,17 @@ def test_the_next_run_is_as_long_as_its_trainer_says(
     assert re.search(said, reason)
 
 
+def test_a_recorded_run_that_ended_before_its_plan_is_told_of(tmp_path, path: str) -> None:
+    content = json.loads(Path(path).read_text())
+    content["optimizers"][0]["length"]["made"] = 100
+    (tmp_path / "ended.json").write_text(json.dumps(content))
+    told = (
+        "the recorded one was to make 256 and made 100 (what was planned counts, as by Trainer(max_steps=...)): as at"
+    )
+    assert told in calibrated(tmp_path, str(tmp_path / "ended.json"), max_epochs=4).to_text()
+    assert "and made" not in calibrated(tmp_path, path, max_epochs=4).to_text()
+
+
 def test_a_record_of_an_older_release_takes_equal_samples_and_says_so(tmp_path, path: str) -> None:
     content = json.loads(Path(path).read_text())
     del content["optimizers"][0]["length"]

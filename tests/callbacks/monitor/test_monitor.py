@@ -1119,12 +1119,22 @@ def test_a_record_is_bounded() -> None:
     assert samples[0]["noise_adam"] is None and {sample["signal_adam"] for sample in samples} == {3.0}
 
 
-def test_of_several_monitors_the_first_writes_the_record(tmp_path) -> None:
+def test_of_several_monitors_the_first_that_measures_noise_writes_the_record(tmp_path) -> None:
+    none = GradientHistogramMonitor(every_n_steps=1, noise_scale=False, when="after_clip")
     first, second = GradientHistogramMonitor(every_n_steps=2), GradientHistogramMonitor(every_n_steps=4, name="second")
-    fit(tmp_path, first, second)
+    fit(tmp_path, none, first, second)
     assert len(RunRecord.load(tmp_path / "calibration.json").optimizers[0].samples) == len(
         first.noise_records[0].samples
     )
+
+
+def test_steps_logged_before_noise_was_measured_are_none_that_could_not_be(tmp_path, caplog) -> None:
+    first = fit(tmp_path, GradientHistogramMonitor(every_n_steps=1, noise_scale=False), max_epochs=3)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    with caplog.at_level("INFO"):
+        made = trainer(tmp_path, GradientHistogramMonitor(every_n_steps=4), max_epochs=4)
+        made.fit(Net(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert "lower every_n_steps=4, or train longer" in caplog.text
 
 
 class Remote(DummyLogger):
