@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which asks once
 
+import deepspeed
 import fsdp1_jobs
 import lightning as L
 import torch
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Subset
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrapped, zero_slots
 
+# Compiled for inference, behind a lock that a killed run leaves for ever.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 STAGES = (1, 2, 3)
 
 
