@@ -12,8 +12,8 @@ DEVICE ?= cpu
 help:
 	@echo "make demo    rescue a frozen run, and carry a learning rate to 32 times the batch, on two ranks (under a minute)"
 	@echo "             DATA_DIR=... takes the four idx files of Fashion-MNIST instead of the digits (2 minutes)"
-	@echo "make test    the tests (some 3 minutes on two cores)"
-	@echo "make test-all  the slow ones too: torch's conformance suite, the kernels' sweeps, three ranks, the demo (some 9 minutes)"
+	@echo "make test    the tests (some 5 minutes on two cores)"
+	@echo "make test-all  the slow ones too: torch's conformance suite, sweeps of kernels, probe and monitor, three ranks, the demo (some 8 minutes)"
 	@echo "make nightly the property tests with 12,000 new cases (a minute or two)"
 	@echo "make test-lowest  the tests on the lowest versions that pyproject.toml promises (Python 3.11; 7 GB on Linux,"
 	@echo "             but for UV_TORCH_BACKEND=cpu, which takes torch's small build)"

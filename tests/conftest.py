@@ -42,6 +42,12 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture(autouse=True)
+def same_numbers_in_any_order() -> None:
+    """A test has the same weights and data whichever tests the process ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def leave_no_ranks_behind() -> Iterator[None]:
     """Takes back what a Trainer with DDP leaves in the process: Lightning launches no ranks where it finds LOCAL_RANK."""
     before = dict(os.environ)

@@ -9,7 +9,6 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which asks once
 
-import deepspeed
 import fsdp1_jobs
 import lightning as L
 import torch
@@ -22,8 +21,6 @@ from torch.utils.data import DataLoader, Subset
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrapped, zero_slots
 
-# Compiled for inference, behind a lock that a killed run leaves for ever.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 STAGES = (1, 2, 3)
 
 
@@ -42,6 +39,10 @@ class OnHost(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
+        import deepspeed
+
+        # It would be compiled for inference, behind a lock that a killed run leaves for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 

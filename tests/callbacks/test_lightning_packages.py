@@ -78,6 +78,7 @@ def test_they_are_callbacks_and_errors_of_either(package) -> None:
     assert issubclass(MisconfigurationException, package.utilities.exceptions.MisconfigurationException)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", NAMES)
 def test_one_is_enough(tmp_path, alone: str) -> None:
     code = f"""

@@ -49,6 +49,7 @@ def trained(params: list[Parameter], optimizer: Any, steps: int = 3) -> list[Ten
     return [param.detach() for param in params] + state
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, in its compiler
 @pytest.mark.parametrize(
     ("dtype", "options"),
@@ -242,6 +243,7 @@ def test_a_compiled_step_of_a_large_tensor_is_not_cut_into_chunks(fused: bool | 
     assert counter.op_count < 150  # of two graphs; each of sixteen chunks would have some twenty
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("fused", [True, None])
 @pytest.mark.parametrize("gaps", [False, True], ids=["dense", "gaps"])
@@ -353,6 +355,7 @@ def test_all_ways_to_step_choose_the_same_neighbours(optimizer_class: Any) -> No
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("fused", [None, True], ids=["eager", "compiled"])
 @OPTIMIZERS

@@ -101,6 +101,7 @@ def test_a_run_that_goes_on_keeps_its_warm_up_and_learns_its_new_length(tmp_path
     assert (again.global_step, entry.length.planned, entry.length.warm_up) == (48, 48, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "share", "said"),
     [

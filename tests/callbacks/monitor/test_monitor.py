@@ -443,6 +443,7 @@ def test_gradients_that_somebody_changes_are_not_taken_for_noise_in_pairs_either
     assert monitor.noise_records[0].estimate("simple").measurements == 24
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:GradientHistogramMonitor measured the noise scale at")
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize(("accumulate", "size"), [(1, 8), (1, 32), (2, 8)])
@@ -825,6 +826,7 @@ class Stepped(Frozen):
         return optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "accumulate"), [(32, 1), (8, 1), (8, 2)])
 def test_a_default_device_is_not_that_of_what_it_makes(tmp_path, size: int, accumulate: int) -> None:
     found = []
@@ -852,6 +854,7 @@ def noise_scale_of_regression() -> float:
     return float(each.var(0).sum() / each.mean(0).square().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:GradientHistogramMonitor has no logger")
 @pytest.mark.parametrize(
     ("sizes", "accumulated", "effective"),
@@ -876,6 +879,7 @@ def test_steps_of_any_size_give_the_noise_scale(tmp_path, sizes: Any, accumulate
     assert saved.batch_size == pytest.approx(effective, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:GradientHistogramMonitor (has no logger|measured the noise scale at 0)")
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("size", [pytest.param(8, id="pairs"), pytest.param(32, id="halves")])

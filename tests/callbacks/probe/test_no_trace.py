@@ -1425,6 +1425,7 @@ def bits(tensor: torch.Tensor) -> Any:
     return plain.dtype, plain.shape, bytes(plain.contiguous().untyped_storage())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*ComplexHalf", "ignore:.*jit.(script|trace).* is deprecated", "ignore:.*quantiz", "ignore:.*nested"
 )
@@ -1441,6 +1442,7 @@ def test_what_is_too_large_to_be_copied_and_written_in_a_training_step_ends_the_
     assert_same(*made)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*this process is multi-threaded")
 @pytest.mark.parametrize(("data", "refused"), LOADERS)
 def test_the_run_is_the_same_whatever_the_loader_does(monkeypatch, tmp_path, data, refused) -> None:
@@ -1455,6 +1457,7 @@ def test_the_run_is_the_same_whatever_the_loader_does(monkeypatch, tmp_path, dat
     assert calibration.result.gradients == (0 if refused else 6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*unclosed", "ignore:.*this process is multi-threaded")
 @pytest.mark.parametrize(("make", "use", "outcome", "workers"), PLACES)
 def test_what_has_a_place_keeps_it(tmp_path, make, use, outcome, workers) -> None:

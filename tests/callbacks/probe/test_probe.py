@@ -308,6 +308,7 @@ def _own_generator() -> DataLoader:
     return DataLoader(dataset(64), 8, sampler=sampler, generator=torch.Generator().manual_seed(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "data", "options"),
     [
