@@ -56,16 +56,19 @@ def run_length(trainer: Trainer, optimizer: Optimizer, before: RunLength | None 
 def own_schedule(trainer: Trainer, optimizer: Optimizer) -> str | None:
     """The class of a scheduler whose highest rate may be another than the base rate; None if there is none.
 
-    Of torch's it is known, but for CyclicLR, which has two base rates, and for functions that go up to another number than 1.
+    Of torch's it is known, but for CyclicLR, which has two base rates. Others are tried, and LambdaLR, whose function may go
+    up to another number than 1. Where that cannot be tried, it is trusted to be a share, as functions are meant to be.
     """
     there = schedulers_in(trainer)
     for one in parts(schedulers_of(optimizer, there)):
-        if not _is_of_torch(one) or isinstance(one, lr_scheduler.CyclicLR):
+        is_function = isinstance(one, lr_scheduler.LambdaLR)
+        if _is_of_torch(one) and not is_function and not isinstance(one, lr_scheduler.CyclicLR):
+            continue
+        peak = max(_planned_rates(trainer, optimizer).values(), default=None)
+        base = max((rate or 0.0 for rate in base_rates(optimizer, there)), default=0.0)
+        is_share = is_function if peak is None else math.isclose(peak, base, rel_tol=0.05)
+        if not is_share or isinstance(one, lr_scheduler.CyclicLR):
             return type(one).__name__
-        if isinstance(one, lr_scheduler.LambdaLR):
-            base = max((rate or 0.0 for rate in base_rates(optimizer, there)), default=0.0)
-            if not math.isclose(max(_planned_rates(trainer, optimizer).values(), default=0.0), base, rel_tol=0.05):
-                return type(one).__name__
     return None
 
 
@@ -88,9 +91,9 @@ def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]
 
 
 def _can_be_tried(part: Any) -> bool:
-    """Whether copies of a scheduler can be stepped without a trace: torch's own, without functions that may have a state."""
+    """Whether copies of a scheduler can be stepped without a trace: of torch's kind, without functions that have a state."""
     is_plateau = isinstance(part, lr_scheduler.ReduceLROnPlateau)
-    return _is_of_torch(part) and not is_plateau and is_closed(part)
+    return isinstance(part, lr_scheduler.LRScheduler) and not is_plateau and is_closed(part)
 
 
 def _is_of_torch(scheduler: Any) -> bool:

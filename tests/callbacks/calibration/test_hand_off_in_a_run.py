@@ -474,6 +474,37 @@ def test_a_schedule_of_its_own_takes_the_ratio_alone(tmp_path, lr: float, schedu
     assert "so only the ratio is used: each of them times 2" in calibration.result.reasons[-1]
 
 
+class OfBaseRates(LRScheduler):
+    def get_lr(self) -> Any:
+        return [base / (1 + self.last_epoch) for base in self.base_lrs]
+
+
+class WarmUpOfItsOwn(Net):
+    """Whose schedule reads the module, and so cannot be tried."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__(lambda parameters: torch.optim.AdamW(parameters, lr), lambda o: LambdaLR(o, self.share))
+        self.warm_up = 4
+
+    def share(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warm_up)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(lambda lr: Net(lambda p: torch.optim.AdamW(p, lr), OfBaseRates), id="a class of the user's"),
+        pytest.param(WarmUpOfItsOwn, id="a function that reads the module"),
+    ],
+)
+def test_the_recorded_rate_is_used_where_a_schedule_has_shares_of_it(tmp_path, module: Any) -> None:
+    path = _recorded(tmp_path / "a", lambda: module(1e-2))
+    assert RunRecord.load(path).optimizers[0].learning_rates == [1e-2]
+    calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
+    fit(tmp_path / "b", calibration, module=lambda: module(3e-2), data=loader(32, samples=512))
+    assert calibration.result.learning_rate == pytest.approx(2e-2)
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.parametrize(
     ("samples", "told"),
