@@ -507,7 +507,7 @@ def test_a_hook_of_a_parameter_that_the_probe_does_not_call_is_named(tmp_path) -
 def test_what_a_module_clips_itself_is_not_clipped_twice(tmp_path) -> None:
     kind = type("Own", (Net,), {"configure_gradient_clipping": lambda self, *args, **options: None})
     found = [
-        calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=kind(), gradient_clip_val=limit)[0]
+        calibrated(tmp_path, OptimizerCalibration(learning_rate="keep"), module=kind, gradient_clip_val=limit)[0]
         for limit in (None, 1e-3)
     ]
     assert found[0].epsilon_range == found[1].epsilon_range
