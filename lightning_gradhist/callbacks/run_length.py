@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from lightning_gradhist.callbacks._lightning import MisconfigurationException, Trainer
@@ -60,16 +61,18 @@ def own_schedule(trainer: Trainer, optimizer: Optimizer) -> str | None:
     up to another number than 1. Where that cannot be tried, it is trusted to be a share, as functions are meant to be.
     """
     there = schedulers_in(trainer)
-    for one in parts(schedulers_of(optimizer, there)):
-        is_function = isinstance(one, lr_scheduler.LambdaLR)
-        if _is_of_torch(one) and not is_function and not isinstance(one, lr_scheduler.CyclicLR):
-            continue
-        peak = max(_planned_rates(trainer, optimizer).values(), default=None)
-        base = max((rate or 0.0 for rate in base_rates(optimizer, there)), default=0.0)
-        is_share = is_function if peak is None else math.isclose(peak, base, rel_tol=0.05)
-        if not is_share or isinstance(one, lr_scheduler.CyclicLR):
-            return type(one).__name__
-    return None
+    own = [one for one in parts(schedulers_of(optimizer, there)) if not _has_shares(one)]
+    if not own or any(isinstance(one, lr_scheduler.CyclicLR) for one in own):
+        return type(own[0]).__name__ if own else None
+    are_functions = all(isinstance(one, lr_scheduler.LambdaLR) for one in own)
+    rates = _planned_rates(trainer, optimizer) if trainer.global_step == 0 else {}  # a copy would go on from there
+    if not rates:
+        return None if are_functions else type(own[0]).__name__
+    highest = max(rates, key=lambda at: rates[at])  # the first of them
+    base = max((rate or 0.0 for rate in base_rates(optimizer, there)), default=0.0)
+    is_share = math.isclose(rates[highest], base, rel_tol=0.05)
+    is_cut_short = are_functions and 0 < highest == max(rates)  # a warm-up that is longer than the run
+    return None if is_share or is_cut_short else type(own[0]).__name__
 
 
 def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]:
@@ -78,9 +81,11 @@ def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]
     if not mine:
         return {0.0: 1.0}
     ((scheduler, times), *others) = mine
-    if others or not 1 <= times < math.inf or not all(map(_can_be_tried, parts([scheduler]))):
+    if others or not 1 <= times < math.inf:
         return {}
     try:
+        if not all(map(_can_be_tried, parts([scheduler]))):
+            return {}
         with unnoticed():
             tried = twin(scheduler)
             rates = {0.0: max(float(group["lr"]) for group in tried.optimizer.param_groups)}
@@ -93,11 +98,14 @@ def _planned_rates(trainer: Trainer, optimizer: Optimizer) -> dict[float, float]
 def _can_be_tried(part: Any) -> bool:
     """Whether copies of a scheduler can be stepped without a trace: of torch's kind, without functions that have a state."""
     is_plateau = isinstance(part, lr_scheduler.ReduceLROnPlateau)
-    return isinstance(part, lr_scheduler.LRScheduler) and not is_plateau and is_closed(part)
+    holds_modules = any(isinstance(value, nn.Module) for value in vars(part).values())  # which would be copied
+    return isinstance(part, lr_scheduler.LRScheduler) and not is_plateau and not holds_modules and is_closed(part)
 
 
-def _is_of_torch(scheduler: Any) -> bool:
-    return type(scheduler).__module__ == lr_scheduler.__name__
+def _has_shares(scheduler: Any) -> bool:
+    """Whether it is known to make its rates as shares of the base rates."""
+    is_of_torch = type(scheduler).__module__ == lr_scheduler.__name__
+    return is_of_torch and not isinstance(scheduler, (lr_scheduler.LambdaLR, lr_scheduler.CyclicLR))
 
 
 def later_accumulation(trainer: Trainer) -> dict[int, int]:

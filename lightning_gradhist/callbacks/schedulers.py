@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Set
 from contextlib import contextmanager, redirect_stdout, suppress
+from enum import Enum
 from functools import partial
 from io import StringIO
 from itertools import islice
@@ -24,10 +25,12 @@ from torch.optim import Optimizer, lr_scheduler
 from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import Trainer, is_a, isolate_rng
 from lightning_gradhist.callbacks.known_optimizers import innermost
+from lightning_gradhist.callbacks.probe.silence import PACKAGES, without_log_records
 from lightning_gradhist.explore import is_number
 
 _ONE_BY_ONE = 2048
 _ATOMS = (int, float, str, type(None))
+_UNCHANGEABLE = (BuiltinFunctionType, ModuleType, type, tuple, frozenset, Enum)
 _REACHED = 1000  # things that a function holds, beyond which no more are looked at
 
 
@@ -56,9 +59,13 @@ def is_closed(scheduler: Any) -> bool:
     """
     held = [value for value in vars(scheduler).values() if not isinstance(value, nn.Module)]
     own = [kind for kind in type(scheduler).__mro__ if not kind.__module__.startswith("torch.")]
-    members = [inspect.unwrap(one) for kind in own for one in vars(kind).values() if callable(one)]
-    methods = [one for one in members if isinstance(one, FunctionType)]
-    return all(map(is_pure, held)) and all(is_pure(method, is_method=True) for method in methods)
+    return all(map(is_pure, held)) and all(is_pure(one, is_method=True) for kind in own for one in methods(kind))
+
+
+def methods(kind: type) -> list[FunctionType]:
+    """The functions of a class itself, but for the one that makes its objects."""
+    members = [inspect.unwrap(one) for name, one in vars(kind).items() if callable(one) and name != "__init__"]
+    return [one for one in members if isinstance(one, FunctionType)]
 
 
 def is_pure(function: Any, is_method: bool = False) -> bool:
@@ -70,7 +77,7 @@ def is_pure(function: Any, is_method: bool = False) -> bool:
     functions = [one for one in found if isinstance(one, FunctionType)]
     named = {name for one in functions for code in codes(one.__code__) for name in code.co_names}
     others = [one for one in found if not isinstance(one, FunctionType)]
-    is_bound = is_method and all(isinstance(one, (BuiltinFunctionType, ModuleType, type)) for one in others)
+    is_bound = is_method and all(isinstance(one, _UNCHANGEABLE) for one in others)
     return not any(_writes(one, is_bound) for one in functions) and all(_is_only_read(one, named) for one in others)
 
 
@@ -78,7 +85,9 @@ def _is_only_read(value: Any, named: Set[str]) -> bool:
     """Whether functions that name these attributes have no way of changing a value."""
     if isinstance(value, BuiltinFunctionType):
         return isinstance(value.__self__, (ModuleType, type(None)))  # else a method
-    if isinstance(value, (*_ATOMS, ModuleType, type, partial)):
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] not in PACKAGES
+    if isinstance(value, (*_ATOMS, type, partial)):
         return True
     has_a_state = callable(value) or isinstance(value, Iterator)
     return not has_a_state and not any(callable(getattr(type(value), name, None)) for name in named)
@@ -162,8 +171,8 @@ def parts(schedulers: Iterable[Any]) -> list[Any]:
 
 @contextmanager
 def unnoticed() -> Generator[None, None, None]:
-    """Within it a copy of a scheduler is tried: without warnings, prints, and numbers drawn from the global generators."""
-    with warnings.catch_warnings(), isolate_rng(), redirect_stdout(StringIO()):
+    """Within it a copy of a scheduler is tried: without warnings, prints, logs, and numbers drawn from global generators."""
+    with warnings.catch_warnings(), isolate_rng(), redirect_stdout(StringIO()), without_log_records():
         warnings.simplefilter("ignore")  # of steps of the scheduler without steps of the optimizer
         yield
 

@@ -100,8 +100,8 @@ class OptimizerCalibration(Callback):
 
     *Learning rate.* What is trusted is the optimizer's own rate at ``reference_batch_size`` samples a step, or that of a
     recorded run of the same class of optimizer; another class takes the record's ratio alone, for its own rate, and so does
-    a run whose scheduler makes rates of its own: one that is not torch's, ``CyclicLR``, and a ``LambdaLR`` that does not go up
-    to 1. It is multiplied by the ratio that a law gives for the two batch sizes.
+    a run whose scheduler makes rates of its own: ``CyclicLR``, and one of one's own or a ``LambdaLR`` that goes up to another
+    rate than the optimizer's. It is multiplied by the ratio that a law gives for the two batch sizes.
 
     - ``"surge"``, :class:`lightning_gradhist.SurgeLaw`, needs the noise scale ``B_adam``: the one over the recorded run, or
       the probe's, which at the start of a run is far too small, so that the ratio then stays between 1 and the square

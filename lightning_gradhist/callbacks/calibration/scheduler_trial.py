@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from types import FunctionType
@@ -14,6 +13,7 @@ from lightning_gradhist.callbacks.calibration.rates import factor_of_each, rates
 from lightning_gradhist.callbacks.schedulers import (
     codes,
     is_closed,
+    methods,
     parts,
     reached,
     schedulers_of,
@@ -66,8 +66,7 @@ def stray_schedule(
 
 def _uses(kind: type, name: str) -> bool:
     """Whether a class's code names an attribute, but where it is made."""
-    members = [(key, inspect.unwrap(one)) for cls in kind.__mro__ for key, one in vars(cls).items() if callable(one)]
-    functions = [one for key, one in members if isinstance(one, FunctionType) and key != "__init__"]
+    functions = [one for cls in kind.__mro__ for one in methods(cls)]
     return any(name in code.co_names for one in functions for code in codes(one.__code__))
 
 

@@ -495,6 +495,12 @@ class WarmUpOfItsOwn(Net):
     [
         pytest.param(lambda lr: Net(lambda p: torch.optim.AdamW(p, lr), OfBaseRates), id="a class of the user's"),
         pytest.param(WarmUpOfItsOwn, id="a function that reads the module"),
+        pytest.param(
+            lambda lr: Net(
+                lambda p: torch.optim.AdamW(p, lr), lambda o: LambdaLR(o, lambda s: min(1.0, (s + 1) / 1000))
+            ),
+            id="a warm-up that is longer than the run",
+        ),
     ],
 )
 def test_the_recorded_rate_is_used_where_a_schedule_has_shares_of_it(tmp_path, module: Any) -> None:
@@ -530,6 +536,39 @@ def test_another_module_is_told_the_rate_of_a_record_and_no_factor(tmp_path) -> 
     made.fit_loop.max_epochs = 2
     with pytest.warns(UserWarning, match="is 0.005, and 0.01 where it is calibrated"):
         made.fit(of_rate(5e-3), loader())
+
+
+def test_a_monitor_that_comes_when_a_run_is_resumed_records_the_rate(tmp_path) -> None:
+    """Where the schedule has fallen already."""
+    module = lambda: Net(scheduler=lambda o: LambdaLR(o, lambda s: max(0.0, 1 - s / 40)))  # noqa: E731
+    fit(tmp_path / "a", module=module).save_checkpoint(tmp_path / "half.ckpt")
+    made = make_trainer(tmp_path / "b", GradientHistogramMonitor(every_n_steps=1), max_epochs=2)
+    made.fit(module(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    rate = made.optimizers[0].param_groups[0]["initial_lr"]
+    assert RunRecord.load(tmp_path / "b" / "calibration.json").optimizers[0].learning_rates == [rate]
+
+
+class Outside(Net):
+    """Its optimizer has a parameter that is none of the module's."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([*self.parameters(), *self.others], 1e-2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + self.others[0].sum().square()
+
+    @property
+    def others(self) -> Any:
+        return self.__dict__.setdefault("apart", [nn.Parameter(torch.ones(3))])
+
+
+def test_parameters_outside_the_module_are_in_the_record(tmp_path) -> None:
+    path = _recorded(tmp_path / "a", Outside)
+    assert RunRecord.load(path).optimizers[0].parameters[-1] == "parameter_6"
+    calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
+    fit(tmp_path / "b", calibration, module=Outside, data=loader(32, samples=512))
+    assert calibration.result.learning_rate == pytest.approx(2e-2)
+    assert "of the recorded rate" in " ".join(calibration.result.reasons)
 
 
 class HalfOwnRate(OwnRate):
@@ -642,6 +681,7 @@ def test_a_run_that_changes_its_parameters_can_use_its_record(tmp_path, module: 
     calibration = OptimizerCalibration(reference=path, learning_rate="sqrt", epsilon="keep")
     fit(tmp_path / "b", calibration, *callbacks(), module=module, data=loader(16), max_epochs=2)
     assert calibration.result.ratio == pytest.approx(math.sqrt(2))
+    assert "of the recorded rate" in " ".join(calibration.result.reasons)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import logging
 import time
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -504,7 +506,10 @@ def test_a_scheduler_whose_copies_are_others_is_named() -> None:
     assert stray_schedule(optimizer, [(Copied(optimizer), 10)], (2.0, 2.0)).startswith("Copied (")
 
 
-CALLS: list[int] = []
+CALLS: list[Any] = []
+RUNS = ModuleType("wandb")
+RUNS.log = CALLS.append  # type: ignore[attr-defined]
+LOG = logging.getLogger(__name__)
 COUNTS = {"steps": 0}
 COUNT = 0
 
@@ -537,6 +542,12 @@ class CountsIn(Quiet):
         super().step(epoch)
 
 
+class WritesRuns(Quiet):
+    def step(self, epoch: Any = None) -> None:
+        RUNS.log({"step": self.last_epoch})
+        super().step(epoch)
+
+
 class CountsUp(Quiet):
     def step(self, epoch: Any = None) -> None:
         global COUNT
@@ -552,6 +563,7 @@ class CountsUp(Quiet):
         pytest.param(Appends, id="a list of the file"),
         pytest.param(CountsIn, id="a dictionary of the file"),
         pytest.param(CountsUp, id="a number of the file"),
+        pytest.param(WritesRuns, id="a package that writes runs"),
     ],
 )
 def test_a_scheduler_that_may_leave_a_trace_is_not_tried(build: Any) -> None:
@@ -579,7 +591,23 @@ class HoldsModule(Quiet):
         super().__init__(optimizer)
 
 
-@pytest.mark.parametrize("build", [CallsBack, SetsGroups, HoldsModule])
+DROPS = (2, 4)
+
+
+class Milestones(schedules.LRScheduler):
+    """Its arguments and the file's have tuples, and it tells that it was made."""
+
+    def __init__(self, optimizer: Any, drops: Any = DROPS) -> None:
+        LOG.info("made")
+        self.drops, self.dropped = drops, 0
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        self.dropped = sum(self.last_epoch >= drop for drop in self.drops or DROPS)
+        return [base * 0.1**self.dropped for base in self.base_lrs]
+
+
+@pytest.mark.parametrize("build", [CallsBack, SetsGroups, HoldsModule, Milestones])
 def test_a_scheduler_that_changes_its_own_things_alone_is_tried(build: Any) -> None:
     optimizer = make()
     assert stray_schedule(optimizer, [(build(optimizer), 8)], (2.0, 2.0)) is None
@@ -598,16 +626,18 @@ def test_schedulers_are_tried_without_a_trace() -> None:
     assert repr((optimizer.param_groups, vars(one) | {"optimizer": 0}, vars(other) | {"optimizer": 0})) == before
 
 
-def test_a_scheduler_that_prints_is_tried_in_silence(capsys) -> None:
+def test_a_scheduler_that_prints_and_logs_is_tried_in_silence(capsys, caplog) -> None:
     class Prints(schedules.LRScheduler):
         def get_lr(self) -> Any:
             print("now at", self.last_epoch)
+            logging.warning("now at %d", self.last_epoch)
             return self.base_lrs
 
     optimizer = make()
     scheduler = Prints(optimizer)
-    capsys.readouterr()
-    assert stray_schedule(optimizer, [(scheduler, 8)], (2.0, 2.0)) is None and not capsys.readouterr().out
+    capsys.readouterr(), caplog.clear()
+    assert stray_schedule(optimizer, [(scheduler, 8)], (2.0, 2.0)) is None
+    assert not capsys.readouterr().out and not caplog.records
 
 
 def test_a_million_steps_are_tried_in_a_moment() -> None:
