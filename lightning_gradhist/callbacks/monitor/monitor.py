@@ -30,7 +30,7 @@ from lightning_gradhist.callbacks.monitor.magnitudes import MagnitudeMonitor, Wh
 from lightning_gradhist.callbacks.monitor.noise import NoiseMonitor
 from lightning_gradhist.callbacks.monitor.observer import StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.monitor.optimizer_monitor import OptimizerMonitor, has_step_hooks
-from lightning_gradhist.callbacks.monitor.record_file import RecordFile, record_directory
+from lightning_gradhist.callbacks.monitor.record_file import TASK, RecordFile, record_directory
 from lightning_gradhist.callbacks.monitor.rows import Rows, distinct_rows
 from lightning_gradhist.callbacks.monitor.updates import UpdateMonitor
 from lightning_gradhist.callbacks.parameters import model_shapes
@@ -233,7 +233,9 @@ class GradientHistogramMonitor(Callback):
             self._run = uuid.uuid4().hex
         self._records_in = self._directory_of_record(fit)
         if not (goes_on and is_same_model):
-            self._model = model_shapes(trainer)
+            self._model = {}
+            with fit.guard.attempt(TASK):
+                self._model = model_shapes(trainer)
         if self._records_in is not None and trainer.is_global_zero:
             self._record = RecordFile(self._records_in, self._run, fit.guard, self._model)
         self._watch(fit, self.state_dict()["optimizers"] if goes_on else [])
@@ -248,7 +250,10 @@ class GradientHistogramMonitor(Callback):
         measured, self._measures_noise = self._measures_noise, self._may_measure_noise(trainer)
         known = [each.watched.optimizer for each in self._optimizers]
         if self._restored or measured != self._measures_noise or known != trainer.optimizers:
+            before = [one.logged_before for one in self._progress]
             self._watch(self._fit, self.state_dict()["optimizers"])
+            for one, logged in zip(self._progress, before, strict=False):
+                one.logged_before = logged  # the fit is the same
         for observer in self._observers:
             observer.before_forward(batch)
 
@@ -330,7 +335,10 @@ class GradientHistogramMonitor(Callback):
         for index, (optimizer, progress) in enumerate(zip(optimizers, self._progress, strict=True)):
             with fit.guard.attempt("tell the length of the run"):
                 progress.length = run_length(fit.trainer, optimizer, progress.length)
-                progress.tells_rates = own_schedule(fit.trainer, optimizer) is None
+                is_decided = len(progress.noise) > 0  # by the steps that were measured
+                progress.tells_rates = (
+                    bool(progress.learning_rates) if is_decided else own_schedule(fit.trainer, optimizer) is None
+                )
             suffix = f"_{index}" if len(optimizers) > 1 else ""
             watched = WatchedOptimizer(fit, optimizer, suffix, partial(self._rows_of, fit.module, index))
             observers = self._observers_of(watched, progress)

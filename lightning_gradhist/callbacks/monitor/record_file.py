@@ -16,7 +16,7 @@ from lightning_gradhist.callbacks.parameters import model_shapes
 from lightning_gradhist.logging.writer import Writer
 from lightning_gradhist.noise.run_record import FILE_NAME, RunRecord, is_url, path_in
 
-_TASK = f"write {FILE_NAME}"
+TASK = f"write {FILE_NAME}"
 
 
 class RecordFile:
@@ -45,13 +45,12 @@ class RecordFile:
         """Has the record as it is now written, where there is something in it."""
         self.saved = sum(len(one.noise) for one in progress)
         if self.saved:
-            with self._guard.attempt(_TASK):
+            with self._guard.attempt(TASK):
                 copies = [one.snapshot() for one in progress]
                 now = model_shapes(trainer)
-                shapes = {
-                    name: now.get(name, shape) for name, shape in self._model.items()
-                }  # lazy ones have one by now
-                names = [[name for name in one.parameters if name in shapes] for one in optimizers]
+                # Lazy ones have a shape by now. Those outside the module are in neither.
+                shapes = {name: now.get(name, shape) for name, shape in self._model.items()}
+                names = [[name for name in one.parameters if name in shapes or name not in now] for one in optimizers]
                 known = [(class_name(one.optimizer), of_it) for one, of_it in zip(optimizers, names, strict=True)]
                 self._newest = partial(self._write, shapes, trainer.global_step, [*zip(copies, known, strict=True)])
                 if not self._is_pending:  # else the one that waits takes this up, however slow the disk is
@@ -92,7 +91,7 @@ class RecordFile:
 
     def _tell(self) -> None:
         while self._errors:
-            self._guard.warn(_TASK, self._errors.pop(0))
+            self._guard.warn(TASK, self._errors.pop(0))
 
 
 def record_directory(trainer: Trainer) -> str:

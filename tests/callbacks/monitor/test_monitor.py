@@ -1371,6 +1371,7 @@ def test_rates_tried_where_epochs_start_are_no_unseen_steps(tmp_path, is_first: 
     callbacks = [monitor, FineTunes(num_training_steps=3)]
     made = fit(tmp_path, *(callbacks if is_first else callbacks[::-1]), module=module, max_epochs=2)
     assert made.global_step == monitor._progress[0].logged >= 29  # Lightning 2.5.0 takes some of these for its own
+    assert monitor._progress[0].logged_before == 0
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
