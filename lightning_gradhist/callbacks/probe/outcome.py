@@ -41,7 +41,8 @@ WHY_LEFT_OUT = {
         " workers in its __iter__, by torch.distributed.get_rank() and torch.utils.data.get_worker_info())"
     ),
     Outcome.NOT_FINITE: "gave a gradient that is not finite (Trainer(detect_anomaly=True) finds out where)",
-    Outcome.NO_LOSS: "gave no loss that depends on a parameter of the optimizer, as where training_step returns None",
+    Outcome.NO_LOSS: "gave no loss that depends on a parameter of the optimizer, as where training_step returns None, or"
+    " on_train_batch_start returns -1",
     Outcome.OUT_OF_MEMORY: "ran out of memory (a smaller batch, or a model without the probe's copies, may fit)",
 }
 

@@ -10,7 +10,7 @@ import sysconfig
 import threading
 import types
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,18 @@ def is_own_code(package: str, file: str | None) -> bool:
     if file is None:
         return True
     path = Path(file).resolve()
-    return not (str(path).startswith(_INSTALLED) or _OF_PACKAGES.intersection(path.parts) or _is_pips(package, path))
+    return not (str(path).startswith(_INSTALLED) or _OF_PACKAGES.intersection(path.parts) or _is_pips(path))
 
 
-def _is_pips(package: str, path: Path) -> bool:
-    """Whether pip has put it there, into a folder of one's own choice, next to one's own code perhaps."""
-    records = path.parents[path.stem == "__init__"].glob("*.dist-info/RECORD")
-    lines = [line for record in records for line in record.read_text("utf-8", "replace").splitlines()]
-    return any(line.startswith((f"{package}/", f"{package}.py,")) for line in lines)
+def _is_pips(path: Path) -> bool:
+    """Whether pip has put a file there, into a folder of one's own choice, next to one's own code perhaps."""
+    with suppress(OSError):
+        for folder in path.parents:
+            records = (record.read_text("utf-8", "replace") for record in folder.glob("*.dist-info/RECORD"))
+            line = f"\n{path.relative_to(folder).as_posix()},"
+            if any(line in "\n" + record for record in records):
+                return True
+    return False
 
 
 @contextmanager
@@ -109,7 +113,7 @@ def without_log_records() -> Generator[None, None, None]:
     handle, own = logging.Logger.handle, threading.get_ident()
 
     def handled(logger: logging.Logger, record: logging.LogRecord) -> None:
-        comes_again = record.levelno < logging.WARNING or is_own_code("", record.pathname)
+        comes_again = record.levelno < logging.WARNING or is_own_code("", record.pathname or None)
         if threading.get_ident() != own or not comes_again:
             handle(logger, record)
 

@@ -68,7 +68,12 @@ def signals_held_back(received_sigterm: bool) -> Generator[Any, None, None]:
             return
         waiting.remove(number)
         held.append(number)
-        connector.received_sigterm |= number == signal.SIGTERM
+        package = (getattr(handlers[number], "__module__", None) or "").partition(".")[0]
+        is_told = number == signal.SIGTERM and package in (
+            "lightning",
+            "pytorch_lightning",
+        )  # else the user's code decides
+        connector.received_sigterm |= is_told
 
     try:
         for number in handlers:

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhist import OptimizerCalibration
-from lightning_gradhist.callbacks.probe import copies, places, stand_ins
+from lightning_gradhist.callbacks.probe import copies, places, silence, stand_ins
 
 GLOBAL_GENERATOR = np.random.default_rng(0)
 GLOBAL_COUNT = 0
@@ -1495,10 +1495,11 @@ def test_the_users_code_is_what_is_not_installed(space, users) -> None:
 def test_what_pip_put_into_a_folder_of_its_own_is_installed(tmp_path) -> None:
     """As ``pip install --target`` does, also where the user's code lies beside it."""
     (tmp_path / "theirs-1.0.dist-info").mkdir()
-    (tmp_path / "theirs-1.0.dist-info" / "RECORD").write_text("theirs/__init__.py,,\nalone.py,,\n")
+    (tmp_path / "theirs-1.0.dist-info" / "RECORD").write_text("theirs/__init__.py,,\ntheirs/part.py,,\nalone.py,,\n")
     files = {"theirs": "theirs/__init__.py", "alone": "alone.py", "mine": "mine.py", "ours": "ours/__init__.py"}
     spaces = {name: {"__name__": name, "__file__": str(tmp_path / file)} for name, file in files.items()}
     assert [name for name, space in spaces.items() if places._is_users(space)] == ["mine", "ours"]
+    assert [silence.is_own_code("", str(tmp_path / file)) for file in ("theirs/part.py", "mine.py")] == [False, True]
 
 
 def test_nothing_that_reads_ahead_is_left(tmp_path) -> None:

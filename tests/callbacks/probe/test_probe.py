@@ -850,6 +850,25 @@ def test_a_signal_is_heard_when_the_probe_has_ended(tmp_path, number: int, steps
     assert number in HEARD and module.calls == steps
 
 
+def test_a_handler_of_sigterm_that_the_user_set_in_the_run_decides_whether_it_ends(tmp_path) -> None:
+    class Own(Net):
+        def on_train_start(self) -> None:
+            signal.signal(signal.SIGTERM, _hear)  # in place of Lightning's
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1 and isinstance(self.trainer.loggers[0], SilentLogger):
+                signal.raise_signal(signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    HEARD.clear()
+    module, before = Own(), signal.getsignal(signal.SIGTERM)
+    try:
+        fit(tmp_path, silent(probe_batches=4), module=module, max_steps=3)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert HEARD == [signal.SIGTERM] and module.calls == 3
+
+
 class TooSlow(Exception):  # noqa: N818
     """Raised by an alarm."""
 
