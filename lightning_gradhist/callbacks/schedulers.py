@@ -19,6 +19,7 @@ from itertools import islice
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeGuard
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
@@ -29,7 +30,7 @@ from lightning_gradhist.callbacks.probe.silence import PACKAGES, without_log_rec
 from lightning_gradhist.explore import is_number
 
 _ONE_BY_ONE = 2048
-_ATOMS = (int, float, str, type(None))
+_ATOMS = (int, float, str, type(None), np.ufunc)
 _UNCHANGEABLE = (BuiltinFunctionType, ModuleType, type, tuple, frozenset, Enum)
 _REACHED = 1000  # things that a function holds, beyond which no more are looked at
 

@@ -511,6 +511,18 @@ def test_the_recorded_rate_is_used_where_a_schedule_has_shares_of_it(tmp_path, m
     assert calibration.result.learning_rate == pytest.approx(2e-2)
 
 
+class Stops(L.Callback):
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_a_late_peak_of_a_long_run_is_a_share_of_the_rate(tmp_path) -> None:
+    """Not each of the 4,000 steps is looked at."""
+    module = lambda: Net(scheduler=lambda o: LambdaLR(o, lambda s: s / 2470 if s <= 2470 else 0.1))  # noqa: E731
+    fit(tmp_path, GradientHistogramMonitor(every_n_steps=2), Stops(), module=module, max_epochs=250)
+    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].learning_rates == [1e-2]
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.parametrize(
     ("samples", "told"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy import cos
 from torch.optim import lr_scheduler as schedules
 
 from lightning_gradhist import AdamE
@@ -607,7 +608,12 @@ class Milestones(schedules.LRScheduler):
         return [base * 0.1**self.dropped for base in self.base_lrs]
 
 
-@pytest.mark.parametrize("build", [CallsBack, SetsGroups, HoldsModule, Milestones])
+class Cosine(schedules.LRScheduler):
+    def get_lr(self) -> Any:
+        return [base * (1 + cos(0.1 * self.last_epoch)) for base in self.base_lrs]
+
+
+@pytest.mark.parametrize("build", [CallsBack, SetsGroups, HoldsModule, Milestones, Cosine])
 def test_a_scheduler_that_changes_its_own_things_alone_is_tried(build: Any) -> None:
     optimizer = make()
     assert stray_schedule(optimizer, [(build(optimizer), 8)], (2.0, 2.0)) is None
