@@ -128,7 +128,7 @@ class Evidence:
             return None
         rates, own, known = self.recorded.learning_rates, self.own_rates, [*self.recorded.parameters]
         begins = known[: len(self.parameters)] == [*self.parameters]
-        if begins:
+        if begins and len(known) > len(self.parameters):
             rates = rates[: len(own)]  # without groups that came later, as by BackboneFinetuning
         alike = len(rates) == len(own) and not any(r == 0 < before for r, before in zip(rates, own, strict=True))
         in_order = begins or ({*self.parameters} <= {*known} and len({*rates}) == len({*own}) == 1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
+from lightning_gradhist.callbacks._deepspeed import grouped_parameters
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.known_optimizers import class_name
 from lightning_gradhist.callbacks.monitor.checkpoint import Progress
@@ -46,13 +48,15 @@ class RecordFile:
         self.saved = sum(len(one.noise) for one in progress)
         if self.saved:
             with self._guard.attempt(TASK):
-                copies = [one.snapshot() for one in progress]
                 now = model_shapes(trainer)
                 # Lazy ones have a shape by now. Those outside the module are in neither.
                 shapes = {name: now.get(name, shape) for name, shape in self._model.items()}
-                names = [[name for name in one.parameters if name in shapes or name not in now] for one in optimizers]
-                known = [(class_name(one.optimizer), of_it) for one, of_it in zip(optimizers, names, strict=True)]
-                self._newest = partial(self._write, shapes, trainer.global_step, [*zip(copies, known, strict=True)])
+                entries = []
+                for one, copied in zip(optimizers, [each.snapshot() for each in progress], strict=True):
+                    names = [name for name in one.parameters if name in shapes or name not in now]
+                    copied.learning_rates = _rates_of(one, names, copied.learning_rates)
+                    entries.append((copied, (class_name(one.optimizer), names)))
+                self._newest = partial(self._write, shapes, trainer.global_step, entries)
                 if not self._is_pending:  # else the one that waits takes this up, however slow the disk is
                     self._is_pending = True
                     self._writer.submit(self._write_newest)
@@ -92,6 +96,15 @@ class RecordFile:
     def _tell(self) -> None:
         while self._errors:
             self._guard.warn(TASK, self._errors.pop(0))
+
+
+def _rates_of(watched: WatchedOptimizer, names: Sequence[str], rates: list[float]) -> list[float]:
+    """Those of groups that have one of these parameters: others came later, as with layers that did not exist."""
+    if len(names) == len(watched.parameters):
+        return rates
+    own = {id(watched.parameters[name]) for name in names}
+    groups = grouped_parameters(watched.optimizer)
+    return [*compress(rates, [not own.isdisjoint(map(id, group)) for group in groups])]
 
 
 def record_directory(trainer: Trainer) -> str:
