@@ -10,7 +10,7 @@ import dis
 import inspect
 import math
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, redirect_stdout, suppress
 from enum import Enum
 from functools import partial
@@ -30,6 +30,8 @@ from lightning_gradhist.callbacks.probe.silence import PACKAGES, without_log_rec
 from lightning_gradhist.explore import is_number
 
 _ONE_BY_ONE = 2048
+_FARTHEST, _FARTHEST_IN_STEPS, _OF_ENDLESS = 10**8, 10**6, 10**5  # steps; a million take some seconds
+_IN_STEPS = (lr_scheduler.MultiplicativeLR, lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler)
 _ATOMS = (int, float, str, type(None), np.ufunc)
 _UNCHANGEABLE = (BuiltinFunctionType, ModuleType, type, tuple, frozenset, Enum)
 _REACHED = 1000  # things that a function holds, beyond which no more are looked at
@@ -51,6 +53,27 @@ def base_rates(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float | 
 def is_rate(value: Any) -> TypeGuard[float | Tensor]:
     """Whether a value is a number, or a tensor of one."""
     return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+
+
+def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping[int, float]) -> int | None:
+    """The first group whose rate is neither the one that was written nor that of a scheduler; None if there is none.
+
+    Rates on another device are not looked at, since that would wait for it, nor are schedulers that do not tell theirs.
+    """
+    told: list[Any] = []
+    for scheduler in schedulers_of(optimizer, schedulers):
+        own = [getattr(part, "_last_lr", None) for part in parts([scheduler])]
+        if not any(own):
+            return None
+        told += filter(None, own)
+    for index, rate in written.items():
+        now = optimizer.param_groups[index]["lr"]
+        if isinstance(now, Tensor) and now.device.type != "cpu":
+            continue
+        known = [rate, *(float(rates[index]) for rates in told if index < len(rates))]
+        if not any(math.isclose(float(now), one, rel_tol=1e-6) for one in known):
+            return index
+    return None
 
 
 def is_closed(scheduler: Any) -> bool:
@@ -193,20 +216,34 @@ def twin(scheduler: Any) -> Any:
 
 
 def walk(scheduler: Any, horizon: float) -> Iterator[tuple[int, list[float]]]:
-    """Numbers of steps and the rates of the groups after them: of each of the first, then of ever more, where it can jump."""
-    for step in range(int(min(horizon, _ONE_BY_ONE))):
+    """Numbers of steps and the rates of the groups after them: of each of the first, then of ever more.
+
+    To those a scheduler of torch's jumps, where it can. Others make each step: they may make a rate of the one before it.
+    """
+    ways = [getattr(type(scheduler), name, None) for name in ("get_lr", "step")]
+    are_torchs = all(getattr(way, "__module__", None) == lr_scheduler.__name__ for way in ways)
+    jumps = are_torchs and not isinstance(scheduler, _IN_STEPS)
+    farthest = _FARTHEST if jumps else _FARTHEST_IN_STEPS if math.isfinite(horizon) else _OF_ENDLESS
+    step, last = 0, int(min(horizon, farthest))
+    while step < last:
+        due = step + 1 if step < _ONE_BY_ONE else min(math.ceil(step * 1.1), last)
         try:
-            scheduler.step()
+            if jumps and due > _ONE_BY_ONE:
+                scheduler.step(due)
+            else:
+                for _ in range(due - step):
+                    scheduler.step()
         except ValueError:  # as of OneCycleLR, which is at its end
             if step == 0:
                 raise
             return
-        yield step + 1, [float(group["lr"]) for group in scheduler.optimizer.param_groups]
-    step = _ONE_BY_ONE
-    while step < min(horizon, 10**8):
-        step = min(math.ceil(step * 1.1), int(min(horizon, 10**8)))
-        try:
-            scheduler.step(step)
-        except Exception:  # it cannot jump
-            return
-        yield step, [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+        yield due, [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+        step = due
+
+
+def steps_as(scheduler: Any, kind: type) -> bool:
+    """Whether it is of a class, and leaves its ways of making rates as they are."""
+    own = type(scheduler)
+    return isinstance(scheduler, kind) and all(
+        getattr(own, name, None) is getattr(kind, name, None) for name in ("get_lr", "step")
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhist.callbacks.calibration.rates import scale_rates, scale_schedulers, scale_unsaved
 from lightning_gradhist.callbacks.calibration.scheduler_trial import stray_schedule
-from lightning_gradhist.callbacks.schedulers import base_rates, is_rate, schedulers_of
+from lightning_gradhist.callbacks.schedulers import base_rates, is_rate, schedulers_of, stray_rate
 from lightning_gradhist.logging.calibration_result import GroupChange
 
 OPTIMIZER, SCHEDULERS = "optimizer_states", "lr_schedulers"
@@ -100,21 +100,3 @@ def set_defaults(optimizer: Optimizer, changes: Sequence[GroupChange]) -> None:
         mine = [change for change in changes if change.name == name]
         if len({change.after for change in mine}) == 1 and optimizer.defaults.get(name) in [c.before for c in mine]:
             optimizer.defaults[name] = mine[0].after
-
-
-def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping[int, float]) -> int | None:
-    """The first group whose rate is neither the one that was written nor that of a scheduler; None if there is none.
-
-    Rates on another device are not looked at, since that would wait for it, nor are schedulers that do not tell theirs.
-    """
-    told: list[Any] = [getattr(scheduler, "_last_lr", None) for scheduler in schedulers_of(optimizer, schedulers)]
-    if not all(told):
-        return None
-    for index, rate in written.items():
-        now = optimizer.param_groups[index]["lr"]
-        if isinstance(now, Tensor) and now.device.type != "cpu":
-            continue
-        known = [rate, *(float(rates[index]) for rates in told if index < len(rates))]
-        if not any(math.isclose(float(now), one, rel_tol=1e-6) for one in known):
-            return index
-    return None

@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
-from lightning_gradhist.callbacks.schedulers import is_rate, parts, twin, unnoticed
+from lightning_gradhist.callbacks.schedulers import is_rate, parts, steps_as, twin, unnoticed
 
 _IS_RATE = re.compile(r"_?(\w+_)?(lrs?|learning_rates?|lr_(min|max|init|start|end|final))|eta_m(in|ax)")
 """Names under which groups, schedulers and optimizers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``final_lr``."""
+
+_OF_LAMBDAS = {"base_lrs", "_last_lr"}
 
 
 def scale_rates(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[float | None]) -> None:
@@ -69,6 +71,8 @@ def _scale_part(part: Any, factors: Sequence[float | None], saved: Collection[st
 
 def _rates_of(scheduler: Any) -> dict[str, Any]:
     own = rates_in(vars(scheduler))
+    if any(steps_as(scheduler, kind) for kind in (lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR)):
+        return {name: own[name] for name in _OF_LAMBDAS & own.keys()}  # what else there is, functions make shares of
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         own["eps"] = scheduler.eps  # the smallest change of a rate that it makes
     return own

@@ -17,6 +17,7 @@ from lightning_gradhist.callbacks.schedulers import (
     parts,
     reached,
     schedulers_of,
+    steps_as,
     twin,
     unnoticed,
     walk,
@@ -86,7 +87,7 @@ def _looks_at(function: Any, scheduler: Any) -> bool:
 
 
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
-    if any(_steps_as(scheduler, kind) for kind in _FOLLOW):
+    if any(steps_as(scheduler, kind) for kind in _FOLLOW):
         return True
     expected = factor_of_each(factors)
     # of sums in which the largest rate is a term
@@ -102,11 +103,3 @@ def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) ->
             )
     except Exception:  # whatever it is, it cannot be tried
         return False
-
-
-def _steps_as(scheduler: Any, kind: type) -> bool:
-    """Whether it is of a class, and leaves its ways of making rates as they are."""
-    own = type(scheduler)
-    return isinstance(scheduler, kind) and all(
-        getattr(own, name, None) is getattr(kind, name, None) for name in ("get_lr", "step")
-    )

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from lightning_gradhist.callbacks._deepspeed import unwrapped
 from lightning_gradhist.callbacks._lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_gradhist.callbacks.calibration import explain
-from lightning_gradhist.callbacks.calibration.handoff import is_at, set_defaults, stray_rate, take_up
+from lightning_gradhist.callbacks.calibration.handoff import is_at, set_defaults, take_up
 from lightning_gradhist.callbacks.run_length import horizons
-from lightning_gradhist.callbacks.schedulers import schedulers_in
+from lightning_gradhist.callbacks.schedulers import schedulers_in, stray_rate
 from lightning_gradhist.logging.calibration_result import GroupChange
 
 

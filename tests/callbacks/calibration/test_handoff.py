@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler as schedules
 from lightning_gradhist import AdamE
 from lightning_gradhist.callbacks.calibration.handoff import apply_changes
 from lightning_gradhist.callbacks.calibration.scheduler_trial import stray_schedule
-from lightning_gradhist.callbacks.schedulers import base_rates
+from lightning_gradhist.callbacks.schedulers import base_rates, stray_rate
 from lightning_gradhist.logging.calibration_result import GroupChange
 
 FACTORS = (2.0, 0.5)
@@ -356,7 +356,28 @@ class Around(schedules.LRScheduler):
             super().step()
 
 
+class Share(schedules.LambdaLR):
+    """Its function makes a share of the rate, whatever the name of what it is made of."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.min_lr = 0.1
+        super().__init__(optimizer, self.share)
+
+    def share(self, step: int) -> float:
+        return max(self.min_lr, 1 - step / 10)
+
+
+class Recursive(schedules.LRScheduler):
+    """It makes a rate of the one before it, and keeps the lowest under a name of its own."""
+
+    lowest = 1e-3
+
+    def get_lr(self) -> Any:
+        return [max(0.999 * group["lr"], self.lowest) for group in self.optimizer.param_groups]
+
+
 OWN_RATES = {
+    "share": Share,
     "cosine": lambda o: schedules.CosineAnnealingLR(o, 5000, eta_min=2e-3),
     "warm restarts": lambda o: schedules.CosineAnnealingWarmRestarts(o, 10, eta_min=2e-3),
     "sequential": lambda o: schedules.SequentialLR(
@@ -378,7 +399,7 @@ def test_rates_of_a_scheduler_are_scaled_with_those_of_the_groups(build: Any, ra
     plain, scaled = make(rates), make(rates)
     plain_schedule, schedule = build(plain), build(scaled)
     own = base_rates(scaled, [schedule])
-    assert stray_schedule(scaled, [(schedule, 1e6)], [3.0 if rate else None for rate in own]) is None
+    assert stray_schedule(scaled, [(schedule, 1e4)], [3.0 if rate else None for rate in own]) is None
     apply_changes(scaled, [schedule], [GroupChange(i, "lr", rate, 3 * rate) for i, rate in enumerate(own) if rate])
     for step in range(18):
         for expected, group in zip(plain.param_groups, scaled.param_groups, strict=True):
@@ -392,6 +413,7 @@ def test_rates_of_a_scheduler_are_scaled_with_those_of_the_groups(build: Any, ra
     ("build", "factors", "named"),
     [
         pytest.param(Floor, (2.0, 2.0), "Floor (_last_lr, base_lrs, final_lr, warmup_start_lr)", id="no name"),
+        pytest.param(Recursive, (2.0, 2.0), "Recursive (_last_lr, base_lrs)", id="a floor that comes late"),
         pytest.param(OWN_RATES["cosine"], FACTORS, "CosineAnnealingLR (_last_lr, base_lrs, eta_min)", id="two factors"),
         pytest.param(OWN_RATES["sequential"], FACTORS, "CosineAnnealingLR (_last_lr, base_lrs, eta_min)", id="inside"),
     ],
@@ -401,6 +423,18 @@ def test_a_scheduler_that_would_not_follow_is_named(build: Any, factors: Any, na
     scheduler = build(optimizer)
     assert stray_schedule(optimizer, [(scheduler, 100_000)], factors) == named
     assert stray_schedule(optimizer, [(SCHEDULERS["linear warm-up"](make()), 10)], factors) is None
+
+
+def test_a_rate_that_a_scheduler_within_another_has_set_is_known() -> None:
+    optimizer = make()
+    scheduler = Around(optimizer)
+    optimizer.step()
+    for _ in range(6):
+        scheduler.step()
+    scheduler._last_lr = [1.0, 1.0]  # as GradualWarmupScheduler leaves its own
+    assert stray_rate(optimizer, [scheduler], {0: 1.0, 1: 1.0}) is None
+    optimizer.param_groups[1]["lr"] = 0.5
+    assert stray_rate(optimizer, [scheduler], {0: 1.0, 1: 1.0}) == 1
 
 
 class AdaBound(torch.optim.Optimizer):
