@@ -94,6 +94,10 @@ class Progress:
         if self.tells_rates and len(known) == len(rates):
             self.learning_rates = [max(pair) for pair in zip_longest(known, self.learning_rates, fillvalue=0.0)]
 
+    def forget_rates(self) -> None:
+        """Tells neither rates nor their schedule: others than those that are known have made them."""
+        self.tells_rates, self.learning_rates, self.length = False, [], RunLength(self.length.planned)
+
     def record(self, name: str, parameters: Sequence[str]) -> OptimizerRecord:
         """The noise so far, of the optimizer of this class name and of these parameters."""
         noise = {metric: self.noise.estimate(metric) for metric in METRICS}

@@ -34,8 +34,9 @@ from lightning_gradhist.callbacks.monitor.checkpoint import Progress
 from lightning_gradhist.callbacks.monitor.halves import HalfBatches
 from lightning_gradhist.callbacks.monitor.observer import Step, StepObserver, WatchedOptimizer
 from lightning_gradhist.callbacks.optimizer_state import metric_weights
-from lightning_gradhist.callbacks.schedulers import base_rates, schedulers_in
+from lightning_gradhist.callbacks.schedulers import base_rates, schedulers_in, stray_rate
 from lightning_gradhist.callbacks.strategies import is_cut_up, own_parts
+from lightning_gradhist.explore import is_number
 from lightning_gradhist.logging.noise_report import noise_scalars
 from lightning_gradhist.noise.sample import Sample
 from lightning_gradhist.noise.step import measure_pair, measure_part, noise_and_signal
@@ -94,6 +95,7 @@ class NoiseMonitor(StepObserver):
         self._first: FirstGradient | None = None  # None where this rank cannot measure it
         self._backwards = 0  # since the step before
         self._wanted = False  # the gradients of the coming step
+        self._rates: dict[int, float] = {}  # of the groups at the first step that was measured
         self._digests: list[Tensor] = []  # of its batches on this rank
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
@@ -353,10 +355,17 @@ class NoiseMonitor(StepObserver):
         self._add(self._progress.steps, sums)
 
     def _take_rates(self) -> None:
-        """Takes down the base rates, but for those of another schedule than the run began with, as SWA's."""
-        schedulers = schedulers_in(self._fit.trainer)
-        if schedulers == self._fit.schedulers or not self._progress.learning_rates:
-            self._progress.measures(base_rates(self._watched.optimizer, schedulers))
+        """Takes down the base rates, but for those of another schedule than the run began with, as SWA's.
+
+        Where the run sets rates itself, as in ``optimizer_step``, the highest may be one of a step that is not measured.
+        """
+        optimizer, schedulers = self._watched.optimizer, schedulers_in(self._fit.trainer)
+        here = {i: group["lr"] for i, group in enumerate(optimizer.param_groups) if is_number(group.get("lr"))}
+        self._rates = self._rates or here
+        if stray_rate(optimizer, schedulers, self._rates) is not None:
+            self._progress.forget_rates()
+        elif schedulers == self._fit.schedulers or not self._progress.learning_rates:
+            self._progress.measures(base_rates(optimizer, schedulers))
 
     def _add(self, step: int, sums: Tensor, halves: Tensor | None = None) -> None:
         """Adds what was measured on all ranks, or the halves of a batch where they tell it, without waiting for it."""

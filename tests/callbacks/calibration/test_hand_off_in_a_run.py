@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, LRScheduler
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
-from lightning_gradhist.noise.run_record import RunRecord
+from lightning_gradhist.noise.run_record import RunLength, RunRecord
 from lightning_gradhist.plan import plan
 
 
@@ -524,21 +524,25 @@ def test_a_late_peak_of_a_long_run_is_a_share_of_the_rate(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
-@pytest.mark.parametrize(
-    ("samples", "told"),
-    [pytest.param(8, "leave it there as it was in the recorded run"), pytest.param(32, "multiply it there by 2, or")],
-)
-def test_what_is_told_of_rates_set_by_hand_is_the_ratio_to_the_recorded_run(tmp_path, samples: int, told: str) -> None:
+def test_of_rates_set_by_hand_the_ratio_alone_is_told(tmp_path) -> None:
     small = lambda: OwnWarmUp(lambda p: torch.optim.AdamW(p, lr=1e-3))  # noqa: E731
     path = _recorded(tmp_path / "a", small)
+    recorded = RunRecord.load(path).optimizers[0]
+    assert recorded.learning_rates == [] and recorded.length == RunLength(64, made=64)
     options = {"reference": path, "learning_rate": "sqrt", "epsilon": "keep"}
-    data = loader(samples, samples=256)
-    with pytest.warns(UserWarning, match=f"neither the calibration nor .* {told}"):
+    data, told = loader(32, samples=256), "neither the calibration nor .* multiply it there by 2, or"
+    with pytest.warns(UserWarning, match=told):
         made = fit(tmp_path / "b", OptimizerCalibration(**options), module=small, data=data, max_steps=4)
     made.save_checkpoint(tmp_path / "half.ckpt")
     made = make_trainer(tmp_path, OptimizerCalibration(**options), max_epochs=2, max_steps=8)
-    with pytest.warns(UserWarning, match=f"neither the calibration nor .* {told}"):
+    with pytest.warns(UserWarning, match=told):
         made.fit(small(), data, ckpt_path=tmp_path / "half.ckpt")
+
+
+def test_rates_set_by_hand_are_left_at_the_batch_size_of_the_record(tmp_path) -> None:
+    calibration = OptimizerCalibration(reference=_recorded(tmp_path / "a", Net), epsilon="keep")
+    with pytest.warns(UserWarning, match="leave it there as it was in the recorded run"):
+        fit(tmp_path / "b", calibration, module=lambda: OwnWarmUp(lambda p: torch.optim.AdamW(p, lr=1e-3)))
 
 
 def test_another_module_is_told_the_rate_of_a_record_and_no_factor(tmp_path) -> None:

@@ -1036,21 +1036,24 @@ class Falls(L.Callback):
 
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
 @pytest.mark.parametrize(
-    ("callback", "scheduler"),
+    ("callback", "scheduler", "recorded"),
     [
-        pytest.param(Falls(), None, id="it falls"),
-        pytest.param(StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2), None, id="SWA"),
+        pytest.param(Falls(), None, [], id="others than a scheduler make it fall"),
+        pytest.param(StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2), None, [1e-2], id="SWA"),
         pytest.param(
             StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2),
             lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1),
+            [1e-2],
             id="SWA takes the scheduler's place",
         ),
     ],
 )
-def test_the_recorded_rate_is_the_highest_of_its_own_schedule(tmp_path, callback: Any, scheduler: Any) -> None:
+def test_the_recorded_rate_is_the_highest_of_its_own_schedule(
+    tmp_path, callback: Any, scheduler: Any, recorded: list[float]
+) -> None:
     module = Net(scheduler=scheduler)
     fit(tmp_path, GradientHistogramMonitor(every_n_steps=1), callback, module=module, max_epochs=3)
-    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].learning_rates == [1e-2]
+    assert RunRecord.load(tmp_path / "calibration.json").optimizers[0].learning_rates == recorded
 
 
 def test_a_step_with_fewer_samples_is_not_measured(tmp_path) -> None:
