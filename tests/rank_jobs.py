@@ -538,20 +538,45 @@ class Fours(BatchSampler):
     """Batches of a class of one's own, in which Lightning puts its sampler."""
 
 
+class Crops(Dataset[Any]):
+    """Places drawn at random, whatever the index; the generator begins alike on all ranks."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        return dataset(256)[int(torch.randint(256, ()))]
+
+
 def dealt_out(folder: Path) -> Any:
-    """Steps measured and gradients of a probe, of a dataset that holds one sample many times."""
-    alike = TensorDataset(*(tensor[:1].repeat_interleave(64, 0) for tensor in dataset(1).tensors))
+    """Steps measured and gradients of a probe, of a dataset that holds a sample many times, and of random places."""
+    alike = TensorDataset(*(torch.cat([one[:8], one[:1].repeat_interleave(56, 0)]) for one in dataset(8).tensors))
     by_sampler = DataLoader(alike, batch_sampler=Fours(SequentialSampler(alike), 4, drop_last=False))
+    both = {"a": DataLoader(Crops(), 4), "b": DataLoader(Crops(), 4)}
     found = []
     for place, (data, is_dealt) in enumerate(
-        [(DataLoader(alike, 4), True), (by_sampler, True), (DataLoader(alike, 4), False)]
+        [
+            (DataLoader(alike, 4), True),
+            (by_sampler, True),
+            (DataLoader(alike, 4), False),
+            (both["a"], True),
+            (both, True),
+        ]
     ):
-        monitor = GradientHistogramMonitor(every_n_steps=1)
-        calibration = OptimizerCalibration(epsilon="auto", probe_batches=8, apply=False)
+        monitor = GradientHistogramMonitor(every_n_steps=1, batch_size=4)
+        calibration = OptimizerCalibration(epsilon="auto", probe_batches=8, apply=False, batch_size=4)
         options = {"max_steps": 4, "use_distributed_sampler": is_dealt, **ddp(2)}
-        fit(folder / str(place), monitor, calibration, data=data, **options)
+        module = OfTwo() if data is both else None
+        fit(folder / str(place), monitor, calibration, module=module, data=data, **options)
         found.append((monitor.noise_records[0].estimate("simple").measurements, calibration.result.gradients))
     return found
+
+
+class OfTwo(Net):
+    """Its batches are those of two loaders."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step([torch.cat(pair) for pair in zip(*batch.values(), strict=True)], batch_idx)
 
 
 class ClipsInBackward(L.LightningModule):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DistributedSampler, IterableDataset, SequentialSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_gradhist.callbacks._lightning import Trainer
 from lightning_gradhist.callbacks.strategies import averages_in_backward, is_cut_up, sum_over_ranks
@@ -284,27 +284,31 @@ def gradients_a_step(trainer: Trainer) -> int:
 
 def repeats_samples(trainer: Trainer) -> bool:
     """Whether a batch has a tenth of its samples or more from any batch of the epoch before: data that are indexed."""
-    loader: Any = trainer.train_dataloader
-    if not is_indexed(trainer):
-        return False
+    return any(_is_indexed(one) and _different_batches(one, trainer) <= _SHORT for one in _loaders(trainer))
+
+
+def _different_batches(loader: Any, trainer: Trainer) -> float:
+    """Batches that a loader has before any of their samples comes again."""
     in_order = isinstance(getattr(loader, "sampler", None), SequentialSampler)
-    return (trainer.num_training_batches if in_order else length_hint(loader, _SHORT + 1)) <= _SHORT
+    return min(length_hint(loader, _SHORT + 1), trainer.num_training_batches if in_order else math.inf)
 
 
 def is_indexed(trainer: Trainer) -> bool:
-    """Whether the samples are those of a dataset that gives them by index."""
-    data = getattr(trainer.train_dataloader, "dataset", trainer.train_dataloader)
+    """Whether the samples are those of datasets that give them by index."""
+    return all(map(_is_indexed, _loaders(trainer)))
+
+
+def _is_indexed(loader: Any) -> bool:
+    data = getattr(loader, "dataset", loader)
     return not isinstance(data, IterableDataset) and hasattr(data, "__getitem__")
 
 
-def is_dealt_out(trainer: Trainer) -> bool:
-    """Whether every place of an indexed dataset goes to one rank; batches then are alike where data are, and by no mistake."""
-    ranks, loader = trainer.distributed_sampler_kwargs, trainer.train_dataloader
-    if not is_indexed(trainer) or trainer.world_size == 1:
-        return is_indexed(trainer)
-    samplers = [getattr(one, "sampler", None) for one in (loader, getattr(loader, "batch_sampler", None))]
-    dealing = [one for one in samplers if isinstance(one, DistributedSampler)]
-    return any({"num_replicas": one.num_replicas, "rank": one.rank} == ranks for one in dealing)
+def _loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of a dictionary or a list, in any depth, or the only one."""
+    found = [trainer.train_dataloader]
+    for one in found:  # which grows
+        found += one.values() if isinstance(one, Mapping) else one if isinstance(one, (list, tuple)) else ()
+    return [one for one in found if not isinstance(one, (Mapping, list, tuple))]
 
 
 def _declared(trainer: Trainer) -> int | None:

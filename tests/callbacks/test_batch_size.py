@@ -192,7 +192,10 @@ class Fresh(IterableDataset):
         pytest.param(DataLoader(range(22), 2, shuffle=True), 11, False, id="eleven"),
         pytest.param(DataLoader(range(22), 2, shuffle=True), 1, False, id="some of eleven, drawn anew"),
         pytest.param(DataLoader(range(22), 2), 1, True, id="some of eleven, in order"),
-        pytest.param([1, 2], 2, True, id="a list"),
+        pytest.param(
+            [DataLoader(range(40), 2), DataLoader(range(20), 2)], 20, True, id="a list, of which one is short"
+        ),
+        pytest.param({"a": DataLoader(Fresh()), "b": DataLoader(range(40), 2)}, 20, False, id="a dictionary"),
         pytest.param(DataLoader(Fresh()), 1, False, id="a stream"),
         pytest.param(iter([1]), 1, False, id="an iterator"),
     ],

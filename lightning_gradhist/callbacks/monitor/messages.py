@@ -102,7 +102,7 @@ def tell_at_end(progress: Sequence[Progress], every_n_steps: int) -> None:
             f"{said}epochs of 10 batches or fewer have the same samples again, and two steps on them tell of no noise. Have the"
             " loader make more batches of an epoch, with a smaller batch_size."
         )
-    elif tried < ENOUGH < logged / 4:  # a pair takes two
+    elif tried < ENOUGH and 4 * (tried + 1) <= logged:  # a pair takes two
         rank_zero_warn(
             f"{said}most steps that were logged were not made from one backward pass for each batch, as where training_step"
             " returns None, and with LBFGS."
@@ -116,5 +116,6 @@ def tell_at_end(progress: Sequence[Progress], every_n_steps: int) -> None:
             " step; clip with Trainer(gradient_clip_val=...) or in configure_gradient_clipping. Under manual optimization noise"
             " is not measured where the module clips. Nor is it where optimizer_zero_grad leaves gradients of the step before, or"
             " where ranks or workers have the same samples: split an IterableDataset in its __iter__, by"
-            " torch.distributed.get_rank() and torch.utils.data.get_worker_info()."
+            " torch.distributed.get_rank() and torch.utils.data.get_worker_info(), and where a dataset draws at random, have it"
+            " do so by the index."
         )

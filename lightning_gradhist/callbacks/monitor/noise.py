@@ -16,7 +16,6 @@ from lightning_gradhist.callbacks.batch_size import (
     StepSamples,
     data_ranks,
     digest,
-    is_dealt_out,
     is_indexed,
     parts_of_a_step,
     repeats_samples,
@@ -97,6 +96,7 @@ class NoiseMonitor(StepObserver):
         self._wanted = False  # the gradients of the coming step
         self._rates: dict[int, float] = {}  # of the groups at the first step that was measured
         self._digests: list[Tensor] = []  # of its batches on this rank
+        self._seen: Tensor | None = None  # what their digests add up to
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
         self._changed: list[Tensor] = []  # whether it was another one afterwards
@@ -130,11 +130,20 @@ class NoiseMonitor(StepObserver):
     def before_forward(self, batch: Any) -> None:
         """Takes the batch's digest, and looks at the layers, where the halves of the batch are measured."""
         with self._fit.guard.attempt("measure noise"):
-            told = digest(batch) if self._wanted and not is_dealt_out(self._fit.trainer) else None
-            self._digests += [] if told is None else [told]
+            alone = self._fit.replicas.ranks == 1 and is_indexed(self._fit.trainer)  # with nothing to compare it to
+            told = digest(batch) if self._wanted and not alone else None
+            self._digests += [] if told is None else [self._told_apart(told)]
             if self._halves_batch:
                 self._drop_copies()
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
+
+    def _told_apart(self, told: Tensor) -> Tensor:
+        """A batch's digest; of data that are indexed with what came before: there, some may be alike, but not all."""
+        if not is_indexed(self._fit.trainer):
+            return told
+        seen = told if self._seen is None else told + self._seen / 2
+        self._seen = seen if self._seen is None else torch.where(told.isnan(), self._seen, seen)
+        return seen
 
     def before_backward(self) -> None:
         """Copies what has been unfrozen since, too, and compares with what is left of micro-batches, or of the step before."""
@@ -229,11 +238,8 @@ class NoiseMonitor(StepObserver):
             self._changed.append(~((squares - self._left).abs() <= _ALIKE * self._left))
 
     def _compare_at_step(self, gradients: Mapping[str, Tensor] | None, digests: Sequence[Tensor] = ()) -> None:
-        """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say.
-
-        Not of data that are indexed, of which a sampler may draw a sample twice.
-        """
-        if digests and not is_indexed(self._fit.trainer):
+        """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say."""
+        if digests:
             self._changed.append(_repeat(torch.stack([*digests])))
         if gradients is not None:
             self._compare(squared_norm(self._sample.of(gradients).values()) * loss_scale(self._fit.trainer) ** 2)

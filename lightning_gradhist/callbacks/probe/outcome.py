@@ -38,7 +38,8 @@ class Outcome(IntEnum):
 WHY_LEFT_OUT = {
     Outcome.REPEATED: (
         "had the same samples as another, so that a step has fewer than are counted (split an IterableDataset over ranks and"
-        " workers in its __iter__, by torch.distributed.get_rank() and torch.utils.data.get_worker_info())"
+        " workers in its __iter__, by torch.distributed.get_rank() and torch.utils.data.get_worker_info(); have a dataset that"
+        " draws at random do so by the index)"
     ),
     Outcome.NOT_FINITE: "gave a gradient that is not finite (Trainer(detect_anomaly=True) finds out where)",
     Outcome.NO_LOSS: "gave no loss that depends on a parameter of the optimizer, as where training_step returns None, or"
