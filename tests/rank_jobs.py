@@ -598,10 +598,20 @@ class ClipsInBackward(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
+class Clips(L.Callback):
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        nn.utils.clip_grad_norm_(pl_module.parameters(), 0.2)
+
+
 def clipped(folder: Path) -> Any:
+    """Noise where backward clips, and steps measured where a callback before the monitor does, and none."""
     monitor = GradientHistogramMonitor(every_n_steps=1)
-    fit(folder, monitor, module=ClipsInBackward, data=loader(4), **ddp(2))
-    return monitor.noise_records[0].estimate("simple").value
+    fit(folder / "backward", monitor, module=ClipsInBackward, data=loader(4), **ddp(2))
+    found = [monitor.noise_records[0].estimate("simple").value]
+    for callbacks in ([Clips()], []):
+        fit(folder / f"{len(callbacks)}", *callbacks, monitor, data=loader(4), **ddp(2))
+        found.append(monitor.noise_records[0].estimate("simple").measurements)
+    return found
 
 
 def killed(folder: Path) -> Any:

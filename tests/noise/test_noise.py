@@ -402,6 +402,22 @@ def test_a_constant_noise_scale() -> None:
     assert record.estimate("adam", confidence=0.5).upper < adam.upper
 
 
+@pytest.mark.parametrize("most", [64, 4096])
+def test_where_many_gradients_were_changed_those_that_are_left_tell_nothing(most: int) -> None:
+    """They are a choice of steps, as of those with small gradients."""
+    found = []
+    for share in (20, 19):  # one of so many
+        record = NoiseRecord(most=most)
+        for step in range(share * 40):
+            noise = -math.inf if step % share == 0 else 1.0
+            record.add(step, 8.0, torch.tensor([noise, math.nan if noise < 0 else 2.0] * 2, dtype=torch.float64))
+        again = NoiseRecord(json.loads(json.dumps(record.samples)), most)
+        assert again.estimate("simple") == record.estimate("simple") and len(again) == len(record) == share * 40
+        found.append(record.estimate("adam"))
+    assert found[0].value == pytest.approx(4) and found[0].measurements > 20 * 16
+    assert found[1] == NoiseEstimate(math.inf, 0.0, math.inf, 0.95, 0)
+
+
 def test_a_growing_noise_scale_is_averaged_over_the_run() -> None:
     # The ratio of sums would weigh late and early alike in the sum only; the windows give the mean over time.
     scales = np.linspace(10, 1000, 80)

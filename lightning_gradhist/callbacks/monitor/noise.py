@@ -99,7 +99,9 @@ class NoiseMonitor(StepObserver):
         self._seen: Tensor | None = None  # what their digests add up to
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
-        self._changed: list[Tensor] = []  # whether it was another one afterwards
+        self._changed: list[
+            Tensor
+        ] = []  # marks, of which one is not 0 where they may be another step's, or were changed
 
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
@@ -154,8 +156,10 @@ class NoiseMonitor(StepObserver):
         if has_gradients(self._fit.trainer, self._watched.parameters.values()):
             with self._fit.guard.attempt("measure noise"):
                 there = self._squared_norm()
-                self._left = torch.zeros_like(there) if self._left is None else self._left
-                self._compare(there)
+                if self._left is None:  # a zero_grad has left them, of a step with other samples
+                    self._changed.append(torch.where(there == 0, 0.0, math.nan))
+                else:
+                    self._compare(there, self._left)
 
     def after_backward(self) -> None:
         """Ends the first micro-batch."""
@@ -227,22 +231,27 @@ class NoiseMonitor(StepObserver):
     def _is_automatic(self) -> bool:
         return bool(self._fit.trainer.lightning_module.automatic_optimization)
 
+    @property
+    def _tolerance(self) -> float:
+        """The relative difference of a gradient and the sum of its parts that is rounding."""
+        return max(math.sqrt(rounding_unit(self._fit.trainer)), _ADDS_UP)
+
     def _samples(self) -> StepSamples | None:
         """The samples of this step; None where they are not known, and where a micro-batch had no loss."""
         samples = self._fit.samples.of_step(self._fit.trainer)
         return None if samples and self._is_automatic and samples.batches != self._backwards else samples
 
-    def _compare(self, squares: Tensor) -> None:
+    def _compare(self, squares: Tensor, left: Tensor) -> None:
         """Takes down, on the device, whether somebody may have changed the gradients since backward left them."""
-        if self._left is not None:  # not a number where the squares fit no float32
-            self._changed.append(~((squares - self._left).abs() <= _ALIKE * self._left))
+        self._changed.append(_mark(squares - left, _ALIKE * left))
 
     def _compare_at_step(self, gradients: Mapping[str, Tensor] | None, digests: Sequence[Tensor] = ()) -> None:
         """Takes down, too, whether two of the batches that are compared have the same samples, as their digests say."""
         if digests:
-            self._changed.append(_repeat(torch.stack([*digests])))
-        if gradients is not None:
-            self._compare(squared_norm(self._sample.of(gradients).values()) * loss_scale(self._fit.trainer) ** 2)
+            self._changed.append(torch.where(_repeat(torch.stack([*digests])), math.nan, 0.0))
+        if gradients is not None and self._left is not None:
+            squares = squared_norm(self._sample.of(gradients).values()) * loss_scale(self._fit.trainer) ** 2
+            self._compare(squares, self._left)
 
     def _squared_norm(self) -> Tensor:
         there = {name: dense(p.grad) for name, p in self._watched.parameters.items() if p.grad is not None}
@@ -298,10 +307,9 @@ class NoiseMonitor(StepObserver):
         fit, watched, number = self._fit, self._watched, samples.first
         trainer = fit.trainer
         metric = partial(metric_weights, watched.optimizer, watched.parameters)
-        tolerance = max(math.sqrt(rounding_unit(trainer)), _ADDS_UP)
         if self._halves.error is not None:
             fit.guard.warn("look at the two halves of a batch", self._halves.error)
-        sums = self._halves.measure(gradients, number, loss_scale(trainer), tolerance, metric)
+        sums = self._halves.measure(gradients, number, loss_scale(trainer), self._tolerance, metric)
         if sums is None:
             return None
         first, second = number // 2, number - number // 2
@@ -353,7 +361,11 @@ class NoiseMonitor(StepObserver):
             if short != 1:
                 known = {name: gradient * short for name, gradient in known.items()}
             weights = metric_weights(watched.optimizer, watched.parameters, self._sample.of)
-            return _unless(self._changed, measure_part(part, known, weights) / ranks)
+            measured = measure_part(part, known, weights)
+            if times == 1:  # the ranks' parts make up the whole, unless it was changed
+                excess = measure_pair(part, known, None)[1] - measured[1]
+                return torch.cat([_unless(self._changed, measured), excess.reshape(1).to(measured)]) / ranks
+            return _unless(self._changed, measured) / ranks
 
         spread = (1 - 2 / samples.micro_batches) / samples.first / ranks + samples.variance
         sums = self._sums(gradients, measure, spread, samples.variance, samples.effective)
@@ -388,7 +400,8 @@ class NoiseMonitor(StepObserver):
     ) -> Tensor:
         """The sum ``[7]`` over ranks of what is measured on each, and of the sizes; to be called on every rank.
 
-        NaN if on one rank it is not, or their gradients differ, or two have the same samples.
+        NaN if on one rank it is not, or their gradients differ, or two have the same samples. Negative infinity if gradients
+        have been changed, also where parts, of which the fifth number tells, do not make up the whole.
         """
         fit, sums = self._fit, None
         ranks, own = fit.replicas.ranks, fit.replicas.rank
@@ -396,17 +409,19 @@ class NoiseMonitor(StepObserver):
             with fit.guard.attempt("measure noise"):
                 measured = measure() if ranks == 1 else measure().to(fit.module.device)
                 extents = [measured.new_full((), size) for size in sizes]
-                checked = torch.cat([measured, torch.stack(extents), measured.new_zeros(ranks + 2)])
+                checked = torch.cat([measured[:4], torch.stack(extents), measured.new_zeros(ranks + 3)])
                 has_own = self._digests and ranks == data_ranks(fit.trainer)
                 checked[7 + own] = self._digests[0] if has_own else math.nan
+                checked[-3] = measured[4:].sum()
                 fit.sums.check(checked, self._watched.replicated(gradients))
                 sums = checked
-        fit.sums.add_up(sums, 9 + ranks, math.nan)
+        fit.sums.add_up(sums, 10 + ranks, math.nan)
         if sums is None:
             return torch.full((7,), math.nan, device="cpu")
         with fit.guard.attempt("measure noise"):
             fit.sums.mark_unlike(sums, math.nan)
-            sums[:7].masked_fill_(_repeat(sums[7:-2]), math.nan)
+            sums[:4] += _mark(sums[-3], self._tolerance * sums[1].abs())
+            sums[:7].masked_fill_(_repeat(sums[7:-3]), math.nan)
         return sums[:7]
 
 
@@ -415,10 +430,14 @@ def _repeat(digests: Tensor) -> Tensor:
     return (digests.sort().values.diff() == 0).any()
 
 
-def _unless(changed: list[Tensor], sums: Tensor) -> Tensor:
-    """The sums, NaN where gradients have been changed, or samples come again."""
-    there = [one.to(sums.device) for one in changed]
-    return sums.masked_fill(torch.stack(there).any(), math.nan) if there else sums
+def _mark(off: Tensor, most: Tensor) -> Tensor:
+    """What is added to sums by a number that should be 0: negative infinity where it is not, NaN where nobody can tell."""
+    return torch.where(off.abs() <= most, 0.0, torch.where(off.isfinite(), -math.inf, math.nan))
+
+
+def _unless(marks: list[Tensor], sums: Tensor) -> Tensor:
+    """The sums, negative infinity where gradients have been changed, NaN where samples come again."""
+    return sums + sum(mark.to(sums) for mark in marks)
 
 
 def _tell(halves: Tensor) -> bool:

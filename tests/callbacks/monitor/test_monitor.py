@@ -435,6 +435,17 @@ def test_gradients_that_somebody_changes_are_not_taken_for_noise(tmp_path, callb
     assert monitor.noise_records[0].estimate("simple").measurements == 12
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_of_gradients_that_are_clipped_at_some_steps_the_small_ones_are_not_chosen(tmp_path, accumulate: int) -> None:
+    limit = {1: 0.85, 4: 0.65}[accumulate]
+    clips = Still(lambda module: norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), limit))))
+    monitor, norms = GradientHistogramMonitor(every_n_steps=1), []
+    with pytest.warns(UserWarning, match="measured the noise scale at 0 of .*were changed"):
+        fit(tmp_path, monitor, module=clips, accumulate_grad_batches=accumulate, max_epochs=6)
+    assert 0 < sum(norm > limit for norm in norms) < len(norms)
+    assert any(sample["noise_simple"] is not None for sample in monitor.noise_records[0].samples)
+
+
 def test_gradients_that_somebody_changes_are_not_taken_for_noise_in_pairs_either(tmp_path) -> None:
     monitor = GradientHistogramMonitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="measured the noise scale at 0 of 24 steps.*clip with Trainer"):
