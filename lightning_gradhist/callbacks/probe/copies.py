@@ -5,6 +5,7 @@ What cannot be copied, a dataset or a loader among them, is refused here.
 
 from __future__ import annotations
 
+import abc
 import copyreg
 import enum
 import functools
@@ -448,15 +449,31 @@ def _quiet(copied: Any) -> Any:
     return copied
 
 
-@functools.cache
+class _Untold:
+    """Before a class of the user's, it keeps that from being told of what is made from it."""
+
+    __slots__ = ()  # as the layout of objects is that of the user's class
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+_QUIET: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()  # no ``__subclasses__()`` for ever
+
+
 def _without_del(kind: Any) -> type:
     def reduce(self: Any, protocol: Any) -> Any:  # on its way to a worker; pickle does not find this class
         make, arguments, *rest = kind.__reduce_ex__(self, protocol)
         own = tuple(kind if argument is type(self) else argument for argument in arguments)
         return _made_quiet, (make, own), *rest
 
-    attributes = {"__del__": lambda self: None, "__reduce_ex__": reduce, "__module__": kind.__module__, "__slots__": ()}
-    return type(kind.__name__, (kind,), attributes)
+    if (made := _QUIET.get(kind)) is None:
+        attributes = {"__del__": lambda self: None, "__reduce_ex__": reduce, "__module__": kind.__module__}
+        # In the order alone: with one more base, objects would have another layout.
+        meta: Any = type("Untold", (type(kind),), {"mro": lambda cls: [cls, _Untold, *kind.__mro__]})
+        new = abc.ABCMeta.__new__ if isinstance(kind, abc.ABCMeta) else type.__new__  # a user's may keep what it makes
+        made = _QUIET[kind] = new(meta, kind.__name__, (kind,), {**attributes, "__slots__": ()})
+    return made
 
 
 def _made_quiet(make: Any, arguments: Any) -> Any:
