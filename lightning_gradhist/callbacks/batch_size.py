@@ -177,7 +177,7 @@ class SampleCount:
         manual = not trainer.lightning_module.automatic_optimization
         counted = None if manual else count_samples(batch)
         if trainer.current_epoch != self._epoch:
-            self._start_epoch(trainer, counted)
+            self._start_epoch(trainer, batch, counted)
         if self._counts and self.problem is None and counted is not None:
             self._compare(trainer, counted)
         return counted if self._counts and self.problem is None else self.usual
@@ -200,9 +200,9 @@ class SampleCount:
         variance = math.fsum(1 / size for size in sizes) / alike / micro_batches**2
         return StepSamples(sizes[0], len(sizes), micro_batches, variance, usual * whole / alike)
 
-    def _start_epoch(self, trainer: Trainer, counted: int | None) -> None:
+    def _start_epoch(self, trainer: Trainer, batch: Any, counted: int | None) -> None:
         """Begins, also anew where the loader, which may be made for each epoch, says another size than before."""
-        is_first, before, self._declared = self._epoch is None, self._declared, self._given or _declared(trainer)
+        is_first, before, self._declared = self._epoch is None, self._declared, self._given or _declared(trainer, batch)
         self._short, self._epoch = 0, trainer.current_epoch
         if is_first or (self._declared != before and self.problem is None):
             self._begin(trainer, counted)
@@ -311,11 +311,23 @@ def _loaders(trainer: Trainer) -> list[Any]:
     return [one for one in found if not isinstance(one, (Mapping, list, tuple))]
 
 
-def _declared(trainer: Trainer) -> int | None:
+def _declared(trainer: Trainer, batch: Any) -> int | None:
     """What the loader says a batch has; 1, which is the default, also stands for data that are batches already."""
     loader = trainer.train_dataloader
     sizes = [_number(one, "batch_size") for one in (getattr(loader, "batch_sampler", None), loader)]
-    return next((size for size in sizes if size is not None and size > 1), None)
+    least = 1 if _lists_one_sample(batch) else 2
+    return next((size for size in sizes if size is not None and size >= least), None)
+
+
+def _lists_one_sample(batch: Any) -> bool:
+    """Whether there is one sample, which nobody stacked: a list of it, or for each of its parts a list, as of images."""
+    try:
+        parts = [part for part in _members(batch) if any(True for _ in _tensors(part))]
+        in_each = all(isinstance(part, (list, tuple)) and len(part) == 1 for part in parts)
+        is_list = isinstance(batch, (list, tuple)) and len(batch) == 1 and not isinstance(batch[0], Tensor)
+        return bool(parts) and (in_each or is_list)
+    except Exception:  # a class of the user's may raise whatever it likes
+        return False
 
 
 def _number(thing: Any, name: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict, namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from support import fit
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradhist import GradientHistogramMonitor, OptimizerCalibration
@@ -89,7 +91,8 @@ class OfFrames(L.LightningModule):
         self.head, self.layer = nn.Linear(8, 2), layer()
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.head(torch.cat([one.flatten(0, -2) for one in batch])).square().mean()
+        tensors = [one.flatten(0, -2) for one in tree_leaves(batch) if isinstance(one, torch.Tensor) and one.ndim > 1]
+        return self.head(torch.cat(tensors)).square().mean()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -165,6 +168,42 @@ def test_what_the_loader_says_too_is_not_told(tmp_path) -> None:
 def test_time_is_not_taken_for_samples(tmp_path, data: Any, layer: Any, why: str) -> None:
     with pytest.warns(UserWarning, match=why):
         assert calibrated(tmp_path, data(), layer).effective_batch_size is None
+
+
+def zipped(samples: list[Any]) -> Any:
+    """As for torchvision's detection."""
+    return tuple(zip(*samples, strict=True))
+
+
+def first(samples: list[Any]) -> Any:
+    return samples[0]
+
+
+IMAGES = [torch.randn(3, 8, 8) for _ in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "collate", "found", "why"),
+    [
+        pytest.param(
+            [(image, {"label": 1}) for image in IMAGES], zipped, None, "says 1 samples .* have 3", id="images, listed"
+        ),
+        pytest.param(
+            [{"image": image} for image in IMAGES], list, None, "says 1 samples .* have 3", id="a list of one"
+        ),
+        pytest.param([(image, torch.zeros(2, 8)) for image in IMAGES], zipped, 1, None, id="images and boxes, listed"),
+        pytest.param([(image[:1], image[:1]) for image in IMAGES], zipped, 1, None, id="gray images, listed"),
+        pytest.param([(image, 1) for image in IMAGES], None, 1, None, id="stacked"),
+        pytest.param([(image, image) for image in IMAGES], first, 3, "taken as 3 samples", id="batches already"),
+        pytest.param([[image] for image in IMAGES], first, 3, "taken as 3 samples", id="batches of one tensor"),
+        pytest.param([[[image], image] for image in IMAGES], first, 3, "taken as 3 samples", id="batches with a list"),
+    ],
+)
+def test_a_loader_that_says_one_is_believed_where_samples_are_listed(tmp_path, samples, collate, found, why) -> None:
+    with pytest.warns(UserWarning, match=why) if found is None else nullcontext():
+        result = calibrated(tmp_path, DataLoader(samples, 1, collate_fn=collate))
+    assert result.effective_batch_size == found
+    assert found is None or [why] * any("taken as" in one for one in result.reasons) == [why] * (why is not None)
 
 
 def test_a_digest_tells_samples_apart() -> None:

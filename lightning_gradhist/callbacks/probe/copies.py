@@ -5,6 +5,7 @@ What cannot be copied, a dataset or a loader among them, is refused here.
 
 from __future__ import annotations
 
+import abc
 import copyreg
 import enum
 import functools
@@ -37,6 +38,7 @@ from lightning_gradhist.callbacks.probe.stand_ins import THREAD_IN_WORKER, Lent,
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, range, slice, type(Ellipsis), type(NotImplemented)}
 _ATOMS |= {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, types.CodeType}
+_PLAIN = {dict, list, tuple, set, frozenset}
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), synchronize.Lock, synchronize.RLock)
 _SHARED = [
     f"multiprocessing.{name}"
@@ -129,7 +131,7 @@ class Copier:
             return id(self.copy(self.by_id[value])) if kind is int and value in self.by_id else value
         if id(value) in self._copies:
             return self._copies[id(value)]
-        plain = kind in (dict, list, set, tuple, frozenset) and self._are_atoms(value)
+        plain = kind in _PLAIN and self._are_atoms(value)
         if plain and kind in (tuple, frozenset):  # first, as there may be millions
             return value
         if plain and (kind is not dict or self._are_atoms(value.values())):
@@ -139,11 +141,11 @@ class Copier:
         self._path.append(name)
         manner = self.limit, self._in_worker
         try:
-            if isinstance(value, (nn.Module, Optimizer)):
-                self.limit, self._in_worker = math.inf, False
-            elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, *_OF_DATA):
-                self.limit = LARGE
-            made = self._copied(value)
+            if kind in _PLAIN:  # nothing else needs to be asked of them, and there may be millions
+                made = self._dictionary(value) if kind is dict else self._items(value)
+            else:
+                self._set_limit(value)
+                made = self._copied(value)
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, ProbeRefusedError):
                 raise
@@ -153,6 +155,12 @@ class Copier:
             self.limit, self._in_worker = manner
         self.put(value, made)
         return made
+
+    def _set_limit(self, value: Any) -> None:
+        if isinstance(value, (nn.Module, Optimizer)):
+            self.limit, self._in_worker = math.inf, False
+        elif isinstance(value, (DataLoader, Dataset, Sampler)) or is_a(value, *_OF_DATA):
+            self.limit = LARGE
 
     @functools.cached_property
     def _guard(self) -> Lent | None:
@@ -239,9 +247,7 @@ class Copier:
             return weakref.ref(self.copy(value())) if value() is not None else value
         if isinstance(value, (types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)):
             return self._method(value)
-        if kind in (list, tuple, set, frozenset):
-            return self._items(value)
-        if kind is dict or kind in _WEAK_DICTIONARIES:  # which would copy either keys or values, and not both
+        if kind in _WEAK_DICTIONARIES:  # which would copy either keys or values, and not both
             return self._dictionary(value)
         if isinstance(value, (nn.Module, Optimizer)) and not isinstance(value, torch.jit.ScriptModule):
             return self.fill(self.shell(value), vars(value))
@@ -448,15 +454,31 @@ def _quiet(copied: Any) -> Any:
     return copied
 
 
-@functools.cache
+class _Untold:
+    """Before a class of the user's, it keeps that from being told of what is made from it."""
+
+    __slots__ = ()  # as the layout of objects is that of the user's class
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+_QUIET: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()  # no ``__subclasses__()`` for ever
+
+
 def _without_del(kind: Any) -> type:
     def reduce(self: Any, protocol: Any) -> Any:  # on its way to a worker; pickle does not find this class
         make, arguments, *rest = kind.__reduce_ex__(self, protocol)
         own = tuple(kind if argument is type(self) else argument for argument in arguments)
         return _made_quiet, (make, own), *rest
 
-    attributes = {"__del__": lambda self: None, "__reduce_ex__": reduce, "__module__": kind.__module__, "__slots__": ()}
-    return type(kind.__name__, (kind,), attributes)
+    if (made := _QUIET.get(kind)) is None:
+        attributes = {"__del__": lambda self: None, "__reduce_ex__": reduce, "__module__": kind.__module__}
+        # In the order alone: with one more base, objects would have another layout.
+        meta: Any = type("Untold", (type(kind),), {"mro": lambda cls: [cls, _Untold, *kind.__mro__]})
+        new = abc.ABCMeta.__new__ if isinstance(kind, abc.ABCMeta) else type.__new__  # a user's may keep what it makes
+        made = _QUIET[kind] = new(meta, kind.__name__, (kind,), {**attributes, "__slots__": ()})
+    return made
 
 
 def _made_quiet(make: Any, arguments: Any) -> Any:

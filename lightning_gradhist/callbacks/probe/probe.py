@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from lightning_gradhist._dtensor import local
 from lightning_gradhist.callbacks._deepspeed import zero_loss_scale
@@ -194,7 +195,7 @@ class Probe:
         with isolate_rng():  # so that dropout is the same each time
             for name, change in step.items() if factor else ():
                 _real(self._parameters[name]).sub_(factor * change)
-            return [self._value(copy.deepcopy(batch), index) for batch, index in self._kept]
+            return [self._value(batch, index) for batch, index in self._kept]
 
     def _value(self, batch: Any, index: int) -> float:
         with self._reading(True):
@@ -367,7 +368,7 @@ def _batches(apart: Apart) -> Iterator[Any]:
 
 
 def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int) -> Tensor | None:
-    batch = apply_to_collection(batch, Tensor, _copied, allow_frozen=True)  # the same one may come again
+    batch = _copy(batch)  # the same one may come again
     if module.on_train_batch_start(batch, batch_index) == -1:
         return None
     arguments = [batch]
@@ -380,6 +381,26 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: in
             output = module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+
+
+def _copy(batch: Any) -> Any:
+    try:
+        with _Tensors():
+            return copy.deepcopy(batch)
+    except Exception:  # there is what cannot be copied, as an open file
+        return apply_to_collection(batch, Tensor, _copied, allow_frozen=True)
+
+
+class _Tensors(TorchFunctionMode):
+    """Has ``copy.deepcopy`` take of a tensor what it shows, not all that it is a view of, and no graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        copied = _copied(tensor)
+        vars(copied).update(copy.deepcopy(vars(tensor), memo))
+        return copied
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import warnings
@@ -65,12 +66,24 @@ def no_trace(trainer: Trainer, module: LightningModule) -> Generator[Apart, None
             stack.callback(_put_back_folder, os.getcwd())
         copier = Copier()
         copier.put(trainer._signal_connector, connector)  # type: ignore[attr-defined] # private
-        with warnings.catch_warnings(), without_threads(copier.refusals):
+        with warnings.catch_warnings(), without_threads(copier.refusals), _without_collections():
             warnings.simplefilter("ignore")  # as of itertools, which Python will not copy for ever
             apart, own = _apart(stack, copier, trainer, module)
         vars(own)["log"] = SilentRun()  # the loop would take what is logged for a value of training
         stack.callback(_end_workers, apart)
         yield Apart(apart, own, copier.reading)
+
+
+@contextmanager
+def _without_collections() -> Generator[None, None, None]:
+    """Within it no garbage is collected: each collection would look through all that was copied so far."""
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_on:
+            gc.enable()
 
 
 def _apart(stack: ExitStack, copier: Copier, trainer: Any, module: Any) -> tuple[Any, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import csv
 import dataclasses
 import enum
 import functools
+import gc
 import importlib.util
 import io
 import itertools
@@ -1476,6 +1478,55 @@ def test_a_copy_whose_class_closes_things_goes_to_a_worker() -> None:
     copied = copies.Copier().copy(Deleted())
     sent = pickle.loads(pickle.dumps(copied))
     assert type(sent) is type(copied) is not Deleted and sent.__reduce_ex__(4)[1][1] == (Deleted,)
+
+
+class AsksWhetherGarbageIsCollected(Plain):
+    found: bool | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        type(self).found = gc.isenabled()
+        return super().__reduce_ex__(protocol)
+
+
+def test_many_objects_are_copied_without_collections_of_garbage(tmp_path) -> None:
+    runs(tmp_path, Small, lambda: DataLoader(AsksWhetherGarbageIsCollected(), 8))
+    assert AsksWhetherGarbageIsCollected.found is False and gc.isenabled()
+
+
+def test_of_lists_and_dictionaries_nothing_is_asked(monkeypatch) -> None:
+    """There may be millions of them."""
+    monkeypatch.delattr(copies, "is_a")
+    value = {"one": [{"box": [0.5, 1.0]}], "two": ({1, 2}, [[]])}
+    copied = copies.Copier().copy(value)
+    assert copied == value and copied["one"][0]["box"] is not value["one"][0]["box"]
+
+
+TOLD: list[Any] = []
+
+
+class Metaclass(abc.ABCMeta):
+    def __init__(cls, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args)
+        TOLD.append(cls)
+
+
+class Listed(Deleted, metaclass=Metaclass):
+    def __init_subclass__(cls, *, name: str) -> None:
+        TOLD.append(name)
+
+
+class Named(Listed, name="named"):
+    pass
+
+
+def test_classes_and_metaclasses_that_keep_lists_are_not_told_of_a_copy_whose_class_closes_things() -> None:
+    original = Named()
+    copied = copies.Copier().copy(original)
+    assert isinstance(copied, Named) and type(copied) is not Named
+    assert TOLD == [Listed, "named", Named]
+    del copied
+    gc.collect()
+    assert Named.__subclasses__() == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import Counter, UserDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -25,13 +25,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support import Net, dataset, events, final_state, fit, loader
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    default_collate,
+)
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibration
 from lightning_gradhist.callbacks.batch_size import SampleCount
 from lightning_gradhist.callbacks.gradients import loss_scale
-from lightning_gradhist.callbacks.probe.probe import Probe
+from lightning_gradhist.callbacks.probe.probe import Probe, _copy
 from lightning_gradhist.callbacks.probe.restore import no_trace
 from lightning_gradhist.callbacks.probe.silence import SilentLogger
 
@@ -548,6 +556,57 @@ def test_a_loss_scale_that_overflows_is_lowered_for_the_probe_alone(tmp_path) ->
     assert len(look.gradients) == 4
     for scaled, expected in zip(look.gradients, plain.gradients, strict=True):
         torch.testing.assert_close(scaled, expected, rtol=0.1, atol=3e-3)
+
+
+class Graphs:
+    """A batch of a class of its own, as those of graphs are, which no one can take to pieces."""
+
+    def __init__(self, samples: Any) -> None:
+        self.inputs, self.labels = default_collate(samples)
+
+    def to(self, *args: Any, **kwargs: Any) -> Graphs:
+        return self
+
+
+class Encoding(UserDict):  # type: ignore[type-arg]
+    """A batch that cannot be made anew from what is in it, as those of tokenizers."""
+
+    def __init__(self, samples: Any) -> None:
+        super().__init__(enumerate(default_collate(samples)))
+        self.inputs, self.labels = self.data.values()
+
+    to = Graphs.to
+
+
+class Halves(Linear):
+    """Spoils its batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        batch.labels = batch.labels / 2
+        return super().training_step((batch.inputs, batch.labels), batch_idx)
+
+
+@pytest.mark.parametrize("kind", [Graphs, Encoding])
+def test_a_batch_of_a_class_of_its_own_is_as_it_came_at_each_try(tmp_path, kind: Any) -> None:
+    look, module, data = Look(), Halves(), DataLoader(dataset(64), 8)
+    weight = module.layer.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # so that the first batch overflows, again and again
+    precision = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    loader = DataLoader(dataset(64), 8, collate_fn=kind)
+    fit(tmp_path, look, module=module, data=loader, plugins=[precision], max_steps=1)
+    assert len(look.gradients) == 4
+    for (inputs, labels), found in zip(data, look.gradients, strict=False):
+        expected = closed_form(weight, inputs, labels / 2)
+        torch.testing.assert_close(found["layer.weight"][0], expected, rtol=0.1, atol=3e-3)
+
+
+@pytest.mark.parametrize("other", [None, threading.Lock()], ids=["copied", "a lock that cannot be copied"])
+def test_of_tensors_in_a_batch_no_more_is_copied_than_they_show(other: Any) -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    batch = {"view": torch.zeros(2**20)[3:5], "leaf": leaf, "in a graph": leaf * 2, "other": other}
+    copied = _copy(batch)
+    assert copied["view"].untyped_storage().nbytes() == 8
+    assert copied["leaf"] is not leaf and copied["leaf"].requires_grad and copied["in a graph"].is_leaf
 
 
 def test_learning_rate_monitor_and_the_progress_of_the_loops_are_untouched(tmp_path) -> None:
