@@ -81,7 +81,8 @@ def is_closed(scheduler: Any) -> bool:
 
     Copies share the functions that it holds, and what the methods of its class use.
     """
-    held = [value for value in vars(scheduler).values() if not isinstance(value, nn.Module)]
+    held = [one for value in vars(scheduler).values() for one in (value if isinstance(value, list) else [value])]
+    held = [one for one in held if not isinstance(one, nn.Module) and getattr(one, "__self__", None) is not scheduler]
     own = [kind for kind in type(scheduler).__mro__ if not kind.__module__.startswith("torch.")]
     return all(map(is_pure, held)) and all(is_pure(one, is_method=True) for kind in own for one in methods(kind))
 

@@ -16,7 +16,7 @@ from lightning_gradhist.callbacks.schedulers import is_rate, parts, steps_as, tw
 _IS_RATE = re.compile(r"_?(\w+_)?(lrs?|learning_rates?|lr_(min|max|init|start|end|final))|eta_m(in|ax)")
 """Names under which groups, schedulers and optimizers keep absolute rates: ``lr``, ``base_lrs``, ``eta_min``, ``final_lr``."""
 
-_OF_LAMBDAS = {"base_lrs", "_last_lr"}
+BASE = {"base_lrs", "_last_lr"}
 
 
 def scale_rates(optimizer: Optimizer, schedulers: Sequence[Any], factors: Sequence[float | None]) -> None:
@@ -71,11 +71,16 @@ def _scale_part(part: Any, factors: Sequence[float | None], saved: Collection[st
 
 def _rates_of(scheduler: Any) -> dict[str, Any]:
     own = rates_in(vars(scheduler))
-    if any(steps_as(scheduler, kind) for kind in (lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR)):
-        return {name: own[name] for name in _OF_LAMBDAS & own.keys()}  # what else there is, functions make shares of
+    if has_functions(scheduler):  # which make shares, also of what has the name of a rate
+        return {name: own[name] for name in BASE & own.keys()}
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         own["eps"] = scheduler.eps  # the smallest change of a rate that it makes
     return own
+
+
+def has_functions(scheduler: Any) -> bool:
+    """Whether it multiplies its base rates by what functions of the user's return, and nothing else."""
+    return any(steps_as(scheduler, kind) for kind in (lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR))
 
 
 def _common(factors: Sequence[float | None]) -> float | None:

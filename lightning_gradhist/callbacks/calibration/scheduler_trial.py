@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer, lr_scheduler
 
-from lightning_gradhist.callbacks.calibration.rates import factor_of_each, rates_in, scale_rates
+from lightning_gradhist.callbacks.calibration.rates import BASE, factor_of_each, has_functions, rates_in, scale_rates
 from lightning_gradhist.callbacks.schedulers import (
     codes,
     is_closed,
@@ -87,7 +87,8 @@ def _looks_at(function: Any, scheduler: Any) -> bool:
 
 
 def _follows(scheduler: Any, horizon: float, factors: Sequence[float | None]) -> bool:
-    if any(steps_as(scheduler, kind) for kind in _FOLLOW):
+    has_rates = has_functions(scheduler) and rates_in(vars(scheduler)).keys() - BASE
+    if any(steps_as(scheduler, kind) for kind in _FOLLOW) and not has_rates:  # of which its functions may make anything
         return True
     expected = factor_of_each(factors)
     # of sums in which the largest rate is a term

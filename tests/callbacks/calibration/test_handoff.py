@@ -367,6 +367,13 @@ class Share(schedules.LambdaLR):
         return max(self.min_lr, 1 - step / 10)
 
 
+class Absolute(Share):
+    """What it makes a share of is a rate, so that the lowest one stays."""
+
+    def share(self, step: int) -> float:
+        return max(self.min_lr * 0.1 / self.base_lrs[0], 1 - step / 10)
+
+
 class Recursive(schedules.LRScheduler):
     """It makes a rate of the one before it, and keeps the lowest under a name of its own."""
 
@@ -413,6 +420,7 @@ def test_rates_of_a_scheduler_are_scaled_with_those_of_the_groups(build: Any, ra
     ("build", "factors", "named"),
     [
         pytest.param(Floor, (2.0, 2.0), "Floor (_last_lr, base_lrs, final_lr, warmup_start_lr)", id="no name"),
+        pytest.param(Absolute, (2.0, 2.0), "Absolute (_last_lr, base_lrs, lr_lambdas, min_lr)", id="a share of a rate"),
         pytest.param(Recursive, (2.0, 2.0), "Recursive (_last_lr, base_lrs)", id="a floor that comes late"),
         pytest.param(OWN_RATES["cosine"], FACTORS, "CosineAnnealingLR (_last_lr, base_lrs, eta_min)", id="two factors"),
         pytest.param(OWN_RATES["sequential"], FACTORS, "CosineAnnealingLR (_last_lr, base_lrs, eta_min)", id="inside"),
