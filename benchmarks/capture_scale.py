@@ -58,7 +58,7 @@ def predicted(sizes: Mapping[str, int], ranks: int, steps: int, every_n_steps: i
     measurements = _measurements(logged, steps, within_steps)
     # counts with a checksum of two words, measurements with sizes, checksum and digest, and once whether all ranks have memory
     counts = len(logged) * (len(sizes) * BINS + 2)
-    reduced = WORD * (counts + 11 * measurements + 1) if ranks > 1 else 0
+    reduced = WORD * (counts + (10 + ranks) * measurements + 1) if ranks > 1 else 0
     sampled = _sampled(size // (ranks if sharded else 1) for size in sizes.values())
     return {
         **{"ranks": ranks, "tensors": len(sizes), "parameters": sum(sizes.values())},

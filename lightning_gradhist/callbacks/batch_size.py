@@ -320,12 +320,14 @@ def _declared(trainer: Trainer, batch: Any) -> int | None:
 
 
 def _lists_one_sample(batch: Any) -> bool:
-    """Whether there is one sample, which nobody stacked: a list of it, or for each of its parts a list, as of images."""
+    """Whether there is one image, which nobody stacked: a list of it, or for each of its parts a list."""
     try:
+        tensors = [*_tensors(batch)]
         parts = [part for part in _members(batch) if any(True for _ in _tensors(part))]
         in_each = all(isinstance(part, (list, tuple)) and len(part) == 1 for part in parts)
         is_list = isinstance(batch, (list, tuple)) and len(batch) == 1 and not isinstance(batch[0], Tensor)
-        return bool(parts) and (in_each or is_list)
+        are_images = all(tensor.ndim == 3 and len(tensor) in (1, 3, 4) for tensor in tensors)  # by channels
+        return bool(tensors) and are_images and (in_each or is_list)
     except Exception:  # a class of the user's may raise whatever it likes
         return False
 

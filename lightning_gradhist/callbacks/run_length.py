@@ -71,7 +71,8 @@ def own_schedule(trainer: Trainer, optimizer: Optimizer) -> str | None:
     highest = max(rates, key=lambda at: rates[at])  # the first of them
     base = max((rate or 0.0 for rate in base_rates(optimizer, there)), default=0.0)
     is_share = math.isclose(rates[highest], base, rel_tol=0.1)  # a late peak may lie between two that are looked at
-    is_cut_short = are_functions and 0 < highest == max(rates)  # a warm-up that is longer than the run
+    # A warm-up that is longer than the run, but for one on a rate of 1, as Noam's.
+    is_cut_short = are_functions and 0 < highest == max(rates) and 0.01 * base <= rates[highest] <= base
     return None if is_share or is_cut_short else type(own[0]).__name__
 
 

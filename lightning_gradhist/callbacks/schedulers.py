@@ -30,7 +30,7 @@ from lightning_gradhist.callbacks.probe.silence import PACKAGES, without_log_rec
 from lightning_gradhist.explore import is_number
 
 _ONE_BY_ONE = 2048
-_FARTHEST, _FARTHEST_IN_STEPS, _OF_ENDLESS = 10**8, 10**6, 10**5  # steps; a million take some seconds
+_FARTHEST, _FARTHEST_IN_STEPS = 10**8, 2 * 10**5  # of which the latter take half a second
 _IN_STEPS = (lr_scheduler.MultiplicativeLR, lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler)
 _ATOMS = (int, float, str, type(None), np.ufunc)
 _UNCHANGEABLE = (BuiltinFunctionType, ModuleType, type, tuple, frozenset, Enum)
@@ -63,12 +63,13 @@ def stray_rate(optimizer: Optimizer, schedulers: Iterable[Any], written: Mapping
     told: list[Any] = []
     for scheduler in schedulers_of(optimizer, schedulers):
         own = [getattr(part, "_last_lr", None) for part in parts([scheduler])]
-        if not any(own):
+        own = [rates for rates in own if isinstance(rates, (list, tuple)) and rates]
+        if not own:
             return None
-        told += filter(None, own)
+        told += own
     for index, rate in written.items():
-        now = optimizer.param_groups[index]["lr"]
-        if isinstance(now, Tensor) and now.device.type != "cpu":
+        now = optimizer.param_groups[index].get("lr") if index < len(optimizer.param_groups) else None
+        if not is_rate(now) or (isinstance(now, Tensor) and now.device.type != "cpu"):
             continue
         known = [rate, *(float(rates[index]) for rates in told if index < len(rates))]
         if not any(math.isclose(float(now), one, rel_tol=1e-6) for one in known):
@@ -224,8 +225,7 @@ def walk(scheduler: Any, horizon: float) -> Iterator[tuple[int, list[float]]]:
     ways = [getattr(type(scheduler), name, None) for name in ("get_lr", "step")]
     are_torchs = all(getattr(way, "__module__", None) == lr_scheduler.__name__ for way in ways)
     jumps = are_torchs and not isinstance(scheduler, _IN_STEPS)
-    farthest = _FARTHEST if jumps else _FARTHEST_IN_STEPS if math.isfinite(horizon) else _OF_ENDLESS
-    step, last = 0, int(min(horizon, farthest))
+    step, last = 0, int(min(horizon, _FARTHEST if jumps else _FARTHEST_IN_STEPS))
     while step < last:
         due = step + 1 if step < _ONE_BY_ONE else min(math.ceil(step * 1.1), last)
         try:

@@ -191,8 +191,21 @@ IMAGES = [torch.randn(3, 8, 8) for _ in range(8)]
         pytest.param(
             [{"image": image} for image in IMAGES], list, None, "says 1 samples .* have 3", id="a list of one"
         ),
-        pytest.param([(image, torch.zeros(2, 8)) for image in IMAGES], zipped, 1, None, id="images and boxes, listed"),
+        pytest.param(
+            [(image, torch.zeros(2, 8)) for image in IMAGES],
+            zipped,
+            None,
+            "cannot be read .* nor counted",
+            id="images and boxes, listed",
+        ),
         pytest.param([(image[:1], image[:1]) for image in IMAGES], zipped, 1, None, id="gray images, listed"),
+        pytest.param(
+            [(image.reshape(24, 8), torch.ones(24)) for image in IMAGES],
+            zipped,
+            24,
+            "taken as 24",
+            id="batches, listed",
+        ),
         pytest.param([(image, 1) for image in IMAGES], None, 1, None, id="stacked"),
         pytest.param([(image, image) for image in IMAGES], first, 3, "taken as 3 samples", id="batches already"),
         pytest.param([[image] for image in IMAGES], first, 3, "taken as 3 samples", id="batches of one tensor"),

@@ -99,9 +99,7 @@ class NoiseMonitor(StepObserver):
         self._seen: Tensor | None = None  # what their digests add up to
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
-        self._changed: list[
-            Tensor
-        ] = []  # marks, of which one is not 0 where they may be another step's, or were changed
+        self._changed: list[Tensor] = []  # marks of the coming step, 0 where nobody has changed its gradients
 
     def prepare(self, due: bool) -> None:
         """Has the gradients of the first micro-batch copied, where the step has several."""
@@ -375,15 +373,19 @@ class NoiseMonitor(StepObserver):
     def _take_rates(self) -> None:
         """Takes down the base rates, but for those of another schedule than the run began with, as SWA's.
 
-        Where the run sets rates itself, as in ``optimizer_step``, the highest may be one of a step that is not measured.
+        Where the run raises rates itself, as in ``optimizer_step``, the highest may be one of a step that is not measured.
         """
         optimizer, schedulers = self._watched.optimizer, schedulers_in(self._fit.trainer)
-        here = {i: group["lr"] for i, group in enumerate(optimizer.param_groups) if is_number(group.get("lr"))}
-        self._rates = self._rates or here
-        if stray_rate(optimizer, schedulers, self._rates) is not None:
-            self._progress.forget_rates()
-        elif schedulers == self._fit.schedulers or not self._progress.learning_rates:
-            self._progress.measures(base_rates(optimizer, schedulers))
+        groups = optimizer.param_groups
+        with self._fit.guard.attempt("measure noise"):  # they are the user's
+            self._rates = self._rates or {i: g["lr"] for i, g in enumerate(groups) if is_number(g.get("lr"))}
+            stray = stray_rate(optimizer, schedulers, self._rates)
+            if stray is not None and groups[stray]["lr"] > max(
+                self._rates[stray], groups[stray].get("initial_lr", 0.0)
+            ):
+                self._progress.forget_rates()
+            elif schedulers == self._fit.schedulers or not self._progress.learning_rates:
+                self._progress.measures(base_rates(optimizer, schedulers))
 
     def _add(self, step: int, sums: Tensor, halves: Tensor | None = None) -> None:
         """Adds what was measured on all ranks, or the halves of a batch where they tell it, without waiting for it."""

@@ -7,6 +7,7 @@ import math
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -384,11 +385,29 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_index: in
 
 
 def _copy(batch: Any) -> Any:
+    """A batch, with its tensors, and what they hang on, copied; what no tensor hangs on is as it is in a container."""
+    memo: dict[int, Any] = {}
     try:
+        _share(batch, memo, {})
         with _Tensors():
-            return copy.deepcopy(batch)
+            return copy.deepcopy(batch, memo)
     except Exception:  # there is what cannot be copied, as an open file
         return apply_to_collection(batch, Tensor, _copied, allow_frozen=True)
+
+
+def _share(value: Any, memo: dict[int, Any], known: dict[int, bool]) -> bool:
+    """Whether a tensor hangs on a value; objects on which none does stand for themselves in a memo of ``copy.deepcopy``."""
+    if isinstance(value, Tensor) or id(value) in known:
+        return isinstance(value, Tensor) or known[id(value)]
+    known[id(value)] = False  # until it is known, as of what refers to itself
+    is_container = isinstance(value, (Mapping, list, tuple, set, frozenset))
+    members = [*value.values()] if isinstance(value, Mapping) else [*value] if is_container else []
+    if not isinstance(value, (type, ModuleType, FunctionType, nn.Module)):
+        members += getattr(value, "__dict__", {}).values()
+    known[id(value)] = any([_share(member, memo, known) for member in members])
+    if not is_container and not known[id(value)]:
+        memo[id(value)] = value
+    return known[id(value)]
 
 
 class _Tensors(TorchFunctionMode):

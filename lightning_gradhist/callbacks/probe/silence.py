@@ -95,13 +95,17 @@ def is_own_code(package: str, file: str | None) -> bool:
 
 def _is_pips(path: Path) -> bool:
     """Whether pip has put a file there, into a folder of one's own choice, next to one's own code perhaps."""
+    return any(path.relative_to(folder).as_posix() in _recorded_by_pip(folder) for folder in path.parents)
+
+
+@functools.cache
+def _recorded_by_pip(folder: Path) -> set[str]:
+    """The files that pip says it has put below a folder."""
+    found: set[str] = set()
     with suppress(OSError):
-        for folder in path.parents:
-            records = (record.read_text("utf-8", "replace") for record in folder.glob("*.dist-info/RECORD"))
-            line = f"\n{path.relative_to(folder).as_posix()},"
-            if any(line in "\n" + record for record in records):
-                return True
-    return False
+        for record in folder.glob("*.dist-info/RECORD"):
+            found.update(line.partition(",")[0] for line in record.read_text("utf-8", "replace").splitlines())
+    return found
 
 
 @contextmanager

@@ -69,11 +69,8 @@ def signals_held_back(received_sigterm: bool) -> Generator[Any, None, None]:
         waiting.remove(number)
         held.append(number)
         package = (getattr(handlers[number], "__module__", None) or "").partition(".")[0]
-        is_told = number == signal.SIGTERM and package in (
-            "lightning",
-            "pytorch_lightning",
-        )  # else the user's code decides
-        connector.received_sigterm |= is_told
+        is_lightnings = package in ("lightning", "pytorch_lightning")  # else the user's code decides
+        connector.received_sigterm |= number == signal.SIGTERM and is_lightnings
 
     try:
         for number in handlers:

@@ -511,6 +511,12 @@ def test_the_recorded_rate_is_used_where_a_schedule_has_shares_of_it(tmp_path, m
     assert calibration.result.learning_rate == pytest.approx(2e-2)
 
 
+@pytest.mark.parametrize("share", [lambda s: (s + 1) * 4000**-1.5 / 8, lambda s: 1 + s / 4], ids=["Noam's", "beyond 1"])
+def test_the_rate_of_a_warm_up_that_is_cut_short_is_not_told_where_it_is_none(tmp_path, share: Any) -> None:
+    path = _recorded(tmp_path, lambda: Net(lambda p: torch.optim.AdamW(p, 1.0), lambda o: LambdaLR(o, share)))
+    assert RunRecord.load(path).optimizers[0].learning_rates == []
+
+
 class Stops(L.Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         trainer.should_stop = True

@@ -443,6 +443,9 @@ def test_a_rate_that_a_scheduler_within_another_has_set_is_known() -> None:
     assert stray_rate(optimizer, [scheduler], {0: 1.0, 1: 1.0}) is None
     optimizer.param_groups[1]["lr"] = 0.5
     assert stray_rate(optimizer, [scheduler], {0: 1.0, 1: 1.0}) == 1
+    optimizer.param_groups.pop()
+    scheduler.after._last_lr = scheduler._last_lr = 0.5  # of which nobody knows what it is
+    assert stray_rate(optimizer, [scheduler], {0: 1.0, 1: 1.0}) is None and stray_rate(optimizer, [], {1: 1.0}) is None
 
 
 class AdaBound(torch.optim.Optimizer):

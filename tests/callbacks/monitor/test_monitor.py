@@ -1046,11 +1046,27 @@ class Falls(L.Callback):
         trainer.optimizers[0].param_groups[0]["lr"] *= 0.5
 
 
+class Rises(L.Callback):
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        trainer.optimizers[0].param_groups[0]["lr"] = 1e-3 * (1 + trainer.global_step)
+
+
+class FloorInStep(torch.optim.lr_scheduler.CosineAnnealingLR):
+    """It does not tell the rate that it has set at last."""
+
+    def step(self, epoch: Any = None) -> None:
+        super().step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = max(group["lr"], 5e-3)
+
+
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
 @pytest.mark.parametrize(
     ("callback", "scheduler", "recorded"),
     [
-        pytest.param(Falls(), None, [], id="others than a scheduler make it fall"),
+        pytest.param(Falls(), None, [1e-2], id="it falls"),
+        pytest.param(Rises(), None, [], id="it is raised by hand"),
+        pytest.param(L.Callback(), lambda optimizer: FloorInStep(optimizer, 48), [1e-2], id="a floor"),
         pytest.param(StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2), None, [1e-2], id="SWA"),
         pytest.param(
             StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=2),

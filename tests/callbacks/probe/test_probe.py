@@ -909,6 +909,22 @@ def test_a_signal_is_heard_when_the_probe_has_ended(tmp_path, number: int, steps
     assert number in HEARD and module.calls == steps
 
 
+def test_of_a_batch_what_no_tensor_hangs_on_is_not_copied() -> None:
+    """As an object that the module knows by itself, and what a training step asks for by ``is``."""
+
+    class Sample:
+        def __init__(self, **parts: Any) -> None:
+            self.parts = parts
+
+    known, missing = Sample(name="a"), object()
+    batch = [Sample(x=torch.ones(2), of=known), (known, missing), ["a"]]
+    batch[0].itself = batch[0]
+    copied = _copy(batch)
+    assert copied[0] is not batch[0] and copied[0].itself is copied[0] and copied[2] is not batch[2]
+    assert copied[0].parts["x"] is not batch[0].parts["x"] and torch.equal(copied[0].parts["x"], torch.ones(2))
+    assert copied[0].parts["of"] is known and copied[1] == (known, missing)
+
+
 def test_a_handler_of_sigterm_that_the_user_set_in_the_run_decides_whether_it_ends(tmp_path) -> None:
     class Own(Net):
         def on_train_start(self) -> None:
