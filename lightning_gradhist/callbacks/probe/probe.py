@@ -397,8 +397,8 @@ def _copy(batch: Any) -> Any:
 
 def _share(value: Any, memo: dict[int, Any], known: dict[int, bool]) -> bool:
     """Whether a tensor hangs on a value; objects on which none does stand for themselves in a memo of ``copy.deepcopy``."""
-    if isinstance(value, Tensor) or id(value) in known:
-        return isinstance(value, Tensor) or known[id(value)]
+    if isinstance(value, (Tensor, str, int, float)) or id(value) in known:  # the most frequent first
+        return isinstance(value, Tensor) or known.get(id(value), False)
     known[id(value)] = False  # until it is known, as of what refers to itself
     is_container = isinstance(value, (Mapping, list, tuple, set, frozenset))
     members = [*value.values()] if isinstance(value, Mapping) else [*value] if is_container else []
