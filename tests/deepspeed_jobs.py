@@ -12,6 +12,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which asks
 import fsdp1_jobs
 import lightning as L
 import torch
+from deepspeed.accelerator import get_accelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support import StateSeen, collectives, dataset, fit
@@ -22,6 +23,7 @@ from lightning_gradhist import ALTO, GradientHistogramMonitor, OptimizerCalibrat
 from lightning_gradhist.callbacks._deepspeed import grouped_parameters, unwrapped, zero_slots
 
 STAGES = (1, 2, 3)
+FP16 = ["fp16"] if get_accelerator().is_fp16_supported() else []  # by few processors, as DeepSpeed has it
 
 
 class OnHost(DeepSpeedStrategy):
@@ -230,7 +232,7 @@ def calibrated(folder: Path) -> dict[int, Any]:
 def probed(folder: Path) -> dict[str, Any]:
     """Calibrations with a probe in stages 1 and 2, and what runs with and without one end in."""
     found: dict[str, Any] = {}
-    for way in ("stage 1", "stage 2", "bf16", "fp16", "offloaded", "noisy"):
+    for way in ("stage 1", "stage 2", "bf16", *FP16, "offloaded", "noisy"):
         calibrations, ends = [OptimizerCalibration(2, probe_batches=8, apply=apply) for apply in (False, True)], []
         strategy = {"stage": 1 if way == "stage 1" else 2, "offload_optimizer": way == "offloaded"}
         options: dict[str, Any] = {"strategy": strategy, "max_steps": 3, "module": Noisy if way == "noisy" else Layers}
@@ -257,7 +259,8 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{f"bf16 in stage {stage}": ({"stage": stage}, {"precision": "bf16-mixed"}) for stage in STAGES},
     "bf16-true": ({"stage": 2}, {"precision": "bf16-true"}),
     **{
-        f"fp16 in stage {stage}": ({"stage": stage, "initial_scale_power": 18}, {"precision": "16-mixed"})
+        f"{fp16} in stage {stage}": ({"stage": stage, "initial_scale_power": 18}, {"precision": "16-mixed"})
+        for fp16 in FP16
         for stage in STAGES
     },
     "offloaded": ({"stage": 2, "offload_optimizer": True}, {}),
