@@ -64,6 +64,26 @@ def digest(batch: Any) -> Tensor | None:
         return None
 
 
+class Digests:
+    """Digests of the batches of this rank, by which two with the same samples are found.
+
+    Of data that are indexed single batches may be alike, but not all: there it is what all digests so far add up to.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Tensor | float = 0.0
+
+    def of(self, trainer: Trainer, batch: Any) -> Tensor | None:
+        """As :func:`digest`; None, too, where there is nothing to compare it to."""
+        indexed = is_indexed(trainer)
+        told = None if indexed and trainer.world_size == 1 else digest(batch)
+        if told is None or not indexed:
+            return told
+        seen = told + self._seen / 2
+        self._seen = torch.where(told.isnan(), self._seen, seen)
+        return seen
+
+
 def _weighted(values: Tensor) -> Tensor:
     """The sum of values, each by its place: so that it is another one in another order."""
     whole = values.numel() // _PLACES * _PLACES

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from lightning_gradhist.callbacks._lightning import is_overridden
 from lightning_gradhist.callbacks.batch_size import (
+    Digests,
     StepSamples,
     data_ranks,
-    digest,
-    is_indexed,
     parts_of_a_step,
     repeats_samples,
 )
@@ -96,7 +95,7 @@ class NoiseMonitor(StepObserver):
         self._wanted = False  # the gradients of the coming step
         self._rates: dict[int, float] = {}  # of the groups at the first step that was measured
         self._digests: list[Tensor] = []  # of its batches on this rank
-        self._seen: Tensor | None = None  # what their digests add up to
+        self._digests_of_run = Digests()
         self._compares = False  # the gradients at the coming step with those that backward leaves
         self._left: Tensor | None = None  # squared norm of the gradients as the last of them left it
         self._changed: list[Tensor] = []  # marks of the coming step, 0 where nobody has changed its gradients
@@ -130,20 +129,11 @@ class NoiseMonitor(StepObserver):
     def before_forward(self, batch: Any) -> None:
         """Takes the batch's digest, and looks at the layers, where the halves of the batch are measured."""
         with self._fit.guard.attempt("measure noise"):
-            alone = self._fit.replicas.ranks == 1 and is_indexed(self._fit.trainer)  # with nothing to compare it to
-            told = digest(batch) if self._wanted and not alone else None
-            self._digests += [] if told is None else [self._told_apart(told)]
+            told = self._digests_of_run.of(self._fit.trainer, batch) if self._wanted else None
+            self._digests += [] if told is None else [told]
             if self._halves_batch:
                 self._drop_copies()
                 self._halves = HalfBatches(self._fit.module, self._watched.parameters, self._progress.steps)
-
-    def _told_apart(self, told: Tensor) -> Tensor:
-        """A batch's digest; of data that are indexed with what came before: there, some may be alike, but not all."""
-        if not is_indexed(self._fit.trainer):
-            return told
-        seen = told if self._seen is None else told + self._seen / 2
-        self._seen = seen if self._seen is None else torch.where(told.isnan(), self._seen, seen)
-        return seen
 
     def before_backward(self) -> None:
         """Copies what has been unfrozen since, too, and compares with what is left of micro-batches, or of the step before."""

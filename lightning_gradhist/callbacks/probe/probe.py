@@ -26,7 +26,7 @@ from lightning_gradhist.callbacks._lightning import (
     is_param_in_hook_signature,
     isolate_rng,
 )
-from lightning_gradhist.callbacks.batch_size import data_ranks, digest, is_indexed
+from lightning_gradhist.callbacks.batch_size import Digests, data_ranks
 from lightning_gradhist.callbacks.gradients import local_gradient, loss_scale
 from lightning_gradhist.callbacks.known_optimizers import coupled_decay
 from lightning_gradhist.callbacks.parameters import optimizer_parameters
@@ -111,7 +111,7 @@ class Probe:
         self._source = _batches(apart)
         self._left_out = dict.fromkeys(WHY_LEFT_OUT, 0)
         self._digests: set[float] = set()  # of the batches of all ranks
-        self._seen = 0.0  # what this rank's add up to
+        self._digests_of_rank = Digests()
         self._kept: deque[tuple[Any, int]] = deque(maxlen=keep if self._replicas is None else 0)
 
     def gradients(self, number: int) -> Iterator[Mapping[str, Tensor | None]]:
@@ -229,12 +229,8 @@ class Probe:
         Where parameters are sharded, of the batches of any rank.
         """
         ranks = self._trainer.world_size
-        indexed = is_indexed(self._trainer)
-        told = None if ranks == 1 and indexed else digest(batch)
-        own = float("nan" if told is None else told)  # of which NaN is another one each time
-        if indexed and not math.isnan(own):  # of which some may be alike, but not all
-            own = self._seen = own + self._seen / 2
-        found: list[Any] = [own] * ranks
+        told = self._digests_of_rank.of(self._trainer, batch)
+        found: list[Any] = [float("nan" if told is None else told)] * ranks  # of which NaN is another one each time
         if ranks > 1:
             torch.distributed.all_gather_object(found, found[0])
         before, self._digests = self._digests, self._digests.union(found)
